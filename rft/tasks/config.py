@@ -1,0 +1,83 @@
+"""Options of the embedded tasks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rft.section import Section
+
+Operator = Literal["+", "-", "*"]
+Style = Literal["lines", "prose", "code", "direct"]
+
+# Defaults that a variant changes; a field that the user names always wins.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "hard": {"min_operands": 6, "max_operands": 6, "largest": 50, "wrong_fraction": 0.3},
+}
+
+
+class ArithmeticConfig(Section):
+    """An arithmetic problem of a few steps, as a short story or as an expression."""
+
+    variant: Literal["standard", "hard"] = Field(
+        "standard", description="a set of defaults for the fields below; `hard` starts near zero successes"
+    )
+    form: Literal["words", "expression", "mixed"] = Field(
+        "words", description="how a problem is put: a short story, an expression, or either by a coin flip"
+    )
+    min_operands: int = Field(4, ge=2, le=12, description="fewest numbers in a problem")
+    max_operands: int = Field(4, ge=2, le=12, description="most numbers in a problem")
+    operators: tuple[Operator, ...] = Field(("+", "-"), description="operators in use, of + - *")
+    largest: int = Field(20, ge=2, description="largest operand of + and -")
+    largest_factor: int = Field(4, ge=2, description="largest operand of *")
+    limit: int = Field(99, ge=4, description="largest intermediate result; none is below 0")
+    wrong_fraction: float = Field(
+        0.2, ge=0, le=1, description="share of a demonstration's steps that are wrong (a slip by 1, 2 or 10)"
+    )
+    styles: dict[Style, float] = Field(
+        default_factory=lambda: {"lines": 1.0},
+        description="solution formats of the demonstrations, each with its weight",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_variant(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {**VARIANTS.get(data.get("variant", "standard"), {}), **data}
+
+    @field_validator("styles")
+    @classmethod
+    def _check_styles(cls, styles: dict[Style, float]) -> dict[Style, float]:
+        if not styles or min(styles.values()) < 0 or sum(styles.values()) <= 0:
+            raise ValueError("weights must not be negative, and one must be positive: {lines: 1, code: 1}")
+        return styles
+
+    @model_validator(mode="after")
+    def _check(self) -> ArithmeticConfig:
+        if self.min_operands > self.max_operands:
+            raise ValueError(
+                f"min_operands ({self.min_operands}) must not exceed max_operands ({self.max_operands})"
+            )
+        if not self.operators:
+            raise ValueError('operators must name at least one of "+", "-", "*"')
+        if "+" not in self.operators and "-" not in self.operators and self.limit < 2**self.max_operands:
+            raise ValueError(f"limit {self.limit} is too small for a chain of {self.max_operands} factors")
+        if self.largest > self.limit:
+            raise ValueError(f"largest ({self.largest}) must not exceed limit ({self.limit})")
+        return self
+
+
+class ReasoningGymConfig(Section):
+    """Any task of the reasoning-gym package, by name."""
+
+    task: str = Field("chain_sum", description="name of the task in reasoning-gym, such as chain_sum")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="the task's own options, handed to reasoning-gym as they are"
+    )
+    suffix: str = Field(
+        "\nGive the final answer as <answer>...</answer>.\n",
+        description="text put after each question, so that the answer can be found",
+    )

@@ -1,0 +1,113 @@
+"""Any task of the reasoning-gym package, by name, judged by that task's own verifier."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, Literal
+
+from rft.tasks.config import ReasoningGymConfig
+
+TEST_SHARE = 10  # one question in ten is held out
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+@lru_cache(maxsize=64)
+def _dataset(task: str, options: str, seed: int) -> Any:
+    """The reasoning-gym dataset; `options` as JSON, so that it can be a key of the cache."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        near = get_close_matches(task, DATASETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"reasoning-gym {reasoning_gym.__version__} has no task {task!r}{hint}")
+    try:
+        return reasoning_gym.create_dataset(task, seed=seed, size=2**31 - 1, **json.loads(options))
+    except (TypeError, AssertionError, ValueError) as error:
+        raise ValueError(f"reasoning-gym refuses the options {options} of task {task!r}: {error}") from error
+
+
+class ReasoningGym:
+    """The task. Options: see `ReasoningGymConfig`."""
+
+    name = "reasoning_gym"
+
+    def __init__(self, **options: Any) -> None:
+        """Raises ValueError where the task or one of its options is unknown."""
+        self.config = ReasoningGymConfig(**options)
+        self._options = json.dumps(self.config.options, sort_keys=True)
+        _dataset(self.config.task, self._options, seed=0)
+
+    def rows(self, split: Literal["train", "test"], n: int, seed: int) -> list[dict[str, Any]]:
+        """`n` rows, the same for the same arguments.
+
+        prompt: the question. answer: one right answer. completion: that answer, tagged.
+        task, options, metadata: what `score` needs to judge any other answer.
+        A hash of the question decides its split. Raises ValueError for an unknown split, and where
+        the task makes too few different questions to fill this one.
+        """
+        if split not in ("train", "test"):
+            raise ValueError(f'split must be "train" or "test", not {split!r}')
+        # Entry i of a dataset is drawn from seed + i: seeds far apart keep two calls' entries apart.
+        source = _dataset(self.config.task, self._options, seed=seed * 10_000_019)
+        rows: list[dict[str, Any]] = []
+        for index in range(100 + 100 * n):
+            if len(rows) == n:
+                break
+            entry = source[index]
+            if _split(entry["question"]) == split:
+                rows.append(self._row(entry))
+        if len(rows) < n:
+            raise ValueError(f"task {self.config.task!r} made only {len(rows)} {split} questions of {n}")
+        return rows
+
+    def _row(self, entry: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "prompt": entry["question"] + self.config.suffix,
+            "answer": entry["answer"],
+            "completion": f"<answer>{entry['answer']}</answer>",
+            "task": self.config.task,
+            "options": self._options,
+            "metadata": entry["metadata"],
+        }
+
+
+def _split(question: str) -> str:
+    digest = blake2b(question.encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
+
+
+def score(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    *,
+    task: Sequence[str],
+    options: Sequence[str],
+    answer: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    **columns: Any,
+) -> list[float | None]:
+    """Reward in [0, 1] of each completion, by the verifier of the task that made the question.
+
+    The last <answer>...</answer> is judged, or what follows the last ####. A completion with neither
+    gives no answer and scores 0. Chat completions are judged by their last message.
+    """
+    scores: list[float | None] = []
+    for completion, name, opts, right, data in zip(completions, task, options, answer, metadata, strict=True):
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        entry = {"answer": right, "metadata": data}
+        scores.append(float(_dataset(name, opts, 0).score_answer(_final_answer(text), entry)))
+    return scores
+
+
+def _final_answer(text: str) -> str | None:
+    tagged = _ANSWER.findall(text)
+    if tagged:
+        return tagged[-1].strip()
+    head, marker, tail = text.rpartition("####")
+    return tail.strip() if marker else None

@@ -1,0 +1,125 @@
+"""A tiny from-scratch model with a tokenizer of its own: Qwen3 architecture, tied embeddings.
+
+It is an ordinary Hugging Face folder, which transformers and vLLM load like any other. The tokenizer
+is byte-level BPE, so any text can be encoded; digits stand alone, so that the model sees numbers
+the way they are written. Same arguments, same files.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rft.tasks.arithmetic import NAMES, Arithmetic
+
+BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
+
+# `generation` marks what the assistant says, the closing token included, for response-only losses.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- message['content'] + eos_token -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def build_tiny(
+    folder: str | Path,
+    *,
+    seed: int = 1,
+    hidden_size: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    intermediate_size: int = 384,
+    vocab_size: int = 512,
+    max_positions: int = 2048,
+) -> None:
+    """Write a freshly initialised model, its tokenizer and its generation config to `folder`.
+
+    `vocab_size` is an upper bound (see `build_tokenizer`). The size of an attention head is hidden_size / heads; vLLM on CPU wants a multiple of 32.
+    The global random state is left as it was. Raises ValueError for sizes that do not fit.
+    """
+    if hidden_size % heads:
+        raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of heads ({heads})")
+    folder = Path(folder)
+    tokenizer = build_tokenizer(vocab_size, max_positions)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden_size // heads,
+        max_position_embeddings=max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_tokenizer(vocab_size: int = 512, max_positions: int = 2048) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the task's own text: 6 special tokens, 256 bytes, then merges.
+
+    The task's text has few words: some 370 entries hold them all, and no more are made.
+    Raises ValueError where `vocab_size` leaves no room for bytes and special tokens.
+    """
+    special = [BOS, EOS, PAD, *ROLES.values()]
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d| ?\p{L}+|[^\d\p{L}]+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        _corpus(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=list(ROLES.values()),
+        model_max_length=max_positions,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _corpus() -> list[str]:
+    """Problems and solutions in every form and format."""
+    task = Arithmetic(form="mixed", operators=["+", "-", "*"], styles={"lines": 1, "prose": 1, "code": 1})
+    return [row["prompt"] + row["completion"] for row in task.rows("train", 2000, seed=0)]
