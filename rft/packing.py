@@ -1,0 +1,190 @@
+"""Packing: which trees of a batch go through the model together, on which rank.
+
+Pure functions over plain numbers. A tree (a prompt with what continues it) is never split, so a
+shared prefix is computed once wherever its tree lands. Micro-batches are filled best-fit decreasing
+up to a number of tokens; over several ranks they are balanced by floating-point work, in rows: the
+j-th micro-batches of all ranks cost about the same, because ranks wait for each other in each one.
+
+    for trees in micro_batches(batch, max_tokens=16384)[rank]:
+        part = batch.select(trees)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rft.batch import Batch
+
+Oversize = Literal["alone", "raise"]
+
+
+def micro_batches(
+    batch: Batch,
+    max_tokens: int,
+    ranks: int = 1,
+    *,
+    keep_groups: bool = False,
+    oversize: Oversize = "alone",
+    hidden_size: int = 1024,
+) -> list[list[list[int]]]:
+    """Split a batch into micro-batches of whole trees: `[rank][micro-batch] -> tree ids, ascending`.
+
+    Every tree lies in exactly one micro-batch. Every rank gets the same number of micro-batches;
+    where there are fewer trees than that, some are empty, and such a rank must still take part in
+    the step's collectives. The same batch always gives the same split.
+
+    keep_groups: all trees of a group share a micro-batch (pairwise losses need both sides).
+    oversize: what a tree (or kept group) above `max_tokens` does: a micro-batch of its own, or raise.
+    hidden_size: the model's width; it weighs attention against matrix products.
+
+    Raises ValueError for a non-positive `max_tokens` or `ranks`, and, with `oversize="raise"`, for a
+    tree that does not fit, by number.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if ranks < 1:
+        raise ValueError(f"ranks must be at least 1, got {ranks}")
+    tokens = tree_tokens(batch).tolist()
+    costs = tree_costs(batch, hidden_size).tolist()
+    units = _group_units(batch) if keep_groups else [[tree] for tree in range(len(tokens))]
+    bins = _best_fit(units, tokens, costs, max_tokens, oversize)
+    per_rank = max(1, -(-len(bins) // ranks))
+    bins = _split_to(bins, per_rank * ranks)
+    return _deal(bins, ranks)
+
+
+def tree_tokens(batch: Batch) -> Tensor:
+    """[trees] int64: the number of tokens of each tree."""
+    return torch.bincount(batch.tree[batch.segment], minlength=int((batch.parent < 0).sum()))
+
+
+def tree_costs(batch: Batch, hidden_size: int) -> Tensor:
+    """[trees] float64: the work of each tree, in units of one token's matrix products.
+
+    A layer of width H does about 24 H^2 multiply-adds per token in its matrix products (attention
+    projections and a 4 H wide MLP) and 4 H per pair of tokens that attend to each other.
+    """
+    tokens = tree_tokens(batch)
+    pairs = torch.zeros(tokens.numel(), dtype=torch.float64)
+    pairs.index_add_(0, batch.tree.cpu(), segment_pairs(batch.segment, batch.parent).double().cpu())
+    return tokens.cpu().double() + pairs / (6 * hidden_size)
+
+
+def segment_pairs(segment: Tensor, parent: Tensor) -> Tensor:
+    """[S] int64: how many (query, key) pairs the attention of each segment's tokens covers."""
+    length = torch.bincount(segment, minlength=parent.numel()).cpu()
+    before = [0] * parent.numel()
+    sizes = length.tolist()
+    for s, p in enumerate(parent.tolist()):
+        if p >= 0:
+            before[s] = before[p] + sizes[p]
+    return length * torch.tensor(before, dtype=torch.int64) + length * (length + 1) // 2
+
+
+@dataclass
+class _Bin:
+    tokens: int = 0
+    cost: float = 0.0
+    units: list[tuple[float, int, list[int]]] = field(default_factory=list)  # (cost, tokens, trees)
+
+    def add(self, cost: float, tokens: int, trees: list[int]) -> None:
+        self.tokens += tokens
+        self.cost += cost
+        self.units.append((cost, tokens, trees))
+
+    def trees(self) -> list[int]:
+        return sorted(tree for _, _, trees in self.units for tree in trees)
+
+
+def _group_units(batch: Batch) -> list[list[int]]:
+    """Trees that must stay together because they hold sequences of the same group."""
+    tree = batch.tree[batch.segment]
+    known = batch.sequence >= 0
+    links = torch.stack([batch.group[batch.sequence[known]], tree[known]])
+    root = list(range(int((batch.parent < 0).sum())))
+
+    def find(x: int) -> int:
+        while root[x] != x:
+            root[x] = root[root[x]]
+            x = root[x]
+        return x
+
+    first: dict[int, int] = {}
+    for group, member in torch.unique(links, dim=1).t().tolist():
+        a, b = find(first.setdefault(group, member)), find(member)
+        root[max(a, b)] = min(a, b)
+    units: dict[int, list[int]] = {}
+    for member in range(len(root)):
+        units.setdefault(find(member), []).append(member)
+    return list(units.values())
+
+
+def _best_fit(
+    units: Sequence[list[int]],
+    tokens: Sequence[int],
+    costs: Sequence[float],
+    max_tokens: int,
+    oversize: Oversize,
+) -> list[_Bin]:
+    """Best-fit decreasing: the largest unit first, each into the fullest bin that still has room."""
+    sized = [(sum(tokens[t] for t in unit), unit) for unit in units]
+    sized.sort(key=lambda item: (-item[0], item[1]))
+    bins: list[_Bin] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for size, unit in sized:
+        cost = sum(costs[t] for t in unit)
+        if size > max_tokens:
+            if oversize == "raise":
+                name = f"tree {unit[0]}" if len(unit) == 1 else f"the group of trees {unit}"
+                raise ValueError(
+                    f"{name} has {size} tokens, more than max_tokens = {max_tokens}: raise max_tokens, "
+                    "or shorten prompts and completions"
+                )
+            bins.append(_Bin())
+            bins[-1].add(cost, size, unit)
+            continue
+        at = bisect_left(room, (size, -1))
+        if at == len(room):
+            bins.append(_Bin())
+            index, free = len(bins) - 1, max_tokens
+        else:
+            free, index = room.pop(at)
+        bins[index].add(cost, size, unit)
+        insort(room, (free - size, index))
+    return bins
+
+
+def _split_to(bins: list[_Bin], count: int) -> list[_Bin]:
+    """Halve the costliest bins (by cost) until there are `count`; empty ones where nothing can be split."""
+    bins = list(bins)
+    while len(bins) < count:
+        splittable = [b for b in bins if len(b.units) > 1]
+        if not splittable:
+            bins.append(_Bin())
+            continue
+        big = max(splittable, key=lambda b: b.cost)
+        bins.remove(big)
+        halves = (_Bin(), _Bin())
+        for unit in sorted(big.units, key=lambda u: (-u[0], u[2])):
+            min(halves, key=lambda b: b.cost).add(*unit)
+        bins.extend(halves)
+    return bins
+
+
+def _deal(bins: list[_Bin], ranks: int) -> list[list[list[int]]]:
+    """Bins to ranks, in rows of similar cost; within a row the costliest goes to the least loaded rank."""
+    bins = sorted(bins, key=lambda b: (-b.cost, b.trees()))
+    out: list[list[list[int]]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for start in range(0, len(bins), ranks):
+        row = bins[start : start + ranks]
+        for rank, taken in zip(sorted(range(ranks), key=lambda r: load[r]), row, strict=True):
+            out[rank].append(taken.trees())
+            load[rank] += taken.cost
+    return out
