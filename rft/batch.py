@@ -103,6 +103,7 @@ class Batch:
     values: Tensor | None = field(default=None, metadata=_T)  # [T] float32, critic before the step
     returns: Tensor | None = field(default=None, metadata=_T)  # [T] float32
     advantages: Tensor | None = field(default=None, metadata=_T)  # [T] float32
+    weight: Tensor | None = field(default=None, metadata=_T)  # [T] float32, share of the step's objective
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # each [N, ...]
     state: Mapping[str, float] = field(default_factory=dict)  # `progress` in [0, 1], algorithm state
 
@@ -200,6 +201,12 @@ class Batch:
             changes[name] = _renumber(changes[name], mask)
         changes["group"] = torch.unique(changes["group"], return_inverse=True)[1]
         return replace(self, **changes, columns={k: v[keep_n] for k, v in self.columns.items()})
+
+    def select_groups(self, groups: Tensor) -> Batch:
+        """The batch made of the given groups (indices [K]); its trees are those that hold them."""
+        token_group = torch.where(self.sequence >= 0, self.group[self.sequence.clamp(min=0)], -1)
+        chosen = torch.isin(token_group, groups.to(token_group.device))
+        return self.select(torch.unique(self.tree[self.segment[chosen]]).tolist())
 
     @staticmethod
     def build(groups: Sequence[Group], *, share_prefix: bool = False) -> Batch:

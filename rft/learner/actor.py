@@ -1,0 +1,58 @@
+"""The learner as a Ray actor: the learner itself, plus its weight channel and its checkpoints."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rft import checkpoint
+from rft.learner.learner import Learner, LearnerSpec
+from rft.rollout.engine import Link
+from rft.sync.broadcast import Manifest, manifest_of
+from rft.sync.sender import Sender, open_sender
+
+
+class LearnerActor(Learner):
+    """The actor's class: `ray.remote(LearnerActor)`."""
+
+    def __init__(self, spec: LearnerSpec, transport: str, wire_dtype: str) -> None:
+        super().__init__(spec)
+        self.transport = transport
+        self.wire_dtype: torch.dtype = getattr(torch, wire_dtype)
+        self.sender: Sender | None = None
+
+    def reserve_address(self) -> tuple[str, int]:
+        """An address of this machine and a free port, for the group's rendezvous."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def open_channel(self, link: Link) -> None:
+        """Open the group that engines join; replaces an earlier one."""
+        if self.sender is not None:
+            self.sender.close()
+        self.sender = open_sender(self.transport, link)
+
+    def manifest(self) -> Manifest:
+        """Names, wire dtypes and shapes of the weights, in sending order."""
+        dtype = str(self.wire_dtype).removeprefix("torch.")
+        return [(name, dtype, shape) for name, _, shape in manifest_of(self.weights())]
+
+    def send_weights(self) -> int:
+        """Send all weights in the engines' precision; returns the bytes each engine received."""
+        assert self.sender is not None, "open_channel comes first"
+        return self.sender.send((name, tensor.to(self.wire_dtype)) for name, tensor in self.weights())
+
+    def save(self, root: str, step: int, keep: int, meta: dict[str, Any]) -> str:
+        """Write a checkpoint of learner and run state (`meta`); returns its folder."""
+        return str(checkpoint.save(Path(root), step, self.write_state, keep=keep, meta=meta))
+
+    def restore(self, folder: str) -> int:
+        """Take over a checkpoint's learner state; returns the policy version."""
+        self.read_state(Path(folder))
+        return self.version

@@ -1,0 +1,84 @@
+"""From a batch to what the policy says of it: the one place where the model is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rft.algorithms.base import PolicyOutput
+from rft.batch import Batch
+from rft.kernels.attention import hidden_states
+from rft.kernels.logprob import token_logps
+from rft.learner.model import Head, head_of
+
+
+class PolicyModel:
+    """A causal LM, its head, and an optional value head, run on packed batches.
+
+    `compute_dtype` bfloat16 runs the float32 parameters under autocast.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        temperature: float,
+        compute_dtype: torch.dtype,
+        value_head: nn.Module | None = None,
+    ) -> None:
+        self.model = model
+        self.temperature = temperature
+        self.compute_dtype = compute_dtype
+        self.value_head = value_head
+        self.device = next(model.parameters()).device
+
+    def run(self, batch: Batch, outputs: frozenset[str] = frozenset()) -> PolicyOutput:
+        """Log-probs of the masked-in tokens, and of `outputs`: entropy, values. 0 elsewhere."""
+        batch = batch.to(self.device)
+        rows = batch.mask.nonzero()[:, 0]
+        with self._autocast():
+            hidden = hidden_states(self.model, batch)[batch.source[rows]]
+        logps, entropy = self._head(hidden, batch.tokens[rows], "entropy" in outputs)
+        values = None
+        if "values" in outputs:
+            assert self.value_head is not None, "the algorithm reads values, but no value head was made"
+            values = self.value_head(hidden.float())[:, 0]
+        return PolicyOutput(
+            logps=_spread(logps, rows, batch.num_tokens),
+            entropy=None if entropy is None else _spread(entropy, rows, batch.num_tokens),
+            values=None if values is None else _spread(values, rows, batch.num_tokens),
+        )
+
+    def _head(self, hidden: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        head: Head = head_of(self.model)
+        weight = head.weight.to(hidden.dtype)
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        kwargs: dict[str, Any] = {
+            "bias": bias,
+            "temperature": self.temperature,
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+        }
+        if entropy:
+            logps, h = token_logps(hidden, weight, targets, entropy=True, **kwargs)
+            return logps, h
+        return token_logps(hidden, weight, targets, **kwargs), None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """All parameters that the optimizer updates."""
+        yield from (p for p in self.model.parameters() if p.requires_grad)
+        if self.value_head is not None:
+            yield from self.value_head.parameters()
+
+
+def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:
+    return values.new_zeros(total).index_put((rows,), values)

@@ -1,0 +1,318 @@
+"""The learner: owns forward, reduction, backward and optimizer. Runs as a Ray actor or in process."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import Algorithm
+from rft.batch import Batch
+from rft.learner import objective
+from rft.learner.config import LearnerConfig
+from rft.learner.forward import PolicyModel
+from rft.learner.model import count_parameters, decay_groups, load_causal_lm, load_tokenizer, resolve_dtype
+from rft.learner.schedule import learning_rate
+from rft.packing import micro_batches
+
+
+class LearnerError(RuntimeError):
+    """A fault in training itself: a non-finite gradient, an impossible batch."""
+
+
+class LogpGapError(RuntimeError):
+    """Engine and learner disagree about the log-probs of fresh samples: the push did not arrive."""
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Everything that a learner needs; plain data, so that it travels to an actor."""
+
+    model: str
+    tokenizer: str
+    algorithm: Algorithm
+    config: LearnerConfig
+    device: str
+    threads: int
+    seed: int
+    total_steps: int
+    num_iterations: int
+    minibatches: int
+    max_completion_length: int
+    temperature: float
+    max_gap_mean: float | None
+    max_gap: float | None
+    trust_remote_code: bool = False
+
+
+class Learner:
+    """One policy in training. Every method is synchronous and leaves the learner consistent."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        self.spec = spec
+        if spec.config.cores:
+            import os
+
+            from rft.rollout.replica import parse_cores
+
+            os.sched_setaffinity(0, parse_cores(spec.config.cores))
+        torch.set_num_threads(spec.threads)
+        torch.manual_seed(spec.seed)
+        self.algorithm = spec.algorithm
+        self.policy = self._load_policy()
+        self.reference = self._load_reference()
+        self.optimizer = torch.optim.AdamW(
+            self._optimizer_groups(),
+            lr=spec.config.learning_rate,
+            betas=spec.config.betas,
+            eps=spec.config.eps,
+        )
+        self.version = 0
+        self.state: dict[str, float] = {}
+
+    # -- set-up ------------------------------------------------------------------------------------
+
+    def _load_policy(self) -> PolicyModel:
+        spec = self.spec
+        model = load_causal_lm(spec.model, torch.float32, spec.device, spec.trust_remote_code)
+        model.train()
+        if spec.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        value_head = None
+        if "values" in spec.algorithm.outputs:
+            value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(spec.device)
+            torch.nn.init.zeros_(value_head.weight)
+        return self._wrap(model, value_head)
+
+    def _load_reference(self) -> PolicyModel | None:
+        if "ref_logps" not in self.algorithm.needs:
+            return None
+        dtype = resolve_dtype(self.spec.config.dtype, self.spec.device)
+        model = load_causal_lm(self.spec.model, dtype, self.spec.device, self.spec.trust_remote_code)
+        return self._wrap(model.eval().requires_grad_(False), None)
+
+    def _wrap(self, model: Any, value_head: Any) -> PolicyModel:
+        return PolicyModel(
+            model,
+            temperature=self.spec.temperature,
+            compute_dtype=resolve_dtype(self.spec.config.dtype, self.spec.device),
+            value_head=value_head,
+        )
+
+    def _optimizer_groups(self) -> list[dict[str, Any]]:
+        groups = decay_groups(self.policy.model, self.spec.config.weight_decay)
+        if self.policy.value_head is not None:
+            groups.append({"params": list(self.policy.value_head.parameters()), "weight_decay": 0.0})
+        return groups
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the log: parameters, device, precision."""
+        return {
+            "parameters": count_parameters(self.policy.model),
+            "device": self.spec.device,
+            "compute_dtype": str(self.policy.compute_dtype),
+            "threads": torch.get_num_threads(),
+        }
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, step: int) -> dict[str, float]:
+        """Train on a batch (all inner epochs and mini-batches); returns the step's metrics.
+
+        The policy's version rises by one. Raises LogpGapError before anything is updated when the
+        batch's fresh samples do not fit the learner's own log-probs, LearnerError on a non-finite
+        gradient.
+        """
+        start = time.perf_counter()
+        spec = self.spec
+        gap = objective.LogpGap()
+        batch = batch.with_(state={**self.state, "progress": step / max(spec.total_steps - 1, 1)})
+        batch = self.algorithm.prepare(self._fill(batch, gap))
+        lr = learning_rate(spec.config, step, spec.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        updates = []
+        for iteration in range(spec.num_iterations):
+            for mini in self._minibatches(batch, step, iteration):
+                first = not updates and batch.old_logps is None
+                updates.append(self._update(mini, gap if first else None))
+        self.version += 1
+        metrics = objective.merge_means(updates)
+        self.state = self.algorithm.next_state(self.state, metrics)
+        return {
+            **metrics,
+            **_advantage_metrics(batch),
+            "sync/logp_gap": gap.largest,
+            "sync/logp_gap_mean": gap.mean,
+            "train/learning_rate": lr,
+            "train/tokens": float(batch.mask.sum()),
+            "train/updates": float(len(updates)),
+            "time/train": time.perf_counter() - start,
+        }
+
+    def _fill(self, batch: Batch, gap: objective.LogpGap) -> Batch:
+        """Compute what the algorithm needs beforehand: old and reference log-probs, values, entropy."""
+        needs = self.algorithm.needs
+        several = self.spec.num_iterations * self.spec.minibatches > 1
+        extra = frozenset({"values"} & needs) | frozenset({"entropy"} if "old_entropy" in needs else ())
+        changes: dict[str, Any] = {}
+        if ("old_logps" in needs and several) or extra:
+            out = self.score(batch, outputs=extra)
+            changes |= {"old_logps": out["logps"]}
+            if "values" in extra:
+                changes["values"] = out["values"]
+            if "entropy" in extra:
+                changes["old_entropy"] = out["entropy"]
+            gap.add(out["logps"], batch, self.version)
+            self._check_gap(gap)
+        if self.reference is not None:
+            changes["ref_logps"] = self.score(batch, model=self.reference)["logps"]
+        return batch.with_(**changes)
+
+    @torch.no_grad()
+    def score(
+        self, batch: Batch, *, outputs: frozenset[str] = frozenset(), model: PolicyModel | None = None
+    ) -> dict[str, Tensor]:
+        """Log-probs (and `outputs`) of a batch under the policy or another model, without gradient,
+        on CPU: {"logps": [T] float32, ...}."""
+        model = model or self.policy
+        names = ("logps", *sorted(outputs))
+        found = {name: torch.zeros(batch.num_tokens) for name in names}
+        tree_of_token = batch.tree[batch.segment]
+        for trees in self._plan(batch):
+            out = model.run(batch.select(trees), outputs)
+            where = torch.isin(tree_of_token, torch.tensor(trees))
+            for name in names:
+                found[name][where] = getattr(out, name).float().cpu()
+        return found
+
+    def _plan(self, batch: Batch) -> list[list[int]]:
+        keep = self.algorithm.unit == "pair"
+        return micro_batches(batch, self.spec.config.tokens_per_micro_batch, keep_groups=keep)[0]
+
+    def _minibatches(self, batch: Batch, step: int, iteration: int) -> Iterator[Batch]:
+        """Split by groups into `minibatches` parts, in an order that depends on seed, step and epoch."""
+        if self.spec.minibatches == 1:
+            yield batch
+            return
+        groups = list(range(batch.num_groups))
+        random.Random(f"{self.spec.seed}/{step}/{iteration}").shuffle(groups)
+        for part in range(self.spec.minibatches):
+            chosen = torch.tensor(sorted(groups[part :: self.spec.minibatches]))
+            yield batch.select_groups(chosen)
+
+    def _update(self, mini: Batch, gap: objective.LogpGap | None) -> dict[str, float]:
+        """Accumulate the gradient of one mini-batch and step the optimizer."""
+        mini, scale = objective.weigh(self.algorithm, mini, self.spec.max_completion_length)
+        means, total = objective.TokenMeans(), 0.0
+        outputs = self.algorithm.outputs | (
+            frozenset({"entropy"}) if self.spec.config.entropy else frozenset()
+        )
+        plan = self._plan(mini)
+        for trees in plan:
+            micro = mini.select(trees)
+            out = self.policy.run(micro, outputs)
+            if gap is not None:
+                gap.add(out.logps.cpu(), micro, self.version)
+            micro = micro.to(self.policy.device)
+            loss = objective.reduce_loss(self.algorithm, out, micro, scale)
+            loss.backward()
+            total += float(loss.detach())
+            with torch.no_grad():
+                metrics = self.algorithm.metrics(out, micro)
+                if out.entropy is not None:
+                    metrics.setdefault("policy/entropy", out.entropy)
+                means.add(metrics, micro.mask)
+        if gap is not None:
+            self._check_gap(gap)
+        return {
+            **means.means(),
+            "train/loss": total,
+            "train/micro_batches": float(len(plan)),
+            **self._optimize(),
+        }
+
+    def _optimize(self) -> dict[str, float]:
+        bound = self.spec.config.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trained(), bound or float("inf")))
+        finite = torch.isfinite(torch.tensor(norm)).item()
+        if finite:
+            self.optimizer.step()
+        elif self.spec.config.on_nonfinite == "stop":
+            self.optimizer.zero_grad(set_to_none=True)
+            raise LearnerError(
+                f"the gradient norm is {norm} at policy version {self.version}; nothing was updated. "
+                "Lower learner.learning_rate, or set learner.on_nonfinite: skip to drop such updates."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"train/grad_norm": norm if finite else 0.0, "train/skipped_updates": float(not finite)}
+
+    def _check_gap(self, gap: objective.LogpGap) -> None:
+        for what, found, bound in (
+            ("mean", gap.mean, self.spec.max_gap_mean),
+            ("largest", gap.largest, self.spec.max_gap),
+        ):
+            if bound is not None and found > bound:
+                self.optimizer.zero_grad(set_to_none=True)
+                raise LogpGapError(
+                    f"rollout engine and learner disagree at policy version {self.version}: {what} gap of "
+                    f"the log-probs {found:.4g} over {gap.tokens} fresh tokens, allowed {bound:.4g}. "
+                    f"Version {self.version} did not arrive as it was sent, or the two compute differently "
+                    "(sync.max_logp_gap and sync.max_logp_gap_mean set the bounds)."
+                )
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's parameters under their Hugging Face names, tied ones once."""
+        for name, parameter in self.policy.model.named_parameters():
+            yield name, parameter.detach()
+
+    def export(self, folder: str) -> str:
+        """Write the policy and its tokenizer as an ordinary Hugging Face folder."""
+        self.policy.model.save_pretrained(folder)
+        load_tokenizer(self.spec.tokenizer, self.spec.trust_remote_code).save_pretrained(folder)
+        return folder
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def write_state(self, folder: Path) -> None:
+        """Write all that a resumed learner needs into `folder`."""
+        self.export(str(folder / "model"))
+        head = self.policy.value_head
+        torch.save(
+            {
+                "optimizer": self.optimizer.state_dict(),
+                "version": self.version,
+                "state": self.state,
+                "value_head": None if head is None else head.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+            },
+            folder / "learner.pt",
+        )
+
+    def read_state(self, folder: Path) -> None:
+        """Take over the state that `write_state` left."""
+        model = load_causal_lm(
+            str(folder / "model"), torch.float32, self.spec.device, self.spec.trust_remote_code
+        )
+        self.policy.model.load_state_dict(model.state_dict())
+        saved = torch.load(folder / "learner.pt", map_location=self.spec.device, weights_only=True)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.version, self.state = saved["version"], saved["state"]
+        if self.policy.value_head is not None:
+            self.policy.value_head.load_state_dict(saved["value_head"])
+        torch.set_rng_state(saved["torch_rng"].cpu())
+
+
+def _advantage_metrics(batch: Batch) -> dict[str, float]:
+    if batch.advantages is None:
+        return {}
+    a = batch.advantages[batch.mask]
+    return {"train/advantage_mean": float(a.mean()), "train/advantage_std": float(a.std(unbiased=False))}

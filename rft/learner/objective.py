@@ -1,0 +1,90 @@
+"""Reduction, once: every unit of a loss is weighed by its share of the whole batch, before any split.
+
+Micro-batching, packing, accumulation and data parallelism then only reorder a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import Algorithm, PolicyOutput
+from rft.batch import Batch
+
+
+def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tuple[Batch, float]:
+    """Fix what each unit of the loss counts.
+
+    Returns the batch with `weight` [T] filled (token losses), and the scale of one sequence or pair
+    (sequence and pair losses). Weights of token losses, for a sequence of length L of N:
+    `token` 1 / (tokens in the batch), `sequence` 1 / (N L), `constant` 1 / (N max_completion_length).
+    """
+    if algorithm.unit != "token":
+        units = batch.num_sequences if algorithm.unit == "sequence" else batch.pairs()[0].numel()
+        return batch, 1.0 / max(units, 1)
+    n = batch.num_sequences
+    if algorithm.normalizer == "token":
+        per_sequence = torch.full((n,), 1.0 / max(int(batch.mask.sum()), 1))
+    elif algorithm.normalizer == "sequence":
+        per_sequence = 1.0 / (n * batch.lengths.clamp(min=1))
+    else:
+        per_sequence = torch.full((n,), 1.0 / (n * max_completion_length))
+    return batch.with_(weight=batch.to_tokens(per_sequence.to(batch.tokens.device))), 1.0
+
+
+def reduce_loss(algorithm: Algorithm, policy: PolicyOutput, micro: Batch, scale: float) -> Tensor:
+    """This micro-batch's part of the objective: a scalar with gradient."""
+    loss = algorithm.loss(policy, micro)
+    if algorithm.unit == "token":
+        assert micro.weight is not None, "weigh() was not called on this batch"
+        return (loss * micro.weight)[micro.mask].sum()
+    return loss.sum() * scale
+
+
+@dataclass
+class TokenMeans:
+    """Means over masked-in tokens, collected over micro-batches."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, metrics: Mapping[str, Tensor], mask: Tensor) -> None:
+        self.tokens += int(mask.sum())
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()[mask].sum(dtype=torch.float64))
+
+    def means(self) -> dict[str, float]:
+        return {name: total / max(self.tokens, 1) for name, total in self.sums.items()}
+
+
+@dataclass
+class LogpGap:
+    """|learner's log-prob - sampler's log-prob| over tokens that the current version sampled."""
+
+    total: float = 0.0
+    largest: float = 0.0
+    tokens: int = 0
+
+    def add(self, logps: Tensor, batch: Batch, version: int) -> None:
+        if batch.sampler_logps is None or batch.version is None:
+            return
+        fresh = batch.mask & (batch.version == version)
+        gap = (logps.detach() - batch.sampler_logps)[fresh].abs()
+        if gap.numel():
+            self.total += float(gap.sum(dtype=torch.float64))
+            # NaN must not hide behind max(): it counts as an infinite gap.
+            self.largest = max(self.largest, float(gap.nan_to_num(nan=torch.inf).max()))
+            self.tokens += gap.numel()
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.tokens, 1)
+
+
+def merge_means(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The plain mean of several updates' metrics."""
+    rows = list(parts)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else {})}

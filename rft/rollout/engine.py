@@ -1,0 +1,118 @@
+"""What a rollout engine is: tokens in, tokens with their log-probs and policy versions out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+R = TypeVar("R")
+
+
+class EngineError(RuntimeError):
+    """An engine failed or did not answer in time; the message names the engine and the call."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample a request. `seed` None: not reproducible."""
+
+    n: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to complete `sampling.n` times."""
+
+    id: str
+    tokens: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One sampled completion.
+
+    `logps[i]` is the log-prob of `tokens[i]` under the distribution that it was drawn from
+    (temperature applied). `versions` are (policy version, start, end) spans over the tokens.
+    """
+
+    tokens: tuple[int, ...]
+    logps: tuple[float, ...]
+    finish: Literal["stop", "length"]
+    versions: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Everything that a replica needs to build its engine; plain data, so that it travels."""
+
+    kind: Literal["vllm", "hf"]
+    model: str
+    dtype: str
+    device: Literal["cpu", "cuda"]
+    max_model_len: int
+    max_num_seqs: int
+    tensor_parallel: int
+    seed: int
+    kv_cache_gib: float
+    gpu_memory_utilization: float
+    threads: int
+    cores: str | None
+    eager: bool
+    needs_text: bool
+    transport: str
+    control_timeout_s: float
+    stop_token_ids: tuple[int, ...]
+    trust_remote_code: bool = False
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where the sender of weights listens, and which rank this engine has in the group."""
+
+    host: str
+    port: int
+    rank_offset: int
+    world_size: int
+    timeout_s: float
+
+
+class RolloutEngine(Protocol):
+    """One engine. Its weights are replaced between `begin_update` and `finish_update`; during that
+    time it samples nothing."""
+
+    async def start(self) -> None: ...
+
+    async def generate(self, request: Request) -> list[Generated]: ...
+
+    async def join(self, link: Link) -> None: ...
+
+    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None: ...
+
+    async def receive(self, manifest: list[tuple[str, str, tuple[int, ...]]]) -> None: ...
+
+    async def finish_update(self, version: int) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def version(self) -> int: ...
+
+    async def close(self) -> None: ...
+
+
+async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
+    """Await with a deadline that names the culprit. Raises EngineError."""
+    try:
+        return await asyncio.wait_for(awaitable, seconds)
+    except TimeoutError:
+        raise EngineError(f"{what} did not finish within {seconds:.0f} s") from None

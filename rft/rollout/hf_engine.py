@@ -1,0 +1,129 @@
+"""Plain transformers as a rollout engine: for machines without vLLM. Slow, simple, exact."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rft.rollout.engine import EngineSpec, Generated, Link, Request, Sampling
+from rft.sync import broadcast
+
+
+class HFEngine:
+    """Batched sampling with a KV cache. Methods as in `RolloutEngine`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self._version = -1
+        self._lock = asyncio.Lock()  # one request at a time; an update waits for it
+
+    async def start(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(self.spec.threads)
+        dtype = "auto" if self.spec.dtype == "auto" else getattr(torch, self.spec.dtype)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            self.spec.model, dtype=dtype, trust_remote_code=self.spec.trust_remote_code
+        )
+        self.model.to(self.spec.device).eval()
+        self.tokenizer: Any = None
+        if self.spec.needs_text:
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(self.spec.model)
+
+    async def generate(self, request: Request) -> list[Generated]:
+        """Sample `request.sampling.n` completions, in sample order."""
+        async with self._lock:
+            return await asyncio.to_thread(self._sample, request)
+
+    @torch.inference_mode()
+    def _sample(self, request: Request) -> list[Generated]:
+        s = request.sampling
+        generator = torch.Generator(self.spec.device)
+        if s.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(s.seed)
+        stop_ids = {*s.stop_token_ids, *self.spec.stop_token_ids}
+        tokens: list[list[int]] = [[] for _ in range(s.n)]
+        logps: list[list[float]] = [[] for _ in range(s.n)]
+        finish: list[Literal["stop", "length"] | None] = [None] * s.n
+        ids = torch.tensor([request.tokens], device=self.spec.device).expand(s.n, -1)
+        cache = None
+        for _ in range(s.max_tokens):
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            ids, chosen = _draw(out.logits[:, -1], s, generator)
+            for i, (token, logp) in enumerate(zip(ids[:, 0].tolist(), chosen.tolist(), strict=True)):
+                if finish[i] is None:
+                    tokens[i].append(token)
+                    logps[i].append(logp)
+                    if token in stop_ids or self._hits_stop_string(tokens[i], s.stop):
+                        finish[i] = "stop"
+            if all(finish):
+                break
+        return [
+            Generated(tuple(t), tuple(p), f or "length", ((self._version, 0, len(t)),))
+            for t, p, f in zip(tokens, logps, finish, strict=True)
+        ]
+
+    def _hits_stop_string(self, tokens: list[int], stop: Iterable[str]) -> bool:
+        if not stop:
+            return False
+        text = self.tokenizer.decode(tokens)
+        return any(word in text for word in stop)
+
+    async def join(self, link: Link) -> None:
+        self.group = await asyncio.to_thread(
+            broadcast.open_group, link.host, link.port, link.rank_offset, link.world_size, link.timeout_s
+        )
+
+    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
+        """Requests run one by one to their end, so every `in_flight` policy means: wait."""
+        await self._lock.acquire()
+
+    async def receive(self, manifest: broadcast.Manifest) -> None:
+        await asyncio.to_thread(self._load, manifest)
+
+    @torch.no_grad()
+    def _load(self, manifest: broadcast.Manifest) -> None:
+        own = dict(self.model.named_parameters())
+        for name, tensor in broadcast.receive(self.group, manifest):
+            own[name].copy_(tensor)
+
+    async def finish_update(self, version: int) -> None:
+        self._version = version
+
+    async def resume(self) -> None:
+        if self._lock.locked():
+            self._lock.release()
+
+    async def version(self) -> int:
+        return self._version
+
+    async def close(self) -> None:
+        self.group = None
+
+
+def _draw(logits: Tensor, s: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sample from [n, V] logits: (tokens [n, 1], log-probs [n] of the distribution drawn from)."""
+    if s.temperature == 0:
+        logps = logits.float().log_softmax(-1)
+        best = logps.argmax(-1, keepdim=True)
+        return best, logps.gather(-1, best)[:, 0]
+    logits = logits.float() / s.temperature
+    if s.top_k:
+        logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], -torch.inf)
+    if s.top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= s.top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    logps = logits.log_softmax(-1)
+    tokens = torch.multinomial(logps.exp(), 1, generator=generator)
+    return tokens, logps.gather(-1, tokens)[:, 0]

@@ -1,0 +1,102 @@
+"""A rollout replica: one engine behind a Ray actor."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, RolloutEngine
+from rft.sync.broadcast import Manifest
+
+
+def build_engine(spec: EngineSpec) -> RolloutEngine:
+    """The engine that `spec.kind` names."""
+    if spec.kind == "vllm":
+        from rft.rollout.vllm_engine import VLLMEngine
+
+        return VLLMEngine(spec)
+    from rft.rollout.hf_engine import HFEngine
+
+    return HFEngine(spec)
+
+
+class Replica:
+    """The actor's class: `ray.remote(Replica)`. All methods are async, so they run on one loop."""
+
+    def __init__(self, spec: EngineSpec, index: int) -> None:
+        self.name = f"rollout replica {index}"
+        if spec.cores:
+            os.sched_setaffinity(0, parse_cores(spec.cores))
+        self.engine = build_engine(spec)
+
+    async def start(self) -> int:
+        """Start the engine; returns this process's id."""
+        try:
+            await self.engine.start()
+        except Exception as error:
+            raise EngineError(f"{self.name} could not start its engine: {error}") from error
+        return os.getpid()
+
+    async def generate(self, requests: list[Request]) -> list[list[Generated]]:
+        """Complete several prompts; their requests reach the engine in order."""
+        import asyncio
+
+        return list(await asyncio.gather(*(self.engine.generate(r) for r in requests)))
+
+    async def join(self, link: Link) -> None:
+        await self.engine.join(link)
+
+    async def begin_update(self, in_flight: Any) -> None:
+        await self.engine.begin_update(in_flight)
+
+    async def receive(self, manifest: Manifest) -> None:
+        await self.engine.receive(manifest)
+
+    async def finish_update(self, version: int) -> int:
+        """Take the new weights into use; returns the version that the engine now reports."""
+        await self.engine.finish_update(version)
+        await self.engine.resume()
+        return await self.engine.version()
+
+    async def version(self) -> int:
+        return await self.engine.version()
+
+    async def call_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        """Call a method of rft's extension on the engine's workers (vLLM only)."""
+        from rft.rollout.vllm_engine import VLLMEngine
+
+        if not isinstance(self.engine, VLLMEngine):
+            raise EngineError(f"{self.name} runs no vLLM; it has no workers to call")
+        return await self.engine.collective_rpc(method, args)
+
+    async def close(self) -> None:
+        await self.engine.close()
+
+
+def parse_cores(text: str) -> set[int]:
+    """ "0-2,5" -> {0, 1, 2, 5}. Raises ValueError for anything else."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            cores |= set(range(int(first), int(last or first) + 1))
+        except ValueError:
+            raise ValueError(f'cores {text!r}: write a list such as "0" or "0-3,8"') from None
+    return cores
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all its descendants; a process that is gone is no error."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            os.kill(member.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

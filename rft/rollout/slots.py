@@ -1,0 +1,139 @@
+"""The slot buffer: which prompt is where, and how old a rollout may be when it is trained on.
+
+There are (staleness + 1) * batch slots. A slot is taken when a prompt is handed out and freed when the
+prompt was trained on *and* every live engine acknowledged the version that came of it, or when it was
+dropped. Every prompt handed out ends exactly once, TRAINED or DROPPED(reason).
+
+Age bound: a group dispatched at version v is trained on by a policy of version at most v + staleness.
+Old groups go first; a young group may overtake one that is still in flight only as long as all groups
+left behind can still meet their bound with `batch` of them consumed per step (see `_feasible`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rft.batch import Group, Prompt
+
+
+class State(StrEnum):
+    """Where a piece of work is."""
+
+    waiting = "waiting"
+    inflight = "inflight"
+    scored = "scored"
+    trained = "trained"
+    dropped = "dropped"
+
+
+class SlotError(RuntimeError):
+    """The accounting is broken: a bug, never a user's mistake."""
+
+
+@dataclass(eq=False)
+class Work:
+    """One prompt handed out. `key` is (epoch, row): what a checkpoint remembers of it."""
+
+    ticket: int
+    key: tuple[int, int]
+    prompt: Prompt
+    state: State = State.waiting
+    version: int = -1  # of the policy when it was dispatched
+    group: Group | None = None
+    reason: str = ""
+
+
+@dataclass
+class SlotBuffer:
+    """Slots for `batch` prompts per step at a given staleness."""
+
+    batch: int
+    staleness: int
+    live: dict[int, Work] = field(default_factory=dict)  # every work that holds a slot, by ticket
+    counts: Counter[str] = field(default_factory=Counter)  # ended work, by state and reason
+    _tickets: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return (self.staleness + 1) * self.batch
+
+    @property
+    def free(self) -> int:
+        return self.capacity - len(self.live)
+
+    def lease(self, key: tuple[int, int], prompt: Prompt) -> Work:
+        """Hand out a prompt. Raises SlotError when no slot is free."""
+        if self.free < 1:
+            raise SlotError(f"no free slot: all {self.capacity} are taken")
+        work = Work(self._tickets, key, prompt)
+        self._tickets += 1
+        self.live[work.ticket] = work
+        return work
+
+    def dispatch(self, work: Work, version: int) -> None:
+        """The work goes to an engine that samples with policy `version` or a later one.
+
+        A group that is dispatched a second time (its engine died) keeps its first version: the
+        bound stays on the safe side.
+        """
+        self._expect(work, State.waiting, State.inflight)
+        work.state = State.inflight
+        if work.version < 0:
+            work.version = version
+
+    def score(self, work: Work, group: Group) -> None:
+        """The work's completions are there, with their rewards."""
+        self._expect(work, State.inflight)
+        work.state, work.group = State.scored, group
+
+    def drop(self, work: Work, reason: str) -> None:
+        """End the work without training on it; its slot is free at once."""
+        self._expect(work, State.waiting, State.inflight, State.scored)
+        work.state, work.reason = State.dropped, reason
+        del self.live[work.ticket]
+        self.counts[f"dropped/{reason}"] += 1
+
+    def take(self, version: int) -> list[Work] | None:
+        """`batch` scored works to train policy `version` on, in ticket order; None: not yet."""
+        open_work = [w for w in self.live.values() if w.state != State.trained]
+        ready = sorted((w for w in open_work if w.state == State.scored), key=lambda w: (w.version, w.ticket))
+        chosen = ready[: self.batch]
+        if len(chosen) < self.batch:
+            return None
+        taken = {w.ticket for w in chosen}
+        left = [w for w in open_work if w.ticket not in taken and w.state != State.waiting]
+        if not self._feasible(left, version + 1):
+            return None
+        for work in chosen:
+            if version - work.version > self.staleness:
+                raise SlotError(f"work {work.ticket} is {version - work.version} versions old")
+            work.state = State.trained
+        return sorted(chosen, key=lambda w: w.ticket)
+
+    def _feasible(self, left: list[Work], version: int) -> bool:
+        """True if the works left can all be trained on in time, `batch` per step from `version` on."""
+        due = Counter(w.version + self.staleness for w in left)
+        behind = 0
+        for deadline in sorted(due):
+            behind += due[deadline]
+            if behind > max(deadline - version + 1, 0) * self.batch:
+                return False
+        return True
+
+    def acknowledge(self) -> int:
+        """Every live engine has the version that the trained works led to: free their slots."""
+        done = [w for w in self.live.values() if w.state == State.trained]
+        for work in done:
+            del self.live[work.ticket]
+        self.counts["trained"] += len(done)
+        return len(done)
+
+    def outstanding(self) -> list[tuple[int, int]]:
+        """Keys of the works that were handed out and have not ended, in ticket order."""
+        return [w.key for _, w in sorted(self.live.items()) if w.state != State.trained]
+
+    def _expect(self, work: Work, *states: State) -> None:
+        if work.state not in states or self.live.get(work.ticket) is not work:
+            raise SlotError(f"work {work.ticket} is {work.state}, expected {' or '.join(states)}")

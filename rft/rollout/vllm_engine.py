@@ -1,0 +1,145 @@
+"""vLLM as a rollout engine: AsyncLLM, token ids in and out, weights over vLLM's transfer API."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, Sampling, within
+
+_INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
+
+
+class VLLMEngine:
+    """A vLLM engine. Methods as in `RolloutEngine`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self._engine: Any = None
+        self._version = _INITIAL_VERSION
+
+    async def start(self) -> None:
+        """Start vLLM. Environment variables are read by vLLM's own worker processes."""
+        if self.spec.device == "cpu":
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.spec.kv_cache_gib)))
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self.spec.cores or "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(self.spec.threads)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args: dict[str, Any] = {
+            "model": self.spec.model,
+            "dtype": self.spec.dtype,
+            "seed": self.spec.seed,
+            "max_model_len": self.spec.max_model_len,
+            "max_num_seqs": self.spec.max_num_seqs,
+            "tensor_parallel_size": self.spec.tensor_parallel,
+            "gpu_memory_utilization": self.spec.gpu_memory_utilization,
+            "enforce_eager": self.spec.eager,
+            "skip_tokenizer_init": not self.spec.needs_text,
+            "trust_remote_code": self.spec.trust_remote_code,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",  # the model's own sampling defaults would bend the log-probs
+            "weight_transfer_config": {"backend": self.spec.transport},
+            "worker_extension_cls": "rft.sync.vllm_worker.Extension",
+            "disable_log_stats": True,
+            "enable_log_requests": False,
+        }
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**args, **self.spec.engine_args}))
+
+    async def generate(self, request: Request) -> list[Generated]:
+        """Sample `request.sampling.n` completions, in sample order."""
+        params = self._params(request.sampling)
+        prompt = {"prompt_token_ids": list(request.tokens)}
+        output = None
+        async for output in self._engine.generate(prompt, params, request_id=request.id):
+            pass
+        if output is None or not output.finished:
+            raise EngineError(f"vLLM ended request {request.id} without finishing it")
+        ordered = sorted(output.outputs, key=lambda o: o.index)
+        return [self._generated(request.id, o) for o in ordered]
+
+    def _params(self, s: Sampling) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            n=s.n,
+            max_tokens=s.max_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            seed=s.seed,
+            stop=list(s.stop) or None,
+            stop_token_ids=list({*s.stop_token_ids, *self.spec.stop_token_ids}),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(s.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _generated(self, request_id: str, output: Any) -> Generated:
+        tokens = tuple(output.token_ids)
+        if output.finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM ended request {request_id} with reason {output.finish_reason!r}")
+        spans = tuple((int(s.version), s.start, s.end) for s in output.weight_versions or ())
+        if not spans:
+            spans = ((self._version, 0, len(tokens)),)
+        return Generated(tokens, tuple(output.logprobs.logprobs), output.finish_reason, spans)
+
+    async def join(self, link: Link) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info: dict[str, Any] = {"rank_offset": link.rank_offset, "world_size": link.world_size}
+        if self.spec.transport == "nccl":
+            info |= {"master_address": link.host, "master_port": link.port, "packed": True}
+        else:
+            info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}
+        await within(
+            link.timeout_s,
+            "joining the weight channel",
+            self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)),
+        )
+
+    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
+        await self._control("pause", self._engine.pause_generation(mode=in_flight, clear_cache=True))
+        await self._control("start_weight_update", self._engine.start_weight_update())
+
+    async def receive(self, manifest: list[tuple[str, str, tuple[int, ...]]]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        info = {
+            "names": [name for name, _, _ in manifest],
+            "dtype_names": [dtype for _, dtype, _ in manifest],
+            "shapes": [list(shape) for _, _, shape in manifest],
+        }
+        await self._control("update_weights", self._engine.update_weights(WeightTransferUpdateRequest(info)))
+
+    async def finish_update(self, version: int) -> None:
+        await self._control(
+            "finish_weight_update", self._engine.finish_weight_update(weight_version=str(version))
+        )
+        self._version = version
+
+    async def resume(self) -> None:
+        await self._control("resume", self._engine.resume_generation())
+
+    async def version(self) -> int:
+        """The version that vLLM itself reports; -1 before the first push."""
+        reported = await self._control("get_weight_version", self._engine.get_weight_version())
+        return int(reported) if self._version >= 0 else _INITIAL_VERSION
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Call a method of the worker extension on every worker of this engine."""
+        return await self._control(method, self._engine.collective_rpc(method, args=args))
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    async def _control(self, what: str, awaitable: Any) -> Any:
+        return await within(self.spec.control_timeout_s, f"vLLM {what}", awaitable)
