@@ -18,6 +18,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _lines_only() -> dict[Style, float]:
+    return {"lines": 1.0}
+
+
 class ArithmeticConfig(Section):
     """An arithmetic problem of a few steps, as a short story or as an expression."""
 
@@ -37,7 +41,7 @@ class ArithmeticConfig(Section):
         0.2, ge=0, le=1, description="share of a demonstration's steps that are wrong (a slip by 1, 2 or 10)"
     )
     styles: dict[Style, float] = Field(
-        default_factory=lambda: {"lines": 1.0},
+        default_factory=_lines_only,
         description="solution formats of the demonstrations, each with its weight",
     )
 

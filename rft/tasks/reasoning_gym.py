@@ -109,5 +109,5 @@ def _final_answer(text: str) -> str | None:
     tagged = _ANSWER.findall(text)
     if tagged:
         return tagged[-1].strip()
-    head, marker, tail = text.rpartition("####")
+    _, marker, tail = text.rpartition("####")
     return tail.strip() if marker else None

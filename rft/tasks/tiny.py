@@ -7,14 +7,13 @@ the way they are written. Same arguments, same files.
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rft.tasks.arithmetic import NAMES, Arithmetic
+from rft.tasks.arithmetic import Arithmetic
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
@@ -44,8 +43,9 @@ def build_tiny(
 ) -> None:
     """Write a freshly initialised model, its tokenizer and its generation config to `folder`.
 
-    `vocab_size` is an upper bound (see `build_tokenizer`). The size of an attention head is hidden_size / heads; vLLM on CPU wants a multiple of 32.
-    The global random state is left as it was. Raises ValueError for sizes that do not fit.
+    `vocab_size` is an upper bound (see `build_tokenizer`). The size of an attention head is
+    hidden_size / heads; vLLM on CPU wants a multiple of 32. The global random state is left as it was.
+    Raises ValueError for sizes that do not fit.
     """
     if hidden_size % heads:
         raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of heads ({heads})")
