@@ -1,0 +1,283 @@
+"""`RunLog`: what a run writes down, one JSON object a line, whole lines only.
+
+`metrics.jsonl` has one line a step, `samples.jsonl` completions to read, `events.jsonl` what happened
+when. A run that resumes at step k first sets the lines after k aside (`*.superseded.jsonl`): they are
+the dead process's, and the steps are about to be taken again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rft.metrics.config import TrackingConfig
+from rft.metrics.trackers import Tracker, open_trackers
+
+METRICS_FILE, SAMPLES_FILE, EVENTS_FILE = "metrics.jsonl", "samples.jsonl", "events.jsonl"
+
+
+class RunLog:
+    """The writer of a run folder. One process at a time writes; use it as a context manager.
+
+    Args:
+        run_dir: the run's folder; made if it is not there.
+        total_steps: steps that the run is going to take; the first and the last one's samples are kept.
+        tracking: trackers to feed, and how many samples to keep.
+        resumed_at: None for a new run; k for a run that goes on from a checkpoint of step k; -1 for one
+            that was interrupted before its first checkpoint and starts over.
+        config: the resolved config as plain values, for trackers that show it.
+
+    Raises:
+        FileExistsError: `resumed_at` is None and the folder has metrics already.
+        rft.metrics.trackers.TrackerMissing: a tracker's package is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        tracking: TrackingConfig,
+        *,
+        resumed_at: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.total_steps = total_steps
+        self.tracking = tracking
+        self.last_step = -1
+        self._open_files: list[IO[str]] = []
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        metrics = self.run_dir / METRICS_FILE
+        if resumed_at is None and metrics.exists() and metrics.stat().st_size:
+            raise FileExistsError(
+                f"{metrics} has lines of an earlier run: resume that run, or choose another run folder"
+            )
+        # Set-up of the trackers comes before the first write, so that a missing one leaves no trace.
+        self._trackers: list[Tracker] = open_trackers(
+            tracking, self.run_dir, resumed_at=resumed_at, config=config or {}
+        )
+        kept = resumed_at if resumed_at is not None else -1
+        moved = [set_aside(self.run_dir / name, after=kept) for name in (METRICS_FILE, SAMPLES_FILE)]
+        mend(self.run_dir / EVENTS_FILE)
+        self._metrics, self._samples, self._events = (
+            self._append_to(name) for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
+        )
+        self.last_step = max((row["step"] for row in read_jsonl(metrics)), default=-1)
+        self.event(
+            "run/opened",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            total_steps=total_steps,
+            resumed_at=resumed_at,
+        )
+        for report in filter(None, moved):
+            self.event("run/superseded", **report)
+
+    def _append_to(self, name: str) -> IO[str]:
+        file = (self.run_dir / name).open("a", encoding="utf-8")
+        self._open_files.append(file)
+        return file
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a step's line: `step`, `time/wall` and `metrics`. Every step has one line only.
+
+        NaN and infinities become null, and an event `metric/non_finite` names them.
+
+        Raises:
+            ValueError: `step` has its line already, or a later step has.
+            TypeError: a value is not a number.
+        """
+        if step <= self.last_step:
+            raise ValueError(
+                f"step {step} cannot be logged after step {self.last_step}: one line a step, in order"
+            )
+        row: dict[str, float | None] = {"step": step, "time/wall": round(time.time(), 3)}
+        strange: dict[str, str] = {}
+        for name, value in metrics.items():
+            if name == "step":
+                continue
+            number = _number(name, value)
+            row[name] = number if math.isfinite(number) else None
+            if not math.isfinite(number):
+                strange[name] = str(number)
+        _write(self._metrics, row)
+        self.last_step = step
+        if strange:
+            self.event("metric/non_finite", step=step, values=strange)
+        finite = {name: v for name, v in row.items() if v is not None and name not in ("step", "time/wall")}
+        for tracker in self._trackers:
+            tracker.log(step, finite)
+
+    def wants_samples(self, step: int) -> bool:
+        """True on the steps whose samples are kept: every `sample_every`, the first (0) and the last."""
+        if self.tracking.samples_kept == 0:
+            return False
+        return step % self.tracking.sample_every == 0 or step >= self.total_steps
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep some of a step's completions, if the step is one of those (`wants_samples`).
+
+        rows: `prompt`, `completion` (text), `reward`, `scores`, `outcome`, `finish`, `version`, and
+        `split` ("train", the default, or "eval"). At most `samples_kept` of each split are written,
+        spread evenly, so that an unchanging held-out set shows the same prompts every time.
+        """
+        if not self.wants_samples(step):
+            return
+        for split in ("train", "eval"):
+            of_split = [row for row in rows if row.get("split", "train") == split]
+            for row in _spread(of_split, self.tracking.samples_kept):
+                _write(self._samples, {"step": step, "split": split, **row})
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write an event: wall time (`time`), monotonic time (`clock`), `kind` and `fields`.
+
+        A field that JSON does not know is written as its `repr`; a fault must not die of its report.
+        """
+        stamp = {"time": round(time.time(), 3), "clock": round(time.monotonic(), 3), "kind": kind}
+        _write(self._events, {**stamp, **fields})
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def close(self, reason: str = "done") -> None:
+        """Write `run/closed` and close files and trackers. A second call does nothing."""
+        if not self._open_files:
+            return
+        self.event("run/closed", last_step=self.last_step, reason=reason)
+        with contextlib.ExitStack() as stack:  # every one is closed, and the first error is still raised
+            for file in self._open_files:
+                stack.callback(file.close)
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
+        self._open_files.clear()
+        self._trackers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("done" if kind is None else f"{kind.__name__}: {error}")
+
+
+# -- lines -----------------------------------------------------------------------------------------
+
+
+def _number(name: str, value: Any) -> float:
+    """A Python number from one of Python, NumPy or a tensor of one element; integers stay integers."""
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else value
+    item = getattr(value, "item", None)
+    if item is None:
+        raise TypeError(f"metric {name!r} must be a number, got {type(value).__name__}: {value!r}")
+    number: float = item()
+    return number
+
+
+def _strict(value: Any) -> Any:
+    """The same value with NaN and infinities as text, which JSON has no numbers for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return value
+
+
+def _write(file: IO[str], row: Mapping[str, Any]) -> None:
+    """One line, flushed: what was written survives the process."""
+    text = json.dumps(_strict(row), ensure_ascii=False, allow_nan=False, default=repr)
+    # A lone surrogate (half of a character that sampling cut) cannot be UTF-8; show it as \udXXX.
+    file.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    file.flush()
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """At most `count` rows at even distances, the first one among them."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def parse_line(line: str) -> dict[str, Any] | None:
+    """A line's object, or None where the line is torn (a process died, or is still writing)."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; [] where there is no file. A torn line is left out."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return [row for line in file if (row := parse_line(line)) is not None]
+
+
+def set_aside(path: Path, after: int) -> dict[str, Any] | None:
+    """Move lines of steps later than `after`, and torn ones, to `NAME.superseded.jsonl`.
+
+    Safe to be killed in: the lines are on disk over there before they go from here, and are not
+    written twice when it is called again. Returns what an event should tell, or None if nothing moved.
+    """
+    kept, moved, steps = _divide(path, after)
+    if not moved:
+        return None
+    aside = path.with_name(path.name.removesuffix(".jsonl") + ".superseded.jsonl")
+    payload = "".join(moved)
+    if not (aside.exists() and aside.read_text(encoding="utf-8").endswith(payload)):
+        with aside.open("a", encoding="utf-8") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    first, last = (min(steps), max(steps)) if steps else (None, None)
+    return {"file": path.name, "lines": len(moved), "first_step": first, "last_step": last}
+
+
+def _divide(path: Path, after: int) -> tuple[list[str], list[str], list[int]]:
+    """Lines to keep, lines to move (a torn one as `{"torn": text}`), and the moved lines' steps."""
+    kept: list[str] = []
+    moved: list[str] = []
+    steps: list[int] = []
+    lines: Iterable[str] = ()
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in filter(None, lines):
+        row = parse_line(line)
+        if row is None or not isinstance(row.get("step"), int):
+            moved.append(json.dumps({"torn": line}) + "\n")
+        elif row["step"] > after:
+            moved.append(line + "\n")
+            steps.append(row["step"])
+        else:
+            kept.append(line + "\n")
+    return kept, moved, steps
+
+
+def mend(path: Path) -> None:
+    """End a torn last line, so that the next one starts on a line of its own."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")

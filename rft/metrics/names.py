@@ -1,0 +1,190 @@
+"""Every metric and event that a run writes, each documented once. `docs/metrics.md` is made from here
+(`python -m rft.metrics.docs > docs/metrics.md`), and a test fails when a run logs a name that is not here.
+
+A `*` stands for any text, as in `reward/outcome/*`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """What a metric says, in one line, and its unit ("" for a plain number)."""
+
+    meaning: str
+    unit: str = ""
+
+
+METRICS: dict[str, Metric] = {
+    # -- where the run is
+    "step": Metric("optimizer steps done when the line was written; 0 is the untrained model", "steps"),
+    "data/epoch": Metric("passes over the training prompts so far", "epochs"),
+    "data/prompts": Metric("prompts handed out so far", "prompts"),
+    "data/skipped": Metric("prompts left out so far because they are longer than the limit", "prompts"),
+    "data/dropped": Metric("prompts that ended DROPPED so far", "prompts"),
+    "data/dropped/*": Metric("the same, for one reason", "prompts"),
+    # -- reward
+    "reward/mean": Metric("mean reward of the batch's completions"),
+    "reward/std": Metric("standard deviation of the reward over the batch"),
+    "reward/min": Metric("smallest reward of the batch"),
+    "reward/max": Metric("largest reward of the batch"),
+    "reward/outcome/*": Metric(
+        "share of scores with this outcome: correct, wrong, unparseable, timeout, error, abstain", "share"
+    ),
+    "reward/errors": Metric("scores that ended in an error or a timeout so far", "scores"),
+    "reward/*/mean": Metric("mean score of one reward function, before its weight"),
+    "reward/*/std": Metric("standard deviation of one reward function's score"),
+    "reward/*/outcome/*": Metric("share of one reward function's scores with this outcome", "share"),
+    "group/degenerate": Metric("share of groups whose rewards are all equal: no gradient", "share"),
+    "group/count": Metric("groups trained on in this step", "groups"),
+    "group/filtered": Metric("groups without signal that were left out and refilled", "groups"),
+    "group/pass_rate": Metric("mean share of correct completions in a group", "share"),
+    "group/pass@*": Metric("share of groups with at least one correct completion among k", "share"),
+    # -- held-out evaluation
+    "eval/accuracy": Metric("share of correct held-out completions, sampled", "share"),
+    "eval/accuracy_stderr": Metric("standard error of eval/accuracy over problems", "share"),
+    "eval/greedy_accuracy": Metric("share of held-out problems solved by greedy decoding", "share"),
+    "eval/pass@*": Metric("chance that at least one of k samples is correct, unbiased estimate", "share"),
+    "eval/problems": Metric("held-out problems evaluated", "problems"),
+    "eval/outcome/*": Metric("share of held-out completions with this outcome", "share"),
+    "eval/length_mean": Metric("mean length of held-out completions", "tokens"),
+    "eval/truncated": Metric("share of held-out completions cut at the length limit", "share"),
+    "eval/loss": Metric("mean loss on held-out examples (offline training)", "nats/token"),
+    "eval/*/accuracy": Metric("share of correct completions on one named evaluation set", "share"),
+    # -- policy
+    "policy/kl": Metric("divergence of the policy from the reference, mean over tokens", "nats/token"),
+    "policy/kl_behaviour": Metric("divergence of the policy from the one that sampled", "nats/token"),
+    "policy/kl_coefficient": Metric("weight of the KL term in this step"),
+    "policy/entropy": Metric("entropy of the policy, mean over sampled tokens", "nats/token"),
+    "policy/entropy_*": Metric("entropy bonus or target of this step"),
+    "policy/clip_fraction": Metric("share of tokens whose ratio the clip cut off", "share"),
+    "policy/clip_fraction_*": Metric("the same for the lower or the upper bound alone", "share"),
+    "policy/ratio_mean": Metric("mean ratio of the policy to the behaviour policy"),
+    "policy/ratio_max": Metric("largest ratio of the policy to the behaviour policy"),
+    "policy/ratio_min": Metric("smallest ratio of the policy to the behaviour policy"),
+    "policy/advantage_mean": Metric("mean advantage over tokens"),
+    "policy/advantage_std": Metric("standard deviation of the advantage over tokens"),
+    "policy/mismatch_kl": Metric("divergence of the learner's log-probs from the sampler's", "nats/token"),
+    "policy/mismatch_weight": Metric("mean importance weight against the sampler, after truncation"),
+    "policy/masked_fraction": Metric("share of tokens left out by off-policy correction", "share"),
+    "algorithm/*": Metric("a diagnostic of the algorithm, see its docstring"),
+    # -- learner
+    "train/loss": Metric("loss of the whole batch, by the algorithm's normalisation"),
+    "train/grad_norm": Metric("norm of the gradient before clipping"),
+    "train/learning_rate": Metric("learning rate of this step"),
+    "train/tokens": Metric("tokens that went through the learner in this step", "tokens"),
+    "train/loss_tokens": Metric("tokens that the loss acted on in this step", "tokens"),
+    "train/micro_batches": Metric("micro-batches that the step was split into", "micro-batches"),
+    "train/updates": Metric("optimizer updates in this step (inner epochs times mini-batches)", "updates"),
+    "train/skipped": Metric("updates left out because the gradient was not finite", "updates"),
+    "train/update_sparsity": Metric("share of parameters that the step left exactly as they were", "share"),
+    "train/accuracy": Metric("share of pairs or tokens that the model gets right (offline)", "share"),
+    "train/perplexity": Metric("exponential of the mean loss per token (offline training)"),
+    "train/padding": Metric("share of positions in the micro-batches that hold no token", "share"),
+    "value/*": Metric("a number of the critic: loss, explained_variance, clip_fraction"),
+    # -- completions
+    "completion/length_mean": Metric("mean length of the completions", "tokens"),
+    "completion/length_std": Metric("standard deviation of the completions' length", "tokens"),
+    "completion/length_min": Metric("shortest completion", "tokens"),
+    "completion/length_max": Metric("longest completion", "tokens"),
+    "completion/truncated": Metric("share of completions cut at the length limit", "share"),
+    "completion/duplicates": Metric("share of completions that repeat another one of their group", "share"),
+    "completion/distinct_*": Metric("distinct n-grams as a share of all: diversity of the output", "share"),
+    "completion/turns_mean": Metric("mean number of turns (multi-turn tasks)", "turns"),
+    # -- rollout
+    "rollout/age_mean": Metric("mean age of trained completions: policy version minus theirs", "versions"),
+    "rollout/age_max": Metric("largest age of a trained completion", "versions"),
+    "rollout/age/*": Metric("share of trained completions with exactly this age", "share"),
+    "rollout/tokens": Metric("tokens sampled for this step", "tokens"),
+    "rollout/inflight": Metric("prompts at the engines when the step ended", "prompts"),
+    "rollout/waiting": Metric("free or waiting slots when the step ended", "slots"),
+    "rollout/requeued": Metric("prompts sent out a second time after a fault, so far", "prompts"),
+    "rollout/versions_mean": Metric("mean number of policy versions that a completion spans", "versions"),
+    "rollout/prefix_hits": Metric("share of prompt tokens found in the engines' prefix cache", "share"),
+    "engine/alive": Metric("engines that answer", "engines"),
+    "engine/*/version": Metric("policy version that an engine holds", "version"),
+    "engine/*/silence": Metric("seconds since an engine's last sign of life", "s"),
+    "engine/*/tokens_per_s": Metric("tokens an engine sampled per second", "tokens/s"),
+    "engine/restarts": Metric("engines rebuilt so far", "engines"),
+    # -- weights to the engines
+    "sync/logp_gap": Metric(
+        "largest difference between the engine's log-prob of a sampled token and the learner's", "nats"
+    ),
+    "sync/logp_gap_mean": Metric("mean of that difference over tokens", "nats"),
+    "sync/bytes": Metric("bytes pushed to each engine after this step", "bytes"),
+    "sync/version": Metric("policy version that all engines acknowledged", "version"),
+    "sync/tensors": Metric("tensors pushed to each engine after this step", "tensors"),
+    # -- time
+    "time/wall": Metric("when the line was written: seconds since 1970 (UTC)", "s"),
+    "time/step": Metric("whole step", "s"),
+    "time/rollout": Metric("waiting for completions", "s"),
+    "time/reward": Metric("waiting for rewards", "s"),
+    "time/reference": Metric("reference, critic or old log-probs", "s"),
+    "time/train": Metric("forward, backward, optimizer", "s"),
+    "time/sync": Metric("pushing weights and waiting for all engines", "s"),
+    "time/eval": Metric("held-out evaluation", "s"),
+    "time/checkpoint": Metric("time that the checkpoint held the step up", "s"),
+    "time/data": Metric("reading and packing data", "s"),
+    "time/idle/*": Metric("time in this step that a part (learner, engines) waited for work", "s"),
+    "throughput/tokens_per_s": Metric("sampled and trained completion tokens per second of step", "tokens/s"),
+    "throughput/rollout_tokens_per_s": Metric("sampled tokens per second of rollout", "tokens/s"),
+    "throughput/train_tokens_per_s": Metric("learner's tokens per second of training", "tokens/s"),
+    "throughput/samples_per_s": Metric("completions per second of step", "completions/s"),
+    "throughput/mfu": Metric("model FLOPs that the learner used, as a share of the device's peak", "share"),
+    # -- memory
+    "memory/*": Metric("memory of a part: learner_rss, learner_gpu_peak, controller_rss, shared", "bytes"),
+}
+
+EVENTS: dict[str, str] = {
+    "run/opened": "a process began to write: pid, host, total_steps, resumed_at (none: from the start)",
+    "run/closed": "the process stopped writing: last_step, reason (done, stopped, or the error)",
+    "run/superseded": "lines after the resume point were set aside: file, lines, first_step, last_step",
+    "run/stopped": "stopped on request with a checkpoint saved: step, signal",
+    "run/failed": "ended by an error: step, error",
+    "phase/started": "a part of a step, or of the set-up, began: phase, step",
+    "phase/ended": "it ended: phase, step, seconds",
+    "version/pushed": "weights reached the engines: version, seconds, bytes, engines",
+    "group/sampled": "a prompt's completions came back: prompt, version, engine",
+    "group/scored": "its rewards are known: prompt, rewards, outcomes",
+    "group/trained": "it was trained on: prompt, step, age",
+    "group/dropped": "it was dropped: prompt, reason",
+    "group/requeued": "it was sent out again: prompt, reason",
+    "checkpoint/saved": "a checkpoint is complete: step, path, seconds, bytes",
+    "checkpoint/rejected": "a checkpoint did not pass its hashes: path, reason",
+    "checkpoint/restored": "the run went on from it: step, path",
+    "eval/done": "a held-out evaluation ended: step, accuracy, seconds",
+    "fault/*": "a part failed: part, what, action (what happens next), and the work it held",
+    "engine/started": "an engine answers: engine, seconds",
+    "engine/lost": "an engine no longer answers: engine, reason, held (work it had)",
+    "engine/rebuilt": "it was built anew and holds the current version: engine, version, seconds",
+    "engine/health": "a sign of life: engine, version, inflight",
+    "guard/*": "a guard spoke: step, value, limit, message, action (warn or stop)",
+    "metric/non_finite": "metrics were NaN or infinite and were written as null: step, values",
+    "reward/error": "a reward function raised: function, step, traceback, sample",
+    "note": "a remark for the reader: text",
+}
+
+
+def _pattern(names: dict[str, Metric] | dict[str, str]) -> re.Pattern[str]:
+    parts = (re.escape(name).replace(r"\*", ".+") for name in names)
+    return re.compile("|".join(f"(?:{part})" for part in parts))
+
+
+_METRIC, _EVENT = _pattern(METRICS), _pattern(EVENTS)
+
+
+def is_documented(name: str) -> bool:
+    """True if `name` is a metric of the table (a `*` there matches any text that is not empty)."""
+    return _METRIC.fullmatch(name) is not None
+
+
+def is_documented_event(kind: str) -> bool:
+    """True if `kind` is an event of the table."""
+    return _EVENT.fullmatch(kind) is not None
+
+
+def is_reproducible(name: str) -> bool:
+    """True if two equal runs in synchronous mode must write the same number: all but times and memory."""
+    return not name.startswith(("time/", "throughput/", "memory/", "engine/"))

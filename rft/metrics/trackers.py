@@ -1,0 +1,143 @@
+"""TensorBoard, Weights & Biases and MLflow behind one small interface; each package is optional."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from rft.metrics.config import TrackingConfig
+
+
+class TrackerMissing(ImportError):
+    """A tracker that the config names is not installed."""
+
+
+class Tracker(Protocol):
+    """A place to send numbers to. `log` gets finite numbers only."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _import(tracker: str, extra: str, *modules: str) -> ModuleType:
+    """The first of `modules` that can be imported."""
+    reasons = []
+    for module in modules:
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            reasons.append(f"{module}: {error}")
+    raise TrackerMissing(
+        f"tracking.trackers names {tracker!r}, which is not installed ({'; '.join(reasons)}). "
+        f"Install it with `pip install 'rft[{extra}]'`, or take it out of tracking.trackers."
+    )
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out.update(flatten(value, f"{name}."))
+        else:
+            out[name] = value
+    return out
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard. After a resume, TensorBoard hides what came after the step."""
+
+    def __init__(
+        self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]
+    ) -> None:
+        module = _import("tensorboard", "tensorboard", "torch.utils.tensorboard", "tensorboardX")
+        purge = None if resumed_at is None else resumed_at + 1
+        self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        if config and resumed_at is None:
+            rows = "\n".join(f"| {k} | `{v}` |" for k, v in flatten(config).items())
+            self._writer.add_text("config", f"| setting | value |\n|---|---|\n{rows}", 0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run; offline (the default) it lies in RUN/wandb until `wandb sync` sends it."""
+
+    def __init__(
+        self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]
+    ) -> None:
+        module = _import("wandb", "wandb", "wandb")
+        identity = run_dir / "wandb_id"
+        if not identity.exists():
+            identity.write_text(module.util.generate_id())
+        self._run = module.init(
+            project=tracking.project,
+            name=tracking.run_name or run_dir.name,
+            id=identity.read_text().strip(),
+            dir=str(run_dir),
+            mode=tracking.wandb_mode,
+            config=dict(config),
+            resume="allow" if resumed_at is not None and tracking.wandb_mode == "online" else None,
+            settings=module.Settings(console="off", silent=True),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish(quiet=True)
+
+
+class MLflow:
+    """An MLflow run in a file store in RUN/mlflow, or at `tracking.mlflow_uri`."""
+
+    def __init__(
+        self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]
+    ) -> None:
+        module = _import("mlflow", "mlflow", "mlflow")
+        uri = tracking.mlflow_uri or (run_dir / "mlflow").resolve().as_uri()
+        self._client = module.tracking.MlflowClient(tracking_uri=uri)
+        identity = run_dir / "mlflow_id"
+        if resumed_at is not None and identity.exists():
+            self._id = identity.read_text().strip()
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        found = self._client.get_experiment_by_name(tracking.project)
+        experiment = found.experiment_id if found else self._client.create_experiment(tracking.project)
+        run = self._client.create_run(experiment, run_name=tracking.run_name or run_dir.name)
+        self._id = run.info.run_id
+        identity.write_text(self._id)
+        for name, value in flatten(config).items():
+            self._client.log_param(self._id, name, str(value)[:6000])  # MLflow's own limit
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            # MLflow allows no `@` in a name.
+            self._client.log_metric(self._id, name.replace("@", "_at_"), float(value), step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+_TRACKERS: dict[str, Callable[[TrackingConfig, Path, int | None, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def open_trackers(
+    tracking: TrackingConfig, run_dir: Path, *, resumed_at: int | None, config: Mapping[str, Any]
+) -> list[Tracker]:
+    """The trackers that the config names, opened. Raises TrackerMissing."""
+    return [_TRACKERS[name](tracking, run_dir, resumed_at, config) for name in tracking.trackers]
