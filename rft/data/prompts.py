@@ -1,0 +1,114 @@
+"""Prompts out: rows rendered as text or chat, tokenised, and measured against the length limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rft.batch import Prompt
+from rft.data.chat import Renderer, is_messages
+from rft.data.config import DataConfig
+from rft.data.errors import BadRows, DataError, missing_column
+from rft.data.rows import Row, Rows, Split, load_rows
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a split. `skipped` counts the rows left out, by reason; `rows` says which
+    (numbers counted from 1)."""
+
+    prompts: list[Prompt]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __str__(self) -> str:
+        left = "".join(f"; {count} skipped: {reason}" for reason, count in self.skipped.items())
+        return f"{len(self.prompts)} prompts from {self.source}{left}"
+
+
+def load_prompts(
+    config: DataConfig, tokenizer: Any, split: Split = "train", max_prompt_length: int | None = None
+) -> PromptSet:
+    """Rows -> tokenised prompts. A row's other columns go to the rewards by name.
+
+    A prompt longer than `max_prompt_length` tokens (default: the config's) is never cut:
+    `overlong: reject` raises, `overlong: skip` leaves it out and counts it.
+    Raises DataError for that, for a missing or empty prompt, and for all that `load_rows` raises.
+    """
+    rows = load_rows(config, split)
+    limit = max_prompt_length or config.max_prompt_length
+    render = Renderer(config, tokenizer)
+    too_long, empty = BadRows(rows.source), BadRows(rows.source)
+    prompts = []
+    for index, row in enumerate(rows):
+        number = rows.numbers[index]
+        text = prompt_of(row, config, rows, number)
+        if not text:
+            empty.add("the prompt is empty", number + 1)
+            continue
+        tokens = render.prompt(text, number)[1]
+        if limit is not None and len(tokens) > limit:
+            too_long.add(f"the prompt is longer than max_prompt_length={limit} tokens", number + 1)
+            continue
+        columns = {name: value for name, value in row.items() if name != "prompt"}
+        prompts.append(Prompt(id=number, tokens=tuple(tokens), text=text, columns=columns))
+    if empty:
+        raise empty.error("give these rows a prompt, or remove them")
+    if too_long and config.overlong != "skip":
+        raise too_long.error("raise max_prompt_length, or set `overlong: skip` to leave them out")
+    if not prompts:
+        raise too_long.error("every row is too long: raise max_prompt_length")
+    return PromptSet(prompts, too_long.counts, too_long.rows, rows.source)
+
+
+def prompt_of(row: Row, config: DataConfig, rows: Rows, number: int) -> str | list[dict[str, Any]]:
+    """A row's prompt: the `prompt` column, or the `template` filled in, behind its source's prefix."""
+    if config.template is not None:
+        try:
+            text: Any = config.template.format_map(row)
+        except KeyError as error:
+            raise missing_column(str(error.args[0]), row, rows.source, number + 1) from None
+        except (ValueError, IndexError, AttributeError) as error:
+            raise DataError(f"`template` is malformed: {error}; write {{{{ for a brace") from None
+    elif "prompt" in row:
+        text = row["prompt"]
+    else:
+        raise missing_column("prompt", row, rows.source, number + 1)
+    if not isinstance(text, str) and not is_messages(text):
+        raise DataError(
+            f"must be a string or a list of {{role, content}} messages, not {text!r:.80}",
+            source=rows.source,
+            row=number + 1,
+            column="prompt",
+        )
+    return with_source_prefix(text, row, config, rows.source, number)
+
+
+def with_source_prefix(text: Any, row: Row, config: DataConfig, source: str, number: int) -> Any:
+    """Put the prefix of the row's source class before its (first user) text."""
+    if not config.sources:
+        return text
+    if "source" not in row:
+        raise missing_column("source", row, source, number + 1)
+    if row["source"] not in config.sources:
+        known = ", ".join(config.sources)
+        raise DataError(
+            f"{row['source']!r} is not among `sources` ({known})",
+            source=source,
+            row=number + 1,
+            column="source",
+        )
+    prefix = config.sources[row["source"]].prefix
+    if isinstance(text, str):
+        return prefix + text
+    messages = [dict(message) for message in text]
+    for message in messages:
+        if message["role"] == "user":
+            message["content"] = prefix + message["content"]
+            break
+    return messages

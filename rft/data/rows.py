@@ -1,0 +1,260 @@
+"""Rows in: from generated tasks, local files and the hub, as plain dicts with rft's column names."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rft.data.config import SUFFIXES, DataConfig
+from rft.data.errors import DataError, missing_column
+
+Split = Literal["train", "test"]
+Row = dict[str, Any]
+GENERATED = {"train": 8192, "test": 512}
+
+
+class Rows(Sequence[Row]):
+    """Rows of one split, mapped to rft's column names when they are read.
+
+    `numbers[i]` is row i's number in its source, counted from 0: stable ids, whatever is held out.
+    """
+
+    def __init__(self, base: Sequence[Any], numbers: Sequence[int], config: DataConfig, source: str) -> None:
+        self.base, self.numbers, self.config, self.source = base, numbers, config, source
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = self.numbers[index]
+        return map_columns(self.base[number], self.config, self.source, number)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+
+def load_rows(config: DataConfig, split: Split = "train") -> Rows:
+    """The rows of a split, read lazily where the format allows.
+
+    Raises DataError: file or folder or hub dataset not found, malformed line (its number), empty
+    dataset, a mapped column that does not exist.
+    """
+    kind = config.resolved_kind
+    limit = config.limit if split == "train" else config.eval_limit
+    if kind not in ("file", "hub"):
+        base, source = _generate(config, split, limit or GENERATED[split]), config.task or kind
+    else:
+        base, source = _open(config, split)
+    if not len(base):
+        raise DataError("the dataset is empty", source=source)
+    numbers: Sequence[int] = range(len(base))
+    if kind in ("file", "hub"):
+        numbers = _hold_out(config, split, len(base), source)
+    rows = Rows(base, numbers if limit is None else numbers[:limit], config, source)
+    rows[0]  # a wrong column name is found before anything is built on the rows
+    return rows
+
+
+def _generate(config: DataConfig, split: Split, n: int) -> Sequence[Any]:
+    """`n` rows of a generated task. For reasoning_gym `options` are the task's own, besides `suffix`."""
+    from rft.tasks import TASKS  # here: generated tasks bring in packages that files do not need
+
+    kind, options = config.resolved_kind, dict(config.options)
+    if kind == "reasoning_gym":
+        suffix = {"suffix": options.pop("suffix")} if "suffix" in options else {}
+        options = {"task": config.task, "options": options, **suffix}
+    try:
+        rows: Sequence[Any] = TASKS[kind](**options).rows(split=split, n=n, seed=config.seed)
+    except ValueError as error:  # pydantic's ValidationError among them
+        raise DataError(f"the task refuses its options: {error}", source=config.task or kind) from error
+    return rows
+
+
+def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number: int) -> Row:
+    """A raw row with rft's column names: `columns` renames, `answer_pattern` extracts.
+
+    A column may be mapped to several names; columns that are not mapped keep theirs.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be an object, not {type(row).__name__}", source=source, row=number + 1)
+    out = dict(row)
+    for used in set(config.columns.values()):
+        out.pop(used, None)
+    for name, given in config.columns.items():
+        if given not in row:
+            raise missing_column(given, row, source, number + 1)
+        out[name] = row[given]
+    if config.answer_pattern is not None:
+        if "answer" not in out:
+            raise missing_column("answer", out, source, number + 1)
+        found = re.search(config.answer_pattern, str(out["answer"]))
+        if found is None or found[1] is None:
+            raise DataError(
+                f"`answer_pattern` {config.answer_pattern!r} finds nothing in {str(out['answer'])[-60:]!r}",
+                source=source,
+                row=number + 1,
+                column="answer",
+            )
+        out["answer"] = found[1].strip()
+    return out
+
+
+def _hold_out(config: DataConfig, split: Split, size: int, source: str) -> Sequence[int]:
+    """The row numbers of a split where `holdout` rows are set aside, by a shuffle with the seed."""
+    if not config.holdout or (split == "test" and config.eval_path):
+        return range(size)
+    if config.holdout >= size:
+        raise DataError(
+            f"`holdout: {config.holdout}` leaves nothing of {size} rows to train on", source=source
+        )
+    order = list(range(size))
+    random.Random(f"holdout/{config.seed}").shuffle(order)
+    held = order[: config.holdout]
+    return sorted(held) if split == "test" else sorted(order[config.holdout :])
+
+
+def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
+    assert config.path is not None  # DataConfig checks it
+    path = (config.eval_path if split == "test" else None) or config.path
+    name = config.eval_split if split == "test" and not config.holdout else config.split
+    if config.resolved_kind == "hub":
+        return load_hub(config, path, name), f"{path} ({name})"
+    files = find_files(path, name)
+    if split == "test" and not config.eval_path and not config.holdout and Path(path).expanduser().is_file():
+        raise DataError(
+            "no evaluation rows: this one file holds the training rows; set `eval_path`, or `holdout: 64` "
+            "to set rows aside, or give a folder with a file per split",
+            source=path,
+        )
+    if len(files) == 1 and files[0].name.endswith((".json", ".jsonl", ".gz")):
+        return read_json(files[0]), str(files[0])
+    if files[0].name.endswith((".json", ".jsonl", ".gz")):
+        return [row for file in files for row in read_json(file)], f"{path} ({name})"
+    return _read_table(files, path), f"{path} ({name})"
+
+
+def find_files(path: str, split: str) -> list[Path]:
+    """The data files of a split: the file itself, or a folder's files named after the split
+    (`train.jsonl`, `train-00000-of-00002.parquet`, `train/...`), or all of them if none is.
+
+    Raises DataError: nothing there, or no file of a format that is read, or formats mixed.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        if not place.name.endswith(SUFFIXES):
+            raise DataError(f"unknown file type; known are {', '.join(SUFFIXES)}", source=path)
+        return [place]
+    if not place.is_dir():
+        near = place.parent if place.parent.is_dir() else None
+        siblings = sorted(p.name for p in near.iterdir())[:8] if near else []
+        there = f"; {near} holds {', '.join(siblings) or 'nothing'}" if near else ""
+        raise DataError(f"no such file or folder{there}", source=path)
+    found = sorted(p for p in place.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+    data = [p for p in found if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
+    data = [p for p in data if not p.name.startswith("cache-")]
+    of_split = [
+        p for p in data if re.match(rf"{re.escape(split)}([-_.]|$)", str(p.relative_to(place).parts[0]))
+    ]
+    chosen = of_split or ([] if any(_known_split(p, place) for p in data) else data)
+    if not chosen:
+        have = ", ".join(str(p.relative_to(place)) for p in data[:8]) or f"no {'/'.join(SUFFIXES)} file"
+        raise DataError(f"no file of the split '{split}'; the folder holds {have}", source=path)
+    kinds = {p.name.removesuffix(".gz").rsplit(".", 1)[1].replace("jsonl", "json") for p in chosen}
+    if len(kinds) > 1:
+        raise DataError(
+            f"files of different formats ({', '.join(sorted(kinds))}) cannot be mixed", source=path
+        )
+    return chosen
+
+
+def _known_split(file: Path, root: Path) -> bool:
+    first = str(file.relative_to(root).parts[0])
+    return re.match(r"(train|test|validation|valid|dev|eval)([-_.]|$)", first) is not None
+
+
+def read_json(file: Path) -> list[Any]:
+    """The rows of a JSON array, or of JSON lines (blank lines are passed over), gzipped or not.
+
+    Raises DataError that names the malformed line.
+    """
+    is_lines = ".jsonl" in file.name
+    try:
+        with (
+            gzip.open(file, "rt", encoding="utf-8")
+            if file.suffix == ".gz"
+            else file.open(encoding="utf-8") as f
+        ):
+            if not is_lines:
+                rows = json.load(f)
+                if not isinstance(rows, list):
+                    raise DataError(
+                        "a .json file must hold a list of rows; else name it .jsonl", source=str(file)
+                    )
+                return rows
+            return [parse_line(line, n, str(file)) for n, line in enumerate(f, 1) if line.strip()]
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"malformed JSON in line {error.lineno}: {error.msg}", source=str(file), row=error.lineno
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text (byte {error.start})", source=str(file)) from None
+    except gzip.BadGzipFile as error:
+        raise DataError(f"not a gzip file: {error}", source=str(file)) from None
+
+
+def parse_line(line: str, number: int, source: str) -> Any:
+    """One JSON line; `number` is its line number, counted from 1."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"malformed JSON in line {number}, at character {error.pos + 1}: {error.msg}",
+            source=source,
+            row=number,
+        ) from None
+
+
+def _read_table(files: Sequence[Path], path: str) -> Sequence[Any]:
+    """Parquet and Arrow files (and what `Dataset.save_to_disk` wrote), memory-mapped."""
+    import datasets
+    import pyarrow as pa
+
+    names = [str(f) for f in files]
+    try:
+        if names[0].endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=names, split="train")
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
+    except (pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"cannot be read: {error.__cause__ or error}", source=path) from error
+
+
+def load_hub(config: DataConfig, path: str, split: str, *, streaming: bool = False) -> Any:
+    """A dataset from the hub (or its local cache). Raises DataError: not found, unreachable, no such
+    subset or split (with those that exist)."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            path, config.subset, split=split, revision=config.revision, streaming=streaming
+        )
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"no such dataset on the hub, or no right to read it ({error}); for local data give a path "
+            f"that exists, or set `kind: file`",
+            source=path,
+        ) from error
+    except ValueError as error:  # unknown split or subset: the message lists those that exist
+        raise DataError(str(error), source=path) from error
+    except (ConnectionError, OSError) as error:
+        raise DataError(
+            f"the hub cannot be reached ({type(error).__name__}: {error}); where there is a network, "
+            f"download the dataset, then give its folder as `path` with `kind: file`",
+            source=path,
+        ) from error

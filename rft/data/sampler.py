@@ -1,0 +1,67 @@
+"""The order in which rows are visited: shuffled without replacement, resumable to the row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from rft.data.errors import DataError
+
+
+class Sampler:
+    """Indices 0..size-1 in a new random order each epoch, a pure function of (seed, epoch).
+
+    Its whole state is (epoch, position), so a resumed run visits exactly the rows that were left.
+    """
+
+    def __init__(self, size: int, seed: int = 0, *, shuffle: bool = True) -> None:
+        if size < 1:
+            raise DataError("cannot sample from an empty dataset")
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self.epoch = 0
+        self.position = 0
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(self.size))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+    @property
+    def seen(self) -> int:
+        """Indices handed out since the start."""
+        return self.epoch * self.size + self.position
+
+    def next(self, k: int) -> list[int]:
+        """The next k indices; runs on into the next epoch."""
+        out: list[int] = []
+        while len(out) < k:
+            if self.position == self.size:
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffled()
+            took = self._order[self.position : self.position + k - len(out)]
+            self.position += len(took)
+            out += took
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "size": self.size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "epoch": self.epoch,
+            "position": self.position,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken. Raises DataError if the data is not the same."""
+        for name in ("size", "seed", "shuffle"):
+            if state[name] != getattr(self, name):
+                raise DataError(
+                    f"cannot resume the sample order: the checkpoint was made with {name}={state[name]}, "
+                    f"this run has {name}={getattr(self, name)}; restore the data settings, or start anew"
+                )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self._order = self._shuffled()

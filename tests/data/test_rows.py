@@ -1,0 +1,222 @@
+"""Rows and prompts in: formats, column mapping, splits, limits, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rft.data import DataConfig, DataError, load_prompts, load_rows
+
+ROWS = [{"question": f"{i}+{i}?", "answer": f"think\n#### {2 * i}"} for i in range(10)]
+
+
+def write(path: Path, rows: list[Any], name: str = "train.jsonl") -> Path:
+    file = path / name
+    text = "\n".join(json.dumps(row) for row in rows)
+    if name.endswith(".gz"):
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(json.dumps(rows) if name.endswith(".json") else text)
+    return file
+
+
+def config(path: Path, **changes: Any) -> DataConfig:
+    return DataConfig(
+        path=str(path),
+        **{"columns": {"prompt": "question"}, "answer_pattern": r"####\s*(.+)", **changes},
+    )
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.jsonl.gz"])
+def test_reads_json_in_all_its_forms(tmp_path: Path, name: str) -> None:
+    rows = load_rows(config(write(tmp_path, ROWS, name)))
+    assert len(rows) == 10
+    assert rows[3] == {"prompt": "3+3?", "answer": "6"}
+
+
+def test_reads_parquet_arrow_and_saved_folders(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    data.to_parquet(str(tmp_path / "p" / "train-00000-of-00001.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": data, "test": data.select(range(2))}).save_to_disk(str(tmp_path / "d"))
+    for folder in ("p", "saved", "d"):
+        rows = load_rows(config(tmp_path / folder))
+        assert [r["prompt"] for r in rows] == [r["question"] for r in ROWS]
+    assert len(load_rows(config(tmp_path / "d"), "test")) == 2
+
+
+def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
+    write(tmp_path, ROWS, "train.jsonl")
+    write(tmp_path, ROWS[:3], "test.jsonl")
+    assert len(load_rows(config(tmp_path))) == 10
+    assert len(load_rows(config(tmp_path), "test")) == 3
+    with pytest.raises(DataError, match=r"no file of the split 'validation'.*test\.jsonl, train\.jsonl"):
+        load_rows(config(tmp_path, split="validation"))
+
+
+def test_holdout_splits_once_and_for_all(tmp_path: Path) -> None:
+    c = config(write(tmp_path, ROWS), holdout=4, seed=3)
+    train, test = load_rows(c), load_rows(c, "test")
+    assert sorted([*train.numbers, *test.numbers]) == list(range(10))
+    assert len(test) == 4
+    assert list(load_rows(c).numbers) == list(train.numbers)
+    assert list(load_rows(config(write(tmp_path, ROWS), holdout=4, seed=4), "test").numbers) != list(
+        test.numbers
+    )
+
+
+def test_one_column_may_serve_twice(tmp_path: Path) -> None:
+    c = config(
+        write(tmp_path, ROWS), columns={"prompt": "question", "answer": "answer", "completion": "answer"}
+    )
+    assert load_rows(c)[1] == {"prompt": "1+1?", "answer": "2", "completion": "think\n#### 2"}
+
+
+def test_a_missing_file_is_answered_with_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path, ROWS)
+    with pytest.raises(DataError, match=r"trane\.jsonl: no such file or folder; .* holds train\.jsonl"):
+        load_rows(config(tmp_path / "trane.jsonl"))
+
+
+def test_a_missing_column_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1, column 'questoin'.*'question', 'answer'.*mean 'question'"):
+        load_rows(config(write(tmp_path, ROWS), columns={"prompt": "questoin"}))
+    late = [*ROWS, {"answer": "#### 1"}]
+    with pytest.raises(DataError, match="row 11, column 'question'"):
+        list(load_rows(config(write(tmp_path, late))))
+
+
+def test_a_malformed_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"question": "a", "answer": "#### 1"}\n\n{"question": "b"\n')
+    with pytest.raises(DataError, match="malformed JSON in line 3") as caught:
+        load_rows(config(file))
+    assert caught.value.row == 3
+
+
+def test_an_answer_without_the_pattern_is_named(tmp_path: Path) -> None:
+    rows = load_rows(config(write(tmp_path, [*ROWS, {"question": "x", "answer": "none"}])))
+    with pytest.raises(DataError, match="row 11, column 'answer': `answer_pattern`"):
+        list(rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "empty"), ("[1, 2]", "must be an object"), ('"x"\n"y"', "must be an object")],
+)
+def test_files_that_hold_no_rows(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(content)
+    with pytest.raises(DataError, match=words):
+        load_rows(config(file))
+
+
+def test_no_evaluation_rows_in_a_single_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="set `eval_path`, or `holdout: 64`"):
+        load_rows(config(write(tmp_path, ROWS)), "test")
+
+
+def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"some/data: the hub cannot be reached .*no route.*`kind: file`"):
+        load_rows(DataConfig(path="some/data"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": "file"}, "needs `path`"),
+        ({"kind": "reasoning_gym"}, "needs `task`"),
+        ({"subset": "main"}, "`subset` has no meaning for `kind: arithmetic`"),
+        ({"path": "a/b", "answer_pattern": "####"}, "needs a group"),
+        ({"path": "a/b", "answer_pattern": "("}, "no regular expression"),
+        ({"pat": "a"}, "pat"),
+    ],
+)
+def test_config_mistakes(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DataConfig(**fields)
+
+
+def test_the_kind_is_inferred(tmp_path: Path) -> None:
+    assert DataConfig().resolved_kind == "arithmetic"
+    assert DataConfig(task="chain_sum").resolved_kind == "reasoning_gym"
+    assert DataConfig(path="openai/gsm8k", subset="main").resolved_kind == "hub"
+    assert DataConfig(path="not/there.jsonl").resolved_kind == "file"
+    assert DataConfig(path=str(tmp_path)).resolved_kind == "file"
+
+
+def test_generated_tasks(plain: Any) -> None:
+    train = load_prompts(DataConfig(limit=20), plain)
+    assert len(train) == 20
+    assert {"answer", "completion"} <= set(train.prompts[0].columns)
+    again = load_prompts(DataConfig(limit=20), plain)
+    assert [p.tokens for p in again.prompts] == [p.tokens for p in train.prompts]
+    gym = load_rows(DataConfig(task="chain_sum", limit=2, options={"min_terms": 2, "max_terms": 2}))
+    assert {"prompt", "answer", "metadata"} <= set(gym[0])
+    with pytest.raises(DataError, match="refuses its options"):
+        load_rows(DataConfig(task="chain_sun"))
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def test_prompts_carry_ids_text_and_columns(tmp_path: Path, plain: Any) -> None:
+    c = config(write(tmp_path, ROWS), template="Q: {prompt}\nA:", limit=3)
+    prompts = load_prompts(c, plain).prompts
+    assert [p.id for p in prompts] == [0, 1, 2]
+    assert prompts[2].text == "Q: 2+2?\nA:"
+    assert plain.decode(prompts[2].tokens) == "Q: 2+2?\nA:"
+    assert prompts[2].columns == {"answer": "4"}
+
+
+def test_prompts_use_the_chat_template(tmp_path: Path, chat: Any, plain: Any) -> None:
+    c = config(write(tmp_path, ROWS), system="Add.")
+    assert chat.decode(load_prompts(c, chat).prompts[1].tokens) == (
+        "<|system|>\nAdd.<|end|>\n<|user|>\n1+1?<|end|>\n<|assistant|>\n"
+    )
+    never = load_prompts(config(write(tmp_path, ROWS), system="Add.", chat_template="never"), chat)
+    assert chat.decode(never.prompts[1].tokens) == "Add.\n\n1+1?"
+    with pytest.raises(DataError, match="the tokenizer has none"):
+        load_prompts(config(write(tmp_path, ROWS), chat_template="always"), plain)
+
+
+def test_messages_need_a_chat_template(tmp_path: Path, chat: Any, plain: Any) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "hi"}]}]
+    c = DataConfig(path=str(write(tmp_path, rows)))
+    assert load_prompts(c, chat).prompts[0].text == rows[0]["prompt"]
+    with pytest.raises(DataError, match=r"row 1.*list of messages, but the tokenizer has no chat template"):
+        load_prompts(c, plain)
+
+
+def test_too_long_prompts_are_rejected_or_skipped_never_cut(tmp_path: Path, plain: Any) -> None:
+    file = write(tmp_path, [*ROWS, {"question": "long " * 50, "answer": "#### 1"}])
+    with pytest.raises(DataError, match=r"(?s)1 row \(11\): the prompt is longer than max_prompt_length=20"):
+        load_prompts(config(file), plain, max_prompt_length=20)
+    kept = load_prompts(config(file, overlong="skip", max_prompt_length=20), plain)
+    assert len(kept) == 10
+    assert kept.skipped == {"the prompt is longer than max_prompt_length=20 tokens": 1}
+    assert "1 skipped" in str(kept)
+    with pytest.raises(DataError, match="every row is too long"):
+        load_prompts(config(file, overlong="skip"), plain, max_prompt_length=1)
+
+
+@pytest.mark.parametrize("value", ["", None, 3, [], [{"content": "no role"}]])
+def test_prompts_that_are_none(tmp_path: Path, plain: Any, value: Any) -> None:
+    with pytest.raises(DataError, match="row"):
+        load_prompts(DataConfig(path=str(write(tmp_path, [{"prompt": value}]))), plain)
+
+
+def test_a_template_that_names_a_missing_column(tmp_path: Path, plain: Any) -> None:
+    with pytest.raises(DataError, match=r"column 'promt'.*mean 'prompt'"):
+        load_prompts(config(write(tmp_path, ROWS), template="{promt}"), plain)
