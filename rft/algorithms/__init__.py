@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
-from rft.algorithms.base import Algorithm, PolicyOutput
+from rft.algorithms.base import Algorithm, PolicyOutput, Rollout
+from rft.algorithms.checks import problems
+from rft.algorithms.cispo import CISPO
+from rft.algorithms.cory import CORY
+from rft.algorithms.dapo import DAPO
+from rft.algorithms.distill import Distill
+from rft.algorithms.dr_grpo import DrGRPO
+from rft.algorithms.gpg import GPG
 from rft.algorithms.grpo import GRPO
+from rft.algorithms.gspo import GSPO
+from rft.algorithms.iterative_dpo import IterativeDPO
+from rft.algorithms.luffy import LUFFY
+from rft.algorithms.max_rl import MaxRL
+from rft.algorithms.nash_md import NashMD
+from rft.algorithms.online_dpo import OnlineDPO
+from rft.algorithms.opo import OPO
+from rft.algorithms.per_step import PerStep
+from rft.algorithms.ppo import PPO
+from rft.algorithms.prefix_rft import PrefixRFT
+from rft.algorithms.raft import RAFT, ExpertIteration, RAFTPlusPlus, ReinforceRej
+from rft.algorithms.reinforce_pp import ReinforcePP
+from rft.algorithms.remax import ReMax
+from rft.algorithms.reward_difference import RewardDifference
+from rft.algorithms.rloo import RLOO
 from rft.algorithms.sft import SFT
+from rft.algorithms.sppo import SPPO
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
+    "ppo": PPO,
     "grpo": GRPO,
+    "dr_grpo": DrGRPO,
+    "dapo": DAPO,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "rloo": RLOO,
+    "reinforce_pp": ReinforcePP,
+    "gpg": GPG,
+    "opo": OPO,
+    "remax": ReMax,
+    "max_rl": MaxRL,
+    "raft": RAFT,
+    "raft_pp": RAFTPlusPlus,
+    "reinforce_rej": ReinforceRej,
+    "expert_iteration": ExpertIteration,
+    "prefix_rft": PrefixRFT,
+    "luffy": LUFFY,
+    "sppo": SPPO,
+    "online_dpo": OnlineDPO,
+    "nash_md": NashMD,
+    "iterative_dpo": IterativeDPO,
+    "reward_difference": RewardDifference,
+    "cory": CORY,
+    "per_step": PerStep,
+    "distill": Distill,
     "sft": SFT,
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "PolicyOutput"]
+__all__ = ["ALGORITHMS", "Algorithm", "PolicyOutput", "Rollout", "problems"]

@@ -9,12 +9,13 @@ change a gradient.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from rft.algorithms.math.kl import full_kl
 from rft.batch import Batch
 
 Normalization = Literal["token", "sequence", "constant"]
@@ -34,6 +35,28 @@ class PolicyOutput:
     entropy: Tensor | None = None
     values: Tensor | None = None
     kl: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How to get one completion for a prompt. The controller carries it out.
+
+    greedy: the most likely token every time, instead of sampling.
+    train: False for a completion that only serves as a yardstick: it is scored, but takes no part in
+        the batch; its reward stands in `columns["baseline"]` [N] of the others of its group.
+    prefix_share: the share of the demonstration's tokens that the completion starts with; the policy
+        goes on from there. 1: the whole demonstration, nothing is sampled. Given tokens are marked
+        in `Batch.demonstrated`, and in the mask.
+    mixture: the sampling distribution is policy^(1 - mixture) * reference^mixture, per token.
+    role: "observer" samples after the prompt and the answer of the "pioneer" before it in the plan;
+        `columns["observer"]` [N] is 1 for observers, and `columns["pair"]` [N] counts the pairs of a group.
+    """
+
+    greedy: bool = False
+    train: bool = True
+    prefix_share: float = 0.0
+    mixture: float = 0.0
+    role: Literal["", "pioneer", "observer"] = ""
 
 
 def setting(
@@ -67,12 +90,14 @@ class Algorithm(ABC):
         unit: what one element of `loss` belongs to: a token ([T]), a sequence ([N]), a pair ([P]).
         min_generations: the smallest group that makes sense.
         needs_demonstrations: True if prompts must come with a demonstrated completion.
+        on_policy: True if a batch may be stepped on only once.
     """
 
     online: ClassVar[bool] = True
     unit: ClassVar[Unit] = "token"
     min_generations: ClassVar[int] = 1
     needs_demonstrations: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -100,12 +125,23 @@ class Algorithm(ABC):
         return "token"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Fill in `advantages` (and `returns`) of a whole batch, before it is split."""
+        """Fill in `advantages` (and `returns`) of a whole batch, before it is split. It may narrow the
+        mask too: tokens left out then count nowhere, in no average either."""
         return batch
 
     @abstractmethod
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         """The unreduced loss of a (micro-)batch: [T], [N] or [P], by `unit`."""
+
+    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+        """What `PolicyOutput.kl` is, where `outputs` names it: a divergence of two next-token
+        distributions, given as log-probs over the vocabulary, [..., V] each: [...]."""
+        return full_kl(logps, reference)
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """([P], [P]): sequence indices of the pairs that a loss of unit `pair` is about. Pairs lie
+        within groups, so they survive any split that keeps groups whole."""
+        return batch.pairs()
 
     def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
         """The numbers that live from step to step (an adaptive KL coefficient): they reach the next
@@ -115,6 +151,36 @@ class Algorithm(ABC):
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         """Unreduced diagnostics [T], averaged over masked-in tokens of the whole batch."""
         return {}
+
+    def report(self, batch: Batch) -> dict[str, float]:
+        """Numbers about a whole prepared batch, once a step (how many groups carry no gradient)."""
+        return {}
+
+    # -- what the controller asks ------------------------------------------------------------------
+
+    def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
+        """The completions to get for one prompt. `progress` in [0, 1] is the share of the run that is
+        done; `demonstration` says whether this prompt has one."""
+        return (Rollout(),) * num_generations
+
+    def keep_group(self, rewards: Sequence[float]) -> bool:
+        """Whether a scored group enters the step. A group that does not is dropped, counted, and
+        another prompt is sampled in its place (dynamic sampling)."""
+        return True
+
+    @property
+    def replay(self) -> int:
+        """How many past steps' groups are trained on again beside this step's. 0: none."""
+        return 0
+
+    @property
+    def refresh_reference(self) -> int:
+        """The reference becomes a copy of the policy every so many steps. 0: it stays as it was."""
+        return 0
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        """Settings that do not go together, each as one sentence that says what to write instead."""
+        return []
 
 
 def default_of(f: Any) -> Any:

@@ -1,17 +1,21 @@
 """What the policy-gradient algorithms share: the KL to the reference, the correction for the
-sampler, the averaging, the diagnostics. A subclass gives `advantages` and `objective`."""
+sampler, the averaging, the diagnostics. A subclass gives `advantages`, and one of the two objectives
+here, or its own."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rft.algorithms.base import Algorithm, Normalization, PolicyOutput, setting
+from rft.algorithms.math.groups import count_degenerate
 from rft.algorithms.math.kl import KLEstimator, safe_exp, sampled_kl
-from rft.algorithms.math.ratios import Correction, correction_weights
+from rft.algorithms.math.ratios import Correction, clipped, clipped_surrogate, correction_weights
 from rft.batch import Batch
 
 
@@ -19,8 +23,11 @@ from rft.batch import Batch
 class PolicyGradient(Algorithm):
     """loss = - correction * objective + beta * KL(policy || reference), per token."""
 
-    beta: float = setting(0.0, "weight of the KL to the reference in the loss; 0: no reference", ge=0)
-    kl_estimator: KLEstimator = setting("k3", "estimator of that KL: k1, k2, k3, or full (vocabulary)")
+    beta: float = setting(0.0, "weight of the KL to the reference; 0: no reference is needed", ge=0)
+    kl_in: Literal["loss", "reward"] = setting(
+        "loss", "where that KL goes: a term of the loss, or of the reward"
+    )
+    kl_estimator: KLEstimator = setting("k3", "its estimator in the loss: k1, k2, k3, or full (vocabulary)")
     normalization: Normalization = setting("token", "average over tokens, sequences, or a constant length")
     correction: Correction = setting("token_truncate", "weights for learner against sampler log-probs")
     correction_cap: float = setting(2.0, "upper bound of these weights", gt=0)
@@ -41,7 +48,8 @@ class PolicyGradient(Algorithm):
 
     @property
     def outputs(self) -> frozenset[str]:
-        return frozenset({"kl"} if self.beta and self.kl_estimator == "full" else set())
+        full = self.beta and self.kl_in == "loss" and self.kl_estimator == "full"
+        return frozenset({"kl"} if full else set())
 
     @property
     def normalizer(self) -> Normalization:
@@ -55,8 +63,8 @@ class PolicyGradient(Algorithm):
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         loss = -self.weights(policy, batch) * self.objective(policy, batch)
-        if self.beta:
-            loss = loss + self.beta * self.kl(policy, batch)
+        if self.beta and self.kl_in == "loss":
+            loss = loss + self.kl_weight(batch.state) * self.kl(policy, batch)
         return loss.masked_fill(~batch.mask, 0)
 
     def weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:
@@ -64,18 +72,33 @@ class PolicyGradient(Algorithm):
         old = batch.old_logps_or(policy.logps)
         return correction_weights(old, batch, self.correction, self.correction_cap, self.correction_floor)
 
+    def kl_weight(self, state: Mapping[str, float]) -> float:
+        """`beta`, unless an algorithm adapts it."""
+        return self.beta
+
     def kl(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         """[T]: KL(policy || reference)."""
         if self.kl_estimator == "full":
             return required(policy.kl, "policy.kl")
         return sampled_kl(policy.logps, required(batch.ref_logps, "ref_logps"), self.kl_estimator)
 
+    def kl_penalty(self, batch: Batch) -> Tensor:
+        """[T]: what the KL takes off each token's reward (k1 at the policy that sampled)."""
+        if not self.beta or self.kl_in == "loss":
+            return torch.zeros(batch.num_tokens, device=batch.tokens.device)
+        kl = behaviour_logps(batch) - required(batch.ref_logps, "ref_logps")
+        return self.kl_weight(batch.state) * kl.masked_fill(~batch.mask, 0)
+
+    def sequence_rewards(self, batch: Batch) -> Tensor:
+        """[N]: rewards, less the KL of the whole sequence where `kl_in` is reward."""
+        rewards = required(batch.rewards, "rewards")
+        return rewards - batch.sum_by_sequence(self.kl_penalty(batch))
+
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         """policy/kl is to the policy that sampled, policy/kl_ref to the reference (both k3)."""
         logps = policy.logps.detach()
-        old = batch.old_logps_or(logps)
-        ratio = safe_exp(logps - old)
-        sampler = old if batch.sampler_logps is None else batch.sampler_logps
+        ratio = safe_exp(logps - batch.old_logps_or(logps))
+        sampler = batch.old_logps_or(logps) if batch.sampler_logps is None else batch.sampler_logps
         kl = sampled_kl(logps, sampler)
         if batch.demonstrated is not None:
             kl = kl.masked_fill(batch.demonstrated, 0)
@@ -90,12 +113,72 @@ class PolicyGradient(Algorithm):
             found["policy/entropy"] = policy.entropy.detach()
         return found
 
+    def report(self, batch: Batch) -> dict[str, float]:
+        """group/degenerate: how many groups have all rewards equal; group/degenerate_share: of all."""
+        if batch.rewards is None or not batch.num_groups:
+            return {}
+        count = count_degenerate(batch.rewards, batch.group)
+        return {"group/degenerate": float(count), "group/degenerate_share": count / batch.num_groups}
+
+
+@dataclass(frozen=True)
+class ClippedPolicyGradient(PolicyGradient):
+    """PPO's objective: min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)."""
+
+    epsilon: float = setting(0.2, "clip range of the ratio below 1", ge=0, le=1)
+    epsilon_high: float | None = setting(None, "clip range above 1; none: the same as epsilon", ge=0)
+    dual_clip: float | None = setting(None, "bound on the ratio where the advantage is negative", gt=1)
+
+    @property
+    def high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        """[T]: current over old policy."""
+        return safe_exp(log_ratio(policy, batch))
+
+    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        advantages = required(batch.advantages, "advantages")
+        return clipped_surrogate(
+            self.ratio(policy, batch), advantages, self.epsilon, self.high, self.dual_clip
+        )
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        found = super().metrics(policy, batch)
+        with torch.no_grad():
+            ratio, advantages = self.ratio(policy, batch), required(batch.advantages, "advantages")
+            found["policy/clip_fraction"] = clipped(ratio, advantages, self.epsilon, self.high)
+        return found
+
+
+@dataclass(frozen=True)
+class Reinforce(PolicyGradient):
+    """REINFORCE's objective, A * log p: on-policy, nothing is clipped. The value of the loss means
+    little; its gradient is the policy gradient (Williams 1992)."""
+
+    on_policy: ClassVar[bool] = True
+
+    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        return required(batch.advantages, "advantages") * policy.logps
+
 
 def required(x: Tensor | None, name: str) -> Tensor:
     """`x`, or a ValueError that names what the batch or the policy output lacks."""
     if x is None:
         raise ValueError(f"the algorithm needs {name}, and it was not filled in")
     return x
+
+
+def column(batch: Batch, name: str) -> Tensor:
+    """A column of the batch, or a ValueError that names it."""
+    return required(batch.columns.get(name), f'columns["{name}"]')
+
+
+def behaviour_logps(batch: Batch) -> Tensor:
+    """[T]: log-probs of the policy that sampled, by the learner's account, or else by the sampler's."""
+    return required(
+        batch.sampler_logps if batch.old_logps is None else batch.old_logps, "old_logps or sampler_logps"
+    )
 
 
 def log_ratio(policy: PolicyOutput, batch: Batch) -> Tensor:

@@ -1,0 +1,53 @@
+"""CORY: two copies, one answers first, the other sees that answer, both get both rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rft.algorithms.base import Rollout, setting
+from rft.algorithms.grpo import GRPO
+from rft.algorithms.math.groups import group_sum
+from rft.algorithms.policy_gradient import column
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class CORY(GRPO):
+    """Ma et al., "Coevolving with the other you" (2024), eq. 5 and 6, algorithm 1.
+
+    A pioneer answers the prompt; an observer answers the prompt and the pioneer's answer. Each is
+    rewarded with the sum of both rewards, and every `swap_every` steps the two copies of the model
+    trade roles. The advantage is `grpo`'s, each role against its own kind (the paper uses PPO). Half of
+    `num_generations` are pioneers. With one model in both roles it is self-play of the same kind.
+    """
+
+    min_generations: ClassVar[int] = 4
+
+    swap_every: int = setting(50, "steps after which the two copies trade roles", ge=1)
+
+    def copy_of(self, step: int, *, observer: bool) -> int:
+        """Which of the two copies, 0 or 1, has the role in this step."""
+        return (step // self.swap_every + observer) % 2
+
+    def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
+        return (Rollout(role="pioneer"), Rollout(role="observer")) * (num_generations // 2)
+
+    def sequence_rewards(self, batch: Batch) -> Tensor:
+        pair = column(batch, "pair").long()
+        pair = pair + batch.group * (int(pair.max()) + 1 if pair.numel() else 1)
+        return group_sum(super().sequence_rewards(batch), pair)
+
+    def advantages(self, batch: Batch) -> Tensor:
+        """GRPO's, with each role of each group as a group of its own."""
+        role = 2 * batch.group + column(batch, "observer").long()
+        shared = batch.with_(rewards=self.sequence_rewards(batch), group=role)
+        return GRPO(scale_rewards=self.scale_rewards).advantages(shared)
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        if num_generations % 2:
+            return [f"pioneers and observers come in pairs; write num_generations: {num_generations + 1}"]
+        return []

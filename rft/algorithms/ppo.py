@@ -1,0 +1,113 @@
+"""PPO: a critic says what each state was worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.math.advantages import at_last_token, explained_variance, gae, whiten
+from rft.algorithms.policy_gradient import ClippedPolicyGradient, required
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class PPO(ClippedPolicyGradient):
+    """Schulman et al., "Proximal policy optimization" (2017), eq. 7 and 9; for language models Ouyang
+    et al. (2022). Length-adaptive and decoupled lambda: Yuan et al., "VAPO" (2025), section 4.1.
+
+    A token's reward is 0 but for the last, which has the completion's, less the KL where `kl_in` is
+    reward. Advantages are GAE(gamma, lam) over values of the critic (a head on the policy's trunk
+    or a model of its own); the critic learns returns made with `critic_lam`. Against `grpo` it can
+    tell good tokens from bad ones in one completion, at the price of a critic that must be right. With
+    gamma = lam = 1 and a critic that says the group's mean it is `dr_grpo`.
+
+    The KL's weight adapts when `kl_target` is set: it grows or shrinks by up to 2 % a step as the mean
+    KL per token is above or below the target (Ziegler et al. 2019, section 2.2).
+    """
+
+    kl_in: Literal["loss", "reward"] = setting(
+        "reward", "where that KL goes: a term of the loss, or of the reward"
+    )
+    gamma: float = setting(1.0, "discount per token", ge=0, le=1)
+    lam: float = setting(0.95, "GAE lambda of the policy", ge=0, le=1)
+    critic_lam: float | None = setting(None, "GAE lambda of the critic's returns; none: lam", ge=0, le=1)
+    lam_length: float | None = setting(
+        None, "alpha: the policy's lambda is 1 - 1 / (alpha * length); none: lam", gt=0
+    )
+    whiten: bool = setting(True, "scale advantages to mean 0 and deviation 1 over the batch's tokens")
+    value_coef: float = setting(0.5, "weight of the critic's loss", ge=0)
+    value_clip: float | None = setting(
+        0.2, "how far a value may move from the old one; none: unbounded", gt=0
+    )
+    critic_warmup: int = setting(0, "steps at the start that train the critic only", ge=0)
+    kl_target: float | None = setting(None, "KL per token, in nats, that beta adapts to; none: fixed", gt=0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"values"}
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return super().outputs | {"values"}
+
+    def token_rewards(self, batch: Batch) -> Tensor:
+        """[T]: the completion's reward at its last token, less the KL."""
+        return at_last_token(required(batch.rewards, "rewards"), batch) - self.kl_penalty(batch)
+
+    def prepare(self, batch: Batch) -> Batch:
+        values, rewards = required(batch.values, "values"), self.token_rewards(batch)
+        lam = self.lam if self.critic_lam is None else self.critic_lam
+        returns = (gae(rewards, values, batch, self.gamma, lam) + values).masked_fill(~batch.mask, 0)
+        return super().prepare(batch.with_(returns=returns))
+
+    def advantages(self, batch: Batch) -> Tensor:
+        lam: float | Tensor = self.lam
+        if self.lam_length is not None:
+            lam = (1 - 1 / (self.lam_length * batch.lengths.clamp(min=1))).clamp(min=0)
+        values = required(batch.values, "values")
+        advantages = gae(self.token_rewards(batch), values, batch, self.gamma, lam)
+        return whiten(advantages, batch.mask) if self.whiten else advantages
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        warm = batch.state.get("steps", 0) >= self.critic_warmup
+        loss = super().loss(policy, batch) * float(warm)
+        return loss + self.value_coef * self.critic_loss(policy, batch)
+
+    def critic_loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        """[T]: half the squared error, the larger of it and that of the clipped value."""
+        values, returns = required(policy.values, "policy.values"), required(batch.returns, "returns")
+        error = (values - returns).square()
+        if self.value_clip is not None:
+            old = required(batch.values, "values")
+            near = old + (values - old).clamp(-self.value_clip, self.value_clip)
+            error = torch.maximum(error, (near - returns).square())
+        return error.masked_fill(~batch.mask, 0) / 2
+
+    def kl_weight(self, state: Mapping[str, float]) -> float:
+        return state.get("kl_weight", self.beta)
+
+    def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+        state = dict(state)
+        state["steps"] = state.get("steps", 0) + 1
+        if self.kl_target is not None and self.beta:
+            error = min(max(metrics["policy/kl_ref"] / self.kl_target - 1, -0.2), 0.2)
+            state["kl_weight"] = self.kl_weight(state) * (1 + 0.1 * error)
+        return state
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        return {**super().metrics(policy, batch), "critic/loss": self.critic_loss(policy, batch).detach()}
+
+    def report(self, batch: Batch) -> dict[str, float]:
+        values, returns = required(batch.values, "values"), required(batch.returns, "returns")
+        explained = explained_variance(values, returns, batch.mask)
+        return {**super().report(batch), "critic/explained_variance": explained}
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        if self.kl_target is not None and not self.beta:
+            return ["kl_target adapts beta, and beta is 0; write beta: 0.05 or leave kl_target out"]
+        return []

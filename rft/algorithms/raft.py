@@ -1,0 +1,113 @@
+"""RAFT and its kin: train on the good completions, leave out the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import setting
+from rft.algorithms.math.groups import degenerate, group_size, rank_in_group
+from rft.algorithms.math.ratios import Correction
+from rft.algorithms.policy_gradient import ClippedPolicyGradient, PolicyGradient, Reinforce, required
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class Chosen(PolicyGradient):
+    """Keeps the top of each group in the mask, with advantage 1. What is left out counts in no average."""
+
+    top_share: float = setting(
+        0.0, "share of each group that is chosen, rounded up; 0: the best one", ge=0, le=1
+    )
+    threshold: float | None = setting(0.0, "rewards at or below are never chosen; none: no bound")
+
+    def chosen(self, batch: Batch) -> Tensor:
+        """[N] bool. Among equal rewards, the first in order."""
+        rewards = self.sequence_rewards(batch)
+        count = torch.ceil(self.top_share * group_size(batch.group)).clamp(min=1)
+        top = rank_in_group(rewards, batch.group) < count
+        return top if self.threshold is None else top & (required(batch.rewards, "rewards") > self.threshold)
+
+    def prepare(self, batch: Batch) -> Batch:
+        batch = super().prepare(batch)
+        return batch.with_(mask=batch.mask & batch.to_tokens(self.chosen(batch)))
+
+    def advantages(self, batch: Batch) -> Tensor:
+        return batch.to_tokens(self.chosen(batch).float())
+
+    def keep_group(self, rewards: Sequence[float]) -> bool:
+        return self.threshold is None or any(r > self.threshold for r in rewards)
+
+
+@dataclass(frozen=True)
+class RAFT(Chosen, Reinforce):
+    """Dong et al., "RAFT: reward ranked fine-tuning" (2023), algorithm 1, streamed: each step samples,
+    ranks and trains.
+
+    Maximum likelihood of the best of K (or the top share) of each prompt's completions. Against `grpo`
+    the bad ones say nothing, so entropy falls faster. With one completion a prompt and a threshold it is
+    rejection sampling; a group with nothing above the threshold is left out.
+    """
+
+    on_policy: ClassVar[bool] = False
+
+    correction: Correction = setting("none", "weights for learner against sampler log-probs")
+
+
+@dataclass(frozen=True)
+class RAFTPlusPlus(Chosen, ClippedPolicyGradient):
+    """Xiong et al., "A minimalist approach to LLM reasoning" (2025), section 3: RAFT++.
+
+    All positive completions, with PPO's ratio and clip, so that a batch can be stepped on several times.
+    It is `grpo` with advantage 1 for the right ones and the wrong ones left out.
+    """
+
+    top_share: float = setting(
+        1.0, "share of each group that is chosen, rounded up; 0: the best one", ge=0, le=1
+    )
+
+
+@dataclass(frozen=True)
+class ReinforceRej(ClippedPolicyGradient):
+    """Xiong et al. (2025), section 3: Reinforce-Rej.
+
+    Groups that are all right or all wrong are left out; what remains has advantage +1 above the
+    threshold and -1 below. The paper's point: leaving out the all-wrong groups is most of what
+    `grpo`'s normalisation achieves.
+    """
+
+    min_generations: ClassVar[int] = 2
+
+    threshold: float = setting(0.0, "rewards above it are right, the others wrong")
+
+    def right(self, batch: Batch) -> Tensor:
+        """[N] float32: 1 for right, 0 for wrong."""
+        return (self.sequence_rewards(batch) > self.threshold).float()
+
+    def prepare(self, batch: Batch) -> Batch:
+        mixed = ~degenerate(self.right(batch), batch.group)
+        batch = super().prepare(batch)
+        return batch.with_(mask=batch.mask & batch.to_tokens(mixed))
+
+    def advantages(self, batch: Batch) -> Tensor:
+        return batch.to_tokens(2 * self.right(batch) - 1)
+
+    def keep_group(self, rewards: Sequence[float]) -> bool:
+        return len({r > self.threshold for r in rewards}) > 1
+
+
+@dataclass(frozen=True)
+class ExpertIteration(RAFT):
+    """Expert iteration over accumulated data (Anthony et al. 2017; for reasoning, STaR, Zelikman et al.
+    2022, and Havrilla et al. 2024): `raft` on all good completions of this step and of the `replay` steps
+    before it. With `replay: 0` it is `raft` with a top share of 1.
+    """
+
+    top_share: float = setting(
+        1.0, "share of each group that is chosen, rounded up; 0: the best one", ge=0, le=1
+    )
+    replay: int = setting(8, "past steps whose completions are trained on again", ge=0)
