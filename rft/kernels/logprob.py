@@ -1,0 +1,193 @@
+"""Log-probs of tokens under a language model's head, without its logits.
+
+`token_logps` is what the learner calls. It picks the path by what wants a gradient (see
+`logprob_chunked`) and the implementation by device; `logprob_reference` is the plain yardstick.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from rft.kernels import logprob_chunked as chunked
+from rft.kernels import logprob_reference as reference
+from rft.kernels.logprob_common import LogitMap, accumulate_dtype, check_head, check_targets, shape
+
+Backend = Literal["auto", "reference", "chunked", "triton"]
+
+
+@overload
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    lora: reference.Lora | None = ...,
+    support: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    entropy: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    lora: reference.Lora | None = ...,
+    support: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    entropy: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lora: reference.Lora | None = None,
+    support: Tensor | None = None,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs [T] float32 of targets, and with `entropy` the entropies [T] float32 in nats.
+
+    The head's logits are softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature.
+
+    Args:
+        hidden: [T, H], float32, bfloat16, float16 or float64 (which makes the results float64).
+        weight: [V, H], in hidden's dtype. If nothing of the head requires a gradient, d logp / d hidden
+            is kept by the forward and the backward is elementwise.
+        targets: [T] int64.
+        bias: [V].
+        lora: (A [r, H], B [V, r], scale) adds scale * B A to the weight, which is never merged.
+        support: [T, ceil(V/8)] uint8 from `pack_support`: the tokens among which each row's target was
+            sampled (top-k, top-p). Probabilities are taken among them; the target always counts.
+        mask: [T] bool. Rows that are False never reach the head; they get log-prob and entropy 0.
+        backend: "auto" takes "triton" on CUDA where it serves, "chunked" elsewhere.
+
+    Gradients flow to hidden, weight, bias, A and B, from log-probs and entropies alike.
+    Raises ValueError for shapes, dtypes or targets that do not fit, naming them.
+    """
+    hidden, weight = _autocast(hidden, weight)
+    check_head(hidden, weight, bias)
+    check_targets(targets, hidden.shape[0], weight.shape[0])
+    _check_extras(hidden, weight, lora, support, mask)
+    f = LogitMap(temperature, softcap, logit_scale)
+    if mask is None:
+        logps, entropies = _dispatch(hidden, weight, targets, bias, lora, support, f, entropy, backend)
+    else:
+        rows = mask.nonzero()[:, 0]
+        kept = None if support is None else support[rows]
+        few = _dispatch(hidden[rows], weight, targets[rows], bias, lora, kept, f, entropy, backend)
+        logps, entropies = (None if x is None else spread(x, rows, mask.shape[0]) for x in few)
+    assert logps is not None
+    if not entropy:
+        return logps
+    assert entropies is not None
+    return logps, entropies
+
+
+def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """x [n] at the indices `rows` of a tensor [size] that is 0 elsewhere."""
+    return x.new_zeros(size).index_copy(0, rows, x)
+
+
+def pack_support(kept: Tensor) -> Tensor:
+    """[T, V] bool -> [T, ceil(V/8)] uint8: bit j of byte i is token 8 i + j."""
+    if kept.dim() != 2 or kept.dtype != torch.bool:
+        raise ValueError(f"kept must be [T, V] bool, got {shape(kept)}")
+    t, v = kept.shape
+    padded = torch.nn.functional.pad(kept, (0, -v % 8)).view(t, -(-v // 8), 8)
+    bits = torch.arange(8, device=kept.device, dtype=torch.uint8)
+    return (padded.to(torch.uint8) << bits).sum(-1, dtype=torch.uint8)
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast, both in its dtype, as `torch.nn.functional.linear` would have them."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return hidden.to(dtype), weight.to(dtype)
+    return hidden, weight
+
+
+def _check_extras(
+    hidden: Tensor, weight: Tensor, lora: reference.Lora | None, support: Tensor | None, mask: Tensor | None
+) -> None:
+    t, (v, h) = hidden.shape[0], weight.shape
+    if lora is not None:
+        a, b, _ = lora
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != h or b.shape != (v, a.shape[0]):
+            raise ValueError(
+                f"lora must be (A [r, {h}], B [{v}, r], scale), got A {shape(a)} and B {shape(b)}"
+            )
+    if support is not None and (support.shape != (t, -(-v // 8)) or support.dtype != torch.uint8):
+        raise ValueError(
+            f"support must be [{t}, {-(-v // 8)}] uint8 (see pack_support), got {shape(support)}"
+        )
+    if mask is not None and (mask.shape != (t,) or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be [{t}] bool like the rows of hidden, got {shape(mask)}")
+
+
+def choose_backend(backend: Backend, hidden: Tensor) -> Backend:
+    """The implementation that `backend` means for `hidden`. Raises ValueError for an unknown name."""
+    if backend == "auto":
+        return "chunked"
+    if backend not in ("reference", "chunked"):
+        raise ValueError(f"backend must be auto, reference, chunked or triton, got {backend!r}")
+    return backend
+
+
+def _dispatch(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lora: reference.Lora | None,
+    support: Tensor | None,
+    f: LogitMap,
+    entropy: bool,
+    backend: Backend,
+) -> tuple[Tensor, Tensor | None]:
+    if choose_backend(backend, hidden) == "reference":
+        kept = None if support is None else chunked.unpack_support(support, weight.shape[0])
+        logps, entropies = reference.token_logps(
+            hidden, weight, targets, bias=bias, lora=lora, support=kept, logit_map=f
+        )
+        return logps, entropies if entropy else None
+    rows = chunked.Rows(targets, support)
+    head = [x for x in (weight, bias, *(lora or ())) if isinstance(x, Tensor)]
+    frozen = hidden.requires_grad and not any(x.requires_grad for x in head)
+    if frozen and torch.is_grad_enabled() and not entropy and lora is None:
+        return chunked.Frozen.apply(hidden, weight, bias, rows, f), None
+    low, low_rank = _low_rank(hidden, lora)
+    return chunked.Recompute.apply(hidden, weight, bias, low, low_rank, rows, f, entropy)
+
+
+def _low_rank(hidden: Tensor, lora: reference.Lora | None) -> tuple[Tensor | None, Tensor | None]:
+    """LoRA's (scale * h A^T [T, r], B [V, r]): autograd carries the rest to A, scale and hidden."""
+    if lora is None:
+        return None, None
+    a, b, scale = lora
+    dtype = accumulate_dtype(hidden.dtype)
+    return scale * (hidden.to(dtype) @ a.to(dtype).t()), b

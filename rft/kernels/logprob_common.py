@@ -1,0 +1,99 @@
+"""What every log-prob kernel shares: how a head's products become logits, and the checks of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """Elementwise map from a head's products x = h W^T + b to the logits z that softmax sees.
+
+    z = cap(logit_scale * x) / temperature, with cap(u) = softcap * tanh(u / softcap) (Gemma 2), the
+    identity where `softcap` is None. `logit_scale` is Cohere's factor, or one over Granite's divisor.
+    """
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be greater than 0, or None for no cap, got {self.softcap}")
+
+    @property
+    def slope(self) -> float:
+        """dz/dx without the cap's own factor 1 - tanh^2."""
+        return self.logit_scale / self.temperature
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits of products, out of place and differentiable."""
+        if self.softcap is None:
+            return x * self.slope
+        return torch.tanh(x * (self.logit_scale / self.softcap)) * (self.softcap / self.temperature)
+
+    def apply_(self, x: Tensor, cap_slope: Tensor | None = None) -> Tensor:
+        """Logits of products, in place. With a cap, 1 - tanh^2 goes to `cap_slope` if that is given."""
+        if self.softcap is None:
+            return x if self.slope == 1 else x.mul_(self.slope)
+        x.mul_(self.logit_scale / self.softcap).tanh_()
+        if cap_slope is not None:
+            torch.mul(x, x, out=cap_slope)
+            cap_slope.neg_().add_(1)
+        return x.mul_(self.softcap / self.temperature)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which softmax is taken: float64 for float64, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def shape(x: Tensor) -> str:
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, names: Sequence[str] = ("hidden", "weight")
+) -> None:
+    """Raises ValueError unless hidden is [T, H], weight [V, H], bias [V], of one dtype, on one device."""
+    h, w = names
+    if hidden.dim() != 2:
+        raise ValueError(f"{h} must be [T, H], got {shape(hidden)}; flatten batch and time first")
+    if weight.dim() != 2:
+        raise ValueError(f"{w} must be [V, H], got {shape(weight)}")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{h} and {w} differ in width: {h} is {shape(hidden)}, {w} is {shape(weight)}; "
+            f"{w} must be [V, {hidden.shape[1]}]"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{w} has no rows: {shape(weight)}")
+    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        raise ValueError(f"{h} ({shape(hidden)}) and {w} ({shape(weight)}) must share one float dtype")
+    if hidden.device != weight.device:
+        raise ValueError(f"{h} is on {hidden.device}, {w} on {weight.device}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}] like the rows of {w}, got {shape(bias)}")
+
+
+def check_targets(targets: Tensor, rows: int, vocab: int) -> None:
+    """Raises ValueError unless targets is [T] int64 with values in 0..V-1.
+
+    On CUDA the range is asserted on the device, so that nothing waits for it.
+    """
+    if targets.dim() != 1 or targets.dtype != torch.int64 or targets.shape[0] != rows:
+        raise ValueError(f"targets must be [{rows}] int64 like the rows of hidden, got {shape(targets)}")
+    if not rows:
+        return
+    if targets.is_cuda:
+        torch._assert_async(((targets >= 0) & (targets < vocab)).all())
+        return
+    low, high = (int(x) for x in torch.aminmax(targets))
+    if low < 0 or high >= vocab:
+        raise ValueError(f"targets must lie in 0..{vocab - 1} (weight has {vocab} rows), found {low}..{high}")
