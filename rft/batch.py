@@ -225,6 +225,14 @@ def _renumber(ids: Tensor, keep: Tensor) -> Tensor:
     return torch.where(ids >= 0, new[ids.clamp(min=0)], ids)
 
 
+def _column(values: Sequence[float | tuple[float, ...]]) -> Tensor:
+    """[N] float32, or [N, K] where the values are tuples: shorter ones are padded with nan."""
+    rows = [v if isinstance(v, tuple) else (v,) for v in values]
+    width = max(len(row) for row in rows)
+    padded = torch.tensor([[*row, *[float("nan")] * (width - len(row))] for row in rows], dtype=torch.float32)
+    return padded if any(isinstance(v, tuple) for v in values) else padded.squeeze(1)
+
+
 class _Builder:
     """Collects columns of numbers for `Batch.build`."""
 
@@ -267,7 +275,7 @@ class _Builder:
             group=torch.tensor(self.group, dtype=torch.int64),
             rewards=rewards,
             truncated=torch.tensor([c.finish == "length" for c in completions], dtype=torch.bool),
-            columns={n: torch.tensor([c.values[n] for c in completions], dtype=torch.float32) for n in names},
+            columns={n: _column([c.values[n] for c in completions]) for n in names},
         )
 
     def _add_group(self, index: int, group: Group) -> None:

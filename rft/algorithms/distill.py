@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from rft.algorithms.base import Algorithm, PolicyOutput, Rollout, setting
-from rft.algorithms.math.kl import jensen_shannon, sampled_kl
-from rft.algorithms.policy_gradient import required
+from rft.algorithms.math.kl import jensen_shannon, safe_exp, sampled_kl
+from rft.algorithms.policy_gradient import log_ratio, required
 from rft.batch import Batch
 
 
@@ -20,14 +20,13 @@ class Distill(Algorithm):
 
     full: the generalised Jensen-Shannon divergence of student and teacher over the vocabulary at each
     token; `beta` 0 is the forward KL(teacher || student), 1 the reverse KL. sampled: the reverse KL on the
-    sampled tokens only, by REINFORCE with the reward log teacher - log student (no second
+    sampled tokens only, by REINFORCE (weighed by the ratio to the policy
+    that sampled) with the reward log teacher - log student (no second
     distribution in memory). The teacher is the reference model. Tokens are the student's own but for
     `demonstration_share` of the completions, which are the demonstration (GKD's 1 - lambda).
 
     Where student and teacher agree, loss and gradient are 0.
     """
-
-    on_policy: ClassVar[bool] = True
 
     estimator: Literal["full", "sampled"] = setting("full", "over the vocabulary, or on sampled tokens")
     beta: float = setting(0.5, "between forward (0) and reverse (1) KL; for full", ge=0, le=1)
@@ -35,7 +34,7 @@ class Distill(Algorithm):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"ref_logps"})
+        return frozenset({"ref_logps"} | ({"old_logps"} if self.estimator == "sampled" else set()))
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -52,7 +51,8 @@ class Distill(Algorithm):
         if self.estimator == "full":
             return required(policy.kl, "policy.kl").masked_fill(~batch.mask, 0)
         reward = required(batch.ref_logps, "ref_logps") - policy.logps.detach()
-        return -(reward * policy.logps).masked_fill(~batch.mask, 0)
+        ratio = safe_exp(log_ratio(policy, batch)).detach()
+        return -(ratio * reward * policy.logps).masked_fill(~batch.mask, 0)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         logps, teacher = policy.logps.detach(), required(batch.ref_logps, "ref_logps")

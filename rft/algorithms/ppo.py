@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -105,7 +106,8 @@ class PPO(ClippedPolicyGradient):
     def report(self, batch: Batch) -> dict[str, float]:
         values, returns = required(batch.values, "values"), required(batch.returns, "returns")
         explained = explained_variance(values, returns, batch.mask)
-        return {**super().report(batch), "critic/explained_variance": explained}
+        found = {} if math.isnan(explained) else {"critic/explained_variance": explained}
+        return {**super().report(batch), **found}
 
     def conflicts(self, num_generations: int) -> list[str]:
         if self.kl_target is not None and not self.beta:

@@ -60,8 +60,7 @@ class PrefixRFT(DrGRPO):
         return batch.with_(mask=batch.mask.index_put((index[sure],), torch.zeros_like(sure[sure])))
 
     def report(self, batch: Batch) -> dict[str, float]:
-        share = self.prefix_share(batch.state["progress"]) if "progress" in batch.state else float("nan")
-        return {**super().report(batch), "prefix/share": share, **demonstration_report(batch)}
+        return {**super().report(batch), **demonstration_report(batch)}
 
     def conflicts(self, num_generations: int) -> list[str]:
         if self.hybrids >= num_generations:

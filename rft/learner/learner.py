@@ -132,7 +132,13 @@ class Learner:
         start = time.perf_counter()
         spec = self.spec
         gap = objective.LogpGap()
-        batch = batch.with_(state={**self.state, "progress": step / max(spec.total_steps - 1, 1)})
+        batch = batch.with_(
+            state={
+                **self.state,
+                "progress": step / max(spec.total_steps - 1, 1),
+                "max_completion_length": float(spec.max_completion_length),
+            }
+        )
         batch = self.algorithm.prepare(self._fill(batch, gap))
         lr = learning_rate(spec.config, step, spec.total_steps)
         for group in self.optimizer.param_groups:
@@ -148,6 +154,7 @@ class Learner:
         return {
             **metrics,
             **_advantage_metrics(batch),
+            **self.algorithm.report(batch),
             "sync/logp_gap": gap.largest,
             "sync/logp_gap_mean": gap.mean,
             "train/learning_rate": lr,

@@ -23,7 +23,7 @@ def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tup
     `token` 1 / (tokens in the batch), `sequence` 1 / (N L), `constant` 1 / (N max_completion_length).
     """
     if algorithm.unit != "token":
-        units = batch.num_sequences if algorithm.unit == "sequence" else batch.pairs()[0].numel()
+        units = batch.num_sequences if algorithm.unit == "sequence" else algorithm.pairs(batch)[0].numel()
         return batch, 1.0 / max(units, 1)
     n = batch.num_sequences
     if algorithm.normalizer == "token":
