@@ -1,0 +1,376 @@
+"""Hidden states of a packed forest, through any Hugging Face causal language model.
+
+    route = prepare_model(model)              # once, after loading; says what was chosen, and why
+    hidden = hidden_states(model, batch)      # [T, H], with gradient
+
+`prepare_model` installs the attention function below in the model and proves, on a handful of random
+tokens, that the model computes with it what it computes on separate sequences. Where it does not
+(recurrent layers, attention that cannot be replaced), sequences run unshared and padded, and a
+warning says so; where not even that is exact, the model is refused by name. Without a layout the
+model works as before, so the same object can generate.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from rft.batch import Batch
+from rft.kernels.attention_masked import dense_attention, masked_attention
+from rft.kernels.attention_merge import merged_attention
+from rft.kernels.attention_route import AttentionRoute, LayerKind, candidates, decoder_of
+from rft.kernels.forest import Forest
+
+NAME = "rft_forest"
+ROUTE = "_rft_attention_route"  # where a prepared decoder keeps its route; deep copies keep it too
+
+# Keywords that transformers hands to attention functions and that do not change what is computed here.
+_HARMLESS = frozenset(
+    "position_ids position_embeddings cache_position past_key_values use_cache layer_idx deterministic "
+    "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
+    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+)
+
+
+@dataclass
+class Layout:
+    """What travels through the model as the keyword `rft_layout`. It lives as long as autograd needs
+    it, so a checkpointed layer finds it again when it reruns during backward.
+
+    kinds: the kind of each layer, or None where all are plain. calls: attention layers that used it.
+    """
+
+    forest: Forest
+    kinds: tuple[LayerKind, ...] | None
+    calls: int = field(default=0)
+
+
+def forest_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    rft_layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function given to transformers: query [B, H, L, D] -> [B, L, H, Dv].
+
+    With a layout (B = 1, L = T) a token sees its own segment's earlier tokens and its ancestors';
+    without one it is ordinary attention under `attention_mask`.
+    Raises ValueError for a layout with dropout, or with keywords whose meaning is unknown here.
+    """
+    scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
+    if rft_layout is None:
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+            )
+        return _plain_dense(query, key, value, attention_mask, scale, softcap, s_aux), None
+    kind = _layer_kind(module, rft_layout, sliding_window)
+    unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS)
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} passes {unknown} to attention, which a packed batch ignores"
+        )
+    if dropout:
+        raise ValueError("a packed batch does not support attention dropout: set attention_dropout to 0")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ValueError(f"{type(module).__name__} is not causal: a packed batch needs causal attention")
+    rft_layout.calls += 1
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return _attend(q, k, v, rft_layout.forest, scale, kind, softcap, s_aux).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, forest_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # for forwards without a layout
+
+
+def _layer_kind(module: nn.Module, layout: Layout, sliding_window: int | None) -> LayerKind:
+    """The window or chunk of this layer by the model's config, which must agree with what it passes."""
+    if layout.kinds is None:
+        return LayerKind(window=sliding_window)
+    kind = layout.kinds[getattr(module, "layer_idx", 0) or 0]
+    if sliding_window is not None and sliding_window != kind.window:
+        raise ValueError(
+            f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__}) attends with a window of "
+            f"{sliding_window}, but the model's config says {kind.window}"
+        )
+    return kind
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forest: Forest,
+    scale: float,
+    kind: LayerKind,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[T, H, D] queries, [T, Hk, D] keys: by merge where it is exact, else by masks."""
+    window = kind.window if kind.window is not None and kind.window < forest.longest else None
+    chunk = kind.chunk if kind.chunk is not None and kind.chunk < forest.longest else None
+    width = v.shape[-1]
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    kernel = q.device.type == "cpu" or (half and q.shape[-1] <= 256)
+    if window is None and chunk is None and softcap is None and kernel and width <= q.shape[-1]:
+        # heads of unequal width (latent attention): zeros beside the values add nothing
+        v = F.pad(v, (0, q.shape[-1] - width))
+        return merged_attention(q, k, v, forest, scale, sinks)[..., :width]
+    return masked_attention(q, k, v, forest, scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks)
+
+
+def _plain_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    if mask is None:
+        shape = (query.shape[2], key.shape[2])
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])[None, None]
+    if mask.dtype != torch.bool:
+        mask = mask >= 0
+    return dense_attention(query, key, value, mask, scale, softcap, sinks).transpose(1, 2)
+
+
+# -- hidden states ---------------------------------------------------------------------------------
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """[T, H], in the model's dtype: the base transformer's last hidden states of a packed batch.
+
+    The head is not run: log-probs of `batch.tokens[t]` come from row `batch.source[t]`.
+    Prepares the model first if `prepare_model` was not called on it.
+    Raises ValueError for an empty batch, or one that reaches beyond the lengths for which the
+    model's position encoding is the same in every batch.
+    """
+    if not batch.num_tokens:
+        raise ValueError("an empty batch has no hidden states")
+    decoder = decoder_of(model)
+    route = getattr(decoder, ROUTE, None) or prepare_model(model)
+    forest = Forest(batch.segment, batch.parent, batch.positions)
+    if route.max_length is not None and forest.longest > route.max_length:
+        raise ValueError(
+            f"{type(decoder).__name__} changes its position encoding for batches that reach beyond "
+            f"{route.max_length} tokens, this one has a sequence of {forest.longest}: shorten it"
+        )
+    return _run(decoder, batch.tokens, forest, route)
+
+
+def _run(decoder: PreTrainedModel, tokens: Tensor, forest: Forest, route: AttentionRoute) -> Tensor:
+    if route.kind == "sequences":
+        return sequence_hidden_states(decoder, tokens, forest)
+    extra: dict[str, Any] = {}
+    layout = Layout(forest, route.layer_kinds)
+    if route.kind == "merge":
+        # a 4-D mask is handed on as it is, so none is built; the attention function ignores it
+        extra["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        extra["rft_layout"] = layout
+    else:
+        extra["attention_mask"] = _full_mask(decoder, forest)
+    hidden = _forward(decoder, tokens[None], position_ids=forest.positions[None], **extra)[0]
+    if route.kind == "merge" and layout.calls != route.layers:
+        raise RuntimeError(
+            f"{layout.calls} of {route.layers} attention layers of {type(decoder).__name__} used the packed "
+            "layout: the others attended to the wrong tokens"
+        )
+    return hidden
+
+
+def _forward(decoder: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    """[B, L] -> [B, L, H]."""
+    out = decoder(input_ids=input_ids, use_cache=False, **kwargs)
+    return out.last_hidden_state  # type: ignore[no-any-return]
+
+
+def _full_mask(decoder: PreTrainedModel, forest: Forest) -> Tensor:
+    """[1, 1, T, T] additive mask in the model's dtype, for models that take nothing else."""
+    dtype = next(p.dtype for p in decoder.parameters() if p.is_floating_point())
+    place = torch.arange(forest.num_tokens, device=forest.device)
+    seen = forest.sees[forest.segment[:, None], forest.segment] & (place[:, None] >= place)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=forest.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def sequence_hidden_states(decoder: PreTrainedModel, tokens: Tensor, forest: Forest) -> Tensor:
+    """[T, H] without packing and sharing: every root-to-leaf path is a row, padded on its right, where
+    a causal model cannot see it. A shared token's states come from the first path through it."""
+    rows = forest.path_rows
+    parts, at = [], []
+    for row in rows:
+        hidden = _forward(decoder, row.take(tokens))
+        parts.append(row.flat(hidden))
+        at.append(row.tokens)
+    places = torch.cat(at)
+    first = torch.full((forest.num_tokens,), places.numel(), dtype=torch.int64, device=tokens.device)
+    order = torch.arange(places.numel(), device=tokens.device)
+    first.scatter_reduce_(0, places, order, reduce="amin")
+    return torch.cat(parts).index_select(0, first)
+
+
+# -- preparing a model -----------------------------------------------------------------------------
+
+
+def prepare_model(model: nn.Module) -> AttentionRoute:
+    """Choose and install the route that is exact for this model; once, after loading.
+
+    Routes are tried in order on a forest of random tokens, without gradient and with dropout off,
+    and compared with separate sequences through the model as it came. The choice is kept on the
+    model's decoder. Warns where sequences cannot be packed. Raises ValueError for a model for which
+    no route is exact (encoder-decoders, prompt tuning, non-causal attention), by name.
+    """
+    decoder = decoder_of(model)
+    routes = candidates(model, decoder)
+    if any(p.is_meta for p in decoder.parameters()):
+        raise ValueError(
+            f"{type(decoder).__name__} is on the meta device: load its weights before preparing it"
+        )
+    original = decoder.config._attn_implementation
+    training = [m for m in decoder.modules() if m.training]
+    decoder.eval()
+    try:
+        route = _first_exact(decoder, routes, original)
+    finally:
+        for module in training:
+            module.training = True
+    if route.kind == "sequences":
+        warnings.warn(
+            f"{type(decoder).__name__} cannot run packed or share prefixes ({route.reason}): every sequence "
+            "runs in a padded row of its own, at full cost",
+            stacklevel=2,
+        )
+    setattr(decoder, ROUTE, route)
+    return route
+
+
+def _first_exact(decoder: PreTrainedModel, routes: list[AttentionRoute], original: str) -> AttentionRoute:
+    tokens, forest = _probe(decoder)
+    reasons = []
+    with torch.no_grad():
+        expected = _one_by_one(decoder, tokens, forest)
+        for route in routes:
+            wanted = NAME if route.kind == "merge" else original
+            if decoder.config._attn_implementation != wanted:
+                decoder.set_attn_implementation(wanted)
+            try:
+                error = relative_error(_run(decoder, tokens, forest, route), expected)
+                if route.kind == "merge":  # without a layout, the model must be what it was
+                    error = max(error, relative_error(_one_by_one(decoder, tokens, forest), expected))
+            except Exception as problem:  # whatever it is, this route is out, and the reason is reported
+                reasons.append(f"{route.kind}: {type(problem).__name__}: {problem}")
+                continue
+            if error <= tolerance_of(decoder):
+                kept = "; ".join([*([route.reason] if route.reason else []), *reasons])
+                return route.because(kept)
+            reasons.append(f"{route.kind}: hidden states differ by {error:.1e} from separate sequences")
+    raise ValueError(f"{type(decoder).__name__} cannot be trained on: " + "; ".join(reasons))
+
+
+def _probe(decoder: PreTrainedModel) -> tuple[Tensor, Forest]:
+    """Random tokens in a forest of two trees, with children, a grandchild and unequal lengths."""
+    lengths = torch.tensor([5, 3, 4, 2, 6, 7, 2, 1])
+    parent = torch.tensor([-1, 0, 0, 2, 2, -1, 5, -1])
+    segment = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
+    start = [0] * lengths.numel()
+    for s, p in enumerate(parent.tolist()):
+        start[s] = start[p] + int(lengths[p]) if p >= 0 else 0
+    positions = torch.cat([torch.arange(a, a + int(n)) for a, n in zip(start, lengths, strict=True)])
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = decoder.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(0, vocabulary, (segment.numel(),), generator=generator)
+    device = next(decoder.parameters()).device
+    return tokens.to(device), Forest(segment.to(device), parent.to(device), positions.to(device))
+
+
+def _one_by_one(decoder: PreTrainedModel, tokens: Tensor, forest: Forest) -> Tensor:
+    """[T, H]: each sequence alone, with nothing but its tokens: what every route must reproduce."""
+    out: list[Tensor] = [torch.empty(0)] * forest.num_tokens
+    for path in forest.paths():
+        hidden = _forward(decoder, tokens[torch.tensor(path, device=tokens.device)][None])[0]
+        for i, token in enumerate(path):
+            out[token] = hidden[i]
+    return torch.stack(out)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest distance of a token's hidden state from what it should be, relative to its norm."""
+    difference = (actual.float() - expected.float()).norm(dim=-1)
+    error = float((difference / expected.float().norm(dim=-1).clamp(min=1e-12)).max())
+    return error if math.isfinite(error) else math.inf
+
+
+def tolerance_of(decoder: PreTrainedModel) -> float:
+    """The relative difference of hidden states that rounding explains, by the model's dtype."""
+    dtypes = {p.dtype for p in decoder.parameters() if p.is_floating_point()}
+    worst = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return max(1e-4, 8 * worst)
+
+
+def self_check(
+    model: nn.Module,
+    batch: Batch,
+    tolerance: float | None = None,
+    *,
+    max_tokens: int = 4096,
+    fall_back: bool = False,
+) -> float:
+    """Compare a real batch's hidden states with those of separate sequences; the largest relative error.
+
+    Looks at the trees that fit into `max_tokens`, the longest first, and one in any case, without
+    gradient and with dropout off. Above `tolerance` (default: `tolerance_of` the model's dtype) it
+    raises RuntimeError; with `fall_back`, it warns and the model runs unshared from now on.
+    """
+    decoder = decoder_of(model)
+    route = getattr(decoder, ROUTE, None) or prepare_model(model)
+    if route.kind == "sequences":
+        return 0.0
+    sizes = torch.bincount(batch.tree[batch.segment]).tolist()
+    chosen: list[int] = []
+    for tree in sorted(range(len(sizes)), key=lambda t: -sizes[t]):
+        if not chosen or sizes[tree] + sum(sizes[t] for t in chosen) <= max_tokens:
+            chosen.append(tree)
+    part = batch.select(chosen)
+    forest = Forest(part.segment, part.parent, part.positions)
+    training = [m for m in decoder.modules() if m.training]
+    decoder.eval()
+    try:
+        with torch.no_grad():
+            expected = sequence_hidden_states(decoder, part.tokens, forest)
+            error = relative_error(_run(decoder, part.tokens, forest, route), expected)
+    finally:
+        for module in training:
+            module.training = True
+    limit = tolerance_of(decoder) if tolerance is None else tolerance
+    if error > limit:
+        message = (
+            f"packed hidden states of {type(decoder).__name__} differ from those of separate sequences by "
+            f"{error:.1e} of their norm, more than {limit:.1e}"
+        )
+        if not fall_back:
+            raise RuntimeError(message + ": do not train on them; run without sharing and packing")
+        warnings.warn(
+            message + ": running every sequence in a padded row of its own from now on", stacklevel=2
+        )
+        setattr(decoder, ROUTE, AttentionRoute("sequences", message))
+    return error

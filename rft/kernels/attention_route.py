@@ -1,0 +1,132 @@
+"""Which ways of running a packed batch a model may be tried with: what its config and modules tell.
+
+This only rules out and orders; `prepare_model` then tries what is left on real tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+Kind = Literal["merge", "mask", "sequences"]
+
+_RECURRENT = re.compile(
+    r"mamba|ssm|recurrent|rwkv|deltanet|shortconv|linearattention|lightning|rglru|xlstm|hyena", re.I
+)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer's attention leaves out: keys `window` or more positions back, or outside its `chunk`."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class AttentionRoute:
+    """How packed batches run through a model.
+
+    kind: "merge" (the forest attention function), "mask" (one explicit mask over the packed batch,
+        through the model's own attention), "sequences" (unshared, a padded row each).
+    reason: why not a better one, for the log. layers: how many attention layers must use the layout.
+    layer_kinds: the windows of the layers; None where attention is plain or the model passes them.
+    max_length: the longest sequence for which position encodings do not depend on the batch.
+    """
+
+    kind: Kind
+    reason: str = ""
+    layers: int = 0
+    layer_kinds: tuple[LayerKind, ...] | None = None
+    max_length: int | None = None
+
+    @property
+    def shares(self) -> bool:
+        """True if a shared prefix is computed once."""
+        return self.kind != "sequences"
+
+    def because(self, reason: str) -> AttentionRoute:
+        return replace(self, reason=reason)
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The base transformer of a causal language model, with or without a peft wrapper around it."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no transformers model, nor a peft wrapper around one")
+    return decoder
+
+
+def candidates(model: nn.Module, decoder: PreTrainedModel) -> list[AttentionRoute]:
+    """The routes to try, best first. Raises ValueError for models that cannot be trained here."""
+    name = type(decoder).__name__
+    whole = decoder.config
+    config = whole.get_text_config()
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(f"{adapter.peft_type} adds tokens or states to the prompt: use LoRA instead")
+    if getattr(whole, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder: rft trains decoder-only models")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(f"{name} attends in both directions: rft trains causal models")
+    limit = _batch_independent_length(config)
+    plain = AttentionRoute("sequences", max_length=limit)
+    kinds, unknown = _layer_kinds(config)
+    if unknown:
+        return [plain.because(f"layers of type {', '.join(unknown)}")]
+    if recurrent := _recurrent_modules(decoder):
+        return [plain.because(f"recurrent or convolutional layers: {', '.join(recurrent)}")]
+    merge = AttentionRoute("merge", "", config.num_hidden_layers, kinds, limit)
+    if kinds is not None and any(k != LayerKind() for k in kinds):
+        return [merge, plain]
+    return [merge, AttentionRoute("mask", max_length=limit), plain]
+
+
+def _layer_kinds(config: Any) -> tuple[tuple[LayerKind, ...] | None, list[str]]:
+    """The kind of every layer, and the names of layer types that are no attention over tokens."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    chunk = getattr(config, "attention_chunk_size", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        if window is None:
+            return None, []
+        return (LayerKind(window=window),) * config.num_hidden_layers, []
+    known = {
+        "full_attention": LayerKind(),
+        "attention": LayerKind(),
+        "sliding_attention": LayerKind(window=window),
+        "chunked_attention": LayerKind(chunk=chunk),
+    }
+    unknown = sorted({t for t in types if t not in known})
+    if unknown:
+        return None, unknown
+    if ("sliding_attention" in types and window is None) or ("chunked_attention" in types and chunk is None):
+        raise ValueError(f"{type(config).__name__} has windowed layers but no window size")
+    return tuple(known[t] for t in types), []
+
+
+def _recurrent_modules(decoder: PreTrainedModel) -> list[str]:
+    """Classes of modules that carry a state from token to token outside attention."""
+    found = {type(m).__name__ for m in decoder.modules() if isinstance(m, nn.Conv1d)}
+    found |= {type(m).__name__ for m in decoder.modules() if _RECURRENT.search(type(m).__name__)}
+    return sorted(found)
+
+
+def _batch_independent_length(config: Any) -> int | None:
+    """Dynamic and long rope change all frequencies once any sequence of a batch is beyond a length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for entry in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        if entry.get("rope_type") in ("dynamic", "longrope"):
+            limit = entry.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return limit or config.max_position_embeddings
+    return None
