@@ -25,7 +25,9 @@ class Schedule(Section):
     end: float = Field(description="value from progress `until` on")
     begin: float = Field(0.0, description="progress (0 to 1) at which it begins to move", ge=0, le=1)
     until: float = Field(1.0, description="progress (0 to 1) at which it arrives", ge=0, le=1)
-    shape: Literal["linear", "cosine", "step"] = Field("linear", description="how it moves; step jumps at `until`")
+    shape: Literal["linear", "cosine", "step"] = Field(
+        "linear", description="how it moves; step jumps at `until`"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
@@ -37,7 +39,9 @@ class Schedule(Section):
 class RewardConfig(Section):
     """One reward function."""
 
-    function: str = Field(description="built-in name (`math`), `file.py:function`, `package.module:function`, or `verl:` before one of these")
+    function: str = Field(
+        description="built-in name (`math`), `file.py:function`, `package.module:function`, or `verl:` before one of these"
+    )
     name: str | None = Field(None, description="its name in metrics; by default the function's name")
     weight: float | Schedule = Field(1.0, description="factor in the sum, or a schedule of it")
     gate: bool = Field(False, description="the combined reward is `gate_value` unless this one passes")
@@ -63,12 +67,16 @@ class RewardsConfig(Section):
         description="sum: of weight * value; product and min: of the values; vector: direction . values "
         "(DPA); gdpo: sum of weight * value normalised over the group",
     )
-    direction: list[float] | None = Field(None, description="preference direction of `vector`, one per function")
+    direction: list[float] | None = Field(
+        None, description="preference direction of `vector`, one per function"
+    )
     gate_value: float = Field(0.0, description="combined reward where a gate does not pass")
     clip: tuple[float, float] | None = Field(None, description="lowest and highest combined reward")
     workers: int = Field(2, description="worker processes of the shared pool", ge=1)
     recycle_after: int = Field(20_000, description="a worker is replaced after this many judgements", ge=1)
-    start_timeout_s: float = Field(120.0, description="seconds for a worker to start and load its rewards", gt=0)
+    start_timeout_s: float = Field(
+        120.0, description="seconds for a worker to start and load its rewards", gt=0
+    )
     on_error: ErrorPolicy = Field("stop", description="stop | drop | {max_fraction: f}: when a call fails")
     max_errors: int = Field(0, description="errors that are dropped before `stop` or the fraction acts", ge=0)
     on_timeout: ErrorPolicy = Field(

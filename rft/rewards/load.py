@@ -39,6 +39,10 @@ class SpecError(ValueError):
     """A reward cannot be loaded as written; the message says what to write instead."""
 
 
+class CallError(ValueError):
+    """A call that concerns all of its samples failed: wrong length, no list, a missing column."""
+
+
 def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> RewardFunction:
     """The reward function that `spec` names, with its options bound.
 
@@ -52,7 +56,9 @@ def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> 
         return Custom(spec, from_verl(resolve(spec.removeprefix("verl:"), base_dir)), options)
     if ":" not in spec:
         target = builtin(spec)
-        return Stateful(spec, target, options) if inspect.isclass(target) else PerSample(spec, target, options)
+        return (
+            Stateful(spec, target, options) if inspect.isclass(target) else PerSample(spec, target, options)
+        )
     return Custom(spec, resolve(spec, base_dir), options)
 
 
@@ -180,7 +186,18 @@ def _converted(spec: str, name: str, value: Any, hint: Any) -> Any:
 def _rows(columns: Mapping[str, Sequence[Any]], n: int, label: str) -> None:
     for name, values in columns.items():
         if len(values) != n:
-            raise ValueError(f"reward {label!r}: column {name!r} has {len(values)} values for {n} completions")
+            raise CallError(f"reward {label!r}: column {name!r} has {len(values)} values for {n} completions")
+
+
+def signature_columns(target: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns that a built-in must have, and those that it can use."""
+    if inspect.isclass(target):
+        return tuple(getattr(target, "required", ())), tuple(getattr(target, "optional", ()))
+    parameters = inspect.signature(target).parameters
+    columns = {n: p for n, p in parameters.items() if p.kind in _POSITIONAL}
+    columns = {n: p for n, p in columns.items() if n not in ("prompt", "completion")}
+    required = tuple(n for n, p in columns.items() if p.default is p.empty)
+    return required, tuple(n for n in columns if n not in required)
 
 
 class PerSample:
@@ -194,12 +211,8 @@ class PerSample:
     def __init__(self, spec: str, function: Callable[..., Score], options: Mapping[str, Any]) -> None:
         self.spec = spec
         self.options = checked_options(spec, function, options, strict=True)
-        parameters = inspect.signature(function).parameters
-        columns = {n: p for n, p in parameters.items() if p.kind in _POSITIONAL}
-        self.takes_prompt = columns.pop("prompt", None) is not None
-        columns.pop("completion")
-        self.required = tuple(n for n, p in columns.items() if p.default is p.empty)
-        self.optional = tuple(n for n, p in columns.items() if p.default is not p.empty)
+        self.takes_prompt = "prompt" in inspect.signature(function).parameters
+        self.required, self.optional = signature_columns(function)
         self.columns: tuple[str, ...] | None = self.required + self.optional
         self._bound = functools.partial(function, **self.options) if self.options else function
 
@@ -207,7 +220,7 @@ class PerSample:
         for name in self.required:
             if name not in columns:
                 have = ", ".join(sorted(columns)) or "none"
-                raise ValueError(f"reward {self.spec!r} needs the column {name!r}; the columns here: {have}")
+                raise CallError(f"reward {self.spec!r} needs the column {name!r}; the columns here: {have}")
         return [name for name in self.columns or () if name in columns]
 
     def score(
@@ -256,7 +269,8 @@ class Stateful:
         self.spec = spec
         self.options = checked_options(spec, cls, options, strict=True)
         self.inner = cls(**self.options)
-        self.columns: tuple[str, ...] | None = getattr(cls, "columns", ())
+        self.required, self.optional = signature_columns(cls)
+        self.columns: tuple[str, ...] | None = self.required + self.optional
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Score]:
         """One Score per completion."""
@@ -293,6 +307,11 @@ class Custom:
             self.columns = tuple(n for n in names if n not in ("prompts", "completions", *self.options))
         if "completions" not in names and not takes_all:
             raise SpecError(f"{spec} must take `completions` (and `prompts`, dataset columns, or **kwargs)")
+        self.required = tuple(
+            n
+            for n in self.columns or ()
+            if n in parameters and parameters[n].default is inspect.Parameter.empty
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Any:
@@ -304,7 +323,7 @@ class Custom:
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Score]:
         """One Score per completion; garbage in a place is an `error` there. Not from a running loop.
 
-        Raises what the function raises, and ValueError for a result of the wrong length.
+        Raises what the function raises, and CallError for a result of the wrong length.
         """
         start = perf_counter()
         result = self(prompts, completions, **columns)
@@ -315,9 +334,9 @@ class Custom:
         if hasattr(result, "tolist"):  # numpy array, torch tensor
             result = result.tolist()
         if not isinstance(result, Sequence) or isinstance(result, str):
-            raise ValueError(f"{self.spec} returned a {type(result).__name__}, not a list of numbers")
+            raise CallError(f"{self.spec} returned a {type(result).__name__}, not a list of numbers")
         if len(result) != len(completions):
-            raise ValueError(f"{self.spec} returned {len(result)} values for {len(completions)} completions")
+            raise CallError(f"{self.spec} returned {len(result)} values for {len(completions)} completions")
         share = (perf_counter() - start) / max(1, len(completions))
         return [as_score(self.spec, value, share) for value in result]
 

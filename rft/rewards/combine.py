@@ -1,0 +1,138 @@
+"""From several rewards to one number per completion: pure functions over plain lists.
+
+`None` is kept apart from 0 throughout: a component that abstains is left out of the sum; a component
+that failed makes the whole sample None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+
+from rft.rewards.config import RewardConfig, RewardsConfig, Schedule
+from rft.rewards.types import SampleReward, Score
+
+Values = list[float | None]
+
+
+def scheduled(weight: float | Schedule, progress: float) -> float:
+    """A weight at `progress` (0 at the start of the run, 1 at its end)."""
+    if isinstance(weight, int | float):
+        return float(weight)
+    span = weight.until - weight.begin
+    done = 1.0 if progress >= weight.until else max(0.0, (progress - weight.begin) / span)
+    if weight.shape == "step":
+        done = float(done >= 1)
+    elif weight.shape == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return weight.start + (weight.end - weight.start) * done
+
+
+def weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """sum of w_i * r_i over the components that apply; None where none does."""
+    present = [w * v for v, w in zip(values, weights, strict=True) if v is not None]
+    return sum(present) if present else None
+
+
+def direction_product(vector: Sequence[float | None], direction: Sequence[float]) -> float | None:
+    """v . r with the preference direction v scaled to length 1 (DPA, arXiv:2402.18571, eq. 2).
+
+    None where a component is missing: the direction has no meaning without it.
+    """
+    norm = math.sqrt(sum(d * d for d in direction))
+    if any(v is None for v in vector):
+        return None
+    return sum(d * v for d, v in zip(direction, vector, strict=True) if v is not None) / norm
+
+
+def normalized(values: Sequence[float | None], groups: Sequence[int], epsilon: float = 1e-4) -> Values:
+    """(r - mean) / (std + epsilon) within each group (population std), over the values that apply.
+
+    A group whose values are all equal gives 0, whatever the rounding of its mean.
+    """
+    members: dict[int, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        if value is not None:
+            members.setdefault(group, []).append(value)
+    stats = {g: (fmean(v), pstdev(v) if min(v) < max(v) else 0.0) for g, v in members.items()}
+    result: Values = []
+    for value, group in zip(values, groups, strict=True):
+        if value is None:
+            result.append(None)
+        else:
+            mean, std = stats[group]
+            result.append((value - mean) / (std + epsilon) if std else 0.0)
+    return result
+
+
+def gdpo(
+    components: Sequence[Sequence[float | None]], weights: Sequence[float], groups: Sequence[int]
+) -> Values:
+    """Sum over components of w_k times r_k normalised within its group (GDPO, arXiv:2601.05242, eq. 4-5).
+
+    components: one list of N values per reward. Normalising each reward by itself keeps combinations
+    apart that the normalised sum would merge. The batch-wise normalisation of eq. 6 is the
+    algorithm's (advantage whitening).
+    """
+    per_reward = [normalized(values, groups) for values in components]
+    return [weighted_sum(row, weights) for row in zip(*per_reward, strict=True)]
+
+
+def gates_pass(scores: Sequence[Score], configs: Sequence[RewardConfig]) -> bool:
+    """True where every gate that applies reaches its threshold."""
+    return all(
+        s.value is None or s.value >= c.threshold for s, c in zip(scores, configs, strict=True) if c.gate
+    )
+
+
+def combine(
+    config: RewardsConfig,
+    scores: Mapping[str, Sequence[Score]],
+    *,
+    groups: Sequence[int] | None = None,
+    progress: float = 0.0,
+) -> list[SampleReward]:
+    """The combined rewards of N completions.
+
+    scores: by reward name, N each, in config order. groups: the group of each completion (for `gdpo`;
+    by default all N are one group). progress: 0 to 1, for schedules.
+    """
+    names, configs = list(scores), config.functions
+    n = len(scores[names[0]]) if names else 0
+    rows = [[scores[name][i] for name in names] for i in range(n)]
+    weights = [scheduled(c.weight, progress) for c in configs]
+    totals = _totals(config, rows, weights, groups or [0] * n)
+    result = []
+    for row, total in zip(rows, totals, strict=True):
+        failed = any(s.failed for s in row)
+        if total is not None and not gates_pass(row, configs):
+            total = config.gate_value
+        if total is not None and config.clip is not None:
+            total = min(max(total, config.clip[0]), config.clip[1])
+        result.append(
+            SampleReward(
+                value=None if failed else total,
+                scores=dict(zip(names, row, strict=True)),
+                vector=None if failed else tuple(s.value for s in row),
+            )
+        )
+    return result
+
+
+def _totals(
+    config: RewardsConfig, rows: Sequence[Sequence[Score]], weights: Sequence[float], groups: Sequence[int]
+) -> Values:
+    kept = [i for i, c in enumerate(config.functions) if not c.gate]
+    if config.combine == "vector":
+        return [direction_product([s.value for s in row], config.direction or ()) for row in rows]
+    values = [[None if any(s.failed for s in row) else row[i].value for i in kept] for row in rows]
+    chosen = [weights[i] for i in kept]
+    if config.combine == "gdpo":
+        components = [[row[k] for row in values] for k in range(len(kept))]
+        return gdpo(components, chosen, groups)
+    if config.combine == "sum":
+        return [weighted_sum(row, chosen) for row in values]
+    fold = math.prod if config.combine == "product" else min
+    present = [[v for v in row if v is not None] for row in values]
+    return [fold(row) if row else None for row in present]

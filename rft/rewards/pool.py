@@ -1,0 +1,412 @@
+"""A pool of killable worker processes, driven from one asyncio loop, without threads.
+
+The pool keeps its size: a worker that hangs is killed with its children, one that crashes is
+replaced, one that has judged long enough is recycled. Jobs of several callers interleave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rft.rewards.process import GUARDIAN, kill_tree
+from rft.rewards.types import Outcome, RewardError, Score, Text
+from rft.rewards.worker import HEADER, PROGRESS, decode
+
+START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from rft.rewards.worker import main; "
+START += "main(int(sys.argv[2]), int(sys.argv[3]))"
+
+MAX_HUNG_CALLS = 16
+"""Of one request: calls that hang are split to find the sample that hangs, until so many have hung."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A reward function as the workers load it."""
+
+    function: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    base_dir: Path = Path(".")
+    timeout_s: float = 30.0
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker says of a function: the columns that it reads (None: all) and must have, and
+    whether it judges one sample per call."""
+
+    columns: tuple[str, ...] | None
+    required: tuple[str, ...]
+    per_sample: bool
+
+
+class Died(Exception):
+    """The worker's process ended; `reason` says how."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Hung(Exception):
+    """A call exceeded its time; `index` is its first sample within the job."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"call of sample {index} exceeded its time")
+        self.index = index
+
+
+class Worker:
+    """One process. All methods run in the event loop that started it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], board: mmap.mmap) -> None:
+        self.process = process
+        self.board = board
+        self.judged = 0
+        self.reader: asyncio.StreamReader
+        self.writer: asyncio.StreamWriter | None = None
+        loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[None] = loop.create_future()
+        self._pidfd = os.pidfd_open(process.pid)
+        loop.add_reader(self._pidfd, self._on_exit)
+
+    @classmethod
+    def launch(cls) -> tuple[Worker, socket.socket]:
+        """Start the process; the socket is this side's end."""
+        ours, theirs = socket.socketpair()
+        board_fd = os.memfd_create("rft-reward-progress")
+        os.ftruncate(board_fd, PROGRESS.size)
+        board = mmap.mmap(board_fd, PROGRESS.size)
+        path = json.dumps([entry or os.getcwd() for entry in sys.path])
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", START, path, str(theirs.fileno()), str(board_fd)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), board_fd),
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            )
+        finally:
+            theirs.close()
+            os.close(board_fd)
+        return cls(process, board), ours
+
+    async def attach(self, sock: socket.socket) -> None:
+        """Take the socket over."""
+        self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=1 << 24)
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        if not self.exited.done():
+            self.exited.set_result(None)
+
+    def send(self, message: Any) -> None:
+        """Write one message; it leaves when the loop gets to it."""
+        assert self.writer is not None
+        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        self.writer.write(HEADER.pack(len(data)) + data)
+
+    async def _read(self) -> Any:
+        (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+        return pickle.loads(await self.reader.readexactly(size))
+
+    async def receive(self, timeout_s: float, *, per_call: bool) -> Any:
+        """The next message. Raises Died; raises Hung once a call (or the wait) exceeds `timeout_s`."""
+        read = asyncio.ensure_future(self._read())
+        begun = time.monotonic()
+        try:
+            while True:
+                index, since = PROGRESS.unpack_from(self.board) if per_call else (0, begun)
+                since = max(since, begun) if index < 0 else since
+                left = since + timeout_s - time.monotonic()
+                if left <= 0:
+                    await asyncio.sleep(0.002)  # the two numbers are not written at one instant: look again
+                    if not read.done() and (not per_call or PROGRESS.unpack_from(self.board)[0] == index):
+                        raise Hung(max(index, 0))
+                    continue
+                await asyncio.wait({read, self.exited}, timeout=left + 0.005, return_when="FIRST_COMPLETED")
+                if read.done():
+                    return read.result()
+                if self.exited.done():  # what it wrote before it died still counts
+                    return await asyncio.wait_for(read, 1.0)
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            raise Died(self.reason()) from None
+        finally:
+            read.cancel()
+            with contextlib.suppress(asyncio.CancelledError, asyncio.IncompleteReadError, ConnectionError):
+                await read
+
+    def reason(self) -> str:
+        """How the process ended, in words."""
+        end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is None:  # not reaped here: the process id must stay its own until its tree is gone
+            return "its connection closed"
+        if end.si_code == os.CLD_EXITED:
+            return f"it exited with status {end.si_status}"
+        return f"it was killed by {signal.Signals(end.si_status).name}"
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """End the process and its children; with a grace, ask first."""
+        if grace_s and self.writer is not None and not self.exited.done():
+            with contextlib.suppress(ConnectionError):
+                self.send(None)
+                await asyncio.wait({self.exited}, timeout=grace_s)
+        if self.process.returncode is None:  # not reaped yet, so the process id is still its own
+            kill_tree(self.process.pid)
+            await asyncio.shield(self.exited)
+        self.process.wait()
+        if self.writer is not None:
+            self.writer.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self.board.close()
+
+
+@dataclass
+class _Request:
+    """One call of `WorkerPool.score`: filled in job by job."""
+
+    spec: int
+    prompts: Sequence[Text]
+    completions: Sequence[Text]
+    columns: Mapping[str, Sequence[Any]]
+    scores: list[Score | None]
+    done: asyncio.Future[None]
+    left: int
+    hung: int = 0  # calls of it that were killed
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Samples `start` to `stop` of a request, judged `batch` per call."""
+
+    request: _Request
+    start: int
+    stop: int
+    batch: int
+
+
+class WorkerPool:
+    """Workers that all load the same reward functions."""
+
+    def __init__(
+        self, specs: Sequence[Spec], workers: int, recycle_after: int = 20_000, start_timeout_s: float = 120.0
+    ) -> None:
+        self.specs = list(specs)
+        self.size = workers
+        self.recycle_after = recycle_after
+        self.start_timeout_s = start_timeout_s
+        self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
+        self.loaded: list[Loaded] = []
+        self._workers: set[Worker] = set()
+        self._jobs: asyncio.Queue[_Job]
+        self._slots: list[asyncio.Task[None]] = []
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Start all workers and wait until they have loaded. Raises RewardError where one cannot."""
+        self._jobs = asyncio.Queue()
+        self._guardian = subprocess.Popen(GUARDIAN, stdin=subprocess.PIPE, start_new_session=True)
+        results = await asyncio.gather(*(self._spawn() for _ in range(self.size)), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+        workers = [w for w in results if isinstance(w, Worker)]
+        self._slots = [asyncio.create_task(self._slot(w), name="rft-reward-slot") for w in workers]
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the living workers."""
+        return [w.process.pid for w in self._workers if not w.exited.done()]
+
+    async def score(
+        self,
+        spec: int,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> list[Score]:
+        """One Score per completion, in order. A hung call is a `timeout`, a crash an `error`, both None."""
+        if self._closed:
+            raise RuntimeError("the reward pool is closed")
+        n = len(completions)
+        if n == 0:
+            return []
+        wanted = self.loaded[spec].columns
+        given = columns if wanted is None else {k: v for k, v in columns.items() if k in wanted}
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request = _Request(spec, prompts, completions, given, [None] * n, done, n)
+        batch = self.specs[spec].batch_size or -(-n // self.size)
+        share = max(batch, -(-n // self.size)) // batch * batch
+        for start in range(0, n, share):
+            self._jobs.put_nowait(_Job(request, start, min(start + share, n), batch))
+        try:
+            await self._finished(request)
+        finally:
+            done.cancel()  # jobs of a request that nobody waits for are skipped
+        return [score for score in request.scores if score is not None]
+
+    async def _finished(self, request: _Request) -> None:
+        """Wait for the request, or for a slot that failed (a worker that cannot be replaced)."""
+        await asyncio.wait({request.done, *self._slots}, return_when="FIRST_COMPLETED")
+        if request.done.done():
+            return
+        for slot in self._slots:
+            if slot.done():
+                slot.result()
+        raise RuntimeError("the reward pool was closed during a call")
+
+    async def close(self) -> None:
+        """Ends all workers with their children, and the guardian."""
+        self._closed = True
+        for slot in self._slots:
+            slot.cancel()
+        await asyncio.gather(*self._slots, return_exceptions=True)
+        await asyncio.gather(*(self._end(w, grace_s=1.0) for w in list(self._workers)))
+        if self._guardian is not None and self._guardian.stdin is not None:
+            self._guardian.stdin.close()
+            self._guardian.wait()
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def _tell_guardian(self, sign: str, pid: int) -> None:
+        assert self._guardian is not None and self._guardian.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the guardian itself was killed
+            os.write(self._guardian.stdin.fileno(), f"{sign}{pid}\n".encode())
+
+    async def _spawn(self) -> Worker:
+        worker, sock = Worker.launch()
+        self._tell_guardian("+", worker.process.pid)
+        self._workers.add(worker)
+        self.counts["started"] += 1
+        try:
+            await worker.attach(sock)
+            worker.send([(s.function, dict(s.options), str(s.base_dir)) for s in self.specs])
+            kind, *rest = await worker.receive(self.start_timeout_s, per_call=False)
+        except Hung:
+            await self._end(worker)
+            names = ", ".join(s.function for s in self.specs)
+            raise RewardError(
+                f"a reward worker did not load {names} within start_timeout_s = {self.start_timeout_s:g} s"
+            ) from None
+        except Died as death:
+            await self._end(worker)
+            raise RewardError(f"a reward worker died while it loaded its rewards: {death.reason}") from None
+        except BaseException:
+            await self._end(worker)
+            raise
+        if kind == "failed":
+            await self._end(worker)
+            raise RewardError(f"a reward worker could not load its rewards:\n{rest[0]}")
+        self.loaded = [Loaded(*row) for row in rest[0]]
+        return worker
+
+    async def _end(self, worker: Worker, *, grace_s: float = 0.0) -> None:
+        pid = worker.process.pid
+        await worker.close(grace_s=grace_s)
+        self._workers.discard(worker)
+        self._tell_guardian("-", pid)
+
+    async def _slot(self, worker: Worker) -> None:
+        """Serves jobs with one worker, replacing it when needed, forever."""
+        while True:
+            job = await self._jobs.get()
+            if job.request.done.done():
+                continue
+            try:
+                await self._run(worker, job)
+                worker.judged += job.stop - job.start
+                if worker.judged < self.recycle_after:
+                    continue
+                self.counts["recycled"] += 1
+                grace = 1.0
+            except Hung as hang:
+                self.counts["killed"] += 1
+                self._after_hang(job, hang.index + job.start)
+                grace = 0.0
+            except Died as death:
+                self.counts["crashed"] += 1
+                index = max(PROGRESS.unpack_from(worker.board)[0], 0) + job.start
+                self._after_crash(job, index, death.reason)
+                grace = 0.0
+            await self._end(worker, grace_s=grace)
+            worker = await self._spawn()
+
+    async def _run(self, worker: Worker, job: _Job) -> None:
+        r, part = job.request, slice(job.start, job.stop)
+        columns = {name: values[part] for name, values in r.columns.items()}
+        PROGRESS.pack_into(worker.board, 0, -1, time.monotonic())
+        worker.send((r.spec, r.prompts[part], r.completions[part], columns, job.batch))
+        while True:
+            kind, *rest = await worker.receive(self.specs[r.spec].timeout_s, per_call=True)
+            if kind == "done":
+                return
+            first, rows = rest
+            self._fill(r, job.start + first, decode(rows))
+
+    def _fill(self, request: _Request, first: int, scores: Sequence[Score]) -> None:
+        for i, score in enumerate(scores, first):
+            if request.scores[i] is None:
+                request.scores[i] = score
+                request.left -= 1
+        if request.left == 0 and not request.done.done():
+            request.done.set_result(None)
+
+    # -- after a failure ---------------------------------------------------------------------------
+
+    def _call_of(self, job: _Job, index: int) -> tuple[int, int]:
+        """The samples (start, stop) of the call that began at `index`."""
+        per_sample = self.loaded[job.request.spec].per_sample
+        return index, index + 1 if per_sample else min(index + job.batch, job.stop)
+
+    def _after_hang(self, job: _Job, index: int) -> None:
+        start, stop = self._call_of(job, index)
+        timeout = self.specs[job.request.spec].timeout_s
+        job.request.hung += 1
+        if stop - start == 1 or job.request.hung > MAX_HUNG_CALLS:
+            detail = f"no result within timeout_s = {timeout:g} s; its process was killed"
+            self._fill(job.request, start, [Score(None, Outcome.timeout, detail, timeout)] * (stop - start))
+        else:
+            self._split(job, start, stop)
+        self._requeue(job, start, stop)
+
+    def _after_crash(self, job: _Job, index: int, reason: str) -> None:
+        start, stop = self._call_of(job, index)
+        if stop - start == 1:
+            detail = f"the worker process died in this call: {reason}"
+            self._fill(job.request, start, [Score(None, Outcome.error, detail)])
+        else:
+            self._split(job, start, stop)
+        self._requeue(job, start, stop)
+
+    def _split(self, job: _Job, start: int, stop: int) -> None:
+        """One sample of this call broke it: smaller calls find it and keep the others."""
+        step = -(-(stop - start) // 8)
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            self._jobs.put_nowait(_Job(job.request, a, b, b - a))
+
+    def _requeue(self, job: _Job, start: int, stop: int) -> None:
+        """The rest of a broken job goes back: what came before the call (if unsent) and what follows."""
+        for a, b in ((job.start, start), (stop, job.stop)):
+            todo = [i for i in range(a, b) if job.request.scores[i] is None]
+            if todo:
+                again = _Job(job.request, todo[0], todo[-1] + 1, job.batch)
+                self._jobs.put_nowait(again)

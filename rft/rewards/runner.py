@@ -1,0 +1,237 @@
+"""The rewards of a run: worker pools, combination, error policy, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rft.rewards.combine import combine
+from rft.rewards.config import ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
+from rft.rewards.pool import Spec, WorkerPool
+from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, text_of
+
+
+class RewardRunner:
+    """Scores completions in worker processes, from one asyncio loop; calls may overlap.
+
+    Use `await start()` to warm the workers up (else the first `score` does), and `await close()`, or
+    `async with`. Should this process die in any way, its workers and their children go with it.
+    """
+
+    def __init__(self, config: RewardsConfig, base_dir: Path | str = ".") -> None:
+        if not config.functions:
+            raise ValueError("rewards.functions is empty: name at least one reward, for example `math`")
+        self.config = config
+        self.base_dir = Path(base_dir)
+        shared = [c for c in config.functions if c.workers is None]
+        plan = [(shared, config.workers)] if shared else []
+        plan += [([c], c.workers) for c in config.functions if c.workers is not None]
+        self._pools: list[WorkerPool] = []
+        self._place: dict[str, tuple[WorkerPool, int]] = {}
+        for configs, workers in plan:
+            specs = [self._spec(c) for c in configs]
+            pool = WorkerPool(specs, workers, config.recycle_after, config.start_timeout_s)
+            self._pools.append(pool)
+            self._place.update({c.label: (pool, i) for i, c in enumerate(configs)})
+        self._starting: asyncio.Task[None] | None = None
+        self._tally = _Tally(config)
+
+    def _spec(self, c: RewardConfig) -> Spec:
+        return Spec(c.function, c.options, self.base_dir, c.timeout_s, c.batch_size)
+
+    async def __aenter__(self) -> RewardRunner:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Start all workers and load the rewards. Raises RewardError where one does not load."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        results = await asyncio.gather(*(pool.start() for pool in self._pools), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+
+    async def close(self) -> None:
+        """End all workers with their children."""
+        await asyncio.gather(*(pool.close() for pool in self._pools))
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the living workers."""
+        return [pid for pool in self._pools for pid in pool.pids]
+
+    async def score(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        info: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        groups: Sequence[int] | None = None,
+        progress: float = 0.0,
+    ) -> list[SampleReward]:
+        """One SampleReward per completion, in order.
+
+        columns: dataset columns, N values each. info: what the sampler knows, under the reserved names
+        `num_tokens`, `truncated`, `completion_ids`; rewards get them as further columns.
+        groups: the group of each completion, for `gdpo`. progress: 0 to 1, for schedules.
+        Raises RewardError once failures exceed what `on_error` and `on_timeout` allow.
+        """
+        merged = {**(columns or {}), **(info or {})}
+        n = len(completions)
+        for name, values in (("prompts", prompts), *merged.items()):
+            if len(values) != n:
+                raise ValueError(f"{name!r} has {len(values)} values for {n} completions")
+        await self.start()
+        parts = await asyncio.gather(
+            *(self._score_one(c, prompts, completions, merged) for c in self.config.functions)
+        )
+        scores = {c.label: part for c, part in zip(self.config.functions, parts, strict=True)}
+        rewards = combine(self.config, scores, groups=groups, progress=progress)
+        self._tally.add(scores, rewards)
+        self._tally.enforce(scores, prompts, completions)
+        return rewards
+
+    async def _score_one(
+        self,
+        c: RewardConfig,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        columns: Mapping[str, Any],
+    ) -> list[Score]:
+        pool, index = self._place[c.label]
+        renamed = dict(columns)
+        for parameter, column in c.columns.items():
+            if column not in columns:
+                raise RewardError(_missing(c, column, columns))
+            renamed[parameter] = columns[column]
+        for name in pool.loaded[index].required:
+            if name not in renamed:
+                raise RewardError(_missing(c, name, columns))
+        return await pool.score(index, prompts, completions, renamed)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The metrics since the last call: per component the mean, outcomes and seconds; worker counts."""
+        metrics = self._tally.take()
+        for key in ("killed", "crashed", "recycled"):
+            metrics[f"reward/workers/{key}"] = float(sum(pool.counts[key] for pool in self._pools))
+        return metrics
+
+
+def _missing(c: RewardConfig, name: str, columns: Mapping[str, Any]) -> str:
+    have = ", ".join(sorted(columns)) or "none"
+    return (
+        f"reward {c.label!r} needs the column {name!r}; the columns here: {have}. "
+        f"Where it has another name, say so: columns: {{{name}: <column>}}"
+    )
+
+
+class _Tally:
+    """Counts of outcomes: since the last `take` for the metrics, over the run for the error policy."""
+
+    def __init__(self, config: RewardsConfig) -> None:
+        self.config = config
+        self.scored = 0
+        self.failures = {Outcome.error: 0, Outcome.timeout: 0}
+        self.since = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.outcomes: dict[str, Counter[Outcome]] = {c.label: Counter() for c in self.config.functions}
+        self.sums = {c.label: [0.0, 0.0, 0.0] for c in self.config.functions}  # value, judged, seconds
+        self.total = [0.0, 0.0, 0.0]  # value, judged, dropped
+
+    def add(self, scores: Mapping[str, Sequence[Score]], rewards: Sequence[SampleReward]) -> None:
+        self.scored += len(rewards)
+        for name, column in scores.items():
+            sums = self.sums[name]
+            for score in column:
+                self.outcomes[name][score.outcome] += 1
+                sums[2] += score.seconds
+                if score.value is not None:
+                    sums[0] += score.value
+                    sums[1] += 1
+        for kind in self.failures:
+            self.failures[kind] += sum(
+                any(s.failed and s.outcome is kind for s in r.scores.values()) for r in rewards
+            )
+        for reward in rewards:
+            if reward.value is None:
+                self.total[2] += 1
+            else:
+                self.total[0] += reward.value
+                self.total[1] += 1
+
+    def take(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if self.total[1]:
+            metrics["reward/mean"] = self.total[0] / self.total[1]
+        metrics["reward/dropped"] = self.total[2]
+        for name, (value, judged, seconds) in self.sums.items():
+            count = sum(self.outcomes[name].values())
+            if judged:
+                metrics[f"reward/{name}/mean"] = value / judged
+            if count:
+                metrics[f"reward/{name}/seconds_per_call"] = seconds / count
+            for outcome in Outcome:
+                metrics[f"reward/{name}/{outcome.value}"] = float(self.outcomes[name][outcome])
+        self._clear()
+        return metrics
+
+    def enforce(
+        self, scores: Mapping[str, Sequence[Score]], prompts: Sequence[Text], completions: Sequence[Text]
+    ) -> None:
+        """Raises RewardError where this call brought failures beyond what the config allows."""
+        rules = (
+            (Outcome.error, "on_error", self.config.on_error, "max_errors", self.config.max_errors),
+            (Outcome.timeout, "on_timeout", self.config.on_timeout, "max_timeouts", self.config.max_timeouts),
+        )
+        for kind, key, policy, floor_key, floor in rules:
+            failures = self.failures[kind]
+            if failures <= _allowed(policy, floor, self.scored):
+                continue
+            found = _first(kind, scores)
+            if found is None:
+                continue
+            name, i = found
+            raise RewardError(
+                f"{failures} of {self.scored} samples ended in {kind.value}: more than "
+                f"{key}: {_shown(policy)} with {floor_key}: {floor} allows.\n"
+                f"reward {name!r}, last failure: {scores[name][i].detail}\n"
+                f"prompt: {_short(prompts[i])}\ncompletion: {_short(completions[i])}"
+            )
+
+
+def _allowed(policy: ErrorPolicy, floor: int, scored: int) -> float:
+    if policy == "drop":
+        return float("inf")
+    return max(floor, policy.max_fraction * scored) if isinstance(policy, MaxFraction) else floor
+
+
+def _shown(policy: ErrorPolicy) -> str:
+    return f"{{max_fraction: {policy.max_fraction:g}}}" if isinstance(policy, MaxFraction) else str(policy)
+
+
+def _first(kind: Outcome, scores: Mapping[str, Sequence[Score]]) -> tuple[str, int] | None:
+    for name, column in scores.items():
+        for i, score in enumerate(column):
+            if score.failed and score.outcome is kind:
+                return name, i
+    return None
+
+
+def _short(text: Text) -> str:
+    shown = repr(text_of(text))
+    return shown if len(shown) <= 2000 else shown[:2000] + f"... ({len(shown)} characters)"
