@@ -95,7 +95,8 @@ def score(
     """Reward in [0, 1] of each completion, by the verifier of the task that made the question.
 
     The last <answer>...</answer> is judged, or what follows the last ####. A completion with neither
-    gives no answer, which verifiers score 0 or close to it. Chat completions are judged by their last message.
+    gives no answer, which verifiers score 0 or close to it. Of a chat, the
+    last message is judged.
     """
     scores: list[float | None] = []
     for completion, name, opts, right, data in zip(completions, task, options, answer, metadata, strict=True):
