@@ -46,18 +46,20 @@ def check_reward(
         except SpecError as error:
             problems.append(f"{where}: {error}")
             continue
-        have = (
-            None if columns is None else {*columns, *c.columns, "num_tokens", "truncated", "completion_ids"}
-        )
-        for name in required if have is not None else ():
-            if name not in have:
-                hint = nearest(name, columns or ())
-                problems.append(
-                    f"{where}: needs the column {name!r}{hint}; the dataset has {', '.join(sorted(columns or ()))}"
-                )
-        for column in c.columns.values():
-            if columns is not None and column not in columns:
-                problems.append(f"{where}: columns names {column!r}, which the dataset lacks")
+        if columns is not None:
+            problems += [f"{where}: {problem}" for problem in _column_problems(c, required, columns)]
+    return problems
+
+
+def _column_problems(c: RewardConfig, required: Collection[str], columns: Collection[str]) -> list[str]:
+    have = f"the dataset has {', '.join(sorted(columns)) or 'none'}"
+    known = {*columns, *c.columns, "num_tokens", "truncated", "completion_ids"}
+    problems = [
+        f"needs the column {name!r}{nearest(name, columns)}; {have}" for name in required if name not in known
+    ]
+    for column in c.columns.values():
+        if column not in columns:
+            problems.append(f"its `columns` name {column!r}{nearest(column, columns)}; {have}")
     return problems
 
 

@@ -65,7 +65,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def guard() -> None:
-    """Main of the guardian: told pids on stdin (`+pid`, `-pid`), it kills their trees once its parent is gone.
+    """Main of the guardian: told pids on stdin (`+pid`, `-pid`), it kills their trees when its parent goes.
 
     It runs no reward code, so nothing can hang it. A parent that was SIGKILLed leaves no worker behind.
     """

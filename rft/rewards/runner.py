@@ -14,6 +14,8 @@ from rft.rewards.config import ErrorPolicy, MaxFraction, RewardConfig, RewardsCo
 from rft.rewards.pool import Spec, WorkerPool
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, text_of
 
+Columns = Mapping[str, Sequence[Any]]
+
 
 class RewardRunner:
     """Scores completions in worker processes, from one asyncio loop; calls may overlap.
@@ -76,8 +78,8 @@ class RewardRunner:
         self,
         prompts: Sequence[Text],
         completions: Sequence[Text],
-        columns: Mapping[str, Sequence[Any]] | None = None,
-        info: Mapping[str, Sequence[Any]] | None = None,
+        columns: Columns | None = None,
+        info: Columns | None = None,
         *,
         groups: Sequence[int] | None = None,
         progress: float = 0.0,
@@ -130,7 +132,7 @@ class RewardRunner:
         return metrics
 
 
-def _missing(c: RewardConfig, name: str, columns: Mapping[str, Any]) -> str:
+def _missing(c: RewardConfig, name: str, columns: Columns) -> str:
     have = ", ".join(sorted(columns)) or "none"
     return (
         f"reward {c.label!r} needs the column {name!r}; the columns here: {have}. "
