@@ -10,7 +10,7 @@ from rft.batch import Batch
 
 def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
     """([N, L] int64, [N, L] bool): each sequence's masked-in token indices in order, and which cells
-    are real. L is the largest number of masked-in tokens. Turns for which the policy did not speak
+    are real. L is the largest number of masked-in tokens, and at least 1. Turns for which the policy did not speak
     vanish: the token after them follows the one before."""
     index = batch.mask.nonzero().squeeze(1)
     row = batch.sequence[index]
@@ -18,7 +18,7 @@ def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
     index, row = index[order], row[order]
     lengths = torch.bincount(row, minlength=batch.num_sequences)
     column = torch.arange(index.numel(), device=index.device) - (lengths.cumsum(0) - lengths)[row]
-    width = int(lengths.max()) if lengths.numel() else 0
+    width = max(int(lengths.max()), 1) if lengths.numel() else 1
     grid = index.new_zeros(batch.num_sequences, width)
     real = torch.zeros(batch.num_sequences, width, dtype=torch.bool, device=index.device)
     grid[row, column] = index
@@ -49,8 +49,6 @@ def discounted(rewards: Tensor, batch: Batch, discount: float | Tensor) -> Tenso
 def next_values(values: Tensor, batch: Batch) -> Tensor:
     """[T]: the value at the sequence's next masked-in token; 0 at its last (the end is worth nothing)."""
     grid, real = to_grid(batch)
-    if not grid.numel():
-        return torch.zeros_like(values)
     x = values[grid].masked_fill(~real, 0)
     shifted = torch.cat([x[:, 1:], x.new_zeros(len(x), 1)], dim=1)
     return values.new_zeros(batch.num_tokens).index_put((grid[real],), shifted[real])
