@@ -2,17 +2,23 @@
 
 from rft.data.config import DataConfig, SourceClass
 from rft.data.errors import DataError
+from rft.data.groups import GroupMaker, GroupSet, load_groups
 from rft.data.prompts import PromptSet, load_prompts
 from rft.data.rows import Rows, load_rows
 from rft.data.sampler import Sampler
+from rft.data.stream import GroupStream
 
 __all__ = [
     "DataConfig",
     "DataError",
+    "GroupMaker",
+    "GroupSet",
+    "GroupStream",
     "PromptSet",
     "Rows",
     "Sampler",
     "SourceClass",
+    "load_groups",
     "load_prompts",
     "load_rows",
 ]

@@ -37,6 +37,10 @@ class Renderer:
                 "`chat_template: never` to train on plain text"
             )
         self.chat = has_template and config.chat_template != "never"
+        self.template = str(tokenizer.chat_template) if self.chat else ""
+        # What may end an assistant's turn: special tokens, as text.
+        special = set(tokenizer.all_special_tokens) | set(_added_tokens(tokenizer))
+        self.closers = tuple(sorted(special))
 
     # -- prompts -----------------------------------------------------------------------------------
 
@@ -81,6 +85,19 @@ class Renderer:
             roles = ", ".join(m["role"] for m in messages)
             raise DataError(f"the chat template refuses these messages (roles: {roles}): {error}") from None
 
+    def generation_spans(self, messages: Messages) -> list[tuple[int, int]]:
+        """Where in the rendered text the template's `generation` marks stand, as (start, end)."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.config.chat_template_options}
+        spans: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **options,
+        )[1][0]
+        return [(int(start), int(end)) for start, end in spans]
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text from its start. A rendered chat brings its own special tokens; plain
         text gets the tokenizer's (a BOS), but no end token: something is to follow."""
@@ -101,3 +118,16 @@ class Renderer:
         if joint[: len(ids)] == list(ids):
             return joint[len(ids) :]
         return list(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+
+    def pieces(self, prompt: str, ids: Sequence[int], rest: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """Token ids of the pieces that follow a prompt, and for each whether it has a loss."""
+        text, so_far, mask = prompt, list(ids), []
+        for piece, trained in rest:
+            new = self.follow(text, so_far, piece)
+            text, so_far = text + piece, so_far + new
+            mask += [trained] * len(new)
+        return so_far[len(ids) :], mask
+
+
+def _added_tokens(tokenizer: Any) -> list[str]:
+    return [str(token) for token in getattr(tokenizer, "get_added_vocab", dict)()]

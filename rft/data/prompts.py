@@ -68,17 +68,9 @@ def load_prompts(
 
 def prompt_of(row: Row, config: DataConfig, rows: Rows, number: int) -> str | list[dict[str, Any]]:
     """A row's prompt: the `prompt` column, or the `template` filled in, behind its source's prefix."""
-    if config.template is not None:
-        try:
-            text: Any = config.template.format_map(row)
-        except KeyError as error:
-            raise missing_column(str(error.args[0]), row, rows.source, number + 1) from None
-        except (ValueError, IndexError, AttributeError) as error:
-            raise DataError(f"`template` is malformed: {error}; write {{{{ for a brace") from None
-    elif "prompt" in row:
-        text = row["prompt"]
-    else:
+    if config.template is None and "prompt" not in row:
         raise missing_column("prompt", row, rows.source, number + 1)
+    text = fill_template(row, config, rows.source, number, row.get("prompt"))
     if not isinstance(text, str) and not is_messages(text):
         raise DataError(
             f"must be a string or a list of {{role, content}} messages, not {text!r:.80}",
@@ -86,7 +78,19 @@ def prompt_of(row: Row, config: DataConfig, rows: Rows, number: int) -> str | li
             row=number + 1,
             column="prompt",
         )
-    return with_source_prefix(text, row, config, rows.source, number)
+    return text
+
+
+def fill_template(row: Row, config: DataConfig, source: str, number: int, prompt: Any) -> Any:
+    """`prompt`, or in its place the `template` filled in from the row; behind the source's prefix."""
+    if config.template is not None:
+        try:
+            prompt = config.template.format_map({**row, "prompt": prompt} if prompt is not None else row)
+        except KeyError as error:
+            raise missing_column(str(error.args[0]), row, source, number + 1) from None
+        except (ValueError, IndexError, AttributeError) as error:
+            raise DataError(f"`template` is malformed: {error}; write {{{{ for a brace") from None
+    return with_source_prefix(prompt, row, config, source, number)
 
 
 def with_source_prefix(text: Any, row: Row, config: DataConfig, source: str, number: int) -> Any:
@@ -106,6 +110,8 @@ def with_source_prefix(text: Any, row: Row, config: DataConfig, source: str, num
     prefix = config.sources[row["source"]].prefix
     if isinstance(text, str):
         return prefix + text
+    if not is_messages(text):
+        return text  # the caller says what is wrong with it
     messages = [dict(message) for message in text]
     for message in messages:
         if message["role"] == "user":

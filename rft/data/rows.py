@@ -120,22 +120,30 @@ def _hold_out(config: DataConfig, split: Split, size: int, source: str) -> Seque
     return sorted(held) if split == "test" else sorted(order[config.holdout :])
 
 
-def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
+def data_source(config: DataConfig, split: Split) -> tuple[str, str]:
+    """(path, split's name) that a split is read from. Raises DataError where a single file has to
+    serve for training and evaluation both."""
     assert config.path is not None  # DataConfig checks it
     path = (config.eval_path if split == "test" else None) or config.path
     name = config.eval_split if split == "test" and not config.holdout else config.split
-    if config.resolved_kind == "hub":
-        return load_hub(config, path, name), f"{path} ({name})"
-    files = find_files(path, name)
     if split == "test" and not config.eval_path and not config.holdout and Path(path).expanduser().is_file():
         raise DataError(
             "no evaluation rows: this one file holds the training rows; set `eval_path`, or `holdout: 64` "
             "to set rows aside, or give a folder with a file per split",
             source=path,
         )
-    if len(files) == 1 and files[0].name.endswith((".json", ".jsonl", ".gz")):
+    return path, name
+
+
+def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
+    path, name = data_source(config, split)
+    if config.resolved_kind == "hub":
+        return load_hub(config, path, name), f"{path} ({name})"
+    files = find_files(path, name)
+    is_json = files[0].name.endswith((".json", ".jsonl", ".gz"))
+    if len(files) == 1 and is_json:
         return read_json(files[0]), str(files[0])
-    if files[0].name.endswith((".json", ".jsonl", ".gz")):
+    if is_json:
         return [row for file in files for row in read_json(file)], f"{path} ({name})"
     return _read_table(files, path), f"{path} ({name})"
 

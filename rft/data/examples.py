@@ -1,0 +1,140 @@
+"""A row of demonstrations or preferences, taken apart: its prompt, its responses, what they are worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rft.data.chat import Text, is_messages
+from rft.data.errors import missing_column
+from rft.data.rows import Row
+
+GroupKind = Literal["sft", "preference", "unpaired", "ranked", "scored", "steps"]
+MAX_STEPS = 64  # steps that a process-supervised solution may have
+
+
+class RowProblem(ValueError):
+    """A row that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. `responses` are strings, message lists, or (steps) lists of strings; `rewards` one each.
+
+    `prompt` is None where the responses are whole conversations.
+    """
+
+    prompt: Text | None
+    responses: list[Any]
+    rewards: list[float]
+    values: list[Mapping[str, float | tuple[float, ...]]] = field(default_factory=list)
+
+
+def read_example(row: Row, kind: GroupKind, source: str, number: int) -> Example:
+    """Take a row apart. Raises DataError for a missing column, RowProblem for values that do not fit."""
+
+    def column(name: str) -> Any:
+        if name not in row:
+            raise missing_column(name, row, source, number + 1)
+        return row[name]
+
+    if kind == "sft":
+        if "messages" in row and "completion" not in row:
+            return Example(None, [row["messages"]], [1.0])
+        return Example(column("prompt"), [column("completion")], [1.0])
+    if kind == "preference":
+        chosen, rejected = column("chosen"), column("rejected")
+        if chosen == rejected:
+            raise RowProblem("`chosen` and `rejected` are equal")
+        return _split_pair(row.get("prompt"), chosen, rejected)
+    if kind == "unpaired":
+        return Example(column("prompt"), [column("completion")], [_label(column("label"))])
+    if kind == "ranked":
+        return _ranked(column("prompt"), column("completions"), row.get("scores"))
+    if kind == "scored":
+        targets = _numbers(column("score"), "score")
+        return Example(column("prompt"), [column("completion")], [targets[0]], [{"targets": tuple(targets)}])
+    return _steps(column("prompt"), column("completions"), column("labels"))
+
+
+def _split_pair(prompt: Any, chosen: Any, rejected: Any) -> Example:
+    """The pair with its prompt, found as the common beginning where it is not given."""
+    whole = is_messages(chosen) and is_messages(rejected) and chosen[0]["role"] != "assistant"
+    if whole:  # conversations that repeat the prompt
+        same = 0
+        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+            same += 1
+        if not same:
+            raise RowProblem("`chosen` and `rejected` have no common beginning, and there is no `prompt`")
+        return Example(chosen[:same], [chosen[same:], rejected[same:]], [1.0, 0.0])
+    if prompt is not None:
+        return Example(prompt, [chosen, rejected], [1.0, 0.0])
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise RowProblem("`chosen` and `rejected` must both be strings, or both be message lists")
+    common = common_text(chosen, rejected)
+    if not common:
+        raise RowProblem("`chosen` and `rejected` have no common beginning, and there is no `prompt`")
+    return Example(common, [chosen[len(common) :], rejected[len(common) :]], [1.0, 0.0])
+
+
+def common_text(a: str, b: str) -> str:
+    """The common beginning of two texts, up to and without the space before the first word that
+    differs (a line break stays with the beginning)."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    while n and not (a[n - 1 : n].isspace() or a[n : n + 1].isspace() or b[n : n + 1].isspace()):
+        n -= 1
+    while n and a[n - 1] == " ":
+        n -= 1
+    return a[:n]
+
+
+def _label(value: Any) -> float:
+    if isinstance(value, bool) or value in (0, 1):
+        return float(value)
+    raise RowProblem(f"`label` must be true or false, not {value!r:.40}")
+
+
+def _numbers(value: Any, name: str) -> list[float]:
+    """A number or a list of numbers, all finite; None in a list means unknown (nan)."""
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    out = []
+    for v in values:
+        if v is None and listed:
+            out.append(math.nan)
+        elif isinstance(v, (int, float)) and math.isfinite(v):
+            out.append(float(v))
+        else:
+            raise RowProblem(f"`{name}` must be a finite number or a list of them, not {value!r:.40}")
+    if not out or all(math.isnan(v) for v in out):
+        raise RowProblem(f"`{name}` holds no number")
+    return out
+
+
+def _ranked(prompt: Any, responses: Any, scores: Any) -> Example:
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise RowProblem("`completions` must be a list of at least two responses, the best first")
+    if scores is None:
+        return Example(prompt, responses, [float(r) for r in range(len(responses) - 1, -1, -1)])
+    values = _numbers(scores, "scores")
+    if len(values) != len(responses) or any(math.isnan(v) for v in values):
+        raise RowProblem(f"{len(responses)} `completions`, but {len(values)} `scores`")
+    if len(set(values)) == 1:
+        raise RowProblem("all `scores` are equal: nothing is preferred")
+    return Example(prompt, responses, values)
+
+
+def _steps(prompt: Any, steps: Any, labels: Any) -> Example:
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
+        raise RowProblem("`completions` must be a list of steps, each a non-empty string")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise RowProblem(f"{len(steps)} steps need as many `labels`")
+    if len(steps) > MAX_STEPS:
+        raise RowProblem(f"more than {MAX_STEPS} steps")
+    marks = [_label(label) for label in labels]
+    padded = (*marks, *[math.nan] * (MAX_STEPS - len(marks)))
+    return Example(prompt, [steps], [sum(marks) / len(marks)], [{"step_labels": padded}])

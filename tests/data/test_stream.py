@@ -1,0 +1,73 @@
+"""Streams: every row once an epoch, whatever the buffer, and a resume that no one could tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rft.data import DataConfig, DataError, GroupStream
+
+ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(11)]
+
+
+def config(path: Path, form: str = "jsonl", rows: list[Any] = ROWS, **changes: Any) -> DataConfig:
+    if form == "parquet":
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_list(rows[:5]).to_parquet(str(path / "train-0.parquet"))
+        datasets.Dataset.from_list(rows[5:]).to_parquet(str(path / "train-1.parquet"))
+        return DataConfig(path=str(path), streaming=True, **changes)
+    for name, part in (("train-0.jsonl", rows[:5]), ("train-1.jsonl", rows[5:])):
+        (path / name).write_text("\n\n".join(json.dumps(row) for row in part))
+    return DataConfig(path=str(path), streaming=True, **changes)
+
+
+def ids(stream: GroupStream, k: int) -> list[int]:
+    return [group.prompt.id for group in stream.next(k)]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("buffer", [1, 4, 100])
+def test_every_row_once_an_epoch_and_resumed_anywhere(
+    tmp_path: Path, plain: Any, form: str, buffer: int
+) -> None:
+    c = config(tmp_path, form, shuffle_buffer=buffer, seed=5)
+    whole = ids(GroupStream(c, plain), 33)
+    for epoch in range(3):
+        assert sorted(whole[11 * epoch : 11 * (epoch + 1)]) == list(range(11))
+    if buffer > 1:
+        assert whole[:11] != whole[11:22]
+    for cut in (0, 1, 4, 7, 11, 12, 23):
+        before = GroupStream(c, plain)
+        got = ids(before, cut)
+        after = GroupStream(c, plain)
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        assert got + ids(after, 33 - cut) == whole, cut
+
+
+def test_in_order_and_limited(tmp_path: Path, plain: Any) -> None:
+    assert ids(GroupStream(config(tmp_path, shuffle=False, limit=3), plain), 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_bad_rows_stop_or_are_counted(tmp_path: Path, plain: Any) -> None:
+    rows = [*ROWS[:7], {"prompt": "x", "completion": ""}, *ROWS[7:]]
+    with pytest.raises(DataError, match=r"1 row \(8\): a response is empty"):
+        GroupStream(config(tmp_path, rows=rows, shuffle=False), plain).next(12)
+    stream = GroupStream(config(tmp_path, rows=rows, shuffle=False, bad_rows="skip"), plain)
+    assert len(stream.next(11)) == 11 and stream.maker.bad.counts == {"a response is empty": 1}
+
+
+def test_no_usable_row_is_an_error_not_an_endless_loop(tmp_path: Path, plain: Any) -> None:
+    rows = [{"prompt": "x", "completion": ""}] * 6
+    with pytest.raises(DataError, match="none of its rows can be used"):
+        GroupStream(config(tmp_path, rows=rows, bad_rows="skip"), plain).next(1)
+
+
+def test_other_settings_cannot_resume(tmp_path: Path, plain: Any) -> None:
+    c = config(tmp_path, seed=1)
+    with pytest.raises(DataError, match="seed=1, this run has seed=2"):
+        GroupStream(c.model_copy(update={"seed": 2}), plain).load_state_dict(
+            GroupStream(c, plain).state_dict()
+        )
