@@ -10,8 +10,8 @@ from rft.batch import Batch
 
 def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
     """([N, L] int64, [N, L] bool): each sequence's masked-in token indices in order, and which cells
-    are real. L is the largest number of masked-in tokens, and at least 1. Turns for which the policy did not speak
-    vanish: the token after them follows the one before."""
+    are real. L is the largest number of masked-in tokens, and at least 1. Turns in which the policy did
+    not speak vanish: the token after them follows the one before."""
     index = batch.mask.nonzero().squeeze(1)
     row = batch.sequence[index]
     order = torch.argsort(row, stable=True)
