@@ -40,7 +40,7 @@ class RewardConfig(Section):
     """One reward function."""
 
     function: str = Field(
-        description="built-in name (`math`), `file.py:function` or `package.module:function`, after `verl:` or not"
+        description="built-in name (`math`), `file.py:function` or `package.module:function`"
     )
     name: str | None = Field(None, description="its name in metrics; by default the function's name")
     weight: float | Schedule = Field(1.0, description="factor in the sum, or a schedule of it")
