@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rft.algorithms.base import PolicyOutput
 from rft.batch import Batch
-from rft.kernels.attention import hidden_states
+from rft.kernels.attention import hidden_states, prepare_model
 from rft.kernels.logprob import token_logps
 from rft.learner.model import Head, head_of
 
@@ -31,6 +31,7 @@ class PolicyModel:
         value_head: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.route = prepare_model(model)
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.value_head = value_head

@@ -158,7 +158,8 @@ class Learner:
             "sync/logp_gap": gap.largest,
             "sync/logp_gap_mean": gap.mean,
             "train/learning_rate": lr,
-            "train/tokens": float(batch.mask.sum()),
+            "train/tokens": float(batch.num_tokens),
+            "train/loss_tokens": float(batch.mask.sum()),
             "train/updates": float(len(updates)),
             "time/train": time.perf_counter() - start,
         }
@@ -258,7 +259,7 @@ class Learner:
                 "Lower learner.learning_rate, or set learner.on_nonfinite: skip to drop such updates."
             )
         self.optimizer.zero_grad(set_to_none=True)
-        return {"train/grad_norm": norm if finite else 0.0, "train/skipped_updates": float(not finite)}
+        return {"train/grad_norm": norm if finite else 0.0, "train/skipped": float(not finite)}
 
     def _check_gap(self, gap: objective.LogpGap) -> None:
         for what, found, bound in (
@@ -322,4 +323,4 @@ def _advantage_metrics(batch: Batch) -> dict[str, float]:
     if batch.advantages is None:
         return {}
     a = batch.advantages[batch.mask]
-    return {"train/advantage_mean": float(a.mean()), "train/advantage_std": float(a.std(unbiased=False))}
+    return {"policy/advantage_mean": float(a.mean()), "policy/advantage_std": float(a.std(unbiased=False))}

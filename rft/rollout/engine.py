@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
-
-R = TypeVar("R")
+from typing import Any, Literal, Protocol
 
 
 class EngineError(RuntimeError):
@@ -108,11 +104,3 @@ class RolloutEngine(Protocol):
     async def version(self) -> int: ...
 
     async def close(self) -> None: ...
-
-
-async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
-    """Await with a deadline that names the culprit. Raises EngineError."""
-    try:
-        return await asyncio.wait_for(awaitable, seconds)
-    except TimeoutError:
-        raise EngineError(f"{what} did not finish within {seconds:.0f} s") from None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
-from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, within
-from rft.rollout.replica import Replica, kill_tree
+from rft.remote import ActorDied, Overdue, call, kill_tree
+from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request
+from rft.rollout.replica import Replica
 from rft.sync.broadcast import Manifest
 
 
@@ -25,6 +25,7 @@ class ReplicaDied(EngineError):
 @dataclass
 class _Member:
     actor: Any
+    node: str = ""
     pid: int = 0
     load: int = 0
 
@@ -46,6 +47,7 @@ class RolloutPool:
         self.start_timeout_s, self.generate_timeout_s = start_timeout_s, generate_timeout_s
         self.control_timeout_s = specs[0].control_timeout_s
         self.members: dict[int, _Member] = {}
+        self.generation = 0  # rises with every rebuild
 
     @property
     def world_size(self) -> int:
@@ -62,9 +64,7 @@ class RolloutPool:
         )
         member = _Member(remote.remote(self.specs[index], index))
         self.members[index] = member
-        member.pid = await within(
-            self.start_timeout_s, f"starting rollout replica {index}", self._ask(index, "start")
-        )
+        member.node, member.pid = await self._ask(index, "start", seconds=self.start_timeout_s)
 
     async def generate(self, request: Request) -> list[Generated]:
         """Complete a prompt on the replica with the least work."""
@@ -72,32 +72,32 @@ class RolloutPool:
         member = self.members[index]
         member.load += request.sampling.n
         try:
-            call = self._ask(index, "generate", [request])
-            result: list[list[Generated]] = await within(
-                self.generate_timeout_s, f"request {request.id} on rollout replica {index}", call
+            result: list[Generated] = await self._ask(
+                index, "generate", request, seconds=self.generate_timeout_s
             )
         finally:
             member.load -= request.sampling.n
-        return result[0]
+        return result
 
     async def rebuild(self, index: int) -> None:
         """Replace a replica. The new one has the weights from disk: connect and push to it next."""
         self.kill(index)
         await self._start(index)
+        self.generation += 1
 
     def kill(self, index: int) -> None:
         """Kill a replica's actor and whatever processes it started."""
         member = self.members.pop(index, None)
         if member is None:
             return
-        if member.pid:
+        if member.node == ray.get_runtime_context().get_node_id():  # else Ray kills it on its node
             kill_tree(member.pid)
         ray.kill(member.actor)
 
     # -- weights: the same call on every replica, all acknowledged ------------------------------------
 
     async def join(self, links: list[Link]) -> None:
-        await asyncio.gather(*(self._control(i, "join", link) for i, link in enumerate(links)))
+        await asyncio.gather(*(self._ask(i, "join", link) for i, link in enumerate(links)))
 
     async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
         await self._all("begin_update", in_flight)
@@ -121,29 +121,26 @@ class RolloutPool:
         """Stop every engine; what does not stop in time is killed with its processes."""
         for index in list(self.members):
             try:
-                await within(10, f"closing rollout replica {index}", self._ask(index, "close"))
+                await self._ask(index, "close", seconds=10)
             except EngineError:
                 continue  # killed next, whatever state it is in
             finally:
                 self.kill(index)
 
     async def _all(self, method: str, *args: Any) -> list[Any]:
-        return list(await asyncio.gather(*(self._control(i, method, *args) for i in sorted(self.members))))
+        return list(await asyncio.gather(*(self._ask(i, method, *args) for i in sorted(self.members))))
 
-    async def _control(self, index: int, method: str, *args: Any) -> Any:
-        what = f"{method} on rollout replica {index}"
-        return await within(self.control_timeout_s, what, self._ask(index, method, *args))
-
-    async def _ask(self, index: int, method: str, *args: Any) -> Any:
+    async def _ask(self, index: int, method: str, *args: Any, seconds: float | None = None) -> Any:
         member = self.members.get(index)
         if member is None:
-            raise ReplicaDied(index, "it was not started")
+            raise ReplicaDied(index, "it is not running")
+        what = f"{method} on rollout replica {index}"
         try:
-            return await getattr(member.actor, method).remote(*args)
-        except RayActorError as error:
-            raise ReplicaDied(index, str(error).strip().splitlines()[0]) from error
-        except RayTaskError as error:
-            cause = error.cause if hasattr(error, "cause") else error
-            if type(cause).__name__ in ("EngineDeadError", "EngineGenerateError"):
-                raise ReplicaDied(index, f"{method}: {cause}") from error
+            answer = getattr(member.actor, method).remote(*args)
+            return await call(answer, seconds or self.control_timeout_s, what)
+        except (ActorDied, Overdue) as error:  # a replica that does not answer is as good as dead
+            raise ReplicaDied(index, str(error)) from error
+        except Exception as error:
+            if type(error).__name__ in ("EngineDeadError", "EngineGenerateError"):
+                raise ReplicaDied(index, f"{what}: {error}") from error
             raise

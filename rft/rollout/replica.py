@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from typing import Any
 
 from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, RolloutEngine
@@ -30,19 +29,19 @@ class Replica:
             os.sched_setaffinity(0, parse_cores(spec.cores))
         self.engine = build_engine(spec)
 
-    async def start(self) -> int:
-        """Start the engine; returns this process's id."""
+    async def start(self) -> tuple[str, int]:
+        """Start the engine; returns this process's node and id."""
+        import ray
+
         try:
             await self.engine.start()
         except Exception as error:
             raise EngineError(f"{self.name} could not start its engine: {error}") from error
-        return os.getpid()
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    async def generate(self, requests: list[Request]) -> list[list[Generated]]:
-        """Complete several prompts; their requests reach the engine in order."""
-        import asyncio
-
-        return list(await asyncio.gather(*(self.engine.generate(r) for r in requests)))
+    async def generate(self, request: Request) -> list[Generated]:
+        """Complete one prompt."""
+        return await self.engine.generate(request)
 
     async def join(self, link: Link) -> None:
         await self.engine.join(link)
@@ -84,19 +83,3 @@ def parse_cores(text: str) -> set[int]:
         except ValueError:
             raise ValueError(f'cores {text!r}: write a list such as "0" or "0-3,8"') from None
     return cores
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all its descendants; a process that is gone is no error."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        family = [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            os.kill(member.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue

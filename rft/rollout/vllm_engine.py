@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, Sampling, within
+from rft.remote import within
+from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, Sampling
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 
@@ -55,8 +56,8 @@ class VLLMEngine:
         params = self._params(request.sampling)
         prompt = {"prompt_token_ids": list(request.tokens)}
         output = None
-        async for output in self._engine.generate(prompt, params, request_id=request.id):
-            pass
+        async for latest in self._engine.generate(prompt, params, request_id=request.id):
+            output = latest
         if output is None or not output.finished:
             raise EngineError(f"vLLM ended request {request.id} without finishing it")
         ordered = sorted(output.outputs, key=lambda o: o.index)

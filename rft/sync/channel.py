@@ -16,7 +16,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from rft.rollout.engine import Link, within
+from rft.remote import call, within
+from rft.rollout.engine import Link
 from rft.rollout.pool import RolloutPool
 from rft.sync.broadcast import Manifest
 
@@ -52,7 +53,7 @@ class BroadcastChannel:
 
     async def connect(self) -> None:
         """Form the group anew: learner rank 0, then each replica's workers."""
-        host, port = await self.learner.reserve_address.remote()
+        host, port = await self._learner("reserve_address")
         world = self.pool.world_size
         links, offset = [], 1
         for spec in self.pool.specs:
@@ -71,7 +72,12 @@ class BroadcastChannel:
         sent, _ = await within(
             self.timeout_s,
             f"pushing policy version {version}",
-            asyncio.gather(self.learner.send_weights.remote(), self.pool.receive(self.manifest)),
+            asyncio.gather(self._learner("send_weights"), self.pool.receive(self.manifest)),
         )
         await self.pool.finish_update(version)
         return PushReport(version, sent, time.perf_counter() - start)
+
+    async def _learner(self, method: str, *args: Any) -> Any:
+        return await call(
+            getattr(self.learner, method).remote(*args), self.timeout_s, f"{method} on the learner"
+        )

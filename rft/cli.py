@@ -1,0 +1,162 @@
+"""The command line: rft train | check | config | eval | reward | report | watch | export."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rft import __version__
+
+_EXIT_CODES = "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on request with a checkpoint saved"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    from rft.config import ConfigError
+
+    try:
+        code: int = args.run(args)
+        return code
+    except ConfigError as error:
+        count = len(error.problems)
+        print(f"rft: {count} problem{'s' if count > 1 else ''} found:", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rft: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        from rft.run import report_failure
+
+        return report_failure(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("rft", description=__doc__, epilog=_EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"rft {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str, *, config: bool = True) -> argparse.ArgumentParser:
+        epilog = "keys: see `rft config`" if config else None
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        sub.set_defaults(run=run)
+        if config:
+            sub.add_argument("config", help="YAML file")
+            sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config overrides")
+        return sub
+
+    train = command("train", _train, "train as the config says")
+    train.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="go on from the run's last checkpoint"
+    )
+    train.formatter_class = argparse.RawDescriptionHelpFormatter
+    command("check", _check, "resolve everything and print the plan, without training")
+    evaluate = command("eval", _eval, "held-out accuracy and pass@k of a model, as JSON on stdout")
+    evaluate.add_argument("--model", help="model folder or hub name (default: the config's)")
+    show = command("config", _config, "every config key with its default and meaning", config=False)
+    show.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
+    export = command("export", _export, "the run's final model as a Hugging Face folder", config=False)
+    export.add_argument("run_dir", help="run folder")
+    export.add_argument("out", help="folder to write")
+    reward = command("reward", _reward, "score a file with a reward and show how it judged", config=False)
+    reward.add_argument("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from rft import run, runfolder
+    from rft.config import load_config
+    from rft.plan import make_plan
+
+    config = load_config(args.config, args.overrides)
+    folder = runfolder.claim(config, args.resume)
+    for note in folder.notes:
+        print(f"rft: {note}", file=sys.stderr)
+    if folder.finished is not None:
+        print(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}", file=sys.stderr)
+        return 0
+    return run.train(make_plan(config), folder)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from rft import runfolder
+    from rft.config import ConfigError, load_config
+    from rft.plan import make_plan
+
+    config = load_config(args.config, args.overrides)
+    problems: list[str] = []
+    for action in (
+        lambda: runfolder.claim(config, "auto"),
+        lambda: print("\n".join(make_plan(config).lines())),
+    ):
+        try:
+            action()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from rft.config import load_config
+    from rft.plan import make_plan
+    from rft.standalone import evaluate_model
+
+    config = load_config(args.config, args.overrides)
+    metrics = asyncio.run(evaluate_model(make_plan(config, model=args.model)))
+    print(json.dumps(metrics, indent=2))
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    from rft.config import describe_fields
+
+    for key, default, text in describe_fields():
+        if key.startswith(args.prefix):
+            print(f"{key:<44} {default:<24} {text}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from rft import checkpoint
+    from rft.config import ConfigError
+
+    run_dir, out = Path(args.run_dir), Path(args.out)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError([f"{out} is not empty: choose another folder"])
+    source = run_dir / "model"
+    if not (source / "config.json").exists():
+        found = checkpoint.latest(run_dir / "checkpoints")
+        if found is None:
+            raise ConfigError([f"{run_dir} has neither a final model nor a checkpoint"])
+        source = found.path / "model"
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    print(f"{source} -> {out}")
+    return 0
+
+
+def _reward(args: argparse.Namespace) -> int:
+    from rft.rewards.dry_run import main as reward_main
+
+    return reward_main(args.rest)
+
+
+def entry() -> None:
+    """The console script. Leaves at once: threads of libraries cannot hold the exit code back."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    entry()

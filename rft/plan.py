@@ -1,0 +1,264 @@
+"""Preflight: resolve everything that a run needs, without training, and say what it will do.
+
+`make_plan` loads data, tokenizer and model config (never weights), checks that the pieces fit, and
+raises ConfigError with *all* problems. `Plan.lines` is what `rft check` prints.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rft.config import Config, ConfigError, algorithm_name, fingerprint
+from rft.data import DataError, PromptSet, load_prompts
+from rft.learner.model import ModelError, load_tokenizer, resolve_dtype, stop_ids
+from rft.memory import ModelShape, learner_bytes, replica_bytes
+from rft.rewards import check_reward
+from rft.rollout.engine import EngineSpec
+from rft.rollout.replica import parse_cores
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with everything resolved."""
+
+    config: Config
+    model: str  # folder or hub name that weights are loaded from
+    tokenizer: Any
+    shape: ModelShape
+    device: Device
+    engine: Literal["vllm", "hf"]
+    transport: str
+    stop_ids: tuple[int, ...]
+    train_prompts: PromptSet | None
+    eval_prompts: PromptSet | None
+
+    def with_model(self, folder: str) -> Plan:
+        """The same plan from other weights of the same shape (a finished warm start)."""
+        from dataclasses import replace
+
+        return replace(self, model=folder)
+
+    def engine_spec(self) -> EngineSpec:
+        """What each rollout replica is built from."""
+        c = self.config.rollout
+        return EngineSpec(
+            kind=self.engine,
+            model=self.model,
+            dtype=str(resolve_dtype(c.dtype, self.device)).removeprefix("torch."),
+            device=self.device,
+            max_model_len=c.sampling.max_prompt_length + c.sampling.max_completion_length,
+            max_num_seqs=c.max_num_seqs,
+            tensor_parallel=c.tensor_parallel,
+            seed=self.config.seed,
+            kv_cache_gib=c.kv_cache_gib,
+            gpu_memory_utilization=c.gpu_memory_utilization,
+            threads=threads_for(c.threads, c.cores),
+            cores=c.cores,
+            eager=self.device == "cpu" if c.enforce_eager is None else c.enforce_eager,
+            needs_text=bool(c.sampling.stop),
+            transport=self.transport,
+            control_timeout_s=c.control_timeout_s,
+            stop_token_ids=(*self.stop_ids, *c.sampling.stop_token_ids),
+            trust_remote_code=self.config.model.trust_remote_code,
+            engine_args=dict(c.engine_args),
+        )
+
+    def gap_bounds(self) -> tuple[float | None, float | None]:
+        """(mean, largest) log-prob gap allowed between engine and learner."""
+        c = self.config
+        exact = (
+            resolve_dtype(c.rollout.dtype, self.device)
+            == resolve_dtype(c.learner.dtype, self.device)
+            == torch.float32
+        )
+        mean, largest = c.sync.max_logp_gap_mean, c.sync.max_logp_gap
+        return (
+            (1e-3 if exact else 0.05) if mean is None else mean,
+            (0.02 if exact else None) if largest is None else largest,
+        )
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        c, t = self.config, self.config.train
+        out = [
+            f"run          {c.name} -> {c.run_dir}",
+            f"algorithm    {algorithm_name(c.algorithm)}: {t.steps} steps",
+            f"model        {self.model}: {self.shape.parameters:,} parameters, vocabulary {self.shape.vocab:,}",
+        ]
+        if c.warm_start:
+            out.append(
+                f"warm start   {c.warm_start.steps} supervised steps of {c.warm_start.batch_size} "
+                f"demonstrations, kept in {c.warm_start.cache}"
+            )
+        if self.train_prompts is not None:
+            out.append(f"data         {self.train_prompts}")
+        if self.eval_prompts is not None:
+            e = c.eval
+            out.append(
+                f"evaluation   {len(self.eval_prompts)} held-out prompts, {e.samples} samples each"
+                f"{' and greedy' if e.greedy else ''}, every {e.every} steps"
+            )
+        if c.algorithm.online:
+            out += self._online_lines()
+        else:
+            out.append(f"batch        {t.batch_size} rows a step, {t.minibatches * t.num_iterations} updates")
+        need = learner_bytes(self.shape, c.learner, reference="ref_logps" in c.algorithm.needs)
+        out.append(f"memory       learner about {need / 2**30:.2f} GiB on {self.device}")
+        return out
+
+    def _online_lines(self) -> list[str]:
+        c, t, r = self.config, self.config.train, self.config.rollout
+        spec = self.engine_spec()
+        engine_memory = replica_bytes(self.shape, spec)
+        rewards = ", ".join(f"{f.label} ({f.function}, weight {f.weight})" for f in c.rewards.functions)
+        return [
+            f"batch        {t.batch_size} prompts x {t.num_generations} completions = "
+            f"{t.batch_size * t.num_generations} a step; {t.num_iterations} passes x {t.minibatches} updates",
+            f"rollout      {r.replicas} x {self.engine} ({spec.dtype}, {spec.tensor_parallel} device(s), "
+            f"{spec.threads} threads, about {engine_memory / 2**30:.2f} GiB each), staleness {r.staleness}",
+            f"actors       1 learner and {r.replicas} rollout replicas on {self.device}, "
+            f"{c.rewards.workers} reward workers; weights over {self.transport}",
+            f"rewards      {rewards}",
+        ]
+
+
+def threads_for(threads: int | None, cores: str | None) -> int:
+    """CPU threads of a process: as asked, else as many as its cores."""
+    if threads is not None:
+        return threads
+    return len(parse_cores(cores)) if cores else len(os.sched_getaffinity(0))
+
+
+def make_plan(config: Config, *, model: str | None = None) -> Plan:
+    """Resolve a config; `model` overrides its model's path. Raises ConfigError with all problems."""
+    problems: list[str] = []
+
+    def attempt(what: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except (ModelError, DataError, ValueError, OSError) as error:
+            problems.append(f"{what}: {error}")
+            return None
+
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = attempt("rollout.engine", lambda: _engine(config)) if config.algorithm.online else "hf"
+    path = attempt("model", lambda: resolve_model(config, model))
+    shape = attempt("model.path", lambda: ModelShape.of(path, config.model)) if path else None
+    tokenizer = None
+    if path:
+        tokenizer_path = config.model.tokenizer or path
+        tokenizer = attempt(
+            "model.tokenizer", lambda: load_tokenizer(tokenizer_path, config.model.trust_remote_code)
+        )
+    train = held_out = None
+    if tokenizer is not None and config.algorithm.online:
+        limit = config.rollout.sampling.max_prompt_length
+        train = attempt("data", lambda: load_prompts(config.data, tokenizer, "train", limit))
+        if config.eval.every:
+            held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
+    problems += _misfits(config, shape, device, train)
+    problems += [f"rewards: {p}" for p in check_reward(config.rewards, Path.cwd())]
+    if problems:
+        raise ConfigError(problems)
+    return Plan(
+        config=config,
+        model=path,
+        tokenizer=tokenizer,
+        shape=shape,
+        device=device,
+        engine=engine,
+        transport=_transport(config, device),
+        stop_ids=stop_ids(path),
+        train_prompts=train,
+        eval_prompts=held_out,
+    )
+
+
+def _eval_prompts(config: Config, tokenizer: Any, limit: int) -> PromptSet:
+    from dataclasses import replace
+
+    found = load_prompts(config.data, tokenizer, "test", limit)
+    return replace(found, prompts=found.prompts[: config.eval.problems])
+
+
+def resolve_model(config: Config, model: str | None = None) -> str:
+    """The folder or hub name of the policy; `tiny` is built in the cache first."""
+    path = model or config.model.path
+    if path != "tiny":
+        local = path.startswith((".", "/", "~")) or Path(path).exists()
+        if local and not (Path(path).expanduser() / "config.json").exists():
+            raise ModelError(f"{path!r} is no model folder: it has no config.json")
+        return str(Path(path).expanduser()) if local else path
+    from rft.tasks.tiny import build_tiny
+
+    options = {"seed": config.seed, **config.model.options}
+    folder = Path(config.output_dir) / ".cache" / f"tiny-{fingerprint(options)}"
+    if not (folder / "config.json").exists():
+        try:
+            build_tiny(folder, **options)
+        except TypeError as error:
+            raise ModelError(f"model.options: {error}") from error
+    return str(folder)
+
+
+def _engine(config: Config) -> Literal["vllm", "hf"]:
+    installed = importlib.util.find_spec("vllm") is not None
+    if config.rollout.engine == "auto":
+        return "vllm" if installed else "hf"
+    if config.rollout.engine == "vllm" and not installed:
+        raise ValueError(
+            "vllm is not installed: install rft with the extra cpu or cuda, or set rollout.engine=hf"
+        )
+    return config.rollout.engine
+
+
+def _transport(config: Config, device: Device) -> str:
+    if config.sync.transport == "auto":
+        return "nccl" if device == "cuda" else "gloo"
+    return config.sync.transport
+
+
+def _misfits(config: Config, shape: ModelShape | None, device: Device, train: PromptSet | None) -> list[str]:
+    """Settings that are each fine and do not fit together."""
+    out = []
+    t, r, algorithm = config.train, config.rollout, config.algorithm
+    if algorithm.online and t.num_generations < algorithm.min_generations:
+        out.append(
+            f"train.num_generations: {algorithm_name(algorithm)} compares completions of one prompt and needs "
+            f"at least {algorithm.min_generations}, got {t.num_generations}"
+        )
+    if algorithm.online and not config.rewards.functions:
+        out.append("rewards: none is given; name at least one, such as `rewards: [{function: math}]`")
+    if train is not None and len(train) < t.batch_size:
+        out.append(
+            f"train.batch_size: {t.batch_size} prompts a step, but the data has only {len(train)}; lower it"
+        )
+    length = r.sampling.max_prompt_length + r.sampling.max_completion_length
+    if shape is not None and algorithm.online and length > shape.max_positions:
+        out.append(
+            f"rollout.sampling: max_prompt_length + max_completion_length = {length}, but the model has "
+            f"{shape.max_positions} positions; lower one of them"
+        )
+    if config.sync.transport == "nccl" and device == "cpu":
+        out.append("sync.transport: nccl needs GPUs, and this machine has none; use gloo or auto")
+    for key, cores in (("rollout.cores", r.cores), ("learner.cores", config.learner.cores)):
+        if cores is not None:
+            out += _bad_cores(key, cores)
+    return out
+
+
+def _bad_cores(key: str, cores: str) -> list[str]:
+    try:
+        missing = parse_cores(cores) - os.sched_getaffinity(0)
+    except ValueError as error:
+        return [f"{key}: {error}"]
+    return [f"{key}: this machine has no core {min(missing)}"] if missing else []

@@ -1,0 +1,118 @@
+"""Calling Ray actors: every call has a deadline that names the culprit, and raises the actor's own error."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+
+class Overdue(RuntimeError):
+    """A call did not finish in time; the message names it and its deadline."""
+
+
+class ActorDied(RuntimeError):
+    """The process behind an actor is gone."""
+
+
+async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
+    """Await with a deadline. Raises Overdue."""
+    try:
+        return await asyncio.wait_for(awaitable, seconds)
+    except TimeoutError:
+        raise Overdue(f"{what} did not finish within {seconds:.0f} s") from None
+
+
+async def call(reference: Any, seconds: float, what: str) -> Any:
+    """Await an actor's answer. Raises its own error, Overdue, or ActorDied."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return await within(seconds, what, reference)
+    except RayActorError as error:
+        raise ActorDied(f"{what}: {str(error).strip().splitlines()[0]}") from error
+    except RayTaskError as error:
+        raise error.cause from error
+
+
+@contextmanager
+def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
+    """A Ray cluster for the length of the block: an existing one, or one started here.
+
+    One started here leaves no process behind, however the block ends.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    import ray
+
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    else:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=int(object_store_gib * 2**30),
+        )
+    try:
+        yield
+    finally:
+        family = _descendants() if address is None else []
+        ray.shutdown()
+        _reap(family)
+
+
+def _descendants() -> list[Any]:
+    import psutil
+
+    return list(psutil.Process().children(recursive=True))
+
+
+def _reap(family: list[Any]) -> None:
+    """Wait for processes that Ray was told to end; kill those that do not."""
+    import psutil
+
+    ours = [p for p in family if _is_of_a_run(p)]
+    _, alive = psutil.wait_procs(ours, timeout=5)
+    for process in alive:
+        kill(process.pid)
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _is_of_a_run(process: Any) -> bool:
+    """True for Ray's own processes and what they started, such as engines: all but reward workers,
+    which their runner ends."""
+    import psutil
+
+    try:
+        lineage = [process, *process.parents()]
+        return any("raylet" in p.name() or "gcs_server" in p.name() for p in lineage)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(pid: int) -> None:
+    """SIGKILL; a process that is gone is no error."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all its descendants."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        kill(member.pid)

@@ -1,0 +1,35 @@
+"""From a prompt to a request, and from what an engine sampled to completions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from rft.batch import Completion, Prompt
+from rft.rollout.engine import Generated, Request, Sampling
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A sampling seed that depends on `parts` alone: the same rollout, sampled again, is the same."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2  # leaves room for seed + sample index in an int64
+
+
+def request_for(name: str, prompt: Prompt, sampling: Sampling) -> Request:
+    """The request that completes a prompt; `name` must be unique among those in flight."""
+    return Request(name, prompt.tokens, sampling)
+
+
+def completions_of(generated: Sequence[Generated], tokenizer: Any) -> list[Completion]:
+    """Completions with their text; special tokens are left out of the text, never of the tokens."""
+    texts = tokenizer.batch_decode([list(g.tokens) for g in generated], skip_special_tokens=True)
+    return [
+        Completion(tokens=g.tokens, text=text, finish=g.finish, logps=g.logps, versions=g.versions)
+        for g, text in zip(generated, texts, strict=True)
+    ]
+
+
+def as_text(prompt: Prompt, text: str) -> str | list[dict[str, Any]]:
+    """A completion the way its prompt is written: a string, or an assistant's message."""
+    return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]

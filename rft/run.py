@@ -1,0 +1,203 @@
+"""A run from plan to final model: starts the parts, hands them to the loop, ends them all."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rft import runfolder
+from rft.controller import Controller, Parts
+from rft.data import load_groups
+from rft.learner.actor import LearnerActor
+from rft.learner.learner import LearnerSpec
+from rft.learner.model import resolve_dtype
+from rft.metrics import Progress, RunLog
+from rft.offline import OfflineLoop, RunStopped
+from rft.plan import Plan, threads_for
+from rft.remote import call, ray_cluster
+from rft.rewards import RewardRunner
+from rft.rollout.pool import RolloutPool
+from rft.runfolder import RunFolder
+from rft.sync.channel import BroadcastChannel
+from rft.warm_start import warm_start
+
+DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
+
+
+def train(plan: Plan, folder: RunFolder) -> int:
+    """Carry out a plan in a claimed folder; returns the exit code."""
+    runfolder.write_config(folder.path, plan.config)
+    config = plan.config
+    progress = Progress(config.train.steps, config.name, display=config.tracking.display)
+    with progress:
+        progress.stage("starting Ray")
+        try:
+            with ray_cluster(config.ray.address, config.ray.object_store_gib):
+                return asyncio.run(_train(plan, folder, progress))
+        except RunStopped as stopped:
+            progress.note(
+                f"stopped at step {stopped.step} with a checkpoint saved; the same command goes on from there"
+            )
+            return STOPPED
+
+
+async def _train(plan: Plan, folder: RunFolder, progress: Progress) -> int:
+    config = plan.config
+    stop = asyncio.Event()
+    _on_signals(stop, progress)
+    if config.warm_start is not None:
+        progress.stage("warm start")
+        plan = plan.with_model(await warm_start(plan, lambda spec: start_learner(plan, spec), progress))
+    log = RunLog(
+        folder.path,
+        config.train.steps,
+        config.tracking,
+        resumed_at=folder.resumed_at,
+        config=config.to_dict(),
+    )
+    reason = "failed"
+    try:
+        body = _online if config.algorithm.online else _offline
+        result = await body(plan, folder, progress, log, stop)
+        runfolder.write_result(folder.path, {"steps": config.train.steps, **result})
+        reason = "done"
+    except RunStopped as stopped:
+        reason = "stopped"
+        log.event("run/stopped", step=stopped.step)
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.event("run/failed", error=reason, traceback=traceback.format_exc())
+        raise
+    finally:
+        log.close(reason)
+    progress.note(f"done: {folder.path}")
+    return DONE
+
+
+def _on_signals(stop: asyncio.Event, progress: Progress) -> None:
+    """The first Ctrl-C or SIGTERM asks for a checkpoint and an end; a second one is not waited for."""
+
+    def ask(name: str) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        progress.note(f"{name}: finishing the step and saving a checkpoint (again: stop at once)")
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask, number.name)
+
+
+async def _online(
+    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
+) -> dict[str, Any]:
+    config = plan.config
+    pool = make_pool(plan)
+    rewards = RewardRunner(config.rewards, Path.cwd())
+    try:
+        progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
+        learner = start_learner(plan, learner_spec(plan))
+        ready = call(learner.describe.remote(), config.rollout.start_timeout_s, "starting the learner")
+        _, _, facts = await asyncio.gather(pool.start(), rewards.start(), ready)
+        progress.note(f"learner: {facts['parameters']:,} parameters on {facts['device']}")
+        channel = BroadcastChannel(learner, pool, config.rollout.update, config.sync.timeout_s)
+        parts = Parts(learner, pool, channel, rewards, log, progress)
+        controller = Controller(plan, parts, folder.checkpoints, stop=stop)
+        result = await controller.run(folder.resume)
+        await call(learner.export.remote(str(folder.path / "model")), 600, "exporting the final model")
+        return result
+    finally:
+        await rewards.close()
+        await pool.close()
+
+
+async def _offline(
+    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
+) -> dict[str, Any]:
+    config = plan.config
+    groups = load_groups(config.data, plan.tokenizer, "sft")
+    progress.note(f"data: {groups}")
+    learner = start_learner(plan, learner_spec(plan))
+    loop = OfflineLoop(
+        learner,
+        groups.groups,
+        config.train.steps,
+        config.train.batch_size,
+        config.seed,
+        config.learner.prefix_sharing == "on",
+        config.learner.step_timeout_s,
+        progress,
+        log=log,
+        checkpoints=folder.checkpoints,
+        save_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        stop=stop,
+    )
+    result = await loop.run(folder.resume)
+    await call(learner.export.remote(str(folder.path / "model")), 600, "exporting the final model")
+    return result
+
+
+# -- the parts -----------------------------------------------------------------------------------------
+
+
+def learner_spec(plan: Plan) -> LearnerSpec:
+    """What the learner is built from."""
+    config = plan.config
+    mean, largest = plan.gap_bounds()
+    return LearnerSpec(
+        model=plan.model,
+        tokenizer=config.model.tokenizer or plan.model,
+        algorithm=config.algorithm,
+        config=config.learner,
+        device=plan.device,
+        threads=threads_for(config.learner.threads, config.learner.cores),
+        seed=config.seed,
+        total_steps=config.train.steps,
+        num_iterations=config.train.num_iterations,
+        minibatches=config.train.minibatches,
+        max_completion_length=config.rollout.sampling.max_completion_length,
+        temperature=config.rollout.sampling.temperature if config.algorithm.online else 1.0,
+        max_gap_mean=mean,
+        max_gap=largest,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def start_learner(plan: Plan, spec: LearnerSpec) -> Any:
+    """Start the learner's actor; it loads its model at once."""
+    wire = str(resolve_dtype(plan.config.rollout.dtype, plan.device)).removeprefix("torch.")
+    gpus = 1 if plan.device == "cuda" else 0
+    env = {"OMP_NUM_THREADS": str(spec.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    options = {"num_cpus": 0 if gpus == 0 else 1, "num_gpus": gpus, "runtime_env": {"env_vars": env}}
+    return ray.remote(LearnerActor).options(**options).remote(spec, plan.transport, wire)
+
+
+def make_pool(plan: Plan) -> RolloutPool:
+    """The rollout replicas, not started yet."""
+    rollout = plan.config.rollout
+    return RolloutPool(
+        [plan.engine_spec()] * rollout.replicas,
+        cpus=0,
+        gpus=rollout.tensor_parallel if plan.device == "cuda" else 0,
+        start_timeout_s=rollout.start_timeout_s,
+        generate_timeout_s=rollout.generate_timeout_s,
+    )
+
+
+def report_failure(error: BaseException) -> int:
+    """Tell a failure on stderr, with its traceback; returns the exit code."""
+    traceback.print_exception(error, file=sys.stderr)
+    print(f"rft: failed: {type(error).__name__}: {error}", file=sys.stderr)
+    return FAILED
+
+
+Body = Callable[..., Any]

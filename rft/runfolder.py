@@ -1,0 +1,138 @@
+"""The run folder: who owns it, and what a resumed run may change.
+
+runs/NAME/config.yaml      the resolved config
+         metrics.jsonl, samples.jsonl, events.jsonl, tensorboard/
+         checkpoints/step-*/    model/   (the final policy, a Hugging Face folder)
+         result.json        written last: the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rft import checkpoint
+from rft.config import Config, ConfigError, differences
+
+# What may differ between a run and its resumption: none of these changes what is learned.
+FREE = (
+    "train.steps", "checkpoint.", "tracking.", "guards.", "ray.", "eval.", "output_dir",
+    "rollout.replicas", "rollout.threads", "rollout.cores", "rollout.kv_cache_gib",
+    "rollout.gpu_memory_utilization", "rollout.start_timeout_s", "rollout.control_timeout_s",
+    "rollout.generate_timeout_s", "rollout.max_restarts", "rollout.max_num_seqs",
+    "learner.threads", "learner.cores", "learner.tokens_per_micro_batch", "learner.step_timeout_s",
+    "learner.gradient_checkpointing", "rewards.workers", "rewards.recycle_after", "sync.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A claimed run folder and where to go on from (None: the start)."""
+
+    path: Path
+    resume: checkpoint.Checkpoint | None
+    notes: tuple[str, ...] = ()
+    finished: dict[str, Any] | None = None
+    interrupted: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def resumed_at(self) -> int | None:
+        """What the run log wants to know: None for a new run, -1 for one that starts over."""
+        if self.resume is not None:
+            return self.resume.step - 1
+        return -1 if self.interrupted else None
+
+
+def claim(config: Config, resume: str) -> RunFolder:
+    """Find out whether to start, resume or refuse. `resume`: auto, never, or a checkpoint's folder.
+
+    Raises ConfigError where the folder belongs to another run, or the config differs in what matters.
+    """
+    path = config.run_dir
+    config_file = path / "config.yaml"
+    if path.exists() and not path.is_dir():
+        raise ConfigError([f"output_dir/name: {path} is a file"])
+    foreign = path.exists() and any(path.iterdir()) and not config_file.exists()
+    if foreign:
+        raise ConfigError(
+            [f"output folder {path} is not empty and is no run's: choose another name or output_dir"]
+        )
+    existing = config_file.exists()
+    if resume not in ("auto", "never"):
+        return _resume_from(config, path, Path(resume))
+    if not existing:
+        return RunFolder(path, None)
+    if resume == "never":
+        raise ConfigError(
+            [f"output folder {path} belongs to an earlier run: choose another name, or --resume auto"]
+        )
+    notes = _check_same(config, path)
+    finished = read_result(path)
+    if finished is not None and finished["steps"] >= config.train.steps:
+        return RunFolder(path, None, tuple(notes), finished)
+    best, rejected = checkpoint.scan(path / "checkpoints")
+    notes += [f"checkpoint passed over: {r}" for r in rejected]
+    return RunFolder(path, best, tuple(notes), interrupted=True)
+
+
+def _resume_from(config: Config, path: Path, folder: Path) -> RunFolder:
+    notes = _check_same(config, path) if (path / "config.yaml").exists() else []
+    try:
+        found = checkpoint.load(folder)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError([f"--resume {folder}: {error}"]) from error
+    return RunFolder(path, found, tuple(notes), interrupted=(path / "config.yaml").exists())
+
+
+def _check_same(config: Config, path: Path) -> list[str]:
+    old = yaml.safe_load((path / "config.yaml").read_text())
+    changed = differences(old, config.to_dict())
+    fatal = [
+        f"{key}: was {a!r}, now {b!r}"
+        for key, a, b in changed
+        if not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+    ]
+    if fatal:
+        raise ConfigError(
+            [
+                f"output folder {path} belongs to another run; these settings differ in what is learned "
+                "(choose another name, or set them back to resume):",
+                *fatal,
+            ]
+        )
+    return [f"{key}: {a!r} -> {b!r}" for key, a, b in changed]
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write the resolved config, atomically."""
+    path.mkdir(parents=True, exist_ok=True)
+    _write(path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Mark the run as complete."""
+    _write(path / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What a complete run left, or None."""
+    file = path / "result.json"
+    return dict(json.loads(file.read_text())) if file.exists() else None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
