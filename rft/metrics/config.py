@@ -66,9 +66,9 @@ class GuardsConfig(Section):
     length_factor: float = Field(
         3.0, gt=1, description="growth of the mean length over the run's first values that is an explosion"
     )
-    duplicates: Action = Field("warn", description="action when most completions of a batch are the same")
+    duplicates: Action = Field("warn", description="action when the same completion answers many prompts")
     duplicate_share: float = Field(
-        0.5, gt=0, le=1, description="share of a batch's completions that repeat another one"
+        0.5, gt=0, le=1, description="share of completions that also answer another prompt"
     )
     reward_hacking: Action = Field(
         "warn", description="action when the reward rises while held-out accuracy falls"

@@ -90,7 +90,10 @@ METRICS: dict[str, Metric] = {
     "completion/length_min": Metric("shortest completion", "tokens"),
     "completion/length_max": Metric("longest completion", "tokens"),
     "completion/truncated": Metric("share of completions cut at the length limit", "share"),
-    "completion/duplicates": Metric("share of completions that repeat another one of their group", "share"),
+    "completion/duplicates": Metric(
+        "share of completions that answer several prompts word for word", "share"
+    ),
+    "completion/group_duplicates": Metric("share that repeat an earlier one of their group", "share"),
     "completion/distinct_*": Metric("distinct n-grams as a share of all: diversity of the output", "share"),
     "completion/turns_mean": Metric("mean number of turns (multi-turn tasks)", "turns"),
     # -- rollout

@@ -34,7 +34,6 @@ PHASES = {
     "time/eval": ("eval", "white"),
     "time/checkpoint": ("checkpoint", "red"),
 }
-GREEN = {"complete_style": "green", "finished_style": "green"}
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -222,8 +221,10 @@ def render(state: State, width: int, spinner: Spinner) -> RenderableType:
     if state.step or not state.stage:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
-            ProgressBar(
-                total=max(1, state.total_steps), completed=state.step, width=max(10, inner - 16), **GREEN
+            _bar(
+                total=state.total_steps,
+                completed=state.step,
+                width=max(10, inner - 16),
             ),
             Text(f"{state.step}/{state.total_steps} steps", style="bold"),
         )
@@ -233,7 +234,7 @@ def render(state: State, width: int, spinner: Spinner) -> RenderableType:
         row = Table.grid(padding=(0, 1))
         row.add_row(
             Text(f"{name:<10}"),
-            ProgressBar(total=max(1, total), completed=done, width=max(10, inner - 32), **GREEN),
+            _bar(total=total, completed=done, width=max(10, inner - 32)),
             Text(f"{done}/{total}"),
         )
         parts.append(row)
@@ -241,6 +242,12 @@ def render(state: State, width: int, spinner: Spinner) -> RenderableType:
     if times.plain:
         parts.append(times)
     return Panel(Group(*parts), title=f"[bold]{state.title}", title_align="left", border_style="dim")
+
+
+def _bar(total: int, completed: int, width: int) -> ProgressBar:
+    return ProgressBar(
+        total=max(1, total), completed=completed, width=width, complete_style="green", finished_style="green"
+    )
 
 
 def _numbers(state: State) -> Table:

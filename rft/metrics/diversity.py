@@ -1,0 +1,32 @@
+"""How much the completions of a batch differ from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import pairwise
+
+
+def diversity(completions: Sequence[Sequence[Hashable]], groups: Sequence[int]) -> dict[str, float]:
+    """Metrics of a batch's completions.
+
+    completions: the tokens (or words) of each, [N]; groups: the prompt's group of each, [N].
+
+    Returns `completion/duplicates` (share of completions whose very tokens also answer another prompt),
+    `completion/group_duplicates` (share that repeat an earlier one of their own group), and
+    `completion/distinct_2` (different pairs of neighbouring tokens as a share of all pairs; Li et al.
+    2016, "A Diversity-Promoting Objective Function", section 5). {} for an empty batch.
+    """
+    if not completions:
+        return {}
+    keys = [tuple(completion) for completion in completions]
+    answered: dict[tuple[Hashable, ...], set[int]] = {}
+    for key, group in zip(keys, groups, strict=True):
+        answered.setdefault(key, set()).add(group)
+    pairs = [pair for key in keys for pair in pairwise(key)]
+    found = {
+        "completion/duplicates": sum(len(answered[key]) > 1 for key in keys) / len(keys),
+        "completion/group_duplicates": 1 - len(set(zip(keys, groups, strict=True))) / len(keys),
+    }
+    if pairs:
+        found["completion/distinct_2"] = len(set(pairs)) / len(pairs)
+    return found

@@ -1,0 +1,208 @@
+"""Guards: does the run look sick? Pure functions over the metrics so far, and `Guards`, which asks them.
+
+A history is the list of rows of `metrics.jsonl`, oldest first; each function looks at the newest row
+and gives a `Finding` or None. They cost a few slices a step, whatever the run's length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, median
+from typing import Any
+
+from rft.metrics.config import Action, GuardsConfig
+
+Row = Mapping[str, float | None]
+History = Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a guard has to say: its name, the number that it saw, and the limit that it holds it against."""
+
+    guard: str
+    step: int
+    value: float
+    limit: float
+    message: str
+    action: Action = "warn"
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of the event `guard/NAME`."""
+        return {name: value for name, value in asdict(self).items() if name != "guard"}
+
+
+class GuardStop(RuntimeError):
+    """A guard whose action is `stop` spoke."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(f"stopped by the guard {finding.guard!r}: {finding.message}")
+        self.finding = finding
+
+
+def _values(rows: History, name: str) -> list[float]:
+    """The finite numbers of a metric."""
+    found = (row.get(name) for row in rows)
+    return [v for v in found if v is not None and math.isfinite(v)]
+
+
+def _step(history: History) -> int:
+    return int(history[-1].get("step") or 0)
+
+
+def non_finite(history: History, config: GuardsConfig) -> Finding | None:
+    """Loss or gradient norm is there, but NaN or infinite (null in a row that was written)."""
+    row = history[-1]
+    for name in ("train/loss", "train/grad_norm"):
+        if name in row:
+            value = row[name]
+            if value is None or not math.isfinite(value):
+                shown = math.nan if value is None else value
+                return Finding("non_finite", _step(history), shown, 0.0, f"{name} is {shown}")
+    return None
+
+
+def loss_spike(history: History, config: GuardsConfig) -> Finding | None:
+    """Loss or gradient norm is far above the median of the last `window` steps, measured in robust
+    standard deviations (1.4826 times the median absolute deviation, at least 5 % of the median)."""
+    for name in ("train/loss", "train/grad_norm"):
+        value = history[-1].get(name)
+        before = _values(history[-1 - config.window : -1], name)
+        if value is None or not math.isfinite(value) or len(before) < max(2, config.window // 2):
+            continue
+        middle = median(before)
+        spread = max(1.4826 * median(abs(v - middle) for v in before), 0.05 * abs(middle), 1e-6)
+        limit = middle + config.loss_spike_sigmas * spread
+        if value > limit:
+            text = f"{name} jumped to {value:.4g}; its median over {len(before)} steps was {middle:.4g}"
+            return Finding("loss_spike", _step(history), value, limit, text)
+    return None
+
+
+def entropy_collapse(history: History, config: GuardsConfig) -> Finding | None:
+    """Entropy fell below the floor, or lost more than `entropy_drop` of its first values' mean."""
+    value = history[-1].get("policy/entropy")
+    first = _values(history[: config.window], "policy/entropy")
+    if value is None or not math.isfinite(value) or not first:
+        return None
+    limit = max(config.entropy_floor, (1 - config.entropy_drop) * fmean(first))
+    if value >= limit:
+        return None
+    text = f"entropy is {value:.4g} nats a token; it began at {fmean(first):.4g}: the policy hardly varies"
+    return Finding("entropy_collapse", _step(history), value, limit, text)
+
+
+def length_explosion(history: History, config: GuardsConfig) -> Finding | None:
+    """The mean length of the last three steps is `length_factor` times that of the first `window`."""
+    first = _values(history[: config.window], "completion/length_mean")
+    recent = _values(history[-3:], "completion/length_mean")
+    if len(history) <= config.window or not first or not recent:
+        return None
+    value, limit = fmean(recent), config.length_factor * median(first)
+    if value <= limit:
+        return None
+    text = f"completions are {value:.0f} tokens long; they were {median(first):.0f} at first"
+    return Finding("length_explosion", _step(history), value, limit, text)
+
+
+def duplicates(history: History, config: GuardsConfig) -> Finding | None:
+    """The same text answers different prompts: the share of such completions, mean of three steps."""
+    recent = _values(history[-3:], "completion/duplicates")
+    if not recent or fmean(recent) <= config.duplicate_share:
+        return None
+    text = f"{100 * fmean(recent):.0f} % of the completions answer several prompts with the same text"
+    return Finding("duplicates", _step(history), fmean(recent), config.duplicate_share, text)
+
+
+def reward_hacking(history: History, config: GuardsConfig) -> Finding | None:
+    """Held-out accuracy fell below its best by more than `accuracy_drop` and two standard errors,
+    while the reward of the last `window` steps is above that of the `window` steps up to the best."""
+    if history[-1].get("eval/accuracy") is None:
+        return None
+    evals = [(i, v) for i, row in enumerate(history) if (v := row.get("eval/accuracy")) is not None]
+    at, best = max(evals, key=lambda pair: pair[1])
+    later = [v for i, v in evals if i > at]
+    if not later:
+        return None
+    recent = fmean(later[-2:])
+    error = history[-1].get("eval/accuracy_stderr") or 0.0
+    fall, limit = best - recent, max(config.accuracy_drop, 2 * error)
+    then = _values(history[max(0, at + 1 - config.window) : at + 1], "reward/mean")
+    now = _values(history[max(at + 1, len(history) - config.window) :], "reward/mean")
+    if fall <= limit or not then or not now or fmean(now) <= fmean(then):
+        return None
+    text = (
+        f"held-out accuracy fell from {best:.3f} to {recent:.3f} while the reward rose from "
+        f"{fmean(then):.3f} to {fmean(now):.3f}: the reward may be paid for something else"
+    )
+    return Finding("reward_hacking", _step(history), fall, limit, text)
+
+
+def stale_engines(history: History, config: GuardsConfig, staleness: int = 0) -> Finding | None:
+    """An engine gave no sign of life for `engine_silence` seconds (`engine/NAME/silence`), or a trained
+    completion is older than `age_limit` versions (`rollout/age_max`; no limit given: `staleness`)."""
+    row = history[-1]
+    silent = {
+        name.split("/")[1]: value
+        for name, value in row.items()
+        if value is not None and name.startswith("engine/") and name.endswith("/silence")
+    }
+    if silent and max(silent.values()) > config.engine_silence:
+        engine, value = max(silent.items(), key=lambda pair: pair[1])
+        text = f"engine {engine} gave no sign of life for {value:.0f} s"
+        return Finding("stale_engines", _step(history), value, config.engine_silence, text)
+    limit = staleness if config.age_limit is None else config.age_limit
+    age = row.get("rollout/age_max")
+    if age is None or age <= limit:
+        return None
+    text = f"trained on a completion {age:.0f} versions old; the limit is {limit}"
+    return Finding("stale_engines", _step(history), age, float(limit), text)
+
+
+# Guards of the policy's health wait for `warmup` steps; what is broken is told at once.
+AT_ONCE = ("non_finite", "stale_engines")
+SLOW = {
+    "loss_spike": loss_spike,
+    "entropy_collapse": entropy_collapse,
+    "length_explosion": length_explosion,
+    "duplicates": duplicates,
+    "reward_hacking": reward_hacking,
+}
+
+
+def check(history: History, config: GuardsConfig, staleness: int = 0) -> list[Finding]:
+    """What all guards that are not `off` say of the newest row, with the actions of the config."""
+    if not history:
+        return []
+    found = [non_finite(history, config), stale_engines(history, config, staleness)]
+    if len(history) > config.warmup:
+        found += [guard(history, config) for guard in SLOW.values()]
+    named = [finding for finding in found if finding is not None]
+    actions: dict[str, Action] = {f.guard: getattr(config, f.guard) for f in named}
+    return [Finding(**{**asdict(f), "action": actions[f.guard]}) for f in named if actions[f.guard] != "off"]
+
+
+class Guards:
+    """Asks the guards after every step and keeps each from repeating itself.
+
+    history: the rows of a run that is resumed, so that "at first" means the run's beginning.
+    """
+
+    def __init__(self, config: GuardsConfig, staleness: int = 0, history: History = ()) -> None:
+        self.config, self.staleness = config, staleness
+        self._history: list[Row] = list(history)
+        self._spoke: dict[str, int] = {}
+
+    def observe(self, step: int, metrics: Row) -> list[Finding]:
+        """The findings for a step's metrics, worst (`stop`) first. The caller writes them down (event
+        `guard/NAME`), and raises `GuardStop` for one whose action is `stop`."""
+        self._history.append({**metrics, "step": step})
+        fresh = []
+        for finding in check(self._history, self.config, self.staleness):
+            last = self._spoke.get(finding.guard)
+            if finding.action == "stop" or last is None or step - last >= self.config.repeat_every:
+                self._spoke[finding.guard] = step
+                fresh.append(finding)
+        return sorted(fresh, key=lambda finding: finding.action != "stop")

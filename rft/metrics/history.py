@@ -1,0 +1,174 @@
+"""Reading a run folder back: all at once for a report, or again and again while the run goes on."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rft.metrics.log import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, parse_line
+
+Row = dict[str, Any]
+CONFIG_FILE = "config.yaml"
+
+
+class NoRun(FileNotFoundError):
+    """The folder is not that of a run."""
+
+
+class Tail:
+    """The whole lines of a growing file. A line that is still being written is left for next time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self._offset, self._inode = 0, -1
+
+    def refresh(self) -> None:
+        """Read what was added. A file that was replaced (a resume sets lines aside) is read anew."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            stat = os.fstat(file.fileno())
+            if stat.st_ino != self._inode or stat.st_size < self._offset:
+                self.rows, self._offset, self._inode = [], 0, stat.st_ino
+            file.seek(self._offset)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        lines = data[:end].decode("utf-8", errors="replace").split("\n")
+        self.rows.extend(row for line in lines if line and (row := parse_line(line)) is not None)
+
+
+class Run:
+    """A run folder. `refresh` reads what was added since.
+
+    Raises NoRun where the folder has neither metrics nor events.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._metrics, self._events, self._samples = (
+            Tail(self.path / name) for name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE)
+        )
+        if not (self._metrics.path.exists() or self._events.path.exists()):
+            raise NoRun(
+                f"{self.path} is no run folder: it has neither {METRICS_FILE} nor {EVENTS_FILE}. "
+                "Name the folder that `rft train` printed, usually runs/NAME."
+            )
+        self.refresh()
+
+    def refresh(self) -> None:
+        for tail in (self._metrics, self._events, self._samples):
+            tail.refresh()
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def metrics(self) -> list[Row]:
+        """One row a step, in order."""
+        return self._metrics.rows
+
+    @property
+    def events(self) -> list[Row]:
+        return self._events.rows
+
+    @property
+    def samples(self) -> list[Row]:
+        return self._samples.rows
+
+    def config_text(self) -> str | None:
+        """The resolved config as it was written; None where the folder has none."""
+        path = self.path / CONFIG_FILE
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def config(self) -> dict[str, Any]:
+        """The resolved config as plain values; {} where the folder has none."""
+        value = yaml.safe_load(self.config_text() or "")
+        return value if isinstance(value, dict) else {}
+
+    # -- numbers -----------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Every metric that some row has, in the order of their first appearance."""
+        return list(dict.fromkeys(name for row in self.metrics for name in row))
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of the rows where `name` has a number."""
+        found = [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+        return [step for step, _ in found], [float(value) for _, value in found]
+
+    def last(self, name: str) -> float | None:
+        """The newest number of a metric."""
+        for row in reversed(self.metrics):
+            if row.get(name) is not None:
+                return float(row[name])
+        return None
+
+    def first(self, name: str) -> float | None:
+        """The oldest number of a metric."""
+        for row in self.metrics:
+            if row.get(name) is not None:
+                return float(row[name])
+        return None
+
+    @property
+    def total_steps(self) -> int:
+        """Steps that the newest process set out to take; without events, the steps that were taken."""
+        opened = [e for e in self.of_kind("run/opened")]
+        return int(opened[-1]["total_steps"]) if opened else self.step
+
+    @property
+    def step(self) -> int:
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def of_kind(self, *kinds: str) -> Iterator[Row]:
+        """Events of these kinds; `fault/` with the slash stands for all that begin so."""
+        for event in self.events:
+            kind = event.get("kind", "")
+            if any(kind == k or (k.endswith("/") and kind.startswith(k)) for k in kinds):
+                yield event
+
+    def step_at(self, event: Row) -> float:
+        """Where an event lies among the steps: its own `step`, the step it resumed at, or by its time."""
+        for key in ("step", "resumed_at"):
+            if isinstance(event.get(key), int):
+                return float(event[key])
+        times = [row["time/wall"] for row in self.metrics]
+        index = bisect.bisect(times, event["time"])
+        return float(self.metrics[index - 1]["step"]) if index else 0.0
+
+    def resumes(self) -> list[Row]:
+        """The `run/opened` events of processes that went on from an earlier one."""
+        return [e for e in self.of_kind("run/opened") if e.get("resumed_at") is not None]
+
+    def state(self, silent_after: float = 300.0) -> str:
+        """ "running", "ended (reason)", "gone": the process is not there any more, or "silent for ..."."""
+        if not self.events:
+            return "no events"
+        opened = list(self.of_kind("run/opened"))
+        closed = list(self.of_kind("run/closed"))
+        if closed and (not opened or closed[-1]["time"] >= opened[-1]["time"]):
+            return f"ended: {closed[-1].get('reason', 'done')}"
+        if opened and opened[-1].get("host") == socket.gethostname():
+            pid = opened[-1]["pid"]
+            if not Path(f"/proc/{pid}").exists():
+                return f"gone: process {pid} ended without a word"
+        newest = max(r["time/wall"] if "time/wall" in r else r["time"] for r in self._newest())
+        quiet = time.time() - newest
+        return "running" if quiet < silent_after else f"silent for {quiet / 60:.0f} min"
+
+    def _newest(self) -> list[Row]:
+        return [rows[-1] for rows in (self.metrics, self.events) if rows]
