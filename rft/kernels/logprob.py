@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import importlib.util
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def token_logps(
         hidden: [T, H], float32, bfloat16, float16 or float64 (which makes the results float64).
         weight: [V, H], in hidden's dtype. If nothing of the head requires a gradient, d logp / d hidden
             is kept by the forward and the backward is elementwise.
-        targets: [T] int64.
+        targets: [T] int64, or [T, K] for K tokens of each row (a teacher's top k): logps are [T, K] then.
         bias: [V].
         lora: (A [r, H], B [V, r], scale) adds scale * B A to the weight, which is never merged.
         support: [T, ceil(V/8)] uint8 from `pack_support`: the tokens among which each row's target was
@@ -98,18 +99,17 @@ def token_logps(
     else:
         rows = mask.nonzero()[:, 0]
         kept = None if support is None else support[rows]
-        few = _dispatch(hidden[rows], weight, targets[rows], bias, lora, kept, f, entropy, backend)
-        logps, entropies = (None if x is None else spread(x, rows, mask.shape[0]) for x in few)
-    assert logps is not None
-    if not entropy:
-        return logps
-    assert entropies is not None
-    return logps, entropies
+        few, few_entropies = _dispatch(
+            hidden[rows], weight, targets[rows], bias, lora, kept, f, entropy, backend
+        )
+        logps = spread(few, rows, mask.shape[0])
+        entropies = None if few_entropies is None else spread(few_entropies, rows, mask.shape[0])
+    return logps if entropies is None else (logps, entropies)
 
 
 def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """x [n] at the indices `rows` of a tensor [size] that is 0 elsewhere."""
-    return x.new_zeros(size).index_copy(0, rows, x)
+    """x [n, ...] at the indices `rows` of a tensor [size, ...] that is 0 elsewhere."""
+    return x.new_zeros((size, *x.shape[1:])).index_copy(0, rows, x)
 
 
 def pack_support(kept: Tensor) -> Tensor:
@@ -149,12 +149,22 @@ def _check_extras(
         raise ValueError(f"mask must be [{t}] bool like the rows of hidden, got {shape(mask)}")
 
 
-def choose_backend(backend: Backend, hidden: Tensor) -> Backend:
-    """The implementation that `backend` means for `hidden`. Raises ValueError for an unknown name."""
+def choose_backend(backend: Backend, hidden: Tensor, plain: bool = True) -> Backend:
+    """The implementation that `backend` means for `hidden`.
+
+    `plain`: no LoRA factors, sampled support, float64 or several targets a row, which Triton lacks.
+    Raises ValueError for an unknown name and for "triton" where it cannot serve.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "auto":
-        return "chunked"
-    if backend not in ("reference", "chunked"):
-        raise ValueError(f"backend must be auto, reference, chunked or triton, got {backend!r}")
+        serves = hidden.is_cuda and plain and importlib.util.find_spec("triton") is not None
+        return "triton" if serves else "chunked"
+    if backend == "triton" and not plain:
+        raise ValueError(
+            "backend triton takes neither lora, support, float64 nor several targets a row; "
+            "use auto or chunked"
+        )
     return backend
 
 
@@ -169,25 +179,82 @@ def _dispatch(
     entropy: bool,
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
-    if choose_backend(backend, hidden) == "reference":
+    single = targets.dim() == 1
+    plain = single and lora is None and support is None and hidden.dtype != torch.float64
+    chosen = choose_backend(backend, hidden, plain)
+    if chosen == "reference":
         kept = None if support is None else chunked.unpack_support(support, weight.shape[0])
         logps, entropies = reference.token_logps(
             hidden, weight, targets, bias=bias, lora=lora, support=kept, logit_map=f
         )
         return logps, entropies if entropy else None
-    rows = chunked.Rows(targets, support)
-    head = [x for x in (weight, bias, *(lora or ())) if isinstance(x, Tensor)]
+    if chosen == "triton":
+        from rft.kernels import logprob_triton  # imports triton, which exists on Linux only
+
+        return logprob_triton.TritonLogps.apply(hidden, weight, bias, targets, f, entropy)
+    rows = chunked.Rows(targets[:, None] if single else targets, support)
+    head = [x for x in (weight, bias) if x is not None]
     frozen = hidden.requires_grad and not any(x.requires_grad for x in head)
-    if frozen and torch.is_grad_enabled() and not entropy and lora is None:
-        return chunked.Frozen.apply(hidden, weight, bias, rows, f), None
-    low, low_rank = _low_rank(hidden, lora)
-    return chunked.Recompute.apply(hidden, weight, bias, low, low_rank, rows, f, entropy)
+    entropies: Tensor | None = None
+    if frozen and torch.is_grad_enabled() and not entropy and single and lora is None:
+        logps = chunked.Frozen.apply(hidden, weight, bias, rows, f)
+    else:
+        low, low_rank = low_rank_factors(hidden, lora)
+        logps, entropies = chunked.Recompute.apply(hidden, weight, bias, low, low_rank, rows, f, entropy)
+    return logps[:, 0] if single else logps, entropies
 
 
-def _low_rank(hidden: Tensor, lora: reference.Lora | None) -> tuple[Tensor | None, Tensor | None]:
-    """LoRA's (scale * h A^T [T, r], B [V, r]): autograd carries the rest to A, scale and hidden."""
+def low_rank_factors(hidden: Tensor, lora: reference.Lora | None) -> tuple[Tensor | None, Tensor | None]:
+    """LoRA's (scale * h A^T [T, r], B [V, r]): autograd carries the rest to A and hidden."""
     if lora is None:
         return None, None
     a, b, scale = lora
     dtype = accumulate_dtype(hidden.dtype)
     return scale * (hidden.to(dtype) @ a.to(dtype).t()), b
+
+
+def linear_logp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lora: reference.Lora | None = None,
+    support: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum(coefficients * logps) [] and the log-probs [T], both float32, for losses known beforehand.
+
+    Where the loss is linear in the log-probs (SFT; policy gradients stepped on once), their gradients
+    are taken in the forward, one matrix product of the head less than `token_logps` needs. The
+    loss can be differentiated once, the log-probs not at all.
+
+    Args:
+        targets: [T] int64.
+        coefficients: [T], without gradient. Rows with 0 never reach the head; their log-prob reads 0.
+        The others as in `token_logps`.
+    """
+    hidden, weight = _autocast(hidden, weight)
+    check_head(hidden, weight, bias)
+    check_targets(targets, hidden.shape[0], weight.shape[0])
+    _check_extras(hidden, weight, lora, support, None)
+    if targets.dim() != 1 or coefficients.shape != targets.shape or coefficients.requires_grad:
+        raise ValueError(
+            f"coefficients must be [{hidden.shape[0]}] without gradient and targets likewise [T], "
+            f"got {shape(coefficients)} and {shape(targets)}; use token_logps for any other loss"
+        )
+    acc = accumulate_dtype(hidden.dtype)
+    f = LogitMap(temperature, softcap, logit_scale)
+    keep = coefficients.nonzero()[:, 0]
+    if keep.shape[0] < hidden.shape[0]:
+        hidden, targets = hidden[keep], targets[keep]
+        support = None if support is None else support[keep]
+    low, low_rank = low_rank_factors(hidden, lora)
+    rows = chunked.Rows(targets[:, None], support)
+    loss, logps = chunked.Known.apply(
+        hidden, weight, bias, low, low_rank, rows, f, coefficients[keep].to(acc)
+    )
+    return loss, spread(logps, keep, coefficients.shape[0])

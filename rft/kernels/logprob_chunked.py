@@ -4,7 +4,7 @@ One chunk of logits is allocated once and filled by products with `out=`; a tile
 taken through softmax in place while it stays in cache. Three ways to the gradient:
 
 - recompute: any upstream gradient; the chunk's logits are computed again in the backward (8 T H V)
-- known: the loss is a weighted sum of the log-probs, its gradient is taken in the forward (6 T H V)
+- known: the loss is a weighted sum of the log-probs; its gradient is taken in the forward (6 T H V)
 - frozen: no head parameter wants a gradient; the forward keeps d logp / d hidden (4 T H V)
 """
 
@@ -29,18 +29,26 @@ LOWEST = -1e4  # stands for -inf in p * log p: its exponential is 0 as well
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of each row: targets [T], packed support [T, ceil(V/8)] or None."""
+    """What is known of each row: its targets [T, K] and its packed support [T, ceil(V/8)] or None."""
 
     targets: Tensor
-    support: Tensor | None
+    support: Tensor | None = None
 
 
 class Chunks:
     """A pass over row chunks: buffers, products, and tiles of logits in the accumulation dtype."""
 
     def __init__(
-        self, head: Head, hidden: Tensor, low: Tensor | None, bias: Tensor | None, rows: Rows, f: LogitMap
+        self,
+        head: Head,
+        hidden: Tensor,
+        low: Tensor | None,
+        bias: Tensor | None,
+        rows: Rows,
+        f: LogitMap,
+        like: Chunks | None = None,
     ) -> None:
+        """`like`: another pass over the same rows, to go in step with it."""
         self.head, self.hidden, self.low, self.rows, self.map = head, hidden, low, rows, f
         self.acc = accumulate_dtype(hidden.dtype)
         self.bias = None if bias is None else bias.to(self.acc)
@@ -48,9 +56,11 @@ class Chunks:
         itemsize = head.dtype.itemsize
         self.size = max(1, min(count, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (vocab * itemsize))))
         self.number = -(-count // self.size)
-        self.buffer = hidden.new_empty((self.size, vocab), dtype=head.dtype)
         tile_bytes = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cuda"])
         self.tile_rows = max(1, min(self.size, tile_bytes // (vocab * self.acc.itemsize)))
+        if like is not None:
+            self.size, self.number, self.tile_rows = like.size, like.number, like.tile_rows
+        self.buffer = hidden.new_empty((self.size, vocab), dtype=head.dtype)
         self.in_place = head.dtype == self.acc
         self._tiles: dict[str, Tensor] = {}
 
@@ -96,8 +106,8 @@ def unpack_support(packed: Tensor, vocab: int) -> Tensor:
 
 
 def keep_support_(z: Tensor, packed: Tensor, targets: Tensor) -> None:
-    """Logits outside the support become -inf; the target always stays."""
-    outside = unpack_support(packed, z.shape[1]).logical_not_().scatter_(1, targets[:, None], False)
+    """Logits outside the support become -inf; the targets always stay."""
+    outside = unpack_support(packed, z.shape[1]).logical_not_().scatter_(1, targets, False)
     z.masked_fill_(outside, -torch.inf)
 
 
@@ -106,50 +116,61 @@ def softmax_tile_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z [r, V] becomes exp(z - max), or rubbish where `scratch` is given.
 
-    Returns logps [r], logsumexp [r], sum of exp [r] and, with `scratch` [r, V], the entropy [r].
+    Returns logps [r, K], logsumexp [r], sum of exp [r] and, with `scratch` [r, V], the entropy [r].
     """
-    target = z.gather(1, targets[:, None])[:, 0]
+    target = z.gather(1, targets)
     top = z.amax(1, keepdim=True)
     z.sub_(top)
     if scratch is None:
         total = z.exp_().sum(1)
         lse = top[:, 0] + total.log()
-        return target - lse, lse, total, total
+        return target - lse[:, None], lse, total, total
     z.clamp_(min=LOWEST)
     total = torch.exp(z, out=scratch).sum(1)
     entropy = total.log() - z.mul_(scratch).sum(1) / total
     lse = top[:, 0] + total.log()
-    return target - lse, lse, total, entropy
-
-
-def grad_tile_(
-    z: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    entropy: Tensor,
-    grad_entropy: Tensor,
-    scratch: Tensor,
-) -> None:
-    """z [r, V] becomes grad * (onehot - p) - grad_entropy * p * (log p + entropy)."""
-    z.sub_(lse[:, None]).clamp_(min=LOWEST)
-    torch.exp(z, out=scratch)
-    z.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad[:, None]).mul_(scratch).neg_()
-    z.scatter_add_(1, targets[:, None], grad[:, None])
+    return target - lse[:, None], lse, total, entropy
 
 
 def forward(chunks: Chunks, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logps, logsumexp and (if asked) entropies, each [T]."""
-    t = chunks.hidden.shape[0]
-    logps, lse = (chunks.hidden.new_empty(t, dtype=chunks.acc) for _ in range(2))
-    entropies = torch.empty_like(logps) if entropy else None
+    """logps [T, K], logsumexp [T] and (if asked) entropies [T]."""
+    targets = chunks.rows.targets
+    logps = chunks.hidden.new_empty(targets.shape, dtype=chunks.acc)
+    lse = chunks.hidden.new_empty(targets.shape[0], dtype=chunks.acc)
+    entropies = torch.empty_like(lse) if entropy else None
     for chunk, _, _, products in chunks:
         for rows, _, z, _ in chunks.tiles(chunk, products):
             scratch = chunks.tile("scratch", z.shape[0]) if entropies is not None else None
-            logps[rows], lse[rows], _, h = softmax_tile_(z, chunks.rows.targets[rows], scratch)
+            logps[rows], lse[rows], _, h = softmax_tile_(z, targets[rows], scratch)
             if entropies is not None:
                 entropies[rows] = h
     return logps, lse, entropies
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Gradients of log-probs [T, K] and entropies [T] (or None), and what the forward knew.
+
+    `total` [T] is the gradient's sum over all K targets, also those that lie on other ranks.
+    """
+
+    grad: Tensor
+    total: Tensor
+    lse: Tensor
+    entropy: Tensor | None = None
+    grad_entropy: Tensor | None = None
+
+    def grad_tile_(self, z: Tensor, rows: slice, targets: Tensor, chunks: Chunks) -> None:
+        """z [r, V] becomes grad onehot - total p - grad_entropy p (log p + entropy)."""
+        z.sub_(self.lse[rows, None])
+        if self.grad_entropy is None or self.entropy is None:
+            z.exp_().mul_(-self.total[rows, None])
+        else:
+            z.clamp_(min=LOWEST)
+            p = torch.exp(z, out=chunks.tile("scratch", z.shape[0]))
+            z.add_(self.entropy[rows, None]).mul_(self.grad_entropy[rows, None])
+            z.add_(self.total[rows, None]).mul_(p).neg_()
+        z.scatter_add_(1, targets, self.grad[rows])
 
 
 class Gradients:
@@ -158,21 +179,20 @@ class Gradients:
     def __init__(self, chunks: Chunks, wants: dict[str, bool]) -> None:
         head = chunks.head
         self.head, self.acc = head, chunks.acc
-        empty = chunks.hidden.new_zeros if chunks.number == 0 else chunks.hidden.new_empty
+        empty, zeros = chunks.hidden.new_empty, chunks.hidden.new_zeros
         self.hidden = empty(chunks.hidden.shape) if wants["hidden"] else None
-        self.weight = WeightGrad(head.weight, chunks.number) if wants["weight"] else None
-        self.low = torch.empty_like(chunks.low) if wants["low"] and chunks.low is not None else None
-        zeros = chunks.hidden.new_zeros
-        self.bias = zeros(head.vocab, dtype=self.acc) if wants["bias"] else None
+        self._weight = WeightGrad(head.weight, chunks.number) if wants.get("weight") else None
+        self.bias = zeros(head.vocab, dtype=self.acc) if wants.get("bias") else None
+        self.low = torch.empty_like(chunks.low) if wants.get("low") and chunks.low is not None else None
         b = head.low_rank
-        self.low_rank = zeros(b.shape, dtype=self.acc) if wants["low_rank"] and b is not None else None
+        self.low_rank = zeros(b.shape, dtype=self.acc) if wants.get("low_rank") and b is not None else None
 
     def add(self, rows: slice, hidden: Tensor, low: Tensor | None, grad: Tensor) -> None:
         """Take in grad [n, V], the gradient of the chunk's products."""
         if self.hidden is not None:
             self.head.hidden_grad(grad, self.hidden[rows])
-        if self.weight is not None:
-            self.weight.add(grad, hidden)
+        if self._weight is not None:
+            self._weight.add(grad, hidden)
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.acc)
         if self.low is not None and self.head.low_rank is not None:
@@ -180,12 +200,35 @@ class Gradients:
         if self.low_rank is not None and low is not None:
             self.low_rank += grad.t() @ low
 
-    def weight_result(self) -> Tensor | None:
-        return None if self.weight is None else self.weight.result()
+    @property
+    def weight(self) -> Tensor | None:
+        return None if self._weight is None else self._weight.result()
+
+
+NAMES = ("hidden", "weight", "bias", "low", "low_rank")  # the inputs that may want gradients, in order
+
+
+def backward(chunks: Chunks, up: Upstream, wants: dict[str, bool]) -> Gradients:
+    """Recompute the logits and carry `up` through them."""
+    grads = Gradients(chunks, wants)
+    for chunk, h, low, products in chunks:
+        for rows, inner, z, cap_slope in chunks.tiles(chunk, products, cap_slope=True):
+            up.grad_tile_(z, rows, chunks.rows.targets[rows], chunks)
+            finish_tile(z, cap_slope, products[inner])
+        grads.add(chunk, h, low, products)
+    return grads
+
+
+def finish_tile(z: Tensor, cap_slope: Tensor | None, products: Tensor) -> None:
+    """Gradient of logits -> gradient of products, stored over the products."""
+    if cap_slope is not None:
+        z.mul_(cap_slope)
+    if z.data_ptr() != products.data_ptr():
+        products.copy_(z)
 
 
 class Recompute(torch.autograd.Function):
-    """(hidden, weight, bias, low, low_rank, rows, map, entropy) -> logps [T], entropies [T] or None."""
+    """(hidden, weight, bias, low, low_rank, rows, map, entropy) -> logps [T, K], entropies [T] or None."""
 
     @staticmethod
     def forward(
@@ -209,69 +252,96 @@ class Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor | None = None) -> Any:
         hidden, weight, bias, low, low_rank, targets, support, lse, entropies = ctx.saved_tensors
-        names = ("hidden", "weight", "bias", "low", "low_rank")
-        wants = dict(zip(names, ctx.needs_input_grad, strict=False))
         chunks = Chunks(Head(weight, low_rank), hidden, low, bias, Rows(targets, support), ctx.map)
-        grads = Gradients(chunks, wants)
-        g = grad * ctx.map.slope
-        ge = None if entropies is None or grad_entropy is None else grad_entropy * ctx.map.slope
-        for chunk, h, lo, products in chunks:
-            for r, inner, z, slope in chunks.tiles(chunk, products, cap_slope=True):
-                if ge is None:
-                    z.sub_(lse[r, None]).exp_().mul_(-g[r, None])
-                    z.scatter_add_(1, targets[r, None], g[r, None])
-                else:
-                    scratch = chunks.tile("scratch", z.shape[0])
-                    grad_tile_(z, targets[r], lse[r], g[r], entropies[r], ge[r], scratch)
-                finish_tile(z, slope, products[inner])
-            grads.add(chunk, h, lo, products)
-        bias_grad = None if grads.bias is None else grads.bias.to(bias.dtype)
-        low_rank_grad = None if grads.low_rank is None else grads.low_rank.to(low_rank.dtype)
-        return grads.hidden, grads.weight_result(), bias_grad, grads.low, low_rank_grad, None, None, None
-
-
-def finish_tile(z: Tensor, slope: Tensor | None, products: Tensor) -> None:
-    """Gradient of logits -> gradient of products, stored over the products."""
-    if slope is not None:
-        z.mul_(slope)
-    if z.data_ptr() != products.data_ptr():
-        products.copy_(z)
+        grad = grad * ctx.map.slope
+        if entropies is None or grad_entropy is None:
+            up = Upstream(grad, grad.sum(1), lse)
+        else:
+            up = Upstream(grad, grad.sum(1), lse, entropies, grad_entropy * ctx.map.slope)
+        grads = backward(chunks, up, dict(zip(NAMES, ctx.needs_input_grad, strict=False)))
+        return (
+            grads.hidden,
+            grads.weight,
+            None if grads.bias is None else grads.bias.to(bias.dtype),
+            grads.low,
+            None if grads.low_rank is None else grads.low_rank.to(low_rank.dtype),
+            *[None] * 3,
+        )
 
 
 def differentiate_forward(
     chunks: Chunks, coefficients: Tensor, wants: dict[str, bool]
 ) -> tuple[Tensor, Gradients]:
     """logps [T], and the gradients of sum(coefficients * logps), in one pass."""
-    logps = chunks.hidden.new_empty(chunks.hidden.shape[0], dtype=chunks.acc)
-    grads = Gradients(chunks, wants)
-    c = coefficients * chunks.map.slope
     targets = chunks.rows.targets
-    for chunk, h, lo, products in chunks:
-        for r, inner, z, slope in chunks.tiles(chunk, products, cap_slope=True):
-            logps[r], _, total, _ = softmax_tile_(z, targets[r], None)
-            z.mul_((-c[r] / total)[:, None])
-            z.scatter_add_(1, targets[r, None], c[r, None])
-            finish_tile(z, slope, products[inner])
-        grads.add(chunk, h, lo, products)
-    return logps, grads
+    logps = chunks.hidden.new_empty(targets.shape, dtype=chunks.acc)
+    grads = Gradients(chunks, wants)
+    c = (coefficients.to(chunks.acc) * chunks.map.slope)[:, None]
+    for chunk, h, low, products in chunks:
+        for rows, inner, z, cap_slope in chunks.tiles(chunk, products, cap_slope=True):
+            logps[rows], _, total, _ = softmax_tile_(z, targets[rows], None)
+            z.mul_(-c[rows] / total[:, None])
+            z.scatter_add_(1, targets[rows], c[rows])
+            finish_tile(z, cap_slope, products[inner])
+        grads.add(chunk, h, low, products)
+    return logps[:, 0], grads
 
 
 class Frozen(torch.autograd.Function):
-    """(hidden, weight, bias, rows, map) -> logps [T]; only hidden gets a gradient."""
+    """(hidden, weight, bias, rows, map) -> logps [T, 1]; only hidden gets a gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, f: LogitMap
     ) -> Tensor:
         chunks = Chunks(Head(weight, None), hidden, None, bias, rows, f)
-        wants = dict.fromkeys(("weight", "bias", "low", "low_rank"), False) | {"hidden": True}
         ones = hidden.new_ones(hidden.shape[0], dtype=chunks.acc)
-        logps, grads = differentiate_forward(chunks, ones, wants)
+        logps, grads = differentiate_forward(chunks, ones, {"hidden": True})
         ctx.save_for_backward(grads.hidden)
-        return logps
+        return logps[:, None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (slopes,) = ctx.saved_tensors
-        return slopes * grad[:, None].to(slopes.dtype), None, None, None, None
+        return slopes * grad.to(slopes.dtype), *[None] * 4
+
+
+class Known(torch.autograd.Function):
+    """(hidden, weight, bias, low, low_rank, rows, map, coefficients [T]) -> loss [], logps [T]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: Tensor | None,
+        low_rank: Tensor | None,
+        rows: Rows,
+        f: LogitMap,
+        coefficients: Tensor,
+    ) -> Any:
+        wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+        chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, f)
+        logps, grads = differentiate_forward(chunks, coefficients, wants)
+        # not `save_for_backward`: the only references must pass on, or autograd copies them once more
+        ctx.grads = (
+            grads.hidden,
+            grads.weight,
+            None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+            grads.low,
+            None if grads.low_rank is None or low_rank is None else grads.low_rank.to(low_rank.dtype),
+        )
+        ctx.mark_non_differentiable(logps)
+        return (logps * coefficients).sum(), logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("the gradients of linear_logp_loss were taken already; call it again")
+        if grad.is_cuda or grad != 1:
+            grads = tuple(None if g is None else g.mul_(grad) for g in grads)
+        return *grads, *[None] * 3

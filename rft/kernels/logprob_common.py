@@ -83,13 +83,15 @@ def check_head(
 
 
 def check_targets(targets: Tensor, rows: int, vocab: int) -> None:
-    """Raises ValueError unless targets is [T] int64 with values in 0..V-1.
+    """Raises ValueError unless targets is [T] or [T, K] int64 with values in 0..V-1.
 
     On CUDA the range is asserted on the device, so that nothing waits for it.
     """
-    if targets.dim() != 1 or targets.dtype != torch.int64 or targets.shape[0] != rows:
-        raise ValueError(f"targets must be [{rows}] int64 like the rows of hidden, got {shape(targets)}")
-    if not rows:
+    if targets.dim() not in (1, 2) or targets.dtype != torch.int64 or targets.shape[0] != rows:
+        raise ValueError(
+            f"targets must be [{rows}] or [{rows}, K] int64 like the rows of hidden, got {shape(targets)}"
+        )
+    if not targets.numel():
         return
     if targets.is_cuda:
         torch._assert_async(((targets >= 0) & (targets < vocab)).all())

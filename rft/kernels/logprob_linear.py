@@ -122,7 +122,9 @@ class WeightGrad:
 
     def result(self) -> Tensor:
         """The gradient [V, H], rounded once to the weight's dtype."""
-        if self.total is not None:
+        if self.first:
+            self.grad.zero_()
+        elif self.total is not None:
             self.grad.copy_(self.total)
         elif self.low is not None:
             step = block_rows(self.grad)

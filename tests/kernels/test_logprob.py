@@ -1,0 +1,281 @@
+"""Fused log-probs against the plain reference: values, gradients, edge cases, memory, messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rft.kernels import logprob_chunked as chunked
+from rft.kernels import logprob_linear as linear
+from rft.kernels.logprob import linear_logp_loss, pack_support, token_logps
+
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-6,
+    torch.bfloat16: 8e-3,  # one rounding to 8 bits
+    torch.float16: 1e-3,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "softcap": {"softcap": 3.0, "logit_scale": 0.5},
+    "bias": {"bias": True},
+    "lora": {"lora": True},
+    "support": {"support": True},
+    "mask": {"mask": True},
+    "frozen": {"frozen": True},
+    "frozen_softcap": {"frozen": True, "softcap": 2.0, "temperature": 1.5},
+    "several": {"several": True},
+    "all": {"softcap": 2.0, "bias": True, "lora": True, "temperature": 1.3, "mask": True, "support": True},
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks and tiles with odd remainders even at the sizes of a test."""
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 5)
+    monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 600, "cuda": 600})
+    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 50)
+
+
+def inputs(case: dict[str, Any], t: int, h: int, v: int, dtype: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(1)
+    leaf = {n: torch.randn(s).to(dtype) for n, s in (("hidden", (t, h)), ("weight", (v, h)))}
+    options = dict(case)
+    frozen = options.pop("frozen", False)
+    if options.pop("bias", False):
+        options["bias"] = leaf["bias"] = torch.randn(v).to(dtype)
+    if options.pop("lora", False):
+        leaf |= {"a": torch.randn(3, h).to(dtype), "b": torch.randn(v, 3).to(dtype)}
+        options["lora"] = (leaf["a"], leaf["b"], 0.5)
+    if options.pop("support", False):
+        options["support"] = pack_support(torch.rand(t, v) < 0.4)
+    if options.pop("mask", False):
+        options["mask"] = torch.rand(t) < 0.5
+    targets = torch.randint(v, (t, 3) if options.pop("several", False) else (t,))
+    for name, x in leaf.items():
+        x.requires_grad_(name == "hidden" or not frozen)
+    return {"leaf": leaf, "options": options, "targets": targets}
+
+
+def outcome(
+    case: dict[str, Any], size: tuple[int, int, int], dtype: torch.dtype, entropy: bool, backend: Any
+) -> list[Tensor]:
+    x = inputs(case, *size, dtype)
+    leaf, targets = x["leaf"], x["targets"]
+    outs = token_logps(
+        leaf["hidden"], leaf["weight"], targets, entropy=entropy, backend=backend, **x["options"]
+    )
+    outs = outs if entropy else (outs,)
+    sum((o * torch.randn(o.shape)).sum() for o in outs).backward()
+    return [*outs, *(p.grad for p in leaf.values() if p.grad is not None)]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm().clamp(min=1e-6)).item()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("size", [(13, 8, 37), (1, 5, 2), (64, 16, 8)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_reference(
+    case: str, dtype: torch.dtype, size: tuple[int, int, int], entropy: bool
+) -> None:
+    wanted = outcome(CASES[case], size, dtype, entropy, "reference")
+    got = outcome(CASES[case], size, dtype, entropy, "chunked")
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a, b) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("case", ["plain", "softcap", "bias", "lora", "support", "frozen", "several"])
+def test_gradcheck(case: str) -> None:
+    x = inputs(CASES[case], 7, 4, 11, torch.float64)
+    leaves = [p for p in x["leaf"].values() if p.requires_grad]
+    entropy = case not in ("frozen",)
+
+    def f(*_: Tensor) -> Any:
+        hidden, weight = x["leaf"]["hidden"], x["leaf"]["weight"]
+        return token_logps(hidden, weight, x["targets"], entropy=entropy, **x["options"])
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["plain", "softcap", "all"])
+def test_linear_loss_equals_the_weighted_sum(case: str, dtype: torch.dtype) -> None:
+    options = {k: v for k, v in CASES[case].items() if k != "mask"}
+    found = []
+    for known in (False, True):
+        x = inputs(options, 13, 8, 37, dtype)
+        leaf = x["leaf"]
+        torch.manual_seed(2)
+        c = torch.randn(13) * (torch.rand(13) < 0.7)
+        if known:
+            loss, logps = linear_logp_loss(leaf["hidden"], leaf["weight"], x["targets"], c, **x["options"])
+        else:
+            logps = token_logps(leaf["hidden"], leaf["weight"], x["targets"], mask=c != 0, **x["options"])
+            loss = (logps * c).sum()
+        (3 * loss).backward()
+        found.append([loss, logps, *(p.grad for p in leaf.values())])
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < TOLERANCE[dtype]
+
+
+def test_linear_loss_is_differentiated_once() -> None:
+    h, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    loss, _ = linear_logp_loss(h, w, torch.tensor([0, 1, 2]), torch.ones(3))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken already"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_no_rows_and_all_masked(backend: Any) -> None:
+    w = torch.randn(7, 4, dtype=torch.bfloat16, requires_grad=True)
+    for t in (0, 3):
+        h = torch.randn(t, 4, dtype=torch.bfloat16, requires_grad=True)
+        mask, y = torch.zeros(t, dtype=torch.bool), torch.zeros(t, dtype=torch.int64)
+        w.grad = None
+        logps, entropy = token_logps(h, w, y, mask=mask, entropy=True, backend=backend)
+        assert logps.tolist() == entropy.tolist() == [0.0] * t
+        (logps.sum() + entropy.sum()).backward()
+        assert h.grad is not None and w.grad is not None
+        assert not h.grad.any() and not w.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_huge_and_impossible_logits(backend: Any) -> None:
+    h = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    w = torch.tensor([[1e4], [-1e4], [0.0], [0.0]], requires_grad=True)
+    bias = torch.tensor([0.0, 0.0, 0.0, -torch.inf], requires_grad=True)
+    y = torch.tensor([0, 0])
+    logps, entropy = token_logps(h, w, y, bias=bias, entropy=True, backend=backend)
+    assert logps.tolist() == [0.0, -2e4]
+    assert entropy.tolist() == [0.0, 0.0]
+    (logps.sum() + entropy.sum()).backward()
+    assert torch.equal(w.grad, torch.tensor([[-1.0], [1.0], [0.0], [0.0]]))
+    assert torch.equal(bias.grad, torch.tensor([1.0, -1.0, 0.0, 0.0]))
+    impossible = token_logps(h, w, torch.tensor([3, 3]), bias=bias, backend=backend)
+    assert impossible.tolist() == [-torch.inf] * 2
+
+
+def test_uniform_distribution_by_hand() -> None:
+    logps, entropy = token_logps(torch.zeros(2, 3), torch.randn(8, 3), torch.tensor([0, 5]), entropy=True)
+    assert torch.allclose(logps, -torch.tensor([8.0, 8.0]).log())
+    assert torch.allclose(entropy, torch.tensor([8.0, 8.0]).log())
+
+
+def test_tied_head_gets_both_gradients() -> None:
+    y = torch.randint(20, (9,))
+    found = []
+    for backend in ("reference", "chunked"):
+        torch.manual_seed(0)
+        w = torch.randn(20, 6, requires_grad=True)
+        token_logps(w[y].tanh(), w, y, backend=backend).sum().backward()
+        found.append(w.grad)
+    assert relative(found[1], found[0]) < 1e-6
+
+
+def test_weight_gradient_in_bfloat16_does_not_drift() -> None:
+    """200 chunks summed in plain bfloat16 lose over a percent; here only the last rounding is left."""
+    torch.manual_seed(0)
+    w = torch.zeros(6, 4, dtype=torch.bfloat16)
+    sums = linear.WeightGrad(w, chunks=200)
+    exact = torch.zeros(6, 4, dtype=torch.float64)
+    for _ in range(200):
+        g, h = torch.rand(3, 6).bfloat16().float(), torch.rand(3, 4).bfloat16().float()
+        sums.add(g, h)
+        exact += g.double().t() @ h.double()
+    assert torch.equal(sums.result(), exact.bfloat16())
+
+
+def test_deterministic() -> None:
+    size = (300, 16, 101)
+    a = outcome(CASES["all"], size, torch.bfloat16, True, "chunked")
+    b = outcome(CASES["all"], size, torch.bfloat16, True, "chunked")
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_autocast_takes_the_dtype_of_a_linear_layer() -> None:
+    h, w = torch.randn(4, 8), torch.randn(9, 8, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = token_logps(h, w, y)
+    assert torch.equal(logps, token_logps(h.bfloat16(), w.bfloat16(), y))
+    logps.sum().backward()
+    assert w.grad is not None and w.grad.dtype == torch.float32
+
+
+WORKSPACE = """
+import resource, sys, torch
+from rft.kernels.logprob import token_logps
+torch.set_num_threads(1)
+n, v, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+def run(n):
+    h = torch.randn(n, 64).to(dtype).requires_grad_()
+    w = torch.randn(v, 64).to(dtype).requires_grad_()
+    y = torch.randint(v, (n,))
+    base = peak()
+    token_logps(h, w, y).sum().backward()
+    kept = (h.grad.nbytes + w.grad.nbytes) / 2**20
+    return peak() - base - kept
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+token_logps(torch.randn(2, 64).to(dtype), torch.randn(9, 64).to(dtype), torch.tensor([0, 1]))
+print(run(n))
+"""
+
+
+def workspace(n: int, v: int, dtype: str) -> float:
+    """MiB of peak memory beyond inputs and gradients, in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", WORKSPACE, str(n), str(v), dtype], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_workspace_does_not_grow_with_rows_or_vocabulary(dtype: str) -> None:
+    small, rows, vocab = (workspace(*size, dtype) for size in ((2048, 8192), (8192, 8192), (2048, 65536)))
+    assert small < 80
+    assert rows < small + 16, "more rows"
+    # one byte per weight element in bfloat16, and at least 64 rows of logits, are all that may grow
+    assert vocab < small + 24, "larger vocabulary"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden": torch.zeros(2, 3, 4)}, r"hidden must be \[T, H\], got \[2, 3, 4\]"),
+        ({"weight": torch.zeros(7, 5)}, r"differ in width.*\[3, 4\].*\[7, 5\].*\[V, 4\]"),
+        ({"weight": torch.zeros(7, 4).double()}, "share one float dtype"),
+        ({"targets": torch.tensor([0, 1, 7])}, r"0\.\.6 \(weight has 7 rows\), found 0\.\.7"),
+        ({"targets": torch.tensor([-100, 1, 2])}, r"found -100\.\.2"),
+        ({"targets": torch.tensor([0, 1])}, r"targets must be \[3\]"),
+        ({"targets": torch.tensor([0, 1, 2], dtype=torch.int32)}, "int64"),
+        ({"bias": torch.zeros(6)}, r"bias must be \[7\]"),
+        ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"softcap": -1.0}, "softcap must be greater than 0"),
+        ({"lora": (torch.zeros(2, 4), torch.zeros(6, 2), 1.0)}, r"lora must be .*B \[7, r\]"),
+        ({"support": torch.zeros(3, 7, dtype=torch.bool)}, r"support must be \[3, 1\] uint8"),
+        ({"mask": torch.zeros(2, dtype=torch.bool)}, r"mask must be \[3\] bool"),
+        ({"backend": "fast"}, "one of auto, reference, chunked, triton"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], words: str) -> None:
+    good = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "targets": torch.tensor([0, 1, 2])}
+    with pytest.raises(ValueError, match=words):
+        token_logps(**(good | change))
