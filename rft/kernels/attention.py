@@ -35,9 +35,24 @@ ROUTE = "_rft_attention_route"  # where a prepared decoder keeps its route; deep
 
 # Keywords that transformers hands to attention functions and that do not change what is computed here.
 _HARMLESS = frozenset(
-    "position_ids position_embeddings cache_position past_key_values use_cache layer_idx deterministic "
-    "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
-    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+    {
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "past_key_values",
+        "use_cache",
+        "layer_idx",
+        "deterministic",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "num_items_in_batch",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    }
 )
 
 
@@ -73,7 +88,8 @@ def forest_attention(
 
     With a layout (B = 1, L = T) a token sees its own segment's earlier tokens and its ancestors';
     without one it is ordinary attention under `attention_mask`.
-    Raises ValueError for a layout with dropout, or with keywords whose meaning is unknown here.
+    Raises ValueError for a layout with dropout, with a mask of the model's own making, or with keywords
+    whose meaning is unknown here.
     """
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
     if rft_layout is None:
@@ -88,6 +104,8 @@ def forest_attention(
         raise ValueError(
             f"{type(module).__name__} passes {unknown} to attention, which a packed batch ignores"
         )
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise ValueError(f"{type(module).__name__} makes its own mask, which a packed batch would ignore")
     if dropout:
         raise ValueError("a packed batch does not support attention dropout: set attention_dropout to 0")
     if is_causal is False or getattr(module, "is_causal", True) is False:
@@ -174,6 +192,11 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
         raise ValueError(
             f"{type(decoder).__name__} changes its position encoding for batches that reach beyond "
             f"{route.max_length} tokens, this one has a sequence of {forest.longest}: shorten it"
+        )
+    if route.max_tokens is not None and forest.num_tokens > route.max_tokens:
+        raise ValueError(
+            f"{type(decoder).__name__} scales queries by their place beyond {route.max_tokens} tokens, this "
+            f"packed batch has {forest.num_tokens}: lower the number of tokens per micro-batch"
         )
     return _run(decoder, batch.tokens, forest, route)
 
@@ -297,7 +320,7 @@ def _probe(decoder: PreTrainedModel) -> tuple[Tensor, Forest]:
         start[s] = start[p] + int(lengths[p]) if p >= 0 else 0
     positions = torch.cat([torch.arange(a, a + int(n)) for a, n in zip(start, lengths, strict=True)])
     generator = torch.Generator().manual_seed(0)
-    vocabulary = decoder.get_input_embeddings().weight.shape[0]
+    vocabulary = int(decoder.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
     tokens = torch.randint(0, vocabulary, (segment.numel(),), generator=generator)
     device = next(decoder.parameters()).device
     return tokens.to(device), Forest(segment.to(device), parent.to(device), positions.to(device))

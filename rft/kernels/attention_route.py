@@ -15,7 +15,12 @@ from transformers import PreTrainedModel
 Kind = Literal["merge", "mask", "sequences"]
 
 _RECURRENT = re.compile(
-    r"mamba|ssm|recurrent|rwkv|deltanet|shortconv|linearattention|lightning|rglru|xlstm|hyena", re.I
+    r"Mamba|Recurrent|Rwkv|RWKV|DeltaNet|ShortConv|LinearAttention|Lightning|RgLru|xLSTM|Hyena"
+)
+# Settings by which attention leaves tokens out other than by layer types, and those known to be harmless.
+_SPARSE = re.compile(r"window|local_attention|attention_types|index_topk|sparse_attention|chunk_size")
+_KNOWN = re.compile(
+    r"_?sliding_window(_pattern)?|use_sliding_window|max_window_layers|attention_chunk_size|chunk_size_.*"
 )
 
 
@@ -36,6 +41,7 @@ class AttentionRoute:
     reason: why not a better one, for the log. layers: how many attention layers must use the layout.
     layer_kinds: the windows of the layers; None where attention is plain or the model passes them.
     max_length: the longest sequence for which position encodings do not depend on the batch.
+    max_tokens: the longest packed row that the model treats like its sequences.
     """
 
     kind: Kind
@@ -43,6 +49,7 @@ class AttentionRoute:
     layers: int = 0
     layer_kinds: tuple[LayerKind, ...] | None = None
     max_length: int | None = None
+    max_tokens: int | None = None
 
     @property
     def shares(self) -> bool:
@@ -57,9 +64,11 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     """The base transformer of a causal language model, with or without a peft wrapper around it."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    if not isinstance(decoder, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model, nor a peft wrapper around one")
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel) or (decoder is model and hasattr(model, "lm_head")):
+        decoder = model.base_model if model.base_model is not model else getattr(model, "model", model)
     return decoder
 
 
@@ -82,7 +91,9 @@ def candidates(model: nn.Module, decoder: PreTrainedModel) -> list[AttentionRout
         return [plain.because(f"layers of type {', '.join(unknown)}")]
     if recurrent := _recurrent_modules(decoder):
         return [plain.because(f"recurrent or convolutional layers: {', '.join(recurrent)}")]
-    merge = AttentionRoute("merge", "", config.num_hidden_layers, kinds, limit)
+    if sparse := _sparse_settings(config):
+        return [plain.because(f"attention limited in a way unknown here: {', '.join(sparse)}")]
+    merge = AttentionRoute("merge", "", config.num_hidden_layers, kinds, limit, _longest_row(config))
     if kinds is not None and any(k != LayerKind() for k in kinds):
         return [merge, plain]
     return [merge, AttentionRoute("mask", max_length=limit), plain]
@@ -118,6 +129,19 @@ def _recurrent_modules(decoder: PreTrainedModel) -> list[str]:
     found = {type(m).__name__ for m in decoder.modules() if isinstance(m, nn.Conv1d)}
     found |= {type(m).__name__ for m in decoder.modules() if _RECURRENT.search(type(m).__name__)}
     return sorted(found)
+
+
+def _sparse_settings(config: Any) -> list[str]:
+    settings = config.to_dict()
+    found = [k for k, v in settings.items() if v and _SPARSE.search(k) and not _KNOWN.fullmatch(k)]
+    if settings.get("attention_chunk_size") and not settings.get("layer_types"):
+        found.append("attention_chunk_size")
+    return sorted(f"{k} = {settings[k]}" for k in found)
+
+
+def _longest_row(config: Any) -> int | None:
+    """Llama 4 scales queries by their place in the row, in steps of `floor_scale`: the first step is 1."""
+    return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
 
 def _batch_independent_length(config: Any) -> int | None:
