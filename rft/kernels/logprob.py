@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal, get_args, overload
+from typing import Literal, TypedDict, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
@@ -19,40 +19,40 @@ from rft.kernels.logprob_common import LogitMap, accumulate_dtype, check_head, c
 Backend = Literal["auto", "reference", "chunked", "triton"]
 
 
+class Options(TypedDict, total=False):
+    """The further keywords of `token_logps`."""
+
+    bias: Tensor | None
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    lora: reference.Lora | None
+    support: Tensor | None
+    mask: Tensor | None
+    backend: Backend
+
+
 @overload
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = ...,
-    temperature: float = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    lora: reference.Lora | None = ...,
-    support: Tensor | None = ...,
-    mask: Tensor | None = ...,
     entropy: Literal[False] = ...,
-    backend: Backend = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...
 
 
 @overload
 def token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    temperature: float = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    lora: reference.Lora | None = ...,
-    support: Tensor | None = ...,
-    mask: Tensor | None = ...,
-    entropy: Literal[True],
-    backend: Backend = ...,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: Literal[True], **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def token_logps(
