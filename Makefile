@@ -1,0 +1,64 @@
+# `make help` lists what there is.
+# VENV, PYTHON, DEVICE (auto, cpu, cuda), TORCH_INDEX and ARGS can be given: make demo DEVICE=cpu ARGS='seed=2'
+
+VENV   ?= .venv
+DEVICE ?= auto
+# The first Python that starts and has a version that rft supports (a pyenv shim may exist and not start).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+BIN := $(abspath $(VENV))/bin
+# Threads of one process. Ray, vLLM and torch each start as many as there are cores where this is not said.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export TORCH_INDEX
+
+SETUP = @test -n "$(PYTHON)" || { echo "[setup] FAILED: no Python 3.11 or 3.12 found. Remedy: install one" \
+	"(Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	"$(PYTHON)" scripts/setup_env.py "$(VENV)" --device "$(DEVICE)"
+TEST_EXTRAS = dev,deepspeed,quant
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint format bench bench-gpu clean
+
+help: ## list these commands
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: ## install what is needed, then train the embedded arithmetic model (about 10 minutes on 2 cores)
+	$(SETUP)
+	@echo "[demo] rft train examples/arithmetic.yaml $(ARGS)"
+	@$(BIN)/rft train examples/arithmetic.yaml $(ARGS) || { code=$$?; \
+		echo "[demo] FAILED: rft train ended with exit code $$code. Remedy: the message above; 75 means stopped on request:" \
+		"run make demo again, it goes on from its checkpoint." >&2; exit $$code; }
+
+test: ## install what is needed, with the test extras, then run the whole test suite
+	$(SETUP) --extras $(TEST_EXTRAS)
+	@echo "[test] pytest $(ARGS)"
+	@$(BIN)/pytest $(ARGS) || { code=$$?; \
+		echo "[test] FAILED with exit code $$code. Remedy: the failures above; one again: $(VENV)/bin/pytest FILE::TEST -x" >&2; exit $$code; }
+
+test-gpu: ## run the tests that need a GPU, in the same environment
+	$(SETUP) --extras $(TEST_EXTRAS)
+	@$(BIN)/pytest -m "gpu and not soak" $(ARGS) || { code=$$?; \
+		echo "[test-gpu] FAILED with exit code $$code. Remedy: the failures above; nvidia-smi must list a GPU" >&2; exit $$code; }
+
+lint: ## ruff check, ruff format --check and mypy of rft/
+	$(SETUP) --extras $(TEST_EXTRAS)
+	@echo "[lint] ruff check"; $(BIN)/ruff check . || { echo "[lint] FAILED: ruff check. Remedy: $(VENV)/bin/ruff check --fix ." >&2; exit 1; }
+	@echo "[lint] ruff format --check"; $(BIN)/ruff format --check . || { echo "[lint] FAILED: ruff format. Remedy: make format" >&2; exit 1; }
+	@echo "[lint] mypy (a minute the first time)"; $(BIN)/mypy || { echo "[lint] FAILED: mypy. Remedy: the errors above" >&2; exit 1; }
+
+format: ## put the code into ruff's format
+	$(SETUP) --extras $(TEST_EXTRAS)
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: ## measure on the CPU: benchmarks/ against the best peers, results into benchmarks/results/
+	$(SETUP) --extras $(TEST_EXTRAS)
+	@for b in benchmarks/*.py; do echo "[bench] $$b"; $(BIN)/python $$b $(ARGS) || { echo "[bench] FAILED: $$b. Remedy: the message above" >&2; exit 1; }; done
+
+bench-gpu: ## measure on a GPU
+	$(SETUP) --extras $(TEST_EXTRAS)
+	@for b in $(wildcard benchmarks/gpu/*.py); do echo "[bench-gpu] $$b"; $(BIN)/python $$b $(ARGS) || { echo "[bench-gpu] FAILED: $$b. Remedy: the message above" >&2; exit 1; }; done
+
+clean: ## remove the environment and all caches (runs/ stays)
+	rm -rf "$(VENV)" "$(VENV)-setup.log" build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find rft tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
