@@ -186,7 +186,7 @@ def _shares(axes: Axes, run: Run) -> bool:
             "completion/truncated": "truncated",
             "group/degenerate_share": "groups without signal",
             "policy/clip_fraction": "clipped tokens",
-            "policy/masked_fraction": "masked tokens",
+            "policy/corrected_away": "corrected tokens",
         },
     )
     axes.set_ylim(0, None)
@@ -228,8 +228,8 @@ def _sparsity(axes: Axes, run: Run) -> bool:
 def _diversity(axes: Axes, run: Run) -> bool:
     wanted = {
         "completion/distinct_2": "distinct pairs of tokens",
-        "completion/group_duplicates": "repeats in a group",
-        "completion/duplicates": "repeats across prompts",
+        "completion/duplicates": "repeats in a group",
+        "completion/shared": "repeats across prompts",
     }
     drawn = _lines(axes, run, wanted)
     axes.set_ylim(0, 1.02)
@@ -273,17 +273,17 @@ def draw_all(run: Run) -> list[Chart]:
     charts = []
     for title, caption, draw in CHARTS:
         with rc_context(STYLE):
-            figure = Figure(figsize=(5.2, 2.5), layout="constrained")
+            figure = Figure(figsize=(4.3, 2.2), layout="constrained")
             axes = figure.add_subplot()
             if not draw(axes, run):
                 continue
             _marks(axes, run)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
             axes.margins(x=0.01)
-            handles, _ = axes.get_legend_handles_labels()
+            handles, labels = axes.get_legend_handles_labels()
             if handles:
                 figure.legend(
-                    loc="outside upper left", ncols=4, fontsize=8, handlelength=1.2, columnspacing=1.2,
+                    loc="outside upper left", ncols=3 if max(map(len, labels)) > 11 else 5, fontsize=8, handlelength=1.2, columnspacing=1.2,
                     borderaxespad=0.1, labelcolor="#5b6577",
                 )  # fmt: skip
             charts.append(Chart(title, caption, to_svg(figure)))

@@ -66,9 +66,9 @@ class GuardsConfig(Section):
     length_factor: float = Field(
         3.0, gt=1, description="growth of the mean length over the run's first values that is an explosion"
     )
-    duplicates: Action = Field("warn", description="action when the same completion answers many prompts")
+    duplicates: Action = Field("warn", description="action when completions repeat each other")
     duplicate_share: float = Field(
-        0.5, gt=0, le=1, description="share of completions that also answer another prompt"
+        0.5, gt=0, le=1, description="share of completions that repeat another one"
     )
     reward_hacking: Action = Field(
         "warn", description="action when the reward rises while held-out accuracy falls"

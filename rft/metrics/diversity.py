@@ -11,8 +11,8 @@ def diversity(completions: Sequence[Sequence[Hashable]], groups: Sequence[int]) 
 
     completions: the tokens (or words) of each, [N]; groups: the prompt's group of each, [N].
 
-    Returns `completion/duplicates` (share of completions whose very tokens also answer another prompt),
-    `completion/group_duplicates` (share that repeat an earlier one of their own group), and
+    Returns `completion/shared` (share of completions whose very tokens also answer another prompt),
+    `completion/duplicates` (share that repeat an earlier one of their own group), and
     `completion/distinct_2` (different pairs of neighbouring tokens as a share of all pairs; Li et al.
     2016, "A Diversity-Promoting Objective Function", section 5). {} for an empty batch.
     """
@@ -24,8 +24,8 @@ def diversity(completions: Sequence[Sequence[Hashable]], groups: Sequence[int]) 
         answered.setdefault(key, set()).add(group)
     pairs = [pair for key in keys for pair in pairwise(key)]
     found = {
-        "completion/duplicates": sum(len(answered[key]) > 1 for key in keys) / len(keys),
-        "completion/group_duplicates": 1 - len(set(zip(keys, groups, strict=True))) / len(keys),
+        "completion/shared": sum(len(answered[key]) > 1 for key in keys) / len(keys),
+        "completion/duplicates": 1 - len(set(zip(keys, groups, strict=True))) / len(keys),
     }
     if pairs:
         found["completion/distinct_2"] = len(set(pairs)) / len(pairs)

@@ -108,12 +108,21 @@ def length_explosion(history: History, config: GuardsConfig) -> Finding | None:
 
 
 def duplicates(history: History, config: GuardsConfig) -> Finding | None:
-    """The same text answers different prompts: the share of such completions, mean of three steps."""
-    recent = _values(history[-3:], "completion/duplicates")
-    if not recent or fmean(recent) <= config.duplicate_share:
-        return None
-    text = f"{100 * fmean(recent):.0f} % of the completions answer several prompts with the same text"
-    return Finding("duplicates", _step(history), fmean(recent), config.duplicate_share, text)
+    """The same text answers different prompts (`completion/shared`); or the completions of a group are
+    the same (`completion/duplicates`) although most are not correct. Means of three steps.
+
+    A policy that knows the answer may well repeat itself: that alone is no sign of illness."""
+    limit = config.duplicate_share
+    shared = _values(history[-3:], "completion/shared")
+    if shared and fmean(shared) > limit:
+        text = f"{100 * fmean(shared):.0f} % of the completions answer several prompts with the same text"
+        return Finding("duplicates", _step(history), fmean(shared), limit, text)
+    same = _values(history[-3:], "completion/duplicates")
+    correct = _values(history[-3:], "reward/outcome/correct")
+    if same and fmean(same) > limit and (fmean(correct) if correct else 0.0) < 0.5:
+        text = f"{100 * fmean(same):.0f} % of the completions repeat another one of their group"
+        return Finding("duplicates", _step(history), fmean(same), limit, text)
+    return None
 
 
 def reward_hacking(history: History, config: GuardsConfig) -> Finding | None:

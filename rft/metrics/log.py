@@ -52,7 +52,7 @@ class RunLog:
         self.run_dir = Path(run_dir)
         self.total_steps = total_steps
         self.tracking = tracking
-        self.last_step = -1
+        self._resumed_at = resumed_at
         self._open_files: list[IO[str]] = []
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics = self.run_dir / METRICS_FILE
@@ -71,6 +71,10 @@ class RunLog:
             self._append_to(name) for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
         )
         self.last_step = max((row["step"] for row in read_jsonl(metrics)), default=-1)
+        # What the earlier process wrote of the very step that this one goes on from.
+        self._there = {
+            row["split"] for row in read_jsonl(self.run_dir / SAMPLES_FILE) if row["step"] == resumed_at
+        }
         self.event(
             "run/opened",
             pid=os.getpid(),
@@ -91,12 +95,16 @@ class RunLog:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a step's line: `step`, `time/wall` and `metrics`. Every step has one line only.
 
-        NaN and infinities become null, and an event `metric/non_finite` names them.
+        NaN and infinities become null, and an event `metric/non_finite` names them. A run that goes on
+        from step k may log k again: the line that is there already stays, and an event says so.
 
         Raises:
             ValueError: `step` has its line already, or a later step has.
             TypeError: a value is not a number.
         """
+        if step == self.last_step == self._resumed_at:
+            self.event("metric/repeated", step=step)
+            return
         if step <= self.last_step:
             raise ValueError(
                 f"step {step} cannot be logged after step {self.last_step}: one line a step, in order"
@@ -134,6 +142,8 @@ class RunLog:
         if not self.wants_samples(step):
             return
         for split in ("train", "eval"):
+            if step == self._resumed_at and split in self._there:
+                continue
             of_split = [row for row in rows if row.get("split", "train") == split]
             for row in _spread(of_split, self.tracking.samples_kept):
                 _write(self._samples, {"step": step, "split": split, **row})

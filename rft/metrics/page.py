@@ -15,7 +15,7 @@ h3 { font-size: 14px; margin: 0; }
 .small { font-size: 13px; }
 .push { margin-left: auto; }
 .pill { font-size: 13px; padding: 2px 11px; border-radius: 99px; background: #e6eefc; color: var(--blue); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px; }
+.facts { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .fact { padding: 13px 15px; }
 .fact b { display: block; font-size: 21px; letter-spacing: -.02em; font-variant-numeric: tabular-nums;
@@ -42,7 +42,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .tag { font-size: 12px; color: var(--soft); margin-bottom: 6px; display: flex; gap: 10px; flex-wrap: wrap; }
 .tag .correct { color: var(--good); } .tag .wrong, .tag .error { color: var(--bad); }
 details { padding: 12px 16px; } summary { cursor: pointer; } details pre { margin-top: 12px; }
-@media (max-width: 640px) { .sides { grid-template-columns: 1fr; }
+@media (max-width: 640px) { .sides { grid-template-columns: 1fr; } .facts { grid-template-columns: 1fr 1fr; }
   .side + .side { border-left: 0; border-top: 1px solid var(--line); } }
 @media print { body { background: #fff; }
   .scroll { max-height: none; } figure, .pair { break-inside: avoid; } }
@@ -111,7 +111,7 @@ PAGE = (
   {% if row %}
     <div class="tag"><span>step {{ row.step }}</span>
     {% if row.reward is number %}<span>reward {{ "%.3g" | format(row.reward) }}</span>{% endif %}
-    {% if row.outcome %}<span class="{{ row.outcome }}">{{ row.outcome }}</span>{% endif %}
+    <span class="{{ row | outcome }}">{{ row | outcome }}</span>
     {% if row.finish %}<span>{{ row.finish }}</span>{% endif %}</div>
     <pre>{{ row.completion | text }}</pre>
   {% else %}

@@ -94,8 +94,8 @@ def plot_learning_curve(run_dirs: Sequence[Path | str], out_png: Path | str) -> 
             if name == "eval/accuracy":
                 axes.set_ylim(0, 1.02)
                 axes.yaxis.set_major_formatter("{x:.0%}")
-        if len(runs) > 1:
-            axes.legend(loc="lower right")
+        if len(runs) > 1 or panels[-1][1] == "eval/accuracy":
+            axes.legend(loc="lower right", labelcolor=INK)
         out = Path(out_png)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=160, facecolor="white")
@@ -104,18 +104,10 @@ def plot_learning_curve(run_dirs: Sequence[Path | str], out_png: Path | str) -> 
 
 def _learning_line(axes: Axes, run: Run, name: str, color: str) -> None:
     steps, values = run.series(name)
+    if not values:
+        return
     if name == "eval/accuracy":
-        axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=run.name)
-        for at, where in ((0, (6, -3)), (-1, (0, 6))):
-            if len(values) > 1:
-                axes.annotate(
-                    f"{values[at]:.0%}",
-                    (steps[at], values[at]),
-                    xytext=where,
-                    textcoords="offset points",
-                    color=color,
-                    ha="left" if at == 0 else "right",
-                    fontsize=8,
-                )
+        label = f"{run.name}: {values[0]:.0%} → {values[-1]:.0%}"
+        axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=label)
     else:
         curve(axes, steps, values, color, run.name)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from itertools import pairwise
 from types import TracebackType
 from typing import IO, Self
 
@@ -49,10 +50,13 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """The last `width` values as one line of block characters, scaled between their extremes."""
-    shown = values[-width:]
-    if not shown:
+    """A series as one line of at most `width` block characters, each the mean of a stretch of it, scaled
+    between the line's extremes."""
+    if not values:
         return ""
+    count = min(width, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)]
+    shown = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(shown), max(shown)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((v - low) * scale)] for v in shown)

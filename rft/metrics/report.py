@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from matplotlib import rc_context
@@ -19,26 +17,9 @@ from rft.metrics.history import Row, Run
 from rft.metrics.page import PAGE
 from rft.metrics.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from rft.metrics.progress import duration
+from rft.metrics.tell import as_text, outcome_of, told_events
 
-# Events for the list under the time line, most urgent first, with the class that colours them.
-TOLD = {
-    "fault/": "bad",
-    "run/failed": "bad",
-    "reward/error": "bad",
-    "checkpoint/rejected": "bad",
-    "engine/lost": "bad",
-    "guard/": "warn",
-    "metric/non_finite": "warn",
-    "run/stopped": "warn",
-    "run/superseded": "info",
-    "checkpoint/restored": "info",
-    "engine/rebuilt": "info",
-    "run/opened": "info",
-    "run/closed": "info",
-    "note": "info",
-}
-HIDDEN = ("time", "clock", "kind", "step", "pid")
-MAX_EVENTS, MAX_PAIRS = 200, 8
+MAX_PAIRS = 8
 UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"))
 
 
@@ -68,7 +49,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     run = Run(run_dir)
     path = Path(out) if out is not None else run.path / "report.html"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["text"] = as_text
+    environment.filters |= {"text": as_text, "outcome": outcome_of}
     html = environment.from_string(PAGE).render(
         name=run.name,
         state=run.state(),
@@ -121,8 +102,16 @@ def facts(run: Run) -> list[Fact]:
     if gaps:
         found.append(Fact("log-prob gap", f"{max(gaps):.1e}", "largest, nats"))
     resumes, faults = len(run.resumes()), len(list(run.of_kind("fault/")))
-    found.append(Fact("interruptions", str(resumes + faults), f"{resumes} resumes, {faults} faults"))
+    found.append(
+        Fact(
+            "interruptions", str(resumes + faults), f"{_count(resumes, 'resume')}, {_count(faults, 'fault')}"
+        )
+    )
     return found
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # -- the time line ---------------------------------------------------------------------------------
@@ -176,28 +165,6 @@ def _sessions(run: Run) -> list[tuple[float, float]]:
     return list(zip(starts, ends, strict=True))
 
 
-def told_events(run: Run) -> list[dict[str, str]]:
-    """The events worth telling, in order; the latest `MAX_EVENTS` where there are more."""
-    start = run.events[0]["time"] if run.events else 0.0
-    rows = []
-    for event in run.of_kind(*TOLD):
-        kind = event["kind"]
-        fields = {k: v for k, v in event.items() if k not in HIDDEN and v is not None}
-        text = fields.pop("message", None) or fields.pop("text", None)
-        rest = ", ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in fields.items())
-        tone = next(tone for known, tone in TOLD.items() if kind == known or kind.startswith(known))
-        rows.append(
-            {
-                "at": duration(event["time"] - start),
-                "step": f"{run.step_at(event):.0f}",
-                "kind": kind,
-                "tone": tone,
-                "text": f"{text} ({rest})" if text and rest else text or rest,
-            }
-        )
-    return rows[-MAX_EVENTS:]
-
-
 # -- samples ---------------------------------------------------------------------------------------
 
 
@@ -211,8 +178,8 @@ def before_and_after(samples: Sequence[Row]) -> list[Pair]:
         first, last = rows[0]["step"], rows[-1]["step"]
         early = [row for row in rows if row["step"] == first]
         late = [row for row in rows if row["step"] == last] if last != first else []
-        answers = {as_text(row.get("prompt")): row for row in late}
-        matched = [Pair(p, row, answers[p]) for row in early if (p := as_text(row.get("prompt"))) in answers]
+        before, after = _first_of_each(early), _first_of_each(late)
+        matched = [Pair(prompt, row, after[prompt]) for prompt, row in before.items() if prompt in after]
         if matched:
             return matched[:MAX_PAIRS]
         if split == "train":
@@ -220,8 +187,9 @@ def before_and_after(samples: Sequence[Row]) -> list[Pair]:
     return []
 
 
-def as_text(value: Any) -> str:
-    """A prompt or completion to read: text as it is, chat messages as `role: content` lines."""
-    if isinstance(value, list):
-        return "\n".join(f"{m.get('role', '?')}: {as_text(m.get('content'))}" for m in value)
-    return "" if value is None else str(value)
+def _first_of_each(rows: Sequence[Row]) -> dict[str, Row]:
+    """Each prompt's first row, by the prompt's text."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(as_text(row.get("prompt")), row)
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from rft.metrics.config import TrackingConfig
+from rft.metrics.config import TrackerName, TrackingConfig
 
 
 class TrackerMissing(ImportError):
@@ -23,17 +23,25 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def _import(tracker: str, extra: str, *modules: str) -> ModuleType:
-    """The first of `modules` that can be imported."""
+# Tracker -> modules that can do it, the first one installed is taken.
+MODULES: dict[TrackerName, tuple[str, ...]] = {
+    "tensorboard": ("torch.utils.tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+
+
+def import_module(tracker: TrackerName) -> ModuleType:
+    """The module behind a tracker. Raises TrackerMissing, which says what to install."""
     reasons = []
-    for module in modules:
+    for module in MODULES[tracker]:
         try:
             return importlib.import_module(module)
         except ImportError as error:
             reasons.append(f"{module}: {error}")
     raise TrackerMissing(
         f"tracking.trackers names {tracker!r}, which is not installed ({'; '.join(reasons)}). "
-        f"Install it with `pip install 'rft[{extra}]'`, or take it out of tracking.trackers."
+        f"Install it with `pip install 'rft[{tracker}]'`, or take it out of tracking.trackers."
     )
 
 
@@ -55,7 +63,7 @@ class TensorBoard:
     def __init__(
         self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]
     ) -> None:
-        module = _import("tensorboard", "tensorboard", "torch.utils.tensorboard", "tensorboardX")
+        module = import_module("tensorboard")
         purge = None if resumed_at is None else resumed_at + 1
         self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         if config and resumed_at is None:
@@ -76,7 +84,7 @@ class WeightsAndBiases:
     def __init__(
         self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]
     ) -> None:
-        module = _import("wandb", "wandb", "wandb")
+        module = import_module("wandb")
         identity = run_dir / "wandb_id"
         if not identity.exists():
             identity.write_text(module.util.generate_id())
@@ -104,7 +112,7 @@ class MLflow:
     def __init__(
         self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]
     ) -> None:
-        module = _import("mlflow", "mlflow", "mlflow")
+        module = import_module("mlflow")
         uri = tracking.mlflow_uri or (run_dir / "mlflow").resolve().as_uri()
         self._client = module.tracking.MlflowClient(tracking_uri=uri)
         identity = run_dir / "mlflow_id"
@@ -129,7 +137,7 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-_TRACKERS: dict[str, Callable[[TrackingConfig, Path, int | None, Mapping[str, Any]], Tracker]] = {
+_TRACKERS: dict[TrackerName, Callable[[TrackingConfig, Path, int | None, Mapping[str, Any]], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
@@ -139,5 +147,7 @@ _TRACKERS: dict[str, Callable[[TrackingConfig, Path, int | None, Mapping[str, An
 def open_trackers(
     tracking: TrackingConfig, run_dir: Path, *, resumed_at: int | None, config: Mapping[str, Any]
 ) -> list[Tracker]:
-    """The trackers that the config names, opened. Raises TrackerMissing."""
+    """The trackers that the config names, opened; all or, with TrackerMissing, none."""
+    for name in tracking.trackers:
+        import_module(name)
     return [_TRACKERS[name](tracking, run_dir, resumed_at, config) for name in tracking.trackers]
