@@ -9,14 +9,14 @@ change a gradient.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from rft.algorithms.math.kl import full_kl
-from rft.batch import Batch
+from rft.batch import Batch, Group
 
 Normalization = Literal["token", "sequence", "constant"]
 Unit = Literal["token", "sequence", "pair"]
@@ -29,12 +29,15 @@ class PolicyOutput:
     logps: [T] float32, log-prob of `batch.tokens[t]`; 0 where the mask is False.
     entropy, values, kl: [T] float32, present when the algorithm's `outputs` names them: the
         policy's entropy, the critic's value, the full-vocabulary divergence to the reference.
+    scores: [T, K] float32, the K outputs of a reward head that has read token t (and not, as a value,
+        the tokens before it); present when `outputs` names it, for reward models.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
     values: Tensor | None = None
     kl: Tensor | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class Algorithm(ABC):
         min_generations: the smallest group that makes sense.
         needs_demonstrations: True if prompts must come with a demonstrated completion.
         on_policy: True if a batch may be stepped on only once.
+        data: offline, the kind of groups it trains on, a `kind` of `rft.data.load_groups`.
+        embeds: True if `embed` changes what the model reads in training.
     """
 
     online: ClassVar[bool] = True
@@ -98,6 +103,8 @@ class Algorithm(ABC):
     min_generations: ClassVar[int] = 1
     needs_demonstrations: ClassVar[bool] = False
     on_policy: ClassVar[bool] = False
+    data: ClassVar[str] = "sft"
+    embeds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -114,9 +121,20 @@ class Algorithm(ABC):
         return frozenset()
 
     @property
+    def prescored(self) -> bool:
+        """Whether `prepare` reads `old_logps`: they are then computed for every batch, even where it is
+        stepped on once and `old_logps_or` would do for the loss."""
+        return False
+
+    @property
     def outputs(self) -> frozenset[str]:
-        """`PolicyOutput` fields beyond `logps` that the loss reads: of `entropy`, `values`, `kl`."""
+        """`PolicyOutput` fields that the loss reads beside `logps`: `entropy`, `values`, `kl`, `scores`."""
         return frozenset()
+
+    @property
+    def score_heads(self) -> int:
+        """K of `PolicyOutput.scores`: how many numbers the reward head gives. 0: there is none."""
+        return 0
 
     @property
     def normalizer(self) -> Normalization:
@@ -142,6 +160,16 @@ class Algorithm(ABC):
         """([P], [P]): sequence indices of the pairs that a loss of unit `pair` is about. Pairs lie
         within groups, so they survive any split that keeps groups whole."""
         return batch.pairs()
+
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """Offline: the groups of one step, before they are laid out as a batch."""
+        return list(groups)
+
+    def embed(self, embeddings: Tensor, batch: Batch, expected: Callable[[], Tensor]) -> Tensor:
+        """Where `embeds`: what the model reads in training in place of `embeddings`, [T, H]. `expected()`,
+        at the price of a forward, is [T, H] without gradient: at each token the mean embedding under
+        what the policy predicted there (its own embedding where nothing predicts it)."""
+        return embeddings
 
     def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
         """The numbers that live from step to step (an adaptive KL coefficient): they reach the next

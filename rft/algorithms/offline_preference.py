@@ -1,0 +1,51 @@
+"""What the offline preference algorithms share: pairs, and what is said of them in the metrics."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import Algorithm, PolicyOutput, Unit
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class OfflinePreference(Algorithm):
+    """Losses [P] on pairs of responses to a prompt: chosen and rejected, or neighbours in a ranking."""
+
+    online: ClassVar[bool] = False
+    unit: ClassVar[Unit] = "pair"
+    data: ClassVar[str] = "preference"
+
+    @abstractmethod
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        """[N]: the reward that the policy implies for each sequence, up to a constant per prompt."""
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """preference/accuracy: pairs whose chosen has the higher implicit reward (a tie counts half);
+        preference/margin: by how much; preference/chosen, preference/rejected: log-prob per token.
+
+        Pairs are spread over their tokens, so long pairs count more here. Never in the loss.
+        """
+        first, second = self.pairs(batch)
+        if not len(first):
+            return {}
+        reward = self.implicit_rewards(policy, batch).detach()
+        margin = reward[first] - reward[second]
+        mean = batch.mean_by_sequence(policy.logps.detach())
+
+        def spread(of_pair: Tensor) -> Tensor:
+            both = torch.zeros_like(mean).index_add(0, first, of_pair).index_add(0, second, of_pair)
+            count = torch.bincount(torch.cat([first, second]), minlength=len(mean)).clamp(min=1)
+            return batch.to_tokens(both / count)
+
+        return {
+            "preference/accuracy": spread(((margin > 0).to(margin) + (margin >= 0).to(margin)) / 2),
+            "preference/margin": spread(margin),
+            "preference/chosen": spread(mean[first]),
+            "preference/rejected": spread(mean[second]),
+        }

@@ -1,0 +1,132 @@
+"""Reward models: a head that reads a response and says what it is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rft.algorithms.base import Algorithm, PolicyOutput, Unit, setting
+from rft.algorithms.math.sequences import last_tokens, token_index
+from rft.algorithms.policy_gradient import column, required
+from rft.batch import Batch
+
+
+def response_scores(policy: PolicyOutput, batch: Batch) -> Tensor:
+    """[N, K]: the head's outputs at each response's last token, as transformers' sequence classifiers."""
+    return required(policy.scores, "scores")[last_tokens(batch)]
+
+
+@dataclass(frozen=True)
+class RewardModel(Algorithm):
+    """loss = -log sigmoid(r(chosen) - r(rejected) - margin) + centre * (r(chosen) + r(rejected))^2; Ouyang et
+    al. 2022, eq. 1; margin: Touvron et al. 2023, "Llama 2", eq. 2; centring: Eisenstein et al. 2023.
+
+    Bradley-Terry knows rewards up to a constant; centring fixes it at 0. `margin` says how much
+    better the chosen is, from `columns["margin"]` [N] (`data.numbers`).
+    """
+
+    online: ClassVar[bool] = False
+    unit: ClassVar[Unit] = "pair"
+    data: ClassVar[str] = "preference"
+
+    centre: float = setting(0.0, "weight of the squared sum of the two rewards", ge=0)
+    margin: bool = setting(False, "subtract the column margin")
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"scores"})
+
+    @property
+    def score_heads(self) -> int:
+        return 1
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        first, second = self.pairs(batch)
+        reward = response_scores(policy, batch)[:, 0]
+        difference = reward[first] - reward[second]
+        if self.margin:
+            difference = difference - column(batch, "margin")[first]
+        return -F.logsigmoid(difference) + self.centre * (reward[first] + reward[second]).square()
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """preference/reward: mean reward over the responses' tokens."""
+        return {"preference/reward": batch.to_tokens(response_scores(policy, batch)[:, 0].detach())}
+
+
+@dataclass(frozen=True)
+class RewardRegression(Algorithm):
+    """Squared error, or cross-entropy for targets in 0..1, to given scores: one number per response, or
+    `heads` of them (multi-objective; Wang et al. 2024, "ArmoRM"; HelpSteer).
+
+    Targets are `columns["targets"]` [N, heads]; nan is unknown, and counts nowhere. The loss of a
+    response is the mean over its known targets. With `objective: bce` and one head, on prompts that
+    hold two candidates, it is a pairwise preference model (PairRM).
+    """
+
+    online: ClassVar[bool] = False
+    unit: ClassVar[Unit] = "sequence"
+    data: ClassVar[str] = "scored"
+
+    heads: int = setting(1, "how many numbers are predicted", ge=1)
+    objective: Literal["mse", "bce"] = setting("mse", "mse: squared error; bce: targets are probabilities")
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"scores"})
+
+    @property
+    def score_heads(self) -> int:
+        return self.heads
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        predicted, target = response_scores(policy, batch), column(batch, "targets")
+        if target.shape != predicted.shape:
+            raise ValueError(
+                f"the data have {target.shape[-1]} targets, the model {predicted.shape[-1]} heads"
+            )
+        known = ~target.isnan()
+        target = target.nan_to_num(0.0).to(predicted.dtype)
+        if self.objective == "mse":
+            loss = (predicted - target).square()
+        else:
+            loss = F.binary_cross_entropy_with_logits(predicted, target, reduction="none")
+        return loss.masked_fill(~known, 0).sum(-1) / known.sum(-1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ProcessReward(Algorithm):
+    """Cross-entropy of each step's label at the step's last token; Lightman et al., "Let's verify step by
+    step" (2023); Uesato et al. 2022.
+
+    The mask is True at the ends of steps only, and `columns["step_labels"]` [N, K] holds the label of
+    the k-th; nan is unknown. Averaged over all steps of the batch.
+    """
+
+    online: ClassVar[bool] = False
+    data: ClassVar[str] = "steps"
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"scores"})
+
+    @property
+    def score_heads(self) -> int:
+        return 1
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Leave out steps without a label."""
+        return batch.with_(mask=batch.mask & ~self.labels(batch).isnan(), advantages=self.labels(batch))
+
+    def labels(self, batch: Batch) -> Tensor:
+        """[T]: at the end of each step, its label; elsewhere that of a first step."""
+        sequence = batch.sequence.clamp(min=0)
+        return column(batch, "step_labels")[sequence, token_index(batch)]
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        scores = required(policy.scores, "scores")[:, 0]
+        label = required(batch.advantages, "advantages").masked_fill(~batch.mask, 0).to(scores.dtype)
+        loss = F.binary_cross_entropy_with_logits(scores, label, reduction="none")
+        return loss.masked_fill(~batch.mask, 0)
