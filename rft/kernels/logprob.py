@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Literal, TypedDict, Unpack, get_args, overload
 
 import torch
@@ -165,6 +166,10 @@ def choose_backend(backend: Backend, hidden: Tensor, plain: bool = True) -> Back
             "backend triton takes neither lora, support, float64 nor several targets a row; "
             "use auto or chunked"
         )
+    if backend == "triton" and not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend triton needs CUDA tensors, hidden is on {hidden.device}; use auto or chunked"
+        )
     return backend
 
 
@@ -195,12 +200,11 @@ def _dispatch(
     rows = chunked.Rows(targets[:, None] if single else targets, support)
     head = [x for x in (weight, bias) if x is not None]
     frozen = hidden.requires_grad and not any(x.requires_grad for x in head)
-    entropies: Tensor | None = None
     if frozen and torch.is_grad_enabled() and not entropy and single and lora is None:
         logps = chunked.Frozen.apply(hidden, weight, bias, rows, f)
-    else:
-        low, low_rank = low_rank_factors(hidden, lora)
-        logps, entropies = chunked.Recompute.apply(hidden, weight, bias, low, low_rank, rows, f, entropy)
+        return logps[:, 0], None
+    low, low_rank = low_rank_factors(hidden, lora)
+    logps, entropies = chunked.Recompute.apply(hidden, weight, bias, low, low_rank, rows, f, entropy)
     return logps[:, 0] if single else logps, entropies
 
 

@@ -69,11 +69,11 @@ def outcome(
 ) -> list[Tensor]:
     x = inputs(case, *size, dtype)
     leaf, targets = x["leaf"], x["targets"]
-    outs = token_logps(
+    made = token_logps(
         leaf["hidden"], leaf["weight"], targets, entropy=entropy, backend=backend, **x["options"]
     )
-    outs = outs if entropy else (outs,)
-    sum((o * torch.randn(o.shape)).sum() for o in outs).backward()
+    outs = made if isinstance(made, tuple) else (made,)
+    torch.autograd.backward(outs, [torch.randn(o.shape).to(o.dtype) for o in outs])
     return [*outs, *(p.grad for p in leaf.values() if p.grad is not None)]
 
 
