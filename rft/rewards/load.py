@@ -5,8 +5,8 @@ A built-in is a plain function of one sample,
     def math(completion, answer, *, extraction=..., tolerance=...) -> Score
 
 whose positional parameters are `prompt`, `completion` and dataset columns, and whose keyword-only
-parameters are its options; or, where it keeps state (a model, a connection), a class whose
-constructor takes the options and whose `score` takes whole lists.
+parameters are its options; or, where it keeps state (a sandbox, a model, a connection), a class whose
+constructor takes the options: its `judge` is such a function, or its `score` takes whole lists.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from rft.rewards.types import Outcome, RewardFunction, Score, Text, text_of
 
 BUILTINS: dict[str, str] = {
     "math": "rft.rewards.math:math",
+    "code": "rft.rewards.code:Code",
+    "translated_code": "rft.rewards.code:TranslatedCode",
     "exact_match": "rft.rewards.text:exact_match",
 }
 
@@ -192,10 +194,12 @@ def _rows(columns: Mapping[str, Sequence[Any]], n: int, label: str) -> None:
 def signature_columns(target: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The columns that a built-in must have, and those that it can use."""
     if inspect.isclass(target):
-        return tuple(getattr(target, "required", ())), tuple(getattr(target, "optional", ()))
+        if not hasattr(target, "judge"):
+            return tuple(getattr(target, "required", ())), tuple(getattr(target, "optional", ()))
+        target = target.judge
     parameters = inspect.signature(target).parameters
     columns = {n: p for n, p in parameters.items() if p.kind in _POSITIONAL}
-    columns = {n: p for n, p in columns.items() if n not in ("prompt", "completion")}
+    columns = {n: p for n, p in columns.items() if n not in ("self", "prompt", "completion")}
     required = tuple(n for n, p in columns.items() if p.default is p.empty)
     return required, tuple(n for n in columns if n not in required)
 
@@ -208,13 +212,21 @@ class PerSample:
 
     per_sample = True
 
-    def __init__(self, spec: str, function: Callable[..., Score], options: Mapping[str, Any]) -> None:
+    def __init__(self, spec: str, target: Any, options: Mapping[str, Any]) -> None:
         self.spec = spec
-        self.options = checked_options(spec, function, options, strict=True)
-        self.takes_prompt = "prompt" in inspect.signature(function).parameters
-        self.required, self.optional = signature_columns(function)
+        self.options = checked_options(spec, target, options, strict=True)
+        self.inner: Any = None
+        function: Callable[..., Score] = target
+        if inspect.isclass(target):
+            self.inner = target(**self.options)
+            function = self.inner.judge
+        elif self.options:
+            function = functools.partial(target, **self.options)
+        judged = target.judge if inspect.isclass(target) else target
+        self.takes_prompt = "prompt" in inspect.signature(judged).parameters
+        self.required, self.optional = signature_columns(target)
         self.columns: tuple[str, ...] | None = self.required + self.optional
-        self._bound = functools.partial(function, **self.options) if self.options else function
+        self.function = function
 
     def _present(self, columns: Mapping[str, Sequence[Any]]) -> list[str]:
         for name in self.required:
@@ -238,7 +250,7 @@ class PerSample:
         _rows(columns, len(completions), self.spec)
         names = self._present(columns)
         lists = [columns[name] for name in names]
-        function, scores = self._bound, []
+        function, scores = self.function, []
         for i, completion in enumerate(completions):
             if progress is not None:
                 progress(i)

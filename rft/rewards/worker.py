@@ -124,7 +124,8 @@ def _load(specs: Sequence[tuple[str, dict[str, Any], str]]) -> list[Custom | Per
 
 
 def _warm(reward: Any) -> None:
-    warm = getattr(getattr(reward, "inner", None) or getattr(reward, "function", None), "warm_up", None)
+    inner = getattr(reward, "inner", None) or reward.function
+    warm = getattr(getattr(inner, "func", inner), "warm_up", None)  # options are bound by a partial
     if callable(warm):
         warm()
 

@@ -1,0 +1,247 @@
+"""Programs against unit tests, in a sandbox.
+
+The tests run in a process that the program cannot reach (see `rft.rewards.codetest`); what a program
+prints or how it exits decides nothing but its own stdin/stdout tests.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from rft.rewards.sandbox import PROTECTIONS, Limits, Sandbox, SandboxError
+from rft.rewards.types import Outcome, Score
+
+Scoring = Literal["all", "fraction"]
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+
+
+def extract_code(completion: str) -> str | None:
+    """The last fenced block of a completion, after any `</think>`; without fences the whole text.
+
+    None where nothing is left, or where a fence is opened and never closed (a cut-off program).
+    """
+    text = completion.rpartition("</think>")[2] if "</think>" in completion else completion
+    blocks = _FENCE.findall(text)
+    if blocks:
+        return blocks[-1][1]
+    if "```" in text:
+        return None
+    return text if text.strip() else None
+
+
+def same_output(got: str, want: str, tolerance: float = 0.0) -> bool:
+    """Equal but for trailing spaces and blank lines at the end; numbers to a relative tolerance."""
+    a, b = (["".join(line.rstrip()) for line in t.rstrip().splitlines()] for t in (got, want))
+    if a == b:
+        return True
+    if not tolerance:
+        return False
+    x, y = got.split(), want.split()
+    return len(x) == len(y) and all(_near(p, q, tolerance) for p, q in zip(x, y, strict=True))
+
+
+def _near(a: str, b: str, tolerance: float) -> bool:
+    try:
+        return abs(float(a) - float(b)) <= tolerance * max(1.0, abs(float(b)))
+    except ValueError:
+        return a == b
+
+
+def stdio_cases(tests: Any) -> list[tuple[str, str]] | None:
+    """(stdin, stdout) pairs from the forms that datasets use; None where `tests` has no such form."""
+    if isinstance(tests, Mapping) and "inputs" in tests:
+        return [(_lines(i), _lines(o)) for i, o in zip(tests["inputs"], tests["outputs"], strict=True)]
+    if isinstance(tests, Sequence) and not isinstance(tests, str) and tests:
+        if all(isinstance(t, Mapping) for t in tests):
+            return [(_lines(t["input"]), _lines(t["output"])) for t in tests]
+        if all(not isinstance(t, str) and len(t) == 2 for t in tests):
+            return [(_lines(i), _lines(o)) for i, o in tests]
+    return None
+
+
+def _lines(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class _Runner:
+    """A sandbox, limits, and the score of what came out."""
+
+    def __init__(self, limits: Limits, scoring: Scoring, readable: Sequence[str], require: Sequence[str]) -> None:
+        self.limits, self.scoring = limits, scoring
+        self.sandbox = Sandbox(readable, require)
+
+    def scored(self, passed: int, total: int, detail: str, broken: str = "") -> Score:
+        """All or nothing, or the fraction; a program out of its time is a `timeout` worth 0."""
+        if total and passed == total and not broken:
+            return Score(1.0, Outcome.correct, f"{total} of {total} tests passed")
+        value = passed / total if self.scoring == "fraction" and total and not broken else 0.0
+        outcome = Outcome.timeout if broken in ("wall time", "CPU time") else Outcome.wrong
+        return Score(value, outcome, f"{passed} of {total} tests passed; {detail}")
+
+    def stdio(
+        self,
+        cases: Sequence[tuple[str, str]],
+        tolerance: float,
+        *,
+        program: str | None = None,
+        argv: Sequence[str] | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> Score:
+        if not cases:
+            raise ValueError("there are no tests")
+        passed, detail, broken = 0, "", ""
+        for i, (given, want) in enumerate(cases):
+            limits = replace(self.limits, output=max(self.limits.output, 2 * len(want) + 4096))
+            run = self.sandbox.run(program, argv=argv, files=files, stdin=given, limits=limits)
+            if not run.broken and run.code == 0 and same_output(run.stdout, want, tolerance):
+                passed += 1
+                continue
+            broken = broken or run.broken
+            why = run.broken and f"exceeded its limit: {run.broken}"
+            why = why or (f"ended with {run.code or run.signal}: {run.stderr[-300:]}" if run.code != 0 else "")
+            why = why or f"expected {want[:100]!r}, got {run.stdout[:100]!r}"
+            detail = detail or f"test {i}: {why}"
+            if self.scoring == "all":
+                break
+        value = self.scored(passed, len(cases), detail, broken if self.scoring == "all" else "")
+        return value
+
+
+class Code:
+    """Python programs against asserts, stdin/stdout pairs, or HumanEval's `check`.
+
+    scoring: `all` (1 where every test passes) or `fraction` of the tests passed; a program that dies
+        or runs out of time in assert tests earns 0 in either.
+    timeout_s: wall time of one program with its asserts, or of one stdin/stdout pair; cpu_s: its CPU
+        time; memory_mb, processes: of all that it starts. readable: further folders that it may read.
+    require: protections without which this reward refuses to start; all by default.
+    tolerance: relative, for numbers in stdout.
+    Raises SandboxError where this machine lacks a required protection.
+    """
+
+    def __init__(
+        self,
+        *,
+        scoring: Scoring = "all",
+        timeout_s: float = 10.0,
+        cpu_s: int = 5,
+        memory_mb: int = 512,
+        processes: int = 16,
+        tolerance: float = 0.0,
+        readable: Sequence[str] = (),
+        require: Sequence[str] = PROTECTIONS,
+        verbose: bool = True,
+    ) -> None:
+        limits = Limits(wall_s=timeout_s, cpu_s=cpu_s, memory=memory_mb << 20, processes=processes)
+        self.runner = _Runner(limits, scoring, readable, require)
+        self.tolerance = tolerance
+        if verbose:
+            print(self.runner.sandbox.describe(), file=sys.stderr)
+
+    def judge(
+        self, prompt: Any, completion: str, tests: Any = None, test: str | None = None, entry_point: str | None = None
+    ) -> Score:
+        """tests: asserts (a source, or a list of them) or stdin/stdout pairs ([{input, output}],
+        {inputs, outputs}). test and entry_point: HumanEval's columns; the prompt then is code too."""
+        program = extract_code(completion)
+        if program is None:
+            return Score(0.0, Outcome.unparseable, "no program found")
+        if test is not None and entry_point:
+            program = complete(str(prompt), program, entry_point)
+            return self._asserts(program, [f"{test}\ncheck({entry_point})\n"], [entry_point])
+        if tests is None or len(tests) == 0:
+            raise ValueError("the code reward needs a column `tests`, or `test` and `entry_point`, not empty")
+        cases = stdio_cases(tests)
+        if cases is not None:
+            return self.runner.stdio(cases, self.tolerance, program=program)
+        sources = [tests] if isinstance(tests, str) else list(tests)
+        return self._asserts(program, sources, [entry_point] if entry_point else [])
+
+    def _asserts(self, program: str, sources: Sequence[str], names: Sequence[str]) -> Score:
+        result = self.runner.sandbox.test(program, sources, names=names, limits=self.runner.limits)
+        if result.problem:
+            total = max(result.total, 1)
+            return self.runner.scored(0, total, f"{result.problem} {result.stderr[-300:]}".strip(), result.broken)
+        return self.runner.scored(result.passed, result.total, "; ".join(result.failures))
+
+
+def complete(prompt: str, code: str, entry_point: str) -> str:
+    """HumanEval: a completion is the function's body, or the whole function again."""
+    definition = re.search(rf"^def\s+{re.escape(entry_point)}\b", prompt, re.MULTILINE)
+    if re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", code, re.MULTILINE) is None:
+        return prompt + code
+    return (prompt[: definition.start()] if definition else "") + code
+
+
+# command to build (None: nothing to build), command to run, file name, needs no address-space limit
+LANGUAGES: dict[str, tuple[list[str] | None, list[str], str]] = {
+    "python": (None, ["python3", "main.py"], "main.py"),
+    "javascript": (None, ["node", "--max-old-space-size=256", "main.js"], "main.js"),
+    "bash": (None, ["bash", "main.sh"], "main.sh"),
+    "c": (["gcc", "-O1", "-o", "main", "main.c", "-lm"], ["./main"], "main.c"),
+    "cpp": (["g++", "-O1", "-std=c++17", "-o", "main", "main.cpp"], ["./main"], "main.cpp"),
+    "java": (["javac", "Main.java"], ["java", "-Xmx256m", "-XX:+UseSerialGC", "Main"], "Main.java"),
+}
+
+
+class TranslatedCode:
+    """A program translated into another language, against the original's stdin/stdout pairs.
+
+    language: of `LANGUAGES`; its compiler or interpreter must be installed below /usr. The program is
+    built once, in the sandbox too, and run on every pair. Other options as in `Code`.
+    """
+
+    def __init__(
+        self,
+        *,
+        language: Literal["python", "javascript", "bash", "c", "cpp", "java"],
+        scoring: Scoring = "fraction",
+        timeout_s: float = 10.0,
+        cpu_s: int = 5,
+        memory_mb: int = 1024,
+        processes: int = 64,
+        tolerance: float = 0.0,
+        readable: Sequence[str] = (),
+        require: Sequence[str] = PROTECTIONS,
+    ) -> None:
+        self.build, self.command, self.file = LANGUAGES[language]
+        limits = Limits(
+            wall_s=timeout_s,
+            cpu_s=cpu_s,
+            memory=memory_mb << 20,
+            processes=processes,
+            output=1 << 20,
+            address_space=language not in ("javascript", "java"),
+        )
+        self.tolerance = tolerance
+        self.runner = _Runner(limits, scoring, readable, require)
+        tool = (self.build or self.command)[0]
+        if self.runner.sandbox.run(argv=["sh", "-c", f"command -v {tool}"], limits=limits).code != 0:
+            raise SandboxError(f"{language} needs {tool!r}, which is not installed below /usr")
+
+    def judge(self, completion: str, tests: Any) -> Score:
+        """tests: stdin/stdout pairs of the original program."""
+        cases = stdio_cases(tests)
+        if not cases:
+            raise ValueError("translated code needs stdin/stdout pairs in the column `tests`")
+        program = extract_code(completion)
+        if program is None:
+            return Score(0.0, Outcome.unparseable, "no program found")
+        files = {self.file: program.encode("utf-8", "replace")}
+        if self.build:
+            limits = replace(self.runner.limits, wall_s=60.0, cpu_s=30, output=24 << 20)
+            script = f"{' '.join(self.build)} >&2 && tar cf - --exclude=.stdin . | base64"
+            built = self.runner.sandbox.run(argv=["sh", "-c", script], files=files, limits=limits)
+            if built.broken or not built.stdout:
+                why = built.broken or built.stderr[-500:]
+                return Score(0.0, Outcome.wrong, f"it does not compile: {why}")
+            files = {"build.tar": base64.b64decode(built.stdout)}
+            argv = ["sh", "-c", f"tar xf build.tar --no-same-owner && exec {' '.join(self.command)}"]
+        else:
+            argv = self.command
+        return self.runner.stdio(cases, self.tolerance, argv=argv, files=files)
