@@ -12,7 +12,7 @@ j-th micro-batches of all ranks cost about the same, because ranks wait for each
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from rft.batch import Batch
+
+MERGE_COST = 0.05  # of a token's matrix products, for merging a completion's token with its prompt's keys
 
 Oversize = Literal["alone", "raise"]
 
@@ -74,6 +76,45 @@ def tree_costs(batch: Batch, hidden_size: int) -> Tensor:
     pairs = torch.zeros(tokens.numel(), dtype=torch.float64)
     pairs.index_add_(0, batch.tree.cpu(), segment_pairs(batch.segment, batch.parent).double().cpu())
     return tokens.cpu().double() + pairs / (6 * hidden_size)
+
+
+def predicted_gain(batch: Batch, hidden_size: int = 1024) -> float:
+    """How many times less work a batch is than the same sequences without shared prefixes: at least 1."""
+    shared = float(tree_costs(batch, hidden_size).sum())
+    lengths = torch.bincount(batch.segment, minlength=batch.parent.numel()).tolist()
+    parents = batch.parent.tolist()
+    inner, total = set(parents), list(lengths)
+    for s, p in enumerate(parents):
+        if p >= 0:
+            total[s] += total[p]
+    leaves = [total[s] for s in range(len(parents)) if s not in inner]
+    return sum(_sequence_cost(n, hidden_size) for n in leaves) / shared if shared else 1.0
+
+
+def sharing_gain(prompt: int, completions: Sequence[int], hidden_size: int = 1024) -> float:
+    """`predicted_gain` of one prompt with its completions, from their numbers of tokens."""
+    separate = sum(_sequence_cost(prompt + n, hidden_size) for n in completions)
+    tokens = prompt + sum(completions)
+    pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in completions)
+    return separate / (tokens + pairs / (6 * hidden_size)) if tokens else 1.0
+
+
+def worth_sharing(
+    groups: Iterable[tuple[int, Sequence[int]]], hidden_size: int = 1024, threshold: float = 1.05
+) -> bool:
+    """Whether laying `(prompt, completions)` token counts out with shared prefixes is predicted to pay:
+    the work saved over all of them, less what merging costs, reaches `threshold`."""
+    separate = shared = 0.0
+    for prompt, completions in groups:
+        cost = sum(_sequence_cost(prompt + n, hidden_size) for n in completions)
+        separate += cost
+        shared += cost / sharing_gain(prompt, completions, hidden_size)
+        shared += MERGE_COST * sum(completions) if len(completions) > 1 else 0.0
+    return separate >= threshold * shared
+
+
+def _sequence_cost(tokens: int, hidden_size: int) -> float:
+    return tokens + tokens * (tokens + 1) / 2 / (6 * hidden_size)
 
 
 def segment_pairs(segment: Tensor, parent: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def dense_attention(
     scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
+    # not -inf: a padded query that sees nothing must come out finite, or it spoils the keys after it
+    scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
     if sinks is not None:
         sink = sinks.float().view(1, shared, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)

@@ -32,7 +32,7 @@ def merged_attention(
     query: [T, H, D]; key, value: [T, Hk, D], with Hk a divisor of H; any float dtype on CPU, half
     precision on CUDA. sinks: [H], or None. Differentiable once.
     """
-    return _Merge.apply(query, key, value, sinks, forest, scale)  # type: ignore[no-any-return]
+    return _Merge.apply(query, key, value, sinks, forest, scale)
 
 
 class _Merge(torch.autograd.Function):
@@ -45,8 +45,9 @@ class _Merge(torch.autograd.Function):
         if not rest and first.whole and sinks is None:
             out, lse = first.forward(q, k, v, scale)
         else:
-            out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            exact = _accumulation(q)
+            out = torch.empty(q.shape, dtype=exact, device=q.device)
+            lse = torch.empty(q.shape[:2], dtype=exact, device=q.device)
             for part in parts:
                 o, s = part.forward(q, k, v, scale)
                 if not part.causal:
@@ -54,7 +55,7 @@ class _Merge(torch.autograd.Function):
                 part.write(out, o)
                 part.write(lse, s)
             if sinks is not None:
-                with_sink = torch.logaddexp(lse, sinks.float())
+                with_sink = torch.logaddexp(lse, sinks.to(lse.dtype))
                 out.mul_((lse - with_sink).exp_().unsqueeze(-1))
                 lse = with_sink
             out = out.to(q.dtype)
@@ -71,7 +72,7 @@ class _Merge(torch.autograd.Function):
         if len(parts) == 1 and parts[0].whole:
             dq, dk, dv = parts[0].backward(grad, q, k, v, out, lse, ctx.scale)
         else:
-            dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+            dq, dk, dv = (torch.empty(x.shape, dtype=_accumulation(x), device=x.device) for x in (q, k, v))
             for part in parts:  # causal ones come first and cover every token once
                 a, b, c = part.backward(grad, q, k, v, out, lse, ctx.scale)
                 if part.causal:
@@ -86,8 +87,8 @@ class _Merge(torch.autograd.Function):
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
             # d loss / d sink = -p_sink (grad . out): the sink's own value is zero
-            pull = (grad.float() * out.float()).sum(-1)
-            dsinks = -((sinks.float() - lse).exp() * pull).sum(0).to(sinks.dtype)
+            pull = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+            dsinks = -((sinks.to(lse.dtype) - lse).exp() * pull).sum(0).to(sinks.dtype)
         return dq, dk, dv, dsinks, None, None
 
 
@@ -95,6 +96,10 @@ def _merge(o1: Tensor, s1: Tensor, o2: Tensor, s2: Tensor) -> tuple[Tensor, Tens
     lse = torch.logaddexp(s1, s2)
     out = o1 * (s1 - lse).exp_().unsqueeze(-1)
     return out.addcmul_(o2.to(out.dtype), (s2 - lse).exp_().unsqueeze(-1)), lse
+
+
+def _accumulation(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _parts(forest: Forest, device: torch.device) -> list[_CpuPart] | list[_CudaPart]:

@@ -152,5 +152,5 @@ def _batch_independent_length(config: Any) -> int | None:
             limit = entry.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
-            return limit or config.max_position_embeddings
+            return min(limit or config.max_position_embeddings, config.max_position_embeddings)
     return None

@@ -135,12 +135,26 @@ class Trees:
 @dataclass
 class Forest:
     """The layout of one packed batch: segment, positions: [T] int64; parent: [S] int64, as in
-    `rft.batch.Batch`. Blocks, stretches and masks are worked out once, when first asked for."""
+    `rft.batch.Batch`. Blocks, stretches and masks are worked out once, when first asked for.
+
+    Raises ValueError where a segment continues one that does not precede it within its own tree.
+    """
 
     segment: Tensor
     parent: Tensor
     positions: Tensor
     _masks: dict[tuple[int, int | None, int | None], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        root = -1
+        for s, p in enumerate(self._parents):
+            root = s if p < 0 else root
+            if p >= 0 and not root <= p < s:
+                raise ValueError(f"segment {s} continues segment {p}, outside the tree that starts at {root}")
+
+    @cached_property
+    def _parents(self) -> list[int]:
+        return self.parent.tolist()
 
     @property
     def num_tokens(self) -> int:
@@ -163,7 +177,7 @@ class Forest:
     @cached_property
     def _runs(self) -> tuple[list[list[int]], list[int]]:
         """Tokens of each run, and the run that it continues (-1: none). Parents precede children."""
-        parents = self.parent.tolist()
+        parents = self._parents
         ends = torch.bincount(self.segment.cpu(), minlength=len(parents)).cumsum(0).tolist()
         children = [0] * len(parents)
         for p in parents:
@@ -259,7 +273,7 @@ class Forest:
     @cached_property
     def sees(self) -> Tensor:
         """[S, S] bool: `sees[a, b]`, segment `a` is `b` or continues it, at whatever distance."""
-        parents = self.parent.tolist()
+        parents = self._parents
         sees = torch.eye(len(parents), dtype=torch.bool)
         for s, p in enumerate(parents):
             if p >= 0:
@@ -288,7 +302,7 @@ class Forest:
 
     def paths(self) -> list[list[int]]:
         """The tokens of every sequence from root to leaf: what the forest means without sharing."""
-        parents = self.parent.tolist()
+        parents = self._parents
         ends = torch.bincount(self.segment.cpu(), minlength=len(parents)).cumsum(0).tolist()
         inner = set(parents)
         tokens: list[list[int]] = []
@@ -304,7 +318,7 @@ class Forest:
 
 
 def _similar(rows: Sequence[list[int]]) -> list[list[list[int]]]:
-    """Group rows of similar length, at most about a fifth of it padding; equal-length rows keep order."""
+    """Group rows of similar length, so that little is padding; rows of equal length keep their order."""
     out: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
         if out and len(row) <= 1.2 * len(out[-1][0]) + 8:

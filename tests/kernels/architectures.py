@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-VOCABULARY = 96
 _SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
+    "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -140,4 +139,4 @@ def build(name: str) -> PreTrainedModel:
     """A random model of this architecture, in fp32, dropout off."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **(_SMALL | ALL[name]))
-    return AutoModelForCausalLM.from_config(config).float().eval()  # type: ignore[no-any-return]
+    return AutoModelForCausalLM.from_config(config).float().eval()
