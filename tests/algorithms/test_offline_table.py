@@ -1,0 +1,260 @@
+"""Each offline loss against numbers computed by hand, and its gradient against finite differences.
+
+One prompt; a = (10, 11) chosen, b = (12,) rejected. Log-probs: -1, -2; -3. Over the reference: 0.1, 0.2;
+-0.3. So s(a) = 0.3, s(b) = -0.3, and the margin is 0.6. L(x) = -log sigmoid(x) = log(1 + e^-x).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from math import exp, log
+from typing import Any
+
+import pytest
+import torch
+from offline_worlds import hand_batch, hand_policy, random_groups, random_tables
+from torch import Tensor
+from worlds import fill
+
+from rft.algorithms import ALGORITHMS, Algorithm, PolicyOutput
+from rft.batch import Batch
+
+
+def L(x: float) -> float:
+    return log(1 + exp(-x))
+
+
+def S(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    loss: list[float]  # of a0, a1, b0; or of the sequences a, b; or of the pair
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{k}={v}" for k, v in self.settings.items())])
+
+
+def dpo(loss: float, **settings: Any) -> Case:
+    return Case("dpo", [loss], settings)
+
+
+ODDS_A, ODDS_B = -1.5 - log(1 - exp(-1.5)), -3 - log(1 - exp(-3))
+ALPHA_A, ALPHA_B = 2 * (1 - exp(0.75)), 2 * (1 - exp(1.5))  # (1 - p^-1/2) / (1/2), log p = -1.5, -3
+
+CASES = [
+    Case("sft", [1, 2, 3]),
+    Case("dft", [exp(-1), 2 * exp(-2), 3 * exp(-3)]),
+    # Plus a tenth of the divergences 0.4, 0.5, 0.6.
+    Case("asft", [exp(-1) + 0.04, 2 * exp(-2) + 0.05, 3 * exp(-3) + 0.06]),
+    Case("asft", [exp(-1), 2 * exp(-2), 3 * exp(-3)], {"lam": 0.0}),
+    # Weights e^(0.1 + 0.2) and e^-0.25 (-0.3 is clipped); then with the first capped.
+    Case("iw_sft", [exp(0.3), 2 * exp(0.3), 3 * exp(-0.25)], {"clip": 0.25}),
+    Case("iw_sft", [1.1, 2.2, 3 * exp(-0.25)], {"clip": 0.25, "cap": 1.1}),
+    # a: 1 - 1/4 and 1 - 1/2 over their mean 0.625 are 1.2 and 0.8; a single token has weight 1.
+    Case("ift", [1.2, 1.6, 3], {"gamma": 0.5}),
+    Case("ift", [1, 2, 3], {"gamma": 0.0}),
+    # Weights 0.5 and 2.
+    Case("c_rlft", [0.5, 1, 6]),
+    Case("neft", [1, 2, 3]),
+    Case("masked_thought", [1, 2, 3]),
+    # log ref - log policy = -0.1, -0.2, 0.3: the second is left out of the mask.
+    Case("token_cleaning", [1, 3], {"share": 2 / 3}),
+    Case("token_cleaning", [1, 2, 3], {"share": 1.0}),
+    # The other way round: the third is left out.
+    Case("ss_token", [1, 2], {"share": 2 / 3}),
+    # Positive: tokens 1 and 3, each 3/2; negative: token 2, -(1/2 of lam, at half of the run) * 3, of its
+    # loss 2, then of the bound 1.5.
+    Case("forgetting", [1.5, -1.5, 4.5], {"share": 2 / 3, "lam": 0.5}),
+    Case("forgetting", [1.5, -1.125, 4.5], {"share": 2 / 3, "lam": 0.5, "bound": 1.5}),
+    # Half the loss, half the entropy-like 0.4, 0.5, 0.6; a quarter at half of a warm-up.
+    Case("weak_to_strong", [0.7, 1.25, 1.8], {"alpha": 0.5, "warmup": 0.5}),
+    Case("weak_to_strong", [0.85, 1.625, 2.4], {"alpha": 0.5, "warmup": 1.0}),
+    Case("weak_to_strong", [1, 2, 3], {"alpha": 0.0}),
+    # Mean log-ratios 0.15 and -0.3; sums 0.3, -0.3; column -1 and -4 against means -1.5 and -3.
+    Case("poft", [L(0.15), L(-0.3)]),
+    Case("poft", [L(0.3), L(-0.6)], {"beta": 2.0}),
+    Case("poft", [L(0.3), L(-0.3)], {"length_normalized": False}),
+    Case("poft", [L(-0.5), L(1)], {"from_column": True}),
+    # beta * margin = 0.06.
+    dpo(L(0.06)),
+    dpo(0.9 * L(0.06) + 0.1 * L(-0.06), label_smoothing=0.1),
+    dpo(0.94, loss_type="hinge"),
+    dpo(0, loss_type="hinge", beta=2.0),
+    # Per token 0.15 and -0.3; 1 / (2 beta) = 5.
+    dpo((0.45 - 5) ** 2, loss_type="ipo"),
+    dpo((0.9 * L(0.06) - 0.1 * L(-0.06)) / 0.8, loss_type="robust", label_smoothing=0.1),
+    dpo(
+        S(0.06) * (-L(0.06) - log(0.9)) + S(-0.06) * (-L(-0.06) - log(0.1)),
+        loss_type="exo",
+        label_smoothing=0.1,
+    ),
+    # beta * s = 0.03, -0.03.
+    dpo(L(0.03) + 0.5 * L(-0.03) + 0.5 * L(0.03), loss_type="nca"),
+    dpo(2 * L(0.03), loss_type="bco"),
+    dpo(2 * 4.7**2, loss_type="sppo_hard"),
+    # A single pair is sorted as it is.
+    dpo(0.9 * L(0.06) + 0.1 * L(-0.06), loss_type="aot", label_smoothing=0.1),
+    dpo(2 * S(-0.03), loss_type="apo_zero"),
+    dpo(S(0.03) + S(-0.06), loss_type="apo_down"),
+    # Blend sigmoid(0.06 / 0.05).
+    dpo(L(0.06) * (1 - S(1.2)) + exp(-0.06) * S(1.2), loss_type="discopop"),
+    # f' = 1 - 1/t; log 2t/(t+1); (t^-1/2 - 1) / (-1/2), at t = e^0.3, e^-0.3.
+    dpo(L(0.1 * (exp(0.3) - exp(-0.3))), divergence_type="forward_kl"),
+    dpo(L(0.03), divergence_type="js"),
+    dpo(L(0.2 * (exp(0.15) - exp(-0.15))), divergence_type="alpha", alpha=0.5),
+    dpo(L(0.06), divergence_type="alpha", alpha=1.0),
+    dpo(L(0.045), length_normalized=True),
+    # The second token of a counts half, or nothing.
+    dpo(L(0.05), tail=0.5),
+    dpo(L(0.04), tail=0.0),
+    dpo(L(0.06) + 0.5 * 1.5, nll=0.5),
+    # Geometric means e^-1.5 and e^-3; with 0.4, 0.5, 0.6 off each log-prob e^-1.95 and e^-3.6.
+    dpo(L(0.06) * exp(-4.5), weighting="plain"),
+    dpo(L(0.06) * exp(-5.55), weighting="aligned"),
+    # log p = -3 for both.
+    dpo(log(2), reference_free=True),
+    # 2 * (-1.5 + 3) - 1.
+    Case("simpo", [L(2)]),
+    Case("simpo", [0.9 * L(2) + 0.1 * L(-2)], {"label_smoothing": 0.1}),
+    Case("simpo", [L(2 * (ALPHA_A - ALPHA_B) - 1)], {"alpha": 0.5}),
+    Case("cpo", [log(2) + 1.5]),
+    Case("cpo", [25 + 0.75], {"loss_type": "ipo", "nll": 0.5}),
+    Case("cpo", [1.0], {"loss_type": "hinge", "nll": 0.0}),
+    Case("orpo", [1.5 + 0.1 * L(ODDS_A - ODDS_B)]),
+    Case("kto", [1 - S(0.03), 0.5 * (1 - S(0.03))], {"baseline": "zero", "undesirable": 0.5}),
+    # Rewards at the last tokens: 0.7 and 0.2.
+    Case("reward_model", [L(0.5)]),
+    Case("reward_model", [L(0.5) + 0.1 * 0.81], {"centre": 0.1}),
+    Case("reward_model", [L(0.3)], {"margin": True}),
+    # Targets (1, unknown) and (0.5, 0.2) against (0.7, 0.1) and (0.2, 0.4).
+    Case("reward_regression", [0.09, (0.09 + 0.04) / 2], {"heads": 2}),
+    Case(
+        "reward_regression",
+        [L(0.7), (0.5 * L(0.2) + 0.5 * L(-0.2) + 0.2 * L(0.4) + 0.8 * L(-0.4)) / 2],
+        {"heads": 2, "objective": "bce"},
+    ),
+    # Labels 1, 0 and unknown against 0.9, 0.7: the third is left out.
+    Case("process_reward", [L(0.9), L(-0.7)]),
+]
+
+
+def compute(algorithm: Algorithm, batch: Batch, policy: PolicyOutput) -> Tensor:
+    loss = algorithm.loss(policy, batch)
+    return loss[batch.mask] if algorithm.unit == "token" else loss
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_is_what_one_computes_by_hand(case: Case) -> None:
+    algorithm = ALGORITHMS[case.name](**case.settings)
+    batch = algorithm.prepare(hand_batch())
+    loss = compute(algorithm, batch, hand_policy(batch, algorithm.score_heads))
+    torch.testing.assert_close(loss.tolist(), [float(x) for x in case.loss], rtol=2e-6, atol=2e-6)
+
+
+def test_every_offline_algorithm_has_a_case() -> None:
+    assert {case.name for case in CASES} == {name for name, cls in ALGORITHMS.items() if not cls.online}
+
+
+# Weights without gradient make these differ, by design, from the derivative of their value.
+DETACHED = {"dft", "asft", "iw_sft"}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in DETACHED], ids=str)
+def test_gradient(case: Case) -> None:
+    if case.settings.get("weighting", "none") != "none" or case.settings.get("bound") == 1.5:
+        return_detached(case)
+        return
+    algorithm = ALGORITHMS[case.name](**case.settings)
+    groups = random_groups(algorithm.data, seed=3, groups=3)
+    batch = Batch.build(algorithm.arrange(groups))
+    batch = algorithm.prepare(fill(batch, random_tables(4)).with_(state={"progress": 0.5}))
+    start = hand_inputs(algorithm, batch)
+
+    def loss(logps: Tensor, kl: Tensor, scores: Tensor) -> Tensor:
+        return compute(algorithm, batch, PolicyOutput(logps=logps, kl=kl, scores=scores))
+
+    assert torch.autograd.gradcheck(loss, start)
+
+
+def hand_inputs(algorithm: Algorithm, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(9)
+    t, k = batch.num_tokens, max(algorithm.score_heads, 1)
+    logps = torch.where(batch.mask, -torch.rand(t, generator=g, dtype=torch.float64) - 0.2, 0.0)
+    kl = torch.rand(t, generator=g, dtype=torch.float64)
+    scores = torch.randn(t, k, generator=g, dtype=torch.float64)
+    return logps.requires_grad_(), kl.requires_grad_(), scores.requires_grad_()
+
+
+def return_detached(case: Case) -> None:
+    """A weight without gradient: the gradient is the weight times that of the plain loss; past the
+    bound of forgetting there is none."""
+    algorithm = ALGORITHMS[case.name](**case.settings)
+    batch = algorithm.prepare(hand_batch())
+    policy = hand_policy(batch)
+    logps = policy.logps.requires_grad_()
+    compute(algorithm, batch, policy).sum().backward()
+    assert logps.grad is not None
+    got = logps.grad[batch.mask].tolist()
+    if case.name == "forgetting":
+        torch.testing.assert_close(got, [-1.5, 0.0, -1.5])
+        return
+    pull = -0.1 * S(-0.06) * exp(-4.5 if case.settings["weighting"] == "plain" else -5.55)
+    torch.testing.assert_close(got, [pull, pull, -pull], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("dft", {}, [-exp(-1), -exp(-2), -exp(-3)]),
+        ("iw_sft", {"clip": 0.25}, [-exp(0.3), -exp(0.3), -exp(-0.25)]),
+        ("asft", {}, [-exp(-1), -exp(-2), -exp(-3)]),
+    ],
+)
+def test_weights_carry_no_gradient(name: str, settings: dict[str, Any], expected: list[float]) -> None:
+    algorithm = ALGORITHMS[name](**settings)
+    batch = hand_batch()
+    policy = hand_policy(batch)
+    policy = replace(policy, logps=policy.logps.requires_grad_())
+    compute(algorithm, batch, policy).sum().backward()
+    assert policy.logps.grad is not None
+    torch.testing.assert_close(policy.logps.grad[batch.mask].tolist(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_kto_measures_against_mismatched_responses() -> None:
+    """Two prompts, s = 0.3 (good) and -0.1 (bad); each is given the other's response, whose log-ratios
+    (same tokens, same table) are -0.1 and 0.3: z = 0.1. Losses over four sequences, two of which count
+    nothing: 2 * (1 - sigmoid(0.1 * 0.2)) and 2 * (1 - sigmoid(-0.1 * -0.2))."""
+    from worlds import completion, group
+
+    algorithm = ALGORITHMS["kto"]()
+    groups = [group(0, completion((10,), 1.0)), group(1, completion((11,), 0.0))]
+    batch = Batch.build(algorithm.arrange(groups))
+    tables = {"old_logps": {10: -1.0, 11: -2.0}, "ref_logps": {10: -1.3, 11: -1.9}}
+    batch = algorithm.prepare(fill(batch, tables))
+    assert batch.old_logps is not None
+    loss = algorithm.loss(PolicyOutput(logps=batch.old_logps), batch)
+    expected = 2 * (1 - S(0.02))
+    torch.testing.assert_close(loss.tolist(), [expected, 0.0, expected, 0.0], rtol=1e-5, atol=1e-6)
+    assert math.isclose(algorithm.report(batch)["kto/z"], 0.1, rel_tol=1e-5)
+
+
+def test_aot_compares_sorted_margins() -> None:
+    """Margins 2, 0.5 and reference margins -1, 1: sorted, 0.5 meets -1 and 2 meets 1."""
+    from worlds import completion, group
+
+    algorithm = ALGORITHMS["dpo"](loss_type="aot", beta=1.0)
+    groups = [
+        group(0, completion((10,), 1.0), completion((11,), 0.0)),
+        group(1, completion((12,), 1.0), completion((13,), 0.0)),
+    ]
+    old = {10: -1.0, 11: -3.0, 12: -1.0, 13: -1.5}
+    reference = {10: -2.0, 11: -1.0, 12: -1.0, 13: -2.0}
+    batch = algorithm.prepare(fill(Batch.build(groups), {"old_logps": old, "ref_logps": reference}))
+    assert batch.old_logps is not None
+    loss = algorithm.loss(PolicyOutput(logps=batch.old_logps), batch)
+    torch.testing.assert_close(loss.tolist(), [L(2 - 1), L(0.5 + 1)], rtol=1e-5, atol=1e-6)
