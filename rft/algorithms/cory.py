@@ -48,6 +48,9 @@ class CORY(GRPO):
         return GRPO(scale_rewards=self.scale_rewards).advantages(shared)
 
     def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
         if num_generations % 2:
-            return [f"pioneers and observers come in pairs; write num_generations: {num_generations + 1}"]
-        return []
+            found.append(
+                f"pioneers and observers come in pairs; write num_generations: {num_generations + 1}"
+            )
+        return found

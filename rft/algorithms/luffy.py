@@ -47,6 +47,9 @@ class LUFFY(DrGRPO):
         return {**super().report(batch), **demonstration_report(batch)}
 
     def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
         if self.demonstrations >= num_generations:
-            return [f"demonstrations: {self.demonstrations} leaves no rollout; at most {num_generations - 1}"]
-        return []
+            found.append(
+                f"demonstrations: {self.demonstrations} leaves no rollout; at most {num_generations - 1}"
+            )
+        return found

@@ -129,6 +129,14 @@ class ClippedPolicyGradient(PolicyGradient):
     epsilon_high: float | None = setting(None, "clip range above 1; none: the same as epsilon", ge=0)
     dual_clip: float | None = setting(None, "bound on the ratio where the advantage is negative", gt=1)
 
+    def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.high:
+            found.append(
+                f"dual_clip: {self.dual_clip} lies within the clip range; write more than {1 + self.high:g}"
+            )
+        return found
+
     @property
     def high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high

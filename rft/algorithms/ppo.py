@@ -110,6 +110,7 @@ class PPO(ClippedPolicyGradient):
         return {**super().report(batch), **found}
 
     def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
         if self.kl_target is not None and not self.beta:
-            return ["kl_target adapts beta, and beta is 0; write beta: 0.05 or leave kl_target out"]
-        return []
+            found.append("kl_target adapts beta, and beta is 0; write beta: 0.05 or leave kl_target out")
+        return found

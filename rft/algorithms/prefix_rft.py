@@ -63,11 +63,12 @@ class PrefixRFT(DrGRPO):
         return {**super().report(batch), **demonstration_report(batch)}
 
     def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
         if self.hybrids >= num_generations:
-            return [
+            found.append(
                 f"hybrids: {self.hybrids} leaves no ordinary rollout; write at most {num_generations - 1}"
-            ]
-        return []
+            )
+        return found
 
 
 def demonstration_report(batch: Batch) -> dict[str, float]:

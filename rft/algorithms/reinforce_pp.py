@@ -41,6 +41,7 @@ class ReinforcePP(ClippedPolicyGradient):
         return whiten(returns, batch.mask)
 
     def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
         if self.baseline == "group" and num_generations < 2:
-            return ["baseline: group needs num_generations of at least 2; write baseline: none for one"]
-        return []
+            found.append("baseline: group needs num_generations of at least 2; write baseline: none for one")
+        return found

@@ -230,6 +230,7 @@ def test_no_problems_where_nothing_is_missing(name: str) -> None:
         ("cory", {}, {"num_generations": 5}, "num_generations: 6"),
         ("reinforce_pp", {"baseline": "group"}, {"num_generations": 1}, "baseline: none"),
         ("ppo", {"kl_target": 0.1}, {}, "beta is 0"),
+        ("grpo", {"dual_clip": 1.1}, {}, "more than 1.2"),
         ("opo", {}, {"minibatches": 2}, "num_iterations: 1"),
         ("nash_md", {}, {"can_mix": False}, "mixture: 0"),
         ("grpo", {}, {"has_rewards": False}, "needs a reward"),

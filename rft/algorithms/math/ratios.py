@@ -27,12 +27,12 @@ def clipped_surrogate(
     """The PPO objective, to be maximised, shape of `ratio`.
 
     min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), Schulman et al. 2017, eq. 7. `dual` is the
-    bound c > 1 of dual clip (Ye et al. 2020, eq. 5): where A < 0 the objective is at least c * A.
+    bound c > 1 + high of dual clip (Ye et al. 2020, eq. 5): where A < 0 the objective is at least c * A.
     """
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    if dual is None:
-        return objective
-    return torch.where(advantages < 0, torch.maximum(objective, dual * advantages), objective)
+    near = ratio.clamp(1 - low, 1 + high)
+    if dual is not None:
+        ratio = torch.where(advantages < 0, ratio.clamp(max=dual), ratio)
+    return torch.minimum(ratio * advantages, near * advantages)
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
