@@ -235,13 +235,13 @@ class TranslatedCode:
         files = {self.file: program.encode("utf-8", "replace")}
         if self.build:
             limits = replace(self.runner.limits, wall_s=60.0, cpu_s=30, output=24 << 20)
-            script = f"{' '.join(self.build)} >&2 && tar cf - --exclude=.stdin . | base64"
+            script = f"{' '.join(self.build)} >&2 && tar cf - * | base64"
             built = self.runner.sandbox.run(argv=["sh", "-c", script], files=files, limits=limits)
             if built.broken or not built.stdout:
                 why = built.broken or built.stderr[-500:]
                 return Score(0.0, Outcome.wrong, f"it does not compile: {why}")
             files = {"build.tar": base64.b64decode(built.stdout)}
-            argv = ["sh", "-c", f"tar xf build.tar --no-same-owner && exec {' '.join(self.command)}"]
+            argv = ["sh", "-c", f"tar xf build.tar && exec {' '.join(self.command)}"]
         else:
             argv = self.command
         return self.runner.stdio(cases, self.tolerance, argv=argv, files=files)

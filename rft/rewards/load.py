@@ -31,7 +31,30 @@ BUILTINS: dict[str, str] = {
     "math": "rft.rewards.math:math",
     "code": "rft.rewards.code:Code",
     "translated_code": "rft.rewards.code:TranslatedCode",
-    "exact_match": "rft.rewards.text:exact_match",
+    **{
+        name: f"rft.rewards.text:{name}"
+        for name in (
+            "choice",
+            "class_label",
+            "exact_match",
+            "f1",
+            "format",
+            "iou",
+            "json_schema",
+            "length",
+            "not_truncated",
+            "overlong",
+            "regex",
+            "repetition",
+            "rouge_l",
+        )
+    },
+    "instructions": "rft.rewards.instructions:instructions",
+    "judge": "rft.rewards.judge:Judge",
+    "reward_model": "rft.rewards.models:RewardModel",
+    "pairwise_model": "rft.rewards.models:PairwiseModel",
+    "process_reward_model": "rft.rewards.models:ProcessRewardModel",
+    "process": "rft.rewards.process_rewards:process",
 }
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -58,9 +81,9 @@ def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> 
         return Custom(spec, from_verl(resolve(spec.removeprefix("verl:"), base_dir)), options)
     if ":" not in spec:
         target = builtin(spec)
-        return (
-            Stateful(spec, target, options) if inspect.isclass(target) else PerSample(spec, target, options)
-        )
+        if inspect.isclass(target) and not hasattr(target, "judge"):
+            return Stateful(spec, target, options)
+        return PerSample(spec, target, options)
     return Custom(spec, resolve(spec, base_dir), options)
 
 

@@ -1,13 +1,218 @@
-"""Rewards on the text itself."""
+"""Rewards on the text itself: format, matching, overlap, length, repetition, boxes, labels."""
 
 from __future__ import annotations
 
-from rft.rewards.types import Score, correct, wrong
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+from rft.rewards.types import Outcome, Score, correct, graded, unparseable, wrong
+
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+
+
+# -- format ------------------------------------------------------------------------------------------
+
+
+def regex(completion: str, *, pattern: str, full: bool = False, ignore_case: bool = False) -> Score:
+    """1 where `pattern` is found (full: matches the whole completion). `.` also matches newlines."""
+    compiled = _compiled(pattern, ignore_case)
+    match = compiled.fullmatch(completion) if full else compiled.search(completion)
+    return correct() if match else wrong(detail=f"{pattern!r} does not match")
+
+
+@lru_cache(maxsize=256)
+def _compiled(pattern: str, ignore_case: bool) -> re.Pattern[str]:
+    return re.compile(pattern, re.DOTALL | (re.IGNORECASE if ignore_case else 0))
+
+
+def format(completion: str, *, tags: Sequence[str] = ("think", "answer"), partial: bool = False) -> Score:
+    """1 where the completion is exactly these tags, in order, once each, with text in each:
+    `<think>...</think><answer>...</answer>`. partial: the fraction of right single tags instead of 0.
+
+    A leading tag may be missing its opening where the chat template wrote it into the prompt.
+    """
+    inner = r"(?:(?!</?(?:" + "|".join(map(re.escape, tags)) + r")>).)*?\S(?:(?!</?(?:"
+    inner += "|".join(map(re.escape, tags)) + r")>).)*?"
+    body = r"\s*".join(
+        rf"(?:<{re.escape(t)}>){'?' if i == 0 else ''}{inner}</{re.escape(t)}>" for i, t in enumerate(tags)
+    )
+    if _compiled(rf"\s*{body}\s*", False).fullmatch(completion):
+        return correct()
+    marks = [m for t in tags for m in (f"<{t}>", f"</{t}>")]
+    counts = {m: completion.count(m) for m in marks}
+    value = sum(n == 1 for n in counts.values()) / len(marks) if partial else 0.0
+    return wrong(min(value, 1 - 1 / len(marks)), f"tags found: {counts}")
+
+
+def json_schema(completion: str, schema: Any = None, *, default_schema: dict[str, Any] | None = None) -> Score:
+    """1 where the completion is JSON (alone, or in its last code fence) that its schema allows.
+
+    schema: a JSON Schema (a dict, or JSON text) per sample, else `default_schema`. Not JSON:
+    `unparseable`.
+    """
+    import jsonschema
+
+    wanted = default_schema if schema is None else json.loads(schema) if isinstance(schema, str) else schema
+    if wanted is None:
+        raise ValueError("json_schema needs a column `schema` or the option `default_schema`")
+    fences = _FENCED.findall(completion)
+    try:
+        value = json.loads(fences[-1] if fences else completion)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return unparseable(detail=f"not JSON: {error}")
+    problem = jsonschema.exceptions.best_match(jsonschema.validators.validator_for(wanted)(wanted).iter_errors(value))
+    return correct() if problem is None else wrong(detail=f"{problem.json_path}: {problem.message}"[:300])
+
+
+# -- matching ----------------------------------------------------------------------------------------
+
+
+def _final(completion: str) -> str:
+    """What the completion answers: in `<answer>`, in a box, or all of it after `</think>`."""
+    from rft.rewards.extract import extract
+
+    found = extract(completion, ("boxed", "tag"))
+    if found is not None and found.text is not None:
+        return found.text
+    return completion.rpartition("</think>")[2].strip()
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())
 
 
 def exact_match(completion: str, answer: str, *, strip: bool = True, ignore_case: bool = False) -> Score:
-    """1 where the completion equals the answer."""
+    """1 where the whole completion equals the column `answer`."""
     got, want = (completion.strip(), str(answer).strip()) if strip else (completion, str(answer))
     if ignore_case:
         got, want = got.casefold(), want.casefold()
     return correct() if got == want else wrong(detail=f"expected {want[:200]!r}, got {got[:200]!r}")
+
+
+def choice(completion: str, answer: str, *, letters: str = "ABCDEFGHIJ") -> Score:
+    """1 where the letter that the completion chooses is the answer's: "(B)", "B.", "the answer is B"."""
+    from rft.rewards.extract import extract
+
+    found = extract(completion, ("boxed", "tag", "hash", "phrase"))
+    text = completion.strip() if found is None else found.text or ""
+    picked = re.findall(rf"(?<![A-Za-z])\(?([{letters}])(?![A-Za-z'])", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    if not picked or len(set(picked)) > 1:
+        return unparseable(detail=f"no single choice in {text[:200]!r}")
+    want = str(answer).strip().strip("().").upper()
+    return correct() if picked[0] == want else wrong(detail=f"expected {want}, got {picked[0]}")
+
+
+def class_label(completion: str, answer: str) -> Score:
+    """CLS-RL: 1 where the answered class name equals the label, by words, ignoring case and punctuation."""
+    got, want = _plain(_final(completion)), _plain(str(answer))
+    return correct() if got == want else wrong(detail=f"expected {want!r}, got {got[:200]!r}")
+
+
+def f1(completion: str, answer: str, *, threshold: float = 0.5) -> Score:
+    """The F1 of the words of answer and completion, as a number from 0 to 1 (SQuAD)."""
+    got, want = Counter(_plain(_final(completion)).split()), Counter(_plain(str(answer)).split())
+    common = sum((got & want).values())
+    total = got.total() + want.total()
+    return graded(2 * common / total if total else 1.0, threshold=threshold)
+
+
+def rouge_l(completion: str, answer: str, *, threshold: float = 0.5) -> Score:
+    """ROUGE-L: the F1 of the longest common subsequence of words (Lin 2004)."""
+    got, want = _plain(_final(completion)).split(), _plain(str(answer)).split()
+    if not got or not want:
+        return graded(float(got == want), threshold=threshold)
+    row = [0] * (len(want) + 1)
+    for word in got:
+        diagonal = 0
+        for j, other in enumerate(want, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return graded(2 * row[-1] / (len(got) + len(want)), threshold=threshold)
+
+
+# -- length and repetition ---------------------------------------------------------------------------
+
+
+def _length(completion: str, num_tokens: int | None) -> int:
+    return len(completion.split()) if num_tokens is None else int(num_tokens)
+
+
+def length(completion: str, num_tokens: int | None = None, *, target: int, scale: float = 1.0) -> Score:
+    """-scale * |length - target| / target, not below -scale. In tokens, or words where tokens are unknown."""
+    n = _length(completion, num_tokens)
+    return Score(-scale * min(1.0, abs(n - target) / target), Outcome.correct, f"{n} long, target {target}")
+
+
+def overlong(completion: str, num_tokens: int | None = None, *, max_length: int, cache: int) -> Score:
+    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), in tokens:
+
+    0 up to max_length - cache, then falling linearly to -1 at max_length, and -1 beyond.
+    """
+    n = _length(completion, num_tokens)
+    if not 0 < cache <= max_length:
+        raise ValueError(f"overlong: cache ({cache}) must be between 1 and max_length ({max_length})")
+    value = min(0.0, max(-1.0, (max_length - cache - n) / cache))
+    return Score(value, Outcome.correct if value == 0 else Outcome.wrong, f"{n} of {max_length}")
+
+
+def repetition(completion: str, *, n: int = 4, scale: float = 1.0) -> Score:
+    """-scale * the fraction of word n-grams that occurred before (Yeo et al. 2025, arXiv:2502.03373)."""
+    words = completion.casefold().split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    if not grams:
+        return Score(0.0, Outcome.correct, "shorter than one n-gram")
+    repeated = 1 - len(set(grams)) / len(grams)
+    return Score(-scale * repeated, Outcome.correct if repeated < 0.5 else Outcome.wrong, f"{repeated:.0%} repeated")
+
+
+def not_truncated(completion: str, truncated: bool = False, *, penalty: float = -1.0) -> Score:
+    """0 for a completion that ended by itself, `penalty` for one that ran into the length limit."""
+    return wrong(penalty, "cut off") if truncated else correct(0.0)
+
+
+# -- boxes -------------------------------------------------------------------------------------------
+
+_BOX = re.compile(r"[\[(]\s*" + r"\s*,\s*".join([r"(-?\d+(?:\.\d+)?)"] * 4) + r"\s*[\])]")
+
+
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where one has no area."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    areas = [max(0.0, x[2] - x[0]) * max(0.0, x[3] - x[1]) for x in (a, b)]
+    inter = max(0.0, width) * max(0.0, height)
+    union = sum(areas) - inter
+    return inter / union if union > 0 else 0.0
+
+
+def iou(
+    completion: str, boxes: Any, *, mode: Literal["mean", "threshold"] = "mean", threshold: float = 0.5
+) -> Score:
+    """Visual-RFT's detection reward: predicted boxes matched greedily to the column `boxes`.
+
+    boxes: one box or a list of them, (x1, y1, x2, y2). mean: the sum of matched IoUs over the larger
+    count, so that missing and invented boxes both cost; threshold: the fraction of matches above it.
+    """
+    wanted = [boxes] if boxes and isinstance(boxes[0], int | float) else list(boxes)
+    found = [[float(x) for x in m] for m in _BOX.findall(completion.rpartition("</think>")[2])]
+    if not found:
+        if not wanted:
+            return correct()
+        return unparseable(detail="no box [x1, y1, x2, y2] found")
+    pairs = sorted(
+        ((box_iou(p, w), i, j) for i, p in enumerate(found) for j, w in enumerate(wanted)), reverse=True
+    )
+    used: tuple[set[int], set[int]] = (set(), set())
+    total = 0.0
+    for value, i, j in pairs:
+        if i in used[0] or j in used[1]:
+            continue
+        used[0].add(i)
+        used[1].add(j)
+        total += value if mode == "mean" else float(value >= threshold)
+    count = max(len(found), len(wanted))
+    return graded(total / count, f"{len(found)} boxes for {len(wanted)}", threshold)
+
