@@ -280,14 +280,24 @@ def draw_all(run: Run) -> list[Chart]:
             _marks(axes, run)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
             axes.margins(x=0.01)
-            handles, labels = axes.get_legend_handles_labels()
-            if handles:
-                figure.legend(
-                    loc="outside upper left", ncols=3 if max(map(len, labels)) > 11 else 5, fontsize=8, handlelength=1.2, columnspacing=1.2,
-                    borderaxespad=0.1, labelcolor="#5b6577",
-                )  # fmt: skip
+            _legend(figure, axes)
             charts.append(Chart(title, caption, to_svg(figure)))
     return charts
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Above the chart, in one row where the labels are short."""
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        figure.legend(
+            loc="outside upper left",
+            ncols=3 if max(map(len, labels)) > 11 else 5,
+            fontsize=8,
+            handlelength=1.2,
+            columnspacing=1.2,
+            borderaxespad=0.1,
+            labelcolor="#5b6577",
+        )
 
 
 def _marks(axes: Axes, run: Run) -> None:

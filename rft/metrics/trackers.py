@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -87,7 +89,7 @@ class WeightsAndBiases:
         module = import_module("wandb")
         identity = run_dir / "wandb_id"
         if not identity.exists():
-            identity.write_text(module.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         self._run = module.init(
             project=tracking.project,
             name=tracking.run_name or run_dir.name,
@@ -103,7 +105,7 @@ class WeightsAndBiases:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class MLflow:
@@ -113,7 +115,11 @@ class MLflow:
         self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]
     ) -> None:
         module = import_module("mlflow")
-        uri = tracking.mlflow_uri or (run_dir / "mlflow").resolve().as_uri()
+        uri = tracking.mlflow_uri
+        if uri is None:
+            uri = (run_dir / "mlflow").resolve().as_uri()
+            # MLflow 3 wants to be told that a file store is meant; one run does not need a database.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client = module.tracking.MlflowClient(tracking_uri=uri)
         identity = run_dir / "mlflow_id"
         if resumed_at is not None and identity.exists():
