@@ -153,42 +153,30 @@ def make_venv(venv: Path, log: Path) -> None:
 
 
 def install(venv: Path, extras: Sequence[str], device: str, log: Path) -> None:
-    target = f"{ROOT}[{','.join([device, *extras])}]"
+    """Install with uv (a third of pip's time); with pip where uv cannot be had or does not succeed."""
+    python, target = str(venv / "bin" / "python"), f"{ROOT}[{','.join([device, *extras])}]"
+    say(f"2/4 packages: '.[{','.join([device, *extras])}]' (one to three minutes on an idle machine)")
     index = os.environ.get("TORCH_INDEX")
-    python = str(venv / "bin" / "python")
-    uv = shutil.which("uv")
-    env: dict[str, str] = {}
     arguments: list[str] = ["--extra-index-url", index] if index else []
-    if device == "cpu" and not index and not pip_offers_cpu_torch(python):
-        say("  pip's indexes have no CPU build of torch: uv knows where it is")
-        uv = uv or install_uv(python, log)
-        arguments = ["--torch-backend", "cpu"]
-    elif uv:
-        arguments += ["--torch-backend", "auto"] if device == "cuda" and not index else []
-        env = uv_settings(python)
-    tool = "uv" if uv else "pip"
-    say(f"2/4 packages: {tool} install '.[{','.join([device, *extras])}]' (one to three minutes)")
+    settings = uv_settings(python)
+    if not index and (device == "cuda" or not pip_offers_cpu_torch(python)):
+        arguments = ["--torch-backend", "auto" if device == "cuda" else "cpu"]  # uv knows where they are
+    uv = shutil.which("uv") or install_uv(python, log)
     if uv:
         command = [uv, "pip", "install", "--python", python, *arguments, "-e", target]
-    else:
-        command = [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--no-compile",
-            "--progress-bar",
-            "off",
-            *arguments,
-            "-e",
-            target,
-        ]
+        try:
+            run("Installing with uv", command, log, "trying pip next", settings)
+            return
+        except SetupError as error:
+            say(f"{error}")
+    arguments = ["--extra-index-url", index] if index else []
+    command = [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off", *arguments]
     remedy = (
         "check the network and the package index (pip config list), then run this again: what was fetched "
         "is kept. Behind a mirror without CPU builds of torch, name an index that has them: "
         "make demo TORCH_INDEX=URL (the URL that pytorch.org's install page gives for CPU)."
     )
-    run("Installing the packages", command, log, remedy, env)
+    run("Installing with pip", [*command, "-e", target], log, remedy)
 
 
 def pip_offers_cpu_torch(python: str) -> bool:
@@ -197,8 +185,13 @@ def pip_offers_cpu_torch(python: str) -> bool:
     return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).returncode == 0
 
 
-def install_uv(python: str, log: Path) -> str:
-    run("Installing uv", [python, "-m", "pip", "install", "uv"], log, "check the network (pip config list).")
+def install_uv(python: str, log: Path) -> str | None:
+    command = [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off", "uv"]
+    try:
+        run("Installing uv", command, log, "none needed: pip does it alone, more slowly")
+    except SetupError as error:
+        say(f"{error}")
+        return None
     return str(Path(python).with_name("uv"))
 
 
