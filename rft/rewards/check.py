@@ -97,7 +97,7 @@ def describe(config: RewardsConfig) -> str:
         role = f"gate at {c.threshold:g}" if c.gate else f"weight {shown}"
         name = "" if c.label == c.function else f"{c.label} = "
         options = "".join(f", {k}={v!r}" for k, v in c.options.items())
-        lines.append(f"{name}{c.function} ({role}, timeout {c.timeout_s:g} s{options})")
+        lines.append(f"{name}{c.function} ({role}, timeout {c.call_timeout_s:g} s{options})")
     on = [config.on_error, config.on_timeout]
     error, timeout = (f"at most {p.max_fraction:.2%}" if isinstance(p, MaxFraction) else p for p in on)
     lines.append(f"combine: {config.combine}; on error: {error}; on timeout: {timeout}")

@@ -71,7 +71,9 @@ def _lines(value: Any) -> str:
 class _Runner:
     """A sandbox, limits, and the score of what came out."""
 
-    def __init__(self, limits: Limits, scoring: Scoring, readable: Sequence[str], require: Sequence[str]) -> None:
+    def __init__(
+        self, limits: Limits, scoring: Scoring, readable: Sequence[str], require: Sequence[str]
+    ) -> None:
         self.limits, self.scoring = limits, scoring
         self.sandbox = Sandbox(readable, require)
 
@@ -103,7 +105,9 @@ class _Runner:
                 continue
             broken = broken or run.broken
             why = run.broken and f"exceeded its limit: {run.broken}"
-            why = why or (f"ended with {run.code or run.signal}: {run.stderr[-300:]}" if run.code != 0 else "")
+            why = why or (
+                f"ended with {run.code or run.signal}: {run.stderr[-300:]}" if run.code != 0 else ""
+            )
             why = why or f"expected {want[:100]!r}, got {run.stdout[:100]!r}"
             detail = detail or f"test {i}: {why}"
             if self.scoring == "all":
@@ -144,7 +148,12 @@ class Code:
             print(self.runner.sandbox.describe(), file=sys.stderr)
 
     def judge(
-        self, prompt: Any, completion: str, tests: Any = None, test: str | None = None, entry_point: str | None = None
+        self,
+        prompt: Any,
+        completion: str,
+        tests: Any = None,
+        test: str | None = None,
+        entry_point: str | None = None,
     ) -> Score:
         """tests: asserts (a source, or a list of them) or stdin/stdout pairs ([{input, output}],
         {inputs, outputs}). test and entry_point: HumanEval's columns; the prompt then is code too."""
@@ -166,7 +175,9 @@ class Code:
         result = self.runner.sandbox.test(program, sources, names=names, limits=self.runner.limits)
         if result.problem:
             total = max(result.total, 1)
-            return self.runner.scored(0, total, f"{result.problem} {result.stderr[-300:]}".strip(), result.broken)
+            return self.runner.scored(
+                0, total, f"{result.problem} {result.stderr[-300:]}".strip(), result.broken
+            )
         return self.runner.scored(result.passed, result.total, "; ".join(result.failures))
 
 

@@ -56,8 +56,9 @@ def pack(value: Any, refs: dict[int, Any] | None) -> Any:
         return {kind.__name__: str(value)}
     if isinstance(value, Ref):
         return {"mine": value._id}
-    for base in (bool, int, float, str, tuple, list, dict, set):  # named tuples, Counter, IntEnum
-        if isinstance(value, base) and base is not bool:
+    bases: tuple[Any, ...] = (int, float, str, tuple, list, dict, set)
+    for base in bases:  # named tuples, Counter, IntEnum
+        if isinstance(value, base):
             return pack(base(value), refs)
     if refs is None:
         raise TypeError(f"tests may only pass plain data, not {kind.__name__}")
@@ -193,7 +194,8 @@ def _answer(op: str, args: list[Any], names: dict[str, Any], refs: dict[int, Any
             if len(items) > MAX_ITEMS:
                 raise ValueError("more items than tests can take")
         return {"ok": items}
-    return {"ok": {"len": len, "str": str, "repr": repr, "bool": bool}[op](target)}
+    plain: dict[str, Any] = {"len": len, "str": str, "repr": repr, "bool": bool}
+    return {"ok": plain[op](target)}
 
 
 # -- the tests' side ---------------------------------------------------------------------------------

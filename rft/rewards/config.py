@@ -15,6 +15,9 @@ class MaxFraction(Section):
     max_fraction: float = Field(description="highest fraction of failed samples over the run", gt=0, lt=1)
 
 
+SLOW = ("judge", "reward_model", "pairwise_model", "process_reward_model", "process")
+"""Built-ins that take whole batches and long."""
+
 ErrorPolicy = Literal["stop", "drop"] | MaxFraction
 
 
@@ -46,11 +49,23 @@ class RewardConfig(Section):
     weight: float | Schedule = Field(1.0, description="factor in the sum, or a schedule of it")
     gate: bool = Field(False, description="the combined reward is `gate_value` unless this one passes")
     threshold: float = Field(0.5, description="a gate passes where its value is at least this")
-    timeout_s: float = Field(30.0, description="seconds for one call; then its process is killed", gt=0)
+    timeout_s: float | None = Field(
+        None, description="seconds for one call, then its process is killed; 30, judges and models 600", gt=0
+    )
     batch_size: int | None = Field(None, description="most samples per call; by default an even share", ge=1)
     workers: int | None = Field(None, description="processes of its own; by default it shares the pool", ge=1)
     columns: dict[str, str] = Field({}, description="parameter name -> dataset column, where they differ")
     options: dict[str, Any] = Field({}, description="the function's own options")
+
+    @property
+    def own_workers(self) -> int | None:
+        """The size of its own pool; None: it shares. Judges and models get a process of their own."""
+        return 1 if self.workers is None and self.function in SLOW else self.workers
+
+    @property
+    def call_timeout_s(self) -> float:
+        """`timeout_s`, or the default of its kind."""
+        return self.timeout_s or (600.0 if self.function in SLOW else 30.0)
 
     @property
     def label(self) -> str:
@@ -77,9 +92,15 @@ class RewardsConfig(Section):
     start_timeout_s: float = Field(
         120.0, description="seconds for a worker to start and load its rewards", gt=0
     )
-    on_error: ErrorPolicy = Field("stop", description="stop | drop | {max_fraction: f}: when a call fails")
+    on_error: SLOW = ("judge", "reward_model", "pairwise_model", "process_reward_model", "process")
+"""Built-ins that take whole batches and long."""
+
+ErrorPolicy = Field("stop", description="stop | drop | {max_fraction: f}: when a call fails")
     max_errors: int = Field(0, description="errors that are dropped before `stop` or the fraction acts", ge=0)
-    on_timeout: ErrorPolicy = Field(
+    on_timeout: SLOW = ("judge", "reward_model", "pairwise_model", "process_reward_model", "process")
+"""Built-ins that take whole batches and long."""
+
+ErrorPolicy = Field(
         MaxFraction(max_fraction=0.1), description="stop | drop | {max_fraction: f}: when a call hangs"
     )
     max_timeouts: int = Field(16, description="timeouts that are dropped before `on_timeout` acts", ge=0)

@@ -19,8 +19,6 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from rft.rewards.extract import closing
-
 MAX_LENGTH = 2000  # characters; longer answers are no answers
 MAX_DIGITS = 1000
 
@@ -175,7 +173,7 @@ def _same_items(a: Items, b: Items) -> bool | None:
         return _same_unordered(a.items, b.items)
     if a.kind != b.kind and not (kinds & {"list"} and kinds <= {"list", "()", "[]"}):
         return False
-    return _all(_same_or_sympy(x, y) for x, y in zip(a.items, b.items, strict=True))
+    return all(_same_or_sympy(x, y) for x, y in zip(a.items, b.items, strict=True))
 
 
 def _same_unordered(a: tuple[Value, ...], b: tuple[Value, ...]) -> bool:
@@ -195,10 +193,6 @@ def _same_or_sympy(a: Value, b: Value) -> bool:
     return _sympy(_show(a), _show(b)) if same is None else same
 
 
-def _all(results: object) -> bool:
-    return all(results)  # type: ignore[call-overload]
-
-
 def _show(value: Value) -> str:
     """LaTeX of a value."""
     if isinstance(value, Raw):
@@ -211,7 +205,7 @@ def _show(value: Value) -> str:
         return r" \cup ".join(_show(v) for v in value.items)
     if value.kind in ("list", "matrix"):
         return inner
-    left, right = value.kind
+    left, right = value.kind[0], value.kind[1]
     return rf"\{left}{inner}\{right}" if left == "{" else f"{left}{inner}{right}"
 
 
@@ -404,6 +398,3 @@ def _split(text: str) -> list[str]:
             last = i + 1
     parts.append(text[last:].strip())
     return parts
-
-
-__all__ = ["Verdict", "closing", "equal", "read"]

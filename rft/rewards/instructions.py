@@ -123,7 +123,11 @@ CHECKS: dict[str, Check] = {
 
 
 def instructions(
-    completion: str, instruction_id_list: Sequence[str], kwargs: Any = None, *, scoring: Literal["all", "fraction"] = "all"
+    completion: str,
+    instruction_id_list: Sequence[str],
+    kwargs: Any = None,
+    *,
+    scoring: Literal["all", "fraction"] = "all",
 ) -> Score:
     """1 where the completion follows all its instructions, or the fraction that it follows.
 

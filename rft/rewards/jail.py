@@ -12,9 +12,12 @@ the program, and the tests that call it over a socket).
 
 from __future__ import annotations
 
+# Imported before the forks, so that programs find them loaded.
+import bisect  # noqa: F401
 import contextlib
 import importlib.util
 import json
+import math  # noqa: F401
 import os
 import resource
 import select
@@ -26,10 +29,6 @@ import tempfile
 import time
 import traceback
 from typing import Any
-
-# Imported before the forks, so that programs find them loaded.
-import bisect, collections, copy, datetime, functools, hashlib, heapq, itertools  # noqa: E401, F401, E402
-import math, operator, random, re, statistics, string, typing  # noqa: E401, F401, E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -202,7 +201,7 @@ def _keeper(
         status = os.waitpid(pid, 0)[1]
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         code = os.waitstatus_to_exitcode(status)
-        ended = {"signal": -code} if code < 0 else {"code": code}
+        ended: dict[str, Any] = {"signal": -code} if code < 0 else {"code": code}
         ended |= {"cpu_s": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * 1024}
         os.write(report, json.dumps(ended).encode())
         os._exit(0)
@@ -221,9 +220,7 @@ def _close_all_but(keep: set[int]) -> None:
         low = fd + 1
 
 
-def _inside(
-    jail: Jail, limits: dict[str, Any], uid: int, body: Any, keep: set[int], scratch: str
-) -> None:
+def _inside(jail: Jail, limits: dict[str, Any], uid: int, body: Any, keep: set[int], scratch: str) -> None:
     code = 70
     try:
         _close_all_but(keep | {0, 1, 2})

@@ -54,7 +54,7 @@ BUILTINS: dict[str, str] = {
     "reward_model": "rft.rewards.models:RewardModel",
     "pairwise_model": "rft.rewards.models:PairwiseModel",
     "process_reward_model": "rft.rewards.models:ProcessRewardModel",
-    "process": "rft.rewards.process_rewards:process",
+    "process": "rft.rewards.steps:Process",
 }
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -217,9 +217,10 @@ def _rows(columns: Mapping[str, Sequence[Any]], n: int, label: str) -> None:
 def signature_columns(target: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The columns that a built-in must have, and those that it can use."""
     if inspect.isclass(target):
-        if not hasattr(target, "judge"):
+        judge = getattr(target, "judge", None)
+        if judge is None:
             return tuple(getattr(target, "required", ())), tuple(getattr(target, "optional", ()))
-        target = target.judge
+        target = judge
     parameters = inspect.signature(target).parameters
     columns = {n: p for n, p in parameters.items() if p.kind in _POSITIONAL}
     columns = {n: p for n, p in columns.items() if n not in ("self", "prompt", "completion")}
@@ -245,8 +246,7 @@ class PerSample:
             function = self.inner.judge
         elif self.options:
             function = functools.partial(target, **self.options)
-        judged = target.judge if inspect.isclass(target) else target
-        self.takes_prompt = "prompt" in inspect.signature(judged).parameters
+        self.takes_prompt = "prompt" in inspect.signature(function).parameters
         self.required, self.optional = signature_columns(target)
         self.columns: tuple[str, ...] | None = self.required + self.optional
         self.function = function
@@ -305,7 +305,8 @@ class Stateful:
         self.options = checked_options(spec, cls, options, strict=True)
         self.inner = cls(**self.options)
         self.required, self.optional = signature_columns(cls)
-        self.columns: tuple[str, ...] | None = self.required + self.optional
+        known = self.required + self.optional
+        self.columns: tuple[str, ...] | None = None if getattr(cls, "all_columns", False) else known
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Score]:
         """One Score per completion."""

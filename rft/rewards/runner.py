@@ -29,9 +29,9 @@ class RewardRunner:
             raise ValueError("rewards.functions is empty: name at least one reward, for example `math`")
         self.config = config
         self.base_dir = Path(base_dir)
-        shared = [c for c in config.functions if c.workers is None]
+        shared = [c for c in config.functions if c.own_workers is None]
         plan = [(shared, config.workers)] if shared else []
-        plan += [([c], c.workers) for c in config.functions if c.workers is not None]
+        plan += [([c], c.own_workers) for c in config.functions if c.own_workers is not None]
         self._pools: list[WorkerPool] = []
         self._place: dict[str, tuple[WorkerPool, int]] = {}
         for configs, workers in plan:
@@ -43,7 +43,7 @@ class RewardRunner:
         self._tally = _Tally(config)
 
     def _spec(self, c: RewardConfig) -> Spec:
-        return Spec(c.function, c.options, self.base_dir, c.timeout_s, c.batch_size)
+        return Spec(c.function, c.options, self.base_dir, c.call_timeout_s, c.batch_size)
 
     async def __aenter__(self) -> RewardRunner:
         await self.start()

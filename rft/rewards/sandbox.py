@@ -159,7 +159,7 @@ class Sandbox:
         argv: Sequence[str] | None = None,
         files: Mapping[str, bytes] | None = None,
         stdin: str = "",
-        limits: Limits = Limits(),  # noqa: B008 - immutable
+        limits: Limits = Limits(),
     ) -> Run:
         """Run a Python program as `__main__`, or a command, in an empty scratch folder with `files`."""
         import base64
@@ -186,7 +186,7 @@ class Sandbox:
         tests: Sequence[str],
         *,
         names: Sequence[str] = (),
-        limits: Limits = Limits(),  # noqa: B008 - immutable
+        limits: Limits = Limits(),
     ) -> Tested:
         """Run Python tests (sources with asserts) against a program's names, in two processes.
 

@@ -38,4 +38,4 @@ def same_expression(gold: str, answer: str) -> bool:
 def _parsed(text: str) -> list[Any]:
     if not re.search(r"[\w\\]", text):
         return []
-    return parse(f"${text}$", _CONFIG, parsing_timeout=None)  # type: ignore[arg-type]
+    return parse(f"${text}$", _CONFIG, parsing_timeout=None)

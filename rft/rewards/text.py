@@ -48,7 +48,9 @@ def format(completion: str, *, tags: Sequence[str] = ("think", "answer"), partia
     return wrong(min(value, 1 - 1 / len(marks)), f"tags found: {counts}")
 
 
-def json_schema(completion: str, schema: Any = None, *, default_schema: dict[str, Any] | None = None) -> Score:
+def json_schema(
+    completion: str, schema: Any = None, *, default_schema: dict[str, Any] | None = None
+) -> Score:
     """1 where the completion is JSON (alone, or in its last code fence) that its schema allows.
 
     schema: a JSON Schema (a dict, or JSON text) per sample, else `default_schema`. Not JSON:
@@ -64,7 +66,9 @@ def json_schema(completion: str, schema: Any = None, *, default_schema: dict[str
         value = json.loads(fences[-1] if fences else completion)
     except (json.JSONDecodeError, RecursionError) as error:
         return unparseable(detail=f"not JSON: {error}")
-    problem = jsonschema.exceptions.best_match(jsonschema.validators.validator_for(wanted)(wanted).iter_errors(value))
+    problem = jsonschema.exceptions.best_match(
+        jsonschema.validators.validator_for(wanted)(wanted).iter_errors(value)
+    )
     return correct() if problem is None else wrong(detail=f"{problem.json_path}: {problem.message}"[:300])
 
 
@@ -99,7 +103,9 @@ def choice(completion: str, answer: str, *, letters: str = "ABCDEFGHIJ") -> Scor
 
     found = extract(completion, ("boxed", "tag", "hash", "phrase"))
     text = completion.strip() if found is None else found.text or ""
-    picked = re.findall(rf"(?<![A-Za-z])\(?([{letters}])(?![A-Za-z'])", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    picked = re.findall(
+        rf"(?<![A-Za-z])\(?([{letters}])(?![A-Za-z'])", re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    )
     if not picked or len(set(picked)) > 1:
         return unparseable(detail=f"no single choice in {text[:200]!r}")
     want = str(answer).strip().strip("().").upper()
@@ -165,7 +171,9 @@ def repetition(completion: str, *, n: int = 4, scale: float = 1.0) -> Score:
     if not grams:
         return Score(0.0, Outcome.correct, "shorter than one n-gram")
     repeated = 1 - len(set(grams)) / len(grams)
-    return Score(-scale * repeated, Outcome.correct if repeated < 0.5 else Outcome.wrong, f"{repeated:.0%} repeated")
+    return Score(
+        -scale * repeated, Outcome.correct if repeated < 0.5 else Outcome.wrong, f"{repeated:.0%} repeated"
+    )
 
 
 def not_truncated(completion: str, truncated: bool = False, *, penalty: float = -1.0) -> Score:
@@ -215,4 +223,3 @@ def iou(
         total += value if mode == "mean" else float(value >= threshold)
     count = max(len(found), len(wanted))
     return graded(total / count, f"{len(found)} boxes for {len(wanted)}", threshold)
-
