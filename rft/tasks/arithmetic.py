@@ -9,9 +9,11 @@ A problem is a chain: a number, then an operator and a number for each step. The
 whether the problem is for training or held out, so that the two can never share a problem, whatever
 the seeds and whatever story is told around the numbers.
 
-In the demonstrations, a share of the steps is wrong: the result is off by 1, 2 or 10, and the
-solution goes on from there, as a pupil would. `answer` is always right. A model that learns to imitate
-such demonstrations is wrong about as often; reinforcement learning has something to put right.
+The demonstrations come from two kinds of hands. Careful ones write out every step (`lines`) and are
+nearly always right. Hasty ones write running totals (`chain`: `=22=14`), and many of their steps are
+off by one; the solution goes on from there, as a pupil would. `answer` is always right. A model that
+learns to imitate them all is right about half of the time; reinforcement learning has to find out
+which way of working pays, and to do it without slips.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ TEST_SHARE = 10  # one chain in ten is held out
 NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Sam")
 ITEMS = ("coins", "books", "shells", "cards", "eggs", "pens")
 VERBS = {"+": ("finds", "buys", "gets"), "-": ("loses", "sells", "uses")}
-SLIPS = (-10, -2, -1, 1, 2, 10)  # how far a wrong step is off
 SPOKEN = {"+": "plus", "-": "minus", "*": "times"}
 _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -91,7 +92,7 @@ class Arithmetic:
         form = config.form if config.form != "mixed" else rng.choice(("words", "expression"))
         prompt = tell(chain, rng) if form == "words" else f"{chain.expression()}=?\n"
         style = rng.choices(list(config.styles), weights=list(config.styles.values()))[0]
-        results = self._results(chain, rng)
+        results = self._results(chain, config.wrong(style), rng)
         return {
             "prompt": prompt,
             "answer": str(chain.answer),
@@ -130,8 +131,8 @@ class Arithmetic:
             value = _APPLY[op](value, steps[-1][1])
         return Chain(start, tuple(steps))
 
-    def _results(self, chain: Chain, rng: Random) -> list[int]:
-        """What the demonstration says after each step, slips included.
+    def _results(self, chain: Chain, wrong: float, rng: Random) -> list[int]:
+        """What a demonstration with a share of `wrong` steps says after each step.
 
         A slip is chosen such that the rest of the chain still stays within 0 and the limit; where
         there is none, the step is right.
@@ -139,8 +140,8 @@ class Arithmetic:
         value, results = chain.start, []
         for done, (op, x) in enumerate(chain.steps, start=1):
             value = _APPLY[op](value, x)
-            if rng.random() < self.config.wrong_fraction:
-                slips = [value + d for d in SLIPS if self._fits(value + d, chain.steps[done:])]
+            if rng.random() < wrong:
+                slips = [value + d for d in self.config.slips if self._fits(value + d, chain.steps[done:])]
                 value = rng.choice(slips) if slips else value
             results.append(value)
         return results
@@ -178,6 +179,8 @@ def solve(chain: Chain, results: list[int], style: Style) -> str:
     final = results[-1]
     if style == "lines":
         return "".join(f"{a}{op}{x}={b}\n" for a, op, x, b in steps) + f"#### {final}"
+    if style == "chain":
+        return "".join(f"={b}" for b in results) + f"\n#### {final}"
     if style == "prose":
         said = "".join(f"{a} {SPOKEN[op]} {x} is {b}. " for a, op, x, b in steps)
         return f"{said}The answer is \\boxed{{{final}}}"
@@ -194,6 +197,8 @@ def style_of(completion: str) -> Style | None:
         return "direct"
     if head.startswith("x="):
         return "code"
+    if head.startswith("="):
+        return "chain"
     if any(f" {word} " in head for word in SPOKEN.values()):
         return "prose"
     return "lines" if head[:1].isdigit() and "=" in head else None

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rft.section import Section
 
 Operator = Literal["+", "-", "*"]
-Style = Literal["lines", "prose", "code", "direct"]
+Style = Literal["lines", "chain", "prose", "code", "direct"]
 
 # Defaults that a variant changes; a field that the user names always wins.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -18,8 +18,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _lines_only() -> dict[Style, float]:
-    return {"lines": 1.0}
+def _styles() -> dict[Style, float]:
+    return {"lines": 0.45, "chain": 0.55}
+
+
+def _wrong_fraction() -> float | dict[Style, float]:
+    return {"lines": 0.02, "chain": 0.5}
 
 
 class ArithmeticConfig(Section):
@@ -37,13 +41,14 @@ class ArithmeticConfig(Section):
     largest: int = Field(20, ge=2, description="largest operand of + and -")
     largest_factor: int = Field(4, ge=2, description="largest operand of *")
     limit: int = Field(99, ge=4, description="largest intermediate result; none is below 0")
-    wrong_fraction: float = Field(
-        0.2, ge=0, le=1, description="share of a demonstration's steps that are wrong (a slip by 1, 2 or 10)"
-    )
     styles: dict[Style, float] = Field(
-        default_factory=_lines_only,
-        description="solution formats of the demonstrations, each with its weight",
+        default_factory=_styles, description="solution formats of the demonstrations, each with its weight"
     )
+    wrong_fraction: float | dict[Style, float] = Field(
+        default_factory=_wrong_fraction,
+        description="share of a demonstration's steps that are wrong; one number, or one for each format",
+    )
+    slips: tuple[int, ...] = Field((-1, 1), description="what a wrong step is off by: one of these")
 
     @model_validator(mode="before")
     @classmethod
@@ -59,12 +64,26 @@ class ArithmeticConfig(Section):
             raise ValueError("weights must not be negative, and one must be positive: {lines: 1, code: 1}")
         return styles
 
+    def wrong(self, style: Style) -> float:
+        """The share of wrong steps in demonstrations of a format; 0 where none is given."""
+        shares = self.wrong_fraction
+        return shares.get(style, 0.0) if isinstance(shares, dict) else shares
+
+    @field_validator("wrong_fraction")
+    @classmethod
+    def _check_wrong_fraction(cls, wrong: float | dict[Style, float]) -> float | dict[Style, float]:
+        if not all(0 <= x <= 1 for x in (wrong.values() if isinstance(wrong, dict) else [wrong])):
+            raise ValueError("a share lies between 0 and 1")
+        return wrong
+
     @model_validator(mode="after")
     def _check(self) -> ArithmeticConfig:
         if self.min_operands > self.max_operands:
             raise ValueError(
                 f"min_operands ({self.min_operands}) must not exceed max_operands ({self.max_operands})"
             )
+        if not self.slips or 0 in self.slips:
+            raise ValueError("slips must name what wrong steps are off by, none of it 0: [-1, 1]")
         if not self.operators:
             raise ValueError('operators must name at least one of "+", "-", "*"')
         if "+" not in self.operators and "-" not in self.operators and self.limit < 2**self.max_operands:

@@ -121,5 +121,6 @@ def build_tokenizer(vocab_size: int = 512, max_positions: int = 2048) -> PreTrai
 
 def _corpus() -> list[str]:
     """Problems and solutions in every form and format."""
-    task = Arithmetic(form="mixed", operators=["+", "-", "*"], styles={"lines": 1, "prose": 1, "code": 1})
+    styles = dict.fromkeys(("lines", "chain", "prose", "code"), 1)
+    task = Arithmetic(form="mixed", operators=["+", "-", "*"], styles=styles)
     return [row["prompt"] + row["completion"] for row in task.rows("train", 2000, seed=0)]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rft.tasks import TASKS
-from rft.tasks.arithmetic import SLIPS, Arithmetic, Chain, HardArithmetic, solve, style_of, tell
+from rft.tasks.arithmetic import Arithmetic, Chain, HardArithmetic, solve, style_of, tell
 
 
 def says(completion: str) -> list[tuple[int, str, int, int]]:
@@ -44,7 +44,11 @@ def test_about_a_tenth_of_the_problems_is_held_out():
 @settings(max_examples=50, deadline=None)
 def test_without_mistakes_every_step_and_the_answer_are_right(seed, hard, form):
     task = Arithmetic(
-        variant="hard" if hard else "standard", wrong_fraction=0, form=form, operators=("+", "-", "*")
+        variant="hard" if hard else "standard",
+        wrong_fraction=0,
+        form=form,
+        operators=("+", "-", "*"),
+        styles={"lines": 1},
     )
     for row in task.rows("train", 5, seed):
         steps = says(row["completion"])
@@ -59,13 +63,23 @@ def test_without_mistakes_every_step_and_the_answer_are_right(seed, hard, form):
 
 
 def test_the_share_of_wrong_steps_is_the_one_asked_for():
-    rows = Arithmetic(wrong_fraction=0.25, min_operands=4, max_operands=4).rows("train", 2000, 3)
+    task = Arithmetic(
+        wrong_fraction=0.25, styles={"lines": 1}, min_operands=4, max_operands=4, slips=[-10, -1, 2]
+    )
+    rows = task.rows("train", 2000, 3)
     steps = [s for row in rows for s in says(row["completion"])]
     off = [b - (a + x if op == "+" else a - x) for a, op, x, b in steps]
     assert len(steps) == 6000
-    assert set(off) <= {0, *SLIPS}
+    assert set(off) == {0, -10, -1, 2}
     assert sum(d != 0 for d in off) == sum(row["mistakes"] for row in rows)
     assert sum(d != 0 for d in off) / len(steps) == pytest.approx(0.25, abs=0.025)
+
+
+def test_each_format_has_its_own_share_of_mistakes():
+    task = Arithmetic(styles={"lines": 1, "chain": 1, "code": 1}, wrong_fraction={"lines": 0, "chain": 1})
+    rows = task.rows("train", 300, 3)
+    assert all(row["mistakes"] == 0 for row in rows if row["style"] != "chain")
+    assert all(row["mistakes"] > 0 for row in rows if row["style"] == "chain")
 
 
 def test_answers_stay_right_where_the_demonstration_slips():
@@ -82,6 +96,7 @@ CHAIN = Chain(17, (("+", 5), ("*", 3), ("-", 8)))
     ("style", "text"),
     [
         ("lines", "17+5=22\n22*3=66\n66-8=58\n#### 58"),
+        ("chain", "=22=66=58\n#### 58"),
         ("prose", "17 plus 5 is 22. 22 times 3 is 66. 66 minus 8 is 58. The answer is \\boxed{58}"),
         ("code", "x=17\nx+=5 # 22\nx*=3 # 66\nx-=8 # 58\n#### 58"),
         ("direct", "#### 58"),
@@ -125,6 +140,7 @@ def test_the_hard_variant_is_a_set_of_defaults():
         ({"operators": ["/"]}, "operators"),
         ({"operators": []}, "operators"),
         ({"min_operands": 5, "max_operands": 3}, "min_operands"),
+        ({"slips": [0, 1]}, "slips"),
         ({"styles": {"lines": 0}}, "styles"),
         ({"styles": {"verse": 1}}, "styles"),
         ({"largest": 50, "limit": 20}, "largest"),
