@@ -92,15 +92,9 @@ class RewardsConfig(Section):
     start_timeout_s: float = Field(
         120.0, description="seconds for a worker to start and load its rewards", gt=0
     )
-    on_error: SLOW = ("judge", "reward_model", "pairwise_model", "process_reward_model", "process")
-"""Built-ins that take whole batches and long."""
-
-ErrorPolicy = Field("stop", description="stop | drop | {max_fraction: f}: when a call fails")
+    on_error: ErrorPolicy = Field("stop", description="stop | drop | {max_fraction: f}: when a call fails")
     max_errors: int = Field(0, description="errors that are dropped before `stop` or the fraction acts", ge=0)
-    on_timeout: SLOW = ("judge", "reward_model", "pairwise_model", "process_reward_model", "process")
-"""Built-ins that take whole batches and long."""
-
-ErrorPolicy = Field(
+    on_timeout: ErrorPolicy = Field(
         MaxFraction(max_fraction=0.1), description="stop | drop | {max_fraction: f}: when a call hangs"
     )
     max_timeouts: int = Field(16, description="timeouts that are dropped before `on_timeout` acts", ge=0)

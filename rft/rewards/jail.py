@@ -12,12 +12,10 @@ the program, and the tests that call it over a socket).
 
 from __future__ import annotations
 
-# Imported before the forks, so that programs find them loaded.
-import bisect  # noqa: F401
 import contextlib
+import importlib
 import importlib.util
 import json
-import math  # noqa: F401
 import os
 import resource
 import select
@@ -29,6 +27,11 @@ import tempfile
 import time
 import traceback
 from typing import Any
+
+# Imported before the forks, so that programs find them loaded.
+PRELOADED = "bisect collections copy datetime functools hashlib heapq itertools math operator random re"
+for _name in [*PRELOADED.split(), "statistics", "string", "typing"]:
+    importlib.import_module(_name)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
