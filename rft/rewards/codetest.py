@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import base64
 import builtins
-import io
 import json
 import os
 import sys
@@ -103,8 +102,8 @@ class Link:
     """Lines of JSON over a socket."""
 
     def __init__(self, fd: int) -> None:
-        self.input = open(fd, "rb", closefd=False)
-        self.output = open(fd, "wb", buffering=0, closefd=False)
+        self.input = os.fdopen(fd, "rb", closefd=False)
+        self.output = os.fdopen(fd, "wb", buffering=0, closefd=False)
 
     def write(self, message: Any) -> None:
         data = json.dumps(message).encode() + b"\n"
@@ -339,9 +338,9 @@ def run_program(job: dict[str, Any]) -> int:
         os.dup2(given.fileno(), 0)
     if "argv" in job:
         _execute(job["argv"])
-    sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")
-    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), encoding="utf-8")
+    sys.stdin = os.fdopen(0, "r", encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
     names: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
     exec(compile(job["program"], "<program>", "exec"), names)
     return 0

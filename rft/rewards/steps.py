@@ -21,7 +21,9 @@ def aggregate(values: Sequence[float], how: Aggregate) -> float:
     """One number for a list of steps, of which there must be one at least."""
     if how == "mean":
         return sum(values) / len(values)
-    return {"min": min, "product": math.prod, "last": lambda v: v[-1]}[how](values)
+    if how == "last":
+        return values[-1]
+    return min(values) if how == "min" else math.prod(values)
 
 
 class Process:
