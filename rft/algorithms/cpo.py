@@ -19,7 +19,7 @@ class CPO(OfflinePreference):
     "Contrastive preference optimization" (2024), eqs. 3 to 5.
 
     It is `dpo` with a uniform reference; the likelihood term, here per token and averaged over
-    pairs, keeps the chosen from sinking. `loss_type` as in `dpo`.
+    pairs, keeps the chosen from sinking. `loss_type` as in `dpo`; `ipo` takes log p per token.
     """
 
     beta: float = setting(0.1, "scale of the margin", gt=0)
@@ -37,7 +37,8 @@ class CPO(OfflinePreference):
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         first, second = self.pairs(batch)
-        logp = batch.sum_by_sequence(policy.logps)
+        mean = batch.mean_by_sequence(policy.logps)
+        logp = mean if self.loss_type == "ipo" else batch.sum_by_sequence(policy.logps)
         knobs = Knobs(self.beta, self.label_smoothing)
         loss = PAIR_LOSSES[self.loss_type](logp[first], logp[second], knobs)
-        return loss - self.nll * batch.mean_by_sequence(policy.logps)[first]
+        return loss - self.nll * mean[first]

@@ -123,7 +123,8 @@ CASES = [
     Case("simpo", [0.9 * L(2) + 0.1 * L(-2)], {"label_smoothing": 0.1}),
     Case("simpo", [L(2 * (ALPHA_A - ALPHA_B) - 1)], {"alpha": 0.5}),
     Case("cpo", [log(2) + 1.5]),
-    Case("cpo", [25 + 0.75], {"loss_type": "ipo", "nll": 0.5}),
+    # Per token -1.5 + 3, less 1 / (2 beta) = 5.
+    Case("cpo", [3.5**2 + 0.75], {"loss_type": "ipo", "nll": 0.5}),
     Case("cpo", [1.0], {"loss_type": "hinge", "nll": 0.0}),
     Case("orpo", [1.5 + 0.1 * L(ODDS_A - ODDS_B)]),
     Case("kto", [1 - S(0.03), 0.5 * (1 - S(0.03))], {"baseline": "zero", "undesirable": 0.5}),
