@@ -1,0 +1,180 @@
+"""The package: what the wheel holds, what its metadata says, and the two commands' helpers."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKS = ("algorithms", "rewards", "rollout", "kernels")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built from a copy of the tracked layout, links included, by the build backend itself."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "rft", source / "rft", ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in LINKS:
+        (source / name).symlink_to(f"rft/{name}")
+    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(out)!r})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    packed = {n for n in wheel.namelist() if n.endswith(".py")}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "rft").rglob("*.py")}
+    assert packed == modules
+    assert any(n.startswith("rft/kernels/") for n in packed)
+    assert {n.split("/")[0] for n in wheel.namelist()} == {"rft", "rft-0.1.0.dist-info"}
+    assert "rft/py.typed" in wheel.namelist()
+
+
+def test_the_wheel_holds_every_data_file(wheel: zipfile.ZipFile) -> None:
+    others = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "rft").rglob("*")
+        if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts
+    }
+    assert others <= set(wheel.namelist())
+
+
+def test_the_metadata(wheel: zipfile.ZipFile) -> None:
+    metadata = Parser().parsestr(wheel.read("rft-0.1.0.dist-info/METADATA").decode())
+    assert set(metadata.get_all("Provides-Extra") or []) == {
+        "cpu",
+        "cuda",
+        "deepspeed",
+        "quant",
+        "dev",
+        "trackers",
+    }
+    assert metadata["Requires-Python"] in ("<3.13,>=3.11", ">=3.11,<3.13")
+    assert metadata["License-Expression"] == "MIT"
+    scripts = configparser.ConfigParser()
+    scripts.read_string(wheel.read("rft-0.1.0.dist-info/entry_points.txt").decode())
+    assert scripts["console_scripts"]["rft"] == "rft.cli:main"
+
+
+def test_kernels_is_no_regular_package() -> None:
+    """With an `__init__.py` there, the link at the top level would hide the `kernels` package that
+    transformers looks for, and no model would load."""
+    assert not (ROOT / "rft" / "kernels" / "__init__.py").exists()
+    for name in LINKS:
+        link = ROOT / name
+        assert link.is_symlink() and link.resolve() == ROOT / "rft" / name
+
+
+def test_every_import_of_the_package_is_a_declared_dependency() -> None:
+    """What `import rft...` needs is in the base dependencies; only these are left to extras."""
+    names = {
+        "yaml": "PyYAML",
+        "jinja2": "Jinja2",
+        "math_verify": "math-verify",
+        "reasoning_gym": "reasoning-gym",
+        "triton": "torch",
+    }
+    optional = {"vllm", "deepspeed", "bitsandbytes", "wandb", "mlflow"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {d.split(">")[0].split("=")[0].lower() for d in project["dependencies"]}
+    undeclared = {}
+    for path in (ROOT / "rft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found = [str(node.module)]
+            for module in {name.split(".")[0] for name in found} - {
+                "rft",
+                *optional,
+                *sys.stdlib_module_names,
+            }:
+                if names.get(module, module).lower() not in declared:
+                    undeclared[module] = path.relative_to(ROOT).as_posix()
+    assert undeclared == {}
+
+
+# -- the environment's set-up ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def setup_env() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "scripts" / "setup_env.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_stamped_environment_is_reused(
+    setup_env: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stamp = {**setup_env.stamp_of("cpu"), "extras": ["dev", "quant"]}
+    (tmp_path / "rft-setup.json").write_text(json.dumps(stamp))
+    setup_env.setup(tmp_path, ["dev"], "cpu")
+    assert "up to date" in capsys.readouterr().out
+    for changed in ({"pyproject": "another"}, {"device": "cuda"}, {"python": "3.12.0"}):
+        (tmp_path / "rft-setup.json").write_text(json.dumps({**stamp, **changed}))
+        assert setup_env.installed_extras(tmp_path, setup_env.stamp_of("cpu")) is None
+
+
+def test_a_failed_step_names_itself_the_output_and_the_remedy(setup_env: ModuleType, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('the tool says why'); raise SystemExit(3)"]
+    with pytest.raises(setup_env.SetupError) as error:
+        setup_env.run("Installing", command, tmp_path / "log", "try this")
+    for part in ("Installing failed (exit 3)", "the tool says why", "Remedy: try this"):
+        assert part in str(error.value)
+
+
+def test_too_little_disk_is_said_before_anything_is_made(
+    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(setup_env.NEED_GIB, "cpu", 10**9)
+    with pytest.raises(setup_env.SetupError, match=r"Disk: .* GiB free"):
+        setup_env.setup(tmp_path / "venv", [], "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("listing", "code", "device"),
+    [("GPU 0: NVIDIA H200 (UUID: x)", 0, "cuda"), ("No devices were found", 6, "cpu"), ("", 0, "cpu")],
+)
+def test_the_device_is_what_nvidia_smi_lists(
+    setup_env: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    listing: str,
+    code: int,
+    device: str,
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{listing}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_env.detect_device("auto") == device
+    assert setup_env.detect_device("cuda") == "cuda"
+
+
+def test_make_without_a_usable_python_says_what_to_install(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["make", "demo", "PYTHON=", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "no Python 3.11 or 3.12 found" in result.stderr and "PYTHON=/path/to/python3.11" in result.stderr
