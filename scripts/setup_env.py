@@ -122,7 +122,8 @@ def run(
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
-                last[0] = line.strip() or last[0]
+                if line.strip() and not line.startswith("WARNING: Location"):
+                    last[0] = line.strip()
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
@@ -206,7 +207,7 @@ def uv_settings(python: str) -> dict[str, str]:
     listed = subprocess.run(
         [python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
-    settings: dict[str, str] = {}
+    settings = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # pip's way: the best version of all indexes
     for line in listed.stdout.splitlines():
         key, _, value = line.partition("=")
         variable = names.get(key.rsplit(".", 1)[-1])

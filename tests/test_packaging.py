@@ -93,6 +93,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     optional = {"vllm", "deepspeed", "bitsandbytes", "wandb", "mlflow"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {d.split(">")[0].split("=")[0].lower() for d in project["dependencies"]}
+    known = {"rft", *optional, *sys.stdlib_module_names}
     undeclared = {}
     for path in (ROOT / "rft").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -101,11 +102,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
                 found = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found = [str(node.module)]
-            for module in {name.split(".")[0] for name in found} - {
-                "rft",
-                *optional,
-                *sys.stdlib_module_names,
-            }:
+            for module in {name.split(".")[0] for name in found} - known:
                 if names.get(module, module).lower() not in declared:
                     undeclared[module] = path.relative_to(ROOT).as_posix()
     assert undeclared == {}
