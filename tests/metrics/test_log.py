@@ -52,7 +52,8 @@ def test_each_step_is_one_line_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_numbers_of_other_libraries_are_numbers(tmp_path: Path) -> None:
     with RunLog(tmp_path, 10, PLAIN) as log:
-        log.log(1, {"train/loss": torch.tensor(0.25), "reward/mean": np.float32(0.5), "train/tokens": True})
+        odd: Any = {"train/loss": torch.tensor(0.25), "reward/mean": np.float32(0.5), "train/tokens": True}
+        log.log(1, odd)
     (row,) = rows(tmp_path)
     assert (row["train/loss"], row["reward/mean"], row["train/tokens"]) == (0.25, 0.5, 1)
 

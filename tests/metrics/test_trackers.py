@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,11 @@ def test_wandb_offline(tmp_path: Path) -> None:
     (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     identity = (tmp_path / "wandb_id").read_text()
     assert identity in stored.name
-    content = stored.read_bytes()
-    for name in (b"reward/mean", b"eval/pass@2", b"epsilon"):
-        assert name in content
+    wanted = (b"reward/mean", b"eval/pass@2", b"epsilon")
+    until = time.monotonic() + 20  # W&B's own process writes the file, shortly after the run is finished
+    while not all(name in stored.read_bytes() for name in wanted):
+        assert time.monotonic() < until, "W&B did not write the run"
+        time.sleep(0.1)
     record(tmp_path, "wandb", 3, 5, resumed_at=2)
     assert (tmp_path / "wandb_id").read_text() == identity
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))) == 2
