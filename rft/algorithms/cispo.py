@@ -23,7 +23,7 @@ class CISPO(GRPO):
     """
 
     epsilon: float = setting(1.0, "clip range of the ratio below 1", ge=0, le=1)
-    epsilon_high: float | None = setting(4.0, "clip range above 1; none: the same as epsilon", ge=0)
+    epsilon_high: float | None = setting(4.0, "clip range above 1; null: the same as epsilon", ge=0)
 
     def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         weight = self.ratio(policy, batch).detach().clamp(1 - self.epsilon, 1 + self.high)

@@ -23,7 +23,7 @@ class DAPO(GRPO):
     Where every prompt is always solved, or never, dynamic sampling finds nothing to train on.
     """
 
-    epsilon_high: float | None = setting(0.28, "clip range above 1; none: the same as epsilon", ge=0)
+    epsilon_high: float | None = setting(0.28, "clip range above 1; null: the same as epsilon", ge=0)
     dynamic_sampling: bool = setting(True, "replace groups whose rewards are all equal")
     overlong_buffer: int = setting(
         0, "tokens before max_completion_length where the penalty starts; 0: none", ge=0

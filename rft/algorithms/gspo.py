@@ -24,7 +24,7 @@ class GSPO(GRPO):
     """
 
     epsilon: float = setting(3e-4, "clip range of the sequence's ratio below 1", ge=0, le=1)
-    epsilon_high: float | None = setting(4e-4, "clip range above 1; none: the same as epsilon", ge=0)
+    epsilon_high: float | None = setting(4e-4, "clip range above 1; null: the same as epsilon", ge=0)
     normalization: Normalization = setting("sequence", "average over tokens, sequences, or a constant length")
 
     def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:

@@ -126,7 +126,7 @@ class ClippedPolicyGradient(PolicyGradient):
     """PPO's objective: min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)."""
 
     epsilon: float = setting(0.2, "clip range of the ratio below 1", ge=0, le=1)
-    epsilon_high: float | None = setting(None, "clip range above 1; none: the same as epsilon", ge=0)
+    epsilon_high: float | None = setting(None, "clip range above 1; null: the same as epsilon", ge=0)
     dual_clip: float | None = setting(None, "bound on the ratio where the advantage is negative", gt=1)
 
     def conflicts(self, num_generations: int) -> list[str]:

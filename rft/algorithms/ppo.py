@@ -36,17 +36,17 @@ class PPO(ClippedPolicyGradient):
     )
     gamma: float = setting(1.0, "discount per token", ge=0, le=1)
     lam: float = setting(0.95, "GAE lambda of the policy", ge=0, le=1)
-    critic_lam: float | None = setting(None, "GAE lambda of the critic's returns; none: lam", ge=0, le=1)
+    critic_lam: float | None = setting(None, "GAE lambda of the critic's returns; null: lam", ge=0, le=1)
     lam_length: float | None = setting(
-        None, "alpha: the policy's lambda is 1 - 1 / (alpha * length); none: lam", gt=0
+        None, "alpha: the policy's lambda is 1 - 1 / (alpha * length); null: lam", gt=0
     )
     whiten: bool = setting(True, "scale advantages to mean 0 and deviation 1 over the batch's tokens")
     value_coef: float = setting(0.5, "weight of the critic's loss", ge=0)
     value_clip: float | None = setting(
-        0.2, "how far a value may move from the old one; none: unbounded", gt=0
+        0.2, "how far a value may move from the old one; null: unbounded", gt=0
     )
     critic_warmup: int = setting(0, "steps at the start that train the critic only", ge=0)
-    kl_target: float | None = setting(None, "KL per token, in nats, that beta adapts to; none: fixed", gt=0)
+    kl_target: float | None = setting(None, "KL per token, in nats, that beta adapts to; null: fixed", gt=0)
 
     @property
     def needs(self) -> frozenset[str]:

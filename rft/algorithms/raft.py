@@ -23,7 +23,7 @@ class Chosen(PolicyGradient):
     top_share: float = setting(
         0.0, "share of each group that is chosen, rounded up; 0: the best one", ge=0, le=1
     )
-    threshold: float | None = setting(0.0, "rewards at or below are never chosen; none: no bound")
+    threshold: float | None = setting(0.0, "rewards at or below are never chosen; null: no bound")
 
     def chosen(self, batch: Batch) -> Tensor:
         """[N] bool. Among equal rewards, the first in order."""
@@ -45,8 +45,10 @@ class Chosen(PolicyGradient):
 
 @dataclass(frozen=True)
 class RAFT(Chosen, Reinforce):
-    """Dong et al., "RAFT: reward ranked fine-tuning" (2023), algorithm 1, streamed: each step samples,
-    ranks and trains.
+    """Train on the best of each group, leave out the rest.
+
+    Dong et al., "RAFT: reward ranked fine-tuning" (2023), algorithm 1, streamed: each step samples, ranks
+    and trains.
 
     Maximum likelihood of the best of K (or the top share) of each prompt's completions. Against `grpo`
     the bad ones say nothing, so entropy falls faster. With one completion a prompt and a threshold it is
@@ -60,7 +62,9 @@ class RAFT(Chosen, Reinforce):
 
 @dataclass(frozen=True)
 class RAFTPlusPlus(Chosen, ClippedPolicyGradient):
-    """Xiong et al., "A minimalist approach to LLM reasoning" (2025), section 3: RAFT++.
+    """RAFT on all right answers, with ratio and clip.
+
+    Xiong et al., "A minimalist approach to LLM reasoning" (2025), section 3: RAFT++.
 
     All positive completions, with PPO's ratio and clip, so that a batch can be stepped on several times.
     It is `grpo` with advantage 1 for the right ones and the wrong ones left out.
@@ -73,11 +77,11 @@ class RAFTPlusPlus(Chosen, ClippedPolicyGradient):
 
 @dataclass(frozen=True)
 class ReinforceRej(ClippedPolicyGradient):
-    """Xiong et al. (2025), section 3: Reinforce-Rej.
+    """Plus and minus one, without the groups that are all right or all wrong.
 
-    Groups that are all right or all wrong are left out; what remains has advantage +1 above the
-    threshold and -1 below. The paper's point: leaving out the all-wrong groups is most of what
-    `grpo`'s normalisation achieves.
+    Xiong et al. (2025), section 3: Reinforce-Rej. Groups that are all right or all wrong are left out;
+    what remains has advantage +1 above the threshold and -1 below. The paper's point: leaving out the
+    all-wrong groups is most of what `grpo`'s normalisation achieves.
     """
 
     min_generations: ClassVar[int] = 2
@@ -102,7 +106,9 @@ class ReinforceRej(ClippedPolicyGradient):
 
 @dataclass(frozen=True)
 class ExpertIteration(RAFT):
-    """Expert iteration over accumulated data (Anthony et al. 2017; for reasoning, STaR, Zelikman et al.
+    """RAFT on the good answers of many steps.
+
+    Expert iteration over accumulated data (Anthony et al. 2017; for reasoning, STaR, Zelikman et al.
     2022, and Havrilla et al. 2024): `raft` on all good completions of this step and of the `replay` steps
     before it. With `replay: 0` it is `raft` with a top share of 1.
     """

@@ -31,7 +31,7 @@ class RewardDifference(OnlinePreference):
 
     beta: float = setting(0.1, "reward per nat of log-ratio", gt=0)
     clip: float | None = setting(
-        None, "nats that a completion's log-ratio may move in a step; none: free", gt=0
+        None, "nats that a completion's log-ratio may move in a step; null: free", gt=0
     )
     refresh_reference: int = setting(1, "steps after which the reference becomes the policy; 0: never", ge=0)
 
