@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 1 where any call failed, or 2 for bad input."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     try:
         rows = read_rows(args.file, args.prompt, args.completion, args.label, args.limit)
         config = _config(args)

@@ -19,12 +19,14 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from rft.rewards.numeric import same_by_value
+
 MAX_LENGTH = 2000  # characters; longer answers are no answers
 MAX_DIGITS = 1000
 
 
 class Verdict(NamedTuple):
-    """`how`: exact, structure or sympy; `""` for the last where it could not read an answer."""
+    """`how`: exact (rationals), structure (sequences, words) or algebra (by value, or by sympy)."""
 
     equal: bool
     how: str
@@ -60,13 +62,14 @@ _FRACTION = re.compile(r"([-+]?)(\d*)\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}")
 _RATIO = re.compile(r"([-+]?\d+)/(\d+)")
 _FRAC_BARE = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _SPACING = re.compile(
-    r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])"
+    r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])"
 )
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|operatorname|textit)\s*\{([^{}]*)\}")
 _UNIT_TAIL = re.compile(r"(?<=[\d}.)%])\s*\\?((?:[a-zA-Z]{1,}[\s./]*)+)(?:\^?\{?[23]\}?)?$")
 _DEGREES = re.compile(r"\^\{?\\circ\}?|\\degree(?:s)?|°")
 _ASSIGN = re.compile(r"^[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-z]\))?\s*(?:=|\\in(?![a-zA-Z]))\s*([^=<>]+)$")
 _BASE = re.compile(r"([-+]?[0-9A-Fa-f]+)_\{?(\d{1,2})\}?")
+_WORDS = re.compile(r"[A-Za-z]{3,}(?:[' -][A-Za-z]+)*")
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
 _MATRIX = re.compile(r"\\begin\{([bpvBV]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _UNITS = {
@@ -109,9 +112,11 @@ def equal(gold: str, answer: str) -> Verdict:
     want, got = read(gold), read(answer)
     how = "exact" if isinstance(want, Number) and isinstance(got, Number) else "structure"
     same = _same(want, got)
+    if same is None and not isinstance(want, Items) and not isinstance(got, Items):
+        return Verdict(_algebra(_show(want), _show(got)), "algebra")
     if same is not None:
         return Verdict(same, how)
-    return Verdict(_sympy(_tex(gold), _tex(answer)), "sympy")
+    return Verdict(_algebra(_tex(gold), _tex(answer)), "algebra")
 
 
 # -- comparing ---------------------------------------------------------------------------------------
@@ -123,6 +128,8 @@ def _same(a: Value, b: Value) -> bool | None:
         return _same_number(a, b)
     if isinstance(a, Items) and isinstance(b, Items):
         return _same_items(a, b)
+    if _based(a) or _based(b):
+        return _same_numeral(a, b)
     if isinstance(a, Raw) and isinstance(b, Raw) and a.text.casefold() == b.text.casefold():
         return True
     if isinstance(a, Items) != isinstance(b, Items):
@@ -141,9 +148,22 @@ def _same(a: Value, b: Value) -> bool | None:
     return None
 
 
+def _based(value: Value) -> re.Match[str] | None:
+    return _BASE.fullmatch(value.text) if isinstance(value, Raw) else None
+
+
+def _same_numeral(a: Value, b: Value) -> bool:
+    """Numerals with a base: the same digits, and the same base where both have one."""
+    x, y = _based(a), _based(b)
+    if x and y:
+        return x.group(1) == y.group(1) and x.group(2) == y.group(2)
+    match, other = (x, b) if x else (y, a)
+    return match is not None and isinstance(other, Number) and str(other.value) == match.group(1).lstrip("+")
+
+
 def _wordy(text: str) -> bool:
     """True for plain words: three letters or more, nothing of a formula."""
-    return re.fullmatch(r"[A-Za-z][A-Za-z' -]{2,}", text) is not None or _CHOICE.fullmatch(text) is not None
+    return _WORDS.fullmatch(text) is not None or _CHOICE.fullmatch(text) is not None
 
 
 def _same_number(a: Number, b: Number) -> bool:
@@ -173,14 +193,14 @@ def _same_items(a: Items, b: Items) -> bool | None:
         return _same_unordered(a.items, b.items)
     if a.kind != b.kind and not (kinds & {"list"} and kinds <= {"list", "()", "[]"}):
         return False
-    return all(_same_or_sympy(x, y) for x, y in zip(a.items, b.items, strict=True))
+    return all(_same_or_algebra(x, y) for x, y in zip(a.items, b.items, strict=True))
 
 
 def _same_unordered(a: tuple[Value, ...], b: tuple[Value, ...]) -> bool:
     left = list(b)
     for x in a:
         for i, y in enumerate(left):
-            if _same_or_sympy(x, y):
+            if _same_or_algebra(x, y):
                 del left[i]
                 break
         else:
@@ -188,9 +208,9 @@ def _same_unordered(a: tuple[Value, ...], b: tuple[Value, ...]) -> bool:
     return True
 
 
-def _same_or_sympy(a: Value, b: Value) -> bool:
+def _same_or_algebra(a: Value, b: Value) -> bool:
     same = _same(a, b)
-    return _sympy(_show(a), _show(b)) if same is None else same
+    return _algebra(_show(a), _show(b)) if same is None else same
 
 
 def _show(value: Value) -> str:
@@ -210,8 +230,11 @@ def _show(value: Value) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _sympy(gold: str, answer: str) -> bool:
-    """Equality by math-verify, which decides numerically and symbolically. No time limit of its own."""
+def _algebra(gold: str, answer: str) -> bool:
+    """Equality by value where that decides, else by math-verify. No time limit of its own."""
+    by_value = same_by_value(gold, answer)
+    if by_value is not None:
+        return by_value
     from rft.rewards.symbolic import same_expression
 
     return same_expression(gold, answer)
@@ -230,7 +253,7 @@ def _tex(text: str) -> str:
         text.replace("∞", r"\infty").replace("√", r"\sqrt").replace("**", "^") if not text.isascii() else text
     )
     text = text.replace(r"\$", "").replace("$", "").replace("€", "").replace("£", "")
-    text = re.sub(r"\\[!]\s*", "", text)
+    text = re.sub(r"(?<!\\)\\!\s*", "", text)
     text = _SPACING.sub(" ", text)
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = _DEGREES.sub("", text)
