@@ -304,7 +304,7 @@ def _marks(axes: Axes, run: Run) -> None:
     """Resumes as dashed grey lines, faults as dotted red ones."""
     for event in run.resumes():
         axes.axvline(run.step_at(event), color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
-    for event in run.of_kind("fault/"):
+    for event in run.faults():
         axes.axvline(run.step_at(event), color=RED, linestyle=(0, (1, 2)), linewidth=0.9, zorder=1)
 
 

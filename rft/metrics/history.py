@@ -154,6 +154,10 @@ class Run:
         """The `run/opened` events of processes that went on from an earlier one."""
         return [e for e in self.of_kind("run/opened") if e.get("resumed_at") is not None]
 
+    def faults(self) -> list[Row]:
+        """What failed: parts, engines, the run itself."""
+        return list(self.of_kind("fault/", "engine/lost", "run/failed"))
+
     def state(self, silent_after: float = 300.0) -> str:
         """ "running", "ended (reason)", "gone": the process is not there any more, or "silent for ..."."""
         if not self.events:

@@ -101,7 +101,7 @@ def facts(run: Run) -> list[Fact]:
     gaps = run.series("sync/logp_gap")[1]
     if gaps:
         found.append(Fact("log-prob gap", f"{max(gaps):.1e}", "largest, nats"))
-    resumes, faults = len(run.resumes()), len(list(run.of_kind("fault/")))
+    resumes, faults = len(run.resumes()), len(run.faults())
     found.append(
         Fact(
             "interruptions", str(resumes + faults), f"{_count(resumes, 'resume')}, {_count(faults, 'fault')}"

@@ -29,6 +29,7 @@ def test_a_whole_run(run_dir: Path) -> None:
     assert run.last("no/such") is None
     assert run.config()["algorithm"]["name"] == "grpo"
     assert [run.step_at(event) for event in run.resumes()] == [62.0]
+    assert [event["kind"] for event in run.faults()] == ["fault/engine"]
     assert run.state() == "ended: done"
 
 
