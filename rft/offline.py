@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class RunStopped(Exception):
 class OfflineLoop:
     """Trains a learner on groups, `batch_size` per step. `step` counts finished steps.
 
+    `arrange` rearranges each step's groups before they are laid out (the algorithm's own).
     `checkpoints` None: nothing is saved. `log` None: nothing is written (a warm start).
     """
 
@@ -38,6 +40,7 @@ class OfflineLoop:
     share_prefix: bool
     timeout_s: float
     progress: Progress
+    arrange: Callable[[list[Group]], list[Group]] | None = None
     log: RunLog | None = None
     checkpoints: Path | None = None
     save_every: int = 0
@@ -81,7 +84,10 @@ class OfflineLoop:
 
     def _next_batch(self) -> Batch:
         rows = self.sampler.next(self.batch_size)
-        return Batch.build([self.groups[i] for i in rows], share_prefix=self.share_prefix)
+        groups = [self.groups[i] for i in rows]
+        if self.arrange is not None:
+            groups = self.arrange(groups)
+        return Batch.build(groups, share_prefix=self.share_prefix)
 
     async def _save(self, ahead: int) -> float:
         """Save once per step. `ahead` batches were drawn and not trained on: a resumed run draws them

@@ -123,7 +123,7 @@ async def _offline(
     plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, Any]:
     config = plan.config
-    groups = load_groups(config.data, plan.tokenizer, "sft")
+    groups = load_groups(config.data, plan.tokenizer, config.algorithm.data)
     progress.note(f"data: {groups}")
     learner = start_learner(plan, learner_spec(plan))
     loop = OfflineLoop(
@@ -135,6 +135,7 @@ async def _offline(
         config.learner.prefix_sharing == "on",
         config.learner.step_timeout_s,
         progress,
+        arrange=config.algorithm.arrange,
         log=log,
         checkpoints=folder.checkpoints,
         save_every=config.checkpoint.every,

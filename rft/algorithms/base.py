@@ -20,6 +20,7 @@ from rft.batch import Batch, Group
 
 Normalization = Literal["token", "sequence", "constant"]
 Unit = Literal["token", "sequence", "pair"]
+DataKind = Literal["sft", "preference", "unpaired", "ranked", "scored", "steps"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Algorithm(ABC):
     min_generations: ClassVar[int] = 1
     needs_demonstrations: ClassVar[bool] = False
     on_policy: ClassVar[bool] = False
-    data: ClassVar[str] = "sft"
+    data: ClassVar[DataKind] = "sft"
     embeds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, PolicyOutput, Unit, setting
+from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, setting
 from rft.algorithms.policy_gradient import column, required
 from rft.batch import Batch, Group
 
@@ -27,7 +27,7 @@ class KTO(Algorithm):
 
     online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "sequence"
-    data: ClassVar[str] = "unpaired"
+    data: ClassVar[DataKind] = "unpaired"
 
     beta: float = setting(0.1, "how far the policy may move from the reference: small is far", gt=0)
     desirable: float = setting(1.0, "weight of good responses", ge=0)

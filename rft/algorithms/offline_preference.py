@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, PolicyOutput, Unit
+from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit
 from rft.batch import Batch
 
 
@@ -19,7 +19,7 @@ class OfflinePreference(Algorithm):
 
     online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "pair"
-    data: ClassVar[str] = "preference"
+    data: ClassVar[DataKind] = "preference"
 
     @abstractmethod
     def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:

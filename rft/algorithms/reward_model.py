@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, PolicyOutput, Unit, setting
+from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, setting
 from rft.algorithms.math.sequences import last_tokens, token_index
 from rft.algorithms.policy_gradient import column, required
 from rft.batch import Batch
@@ -30,7 +30,7 @@ class RewardModel(Algorithm):
 
     online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "pair"
-    data: ClassVar[str] = "preference"
+    data: ClassVar[DataKind] = "preference"
 
     centre: float = setting(0.0, "weight of the squared sum of the two rewards", ge=0)
     margin: bool = setting(False, "subtract the column margin")
@@ -68,7 +68,7 @@ class RewardRegression(Algorithm):
 
     online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "sequence"
-    data: ClassVar[str] = "scored"
+    data: ClassVar[DataKind] = "scored"
 
     heads: int = setting(1, "how many numbers are predicted", ge=1)
     objective: Literal["mse", "bce"] = setting("mse", "mse: squared error; bce: targets are probabilities")
@@ -106,7 +106,7 @@ class ProcessReward(Algorithm):
     """
 
     online: ClassVar[bool] = False
-    data: ClassVar[str] = "steps"
+    data: ClassVar[DataKind] = "steps"
 
     @property
     def outputs(self) -> frozenset[str]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rft.algorithms.base import PolicyOutput
+from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states, prepare_model
 from rft.kernels.logprob import token_logps
+from rft.learner.distribution import full_divergence, reading
 from rft.learner.model import Head, head_of
 
 
@@ -37,22 +38,47 @@ class PolicyModel:
         self.value_head = value_head
         self.device = next(model.parameters()).device
 
-    def run(self, batch: Batch, outputs: frozenset[str] = frozenset()) -> PolicyOutput:
-        """Log-probs of the masked-in tokens, and of `outputs`: entropy, values. 0 elsewhere."""
+    def run(
+        self,
+        batch: Batch,
+        outputs: frozenset[str] = frozenset(),
+        *,
+        algorithm: Algorithm | None = None,
+        reference: PolicyModel | None = None,
+    ) -> PolicyOutput:
+        """Log-probs of the masked-in tokens, and of `outputs`: entropy, values, kl. 0 elsewhere.
+
+        In training, `algorithm` says what the model reads and which divergence `kl` is.
+        """
         batch = batch.to(self.device)
         rows = batch.mask.nonzero()[:, 0]
-        with self._autocast():
+        with self._autocast(), reading(self.model, batch, algorithm, self.temperature):
             hidden = hidden_states(self.model, batch)[batch.source[rows]]
         logps, entropy = self._head(hidden, batch.tokens[rows], "entropy" in outputs)
         values = None
         if "values" in outputs:
             assert self.value_head is not None, "the algorithm reads values, but no value head was made"
             values = self.value_head(hidden.float())[:, 0]
+        kl = None
+        if "kl" in outputs:
+            assert algorithm is not None, "kl is the divergence of an algorithm"
+            ref_hidden = None if reference is None else reference.states(batch, rows)
+            ref_model = None if reference is None else reference.model
+            kl = full_divergence(
+                algorithm.divergence, self.model, hidden, ref_model, ref_hidden, self.temperature
+            )
         return PolicyOutput(
             logps=_spread(logps, rows, batch.num_tokens),
             entropy=None if entropy is None else _spread(entropy, rows, batch.num_tokens),
             values=None if values is None else _spread(values, rows, batch.num_tokens),
+            kl=None if kl is None else _spread(kl, rows, batch.num_tokens),
         )
+
+    @torch.no_grad()
+    def states(self, batch: Batch, rows: Tensor) -> Tensor:
+        """[n, H]: the hidden states that predict the tokens at `rows`, without gradient."""
+        with self._autocast():
+            return hidden_states(self.model, batch.to(self.device))[batch.source[rows]]
 
     def _head(self, hidden: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head: Head = head_of(self.model)

@@ -143,7 +143,7 @@ class Learner:
         lr = learning_rate(spec.config, step, spec.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        updates = []
+        updates: list[dict[str, float]] = []
         for iteration in range(spec.num_iterations):
             for mini in self._minibatches(batch, step, iteration):
                 first = not updates and batch.old_logps is None
@@ -170,7 +170,7 @@ class Learner:
         several = self.spec.num_iterations * self.spec.minibatches > 1
         extra = frozenset({"values"} & needs) | frozenset({"entropy"} if "old_entropy" in needs else ())
         changes: dict[str, Any] = {}
-        if ("old_logps" in needs and several) or extra:
+        if ("old_logps" in needs and (several or self.algorithm.prescored)) or extra:
             out = self.score(batch, outputs=extra)
             changes |= {"old_logps": out["logps"]}
             if "values" in extra:
@@ -225,7 +225,7 @@ class Learner:
         plan = self._plan(mini)
         for trees in plan:
             micro = mini.select(trees)
-            out = self.policy.run(micro, outputs)
+            out = self.policy.run(micro, outputs, algorithm=self.algorithm, reference=self.reference)
             if gap is not None:
                 gap.add(out.logps.cpu(), micro, self.version)
             micro = micro.to(self.policy.device)

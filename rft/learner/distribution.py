@@ -1,0 +1,101 @@
+"""What a few algorithms ask beyond log-probs of tokens: whole next-token distributions (a divergence to
+the reference, the embedding that the policy expected), and other embeddings than the tokens'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rft.algorithms.base import Algorithm
+from rft.batch import Batch
+from rft.kernels.attention import hidden_states
+from rft.learner.model import head_of
+
+CELLS = 2**24  # log-probs held at once: 64 MiB in float32
+
+
+def next_logps(model: Any, hidden: Tensor, temperature: float) -> Tensor:
+    """[n, V] float32: log-probs over the vocabulary from hidden states [n, H]."""
+    head = head_of(model)
+    z = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias).float()
+    z = z * head.logit_scale
+    if head.softcap:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return torch.log_softmax(z / temperature, -1)
+
+
+def _chunks(n: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, CELLS // vocabulary)
+    return (slice(i, i + size) for i in range(0, n, size))
+
+
+def full_divergence(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    model: Any,
+    hidden: Tensor,
+    reference: Any | None,
+    ref_hidden: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """[n] float32: `divergence(policy, reference)` of the next-token log-probs at hidden states [n, H], with
+    gradient to the policy. A row chunk is computed again in the backward pass instead of kept.
+    Without a reference the policy's own distribution, detached, stands in its place."""
+
+    def part(h: Tensor, r: Tensor | None) -> Tensor:
+        logps = next_logps(model, h, temperature)
+        if reference is None or r is None:
+            return divergence(logps, logps.detach())
+        with torch.no_grad():
+            other = next_logps(reference, r, temperature)
+        return divergence(logps, other)
+
+    vocabulary = head_of(model).weight.shape[0]
+    found = [
+        checkpoint(part, hidden[s], None if ref_hidden is None else ref_hidden[s], use_reentrant=False)
+        for s in _chunks(len(hidden), vocabulary)
+    ]
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+
+
+@torch.no_grad()
+def expected_embeddings(model: Any, batch: Batch, temperature: float) -> Tensor:
+    """[T, H]: at masked-in tokens the mean embedding under the policy's prediction, elsewhere the
+    token's own. Costs a forward."""
+    table = model.get_input_embeddings().weight
+    rows = batch.mask.nonzero()[:, 0]
+    hidden = hidden_states(model, batch)[batch.source[rows]]
+    out = table[batch.tokens].clone()
+    for s in _chunks(len(rows), len(table)):
+        out[rows[s]] = (next_logps(model, hidden[s], temperature).exp() @ table.float()).to(out.dtype)
+    return out
+
+
+@contextmanager
+def reading(model: Any, batch: Batch, algorithm: Algorithm | None, temperature: float) -> Iterator[None]:
+    """Within, the model reads what `algorithm.embed` makes of the tokens' embeddings.
+
+    Raises ValueError where the model's sequences cannot be packed: there is then no [T, H] to change.
+    """
+    if algorithm is None or not algorithm.embeds:
+        yield
+        return
+
+    def change(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        if output.shape[:-1] != (1, batch.num_tokens):
+            raise ValueError(
+                f"{type(algorithm).__name__} changes embeddings, which this model's architecture does not "
+                "allow: its sequences cannot be packed"
+            )
+        hook.remove()  # the extra forward of `expected` reads plain tokens
+        return algorithm.embed(output[0], batch, lambda: expected_embeddings(model, batch, temperature))[None]
+
+    hook = model.get_input_embeddings().register_forward_hook(change)
+    try:
+        yield
+    finally:
+        hook.remove()
