@@ -127,11 +127,11 @@ def run(
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
-        while process.poll() is None:
+        while reader.is_alive():
             reader.join(timeout=5)
-            if process.poll() is None and last[0]:
+            if reader.is_alive() and last[0]:
                 say(f"  {time.monotonic() - started:4.0f} s  {last[0][:100]}")
-        reader.join()
+        process.wait()
     if process.returncode != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
         raise SetupError(
