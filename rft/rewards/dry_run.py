@@ -195,9 +195,8 @@ def _disagreement(scores: Sequence[Score], rows: Rows, most: int = 10) -> list[s
         f"{len(high)} rewarded although labelled wrong, {len(low)} not rewarded although labelled right"
     ]
     for i in (high + low)[:most]:
-        lines.append(
-            f"  row {i}: label {labels[i]!r}, {scores[i].outcome} {_shown(scores[i].value)}: {scores[i].detail}"
-        )
+        verdict = f"{scores[i].outcome} {_shown(scores[i].value)}: {scores[i].detail}"
+        lines.append(f"  row {i}: label {labels[i]!r}, {verdict}")
     return lines
 
 

@@ -65,7 +65,10 @@ _SPACING = re.compile(
     r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])"
 )
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|operatorname|textit)\s*\{([^{}]*)\}")
-_UNIT_TAIL = re.compile(r"(?<=[\d}.)%])\s*\\?((?:[a-zA-Z]{1,}[\s./]*)+)(?:\^?\{?[23]\}?)?$")
+_UNIT_TEX = re.compile(r"(?<=[\d}.)\s%])\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}(?:\^\{?(\d)\}?)?$")
+_UNIT_PLAIN = re.compile(
+    r"(?<=[\d%])\s*([a-zA-Z]{2,}\.?(?:\s+[a-zA-Z/]+\.?)*|(?<=\s)[a-zA-Z])(?:\^\{?(\d)\}?)?$"
+)
 _DEGREES = re.compile(r"\^\{?\\circ\}?|\\degree(?:s)?|°")
 _ASSIGN = re.compile(r"^[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-z]\))?\s*(?:=|\\in(?![a-zA-Z]))\s*([^=<>]+)$")
 _BASE = re.compile(r"([-+]?[0-9A-Fa-f]+)_\{?(\d{1,2})\}?")
@@ -310,19 +313,26 @@ def _expanded_fractions(text: str) -> str:
     return _FRAC_BARE.sub(lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
 
 
+def _unit(word: str, power: str | None) -> str:
+    """A known unit by one name, with its power (`square`, `sq` and `cubic` count); else nothing."""
+    words = [w.rstrip(".") for w in word.lower().split()]
+    if words and words[0] in ("square", "sq", "cubic", "cu"):
+        power = "2" if words[0].startswith("sq") else "3"
+        words = words[1:]
+    name = _UNITS.get(words[0], "") if words else ""
+    return f"{name}^{power}" if name and power else name
+
+
 def _without_unit(text: str) -> tuple[str, str]:
     """A trailing unit or noun cut off a number; formulas keep their letters."""
-    found = re.search(r"(?<=[\d}.)\s%])\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}(?:\^\{?\d\}?)?$", text)
+    found = _UNIT_TEX.search(text)
     if found:
-        return text[: found.start()].strip(), _UNITS.get(found.group(1).strip().lower().rstrip("."), "")
-    found = re.search(
-        r"(?<=[\d%])\s*([a-zA-Z]{2,}\.?(?:\s+[a-zA-Z/]+\.?)*|(?<=\s)[a-zA-Z])(?:\^\{?\d\}?)?$", text
-    )
+        return text[: found.start()].strip(), _unit(found.group(1), found.group(2))
+    found = _UNIT_PLAIN.search(text)
     if found and "\\" not in text[max(0, found.start() - 1) : found.start() + 1]:
         head = text[: found.start()].strip()
         if _read_number(head) is not None:
-            first = found.group(1).lower().split()[0].rstrip(".")
-            return head, _UNITS.get(first, "")
+            return head, _unit(found.group(1), found.group(2))
     return text, ""
 
 

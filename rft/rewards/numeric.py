@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-_TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[a-zA-Z]+|\S)")
+_TOKEN = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+|\\[a-zA-Z]+|[a-zA-Z]+|\S)")
 _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "sin": cmath.sin,
     "cos": cmath.cos,
@@ -158,8 +158,8 @@ class _Parser:
             if token in ("*", "/", r"\cdot", r"\times", r"\div"):
                 self._take()
                 node = _binary("/" if token in ("/", r"\div") else "*", node, self._signed())
-            elif token and (token[0].isalnum() or token[0] == "." or token in ("(", "{") or token[0] == "\\"):
-                if token[0].isdigit() and self.tokens[self.at - 1][-1].isdigit():
+            elif token and (_alnum(token) or token[0] == "." or token in ("(", "{") or token[0] == "\\"):
+                if _digits(token[0]) and _digits(self.tokens[self.at - 1][-1]):
                     raise Unreadable  # two numbers side by side
                 node = _binary("*", node, self._power())
             else:
@@ -186,7 +186,7 @@ class _Parser:
         if signed and self._peek() in ("-", "+"):
             return self._signed()
         token = self._peek()
-        if token.isdigit() and len(token) > 1 and not signed:  # \frac12
+        if _digits(token) and len(token) > 1 and not signed:  # \frac12
             self.tokens[self.at : self.at + 1] = [token[0], token[1:]]
         return self._atom()
 
@@ -201,9 +201,9 @@ class _Parser:
         if token in ("(", "{", "["):
             return self._group(token, {"(": ")", "{": "}", "[": "]"}[token])
         self._take()
-        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+        if _digits(token[0]) or (token[0] == "." and len(token) > 1):
             number = complex(float(token))
-            if token.isdigit() and self._peek() == r"\frac" and self._mixed():
+            if _digits(token) and self._peek() == r"\frac" and self._mixed():
                 self._take()
                 return _binary("+", lambda p: number, _binary("/", self._argument(), self._argument()))
             return lambda p: number
@@ -217,7 +217,7 @@ class _Parser:
         if name in ("pi", "e", "i"):
             constant = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}[name]
             return lambda p: constant
-        if (token.isalpha() and len(token) == 1) or (token[0] == "\\" and name in _GREEK):
+        if (len(token) == 1 and token.isascii() and token.isalpha()) or (token[0] == "\\" and name in _GREEK):
             self.names.add(name)
             return lambda p: p[name]
         raise Unreadable
@@ -225,8 +225,11 @@ class _Parser:
     def _mixed(self) -> bool:
         """At a fraction of two plain numbers: after a whole number it is added (1 4/5)."""
         following = self.tokens[self.at + 1 : self.at + 7]
-        return following[::3] == ["{", "{"] and following[1].isdigit() and following[4:5] != [""] and (
-            following[4].isdigit() and following[5:] == ["}"]
+        return (
+            following[::3] == ["{", "{"]
+            and _digits(following[1])
+            and following[4:5] != [""]
+            and (_digits(following[4]) and following[5:] == ["}"])
         )
 
     def _root(self) -> Node:
@@ -243,12 +246,20 @@ class _Parser:
             self._take()
             exponent = self._argument(signed=True)
         inner = self._power()  # \sin 2x would be ambiguous: one factor only
-        if self._peek() and (self._peek()[0].isalnum() or self._peek()[0] == "\\"):
+        if self._peek() and (_alnum(self._peek()) or self._peek()[0] == "\\"):
             raise Unreadable
         if exponent is None:
             return lambda p: function(inner(p))
         power = exponent
         return lambda p: function(inner(p)) ** power(p)
+
+
+def _digits(token: str) -> bool:
+    return token.isascii() and token.isdigit()
+
+
+def _alnum(token: str) -> bool:
+    return token[0].isascii() and token[0].isalnum()
 
 
 def _letters(token: str) -> list[str]:
