@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -66,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "the run's final model as a Hugging Face folder", config=False)
     export.add_argument("run_dir", help="run folder")
     export.add_argument("out", help="folder to write")
+    report = command("report", _report, "write one HTML page about a run", config=False)
+    report.add_argument("run_dir", help="run folder")
+    report.add_argument("--out", help="file to write (default: RUN/report.html)")
+    watch = command("watch", _watch, "a live view of a running job, from its folder", config=False)
+    watch.add_argument("run_dir", help="run folder")
+    watch.add_argument("--once", action="store_true", help="show one frame and end")
     reward = command("reward", _reward, "score a file with a reward and show how it judged", config=False)
     reward.add_argument("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
     return parser
@@ -144,19 +149,34 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from rft.metrics.report import write_report
+
+    print(write_report(_run_folder(args.run_dir), Path(args.out) if args.out else None))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from rft.metrics.watch import watch
+
+    watch(_run_folder(args.run_dir), once=args.once)
+    return 0
+
+
+def _run_folder(text: str) -> Path:
+    from rft.config import ConfigError
+
+    path = Path(text)
+    if not (path / "events.jsonl").exists():
+        raise ConfigError([f"{path} is no run folder: it has no events.jsonl"])
+    return path
+
+
 def _reward(args: argparse.Namespace) -> int:
     from rft.rewards.dry_run import main as reward_main
 
     return reward_main(args.rest)
 
 
-def entry() -> None:
-    """The console script. Leaves at once: threads of libraries cannot hold the exit code back."""
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

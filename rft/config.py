@@ -63,6 +63,9 @@ class TrainConfig(Section):
     num_generations: int = Field(8, ge=1, description="completions per prompt (online)")
     num_iterations: int = Field(1, ge=1, description="passes over each step's batch")
     minibatches: int = Field(1, ge=1, description="optimizer updates per pass; must divide batch_size")
+    max_filtered: int = Field(
+        10, ge=1, description="batches of groups without signal to skip in a step before the run stops"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:

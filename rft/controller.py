@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rft.algorithms.base import Algorithm
-from rft.batch import Batch, Completion, Group
+from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
 from rft.config import Config
 from rft.data import Sampler
-from rft.evaluation import Judged, evaluate, judge
+from rft.evaluation import evaluate, judge
 from rft.metrics import Progress, RunLog
+from rft.metrics.guards import Guards, GuardStop
 from rft.offline import RunStopped
+from rft.packing import worth_sharing
 from rft.plan import Plan
 from rft.remote import call
 from rft.rewards import RewardRunner
 from rft.rollout.engine import EngineError, Generated, Request, Sampling
+from rft.rollout.group import sample_group
 from rft.rollout.pool import ReplicaDied, RolloutPool
-from rft.rollout.sampling import derive_seed, request_for
+from rft.rollout.sampling import derive_seed
 from rft.rollout.slots import SlotBuffer, Work
+from rft.step_metrics import age_metrics, batch_metrics, sample_rows, scored_group, train_rows
 from rft.sync.channel import PushReport, WeightChannel
 
 
@@ -60,6 +63,7 @@ class Controller:
         self.prompts = self.plan.train_prompts.prompts
         self.sampler = Sampler(len(self.prompts), config.seed)
         self.slots = SlotBuffer(config.train.batch_size, config.rollout.staleness)
+        self.guards = Guards(config.guards, staleness=config.rollout.staleness)
         self.redo: list[tuple[int, int]] = []  # handed out before an interruption, not yet trained on
         self.restarts = 0
         self.saved_at = -1
@@ -68,6 +72,7 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
         self._fault: BaseException | None = None
         self._reward_seconds = 0.0
+        self._filtered = 0
 
     @property
     def config(self) -> Config:
@@ -94,7 +99,7 @@ class Controller:
                 last = await self._one_step() or last
             await self._save()
             return last
-        except RunStopped:
+        except (RunStopped, GuardStop):
             await self._save()
             raise
         finally:
@@ -127,35 +132,41 @@ class Controller:
             **self._slot_metrics(),
             "sync/bytes": float(report.bytes),
             "sync/version": float(report.version),
+            "group/filtered": float(self._filtered),
             "time/rollout": waited,
             "time/reward": self._reward_seconds,
             "time/sync": report.seconds,
             "time/step": time.perf_counter() - begin,
         }
-        self._reward_seconds = 0.0
+        self._reward_seconds, self._filtered = 0.0, 0
         tokens = float(batch.mask.sum())
         metrics["throughput/tokens_per_s"] = tokens / metrics["time/step"]
         metrics["throughput/samples_per_s"] = batch.num_sequences / metrics["time/step"]
         due = self.config.eval.every and self.step % self.config.eval.every == 0
         evaluation = await self._evaluate() if due or self.step == self.config.train.steps else {}
         metrics |= evaluation
-        if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
-            metrics["time/checkpoint"] = await self._save()
         self.slots.acknowledge()
         self.parts.log.log(self.step, metrics)
         self.parts.log.samples(self.step, train_rows(works))
         self.parts.progress.update(self.step, metrics)
+        if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
+            await self._save()  # after the log: a kill in between repeats the step, its line is set aside
+        self._watch(metrics)
         return evaluation
 
-    def _build(self, groups: list[Group]) -> Batch:
-        mode = self.config.learner.prefix_sharing
-        shared = Batch.build(groups, share_prefix=True) if mode != "off" else None
-        if mode == "auto" and shared is not None:
-            from rft.kernels.attention import predicted_gain
+    def _watch(self, metrics: dict[str, float]) -> None:
+        """Let the guards look at the step. Raises GuardStop where the config says to stop."""
+        for finding in self.guards.observe(self.step, metrics):
+            self.parts.log.event(f"guard/{finding.guard}", **finding.fields())
+            self.parts.progress.note(finding.message)
+            if finding.action == "stop":
+                raise GuardStop(finding)
 
-            if predicted_gain(shared, self.plan.shape.hidden, self.plan.shape.layers) < 1.05:
-                shared = None
-        return shared if shared is not None else Batch.build(groups)
+    def _build(self, groups: list[Group]) -> Batch:
+        mode, hidden = self.config.learner.prefix_sharing, self.plan.shape.hidden
+        sizes = [(len(g.prompt.tokens), [len(c.tokens) for c in g.completions]) for g in groups]
+        share = mode == "on" or (mode == "auto" and worth_sharing(sizes, hidden))
+        return Batch.build(groups, share_prefix=share)
 
     # -- rollouts ----------------------------------------------------------------------------------
 
@@ -192,18 +203,37 @@ class Controller:
             stop=c.stop,
             seed=derive_seed(self.config.seed, *work.key, work.version),
         )
-        name = f"train-{work.ticket}"
-        generated = await self.generate(request_for(name, work.prompt, sampling))
-        begin = time.perf_counter()
         progress = self.step / max(self.config.train.steps, 1)
-        judged = await judge(work.prompt, generated, self.plan.tokenizer, self.parts.rewards, progress)
+        plan = self.algorithm.rollouts(
+            sampling.n, progress=progress, demonstration=bool(work.prompt.columns.get("completion"))
+        )
+        name = f"train-{work.ticket}"
+        sampled = await sample_group(self.generate, name, work.prompt, plan, sampling, self.plan.tokenizer)
+        begin = time.perf_counter()
+        judged = await judge(work.prompt, sampled.completions, self.parts.rewards, progress)
         self._reward_seconds = max(self._reward_seconds, time.perf_counter() - begin)
-        group = scored_group(judged)
-        if len(group.completions) < max(self.algorithm.min_generations, 1):
-            self.slots.drop(work, "unjudged")
-            self._hand_out()
+        self._settle(work, scored_group(judged, sampled.trained))
+
+    def _settle(self, work: Work, group: Group) -> None:
+        """A scored group enters the step, or is dropped and replaced by another prompt."""
+        rewards = [c.reward for c in group.completions if c.reward is not None]
+        if len(rewards) < max(self.algorithm.min_generations, 1):
+            reason = "unjudged"
+        elif not self.algorithm.keep_group(rewards):
+            reason = "filtered"
+            self._filtered += 1
+            limit = self.config.train.max_filtered * self.config.train.batch_size
+            if self._filtered > limit:
+                raise RuntimeError(
+                    f"{self._filtered} groups in a row of step {self.step + 1} carried no signal "
+                    f"(train.max_filtered allows {limit}): the task is too easy or too hard for this policy"
+                )
         else:
             self.slots.score(work, group)
+            return
+        self.slots.drop(work, reason)
+        self.parts.log.event("group/dropped", prompt=work.prompt.id, reason=reason)
+        self._hand_out()
 
     async def generate(self, request: Request) -> list[Generated]:
         """Complete a request, rebuilding dead replicas on the way."""
@@ -354,75 +384,3 @@ class Controller:
             **{f"data/{name}": float(count) for name, count in dropped.items()},
             "engine/restarts": float(self.restarts),
         }
-
-
-def scored_group(judged: Judged) -> Group:
-    """The completions that could be judged, with their rewards; the others leave the group."""
-    kept = [
-        replace(completion, reward=reward.value, scores=reward.scores)
-        for completion, reward in zip(judged.completions, judged.rewards, strict=True)
-        if reward.value is not None
-    ]
-    return Group(judged.prompt, tuple(kept))
-
-
-def batch_metrics(works: list[Work], batch: Batch) -> dict[str, float]:
-    """Rewards, groups and completions of a batch."""
-    groups = [w.group for w in works if w.group is not None]
-    completions = [c for g in groups for c in g.completions]
-    rewards = batch.rewards
-    assert rewards is not None
-    lengths = [len(c.tokens) for c in completions]
-    equal = [len({c.reward for c in g.completions}) == 1 for g in groups]
-    outcomes = Counter(str(next(iter(c.scores.values())).outcome) for c in completions)
-    distinct = sum(len({c.tokens for c in g.completions}) for g in groups)
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std(unbiased=False)),
-        **{f"reward/outcome/{k}": v / len(completions) for k, v in sorted(outcomes.items())},
-        "group/count": float(len(groups)),
-        "group/degenerate": sum(equal) / len(groups),
-        "completion/length_mean": sum(lengths) / len(lengths),
-        "completion/length_max": float(max(lengths)),
-        "completion/truncated": sum(c.finish == "length" for c in completions) / len(completions),
-        "completion/duplicates": 1 - distinct / len(completions),
-        "rollout/tokens": float(sum(lengths)),
-    }
-
-
-def age_metrics(ages: list[int]) -> dict[str, float]:
-    """How many versions behind the trained groups were dispatched."""
-    shares = Counter(ages)
-    return {
-        "rollout/age_mean": sum(ages) / len(ages),
-        "rollout/age_max": float(max(ages)),
-        **{f"rollout/age/{age}": count / len(ages) for age, count in sorted(shares.items())},
-    }
-
-
-def train_rows(works: list[Work]) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl: every completion of the step."""
-    rows = []
-    for work in works:
-        assert work.group is not None
-        rows += [_row(work.group.prompt.text, c, "train") for c in work.group.completions]
-    return rows
-
-
-def sample_rows(judged: Judged, split: str) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl: a judged prompt's first completion."""
-    first = replace(judged.completions[0], reward=judged.rewards[0].value, scores=judged.rewards[0].scores)
-    return [_row(judged.prompt.text, first, split)]
-
-
-def _row(prompt: Any, c: Completion, split: str) -> dict[str, Any]:
-    return {
-        "split": split,
-        "prompt": prompt,
-        "completion": c.text,
-        "reward": c.reward,
-        "scores": {name: score.value for name, score in c.scores.items()},
-        "outcome": {name: str(score.outcome) for name, score in c.scores.items()},
-        "finish": c.finish,
-        "version": c.versions[-1][0] if c.versions else None,
-    }

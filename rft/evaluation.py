@@ -15,7 +15,7 @@ from rft.config import EvalConfig
 from rft.rewards import RewardRunner
 from rft.rewards.types import Outcome, SampleReward
 from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.sampling import as_text, completions_of, derive_seed, request_for
+from rft.rollout.sampling import as_text, completions_of, derive_seed
 
 
 class Generator(Protocol):
@@ -34,14 +34,9 @@ class Judged:
 
 
 async def judge(
-    prompt: Prompt,
-    generated: Sequence[Generated],
-    tokenizer: Any,
-    rewards: RewardRunner,
-    progress: float = 0.0,
+    prompt: Prompt, completions: list[Completion], rewards: RewardRunner, progress: float = 0.0
 ) -> Judged:
-    """Decode and score one prompt's completions; `progress` (0 to 1) is the run's, for schedules."""
-    completions = completions_of(generated, tokenizer)
+    """Score one prompt's completions; `progress` (0 to 1) is the run's, for schedules."""
     n = len(completions)
     scored = await rewards.score(
         [prompt.text] * n,
@@ -78,7 +73,7 @@ async def evaluate(
     """Accuracy over `config.samples` samples per prompt, pass@k, and greedy accuracy.
 
     The seeds depend on `seed` and the prompt alone, so two policies see the same dice. Returns the
-    metrics (`eval/...`) and everything that was judged, greedy completions last.
+    metrics (`eval/...`) and the judged samples.
     """
     sampled = [
         Sampling(
@@ -88,8 +83,9 @@ async def evaluate(
     ]
 
     async def one(kind: str, prompt: Prompt, sampling: Sampling) -> Judged:
-        request = request_for(f"{label}-{kind}-{prompt.id}", prompt, sampling)
-        return await judge(prompt, await generator.generate(request), tokenizer, rewards)
+        request = Request(f"{label}-{kind}-{prompt.id}", prompt.tokens, sampling)
+        completions = completions_of(await generator.generate(request), tokenizer)
+        return await judge(prompt, completions, rewards)
 
     work = [one("sample", p, s) for p, s in zip(prompts, sampled, strict=True)]
     if config.greedy:
@@ -104,7 +100,7 @@ async def evaluate(
     metrics["eval/length_mean"] = sum(len(c.tokens) for c in completions) / len(completions)
     metrics["eval/truncated"] = sum(c.finish == "length" for c in completions) / len(completions)
     metrics["eval/problems"] = float(len(prompts))
-    return metrics, judged
+    return metrics, by_sample
 
 
 def _accuracy(table: list[list[bool | None]]) -> dict[str, float]:

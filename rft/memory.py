@@ -37,9 +37,8 @@ class ModelShape:
             with torch.device("meta"):
                 network = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"{path!r} is neither a model folder nor a model that the hub gives: {str(error).splitlines()[0]}"
-            ) from error
+            why = str(error).splitlines()[0]
+            raise ModelError(f"{path!r} is neither a model folder nor a hub model: {why}") from error
         network.tie_weights()
         text = config.get_text_config()
         return cls(

@@ -9,18 +9,20 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from rft.algorithms.checks import problems as algorithm_problems
 from rft.config import Config, ConfigError, algorithm_name, fingerprint
 from rft.data import DataError, PromptSet, load_prompts
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype, stop_ids
 from rft.memory import ModelShape, learner_bytes, replica_bytes
 from rft.rewards import check_reward
 from rft.rollout.engine import EngineSpec
+from rft.rollout.group import unsupported
 from rft.rollout.replica import parse_cores
 
 Device = Literal["cpu", "cuda"]
@@ -43,8 +45,6 @@ class Plan:
 
     def with_model(self, folder: str) -> Plan:
         """The same plan from other weights of the same shape (a finished warm start)."""
-        from dataclasses import replace
-
         return replace(self, model=folder)
 
     def engine_spec(self) -> EngineSpec:
@@ -92,7 +92,8 @@ class Plan:
         out = [
             f"run          {c.name} -> {c.run_dir}",
             f"algorithm    {algorithm_name(c.algorithm)}: {t.steps} steps",
-            f"model        {self.model}: {self.shape.parameters:,} parameters, vocabulary {self.shape.vocab:,}",
+            f"model        {self.model}: {self.shape.parameters:,} parameters, "
+            f"vocabulary {self.shape.vocab:,}",
         ]
         if c.warm_start:
             out.append(
@@ -184,8 +185,6 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
 
 
 def _eval_prompts(config: Config, tokenizer: Any, limit: int) -> PromptSet:
-    from dataclasses import replace
-
     found = load_prompts(config.data, tokenizer, "test", limit)
     return replace(found, prompts=found.prompts[: config.eval.problems])
 
@@ -231,13 +230,22 @@ def _misfits(config: Config, shape: ModelShape | None, device: Device, train: Pr
     """Settings that are each fine and do not fit together."""
     out = []
     t, r, algorithm = config.train, config.rollout, config.algorithm
-    if algorithm.online and t.num_generations < algorithm.min_generations:
-        out.append(
-            f"train.num_generations: {algorithm_name(algorithm)} compares completions of one prompt and needs "
-            f"at least {algorithm.min_generations}, got {t.num_generations}"
-        )
-    if algorithm.online and not config.rewards.functions:
-        out.append("rewards: none is given; name at least one, such as `rewards: [{function: math}]`")
+    demonstrated = train is not None and any(p.columns.get("completion") for p in train.prompts)
+    lacks = algorithm_problems(
+        algorithm,
+        num_generations=t.num_generations,
+        has_reference=True,  # the model that the run starts from
+        has_critic=True,  # a value head is made where the algorithm reads values
+        has_demonstrations=demonstrated or not algorithm.online,
+        has_rewards=bool(config.rewards.functions),
+        minibatches=t.num_iterations * t.minibatches,
+        can_mix=False,
+    )
+    if algorithm.online:
+        lacks += unsupported(algorithm.rollouts(t.num_generations, progress=0.0, demonstration=demonstrated))
+        if not config.rewards.functions and "rewards" not in algorithm.needs:
+            lacks.append("no reward is given; evaluation needs one: `rewards: [{function: math}]`")
+    out += [f"algorithm.{algorithm_name(algorithm)}: {problem}" for problem in lacks]
     if train is not None and len(train) < t.batch_size:
         out.append(
             f"train.batch_size: {t.batch_size} prompts a step, but the data has only {len(train)}; lower it"

@@ -47,6 +47,7 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     One started here leaves no process behind, however the block ends.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a shared machine
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
 

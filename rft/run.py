@@ -6,7 +6,6 @@ import asyncio
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +168,7 @@ def learner_spec(plan: Plan) -> LearnerSpec:
         temperature=config.rollout.sampling.temperature if config.algorithm.online else 1.0,
         max_gap_mean=mean,
         max_gap=largest,
+        expects_fresh=config.algorithm.online and config.rollout.staleness == 0,
         trust_remote_code=config.model.trust_remote_code,
     )
 
@@ -199,6 +199,3 @@ def report_failure(error: BaseException) -> int:
     traceback.print_exception(error, file=sys.stderr)
     print(f"rft: failed: {type(error).__name__}: {error}", file=sys.stderr)
     return FAILED
-
-
-Body = Callable[..., Any]

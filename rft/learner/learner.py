@@ -48,6 +48,7 @@ class LearnerSpec:
     temperature: float
     max_gap_mean: float | None
     max_gap: float | None
+    expects_fresh: bool = False  # synchronous: every batch was sampled by the current version
     trust_remote_code: bool = False
 
 
@@ -262,6 +263,10 @@ class Learner:
         return {"train/grad_norm": norm if finite else 0.0, "train/skipped": float(not finite)}
 
     def _check_gap(self, gap: objective.LogpGap) -> None:
+        if self.spec.expects_fresh and not gap.tokens:
+            raise LogpGapError(
+                f"no token of this batch was sampled by policy version {self.version}: the engines are stale"
+            )
         for what, found, bound in (
             ("mean", gap.mean, self.spec.max_gap_mean),
             ("largest", gap.largest, self.spec.max_gap),

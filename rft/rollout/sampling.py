@@ -1,4 +1,4 @@
-"""From a prompt to a request, and from what an engine sampled to completions."""
+"""Seeds for requests, and completions from what an engine sampled."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from rft.batch import Completion, Prompt
-from rft.rollout.engine import Generated, Request, Sampling
+from rft.rollout.engine import Generated
 
 
 def derive_seed(*parts: int | str) -> int:
     """A sampling seed that depends on `parts` alone: the same rollout, sampled again, is the same."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2  # leaves room for seed + sample index in an int64
-
-
-def request_for(name: str, prompt: Prompt, sampling: Sampling) -> Request:
-    """The request that completes a prompt; `name` must be unique among those in flight."""
-    return Request(name, prompt.tokens, sampling)
 
 
 def completions_of(generated: Sequence[Generated], tokenizer: Any) -> list[Completion]:

@@ -49,6 +49,11 @@ class VLLMEngine:
             "disable_log_stats": True,
             "enable_log_requests": False,
         }
+        if self.spec.device == "cpu":
+            # A prompt split over two engine steps rewinds its random generator, and a CPU generator
+            # cannot be rewound: seeded requests then kill the engine. So no prompt is ever split.
+            args |= {"enable_chunked_prefill": False}
+            args["max_num_batched_tokens"] = max(8192, self.spec.max_model_len)
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**args, **self.spec.engine_args}))
 
     async def generate(self, request: Request) -> list[Generated]:

@@ -1,0 +1,63 @@
+"""Fixtures that several folders of tests share: a tiny model on disk, random groups, one Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rft.batch import Completion, Group, Prompt
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tied Qwen3 of 0.1 M parameters with its tokenizer. Sizes that vLLM on CPU accepts."""
+    from rft.tasks.tiny import build_tiny
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    build_tiny(folder, seed=7, hidden_size=64, layers=2, heads=2, intermediate_size=128)
+    return folder
+
+
+@pytest.fixture
+def make_groups() -> Callable[..., list[Group]]:
+    """Random groups: `make_groups(groups=3, size=4, seed=0)`; rewards are 0 or 1, never all equal."""
+
+    def make(
+        groups: int = 3, size: int = 4, seed: int = 0, vocab: int = 300, longest: int = 12
+    ) -> list[Group]:
+        dice = random.Random(seed)
+        tokens = lambda n: tuple(dice.randrange(6, vocab) for _ in range(n))  # noqa: E731
+        out = []
+        for index in range(groups):
+            completions = []
+            for k in range(size):
+                n = dice.randint(1, longest)
+                completions.append(
+                    Completion(
+                        tokens=tokens(n),
+                        logps=tuple(dice.uniform(-6, -1) for _ in range(n)),
+                        versions=((0, 0, n),),
+                        reward=float(k % 2),
+                    )
+                )
+            out.append(Group(Prompt(index, tokens(dice.randint(2, 9)), "text"), tuple(completions)))
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray cluster for all tests that talk to actors directly."""
+    from rft.remote import ray_cluster
+
+    with ray_cluster(None, 0.3):
+        yield
