@@ -74,7 +74,10 @@ def _sequences(algorithm: Algorithm, x: Tensors) -> list[tuple[int, int, float, 
     n, margin = 2 * PAIRS, x["margin"].tolist()
     if algorithm.data == "unpaired":
         label = x["labels"].float().tolist()
-        return [(i, row, label[i], {"mismatched": float(row >= n)}) for i in range(n) for row in (i, n + i)]
+        found = []
+        for i in range(n):
+            found += [(i, row, label[i], {"mismatched": float(row >= n)}) for row in (i, n + i)]
+        return found if algorithm.prescored else found[::2]
     return [
         (i, row, reward, {"margin": margin[i]})
         for i in range(PAIRS)
@@ -141,9 +144,12 @@ FORWARD_KL = (
     "log-ratios past 20 nats are held there (e^20 is 5e8): TRL overflows to inf and nan on 'far', rft stays "
     "finite; equal elsewhere"
 )
+CANCELS = (
+    "on 'lost', the difference of two mean log-probs near -50 has lost two digits in float32, on both sides"
+)
 ROUNDING = (
-    "TRL's rounding: it sums log-probs and subtracts the two large sums, rft sums differences; the exponential "
-    "magnifies it (see the errors against float64)"
+    "TRL's rounding: it sums log-probs and subtracts the two large sums, rft sums differences; the "
+    "exponential magnifies it (see the errors against float64)"
 )
 
 
@@ -174,7 +180,7 @@ def comparisons(count: int) -> Iterator[Comparison]:
     normalized = dpo(length_normalized=True)
     yield add("dpo length_normalized", "dpo", normalized, loss_type="sigmoid_norm")
     yield add("dpo tail", "dpo", dpo(tail=0.3), ld_alpha=0.3)
-    yield add("dpo js", "dpo", dpo(divergence_type="js"), f_divergence_type="js_divergence")
+    yield add("dpo js", "dpo", dpo(divergence_type="js"), ROUNDING, f_divergence_type="js_divergence")
     forward = dpo(divergence_type="forward_kl")
     yield add("dpo forward_kl", "dpo", forward, FORWARD_KL, f_divergence_type="forward_kl")
     alpha = dpo(divergence_type="alpha", alpha=0.5)
@@ -185,8 +191,10 @@ def comparisons(count: int) -> Iterator[Comparison]:
     yield add("cpo hinge", "cpo", make["cpo"](loss_type="hinge", nll=0.0), loss_type="hinge")
     yield add("cpo ipo", "cpo", make["cpo"](loss_type="ipo", nll=0.0), loss_type="ipo")
     simpo = {"loss_type": "simpo", "beta": 2.0}
-    yield add("simpo", "cpo", make["simpo"](), **simpo)
-    yield add("simpo smoothed", "cpo", make["simpo"](label_smoothing=0.1), label_smoothing=0.1, **simpo)
+    yield add("simpo", "cpo", make["simpo"](), CANCELS, **simpo)
+    yield add(
+        "simpo smoothed", "cpo", make["simpo"](label_smoothing=0.1), CANCELS, label_smoothing=0.1, **simpo
+    )
     yield add("simpo alpha", "cpo", make["simpo"](alpha=0.25), alpha=0.25, **simpo)
     yield add("orpo", "orpo", make["orpo"](), equal=True)
     yield add("kto", "kto", make["kto"](undesirable=0.5), loss_type="kto")
