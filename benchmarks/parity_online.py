@@ -7,6 +7,7 @@ distillation, `student` and `teacher` [B, L, V].
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -194,6 +195,7 @@ LOSSES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("rloo", "rloo", {}, {"loss_type": "rloo"}),
 ]
 ROUNDED = "nearly equal distributions: a small difference of large terms, and TRL rounds beta first"
+EMPTY = "TRL adds the advantage of a completion without tokens to the loss: a constant; gradients agree"
 OVERFLOW = "rft holds log-ratios within 20 nats; TRL's exp overflows to inf, and its gradient to nan"
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
@@ -212,7 +214,11 @@ def comparisons(count: int) -> list[Comparison]:
 
     def held() -> Iterator[Tensors]:
         # The ratio of a sequence is the product of its tokens': 7 times 2.8 nats stays below 20.
-        return (make_input(seed, far=2.8) for seed in range(count))
+        seeds = (seed for seed in itertools.count() if KINDS[seed % len(KINDS)] != "ragged")
+        return (make_input(seed, far=2.8) for seed in itertools.islice(seeds, count))
+
+    def ragged() -> Iterator[Tensors]:
+        return (make_input(len(KINDS) * seed + KINDS.index("ragged")) for seed in range(count))
 
     def beyond() -> Iterator[Tensors]:
         return (make_input(len(KINDS) * seed + KINDS.index("far"), far=200.0) for seed in range(count))
@@ -223,6 +229,11 @@ def comparisons(count: int) -> list[Comparison]:
     ]
     grpo = loss_of(ALGORITHMS["grpo"](normalization="sequence"))
     found.append(Comparison("grpo, ratio past e^20", "loss", grpo, beyond, {"loss_type": "grpo"}, OVERFLOW))
+    found.append(
+        Comparison(
+            "rloo, no tokens", "loss", loss_of(ALGORITHMS["rloo"]()), ragged, {"loss_type": "rloo"}, EMPTY
+        )
+    )
     for scale in ("group", "batch", "none"):
         algorithm = ALGORITHMS["grpo"](scale_rewards=scale)
         settings = {"scale_rewards": scale}
