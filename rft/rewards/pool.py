@@ -144,6 +144,7 @@ class Worker:
                 if self.exited.done():  # what it wrote before it died still counts
                     return await asyncio.wait_for(read, 1.0)
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            await asyncio.wait({self.exited}, timeout=1.0)  # the connection may close before the process ends
             raise Died(self.reason()) from None
         finally:
             read.cancel()
@@ -269,7 +270,7 @@ class WorkerPool:
         if request.done.done():
             return
         for slot in self._slots:
-            if slot.done():
+            if slot.done() and not slot.cancelled():
                 slot.result()
         raise RuntimeError("the reward pool was closed during a call")
 

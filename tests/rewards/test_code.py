@@ -130,8 +130,8 @@ HOSTILE = {
     "patched assert": "import builtins, sys\nbuiltins.AssertionError = type('X', (AssertionError,), {})\n"
     "sys.excepthook = lambda *a: None\nclass Same:\n    def __eq__(self, other): return True\n"
     "def add(a, b): return Same()",
-    "an int that equals all": "class I(int):\n    def __eq__(s, o): return True\n    __hash__ = int.__hash__\n"
-    "def add(a, b): return I(999)",
+    "an int that equals all": "class I(int):\n    def __eq__(s, o): return True\n"
+    "    __hash__ = int.__hash__\ndef add(a, b): return I(999)",
     "a forged report": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, "
     '\'{"passed": 2, "total": 2, "failures": [], "problem": ""}\\n\'.encode() * 5)\n'
     "    except OSError: pass\nos._exit(0)",
@@ -139,8 +139,8 @@ HOSTILE = {
     "if isinstance(o, str) and 'assert' in o]\n    return found",
     "killing the parent": "import os\nfor p in (os.getppid(), -1, *range(2, 3000)):\n"
     "    try: os.kill(p, 9)\n    except OSError: pass\nos._exit(0)",
-    "a daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(9)\n"
-    "    os._exit(0)\n",
+    "a daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    "
+    "if os.fork() == 0: time.sleep(1000)\n    os._exit(0)\n",
     "a syntax error": "def add(a, b) return a + b",
 }
 
@@ -184,8 +184,8 @@ def test_nothing_outside_the_scratch_folder_can_be_written(sandbox: Sandbox, tmp
     ]
     targets += [str(tmp_path / "evil"), str(Path(__file__).parent / "evil"), os.path.expanduser("~/evil")]
     program = (
-        f"done = []\nfor path in {targets!r}:\n    try:\n        open(path, 'w').write('x'); done.append(path)\n"
-        "    except OSError: pass\nopen('here', 'w').write('x')\nprint(done)"
+        f"done = []\nfor path in {targets!r}:\n"
+        "    try:\n        open(path, 'w').write('x'); done.append(path)\n    except OSError: pass\nopen('here', 'w').write('x')\nprint(done)"
     )
     assert _probe(sandbox, program) == "[]"
     assert not any(Path(t).exists() for t in targets if t.endswith("evil"))
@@ -201,7 +201,8 @@ def test_the_environment_is_not_visible(monkeypatch: pytest.MonkeyPatch) -> None
     with Sandbox() as sandbox:
         program = (
             "import os, glob\nseen = str(os.environ)\nfor path in glob.glob('/proc/*/environ'):\n"
-            "    try: seen += open(path).read()\n    except OSError: pass\nprint('hush' in seen, len(glob.glob('/proc/[0-9]*')))"
+            "    try: seen += open(path).read()\n    except OSError: pass\n"
+            "print('hush' in seen, len(glob.glob('/proc/[0-9]*')))"
         )
         assert _probe(sandbox, program) == "False 1"
 
@@ -210,7 +211,8 @@ def test_no_socket_reaches_the_host(sandbox: Sandbox) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         program = (
-            "import socket\nfor family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_NETLINK):\n"
+            "import socket\nfor name in ('AF_INET', 'AF_INET6', 'AF_UNIX', 'AF_NETLINK'):\n"
+            "    family = getattr(socket, name)\n"
             f"    try: socket.socket(family).connect(('127.0.0.1', {port})); print('open')\n"
             "    except (OSError, TypeError): pass"
         )
@@ -249,7 +251,8 @@ def _others_can_run(path: str) -> bool:
 def test_the_sandbox_works_without_root(tmp_path: Path) -> None:
     code = (
         "from rft.rewards.sandbox import Sandbox\nwith Sandbox() as s:\n"
-        f"    print(s.test({ADD!r}, {TESTS!r}).passed, s.run('import os; os.fork(); print(os.getuid())').code)\n"
+        f"    print(s.test({ADD!r}, {TESTS!r}).passed)\n"
+        "    print(s.run('import os; os.fork(); print(os.getuid())').code)\n"
         '    print(s.run(\'open("/etc/x", "w")\').code)\n'
     )
     probe = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
