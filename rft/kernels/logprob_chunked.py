@@ -54,7 +54,9 @@ class Chunks:
         self.bias = None if bias is None else bias.to(self.acc)
         count, vocab = hidden.shape[0], head.vocab
         itemsize = head.dtype.itemsize
-        self.size = max(1, min(count, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (vocab * itemsize))))
+        # a widened head's chunk has float32 elements: half the bytes leave room for the wide blocks
+        limit = CHUNK_BYTES // 2 if head.widens else CHUNK_BYTES
+        self.size = max(1, min(count, max(MIN_CHUNK_ROWS, limit // (vocab * itemsize))))
         self.number = -(-count // self.size)
         tile_bytes = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cuda"])
         self.tile_rows = max(1, min(self.size, tile_bytes // (vocab * self.acc.itemsize)))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 20  # weight elements widened, or weight-gradient elements accumulated, at a time
+BLOCK_ELEMENTS = 1 << 19  # weight elements widened, or weight-gradient elements accumulated, at a time
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -28,9 +28,8 @@ def _rank(rank: int, folder: str) -> None:
         found = []
         for sharded in (True, False):
             x = [a.clone().requires_grad_() for a in ((h, w[rows], b[rows]) if sharded else (h, w, b))]
-            options = {"temperature": 0.8, "softcap": 4.0}
             if sharded:
-                out = sharded_token_logps(x[0], x[1], y, bias=x[2], **options)
+                out = sharded_token_logps(x[0], x[1], y, bias=x[2], temperature=0.8, softcap=4.0)
             else:
                 out = token_logps(
                     x[0], x[1], y, bias=x[2], entropy=True, temperature=0.8, softcap=4.0, backend="reference"
