@@ -167,7 +167,8 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
         if config.eval.every:
             held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
     problems += _misfits(config, shape, device, train)
-    problems += [f"rewards: {p}" for p in check_reward(config.rewards, Path.cwd())]
+    if config.algorithm.online or config.rewards.functions:
+        problems += [f"rewards: {p}" for p in check_reward(config.rewards, Path.cwd())]
     if problems:
         raise ConfigError(problems)
     return Plan(
