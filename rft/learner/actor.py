@@ -32,6 +32,10 @@ class LearnerActor(Learner):
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
+    def policy_version(self) -> int:
+        """The version that `send_weights` sends: one per finished step."""
+        return self.version
+
     def open_channel(self, link: Link) -> None:
         """Open the group that engines join; replaces an earlier one."""
         if self.sender is not None:

@@ -1,0 +1,102 @@
+"""Real actors, real engines: a rollout pool and a learner joined by the real weight channel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rft.config import parse_config
+from rft.plan import make_plan
+from rft.run import learner_spec, make_pool, start_learner
+from rft.sync.channel import BroadcastChannel
+
+ROOT = Path(__file__).parent.parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass
+class Stage:
+    """A loop of its own, so that one engine serves a whole module of tests."""
+
+    loop: asyncio.AbstractEventLoop
+    plan: Any
+    pool: Any
+    learner: Any
+    channel: BroadcastChannel
+
+    def run(self, awaitable: Any) -> Any:
+        return self.loop.run_until_complete(awaitable)
+
+
+def raise_stage(tiny_folder: Path, engine: str, replicas: int = 1) -> Stage:
+    plan = make_plan(
+        parse_config(
+            {
+                "algorithm": "grpo",
+                "model": {"path": str(tiny_folder)},
+                "data": {"kind": "arithmetic", "limit": 64},
+                "rewards": [{"function": "math"}],
+                "train": {"batch_size": 4, "num_generations": 4},
+                "rollout": {
+                    "engine": engine,
+                    "replicas": replicas,
+                    "threads": 1,
+                    "sampling": {"max_prompt_length": 400, "max_completion_length": 48},
+                },
+                "learner": {"learning_rate": 1e-2, "threads": 1},
+                "eval": {"every": 0},
+            }
+        )
+    )
+    loop = asyncio.new_event_loop()
+    pool = make_pool(plan)
+    learner = start_learner(plan, learner_spec(plan))
+    channel = BroadcastChannel(learner, pool, "keep", 120)
+    loop.run_until_complete(pool.start())
+    loop.run_until_complete(channel.connect())
+    loop.run_until_complete(channel.push(0))
+    return Stage(loop, plan, pool, learner, channel)
+
+
+@pytest.fixture(scope="module")
+def vllm_stage(ray_here: None, tiny_folder: Path) -> Iterator[Stage]:
+    stage = raise_stage(tiny_folder, "vllm")
+    yield stage
+    stage.run(stage.pool.close())
+
+
+def rft(*args: str, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rft.cli", *args],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"rft {' '.join(args)} -> {done.returncode}\n{done.stderr[-4000:]}")
+    return done
+
+
+def processes_of(marker: str) -> list[str]:
+    """Command lines of living processes that carry `marker` in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            if marker.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120])
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+    return found

@@ -1,0 +1,133 @@
+"""Weights arrive, and the proof of arrival catches it when they do not: real vLLM, real gloo."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from rft.batch import Batch, Completion, Group, Prompt
+from rft.learner.learner import LogpGapError
+from rft.remote import call
+from rft.rollout.engine import Request, Sampling
+
+
+def sample(stage, *, length: int, n: int = 4, seed: int | None = 5, name: str = "") -> Group:
+    """One group on a random prompt of `length` tokens, rewards 0 and 1 in turn."""
+    dice = random.Random(length)
+    tokens = tuple(dice.randrange(6, 300) for _ in range(length))
+    request = Request(name or f"r{random.random()}", tokens, Sampling(n, 40, seed=seed))
+    generated = stage.run(stage.pool.generate(request))
+    completions = tuple(
+        Completion(g.tokens, logps=g.logps, versions=g.versions, finish=g.finish, reward=float(i % 2))
+        for i, g in enumerate(generated)
+    )
+    return Group(Prompt(0, tokens, "p"), completions)
+
+
+def step(stage, groups: list[Group], share: bool = False) -> dict[str, float]:
+    batch = Batch.build(groups, share_prefix=share)
+    return stage.run(call(stage.learner.step.remote(batch, 0), 120, "step"))
+
+
+def push(stage) -> None:
+    version = stage.run(call(stage.learner.policy_version.remote(), 60, "version"))
+    stage.run(stage.channel.push(version))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_engine_and_learner_agree_after_every_push(vllm_stage, share: bool) -> None:
+    """Three large steps of a tied model; prompts of 5, 140 and 300 tokens (a KV block is 128)."""
+    for _ in range(3):
+        groups = [sample(vllm_stage, length=n) for n in (5, 140, 300)]
+        metrics = step(vllm_stage, groups, share)
+        assert 0 < metrics["sync/logp_gap_mean"] < 1e-4
+        assert metrics["sync/logp_gap"] < 1e-3
+        push(vllm_stage)
+
+
+def test_every_completion_carries_the_version_that_sampled_it(vllm_stage) -> None:
+    push(vllm_stage)
+    now = vllm_stage.run(call(vllm_stage.learner.policy_version.remote(), 60, "version"))
+    group = sample(vllm_stage, length=6)
+    for completion in group.completions:
+        assert completion.versions == ((now, 0, len(completion.tokens)),)
+
+
+def test_without_the_tied_head_repair_the_run_is_stopped(vllm_stage) -> None:
+    """Take the repair out: the engine's head keeps its old packed copy, and the next step refuses to
+    train. With the repair back, a push makes them agree again."""
+    push(vllm_stage)
+    step(vllm_stage, [sample(vllm_stage, length=20)])
+    vllm_stage.run(vllm_stage.pool.call_workers("set_repack_tied_head", False))
+    push(vllm_stage)
+    stale = sample(vllm_stage, length=20)
+    with pytest.raises(LogpGapError, match=r"disagree at policy version \d+: mean gap .* allowed 0.001"):
+        step(vllm_stage, [stale])
+    vllm_stage.run(vllm_stage.pool.call_workers("set_repack_tied_head", True))
+    push(vllm_stage)
+    assert step(vllm_stage, [sample(vllm_stage, length=20)])["sync/logp_gap"] < 1e-3
+    push(vllm_stage)
+
+
+def test_a_batch_without_fresh_tokens_is_refused(vllm_stage) -> None:
+    """Synchronous training on samples of an older version means that a push was lost."""
+    old = sample(vllm_stage, length=8)
+    step(vllm_stage, [old])
+    with pytest.raises(LogpGapError, match="no token of this batch was sampled by policy version"):
+        step(vllm_stage, [old])
+    push(vllm_stage)
+
+
+def test_a_push_in_mid_generation_keeps_the_completions(vllm_stage) -> None:
+    """`keep`: a completion may span two versions, each token marked with its own."""
+
+    async def both() -> list:
+        requests = [
+            Request(f"mid-{i}", (9, 10, 11), Sampling(4, 300, stop_token_ids=(), seed=i)) for i in range(8)
+        ]
+        running = [asyncio.ensure_future(vllm_stage.pool.generate(r)) for r in requests]
+        await asyncio.sleep(0.15)
+        await vllm_stage.channel.push(77)
+        return [g for part in await asyncio.gather(*running) for g in part]
+
+    done = vllm_stage.run(both())
+    assert len(done) == 32
+    for generated in done:
+        assert len(generated.tokens) == len(generated.logps) == generated.versions[-1][2]
+        assert generated.versions[0][1] == 0
+    assert any(v == 77 for g in done for v, _, _ in g.versions)
+    push(vllm_stage)
+
+
+def test_same_seed_same_completions(vllm_stage) -> None:
+    push(vllm_stage)
+    one, two = (sample(vllm_stage, length=12, seed=42) for _ in range(2))
+    other = sample(vllm_stage, length=12, seed=43)
+    assert [c.tokens for c in one.completions] == [c.tokens for c in two.completions]
+    assert [c.tokens for c in one.completions] != [c.tokens for c in other.completions]
+
+
+def test_truncation_is_flagged(vllm_stage) -> None:
+    request = Request("cut", (7, 8, 9), Sampling(8, 3, seed=1))
+    for generated in vllm_stage.run(vllm_stage.pool.generate(request)):
+        ended = generated.tokens[-1] in vllm_stage.plan.stop_ids
+        assert generated.finish == ("stop" if ended else "length")
+        assert len(generated.tokens) <= 3
+
+
+def test_a_killed_engine_is_named_and_a_rebuilt_one_serves_the_current_version(vllm_stage) -> None:
+    import psutil
+
+    from rft.rollout.pool import ReplicaDied
+
+    member = vllm_stage.pool.members[0]
+    for child in psutil.Process(member.pid).children(recursive=True):
+        child.kill()
+    with pytest.raises(ReplicaDied, match="rollout replica 0 died"):
+        sample(vllm_stage, length=5)
+    vllm_stage.run(vllm_stage.pool.rebuild(0))
+    vllm_stage.run(vllm_stage.channel.connect())
+    push(vllm_stage)
+    assert step(vllm_stage, [sample(vllm_stage, length=5)])["sync/logp_gap"] < 1e-3
