@@ -1,0 +1,187 @@
+"""Seconds per GRPO step on the demo's sizes, rft against TRL's `GRPOTrainer`, on this machine.
+
+    python benchmarks/step_time.py [--rounds 3] [--steps 20] [--model FOLDER]
+
+Both train the same model folder on the same prompts with the same reward function, group size, completion
+limit and learning rate (a tiny one, so that the completions stay as long as they are). rft runs as
+`rft train` with the demo's own settings: vLLM in one process, the learner in another. TRL generates with
+transformers, in one process, with one thread and with all cores; the better of the two counts. Rounds of
+both are interleaved. A step's time is the wall time between the ends of two steps, so nothing is left
+out; the first `--warmup` steps of each run are. Written to benchmarks/results/step-time-cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peers.make_env import peer_python, run_peer
+
+from rft.tasks.arithmetic import Arithmetic
+
+HERE = Path(__file__).resolve().parent
+DEMO = HERE.parent / "examples" / "arithmetic.yaml"
+RESULT = HERE / "results" / "step-time-cpu.json"
+LEARNING_RATE = 1e-6
+
+
+def rft_train(config: dict[str, Any], work: Path) -> Path:
+    """Run `rft train` on `config`; returns the run folder. Raises CalledProcessError when it fails."""
+    file = work / f"{config['name']}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "rft.cli", "train", str(file), "--resume", "never"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return Path(config["output_dir"]) / config["name"]
+
+
+def demo_config(work: Path, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        **yaml.safe_load(DEMO.read_text()),
+        "name": name,
+        "output_dir": str(work / "runs"),
+        "eval": {"every": 0},
+        **changes,
+    }
+
+
+def make_model(work: Path) -> Path:
+    """The demo's warm-started model (kept in runs/.cache, shared with the demo) after one GRPO step."""
+    demo = yaml.safe_load(DEMO.read_text())
+    run = rft_train(demo_config(work, "model", train={**demo["train"], "steps": 1}), work)
+    return run / "model"
+
+
+def write_prompts(work: Path, count: int) -> Path:
+    rows = Arithmetic().rows("train", count, seed=7)
+    file = work / "prompts.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": r["prompt"], "answer": str(r["answer"])}) + "\n" for r in rows)
+    )
+    return file
+
+
+def step_times(ends: list[float], warmup: int) -> list[float]:
+    return [b - a for a, b in zip(ends[warmup - 1 :], ends[warmup:], strict=False)]
+
+
+def time_rft(work: Path, name: str, s: dict[str, Any], warmup: int) -> dict[str, Any]:
+    demo = yaml.safe_load(DEMO.read_text())
+    config = demo_config(
+        work,
+        name,
+        model={"path": s["model"]},
+        data={"path": s["prompts"]},
+        warm_start=None,
+        train={**demo["train"], "steps": s["steps"]},
+        rewards=[{"function": f"{HERE / 'peers' / 'step_reward.py'}:exact"}],
+        learner={**demo["learner"], "learning_rate": s["learning_rate"]},
+        checkpoint={"every": 0},
+    )
+    lines = (rft_train(config, work) / "metrics.jsonl").read_text().splitlines()
+    steps = [m for m in map(json.loads, lines) if "train/loss" in m]
+    return {
+        "seconds": step_times([m["time/wall"] for m in steps], warmup),
+        "length": statistics.fmean(m["completion/length_mean"] for m in steps),
+        "parts": {
+            part: statistics.median(m[f"time/{part}"] for m in steps[warmup:])
+            for part in ("rollout", "reward", "train", "sync", "step")
+        },
+    }
+
+
+def time_trl(work: Path, name: str, s: dict[str, Any], warmup: int) -> dict[str, Any]:
+    settings, result = work / f"{name}.json", work / f"{name}-result.json"
+    settings.write_text(json.dumps({**s, "work": str(work / name)}))
+    run_peer("trl", HERE / "peers" / "trl_grpo.py", settings, result)
+    found = json.loads(result.read_text())
+    return {"seconds": step_times(found["ends"], warmup), "length": found["length"]}
+
+
+def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    demo = yaml.safe_load(DEMO.read_text())
+    cores = len(os.sched_getaffinity(0))
+    model = arguments.model or make_model(work)
+    s = {
+        "model": str(Path(model).absolute()),
+        "prompts": str(write_prompts(work, arguments.steps * demo["train"]["batch_size"])),
+        "steps": arguments.steps,
+        "batch_size": demo["train"]["batch_size"],
+        "num_generations": demo["train"]["num_generations"],
+        "max_completion_length": demo["rollout"]["sampling"]["max_completion_length"],
+        "learning_rate": LEARNING_RATE,
+    }
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for i in range(arguments.rounds):
+        for threads in sorted({1, cores}):
+            name = f"trl, {threads} thread{'s' * (threads > 1)}"
+            runs.setdefault(name, []).append(
+                time_trl(work, f"trl-{threads}-{i}", {**s, "threads": threads}, arguments.warmup)
+            )
+        runs.setdefault("rft", []).append(time_rft(work, f"rft-{i}", s, arguments.warmup))
+        for name, found in runs.items():
+            print(
+                f"round {i + 1}: {name:<16} {statistics.median(found[-1]['seconds']):.3f} s a step",
+                flush=True,
+            )
+    median = {name: statistics.median(t for r in found for t in r["seconds"]) for name, found in runs.items()}
+    best = min((n for n in median if n != "rft"), key=median.__getitem__)
+    return {
+        "settings": {k: v for k, v in s.items() if k not in ("model", "prompts")},
+        "machine": {"cpu": cpu_name(), "cores": cores, "load_before": arguments.load},
+        "versions": {n: metadata.version(n) for n in ("torch", "transformers")} | {"trl": trl_version()},
+        "seconds_per_step": median,
+        "completion_length": {n: statistics.fmean(r["length"] for r in found) for n, found in runs.items()},
+        "rft_parts": [r["parts"] for r in runs["rft"]],
+        "runs": {n: [[round(t, 4) for t in r["seconds"]] for r in found] for n, found in runs.items()},
+        "trl_best": best,
+        "ratio": median[best] / median["rft"],
+    }
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def trl_version() -> str:
+    code = "from importlib.metadata import version; print(version('trl'))"
+    return subprocess.run(
+        [peer_python("trl"), "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20, help="steps of each run")
+    parser.add_argument("--warmup", type=int, default=5, help="steps of each run that are not counted")
+    parser.add_argument("--model", type=Path, help="model folder (default: the demo's, made first)")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    if not 1 <= arguments.warmup < arguments.steps - 1:
+        parser.error("--warmup must be at least 1 and leave two steps to count")
+    arguments.load = round(os.getloadavg()[0], 2)
+    with tempfile.TemporaryDirectory(prefix="step-time-") as work:
+        result = measure(arguments, Path(work))
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, seconds in result["seconds_per_step"].items():
+        length = result["completion_length"][name]
+        print(f"{name:<16} {seconds:.3f} s a step, completions of {length:.1f} tokens")
+    print(
+        f"ratio: rft is {result['ratio']:.2f}x as fast as {result['trl_best']} (written to {arguments.out})"
+    )
+
+
+if __name__ == "__main__":
+    main()
