@@ -39,6 +39,13 @@ class Schedule(Section):
         return self
 
 
+class ActorConfig(Section):
+    """A Ray actor of the reward's own, for example on a GPU."""
+
+    num_cpus: float = Field(1.0, description="CPUs that Ray reserves for it", ge=0)
+    num_gpus: float = Field(0.0, description="GPUs that Ray reserves for it", ge=0)
+
+
 class RewardConfig(Section):
     """One reward function."""
 
@@ -54,6 +61,7 @@ class RewardConfig(Section):
     )
     batch_size: int | None = Field(None, description="most samples per call; by default an even share", ge=1)
     workers: int | None = Field(None, description="processes of its own; by default it shares the pool", ge=1)
+    actor: ActorConfig | None = Field(None, description="run in a Ray actor instead of a worker process")
     columns: dict[str, str] = Field({}, description="parameter name -> dataset column, where they differ")
     options: dict[str, Any] = Field({}, description="the function's own options")
 

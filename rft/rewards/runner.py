@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rft.rewards.actors import ActorPool
 from rft.rewards.combine import combine
 from rft.rewards.config import ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
 from rft.rewards.pool import Spec, WorkerPool
@@ -29,16 +30,22 @@ class RewardRunner:
             raise ValueError("rewards.functions is empty: name at least one reward, for example `math`")
         self.config = config
         self.base_dir = Path(base_dir)
-        shared = [c for c in config.functions if c.own_workers is None]
+        local = [c for c in config.functions if c.actor is None]
+        shared = [c for c in local if c.own_workers is None]
         plan = [(shared, config.workers)] if shared else []
-        plan += [([c], c.own_workers) for c in config.functions if c.own_workers is not None]
-        self._pools: list[WorkerPool] = []
-        self._place: dict[str, tuple[WorkerPool, int]] = {}
+        plan += [([c], c.own_workers) for c in local if c.own_workers is not None]
+        self._pools: list[WorkerPool | ActorPool] = []
+        self._place: dict[str, tuple[WorkerPool | ActorPool, int]] = {}
         for configs, workers in plan:
             specs = [self._spec(c) for c in configs]
             pool = WorkerPool(specs, workers, config.recycle_after, config.start_timeout_s)
             self._pools.append(pool)
             self._place.update({c.label: (pool, i) for i, c in enumerate(configs)})
+        for c in config.functions:
+            if c.actor is not None:
+                actor = ActorPool(self._spec(c), c.actor.num_cpus, c.actor.num_gpus, config.start_timeout_s)
+                self._pools.append(actor)
+                self._place[c.label] = (actor, 0)
         self._starting: asyncio.Task[None] | None = None
         self._tally = _Tally(config)
 

@@ -35,14 +35,13 @@ def format(completion: str, *, tags: Sequence[str] = ("think", "answer"), partia
 
     A leading tag may be missing its opening where the chat template wrote it into the prompt.
     """
-    inner = r"(?:(?!</?(?:" + "|".join(map(re.escape, tags)) + r")>).)*?\S(?:(?!</?(?:"
-    inner += "|".join(map(re.escape, tags)) + r")>).)*?"
-    body = r"\s*".join(
-        rf"(?:<{re.escape(t)}>){'?' if i == 0 else ''}{inner}</{re.escape(t)}>" for i, t in enumerate(tags)
+    parts = (
+        rf"(?:<{re.escape(t)}>){'?' if i == 0 else ''}(.*?)</{re.escape(t)}>" for i, t in enumerate(tags)
     )
-    if _compiled(rf"\s*{body}\s*", False).fullmatch(completion):
-        return correct()
+    match = _compiled(r"\s*" + r"\s*".join(parts) + r"\s*", False).fullmatch(completion)
     marks = [m for t in tags for m in (f"<{t}>", f"</{t}>")]
+    if match and all(part.strip() and not any(m in part for m in marks) for part in match.groups()):
+        return correct()
     counts = {m: completion.count(m) for m in marks}
     value = sum(n == 1 for n in counts.values()) / len(marks) if partial else 0.0
     return wrong(min(value, 1 - 1 / len(marks)), f"tags found: {counts}")

@@ -177,7 +177,8 @@ def test_plain_numbers_never_reach_sympy() -> None:
     code = (
         "import sys; from rft.rewards import load_reward; r = load_reward('math'); "
         "texts = ['#### 1,080', 'so 7/2', r'\\boxed{3}']; "
-        "assert r([''] * 3, texts, answer=['1080', '3.5', '4']) == [1.0, 1.0, 0.0]; assert 'sympy' not in sys.modules and 'torch' not in sys.modules"
+        "assert r([''] * 3, texts, answer=['1080', '3.5', '4']) == [1.0, 1.0, 0.0]; "
+        "assert 'sympy' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

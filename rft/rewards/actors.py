@@ -1,0 +1,117 @@
+"""Rewards that live in Ray actors: on another machine, or on a GPU of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rft.rewards.load import load_reward
+from rft.rewards.pool import Loaded, Spec
+from rft.rewards.types import Outcome, RewardError, Score, Text
+from rft.rewards.worker import Call, decode, encode
+
+
+class RewardActor:
+    """The actor's side: one reward function, loaded once."""
+
+    def __init__(self, function: str, options: dict[str, Any], base_dir: str) -> None:
+        self.reward: Any = load_reward(function, base_dir=base_dir, **options)
+
+    def loaded(self) -> tuple[Any, ...]:
+        """What `Loaded` holds, and the process id."""
+        return self.reward.columns, self.reward.required, self.reward.per_sample, os.getpid()
+
+    def score(self, prompts: Any, completions: Any, columns: dict[str, Any], batch: int) -> list[Any]:
+        """All scores of a call, encoded; what the function raises is an `error` of its samples."""
+        scores: list[Score] = []
+        call = Call(lambda first, part: scores.extend(part), lambda index: None)
+        call.run(self.reward, prompts, completions, columns, batch)
+        return encode(scores)
+
+
+class ActorPool:
+    """One Ray actor, with the interface of `WorkerPool`. A call that hangs ends with its actor, which
+    is then made anew; so does a crash. Needs `ray.init` before `start`."""
+
+    def __init__(self, spec: Spec, num_cpus: float, num_gpus: float, start_timeout_s: float = 120.0) -> None:
+        self.spec = spec
+        self.num_cpus, self.num_gpus = num_cpus, num_gpus
+        self.start_timeout_s = start_timeout_s
+        self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
+        self.loaded: list[Loaded] = []
+        self.pids: list[int] = []
+        self._actor: Any = None
+        self._making = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Make the actor and wait until it has loaded. Raises RewardError where it cannot."""
+        async with self._making:
+            if self._actor is None:
+                await self._make()
+
+    async def _make(self) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            raise RewardError("a reward with `actor` needs Ray: call ray.init() before the rewards start")
+        remote = ray.remote(RewardActor).options(num_cpus=self.num_cpus, num_gpus=self.num_gpus)
+        actor: Any = remote.remote(self.spec.function, dict(self.spec.options), str(self.spec.base_dir))
+        try:
+            *facts, pid = await asyncio.wait_for(actor.loaded.remote(), self.start_timeout_s)
+        except TimeoutError:
+            ray.kill(actor)
+            wanted = f"{self.num_cpus:g} CPUs, {self.num_gpus:g} GPUs"
+            waited = f"{self.start_timeout_s:g} s"
+            raise RewardError(
+                f"the actor of {self.spec.function} ({wanted}) was not ready within {waited}"
+            ) from None
+        except ray.exceptions.RayError as error:
+            raise RewardError(f"the actor of {self.spec.function} could not load it:\n{error}") from None
+        self.loaded, self.pids, self._actor = [Loaded(*facts)], [pid], actor
+        self.counts["started"] += 1
+
+    async def score(
+        self,
+        spec: int,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> list[Score]:
+        """One Score per completion. A hang is a `timeout` of the whole call, a crash an `error`."""
+        import ray
+
+        if not completions:
+            return []
+        await self.start()
+        wanted = self.loaded[0].columns
+        given = {k: v for k, v in columns.items() if wanted is None or k in wanted}
+        batch = self.spec.batch_size or len(completions)
+        actor = self._actor
+        try:
+            reply = actor.score.remote(list(prompts), list(completions), given, batch)
+            return decode(await asyncio.wait_for(reply, self.spec.timeout_s))
+        except TimeoutError:
+            self.counts["killed"] += 1
+            await self._drop(actor)
+            detail = f"no result within timeout_s = {self.spec.timeout_s:g} s; its actor was killed"
+            return [Score(None, Outcome.timeout, detail)] * len(completions)
+        except ray.exceptions.RayActorError as error:
+            self.counts["crashed"] += 1
+            await self._drop(actor)
+            detail = f"the reward's actor died in this call: {error}"
+            return [Score(None, Outcome.error, detail)] * len(completions)
+
+    async def _drop(self, actor: Any) -> None:
+        import ray
+
+        async with self._making:
+            if self._actor is actor:
+                self._actor = None
+                ray.kill(actor)
+
+    async def close(self) -> None:
+        """End the actor."""
+        if self._actor is not None:
+            await self._drop(self._actor)

@@ -1,0 +1,99 @@
+"""`rft reward`: the table, disagreement, explanations, exit codes, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rft.rewards.check import check_reward, describe
+from rft.rewards.config import RewardConfig, RewardsConfig
+from rft.rewards.dry_run import main
+
+HERE = Path(__file__).parent
+ROWS = [
+    {"prompt": "1+1", "completion": "#### 2", "answer": "2", "label": True},
+    {"prompt": "1+2", "completion": "#### 4", "answer": "3", "label": True},
+    {"prompt": "1+3", "completion": "no idea", "answer": "4", "label": False},
+]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_the_table_and_disagreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["math", write(tmp_path / "f.jsonl", ROWS), "--explain"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1] for line in out.splitlines() if line[:1].isalpha()}
+    assert (lines["correct"], lines["wrong"], lines["unparseable"]) == ("1", "1", "1")
+    assert "hash: '4' != '3' (exact)" in out
+    assert "3 compared, 33.33% disagree: 0 rewarded although labelled wrong, 1 not rewarded" in out
+    assert "per call: median" in out
+
+
+def test_an_error_exits_1_and_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(HERE)
+    rows = [{"completion": "a"}, {"completion": "bad"}]
+    assert main(["custom_rewards.py:raises", write(tmp_path / "f.jsonl", rows)]) == 1
+    assert "the missing key" in capsys.readouterr().out
+
+
+def test_options_and_columns_come_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": r"\boxed{2} #### 3", "gold": "3"}]
+    arguments = ["math", write(tmp_path / "f.jsonl", rows), "--completion", "text", "--column", "answer=gold"]
+    assert main([*arguments, 'extraction=["hash"]', "--explain"]) == 0
+    assert "correct 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "words"),
+    [
+        (["mth"], ROWS, "did you mean 'math'"),
+        (["math", "extracton=1"], ROWS, "did you mean 'extraction'"),
+        (["math"], [{"completion": "x"}], "needs the column 'answer'"),
+        (["math"], [{"text": "x"}], "f.jsonl:1: no 'completion' (found: text)"),
+        (["math"], [], "has no rows"),
+    ],
+)
+def test_mistakes_exit_2(
+    arguments: list[str], rows: list[Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "f.jsonl", rows)
+    assert main([arguments[0], path, *arguments[1:]]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"completion": "a"}\n{oops\n')
+    assert main(["math", str(path)]) == 2
+    assert "f.jsonl:2: not JSON" in capsys.readouterr().err
+
+
+def test_the_preflight_names_every_problem(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import nothing_like_this\n")
+    functions = [
+        RewardConfig(function="custom_rewards.py:lenght", name="a"),
+        RewardConfig(function="math", options={"limit": 3}, name="b"),
+        RewardConfig(function=str(tmp_path / "broken.py") + ":f", name="c"),
+        RewardConfig(function="custom_rewards.py:with_columns", name="d", columns={"answer": "gold"}),
+    ]
+    problems = check_reward(RewardsConfig(functions=functions), HERE, columns=["solution"])
+    assert len(problems) == 4
+    for problem, words in zip(
+        problems,
+        ("did you mean 'length'", "did you mean 'limit_s'", "nothing_like_this", "'gold'"),
+        strict=True,
+    ):
+        assert words in problem
+    assert check_reward(RewardsConfig(functions=[RewardConfig(function="math")]), columns=["answer"]) == []
+    text = describe(RewardsConfig(functions=[RewardConfig(function="math", weight=2.0)]))
+    assert "math (weight 2, timeout 30 s)" in text
