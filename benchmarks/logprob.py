@@ -113,7 +113,7 @@ def run(contender: Contender, inputs: Sequence[Tensor]) -> None:
     with torch.set_grad_enabled(contender.differentiates):
         loss, _ = contender.run(h, w, y, c)
         if contender.differentiates:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
 
 def errors(case: Case, dtype: torch.dtype, contender: Contender) -> dict[str, float]:
@@ -193,7 +193,7 @@ def bench_case(
     rows = []
     for c in contenders:
         gate = GATES[dtype_name].get(c.name) if name == "main" else None
-        row = {
+        row: dict[str, Any] = {
             "contender": c.name,
             "seconds": median(times[c.name]),
             "ratio": median(ratios[c.name]),
@@ -229,7 +229,7 @@ def line(row: dict[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy"):
         try:
             versions[package] = version(package)

@@ -3,14 +3,15 @@
 One chunk of logits is allocated once and filled by products with `out=`; a tile of a few rows is
 taken through softmax in place while it stays in cache. Three ways to the gradient:
 
-- recompute: any upstream gradient; the chunk's logits are computed again in the backward (8 T H V)
+- recompute: any upstream gradient; the chunk's logits are computed again in the backward (8 T H V),
+  unless all rows fit one chunk, which is kept then
 - known: the loss is a weighted sum of the log-probs; its gradient is taken in the forward (6 T H V)
 - frozen: no head parameter wants a gradient; the forward keeps d logp / d hidden (4 T H V)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ class Chunks:
         rows: Rows,
         f: LogitMap,
         like: Chunks | None = None,
+        buffer: Tensor | None = None,
     ) -> None:
-        """`like`: another pass over the same rows, to go in step with it."""
+        """`like`: another pass over the same rows, to go in step with it. `buffer`: an earlier pass's."""
         self.head, self.hidden, self.low, self.rows, self.map = head, hidden, low, rows, f
         self.acc = accumulate_dtype(hidden.dtype)
         self.bias = None if bias is None else bias.to(self.acc)
@@ -62,9 +64,14 @@ class Chunks:
         self.tile_rows = max(1, min(self.size, tile_bytes // (vocab * self.acc.itemsize)))
         if like is not None:
             self.size, self.number, self.tile_rows = like.size, like.number, like.tile_rows
-        self.buffer = hidden.new_empty((self.size, vocab), dtype=head.dtype)
+        self.buffer = hidden.new_empty((self.size, vocab), dtype=head.dtype) if buffer is None else buffer
         self.in_place = head.dtype == self.acc
         self._tiles: dict[str, Tensor] = {}
+
+    @property
+    def single(self) -> bool:
+        """Whether all rows are one chunk whose buffer, after a forward, serves the backward as it is."""
+        return self.number == 1 and self.in_place and self.map.softcap is None
 
     def tile(self, name: str, n: int) -> Tensor:
         """A scratch tile [n, V] in the accumulation dtype, allocated once."""
@@ -116,7 +123,7 @@ def keep_support_(z: Tensor, packed: Tensor, targets: Tensor) -> None:
 def softmax_tile_(
     z: Tensor, targets: Tensor, scratch: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z [r, V] becomes exp(z - max), or rubbish where `scratch` is given.
+    """z [r, V] becomes exp(z - max).
 
     Returns logps [r, K], logsumexp [r], sum of exp [r] and, with `scratch` [r, V], the entropy [r].
     """
@@ -127,15 +134,17 @@ def softmax_tile_(
         total = z.exp_().sum(1)
         lse = top[:, 0] + total.log()
         return target - lse[:, None], lse, total, total
-    z.clamp_(min=LOWEST)
-    total = torch.exp(z, out=scratch).sum(1)
-    entropy = total.log() - z.mul_(scratch).sum(1) / total
+    torch.clamp(z, min=LOWEST, out=scratch)
+    total = z.exp_().sum(1)
+    entropy = total.log() - scratch.mul_(z).sum(1) / total
     lse = top[:, 0] + total.log()
     return target - lse[:, None], lse, total, entropy
 
 
-def forward(chunks: Chunks, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logps [T, K], logsumexp [T] and (if asked) entropies [T]."""
+def forward(
+    chunks: Chunks, entropy: bool, totals: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """logps [T, K], logsumexp [T] and (if asked) entropies [T]; `totals` [T] takes sum exp(z - max)."""
     targets = chunks.rows.targets
     logps = chunks.hidden.new_empty(targets.shape, dtype=chunks.acc)
     lse = chunks.hidden.new_empty(targets.shape[0], dtype=chunks.acc)
@@ -143,7 +152,9 @@ def forward(chunks: Chunks, entropy: bool) -> tuple[Tensor, Tensor, Tensor | Non
     for chunk, _, _, products in chunks:
         for rows, _, z, _ in chunks.tiles(chunk, products):
             scratch = chunks.tile("scratch", z.shape[0]) if entropies is not None else None
-            logps[rows], lse[rows], _, h = softmax_tile_(z, targets[rows], scratch)
+            logps[rows], lse[rows], total, h = softmax_tile_(z, targets[rows], scratch)
+            if totals is not None:
+                totals[rows] = total
             if entropies is not None:
                 entropies[rows] = h
     return logps, lse, entropies
@@ -221,6 +232,19 @@ def backward(chunks: Chunks, up: Upstream, wants: dict[str, bool]) -> Gradients:
     return grads
 
 
+def backward_from_kept(chunks: Chunks, grad: Tensor, totals: Tensor, wants: dict[str, bool]) -> Gradients:
+    """Carry grad [T, K] back from a buffer that still holds exp(z - max) of the only chunk."""
+    grads = Gradients(chunks, wants)
+    p = chunks.buffer[: grad.shape[0]]
+    for start in range(0, p.shape[0], chunks.tile_rows):
+        rows = slice(start, start + chunks.tile_rows)
+        p[rows].mul_((-grad[rows].sum(1) / totals[rows])[:, None])
+        p[rows].scatter_add_(1, chunks.rows.targets[rows], grad[rows])
+    low = None if chunks.low is None else chunks.low.to(chunks.head.dtype)
+    grads.add(slice(0, p.shape[0]), chunks.hidden.to(chunks.head.dtype), low, p)
+    return grads
+
+
 def finish_tile(z: Tensor, cap_slope: Tensor | None, products: Tensor) -> None:
     """Gradient of logits -> gradient of products, stored over the products."""
     if cap_slope is not None:
@@ -245,22 +269,31 @@ class Recompute(torch.autograd.Function):
         entropy: bool,
     ) -> Any:
         chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, f)
-        logps, lse, entropies = forward(chunks, entropy)
+        totals = hidden.new_empty(hidden.shape[0], dtype=chunks.acc) if chunks.single else None
+        logps, lse, entropies = forward(chunks, entropy, totals)
+        ctx.kept = None if totals is None else (chunks.buffer, totals)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, low, low_rank, rows.targets, rows.support, lse, entropies)
         ctx.map = f
         return logps, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor | None = None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None = None) -> Any:
         hidden, weight, bias, low, low_rank, targets, support, lse, entropies = ctx.saved_tensors
-        chunks = Chunks(Head(weight, low_rank), hidden, low, bias, Rows(targets, support), ctx.map)
-        grad = grad * ctx.map.slope
-        if entropies is None or grad_entropy is None:
-            up = Upstream(grad, grad.sum(1), lse)
+        grad = lse.new_zeros(targets.shape) if grad is None else grad * ctx.map.slope
+        wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+        kept, ctx.kept = ctx.kept, None  # spent by the first backward; a second one recomputes
+        buffer = None if kept is None else kept[0]
+        rows = Rows(targets, support)
+        chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, ctx.map, buffer=buffer)
+        if kept is not None and grad_entropy is None:
+            grads = backward_from_kept(chunks, grad, kept[1], wants)
         else:
-            up = Upstream(grad, grad.sum(1), lse, entropies, grad_entropy * ctx.map.slope)
-        grads = backward(chunks, up, dict(zip(NAMES, ctx.needs_input_grad, strict=False)))
+            up = Upstream(grad, grad.sum(1), lse)
+            if entropies is not None and grad_entropy is not None:
+                up = replace(up, entropy=entropies, grad_entropy=grad_entropy * ctx.map.slope)
+            grads = backward(chunks, up, wants)
         return (
             grads.hidden,
             grads.weight,

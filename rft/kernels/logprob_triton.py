@@ -208,16 +208,17 @@ class TritonLogps(torch.autograd.Function):
         logps, lse, entropies = forward(hidden, weight, bias, targets, f, entropy)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropies)
         ctx.map = f
+        ctx.set_materialize_grads(False)
         return logps, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor | None = None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None = None) -> Any:
         hidden, weight, bias, targets, lse, entropies = ctx.saved_tensors
         f, (t, width), vocab = ctx.map, hidden.shape, weight.shape[0]
         want_h, want_w, want_b = ctx.needs_input_grad[:3]
         entropy = entropies is not None and grad_entropy is not None
-        none = grad = grad.contiguous()
+        none = grad = torch.zeros_like(lse) if grad is None else grad.contiguous()
         extra = (entropies, grad_entropy.contiguous()) if entropy else (none, none)
         size = max(128, GRAD_BYTES // max(1, t * hidden.itemsize) // 128 * 128)
         buffer = hidden.new_empty(t * min(size, vocab))

@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and tiles with odd remainders even at the sizes of a test."""
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 400)
     monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 5)
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 600, "cuda": 600})
     monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 50)
@@ -97,6 +97,26 @@ def test_agrees_with_the_reference(
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype
         assert relative(a, b) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)], ids=["logps", "entropy", "both"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_single_chunk_and_a_second_backward(case: str, wanted: tuple[int, ...]) -> None:
+    """All rows in one chunk, which the first backward spends; results used in part."""
+    found = []
+    backends: tuple[Backend, ...] = ("reference", "chunked")
+    for backend in backends:
+        x = inputs(CASES[case], 13, 8, 37, torch.float64)
+        leaf = x["leaf"]
+        outs = token_logps(
+            leaf["hidden"], leaf["weight"], x["targets"], entropy=True, backend=backend, **x["options"]
+        )
+        loss = sum(((i + 1) * outs[i].sin().sum() for i in wanted), torch.zeros(()))
+        leaves = [p for p in leaf.values() if p.requires_grad]
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        found.append([*first, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < 1e-12
 
 
 @pytest.mark.usefixtures("small_chunks")
