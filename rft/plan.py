@@ -168,7 +168,9 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
             held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
     problems += _misfits(config, shape, device, train)
     if config.algorithm.online or config.rewards.functions:
-        problems += [f"rewards: {p}" for p in check_reward(config.rewards, Path.cwd())]
+        if config.rewards.functions:
+        columns = None if train is None else {name for p in train.prompts for name in p.columns}
+        problems += check_reward(config.rewards, Path.cwd(), columns)
     if problems:
         raise ConfigError(problems)
     return Plan(
