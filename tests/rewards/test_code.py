@@ -185,7 +185,8 @@ def test_nothing_outside_the_scratch_folder_can_be_written(sandbox: Sandbox, tmp
     targets += [str(tmp_path / "evil"), str(Path(__file__).parent / "evil"), os.path.expanduser("~/evil")]
     program = (
         f"done = []\nfor path in {targets!r}:\n"
-        "    try:\n        open(path, 'w').write('x'); done.append(path)\n    except OSError: pass\nopen('here', 'w').write('x')\nprint(done)"
+        "    try:\n        open(path, 'w').write('x'); done.append(path)\n    except OSError: pass\n"
+        "open('here', 'w').write('x')\nprint(done)"
     )
     assert _probe(sandbox, program) == "[]"
     assert not any(Path(t).exists() for t in targets if t.endswith("evil"))
@@ -222,8 +223,8 @@ def test_no_socket_reaches_the_host(sandbox: Sandbox) -> None:
 def test_privileges_cannot_be_had(sandbox: Sandbox) -> None:
     program = (
         "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
-        "print(libc.unshare(0x10000000), libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), libc.ptrace(16, 1, 0, 0),"
-        " libc.chroot(b'/tmp'), libc.setuid(0), os.getuid() != 0)"
+        "print(libc.unshare(0x10000000), libc.mount(b'x', b'/tmp', b'tmpfs', 0, None),"
+        " libc.ptrace(16, 1, 0, 0), libc.chroot(b'/tmp'), libc.setuid(0), os.getuid() != 0)"
     )
     assert _probe(sandbox, program) == "-1 -1 -1 -1 -1 True"
 
