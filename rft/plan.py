@@ -167,8 +167,7 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
         if config.eval.every:
             held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
     problems += _misfits(config, shape, device, train)
-    if config.algorithm.online or config.rewards.functions:
-        if config.rewards.functions:
+    if config.rewards.functions:
         columns = None if train is None else {name for p in train.prompts for name in p.columns}
         problems += check_reward(config.rewards, Path.cwd(), columns)
     if problems:
