@@ -29,12 +29,14 @@ from equivalences import CASES  # noqa: E402
 from math_cases import Case  # noqa: E402
 
 from rft.rewards import RewardConfig, RewardRunner, RewardsConfig, load_reward  # noqa: E402
+from rft.rewards.math import gold_answer, warm_up  # noqa: E402
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[float | None]]
 
 
 def rft_math() -> Judge:
     reward: Any = load_reward("math")
+    warm_up()
     return lambda completions, answers: [
         s.value for s in reward.score([""] * len(completions), completions, answer=answers)
     ]
@@ -52,7 +54,8 @@ def math_verify() -> Judge:
 
 
 def trl_accuracy() -> Judge | None:
-    """TRL's reward takes messages and a column `solution`."""
+    """TRL's reward takes messages and a column `solution`. It reads answers in LaTeX only, so it cannot
+    see a completion's `#### 18`; the suite `gsm8k_boxed` is within its terms."""
     try:
         from trl.rewards import accuracy_reward
     except ImportError:
@@ -60,7 +63,7 @@ def trl_accuracy() -> Judge | None:
 
     def judge(completions: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         messages = [[{"role": "assistant", "content": c}] for c in completions]
-        golds = [a if "####" in a or "$" in a else f"${a}$" for a in answers]
+        golds = [f"${gold_answer(a)}$" for a in answers]  # it reads LaTeX only
         return list(accuracy_reward(messages, golds))
 
     return judge
@@ -87,6 +90,10 @@ def suites() -> dict[str, list[Case]]:
     return {
         "gsm8k_gold": gsm_right[-1319:],
         "gsm8k_perturbed": gsm_wrong[-2 * 1319 :],
+        "gsm8k_boxed": [
+            Case(rf"So the answer is $\boxed{{{gold_answer(c.answer)}}}$.", c.answer, True)
+            for c in gsm_right[-1319:]
+        ],
         "gsm8k_models": math_cases.model_solutions(),
         "math500_gold": math_right,
         "math500_perturbed": math_wrong,
@@ -110,7 +117,12 @@ async def pool_overhead(n: int = 256, rounds: int = 20) -> dict[str, float]:
     begin = time.perf_counter()
     reward(prompts=["p"] * n, completions=completions, answer=["12"] * n)
     inside = time.perf_counter() - begin
-    return {"start_s": started, "pool_s": sorted(times)[rounds // 2], "in_process_s": inside, "completions": n}
+    return {
+        "start_s": started,
+        "pool_s": sorted(times)[rounds // 2],
+        "in_process_s": inside,
+        "completions": n,
+    }
 
 
 def sandbox_speed(n: int = 30) -> dict[str, Any]:

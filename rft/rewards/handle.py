@@ -1,0 +1,146 @@
+"""The parent's handle of a worker process: launch, messages, time limits, a sure end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from rft.rewards.process import kill_tree
+from rft.rewards.worker import HEADER, PROGRESS
+
+START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from rft.rewards.worker import main; "
+START += "main(int(sys.argv[2]), int(sys.argv[3]))"
+
+
+class Died(Exception):
+    """The worker's process ended; `reason` says how."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Hung(Exception):
+    """A call exceeded its time; `index` is its first sample within the job."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"call of sample {index} exceeded its time")
+        self.index = index
+
+
+class Worker:
+    """One process. All methods run in the event loop that started it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], board: mmap.mmap) -> None:
+        self.process = process
+        self.board = board
+        self.judged = 0
+        self.reader: asyncio.StreamReader
+        self.writer: asyncio.StreamWriter | None = None
+        loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[None] = loop.create_future()
+        self._pidfd = os.pidfd_open(process.pid)
+        loop.add_reader(self._pidfd, self._on_exit)
+
+    @classmethod
+    def launch(cls) -> tuple[Worker, socket.socket]:
+        """Start the process; the socket is this side's end."""
+        ours, theirs = socket.socketpair()
+        board_fd = os.memfd_create("rft-reward-progress")
+        os.ftruncate(board_fd, PROGRESS.size)
+        board = mmap.mmap(board_fd, PROGRESS.size)
+        path = json.dumps([entry or os.getcwd() for entry in sys.path])
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", START, path, str(theirs.fileno()), str(board_fd)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), board_fd),
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            )
+        finally:
+            theirs.close()
+            os.close(board_fd)
+        return cls(process, board), ours
+
+    async def attach(self, sock: socket.socket) -> None:
+        """Take the socket over."""
+        self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=1 << 24)
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        if not self.exited.done():
+            self.exited.set_result(None)
+
+    def send(self, message: Any) -> None:
+        """Write one message; it leaves when the loop gets to it."""
+        assert self.writer is not None
+        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        self.writer.write(HEADER.pack(len(data)) + data)
+
+    async def _read(self) -> Any:
+        (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+        return pickle.loads(await self.reader.readexactly(size))
+
+    async def receive(self, timeout_s: float, *, per_call: bool) -> Any:
+        """The next message. Raises Died; raises Hung once a call (or the wait) exceeds `timeout_s`."""
+        read = asyncio.ensure_future(self._read())
+        begun = time.monotonic()
+        try:
+            while True:
+                index, since = PROGRESS.unpack_from(self.board) if per_call else (0, begun)
+                since = max(since, begun) if index < 0 else since
+                left = since + timeout_s - time.monotonic()
+                if left <= 0:
+                    await asyncio.sleep(0.002)  # the two numbers are not written at one instant: look again
+                    if not read.done() and (not per_call or PROGRESS.unpack_from(self.board)[0] == index):
+                        raise Hung(max(index, 0))
+                    continue
+                await asyncio.wait({read, self.exited}, timeout=left + 0.005, return_when="FIRST_COMPLETED")
+                if read.done():
+                    return read.result()
+                if self.exited.done():  # what it wrote before it died still counts
+                    return await asyncio.wait_for(read, 1.0)
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            await asyncio.wait({self.exited}, timeout=1.0)  # the connection may close before the process ends
+            raise Died(self.reason()) from None
+        finally:
+            read.cancel()
+            with contextlib.suppress(asyncio.CancelledError, asyncio.IncompleteReadError, ConnectionError):
+                await read
+
+    def reason(self) -> str:
+        """How the process ended, in words."""
+        end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is None:  # not reaped here: the process id must stay its own until its tree is gone
+            return "its connection closed"
+        if end.si_code == os.CLD_EXITED:
+            return f"it exited with status {end.si_status}"
+        return f"it was killed by {signal.Signals(end.si_status).name}"
+
+    async def close(self, *, grace_s: float = 0.0) -> None:
+        """End the process and its children; with a grace, ask first."""
+        if grace_s and self.writer is not None and not self.exited.done():
+            with contextlib.suppress(ConnectionError):
+                self.send(None)
+                await asyncio.wait({self.exited}, timeout=grace_s)
+        if self.process.returncode is None:  # not reaped yet, so the process id is still its own
+            kill_tree(self.process.pid)
+            await asyncio.shield(self.exited)
+        self.process.wait()
+        if self.writer is not None:
+            self.writer.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self.board.close()
