@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rft.rewards.equal import equal
+from rft.rewards.equal import Verdict, equal, equal_numbers
 from rft.rewards.extract import WAYS, Way, extract
 from rft.rewards.limit import OutOfTime, time_limit
 from rft.rewards.types import Outcome, Score
@@ -38,7 +38,8 @@ def math(
     try:
         for raw in golds:
             gold = gold_answer(raw)
-            verdict = _limited(lambda gold=gold: equal(gold, found.text), limit_s)  # type: ignore[misc]
+            quick = equal_numbers(gold, found.text)
+            verdict = _limited(gold, found.text, limit_s) if quick is None else quick
             if verdict.equal:
                 break
     except OutOfTime:
@@ -50,9 +51,9 @@ def math(
     return Score(wrong, Outcome.wrong, detail)
 
 
-def _limited(compare: Callable[[], Any], limit_s: float) -> Any:
+def _limited(gold: str, answer: str, limit_s: float) -> Verdict:
     with time_limit(limit_s):
-        return compare()
+        return equal(gold, answer)
 
 
 def gold_answer(answer: Any) -> str:
