@@ -60,6 +60,7 @@ class Jail:
         self.root = os.getuid() == 0
         self.namespaces, self.why = self._enter()
         self.landlock = kernel.landlock_abi()
+        self.own_user = self._try_own_user()
         self.seccomp = self._try_seccomp()
 
     def _enter(self) -> tuple[bool, str]:
@@ -87,6 +88,19 @@ class Jail:
         empty = [path for path in ("/mnt", "/media", "/srv", "/tmp") if os.path.isdir(path)]
         kernel.build_root(empty[0], self.readable)
 
+    def _try_own_user(self) -> bool:
+        """Can a jailed process get a user id of its own, and still read what it needs?"""
+        if not self.root or not (self.namespaces or self._others_can_read()):
+            return False
+        pid = os.fork()
+        if pid == 0:
+            try:
+                kernel.drop_privileges(CHILD_UIDS)
+                os._exit(0)
+            except OSError:
+                os._exit(1)
+        return os.waitpid(pid, 0)[1] == 0
+
     def _try_seccomp(self) -> bool:
         pid = os.fork()
         if pid == 0:
@@ -101,13 +115,12 @@ class Jail:
     def protections(self) -> dict[str, str]:
         """What is on, by what; an empty string where nothing does it."""
         ns = self.namespaces
-        own_user = ns or (self.root and self._others_can_read())
         return {
             "network": "network namespace, seccomp" if ns else "seccomp" if self.seccomp else "",
             "files": "mount namespace" if ns else f"Landlock {self.landlock}" if self.landlock else "",
             "signals": "pid namespace" if ns else "seccomp" if self.seccomp else "",
             "system calls": "seccomp" if self.seccomp else "",
-            "processes": "RLIMIT_NPROC" if own_user or not self.root else "",
+            "processes": "RLIMIT_NPROC" if self.own_user or not self.root else "",
             "memory": "RLIMIT_AS, watch of the sum",
             "time": "RLIMIT_CPU, wall clock",
             "output": "RLIMIT_FSIZE, pipe limit",
@@ -129,17 +142,19 @@ class Jail:
             size = f"size={limits['scratch']},mode=1777,nr_inodes=4096"
             kernel.mount("tmpfs", scratch, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, size)
         os.chdir(scratch)
-        change = self.root and (self.namespaces or self._others_can_read())
-        if change and not self.namespaces:
+        processes = limits["processes"]
+        if not self.namespaces and self.own_user:
             os.chown(scratch, uid, uid)
+        elif not self.namespaces:  # the limit counts everything that this user runs
+            processes += process.threads_of(os.getuid())
         kernel.limit(
             limits["memory"],
             limits["cpu_s"],
             limits["file"],
-            limits["processes"],
+            processes,
             address_space=limits["address_space"],
         )
-        kernel.drop_privileges(uid if change else None)
+        kernel.drop_privileges(uid if self.own_user else None)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         if not self.namespaces and self.landlock:
             kernel.landlock(self.readable, scratch)

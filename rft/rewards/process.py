@@ -43,6 +43,17 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
+def threads_of(uid: int) -> int:
+    """How many threads a user runs: what RLIMIT_NPROC counts."""
+    total = 0
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{entry}").st_uid == uid:
+                    total += len(os.listdir(f"/proc/{entry}/task"))
+    return total
+
+
 def kill_tree(pid: int) -> None:
     """SIGKILL `pid` and all its descendants. They are stopped first, so that none can fork away."""
     stopped: set[int] = set()

@@ -311,3 +311,26 @@ def test_hostile_sources_are_what_they_say() -> None:
     for name, source in HOSTILE.items():
         if name != "a syntax error":
             ast.parse(source)
+
+
+def test_without_namespaces_the_rest_protects_and_the_gap_is_named() -> None:
+    """A process that can make no namespace: refused by default, and what is left out is said."""
+    code = (
+        "from rft.rewards.sandbox import Sandbox, SandboxError\n"
+        "try:\n    Sandbox()\nexcept SandboxError as error:\n    print('processes' in str(error))\n"
+        "with Sandbox(require=['files', 'network', 'signals']) as s:\n"
+        f"    print(s.test({ADD!r}, {TESTS!r}).passed, 'Landlock' in s.protections['files'])\n"
+        "    for program in ('open(\"/tmp/evil\", \"w\")', 'open(\"/etc/passwd\")', 'import socket; socket.socket()',\n"
+        '                    \'import os; os.kill(os.getppid(), 9)\', \'open("mine", "w").write("x")\'):\n'
+        "        print(s.run(program).code)\n"
+    )
+    bare = "echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set -all --inh-caps -all "
+    bare += "--ambient-caps -all --no-new-privs "
+    command = ["unshare", "-r", "sh", "-c", f'{bare} "$0" -c "$1"', sys.executable, code]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    if subprocess.run(["unshare", "-r", "true"], capture_output=True).returncode:
+        pytest.skip("this machine has no user namespaces to take away")
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if "no Landlock" in done.stderr or "cannot protect: files" in done.stderr:
+        pytest.skip("this kernel has no Landlock")
+    assert done.stdout.split() == ["True", "2", "True", "1", "1", "1", "1", "0"], done.stderr
