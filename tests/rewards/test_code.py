@@ -320,8 +320,9 @@ def test_without_namespaces_the_rest_protects_and_the_gap_is_named() -> None:
         "try:\n    Sandbox()\nexcept SandboxError as error:\n    print('processes' in str(error))\n"
         "with Sandbox(require=['files', 'network', 'signals']) as s:\n"
         f"    print(s.test({ADD!r}, {TESTS!r}).passed, 'Landlock' in s.protections['files'])\n"
-        "    for program in ('open(\"/tmp/evil\", \"w\")', 'open(\"/etc/passwd\")', 'import socket; socket.socket()',\n"
-        '                    \'import os; os.kill(os.getppid(), 9)\', \'open("mine", "w").write("x")\'):\n'
+        '    for program in (\'open("/tmp/evil", "w")\', \'open("/etc/passwd")\',\n'
+        "                    'import socket; socket.socket()', 'import os; os.kill(os.getppid(), 9)',\n"
+        '                    \'open("mine", "w").write("x")\'):\n'
         "        print(s.run(program).code)\n"
     )
     bare = "echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set -all --inh-caps -all "
