@@ -1,17 +1,17 @@
 """Arithmetic problems of a few steps, made on the fly, with worked solutions that may contain slips.
 
-    Mia has 17 coins, finds 5, loses 8. How many now?
-    17+5=22
-    22-8=14
-    #### 14
+    Mia has 7 coins, finds 9, loses 4. How many now?
+    7+9=16
+    16-4=12
+    #### 12
 
 A problem is a chain: a number, then an operator and a number for each step. The chain alone decides
 whether the problem is for training or held out, so that the two can never share a problem, whatever
 the seeds and whatever story is told around the numbers.
 
 The demonstrations come from two kinds of hands. Careful ones write out every step (`lines`) and are
-nearly always right. Hasty ones write running totals (`chain`: `=22=14`), and many of their steps are
-off by one; the solution goes on from there, as a pupil would. `answer` is always right. A model that
+nearly always right. Hasty ones write running totals (`chain`: `=17=13`), and many of their steps are
+one or two too high; the solution goes on from there, as a pupil would. `answer` is always right. A model that
 learns to imitate them all is right about half of the time; reinforcement learning has to find out
 which way of working pays, and to do it without slips.
 """

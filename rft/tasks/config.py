@@ -14,7 +14,12 @@ Style = Literal["lines", "chain", "prose", "code", "direct"]
 # Defaults that a variant changes; a field that the user names always wins.
 VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {},
-    "hard": {"min_operands": 6, "max_operands": 6, "largest": 50, "wrong_fraction": 0.3},
+    "hard": {
+        "min_operands": 5,
+        "max_operands": 5,
+        "styles": {"lines": 1.0},
+        "wrong_fraction": 0.5,
+    },
 }
 
 
@@ -23,7 +28,7 @@ def _styles() -> dict[Style, float]:
 
 
 def _wrong_fraction() -> float | dict[Style, float]:
-    return {"lines": 0.02, "chain": 0.5}
+    return {"lines": 0.01, "chain": 0.65}
 
 
 class ArithmeticConfig(Section):
@@ -35,10 +40,10 @@ class ArithmeticConfig(Section):
     form: Literal["words", "expression", "mixed"] = Field(
         "words", description="how a problem is put: a short story, an expression, or either by a coin flip"
     )
-    min_operands: int = Field(4, ge=2, le=12, description="fewest numbers in a problem")
-    max_operands: int = Field(4, ge=2, le=12, description="most numbers in a problem")
+    min_operands: int = Field(3, ge=2, le=12, description="fewest numbers in a problem")
+    max_operands: int = Field(3, ge=2, le=12, description="most numbers in a problem")
     operators: tuple[Operator, ...] = Field(("+", "-"), description="operators in use, of + - *")
-    largest: int = Field(20, ge=2, description="largest operand of + and -")
+    largest: int = Field(9, ge=2, description="largest operand of + and -")
     largest_factor: int = Field(4, ge=2, description="largest operand of *")
     limit: int = Field(99, ge=4, description="largest intermediate result; none is below 0")
     styles: dict[Style, float] = Field(
@@ -48,7 +53,10 @@ class ArithmeticConfig(Section):
         default_factory=_wrong_fraction,
         description="share of a demonstration's steps that are wrong; one number, or one for each format",
     )
-    slips: tuple[int, ...] = Field((-1, 1), description="what a wrong step is off by: one of these")
+    slips: tuple[int, ...] = Field(
+        (1, 2),
+        description="what a wrong step is off by: one of these (of one sign, two slips never cancel out)",
+    )
 
     @model_validator(mode="before")
     @classmethod
