@@ -260,7 +260,7 @@ class _Builder:
         for index, group in enumerate(groups):
             self._add_group(index, group)
         dtypes = {"mask": torch.bool, "demonstrated": torch.bool, "sampler_logps": torch.float32}
-        t = {k: torch.tensor(v, dtype=dtypes.get(k, torch.int64)) for k, v in self.t.items()}
+        t: dict[str, Any] = {k: torch.tensor(v, dtype=dtypes.get(k, torch.int64)) for k, v in self.t.items()}
         if not any(c.demonstrated for c in completions):
             del t["demonstrated"]
         if not any(c.logps is not None for c in completions):

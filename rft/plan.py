@@ -151,9 +151,13 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
             return None
 
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = attempt("rollout.engine", lambda: _engine(config)) if config.algorithm.online else "hf"
+    engine: Literal["vllm", "hf"] | None = (
+        attempt("rollout.engine", lambda: _engine(config)) if config.algorithm.online else "hf"
+    )
     path = attempt("model", lambda: resolve_model(config, model))
-    shape = attempt("model.path", lambda: ModelShape.of(path, config.model)) if path else None
+    shape: ModelShape | None = None
+    if path:
+        shape = attempt("model.path", lambda: ModelShape.of(path, config.model))
     tokenizer = None
     if path:
         tokenizer_path = config.model.tokenizer or path
@@ -170,7 +174,7 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
     if config.rewards.functions:
         columns = None if train is None else {name for p in train.prompts for name in p.columns}
         problems += check_reward(config.rewards, Path.cwd(), columns)
-    if problems:
+    if problems or path is None or shape is None or engine is None:
         raise ConfigError(problems)
     return Plan(
         config=config,

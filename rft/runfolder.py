@@ -48,7 +48,7 @@ class RunFolder:
     def resumed_at(self) -> int | None:
         """What the run log wants to know: None for a new run, -1 for one that starts over."""
         if self.resume is not None:
-            return self.resume.step - 1
+            return self.resume.step
         return -1 if self.interrupted else None
 
 

@@ -219,7 +219,9 @@ class TritonLogps(torch.autograd.Function):
         want_h, want_w, want_b = ctx.needs_input_grad[:3]
         entropy = entropies is not None and grad_entropy is not None
         none = grad = torch.zeros_like(lse) if grad is None else grad.contiguous()
-        extra = (entropies, grad_entropy.contiguous()) if entropy else (none, none)
+        extra = (
+            (entropies, grad_entropy.contiguous()) if entropy and grad_entropy is not None else (none, none)
+        )
         size = max(128, GRAD_BYTES // max(1, t * hidden.itemsize) // 128 * 128)
         buffer = hidden.new_empty(t * min(size, vocab))
         grad_h = hidden.new_zeros(hidden.shape, dtype=torch.float32) if want_h else None

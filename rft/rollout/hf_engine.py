@@ -79,7 +79,7 @@ class HFEngine:
         return any(word in text for word in stop)
 
     async def join(self, link: Link) -> None:
-        self.group = await asyncio.to_thread(
+        self.group: Any = await asyncio.to_thread(
             broadcast.open_group, link.host, link.port, link.rank_offset, link.world_size, link.timeout_s
         )
 

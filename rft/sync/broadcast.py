@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def manifest_of(named: Iterable[tuple[str, Tensor]]) -> Manifest:
 
 def open_group(
     host: str, port: int, rank: int, world_size: int, timeout_s: float, name: str = "weights"
-) -> ProcessGroupGloo:
+) -> Any:
     """Join (rank 0: open) a gloo group that is independent of torch.distributed's default group.
 
     Raises torch.distributed.DistStoreError or RuntimeError when the others do not come in time.
@@ -50,7 +51,7 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[l
     return buckets
 
 
-def send(group: ProcessGroupGloo, tensors: list[Tensor]) -> int:
+def send(group: Any, tensors: list[Tensor]) -> int:
     """Broadcast the tensors from rank 0; returns the bytes sent per receiver."""
     manifest = manifest_of((str(i), t) for i, t in enumerate(tensors))
     total = 0
@@ -61,7 +62,7 @@ def send(group: ProcessGroupGloo, tensors: list[Tensor]) -> int:
     return total
 
 
-def receive(group: ProcessGroupGloo, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+def receive(group: Any, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) as the buckets arrive. The tensors are views that the caller copies."""
     for bucket in plan_buckets(manifest):
         sizes = [_numel(manifest[i][2]) for i in bucket]
@@ -71,7 +72,7 @@ def receive(group: ProcessGroupGloo, manifest: Manifest) -> Iterator[tuple[str, 
             yield manifest[index][0], piece.view(manifest[index][2])
 
 
-def _broadcast(group: ProcessGroupGloo, tensor: Tensor) -> None:
+def _broadcast(group: Any, tensor: Tensor) -> None:
     # The raw group: `torch.distributed.broadcast` would want a rank of the default group.
     options = BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0

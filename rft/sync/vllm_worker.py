@@ -46,7 +46,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         rank = init_info.rank_offset + self.parallel_config.rank
-        self.group = broadcast.open_group(
+        self.group: Any = broadcast.open_group(
             init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_s
         )
 
@@ -75,7 +75,7 @@ def _repack_heads(model: torch.nn.Module) -> None:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     for module in model.modules():
-        if type(module).__name__ == "ParallelLMHead" and module.weight.numel():
+        if type(module).__name__ == "ParallelLMHead" and next(module.parameters()).numel():
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 

@@ -116,7 +116,12 @@ def test_sigterm_saves_exits_75_leaves_nothing_behind_and_resumes(tmp_path: Path
 def test_a_run_killed_outright_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL in mid-run; synchronous on one replica of the plain engine: the resumed run ends with
     bit-equal weights and the same rewards."""
-    common = [*SMALL, "warm_start=null", "rollout.engine=hf", "train.steps=6", "learner.threads=1"]
+    (tmp_path / "digits.py").write_text(
+        "def score(prompts, completions, **columns):\n"
+        "    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]\n"
+    )
+    reward = f"rewards=[{{function: '{tmp_path}/digits.py:score'}}]"
+    common = [*SMALL, "warm_start=null", "rollout.engine=hf", "train.steps=6", "learner.threads=1", reward]
     rft(*command(tmp_path, *common, "name=whole"))
     args = command(tmp_path, *common, "name=killed")
     process = subprocess.Popen([sys.executable, "-m", "rft.cli", *args], cwd=ROOT, env=ENV)
