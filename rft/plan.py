@@ -17,7 +17,7 @@ import torch
 
 from rft.algorithms.checks import problems as algorithm_problems
 from rft.config import Config, ConfigError, algorithm_name, fingerprint
-from rft.data import DataError, PromptSet, load_prompts
+from rft.data import DataError, GroupSet, PromptSet, load_groups, load_prompts
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype, stop_ids
 from rft.memory import ModelShape, learner_bytes, replica_bytes
 from rft.rewards import check_reward
@@ -42,6 +42,7 @@ class Plan:
     stop_ids: tuple[int, ...]
     train_prompts: PromptSet | None
     eval_prompts: PromptSet | None
+    groups: GroupSet | None = None  # offline training
 
     def with_model(self, folder: str) -> Plan:
         """The same plan from other weights of the same shape (a finished warm start)."""
@@ -102,6 +103,8 @@ class Plan:
             )
         if self.train_prompts is not None:
             out.append(f"data         {self.train_prompts}")
+        if self.groups is not None:
+            out.append(f"data         {self.groups}")
         if self.eval_prompts is not None:
             e = c.eval
             out.append(
@@ -170,7 +173,10 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
         train = attempt("data", lambda: load_prompts(config.data, tokenizer, "train", limit))
         if config.eval.every:
             held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
-    problems += _misfits(config, shape, device, train)
+    groups = None
+    if tokenizer is not None and not config.algorithm.online:
+        groups = attempt("data", lambda: load_groups(config.data, tokenizer, config.algorithm.data))
+    problems += _misfits(config, shape, device, train if groups is None else groups)
     if config.rewards.functions:
         columns = None if train is None else {name for p in train.prompts for name in p.columns}
         problems += check_reward(config.rewards, Path.cwd(), columns)
@@ -187,6 +193,7 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
         stop_ids=stop_ids(path),
         train_prompts=train,
         eval_prompts=held_out,
+        groups=groups,
     )
 
 
@@ -232,11 +239,13 @@ def _transport(config: Config, device: Device) -> str:
     return config.sync.transport
 
 
-def _misfits(config: Config, shape: ModelShape | None, device: Device, train: PromptSet | None) -> list[str]:
+def _misfits(
+    config: Config, shape: ModelShape | None, device: Device, train: PromptSet | GroupSet | None
+) -> list[str]:
     """Settings that are each fine and do not fit together."""
     out = []
     t, r, algorithm = config.train, config.rollout, config.algorithm
-    demonstrated = train is not None and any(p.columns.get("completion") for p in train.prompts)
+    demonstrated = isinstance(train, PromptSet) and any(p.columns.get("completion") for p in train.prompts)
     lacks = algorithm_problems(
         algorithm,
         num_generations=t.num_generations,
@@ -252,9 +261,15 @@ def _misfits(config: Config, shape: ModelShape | None, device: Device, train: Pr
         if not config.rewards.functions and "rewards" not in algorithm.needs:
             lacks.append("no reward is given; evaluation needs one: `rewards: [{function: math}]`")
     out += [f"algorithm.{algorithm_name(algorithm)}: {problem}" for problem in lacks]
+    if "scores" in algorithm.outputs:
+        out.append(
+            f"algorithm: {algorithm_name(algorithm)} trains a scoring head, which the learner cannot do yet"
+        )
+    if config.data.streaming:
+        out.append("data.streaming: training loads the whole dataset for now; set it to false")
     if train is not None and len(train) < t.batch_size:
         out.append(
-            f"train.batch_size: {t.batch_size} prompts a step, but the data has only {len(train)}; lower it"
+            f"train.batch_size: {t.batch_size} rows a step, but the data has only {len(train)}; lower it"
         )
     length = r.sampling.max_prompt_length + r.sampling.max_completion_length
     if shape is not None and algorithm.online and length > shape.max_positions:

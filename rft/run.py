@@ -13,12 +13,12 @@ import ray
 
 from rft import runfolder
 from rft.controller import Controller, Parts
-from rft.data import load_groups
 from rft.learner.actor import LearnerActor
 from rft.learner.learner import LearnerSpec
 from rft.learner.model import resolve_dtype
 from rft.metrics import Progress, RunLog
 from rft.offline import OfflineLoop, RunStopped
+from rft.packing import worth_sharing
 from rft.plan import Plan, threads_for
 from rft.remote import call, ray_cluster
 from rft.rewards import RewardRunner
@@ -122,16 +122,20 @@ async def _offline(
     plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, Any]:
     config = plan.config
-    groups = load_groups(config.data, plan.tokenizer, config.algorithm.data)
-    progress.note(f"data: {groups}")
+    assert plan.groups is not None
+    groups = list(plan.groups)
+    progress.note(f"data: {plan.groups}")
+    sizes = [(len(g.prompt.tokens), [len(c.tokens) for c in g.completions]) for g in groups]
+    mode = config.learner.prefix_sharing
+    share = mode == "on" or (mode == "auto" and worth_sharing(sizes, plan.shape.hidden))
     learner = start_learner(plan, learner_spec(plan))
     loop = OfflineLoop(
         learner,
-        groups.groups,
+        groups,
         config.train.steps,
         config.train.batch_size,
         config.seed,
-        config.learner.prefix_sharing == "on",
+        share,
         config.learner.step_timeout_s,
         progress,
         arrange=config.algorithm.arrange,
