@@ -50,6 +50,7 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a shared machine
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    import psutil
     import ray
 
     if address is not None:
@@ -65,23 +66,17 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     try:
         yield
     finally:
-        family = _descendants() if address is None else []
+        children = psutil.Process().children(recursive=True) if address is None else []
+        family = [p for p in children if _is_of_a_run(p)]  # asked while their parents still live
         ray.shutdown()
         _reap(family)
-
-
-def _descendants() -> list[Any]:
-    import psutil
-
-    return list(psutil.Process().children(recursive=True))
 
 
 def _reap(family: list[Any]) -> None:
     """Wait for processes that Ray was told to end; kill those that do not."""
     import psutil
 
-    ours = [p for p in family if _is_of_a_run(p)]
-    _, alive = psutil.wait_procs(ours, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=5)
     for process in alive:
         kill(process.pid)
     psutil.wait_procs(alive, timeout=5)
@@ -107,14 +102,11 @@ def kill(pid: int) -> None:
         return
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all its descendants."""
+def descendants(pid: int) -> list[int]:
+    """Process ids of all that a process started; [] where it is gone."""
     import psutil
 
     try:
-        process = psutil.Process(pid)
-        family = [*process.children(recursive=True), process]
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
-        return
-    for member in family:
-        kill(member.pid)
+        return []

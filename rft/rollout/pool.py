@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import ray
 
-from rft.remote import ActorDied, Overdue, call, kill_tree
+from rft.remote import ActorDied, Overdue, call, descendants, kill
 from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request
 from rft.rollout.replica import Replica
 from rft.sync.broadcast import Manifest
@@ -90,9 +90,11 @@ class RolloutPool:
         member = self.members.pop(index, None)
         if member is None:
             return
-        if member.node == ray.get_runtime_context().get_node_id():  # else Ray kills it on its node
-            kill_tree(member.pid)
+        here = member.node == ray.get_runtime_context().get_node_id()
+        children = descendants(member.pid) if here else []  # elsewhere they follow their parent
         ray.kill(member.actor)
+        for process in children:
+            kill(process)
 
     # -- weights: the same call on every replica, all acknowledged ------------------------------------
 
