@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,12 +18,15 @@ _EXIT_CODES = "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on reque
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = _parser().parse_args(argv)
     from rft.config import ConfigError
 
     try:
+        args = _parser().parse_args(argv)
         code: int = args.run(args)
         return code
+    except BrokenPipeError:  # `rft config | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ConfigError as error:
         count = len(error.problems)
         print(f"rft: {count} problem{'s' if count > 1 else ''} found:", file=sys.stderr)
@@ -43,9 +47,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    class HelpWithKeys(argparse.Action):
+        """--help that ends with every config key."""
+
+        def __call__(self, sub: argparse.ArgumentParser, *_: object) -> None:
+            sub.print_help()
+            print("\nconfig keys, with defaults:")
+            _print_keys("")
+            sub.exit()
+
     def command(name: str, run: object, text: str, *, config: bool = True) -> argparse.ArgumentParser:
-        epilog = "keys: see `rft config`" if config else None
-        sub = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=_EXIT_CODES, add_help=name != "train"
+        )
         sub.set_defaults(run=run)
         if config:
             sub.add_argument("config", help="YAML file")
@@ -56,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH", help="go on from the run's last checkpoint"
     )
-    train.formatter_class = argparse.RawDescriptionHelpFormatter
+    train.add_argument("-h", "--help", action=HelpWithKeys, nargs=0, help="this help, and every config key")
     command("check", _check, "resolve everything and print the plan, without training")
     evaluate = command("eval", _eval, "held-out accuracy and pass@k of a model, as JSON on stdout")
     evaluate.add_argument("--model", help="model folder or hub name (default: the config's)")
@@ -123,12 +137,16 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
+    _print_keys(args.prefix)
+    return 0
+
+
+def _print_keys(prefix: str) -> None:
     from rft.config import describe_fields
 
     for key, default, text in describe_fields():
-        if key.startswith(args.prefix):
+        if key.startswith(prefix):
             print(f"{key:<44} {default:<24} {text}")
-    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -1,0 +1,139 @@
+"""The learner on a real tiny model: splitting changes nothing, faults are named, state survives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rft.algorithms import ALGORITHMS
+from rft.batch import Batch
+from rft.learner.config import LearnerConfig
+from rft.learner.learner import Learner, LearnerError, LearnerSpec
+from rft.learner.schedule import learning_rate
+
+
+class Watched(Learner):
+    """A learner that keeps each update's gradient."""
+
+    def _optimize(self) -> dict[str, float]:
+        self.seen = getattr(self, "seen", [])
+        self.seen.append([p.grad.clone() for p in self.policy.trained() if p.grad is not None])
+        return super()._optimize()
+
+
+def spec(model: Path, algorithm: str = "grpo", **changes) -> LearnerSpec:
+    config = LearnerConfig(learning_rate=1e-3, max_grad_norm=None, **changes.pop("config", {}))
+    base = LearnerSpec(
+        model=str(model),
+        tokenizer=str(model),
+        algorithm=changes.pop("settings", ALGORITHMS[algorithm]()),
+        config=config,
+        device="cpu",
+        threads=1,
+        seed=1,
+        total_steps=10,
+        num_iterations=1,
+        minibatches=1,
+        max_completion_length=12,
+        temperature=1.0,
+        max_gap_mean=None,
+        max_gap=None,
+    )
+    return replace(base, **changes)
+
+
+def gradient(model: Path, batch: Batch, algorithm, micro: int) -> tuple[float, list[torch.Tensor]]:
+    learner = Watched(spec(model, settings=algorithm, config={"tokens_per_micro_batch": micro}))
+    metrics = learner.step(batch, 0)
+    return metrics["train/loss"], learner.seen[0]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        ALGORITHMS["grpo"](),
+        ALGORITHMS["grpo"](normalization="sequence", beta=0.1),
+        ALGORITHMS["dr_grpo"](),
+        ALGORITHMS["sft"](),
+        ALGORITHMS["dpo"](),
+    ],
+    ids=["token", "sequence and KL", "constant", "sft", "pairs"],
+)
+def test_splitting_packing_and_sharing_change_no_gradient(tiny_folder, make_groups, algorithm) -> None:
+    """Invariant 1: one micro-batch or many, prompts shared or repeated: the same loss and gradient."""
+    groups = make_groups(groups=5, size=2 if algorithm.unit == "pair" else 4)
+    whole = Batch.build(groups)
+    loss, grads = gradient(tiny_folder, whole, algorithm, 10_000)
+    scale = max(g.abs().max() for g in grads)
+    assert scale > 0
+    for batch, micro in ((whole, 40), (Batch.build(groups, share_prefix=True), 10_000), (whole, 1)):
+        other_loss, other = gradient(tiny_folder, batch, algorithm, micro)
+        assert other_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        for a, b in zip(grads, other, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * scale
+
+
+def test_degenerate_groups_carry_no_gradient_and_are_counted(tiny_folder, make_groups) -> None:
+    groups = [
+        replace(g, completions=tuple(replace(c, reward=1.0) for c in g.completions)) for g in make_groups()
+    ]
+    learner = Watched(spec(tiny_folder))
+    metrics = learner.step(Batch.build(groups), 0)
+    assert metrics["train/grad_norm"] == 0 and metrics["group/degenerate"] == 3
+
+
+def test_a_non_finite_gradient_stops_before_the_update(tiny_folder, make_groups) -> None:
+    groups = make_groups()
+    bad = replace(groups[0].completions[0], reward=float("inf"))
+    groups[0] = replace(groups[0], completions=(bad, *groups[0].completions[1:]))
+    learner = Learner(spec(tiny_folder))
+    before = [p.clone() for p in learner.policy.trained()]
+    with pytest.raises(LearnerError, match=r"gradient norm is nan .* nothing was updated"):
+        learner.step(Batch.build(groups), 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trained(), strict=True))
+    assert learner.version == 0
+
+    skipping = Learner(spec(tiny_folder, config={"on_nonfinite": "skip"}))
+    assert skipping.step(Batch.build(groups), 0)["train/skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, skipping.policy.trained(), strict=True))
+
+
+def test_state_read_back_goes_on_to_the_same_weights(tiny_folder, make_groups, tmp_path) -> None:
+    batches = [Batch.build(make_groups(seed=i)) for i in range(3)]
+    one = Learner(spec(tiny_folder, num_iterations=2, minibatches=3))
+    for i, batch in enumerate(batches[:2]):
+        one.step(batch, i)
+    one.write_state(tmp_path)
+    two = Learner(spec(tiny_folder, num_iterations=2, minibatches=3))
+    two.read_state(tmp_path)
+    assert two.version == one.version == 2
+    first, second = one.step(batches[2], 2), two.step(batches[2], 2)
+    assert first["train/loss"] == second["train/loss"]
+    for a, b in zip(one.policy.trained(), two.policy.trained(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_several_updates_compare_with_the_policy_before_the_step(tiny_folder, make_groups) -> None:
+    """With inner epochs the ratio is to the old policy: it starts at 1 and moves."""
+    learner = Learner(spec(tiny_folder, num_iterations=3))
+    metrics = learner.step(Batch.build(make_groups()), 0)
+    assert metrics["train/updates"] == 3
+    assert metrics["policy/ratio_spread"] > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.6, 0.2]),
+        ("cosine", [0.5, 1.0, 1.0, 0.6, 0.2]),
+    ],
+)
+def test_learning_rate(schedule: str, expected: list[float]) -> None:
+    """Warm-up over 2 steps, then down to 0.2 at the last of 5: linear and cosine meet half-way, at
+    0.2 + 0.8 / 2 = 0.6."""
+    config = LearnerConfig(learning_rate=1.0, warmup_steps=2, schedule=schedule, final_lr_ratio=0.2)
+    assert [learning_rate(config, step, 5) for step in range(5)] == pytest.approx(expected)
