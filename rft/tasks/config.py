@@ -24,11 +24,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _styles() -> dict[Style, float]:
-    return {"lines": 0.45, "chain": 0.55}
+    return {"lines": 0.42, "chain": 0.58}
 
 
 def _wrong_fraction() -> float | dict[Style, float]:
-    return {"lines": 0.01, "chain": 0.65}
+    return {"lines": 0.01, "chain": 0.55}
 
 
 class ArithmeticConfig(Section):
