@@ -10,10 +10,10 @@ whether the problem is for training or held out, so that the two can never share
 the seeds and whatever story is told around the numbers.
 
 The demonstrations come from two kinds of hands. Careful ones write out every step (`lines`) and are
-nearly always right. Hasty ones write running totals (`chain`: `=17=13`), and many of their steps are
-one or two too high; the solution goes on from there, as a pupil would. `answer` is always right. A model that
-learns to imitate them all is right about half of the time; reinforcement learning has to find out
-which way of working pays, and to do it without slips.
+nearly always right. Hasty ones write running totals (`chain`: `=16=12`), and about half of their steps
+are one or two too high; the solution goes on from there, as a pupil would. `answer` is always right.
+A model that learns to imitate them all is right about half of the time; reinforcement learning has to
+find out which way of working pays, and to do it without slips.
 """
 
 from __future__ import annotations

@@ -11,14 +11,15 @@ from rft.section import Section
 Operator = Literal["+", "-", "*"]
 Style = Literal["lines", "chain", "prose", "code", "direct"]
 
-# Defaults that a variant changes; a field that the user names always wins.
+# Defaults that a variant changes; a field that the user names always wins. `hard` is for a model that was
+# warm-started on the standard problems: it knows the steps, but has never made a chain this long.
 VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {},
     "hard": {
         "min_operands": 5,
         "max_operands": 5,
         "styles": {"lines": 1.0},
-        "wrong_fraction": 0.5,
+        "wrong_fraction": 0.0,
     },
 }
 
@@ -35,7 +36,8 @@ class ArithmeticConfig(Section):
     """An arithmetic problem of a few steps, as a short story or as an expression."""
 
     variant: Literal["standard", "hard"] = Field(
-        "standard", description="a set of defaults for the fields below; `hard` starts near zero successes"
+        "standard",
+        description="a set of defaults for the fields below; `hard`: longer problems, clean demonstrations",
     )
     form: Literal["words", "expression", "mixed"] = Field(
         "words", description="how a problem is put: a short story, an expression, or either by a coin flip"
