@@ -41,22 +41,22 @@ def command(tmp: Path, *args: str) -> list[str]:
 
 @pytest.mark.timeout(900)
 def test_a_short_run_learns(tmp_path: Path) -> None:
-    """Two-number sums, warm-started on demonstrations with wrong steps: held-out accuracy rises."""
+    """The demo with a short warm start and 40 steps: held-out accuracy rises."""
     args = [
-        "warm_start.steps=150",
-        "warm_start.batch_size=64",
-        "train.steps=30",
-        "eval.every=30",
+        "warm_start.steps=700",
+        "train.steps=40",
+        "eval.every=40",
         "eval.problems=128",
-        "data.options.wrong_fraction=0.4",
+        "data.options.min_operands=3",
+        "data.options.max_operands=3",
         "name=learn",
     ]
     rft(*command(tmp_path, *args), timeout=850)
     run = tmp_path / "learn"
     metrics = rows(run)
-    assert [r["step"] for r in metrics] == list(range(31))
+    assert [r["step"] for r in metrics] == list(range(41))
     first, last = metrics[0], metrics[-1]
-    assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.1, (first, last)
+    assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.08, (first, last)
     assert max(r["sync/logp_gap"] for r in metrics[1:]) < 1e-3
     undocumented = {name for r in metrics for name in r if not is_documented(name)}
     assert not undocumented
@@ -78,7 +78,7 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
 
     # The same command again finds the run complete and changes nothing.
     again = rft(*command(tmp_path, *args))
-    assert "is complete" in again.stderr and len(rows(run)) == 31
+    assert "is complete" in again.stderr and len(rows(run)) == 41
 
 
 @pytest.mark.timeout(600)
