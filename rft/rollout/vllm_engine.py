@@ -11,6 +11,11 @@ from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 
 
+def _version(label: str) -> int:
+    """The policy version behind vLLM's label; what vLLM calls weights that were never pushed is none."""
+    return int(label) if label.isdigit() else _INITIAL_VERSION
+
+
 class VLLMEngine:
     """A vLLM engine. Methods as in `RolloutEngine`."""
 
@@ -91,7 +96,7 @@ class VLLMEngine:
         tokens = tuple(output.token_ids)
         if output.finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended request {request_id} with reason {output.finish_reason!r}")
-        spans = tuple((int(s.version), s.start, s.end) for s in output.weight_versions or ())
+        spans = tuple((_version(s.version), s.start, s.end) for s in output.weight_versions or ())
         if not spans:
             spans = ((self._version, 0, len(tokens)),)
         return Generated(tokens, tuple(output.logprobs.logprobs), output.finish_reason, spans)
