@@ -210,10 +210,11 @@ def resolve_model(config: Config, model: str | None = None) -> str:
         if local and not (Path(path).expanduser() / "config.json").exists():
             raise ModelError(f"{path!r} is no model folder: it has no config.json")
         return str(Path(path).expanduser()) if local else path
+    from rft.tasks import source
     from rft.tasks.tiny import build_tiny
 
     options = {"seed": config.seed, **config.model.options}
-    folder = Path(config.output_dir) / ".cache" / f"tiny-{fingerprint(options)}"
+    folder = Path(config.output_dir) / ".cache" / f"tiny-{fingerprint({**options, 'code': source()})}"
     if not (folder / "config.json").exists():
         try:
             build_tiny(folder, **options)

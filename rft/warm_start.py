@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from pathlib import Path
@@ -16,8 +15,7 @@ from rft.metrics import Progress
 from rft.offline import OfflineLoop
 from rft.plan import Plan, threads_for
 from rft.remote import call
-
-_CODE = ("rft.tasks.arithmetic", "rft.tasks.tiny")  # generated data and models depend on this code
+from rft.tasks import source
 
 
 def warm_start_folder(config: Config, model: str) -> Path:
@@ -29,7 +27,7 @@ def warm_start_folder(config: Config, model: str) -> Path:
         "data": _data(config, stage).model_dump(mode="json"),
         "model": config.model.model_dump(mode="json"),
         "seed": config.seed,
-        "code": [Path(str(importlib.import_module(name).__file__)).read_text() for name in _CODE],
+        "code": source(),
         "loaded": model,
     }
     return Path(stage.cache) / f"warm-start-{fingerprint(key)}"

@@ -3,9 +3,17 @@
 `TASKS[name](**options).rows(split, n, seed)` gives rows with `prompt`, `answer` and `completion`.
 """
 
+from pathlib import Path
+
 from rft.tasks.arithmetic import Arithmetic, HardArithmetic
 from rft.tasks.reasoning_gym import ReasoningGym
 
 TASKS: dict[str, type] = {task.name: task for task in (Arithmetic, HardArithmetic, ReasoningGym)}
 
-__all__ = ["TASKS", "Arithmetic", "HardArithmetic", "ReasoningGym"]
+
+def source() -> list[str]:
+    """The text of the code that generated rows and tiny models depend on: part of the key of what is cached."""
+    return [(Path(__file__).parent / name).read_text() for name in ("arithmetic.py", "config.py", "tiny.py")]
+
+
+__all__ = ["TASKS", "Arithmetic", "HardArithmetic", "ReasoningGym", "source"]

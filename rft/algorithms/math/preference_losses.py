@@ -125,5 +125,5 @@ def f_score(log_ratio: Tensor, divergence: Divergence, alpha: float) -> Tensor:
         return 1 - safe_exp(-log_ratio)
     if divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
-    exponent = ((alpha - 1) * log_ratio).clamp(max=4 * MAX_LOG_RATIO)  # exp(80) still fits float32
+    exponent = ((alpha - 1) * log_ratio).clamp(max=2 * MAX_LOG_RATIO)  # its square still fits float32
     return (exponent.exp() - 1) / (alpha - 1)
