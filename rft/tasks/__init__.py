@@ -12,7 +12,7 @@ TASKS: dict[str, type] = {task.name: task for task in (Arithmetic, HardArithmeti
 
 
 def source() -> list[str]:
-    """The text of the code that generated rows and tiny models depend on: part of the key of what is cached."""
+    """The text of the code that rows and tiny models depend on: part of the key of what is cached."""
     return [(Path(__file__).parent / name).read_text() for name in ("arithmetic.py", "config.py", "tiny.py")]
 
 
