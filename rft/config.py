@@ -1,8 +1,9 @@
 """The one config tree: typed, frozen, validated once, never mutated.
 
-`load_config(path, overrides)` reads YAML, applies `key.sub=value` overrides and validates; every
-problem is reported at once, each with the key it is about and, for an unknown key, the nearest right
-one. The sections stand beside the code that they configure.
+`load_config(path, overrides)` reads YAML (laid over the file that its `base` names), applies
+`key.sub=value` overrides and validates; every problem is reported at once, each with the key it is
+about and, for an unknown key, the nearest right one. The sections stand beside the code that they
+configure.
 """
 
 from __future__ import annotations
@@ -193,17 +194,37 @@ def nearest(word: str, known: Any) -> str:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and validate a config. Raises ConfigError with every problem found."""
+    return parse_config(apply_overrides(_read(Path(path), ()), overrides))
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file laid over its `base`, if it names one (a path relative to its own folder)."""
+    if path.resolve() in above:
+        raise ConfigError([f"config {path}: its `base` leads back to itself"])
     try:
-        text = Path(path).read_text()
+        raw = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise ConfigError([f"config {path}: {error.strerror or error}"]) from None
-    try:
-        raw = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError([f"config {path} is not valid YAML: {error}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"config {path} must be a mapping of keys to values"])
-    return parse_config(apply_overrides(raw, overrides))
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError([f"config {path}: base must be the path of one YAML file, got {base!r}"])
+    return _laid_over(_read(path.parent / base, (*above, path.resolve())), raw)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections merge key by key; all else replaces, an `algorithm` whole: its settings are its own."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        both = isinstance(under, dict) and isinstance(value, dict) and key != "algorithm"
+        merged[key] = _laid_over(under, value) if both else value
+    return merged
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:

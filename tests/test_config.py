@@ -116,3 +116,35 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text: str | None, words: st
         path.write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_config(path)
+
+
+def test_a_config_is_laid_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "algorithm: {name: grpo, beta: 0.1}\nwarm_start: {steps: 7}\n"
+        "train: {steps: 3, batch_size: 4}\nrewards: [{function: math}, {function: length}]\n"
+    )
+    (tmp_path / "more").mkdir()
+    child = tmp_path / "more" / "child.yaml"
+    child.write_text(
+        "base: ../base.yaml\nname: child\nalgorithm: dr_grpo\ntrain: {steps: 5}\n"
+        "warm_start: null\nrewards: [{function: math}]\n"
+    )
+    config = load_config(child, ["train.num_generations=2"])
+    assert (config.name, config.train.steps, config.train.batch_size) == ("child", 5, 4)
+    assert config.train.num_generations == 2 and config.warm_start is None
+    assert [f.function for f in config.rewards.functions] == ["math"]
+    assert config.to_dict()["algorithm"]["beta"] == 0  # an algorithm does not inherit another one's settings
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: child.yaml", "leads back to itself"),
+        ("base: nowhere.yaml", "nowhere.yaml: No such file"),
+        ("base: [a]", "base must be the path of one YAML file"),
+    ],
+)
+def test_a_base_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "child.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError, match=words):
+        load_config(tmp_path / "child.yaml")
