@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from rft import checkpoint
-from rft.checkpoint import BackgroundWriter, CheckpointError, latest, load, save, scan
+from rft.checkpoint import CheckpointError, latest, load, save, scan
+from rft.checkpoint_writer import BackgroundWriter
 from rft.rng import load_rng_state, rng_state, save_rng_state, set_rng_state
 
 MODULE = Path(checkpoint.__file__)

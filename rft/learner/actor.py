@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rft import checkpoint
+from rft.checkpoint_writer import BackgroundWriter
 from rft.learner.learner import Learner, LearnerSpec
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
@@ -23,6 +24,7 @@ class LearnerActor(Learner):
         self.transport = transport
         self.wire_dtype: torch.dtype = getattr(torch, wire_dtype)
         self.sender: Sender | None = None
+        self.writer: BackgroundWriter | None = None
 
     def reserve_address(self) -> tuple[str, int]:
         """An address of this machine and a free port, for the group's rendezvous."""
@@ -52,9 +54,32 @@ class LearnerActor(Learner):
         assert self.sender is not None, "open_channel comes first"
         return self.sender.send((name, tensor.to(self.wire_dtype)) for name, tensor in self.weights())
 
-    def save(self, root: str, step: int, keep: int, meta: dict[str, Any]) -> str:
+    def save(
+        self, root: str, step: int, keep: int, meta: dict[str, Any], config: dict[str, Any] | None = None
+    ) -> str:
         """Write a checkpoint of learner and run state (`meta`); returns its folder."""
-        return str(checkpoint.save(Path(root), step, self.write_state, keep=keep, meta=meta))
+        self.finish_save()
+        saved = checkpoint.save(Path(root), step, self.write_state, keep=keep, meta=meta, config=config)
+        return str(saved)
+
+    def begin_save(
+        self, root: str, step: int, keep: int, meta: dict[str, Any], config: dict[str, Any] | None = None
+    ) -> None:
+        """Copy the state and write it on a thread of its own, while training goes on. One at a time:
+        `finish_save` tells how it ended."""
+        self.finish_save()
+        self.writer = BackgroundWriter(Path(root), keep=keep)
+        self.writer.submit(step, self.capture_state(), meta=meta, config=config)
+
+    def finish_save(self, wait: bool = True) -> str | None:
+        """The folder of the checkpoint that was begun; None where none was, or, without `wait`, while
+        it is being written. Raises CheckpointError where writing it failed."""
+        if self.writer is None or not (wait or self.writer.done()):
+            return None
+        writer, self.writer = self.writer, None
+        with writer:
+            written = writer.wait()
+        return None if written is None else str(written)
 
     def restore(self, folder: str) -> int:
         """Take over a checkpoint's learner state; returns the policy version."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rft.learner.forward import PolicyModel
 from rft.learner.model import count_parameters, decay_groups, load_causal_lm, load_tokenizer, resolve_dtype
 from rft.learner.schedule import learning_rate
 from rft.packing import micro_batches
+from rft.rng import rng_state, set_rng_state
 
 
 class LearnerError(RuntimeError):
@@ -76,6 +77,7 @@ class Learner:
         )
         self.version = 0
         self.state: dict[str, float] = {}
+        self.self_checked = spec.config.self_check == "off"
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -133,6 +135,9 @@ class Learner:
         start = time.perf_counter()
         spec = self.spec
         gap = objective.LogpGap()
+        if not self.self_checked:
+            self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
+            self.self_checked = True
         batch = batch.with_(
             state={
                 **self.state,
@@ -295,20 +300,31 @@ class Learner:
 
     # -- state -------------------------------------------------------------------------------------
 
-    def write_state(self, folder: Path) -> None:
-        """Write all that a resumed learner needs into `folder`."""
-        self.export(str(folder / "model"))
-        head = self.policy.value_head
-        torch.save(
+    def capture_state(self) -> Callable[[Path], None]:
+        """Copy all that a resumed learner needs. Returns a writer of the copies into a folder; it shares
+        nothing with the learner, so that it may run on a thread while training goes on."""
+        model, head = self.policy.model, self.policy.value_head
+        weights = owned(dict(model.state_dict()))
+        rest = owned(
             {
                 "optimizer": self.optimizer.state_dict(),
                 "version": self.version,
                 "state": self.state,
                 "value_head": None if head is None else head.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-            },
-            folder / "learner.pt",
+                "rng": rng_state(),
+            }
         )
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder / "model", state_dict=weights)
+            load_tokenizer(self.spec.tokenizer, self.spec.trust_remote_code).save_pretrained(folder / "model")
+            torch.save(rest, folder / "learner.pt")
+
+        return write
+
+    def write_state(self, folder: Path) -> None:
+        """Write all that a resumed learner needs into `folder`."""
+        self.capture_state()(folder)
 
     def read_state(self, folder: Path) -> None:
         """Take over the state that `write_state` left."""
@@ -316,12 +332,12 @@ class Learner:
             str(folder / "model"), torch.float32, self.spec.device, self.spec.trust_remote_code
         )
         self.policy.model.load_state_dict(model.state_dict())
-        saved = torch.load(folder / "learner.pt", map_location=self.spec.device, weights_only=True)
+        saved = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.version, self.state = saved["version"], saved["state"]
         if self.policy.value_head is not None:
             self.policy.value_head.load_state_dict(saved["value_head"])
-        torch.set_rng_state(saved["torch_rng"].cpu())
+        set_rng_state(saved["rng"])
 
 
 def _advantage_metrics(batch: Batch) -> dict[str, float]:
@@ -329,3 +345,22 @@ def _advantage_metrics(batch: Batch) -> dict[str, float]:
         return {}
     a = batch.advantages[batch.mask]
     return {"policy/advantage_mean": float(a.mean()), "policy/advantage_std": float(a.std(unbiased=False))}
+
+
+def owned(value: Any) -> Any:
+    """A copy on CPU that shares no memory with `value`; tensors that are one stay one."""
+    seen: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            key = (node.data_ptr(), node.shape, node.dtype)
+            if node.numel() == 0 or key not in seen:
+                seen[key] = node.detach().to("cpu", copy=True)
+            return seen[key]
+        if isinstance(node, dict):
+            return {name: walk(child) for name, child in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(walk(child) for child in node)
+        return node
+
+    return walk(value)
