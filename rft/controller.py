@@ -22,7 +22,7 @@ from rft.evaluation import evaluate, judge
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards, GuardStop
 from rft.offline import RunStopped
-from rft.packing import worth_sharing
+from rft.packing import shares_prefix
 from rft.plan import Plan
 from rft.remote import call
 from rft.rewards import RewardRunner
@@ -61,7 +61,7 @@ class Controller:
         config = self.config
         assert self.plan.train_prompts is not None
         self.prompts = self.plan.train_prompts.prompts
-        self.sampler = Sampler(len(self.prompts), config.seed)
+        self.sampler = Sampler(len(self.prompts), config.seed, shuffle=config.data.shuffle)
         self.slots = SlotBuffer(config.train.batch_size, config.rollout.staleness)
         # A policy gradient's loss is around zero by construction: a jump of it says nothing.
         watched = config.guards.model_copy(update={"loss_spike": "off"})
@@ -165,9 +165,7 @@ class Controller:
                 raise GuardStop(finding)
 
     def _build(self, groups: list[Group]) -> Batch:
-        mode, hidden = self.config.learner.prefix_sharing, self.plan.shape.hidden
-        sizes = [(len(g.prompt.tokens), [len(c.tokens) for c in g.completions]) for g in groups]
-        share = mode == "on" or (mode == "auto" and worth_sharing(sizes, hidden))
+        share = shares_prefix(groups, self.config.learner.prefix_sharing, self.plan.shape.hidden)
         return Batch.build(groups, share_prefix=share)
 
     # -- rollouts ----------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rft.batch import Batch
+from rft.batch import Batch, Group
 
 MERGE_COST = 0.05  # of a token's matrix products, for merging a completion's token with its prompt's keys
 
 Oversize = Literal["alone", "raise"]
+Sharing = Literal["auto", "on", "off"]
 
 
 def micro_batches(
@@ -111,6 +112,15 @@ def worth_sharing(
         shared += cost / sharing_gain(prompt, completions, hidden_size)
         shared += MERGE_COST * sum(completions) if len(completions) > 1 else 0.0
     return separate >= threshold * shared
+
+
+def shares_prefix(groups: Iterable[Group], mode: Sharing, hidden_size: int) -> bool:
+    """Whether groups are laid out with shared prompts: as `learner.prefix_sharing` says, or, on `auto`, where
+    the work that it saves in a model of that width is predicted to pay."""
+    if mode != "auto":
+        return mode == "on"
+    sizes = ((len(g.prompt.tokens), [len(c.tokens) for c in g.completions]) for g in groups)
+    return worth_sharing(sizes, hidden_size)
 
 
 def _sequence_cost(tokens: int, hidden_size: int) -> float:

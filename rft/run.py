@@ -18,7 +18,7 @@ from rft.learner.learner import LearnerSpec
 from rft.learner.model import resolve_dtype
 from rft.metrics import Progress, RunLog
 from rft.offline import OfflineLoop, RunStopped
-from rft.packing import worth_sharing
+from rft.packing import shares_prefix
 from rft.plan import Plan, threads_for
 from rft.remote import call, ray_cluster
 from rft.rewards import RewardRunner
@@ -125,9 +125,7 @@ async def _offline(
     assert plan.groups is not None
     groups = list(plan.groups)
     progress.note(f"data: {plan.groups}")
-    sizes = [(len(g.prompt.tokens), [len(c.tokens) for c in g.completions]) for g in groups]
-    mode = config.learner.prefix_sharing
-    share = mode == "on" or (mode == "auto" and worth_sharing(sizes, plan.shape.hidden))
+    share = shares_prefix(groups, config.learner.prefix_sharing, plan.shape.hidden)
     learner = start_learner(plan, learner_spec(plan))
     loop = OfflineLoop(
         learner,

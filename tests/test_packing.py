@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.packing import micro_batches, predicted_gain, sharing_gain, tree_costs, tree_tokens, worth_sharing
+from rft.packing import (
+    micro_batches,
+    predicted_gain,
+    shares_prefix,
+    sharing_gain,
+    tree_costs,
+    tree_tokens,
+    worth_sharing,
+)
 
 Sizes = list[tuple[int, list[int]]]
 sizes = st.lists(
@@ -134,3 +145,12 @@ def test_sharing_is_skipped_where_it_hardly_pays() -> None:
     assert worth_sharing([(64, [64] * 8)])
     assert not worth_sharing([(8, [500, 500])])
     assert not worth_sharing([(512, [64])])
+
+
+def test_sharing_is_decided_by_the_mode_or_by_the_gain(make_groups: Callable[..., list[Group]]) -> None:
+    groups = make_groups(groups=2, size=4, longest=3)
+    assert [shares_prefix(groups, mode, 64) for mode in ("on", "off")] == [True, False]
+    long = [replace(g, prompt=replace(g.prompt, tokens=(7,) * 60)) for g in groups]
+    assert shares_prefix(long, "auto", 64)
+    alone = [replace(g, completions=g.completions[:1]) for g in long]
+    assert not shares_prefix(alone, "auto", 64)
