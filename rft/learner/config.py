@@ -32,6 +32,11 @@ class LearnerConfig(Section):
     prefix_sharing: Literal["auto", "on", "off"] = Field(
         "auto", description="compute a prompt once per group; auto: where the predicted gain is 5 % or more"
     )
+    self_check: Literal["stop", "fall_back", "off"] = Field(
+        "stop",
+        description="where the first batch's packed hidden states differ from those of separate sequences: "
+        "stop, or run unpacked from then on",
+    )
     entropy: bool = Field(True, description="measure the policy's entropy at every step")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a NaN or infinite gradient stops the run, or skips the update (counted)"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch
-from rft.kernels.attention import hidden_states, prepare_model
+from rft.kernels.attention import hidden_states, prepare_model, self_check
 from rft.kernels.logprob import token_logps
 from rft.learner.distribution import full_divergence, reading
 from rft.learner.model import Head, head_of
@@ -73,6 +73,13 @@ class PolicyModel:
             values=None if values is None else _spread(values, rows, batch.num_tokens),
             kl=None if kl is None else _spread(kl, rows, batch.num_tokens),
         )
+
+    def self_check(self, batch: Batch, *, fall_back: bool) -> float:
+        """The largest relative difference of packed hidden states from those of separate sequences, on part
+        of a batch. Raises RuntimeError where it is more than rounding explains; with `fall_back` it warns
+        and the model runs unpacked from now on."""
+        with self._autocast():
+            return self_check(self.model, batch.to(self.device), fall_back=fall_back)
 
     @torch.no_grad()
     def states(self, batch: Batch, rows: Tensor) -> Tensor:
