@@ -1,0 +1,173 @@
+"""What every algorithm learns on the embedded task, all from the same warm-started model.
+
+    python benchmarks/learning.py                                   # what is missing, one run after the other
+    python benchmarks/learning.py --only grpo,ppo --seeds 1 --minutes 5
+    python benchmarks/learning.py --list                            # the cases
+    python benchmarks/learning.py --collect                         # no run, only the results anew
+
+Every run is an ordinary `rft train` of an example with a few overrides. Finished runs are left alone and
+a run that was cut short goes on from its checkpoint, so the table can be filled run by run. After each one
+benchmarks/results/learning.json, docs/learning.md and docs/images/learning.png are written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from learning_report import merge, summarise, write_page
+
+ROOT = Path(__file__).resolve().parent.parent
+ONLINE = ROOT / "examples" / "online"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: an example, what is changed in it, and the section it stands in."""
+
+    name: str
+    section: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    teacher: str = ""  # a case of the same section and seed whose final model is the reference
+
+
+# Seven numbers instead of three: the start is right in about one of a hundred answers.
+HARD = (
+    "data.options={min_operands: 7, max_operands: 7, styles: {lines: 1}, wrong_fraction: 0.0}",
+    "rollout.sampling={max_prompt_length: 96, max_completion_length: 56}",
+    "train.steps=100",
+)
+STYLES = (
+    "rewards=[{function: math}, "
+    + ", ".join(
+        f'{{function: "rft.tasks.styles:written_in", name: {s}, weight: 0, options: {{style: {s}}}}}'
+        for s in ("lines", "chain")
+    )
+    + "]"
+)
+
+
+def online(name: str, section: str, *overrides: str, case: str = "") -> Case:
+    """A case made of an example of examples/online."""
+    return Case(case or name, section, f"examples/online/{name}.yaml", overrides)
+
+
+CASES: list[Case] = [
+    *(
+        Case(p.stem, "online", f"examples/online/{p.name}", teacher="grpo" if p.stem == "distill" else "")
+        for p in sorted(ONLINE.glob("*.yaml"))
+        if p.stem != "base"
+    ),
+    Case(
+        "sft",
+        "hard",
+        "examples/online/base.yaml",
+        (*HARD, "algorithm=sft", "train.steps=400", "train.batch_size=64", "data.limit=25600"),
+    ),
+    *(online(name, "hard", *HARD) for name in ("grpo", "luffy", "prefix_rft")),
+    *(online(name, "echo", STYLES) for name in ("ppo", "grpo", "expert_iteration")),
+]
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _arguments(argv)
+    cases = [
+        c
+        for c in CASES
+        if (not args.only or c.name in args.only.split(",")) and args.section in ("", c.section)
+    ]
+    if args.list or not cases:
+        print("\n".join(f"{c.section:8} {c.name:18} {c.config} {' '.join(c.overrides)}" for c in CASES))
+        return 0 if cases else 2
+    failed = []
+    for seed in [int(s) for s in args.seeds.split(",")]:
+        for case in cases:
+            run = args.runs / f"{case.section}-{case.name}-{seed}"
+            if not args.collect and not (run / "result.json").exists():
+                code = carry_out(case, seed, run, args.runs, args.minutes)
+                failed += [run.name] if code else []
+            if (run / "result.json").exists():
+                merge(summarise(run, case.section, case.name, seed, case.config, case.overrides))
+    write_page([(c.section, c.name) for c in CASES])
+    if failed:
+        print(f"not finished: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("learning", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases by name, with commas")
+    parser.add_argument("--section", default="", help="only this section of the table")
+    parser.add_argument("--seeds", default="1", help="seeds, with commas")
+    parser.add_argument("--minutes", type=float, default=10, help="longest a run may take; it can be resumed")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learning", help="where run folders are")
+    parser.add_argument("--collect", action="store_true", help="start no run, only write the results anew")
+    parser.add_argument("--list", action="store_true", help="list the cases")
+    return parser.parse_args(argv)
+
+
+def carry_out(case: Case, seed: int, run: Path, runs: Path, minutes: float) -> int:
+    """Train one case from the start of its seed; returns rft's exit code (75: cut short, resumable)."""
+    overrides = [*case.overrides, f"seed={seed}", f"output_dir={runs}", f"name={run.name}", "warm_start=null"]
+    overrides.append(f"model.path={start(seed, runs)}")
+    if case.teacher:
+        teacher = runs / f"{case.section}-{case.teacher}-{seed}" / "model"
+        if not (teacher / "config.json").exists():
+            print(f"{run.name} needs {teacher}: run {case.teacher} first", file=sys.stderr)
+            return 2
+        overrides.append(f"model.reference={teacher}")
+    print(f"== {run.name}", flush=True)
+    code = rft(["train", case.config, *overrides], minutes)
+    if code == 0 and not _evaluated(run):
+        shown = subprocess.run(
+            [sys.executable, "-m", "rft.cli", "eval", case.config, *overrides, "--model", str(run / "model")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        (run / "eval.json").write_text(shown.stdout)
+    return code
+
+
+def _evaluated(run: Path) -> bool:
+    """True if the run measured held-out accuracy itself."""
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    return json.loads(last).get("eval/accuracy") is not None
+
+
+def rft(command: Sequence[str], minutes: float) -> int:
+    """Run rft; past the time it is asked to save and stop."""
+    process = subprocess.Popen([sys.executable, "-m", "rft.cli", *command], cwd=ROOT)
+    try:
+        return process.wait(minutes * 60)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        return process.wait()
+
+
+def start(seed: int, runs: Path) -> Path:
+    """The model that all runs of a seed start from: the warm start of examples/arithmetic.yaml."""
+    folder = runs / f"start-{seed}"
+    if not (folder / "config.json").exists():
+        cache, began = runs / f".start-{seed}", time.time()
+        settings = [f"seed={seed}", f"output_dir={cache}", "name=run", f"warm_start.cache={cache}/made"]
+        short = ["train.steps=1", "eval.every=0", "rollout.engine=hf"]
+        if rft(["train", "examples/arithmetic.yaml", *settings, *short], minutes=60):
+            raise SystemExit(f"the warm start of seed {seed} failed")
+        (made,) = (cache / "made").glob("warm-start-*")
+        shutil.copytree(made, folder)
+        print(f"start of seed {seed}: {time.time() - began:.0f} s", flush=True)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,227 @@
+"""The results of benchmarks/learning.py: from run folders to numbers, and from numbers to page and plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from rft.metrics.plots import BLUE, COLORS, GREY, INK, STYLE
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
+PAGE = ROOT / "docs" / "learning.md"
+PLOT = ROOT / "docs" / "images" / "learning.png"
+BIN = 5  # steps that a point of a reward curve is the mean of
+
+SECTIONS = {
+    "online": (
+        "Online algorithms",
+        "Each is `examples/online/NAME.yaml`: 60 steps of 256 completions from a model that was trained on a "
+        "mixture of clean and hasty demonstrations.",
+    ),
+    "offline": ("Offline algorithms", "From the same start, on fixed data."),
+    "hard": (
+        "A start near zero",
+        "Chains of seven numbers, where the start has seen three. Demonstrations of this length exist, and "
+        "clean. SFT imitates them, GRPO only samples, Prefix-RFT and LUFFY blend the two.",
+    ),
+    "echo": (
+        "Echo Chamber",
+        "The start writes in two formats (`lines` and `chain`); reinforcement learning settles on one. Shares of "
+        "the sampled completions, in the first and the last five steps.",
+    ),
+}
+# What a reader should know about a line of the table, learnt from looking at the run.
+REMARKS: dict[tuple[str, str], str] = {}
+
+Row = dict[str, Any]
+
+
+def summarise(run: Path, section: str, case: str, seed: int, config: str, overrides: Sequence[str]) -> Row:
+    """One finished run as plain numbers."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [[r["step"], r["eval/accuracy"]] for r in rows if r.get("eval/accuracy") is not None]
+    after = rows[-1]
+    if (run / "eval.json").exists():
+        after = json.loads((run / "eval.json").read_text())
+        curve.append([rows[-1]["step"], after["eval/accuracy"]])
+    steps = [r for r in rows if r["step"] > 0]
+    found: Row = {
+        "section": section,
+        "case": case,
+        "seed": seed,
+        "config": config,
+        "overrides": list(overrides),
+        "steps": rows[-1]["step"],
+        "minutes": round((rows[-1]["time/wall"] - rows[0]["time/wall"]) / 60, 2),
+        "after": after["eval/accuracy"],
+        "stderr": after.get("eval/accuracy_stderr"),
+        "greedy": after.get("eval/greedy_accuracy"),
+        "curve": curve,
+        "reward": _binned(steps, "reward/mean"),
+        "entropy": _ends(steps, "policy/entropy"),
+    }
+    if curve[0][0] == 0:
+        found["before"] = curve[0][1]
+    if _binned(steps, "critic/explained_variance"):
+        found["explained_variance"] = _ends(steps, "critic/explained_variance")[1]
+    shares = {
+        s: _ends(steps, f"reward/{s}/mean") for s in ("lines", "chain") if f"reward/{s}/mean" in steps[-1]
+    }
+    if shares:
+        found["styles"] = shares
+    return found
+
+
+def _binned(steps: Sequence[Row], name: str) -> list[list[float]]:
+    """[step, mean over the `BIN` steps up to it], where the metric is there."""
+    parts = [steps[i : i + BIN] for i in range(0, len(steps), BIN)]
+    means = [(p[-1]["step"], [r[name] for r in p if r.get(name) is not None]) for p in parts]
+    return [[step, round(statistics.fmean(values), 4)] for step, values in means if values]
+
+
+def _ends(steps: Sequence[Row], name: str) -> list[float | None]:
+    """The mean of the first and of the last `BIN` steps."""
+    curve = _binned(steps[:BIN], name) + _binned(steps[-BIN:], name)
+    return [curve[0][1], curve[-1][1]] if curve else [None, None]
+
+
+def load() -> list[Row]:
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+
+
+def merge(row: Row) -> None:
+    """Put a run's numbers into the results, in place of an earlier run of the same case and seed."""
+
+    def key(r: Row) -> tuple[str, str, int]:
+        return r["section"], r["case"], r["seed"]
+
+    rows = [r for r in load() if key(r) != key(row)] + [row]
+    note = "Two cores, shared with other programs at times: minutes are an upper bound."
+    text = json.dumps({"note": note, "runs": sorted(rows, key=key)}, indent=1)
+    RESULTS.write_text(text + "\n")
+
+
+# -- the page ------------------------------------------------------------------------------------------
+
+
+def write_page(known: Sequence[tuple[str, str]]) -> None:
+    """Write the table of every known case, run or not, and the plot."""
+    rows = load()
+    parts = [
+        "# What each algorithm learns\n\nMade by `python benchmarks/learning.py` from "
+        "`benchmarks/results/learning.json`. Accuracy is over 256 held-out problems x 4 samples at "
+        "temperature 1; with several seeds, mean ± standard deviation over seeds."
+    ]
+    if rows:
+        parts.append("![learning](images/learning.png)")
+        plot(rows)
+    for section, (title, text) in SECTIONS.items():
+        cases = [case for s, case in known if s == section]
+        if cases:
+            parts.append(f"## {title}\n\n{text}\n\n{_table(section, cases, rows)}")
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
+def _table(section: str, cases: Sequence[str], rows: Sequence[Row]) -> str:
+    head = ["algorithm", "seeds", "before", "after", "gain", "greedy", "steps", "minutes", "remark"]
+    if section == "echo":
+        head[5:5] = ["share of `lines`", "share of `chain`", "entropy"]
+    lines = [head, ["---"] * len(head)]
+    for case in cases:
+        runs = [r for r in rows if (r["section"], r["case"]) == (section, case)]
+        lines.append(_line(section, case, runs, len(head)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _line(section: str, case: str, runs: Sequence[Row], width: int) -> list[str]:
+    remark = REMARKS.get((section, case), "")
+    if not runs:
+        return [f"`{case}`", "0", *[""] * (width - 3), f"**not run.** {remark}".strip()]
+    explained = [r["explained_variance"] for r in runs if r.get("explained_variance") is not None]
+    if explained:
+        remark = f"explained variance of the critic {_mean(explained, '.2f')}. {remark}".strip()
+    before = [r.get("before") for r in runs]
+    gains = [r["after"] - r["before"] for r in runs if r.get("before") is not None]
+    cells = [
+        f"`{case}`",
+        str(len(runs)),
+        _mean(before, ".1%"),
+        _mean([r["after"] for r in runs], ".1%"),
+        _mean(gains, "+.1%"),
+    ]
+    if section == "echo":
+        cells += [_change([r["styles"][s] for r in runs], ".0%") for s in ("lines", "chain")]
+        cells.append(_change([r["entropy"] for r in runs], ".2f"))
+    cells += [
+        _mean([r.get("greedy") for r in runs], ".1%"),
+        _mean([r["steps"] for r in runs], ".0f"),
+        _mean([r["minutes"] for r in runs], ".1f"),
+        remark,
+    ]
+    return cells
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return ""
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    shown = f"{statistics.fmean(numbers):{form}}"
+    return f"{shown} ± {spread:{form.lstrip('+')}}" if spread else shown
+
+
+def _change(pairs: Sequence[Sequence[float | None]], form: str) -> str:
+    return " → ".join(_mean([pair[i] for pair in pairs], form) for i in (0, 1))
+
+
+# -- the plot ------------------------------------------------------------------------------------------
+
+
+def plot(rows: Sequence[Row]) -> None:
+    """Reward curves of the four that were run with several seeds, and every algorithm before and after."""
+    online = [r for r in rows if r["section"] in ("online", "offline")]
+    with rc_context(STYLE):
+        names = sorted({r["case"] for r in online}, key=lambda n: _after(online, n))
+        figure = Figure(figsize=(10.5, max(3.6, 0.19 * len(names) + 1)), layout="constrained")
+        curves, bars = figure.subplots(1, 2, width_ratios=(1.1, 1))
+        for name, color in zip(("ppo", "grpo", "raft", "prefix_rft"), COLORS, strict=False):
+            _curve(curves, [r for r in online if r["case"] == name], name, color)
+        curves.set_title("reward in training", loc="left", color=INK, fontsize=11, fontweight="bold")
+        curves.set_xlabel("step (line: mean over seeds, band: lowest to highest)")
+        curves.legend(loc="lower right", labelcolor=INK)
+        before = [r["before"] for r in online if r.get("before") is not None]
+        for y, name in enumerate(names):
+            after = [r["after"] for r in online if r["case"] == name]
+            mean = statistics.fmean(after)
+            bars.barh(y, mean, color=BLUE, height=0.65)
+            if len(after) > 1:
+                bars.errorbar(mean, y, xerr=statistics.stdev(after), color=INK, capsize=2, linewidth=1)
+        if before:
+            bars.axvline(statistics.fmean(before), color=GREY, linestyle="--", linewidth=1)
+        bars.set_yticks(range(len(names)), names, fontsize=7)
+        bars.set_xlim(0, 1)
+        bars.xaxis.set_major_formatter("{x:.0%}")
+        bars.set_title("held-out accuracy after (dashed: before)", loc="left", color=INK, fontsize=11)
+        figure.savefig(PLOT, dpi=150, facecolor="white")
+
+
+def _after(rows: Sequence[Row], name: str) -> float:
+    return statistics.fmean(r["after"] for r in rows if r["case"] == name)
+
+
+def _curve(axes: Any, runs: Sequence[Row], name: str, color: str) -> None:
+    if not runs:
+        return
+    length = min(len(r["reward"]) for r in runs)
+    steps = [point[0] for point in runs[0]["reward"][:length]]
+    table = [[r["reward"][i][1] for r in runs] for i in range(length)]
+    axes.plot(steps, [statistics.fmean(v) for v in table], color=color, label=f"{name} ({len(runs)})")
+    if len(runs) > 1:
+        axes.fill_between(steps, [min(v) for v in table], [max(v) for v in table], color=color, alpha=0.15)

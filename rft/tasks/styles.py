@@ -1,0 +1,18 @@
+"""The format of a completion as a number: a reward of weight 0 makes a metric of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rft.rewards.types import Text, text_of
+from rft.tasks.arithmetic import style_of
+from rft.tasks.config import Style
+
+
+def written_in(completions: Sequence[Text], style: Style) -> list[float]:
+    """1 for a completion of the arithmetic task that is written in `style`, 0 for any other.
+
+    As `{function: "rft.tasks.styles:written_in", name: chain, weight: 0, options: {style: chain}}` its mean,
+    the format's share among the sampled completions, is logged as `reward/chain/mean`.
+    """
+    return [float(style_of(text_of(completion)) == style) for completion in completions]
