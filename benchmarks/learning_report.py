@@ -33,8 +33,8 @@ SECTIONS = {
     ),
     "echo": (
         "Echo Chamber",
-        "The start writes in two formats (`lines` and `chain`); reinforcement learning settles on one. Shares of "
-        "the sampled completions, in the first and the last five steps.",
+        "The start writes in two formats (`lines` and `chain`), and reinforcement learning settles on one. "
+        "Shares are of the sampled completions, in the first and in the last five steps.",
     ),
 }
 # What a reader should know about a line of the table, learnt from looking at the run.

@@ -1,43 +1,38 @@
 """Fused log-probs on CPU against the bare matrix products of the same round.
 
-    python benchmarks/logprob.py [--cases main small ...] [--rounds 3] [--rows N] [--peers]
+    python benchmarks/logprob.py [--cases main small ...] [--dtypes float32] [--rounds 3] [--peers]
 
 Every round times the bare products, each contender, and the bare products again; a contender's ratio is its
 time over the products that its task needs at least (forward 1, frozen head 2, all else 3). Medians
 of rounds. One thread is timed in processor time, so that other programs disturb little. Each row carries
 its largest error against a float32 reference of the same inputs, and its peak memory beyond inputs and
-gradients in a fresh process.
+gradients in a fresh process. What is not rft's runs on at most 1,024 rows, against as many rows of products.
 
 Where the processor has no bfloat16 arithmetic its bfloat16 products are emulated, many times
 slower than float32 ones. There the yardstick of bfloat16 rows is the *float32* products; the emulated
-products are given beside it.
+products are given beside it, and what is not rft's is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from common import RESULTS, in_fresh_process, merge_rows, peak_of, seconds, use_peer, write_result
 from logprob_contenders import ALL, OURS, PEERS, SEQUENCE, WRITTEN_HERE, Contender
 from torch import Tensor
 
 from rft.kernels.logprob_linear import product_dtype
 from rft.kernels.logprob_reference import token_logps as reference_logps
 
-HERE = Path(__file__).resolve().parent
 CHUNK = 512  # rows of the bare products
+SAMPLED = 2  # chunks timed for all
+OTHERS_ROWS = 1024
 GATES = {  # of the main case, time over the bare products
     "bfloat16": {"recompute": 1.9, "loss-known": 1.5, "frozen head": 1.75, "forward": 1.9},
     "float32": {"recompute": 1.65, "loss-known": 1.2, "frozen head": 1.25, "forward": 1.3},
@@ -67,16 +62,9 @@ class Case:
 CASES = {
     "main": Case(4096, 1024, 32768),
     "small": Case(1024, 512, 16384),
-    "large-vocabulary": Case(512, 1024, 151936),
+    "large-vocabulary": Case(256, 1024, 151936),
     "two-threads": Case(2048, 1024, 32768, threads=2),
 }
-
-
-def seconds(f: Callable[[], object]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    f()
-    return clock() - start
 
 
 class Yardstick:
@@ -90,12 +78,8 @@ class Yardstick:
         self.out = torch.zeros(h.shape[0], case.vocab, dtype=dtype)
         self.dh, self.dw = torch.empty_like(h), torch.zeros_like(w)
 
-    def measure(self) -> list[float]:
-        """Seconds for 1, 2 and 3 products over all rows."""
-        return self.scaled(max(1, round(self.chunks)))
-
-    def scaled(self, chunks: int) -> list[float]:
-        """The same from a few chunks."""
+    def measure(self, chunks: int = SAMPLED) -> list[float]:
+        """Seconds for 1, 2 and 3 products over all rows, from a few chunks."""
         steps = (
             lambda: torch.mm(self.h, self.w.t(), out=self.out),
             lambda: torch.mm(self.out, self.w, out=self.dh),
@@ -134,34 +118,13 @@ def errors(case: Case, dtype: torch.dtype, contender: Contender) -> dict[str, fl
     return found
 
 
-def workspace(case: Case, dtype: torch.dtype, contender: Contender) -> float:
+def workspace(case: Case, dtype: torch.dtype, name: str) -> float:
     """Peak memory in 10^6 bytes beyond inputs and gradients, measured in this process."""
+    contender = ALL[name]
     run(contender, Case(SEQUENCE, 8, 16).inputs(dtype))  # libraries loaded, threads started
     inputs = case.inputs(dtype)
-    base = _reset_peak()
-    run(contender, inputs)
-    grads = sum(x.grad.nbytes for x in inputs[:2] if x.grad is not None)
-    return (_status("VmHWM") - base - grads) / 1e6
-
-
-def _reset_peak() -> int:
-    """Linux: the process's peak memory starts anew; returns the memory held now, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def workspace_in_fresh_process(case: Case, dtype: str, name: str) -> float:
-    job = json.dumps({"case": asdict(case), "dtype": dtype, "name": name})
-    command = [sys.executable, __file__, "--workspace", job]
-    # freed memory must go back to the system at once, or the next allocation hides in it
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    peak = peak_of(lambda: run(contender, inputs))
+    return peak - sum(x.grad.nbytes for x in inputs[:2] if x.grad is not None) / 1e6
 
 
 def bench_case(
@@ -171,49 +134,62 @@ def bench_case(
     torch.set_num_threads(case.threads)
     products = product_dtype(torch.empty(0, dtype=dtype))
     yardstick = Yardstick(case, products)
-    emulated = Yardstick(case, dtype, chunk=16).scaled(1) if products != dtype else None
+    emulated = Yardstick(case, dtype, chunk=16).measure(1) if products != dtype else None
     if emulated is not None:
         left = [c.name for c in contenders if c not in OURS]
         contenders = OURS
         print(f"  bfloat16 products are emulated here: float32 is the yardstick; left out: {', '.join(left)}")
-    inputs = case.inputs(dtype)
+    whole, part = case.inputs(dtype), case.inputs(dtype, min(case.rows, OTHERS_ROWS))
+    inputs = {c.name: whole if c in OURS else part for c in contenders}
     bare: list[list[float]] = []
     times: dict[str, list[float]] = {c.name: [] for c in contenders}
     ratios: dict[str, list[float]] = {c.name: [] for c in contenders}
     for c in contenders:
-        run(c, case.inputs(dtype, SEQUENCE))
+        run(c, case.inputs(dtype, SEQUENCE) if c in OURS else part)  # some compile for a size
     for _ in range(rounds):
         before = yardstick.measure()
-        taken = {c.name: seconds(lambda c=c: run(c, inputs)) for c in contenders}  # type: ignore[misc]
+        taken = {c.name: seconds(lambda c=c: run(c, inputs[c.name])) for c in contenders}  # type: ignore[misc]
         after = yardstick.measure()
         bare.append([(a + b) / 2 for a, b in zip(before, after, strict=True)])
         for c in contenders:
             times[c.name].append(taken[c.name])
-            ratios[c.name].append(taken[c.name] / bare[-1][c.products - 1])
-    rows = []
+            rows = inputs[c.name][0].shape[0]
+            ratios[c.name].append(taken[c.name] / (bare[-1][c.products - 1] * rows / case.rows))
+    rows_of_table = []
     for c in contenders:
-        gate = GATES[dtype_name].get(c.name) if name == "main" else None
+        size = Case(inputs[c.name][0].shape[0], case.width, case.vocab, case.threads)
         row: dict[str, Any] = {
             "contender": c.name,
+            "rows": size.rows,
             "seconds": median(times[c.name]),
             "ratio": median(ratios[c.name]),
             "ratios": ratios[c.name],
-            "workspace_mb": workspace_in_fresh_process(case, dtype_name, c.name),
+            "workspace_mb": in_fresh_process(workspace, size, dtype, c.name),
             "errors": errors(case, dtype, c),
-            "gate": gate,
-            "workspace_gate": WORKSPACE_GATES[dtype_name] if gate else None,
+            **gates(name, dtype_name, c.name),
         }
-        row["passed"] = None if gate is None else row["ratio"] <= gate
-        row["workspace_passed"] = None if gate is None else row["workspace_mb"] <= row["workspace_gate"]
-        rows.append(row)
+        row["passed"] = None if row["gate"] is None else row["ratio"] <= row["gate"]
+        limit = row["workspace_gate"]
+        row["workspace_passed"] = None if limit is None else row["workspace_mb"] <= limit
+        rows_of_table.append(row)
         print(line(row), flush=True)
-    result: dict[str, Any] = {"case": name, "dtype": dtype_name, **asdict(case), "rows_of_table": rows}
-    result["yardstick"] = {
-        "dtype": str(products).removeprefix("torch."),
-        "seconds": [median(x) for x in zip(*bare, strict=True)],
-        "seconds_emulated": emulated,
+    return {
+        "case": name,
+        "dtype": dtype_name,
+        **asdict(case),
+        "rounds": rounds,
+        "rows_of_table": rows_of_table,
+        "yardstick": {
+            "dtype": str(products).removeprefix("torch."),
+            "seconds": [median(x) for x in zip(*bare, strict=True)],
+            "seconds_emulated": emulated,
+        },
     }
-    return result
+
+
+def gates(case: str, dtype: str, contender: str) -> dict[str, float | None]:
+    gate = GATES[dtype].get(contender) if case == "main" else None
+    return {"gate": gate, "workspace_gate": WORKSPACE_GATES[dtype] if gate else None}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -224,25 +200,6 @@ def line(row: dict[str, Any]) -> str:
     found = "  ".join(f"{k} {v:.1e}" for k, v in row["errors"].items())
     time_taken = f"{row['seconds']:8.2f} s  ratio {row['ratio']:6.2f} {gate:18s}"
     return f"  {row['contender']:28s} {time_taken} {memory}  {found}"
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "processor": names[0].split(":")[1].strip() if names else platform.processor(),
-        "cores": len(names),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_arithmetic": product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.bfloat16,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,24 +214,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only-ours", action="store_true", help="leave out all but rft's own paths")
     parser.add_argument(
-        "--peers", action="store_true", help="also run TRL, cut-cross-entropy, Liger if installed"
+        "--peers", action="store_true", help="also TRL, cut-cross-entropy and Liger, each in its environment"
     )
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "logprob-cpu.json")
-    parser.add_argument("--workspace", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "logprob-cpu.json")
     args = parser.parse_args(argv)
-    if args.workspace:
-        job = json.loads(args.workspace)
-        case = Case(**job["case"])
-        torch.set_num_threads(case.threads)
-        print(workspace(case, getattr(torch, job["dtype"]), ALL[job["name"]]))
-        return 0
     if args.rows is not None and (args.rows < SEQUENCE or args.rows % SEQUENCE):
         parser.error(f"--rows must be a multiple of {SEQUENCE}, got {args.rows}")
     contenders = [*OURS, *(() if args.only_ours else WRITTEN_HERE)]
-    absent = [c.name for c in PEERS if not c.available] if args.peers else []
-    contenders += [c for c in PEERS if args.peers and c.available]
-    for name in absent:
-        print(f"{name}: not installed here, left out")
+    if args.peers:
+        use_peer("trl")
+        use_peer("kernels")
+        contenders += PEERS
     results = []
     for name in args.cases:
         case = CASES[name]
@@ -282,10 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in args.dtypes:
             print(f"{name}: T {case.rows}, H {case.width}, V {case.vocab}, {dtype}, {case.threads} threads")
             results.append(bench_case(name, case, dtype, contenders, args.rounds))
-    report = {"machine": machine(), "rounds": args.rounds, "peers_absent": absent, "results": results}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.json}")
+    kept = merge_rows(args.out, ("case", "dtype"), results)
+    write_result(args.out, {"results": kept}, "triton", "trl", "liger-kernel", "cut-cross-entropy")
     return 0
 
 

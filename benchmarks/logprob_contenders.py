@@ -7,7 +7,6 @@ sum(coefficients * logps).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -26,13 +25,12 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor], Answer]
 @dataclass(frozen=True)
 class Contender:
     """name; what it runs; products: matrix products of size T H V that its task needs (2 operations per
-    multiplication each), the measure of its yardstick; the package that it needs; whether only forward
-    is run and whether the weight is frozen."""
+    multiplication each), the measure of its yardstick, which also says whether only the forward is run (1)
+    and whether the weight is frozen (2)."""
 
     name: str
     run: Run
     products: Literal[1, 2, 3]
-    package: str | None = None
 
     @property
     def differentiates(self) -> bool:
@@ -41,10 +39,6 @@ class Contender:
     @property
     def frozen(self) -> bool:
         return self.products == 2
-
-    @property
-    def available(self) -> bool:
-        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 def recompute(h: Tensor, w: Tensor, y: Tensor, c: Tensor) -> Answer:
@@ -124,8 +118,8 @@ WRITTEN_HERE = (
     Contender("torch linear_cross_entropy", torch_fused, 3),
 )
 PEERS = (
-    Contender("TRL selective_log_softmax", trl, 3, "trl"),
-    Contender("cut-cross-entropy compiled", cut_cross_entropy, 3, "cut_cross_entropy"),
-    Contender("Liger chunked GRPO", liger, 3, "liger_kernel"),
+    Contender("TRL selective_log_softmax", trl, 3),
+    Contender("cut-cross-entropy compiled", cut_cross_entropy, 3),
+    Contender("Liger chunked GRPO", liger, 3),
 )
 ALL = {c.name: c for c in (*OURS, *WRITTEN_HERE, *PEERS)}

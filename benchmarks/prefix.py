@@ -1,30 +1,26 @@
 """What sharing a prompt gains: forward and backward of a group's sequences with the prompt computed once,
 against the same sequences padded side by side through the model as transformers runs it (sdpa).
 
-    python benchmarks/prefix.py [--rounds 5] [--threads 1] [--grid] [--out benchmarks/results/prefix-cpu.json]
+    python benchmarks/prefix.py [--rounds 5] [--threads 1] [--grid] [--cases 512x64x2 ...]
 
-Every row gives both median times of interleaved rounds, their ratio, the bound (the ratio of floating-point
-operations), and the largest relative differences of hidden states and gradients in float32. The times
-cover the base transformer; the head, which sharing does not change, is left out. A row's `share` is
-what the cost model would have chosen. Between rounds a matrix product is timed, so that a machine busy
-with something else is seen.
+Every row gives both median times of interleaved rounds, the median of their ratio, the bound (the ratio of
+floating-point operations), the largest relative differences of hidden states and gradients in float32
+from the padded run, and both peaks of memory, each in a process of its own. The times cover the base
+transformer; the head, which sharing does not change, is left out. A row's `share` is what the cost model
+would have chosen; where it is false, rft trains unshared. Between rounds a matrix product is timed, so that
+a machine busy with something else is seen. `--grid`: also G in 4, 8, 16 by p/R in 1/8, 1, 4, 8.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import RESULTS, in_fresh_process, interleaved, merge_rows, peak_of, write_result
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -74,37 +70,6 @@ class Shape:
         return self.num_hidden_layers * (2 * weights * batch.num_tokens + 4 * heads * d * pairs)
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run, timed in turns, after one turn that is not counted. On one thread it is
-    processor time, which other work on the machine lengthens less."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            if turn:
-                times[name].append(clock() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def yardstick() -> float:
-    """Billions of floating-point operations per second of a plain float32 matrix product, now."""
-    a = torch.randn(1024, 1024)
-    seconds = interleaved({"mm": lambda: a @ a}, rounds=5)["mm"]
-    return 2 * 1024**3 / seconds / 1e9
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 class Padded:
     """Sequences side by side, padded on the right, through the model as it comes."""
 
@@ -139,52 +104,81 @@ def group_of(prompt: int, completion: int, generations: int) -> Group:
     )
 
 
-def measure(shape: Shape, case: tuple[int, int, int], rounds: int) -> dict[str, Any]:
-    """One row: (prompt, completion, generations) shared against padded."""
-    prompt, completion, generations = case
-    reference, model = shape.build(), shape.build()
-    prepare_model(model)
-    group = group_of(*case)
-    shared, separate = (Batch.build([group], share_prefix=share) for share in (True, False))
-    rows = list(separate.tokens.split(prompt + completion))
-    pull = torch.randn(
-        generations, prompt + completion, shape.hidden_size, generator=torch.Generator().manual_seed(1)
-    )
-    padded = Padded(reference, rows, list(pull))
-    # a prompt token's pull is the sum over the rows that repeat it, so both have the same gradient
-    shared_pull = torch.cat([pull[:, :prompt].sum(0), pull[:, prompt:].flatten(0, 1)])
+class Pair:
+    """One group of `generations` completions, ready to run shared and padded, with the same pull on every
+    hidden state."""
 
-    def run() -> Tensor:
-        model.zero_grad()
-        hidden = hidden_states(model, shared)
-        (hidden * shared_pull).sum().backward()
+    def __init__(self, shape: Shape, case: tuple[int, int, int]) -> None:
+        prompt, completion, generations = case
+        self.case, self.reference, self.model = case, shape.build(), shape.build()
+        prepare_model(self.model)
+        group = group_of(*case)
+        self.shared, self.separate = (Batch.build([group], share_prefix=share) for share in (True, False))
+        generator = torch.Generator().manual_seed(1)
+        pull = torch.randn(generations, prompt + completion, shape.hidden_size, generator=generator)
+        self.padded = Padded(
+            self.reference, list(self.separate.tokens.split(prompt + completion)), list(pull)
+        )
+        # a prompt token's pull is the sum over the rows that repeat it, so both have the same gradient
+        self.pull = torch.cat([pull[:, :prompt].sum(0), pull[:, prompt:].flatten(0, 1)])
+
+    def run_shared(self) -> Tensor:
+        self.model.zero_grad()
+        hidden = hidden_states(self.model, self.shared)
+        (hidden * self.pull).sum().backward()
         return hidden.detach()
 
-    before = yardstick()
-    hidden, expected = run(), padded().unflatten(0, (generations, -1))
-    expected = torch.cat([expected[0, :prompt], expected[:, prompt:].flatten(0, 1)])
-    errors = [
-        float((a.grad - b.grad).norm() / b.grad.norm())
-        for (_, a), (_, b) in zip(model.named_parameters(), reference.named_parameters(), strict=True)
-        if b.grad is not None and b.grad.norm() > 0
-    ]
-    times = interleaved({"shared": run, "padded": padded}, rounds)
-    bound = shape.flops(separate) / shape.flops(shared)
-    gain = times["padded"] / times["shared"]
+    def errors(self) -> dict[str, float]:
+        """Largest differences, relative to the largest norm of a hidden state and to each gradient's norm."""
+        prompt, _, generations = self.case
+        hidden, padded = self.run_shared(), self.padded().unflatten(0, (generations, -1))
+        expected = torch.cat([padded[0, :prompt], padded[:, prompt:].flatten(0, 1)])
+        pairs = zip(self.model.parameters(), self.reference.parameters(), strict=True)
+        return {
+            "hidden": float((hidden - expected).norm(dim=-1).max() / expected.norm(dim=-1).max()),
+            "gradient": max(
+                float((a.grad - b.grad).norm() / b.grad.norm())
+                for a, b in pairs
+                if a.grad is not None and b.grad is not None and b.grad.norm() > 0
+            ),
+        }
+
+
+def peak(shape: Shape, case: tuple[int, int, int], which: str) -> float:
+    """Peak memory beyond models and inputs, 10^6 bytes."""
+    pair = Pair(shape, case)
+    runs: dict[str, Callable[[], object]] = {"shared": pair.run_shared, "padded": pair.padded}
+    return round(peak_of(runs[which]), 1)
+
+
+def measure(shape: Shape, case: tuple[int, int, int], rounds: int) -> dict[str, Any]:
+    """One row: (prompt, completion, generations) shared against padded."""
+    pair = Pair(shape, case)
+    found = pair.errors()
+    times = interleaved({"shared": pair.run_shared, "padded": pair.padded}, rounds)
+    bound = shape.flops(pair.separate) / shape.flops(pair.shared)
+    gain = times.gain("padded", "shared")
+    prompt, completion, generations = case
+    share = worth_sharing([(prompt, [completion] * generations)], shape.hidden_size)
+    gate = 0.9 * bound if share else None
     return {
         "prompt": prompt,
         "completion": completion,
         "generations": generations,
-        "padded_s": round(times["padded"], 4),
-        "shared_s": round(times["shared"], 4),
         "gain": round(gain, 3),
         "bound": round(bound, 3),
         "of_bound": round(gain / bound, 3),
-        "share": worth_sharing([(prompt, [completion] * generations)], shape.hidden_size),
-        "hidden_error": float((hidden - expected).norm(dim=-1).max() / expected.norm(dim=-1).max()),
-        "gradient_error": max(errors),
-        "yardstick_gflops": [round(before), round(yardstick())],
+        "share": share,
+        "passed": None if gate is None else gain >= gate and gain >= 1,
+        "errors": found,
+        "peak_mb": {which: in_fresh_process(peak, shape, case, which) for which in ("shared", "padded")},
+        **times.summary(),
     }
+
+
+def case_of(text: str) -> tuple[int, int, int]:
+    prompt, completion, generations = (int(n) for n in text.split("x"))
+    return prompt, completion, generations
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,24 +186,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds per case")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--grid", action="store_true", help="also G in 4, 8, 16 by p/R in 1/8, 1, 4, 8")
-    parser.add_argument("--out", type=Path, default=None, help="where to write the rows as JSON")
+    parser.add_argument("--cases", nargs="+", type=case_of, metavar="PxRxG", help="only these")
+    parser.add_argument("--out", type=Path, default=RESULTS / "prefix-cpu.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     shape, rows = Shape(), []
     print("    p     R   G   padded   shared    gain   bound  of bound   hidden    grads")
-    for case in [*CASES, *(GRID if args.grid else [])]:
+    for case in args.cases or [*CASES, *(GRID if args.grid else [])]:
         row = measure(shape, case, args.rounds)
         rows.append(row)
+        seconds, errors = row["seconds"], row["errors"]
         print(
-            f"{row['prompt']:5d} {row['completion']:5d} {row['generations']:3d} {row['padded_s']:7.3f}s "
-            f"{row['shared_s']:7.3f}s {row['gain']:7.2f} {row['bound']:7.2f} {row['of_bound']:8.0%} "
-            f"{row['hidden_error']:9.1e} {row['gradient_error']:8.1e}",
+            f"{row['prompt']:5d} {row['completion']:5d} {row['generations']:3d} {seconds['padded']:7.3f}s "
+            f"{seconds['shared']:7.3f}s {row['gain']:7.2f} {row['bound']:7.2f} {row['of_bound']:8.0%} "
+            f"{errors['hidden']:9.1e} {errors['gradient']:8.1e}",
             flush=True,
         )
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": machine(), "model": shape.__dict__, "rounds": args.rounds, "rows": rows}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    kept = merge_rows(args.out, ("prompt", "completion", "generations"), rows)
+    write_result(args.out, {"model": shape.__dict__, "rounds": args.rounds, "results": kept})
     return 0
 
 

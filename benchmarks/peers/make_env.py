@@ -54,6 +54,13 @@ def peer_python(name: str) -> Path:
     return python
 
 
+def peer_packages(name: str) -> Path:
+    """The folder of packages of peer `name`'s environment. Raises as `peer_python` does."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    done = subprocess.run([peer_python(name), "-c", code], check=True, capture_output=True, text=True)
+    return Path(done.stdout.strip())
+
+
 def run_peer(name: str, script: Path, *arguments: str | Path) -> None:
     """Run `script` in the peer's environment, one thread; its output goes to stderr.
 
