@@ -6,7 +6,7 @@ import os
 from typing import Any, Literal
 
 from rft.remote import within
-from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, Sampling
+from rft.rollout.engine import Aborted, EngineError, EngineSpec, Generated, Link, Request, Sampling
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 
@@ -59,6 +59,12 @@ class VLLMEngine:
             # cannot be rewound: seeded requests then kill the engine. So no prompt is ever split.
             args |= {"enable_chunked_prefill": False}
             args["max_num_batched_tokens"] = max(8192, self.spec.max_model_len)
+            if self.spec.tensor_parallel == 1:
+                # vLLM's default on CPU is a worker process of its own, for which the engine waits in a
+                # busy loop on a core that the worker needs. (It rewrites "uni" to that, not the class.)
+                from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+                args["distributed_executor_backend"] = UniProcExecutor
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**args, **self.spec.engine_args}))
 
     async def generate(self, request: Request) -> list[Generated]:
@@ -94,6 +100,8 @@ class VLLMEngine:
 
     def _generated(self, request_id: str, output: Any) -> Generated:
         tokens = tuple(output.token_ids)
+        if output.finish_reason == "abort":
+            raise Aborted(f"request {request_id} was cut off by a weight push")
         if output.finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended request {request_id} with reason {output.finish_reason!r}")
         spans = tuple((_version(s.version), s.start, s.end) for s in output.weight_versions or ())
@@ -105,7 +113,7 @@ class VLLMEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info: dict[str, Any] = {"rank_offset": link.rank_offset, "world_size": link.world_size}
-        if self.spec.transport == "nccl":
+        if self.spec.transport in ("nccl", "sparse_nccl"):
             info |= {"master_address": link.host, "master_port": link.port, "packed": True}
         else:
             info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}
@@ -116,18 +124,16 @@ class VLLMEngine:
         )
 
     async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
-        await self._control("pause", self._engine.pause_generation(mode=in_flight, clear_cache=True))
+        pause = self._engine.pause_generation(mode=in_flight, clear_cache=True)
+        # Draining takes as long as the completions in flight: the caller's deadline holds, not this one.
+        await (pause if in_flight == "wait" else self._control("pause", pause))
         await self._control("start_weight_update", self._engine.start_weight_update())
 
-    async def receive(self, manifest: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    async def receive(self, update: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        info = {
-            "names": [name for name, _, _ in manifest],
-            "dtype_names": [dtype for _, dtype, _ in manifest],
-            "shapes": [list(shape) for _, _, shape in manifest],
-        }
-        await self._control("update_weights", self._engine.update_weights(WeightTransferUpdateRequest(info)))
+        request = WeightTransferUpdateRequest(update)
+        await self._control("update_weights", self._engine.update_weights(request))
 
     async def finish_update(self, version: int) -> None:
         await self._control(
