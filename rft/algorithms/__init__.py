@@ -38,7 +38,7 @@ from rft.algorithms.raft import RAFT, ExpertIteration, RAFTPlusPlus, ReinforceRe
 from rft.algorithms.reinforce_pp import ReinforcePP
 from rft.algorithms.remax import ReMax
 from rft.algorithms.reward_difference import RewardDifference
-from rft.algorithms.reward_model import ProcessReward, RewardModel, RewardRegression
+from rft.algorithms.reward_model import PairwiseReward, ProcessReward, RewardModel, RewardRegression
 from rft.algorithms.rloo import RLOO
 from rft.algorithms.sft import SFT
 from rft.algorithms.simpo import SimPO
@@ -93,6 +93,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "kto": KTO,
     "reward_model": RewardModel,
     "reward_regression": RewardRegression,
+    "pairwise_reward": PairwiseReward,
     "process_reward": ProcessReward,
 }
 

@@ -20,7 +20,7 @@ from rft.batch import Batch, Group
 
 Normalization = Literal["token", "sequence", "constant"]
 Unit = Literal["token", "sequence", "pair"]
-DataKind = Literal["sft", "preference", "unpaired", "ranked", "scored", "steps"]
+DataKind = Literal["sft", "preference", "pairwise", "unpaired", "ranked", "scored", "steps"]
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,11 @@ class Algorithm(ABC):
         """The completions to get for one prompt. `progress` in [0, 1] is the share of the run that is
         done; `demonstration` says whether this prompt has one."""
         return (Rollout(),) * num_generations
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """Offline: what is measured on held-out data beside the loss, each a vector whose elements are
+        averaged (over tokens, sequences, pairs or steps, whichever it is about): `eval/NAME`."""
+        return {"nll": -policy.logps[batch.mask]}
+
 
     def keep_group(self, rewards: Sequence[float]) -> bool:
         """Whether a scored group enters the step. A group that does not is dropped, counted, and

@@ -84,6 +84,23 @@ class KTO(Algorithm):
         value = torch.sigmoid(sign * self.beta * (score - column(batch, "kto_z")))
         return column(batch, "kto_weight") * (1 - value)
 
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """reward_good, reward_bad: the implicit reward beta * s of good and of bad responses;
+        label_accuracy: responses that it puts on the right side of beta * z; nll: of the good ones."""
+        ratio = policy.logps - required(batch.ref_logps, "ref_logps")
+        reward = self.beta * batch.sum_by_sequence(ratio)
+        own = torch.ones_like(reward, dtype=torch.bool)
+        if self.prescored:
+            own = column(batch, "mismatched") < 0.5
+        good = required(batch.rewards, "rewards") > 0.5
+        above = reward > self.beta * column(batch, "kto_z")
+        return {
+            "reward_good": reward[own & good],
+            "reward_bad": reward[own & ~good],
+            "label_accuracy": (above == good)[own].to(reward.dtype),
+            "nll": -policy.logps[batch.to_tokens((own & good).to(reward.dtype)) > 0],
+        }
+
     def report(self, batch: Batch) -> dict[str, float]:
         """kto/z: the divergence that both kinds are measured against."""
         return {"kto/z": float(batch.columns["kto_z"][0])}

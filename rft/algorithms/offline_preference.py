@@ -13,6 +13,12 @@ from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit
 from rft.batch import Batch
 
 
+def preference(margin: Tensor) -> dict[str, Tensor]:
+    """Held-out accuracy and margin of pairs, from the margins [P] of their rewards."""
+    right = ((margin > 0).to(margin) + (margin >= 0).to(margin)) / 2
+    return {"preference_accuracy": right, "preference_margin": margin}
+
+
 @dataclass(frozen=True)
 class OfflinePreference(Algorithm):
     """Losses [P] on pairs of responses to a prompt: chosen and rejected, or neighbours in a ranking."""
@@ -24,6 +30,17 @@ class OfflinePreference(Algorithm):
     @abstractmethod
     def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         """[N]: the reward that the policy implies for each sequence, up to a constant per prompt."""
+
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """preference_accuracy, preference_margin: of the implicit rewards, by pair (a tie counts half);
+        nll: of the preferred responses' tokens."""
+        first, second = self.pairs(batch)
+        reward = self.implicit_rewards(policy, batch)
+        preferred = torch.zeros(batch.num_sequences, device=reward.device).index_fill(0, first, 1.0)
+        return {
+            **preference(reward[first] - reward[second]),
+            "nll": -policy.logps[batch.to_tokens(preferred) > 0],
+        }
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         """preference/accuracy: pairs whose chosen has the higher implicit reward (a tie counts half);
@@ -44,7 +61,7 @@ class OfflinePreference(Algorithm):
             return batch.to_tokens(both / count)
 
         return {
-            "preference/accuracy": spread(((margin > 0).to(margin) + (margin >= 0).to(margin)) / 2),
+            "preference/accuracy": spread(preference(margin)["preference_accuracy"]),
             "preference/margin": spread(margin),
             "preference/chosen": spread(mean[first]),
             "preference/rejected": spread(mean[second]),

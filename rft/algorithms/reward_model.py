@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, setting
 from rft.algorithms.math.sequences import last_tokens, token_index
+from rft.algorithms.offline_preference import preference
 from rft.algorithms.policy_gradient import column, required
 from rft.batch import Batch
 
@@ -51,6 +53,12 @@ class RewardModel(Algorithm):
             difference = difference - column(batch, "margin")[first]
         return -F.logsigmoid(difference) + self.centre * (reward[first] + reward[second]).square()
 
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """preference_accuracy, preference_margin: by pair (a tie counts half); score: all rewards."""
+        first, second = self.pairs(batch)
+        reward = response_scores(policy, batch)[:, 0]
+        return {**preference(reward[first] - reward[second]), "score": reward}
+
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         """preference/reward: mean reward over the responses' tokens."""
         return {"preference/reward": batch.to_tokens(response_scores(policy, batch)[:, 0].detach())}
@@ -62,8 +70,7 @@ class RewardRegression(Algorithm):
     `heads` of them (multi-objective; Wang et al. 2024, "ArmoRM"; HelpSteer).
 
     Targets are `columns["targets"]` [N, heads]; nan is unknown, and counts nowhere. The loss of a
-    response is the mean over its known targets. With `objective: bce` and one head, on prompts that
-    hold two candidates, it is a pairwise preference model (PairRM).
+    response is the mean over its known targets.
     """
 
     online: ClassVar[bool] = False
@@ -94,6 +101,51 @@ class RewardRegression(Algorithm):
         else:
             loss = F.binary_cross_entropy_with_logits(predicted, target, reduction="none")
         return loss.masked_fill(~known, 0).sum(-1) / known.sum(-1).clamp(min=1)
+
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """score_error: distance of a known target from what is predicted (with `bce`, its probability)."""
+        predicted, target = response_scores(policy, batch), column(batch, "targets")
+        if self.objective == "bce":
+            predicted = predicted.sigmoid()
+        return {"score_error": (predicted - target).abs()[~target.isnan()]}
+
+
+@dataclass(frozen=True)
+class PairwiseReward(Algorithm):
+    """loss = -log p of the better candidate, one model reading the prompt and both; Jiang et al.,
+    "LLM-Blender" (2023), PairRM; Zhao et al., "SLiC-HF" (2023), sec. 3.
+
+    Against `reward_model`, which scores each response alone: it sees what the two have in common and where
+    they differ, at the price of one call for each pair. Every pair is read in both orders, with the
+    candidates as in `rft.data.examples.PAIR_TEMPLATE`; sigmoid(r) at its last token is the chance
+    that candidate A is better, and `columns["targets"]` [N, 1] says whether it is.
+    """
+
+    online: ClassVar[bool] = False
+    unit: ClassVar[Unit] = "sequence"
+    data: ClassVar[DataKind] = "pairwise"
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"scores"})
+
+    @property
+    def score_heads(self) -> int:
+        return 1
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        score, target = response_scores(policy, batch)[:, 0], _first(column(batch, "targets"))
+        return F.binary_cross_entropy_with_logits(score, target.to(score.dtype), reduction="none")
+
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """preference_accuracy, preference_margin: of the candidate that is better (a tie counts half)."""
+        score, target = response_scores(policy, batch)[:, 0], _first(column(batch, "targets"))
+        return preference(torch.where(target > 0.5, score, -score))
+
+
+def _first(targets: Tensor) -> Tensor:
+    """[N] of [N] or [N, K]."""
+    return targets.reshape(len(targets), -1)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -130,3 +182,9 @@ class ProcessReward(Algorithm):
         label = required(batch.advantages, "advantages").masked_fill(~batch.mask, 0).to(scores.dtype)
         loss = F.binary_cross_entropy_with_logits(scores, label, reduction="none")
         return loss.masked_fill(~batch.mask, 0)
+
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """step_accuracy: share of labelled steps that it puts on the right side of 1/2."""
+        scores = required(policy.scores, "scores")[batch.mask, 0]
+        label = required(batch.advantages, "advantages")[batch.mask]
+        return {"step_accuracy": ((scores > 0) == (label > 0.5)).to(scores.dtype)}

@@ -5,14 +5,16 @@ from rft.data.errors import DataError
 from rft.data.groups import GroupMaker, GroupSet, load_groups
 from rft.data.prompts import PromptSet, load_prompts
 from rft.data.rows import Rows, load_rows
-from rft.data.sampler import Sampler
+from rft.data.sampler import GroupSampler, GroupSource, Sampler
 from rft.data.stream import GroupStream
 
 __all__ = [
     "DataConfig",
     "DataError",
     "GroupMaker",
+    "GroupSampler",
     "GroupSet",
+    "GroupSource",
     "GroupStream",
     "PromptSet",
     "Rows",

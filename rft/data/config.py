@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from rft.section import Section
 
-Kind = Literal["arithmetic", "arithmetic_hard", "reasoning_gym", "file", "hub"]
+Kind = Literal["arithmetic", "arithmetic_hard", "arithmetic_pairs", "reasoning_gym", "file", "hub"]
+_ARITHMETIC: tuple[Kind, ...] = ("arithmetic", "arithmetic_hard", "arithmetic_pairs")
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
 
 # Fields that mean something for some kinds only; naming one elsewhere is a mistake worth an error.
@@ -20,7 +21,7 @@ _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "subset": ("hub",),
     "revision": ("hub",),
     "task": ("reasoning_gym",),
-    "options": ("arithmetic", "arithmetic_hard", "reasoning_gym"),
+    "options": (*_ARITHMETIC, "reasoning_gym"),
     "holdout": ("file", "hub"),
     "streaming": ("file", "hub"),
 }
@@ -37,7 +38,9 @@ class DataConfig(Section):
     """The prompts, demonstrations or preferences that a run trains on and is evaluated on."""
 
     kind: Kind | None = Field(
-        None, description="arithmetic, arithmetic_hard, reasoning_gym, file or hub; inferred when unset"
+        None,
+        description="arithmetic, arithmetic_hard, arithmetic_pairs, reasoning_gym, file or hub; "
+        "inferred when unset",
     )
     path: str | None = Field(
         None, description="JSONL/JSON/Parquet/Arrow file, a folder of them, or a hub dataset's name"
@@ -62,6 +65,9 @@ class DataConfig(Section):
     )
     sources: dict[str, SourceClass] = Field(
         default_factory=dict, description="per value of the `source` column: its weight and prompt prefix"
+    )
+    eval_source: str | None = Field(
+        None, description="source class whose prefix evaluation prompts get (none: that of their own row)"
     )
     template: str | None = Field(
         None, description="prompt built from columns, as in `Question: {prompt}\\nAnswer:`"
@@ -109,6 +115,9 @@ class DataConfig(Section):
                 raise ValueError(f"`{name}` has no meaning for `kind: {kind}` (only for {', '.join(kinds)})")
         if self.streaming and self.holdout:
             raise ValueError("`holdout` needs the number of rows, unknown when `streaming`; use `eval_path`")
+        if self.eval_source is not None and self.eval_source not in self.sources:
+            known = ", ".join(self.sources) or "none"
+            raise ValueError(f"`eval_source: {self.eval_source}` is not among `sources` ({known})")
         self._check_pattern()
         return self
 

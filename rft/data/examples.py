@@ -11,7 +11,8 @@ from rft.data.chat import Text, is_messages
 from rft.data.errors import missing_column
 from rft.data.rows import Row
 
-GroupKind = Literal["sft", "preference", "unpaired", "ranked", "scored", "steps"]
+GroupKind = Literal["sft", "preference", "pairwise", "unpaired", "ranked", "scored", "steps"]
+PAIR_TEMPLATE = "{prompt}\n\nCandidate A: {a}\n\nCandidate B: {b}"  # what a pairwise reward model reads
 MAX_STEPS = 64  # steps that a process-supervised solution may have
 
 
@@ -49,6 +50,8 @@ def read_example(row: Row, kind: GroupKind, source: str, number: int) -> Example
         if chosen == rejected:
             raise RowProblem("`chosen` and `rejected` are equal")
         return _split_pair(row.get("prompt"), chosen, rejected)
+    if kind == "pairwise":
+        return _both_orders(read_example(row, "preference", source, number))
     if kind == "unpaired":
         return Example(column("prompt"), [column("completion")], [_label(column("label"))])
     if kind == "ranked":
@@ -77,6 +80,16 @@ def _split_pair(prompt: Any, chosen: Any, rejected: Any) -> Example:
     if not common:
         raise RowProblem("`chosen` and `rejected` have no common beginning, and there is no `prompt`")
     return Example(common, [chosen[len(common) :], rejected[len(common) :]], [1.0, 0.0])
+
+
+def _both_orders(pair: Example) -> Example:
+    """Both candidates after the prompt, in both orders: is the first one better?"""
+    if not all(isinstance(text, str) for text in (pair.prompt, *pair.responses)):
+        raise RowProblem("a pairwise model reads plain text: prompt and responses must be strings")
+    a, b = pair.responses
+    rest = PAIR_TEMPLATE.removeprefix("{prompt}")
+    texts = [rest.format(a=a, b=b), rest.format(a=b, b=a)]
+    return Example(pair.prompt, texts, [1.0, 0.0], [{"targets": (1.0,)}, {"targets": (0.0,)}])
 
 
 def common_text(a: str, b: str) -> str:

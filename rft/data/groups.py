@@ -53,6 +53,7 @@ def load_groups(
 
     sft         `prompt`, `completion`, or `messages`                reward 1
     preference  `chosen`, `rejected`, `prompt` (may be implicit)     1 and 0
+    pairwise    the same, as one text with both candidates, in both orders; `columns["targets"]` 1 and 0
     unpaired    `prompt`, `completion`, `label`                      1 or 0
     ranked      `prompt`, `completions` best first, or with `scores` the scores, or K-1, ..., 0
     scored      `prompt`, `completion`, `score` (one or a list)      the first; `columns["targets"]`
@@ -115,6 +116,8 @@ class GroupMaker:
             ids, mask = self.render.pieces(*prompt, rest)
             if self.kind == "steps":
                 mask = self._step_ends(prompt, rest)
+            elif self.kind == "pairwise":
+                mask = [False] * (len(ids) - 1) + [True]
             values = {**shared, **(example.values[index] if example.values else {})}
             completions.append(
                 Completion(
@@ -147,6 +150,8 @@ class GroupMaker:
         if self.kind == "steps":
             steps = [step if step.endswith("\n") else step + "\n" for step in response]
             return [(self.render.prompt(prompt, number)[0], False), *[(step, True) for step in steps]]
+        if self.kind == "pairwise":
+            return [(str(prompt), False), (response + self.eos, True)]
         return self._answered(prompt, response, number)
 
     def _answered(self, prompt: Text, response: Any, number: int) -> list[Piece]:

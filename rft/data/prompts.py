@@ -47,6 +47,8 @@ def load_prompts(
     prompts = []
     for index, row in enumerate(rows):
         number = rows.numbers[index]
+        if split == "test" and config.eval_source is not None:
+            row = {**row, "source": config.eval_source}
         text = prompt_of(row, config, rows, number)
         if not text:
             empty.add("the prompt is empty", number + 1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+from rft.batch import Group
 from rft.data.errors import DataError
 
 
@@ -65,3 +66,41 @@ class Sampler:
                 )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._order = self._shuffled()
+
+
+class GroupSource(Protocol):
+    """Groups for ever, epoch after epoch; its state resumes it exactly."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far."""
+
+    def next(self, k: int) -> list[Group]:
+        """The next k groups."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is, as plain data."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken."""
+
+
+class GroupSampler:
+    """Loaded groups in the order of a `Sampler`: the `GroupSource` of data that fit into memory."""
+
+    def __init__(self, groups: Sequence[Group], seed: int = 0, *, shuffle: bool = True) -> None:
+        self.groups = groups
+        self.sampler = Sampler(len(groups), seed, shuffle=shuffle)
+
+    @property
+    def epochs(self) -> float:
+        return self.sampler.seen / self.sampler.size
+
+    def next(self, k: int) -> list[Group]:
+        return [self.groups[i] for i in self.sampler.next(k)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sampler.load_state_dict(state)

@@ -138,6 +138,11 @@ class GroupStream:
         self.made = 0  # groups that this epoch has given
         self.reader.restore(None)
 
+    @property
+    def epochs(self) -> float:
+        """Whole passes over the data so far: how long one is, is not known."""
+        return float(self.epoch)
+
     def next(self, k: int) -> list[Group]:
         """The next k groups; runs on into the next epoch."""
         out: list[Group] = []

@@ -16,6 +16,7 @@ from rft.kernels.logprob import token_logps
 from rft.learner.distribution import full_divergence, reading
 from rft.learner.model import Head, head_of
 
+from rft.learner.scoring import score_layer
 
 class PolicyModel:
     """A causal LM, its head, and an optional value head, run on packed batches.
@@ -37,6 +38,7 @@ class PolicyModel:
         self.compute_dtype = compute_dtype
         self.value_head = value_head
         self.device = next(model.parameters()).device
+        self.score_layer = score_layer(model)
 
     def run(
         self,
@@ -46,14 +48,21 @@ class PolicyModel:
         algorithm: Algorithm | None = None,
         reference: PolicyModel | None = None,
     ) -> PolicyOutput:
-        """Log-probs of the masked-in tokens, and of `outputs`: entropy, values, kl. 0 elsewhere.
+        """Log-probs of the masked-in tokens, and of `outputs`: entropy, values, kl, scores. 0 elsewhere.
 
-        In training, `algorithm` says what the model reads and which divergence `kl` is.
+        A reward model has scores and nothing else: its log-probs are 0. In training, `algorithm` says what
+        the model reads and which divergence `kl` is.
         """
         batch = batch.to(self.device)
         rows = batch.mask.nonzero()[:, 0]
         with self._autocast(), reading(self.model, batch, algorithm, self.temperature):
-            hidden = hidden_states(self.model, batch)[batch.source[rows]]
+            states = hidden_states(self.model, batch)
+        if self.score_layer is not None:
+            scores = self.score_layer(states[rows].float())
+            return PolicyOutput(
+                logps=scores.new_zeros(batch.num_tokens), scores=_spread(scores, rows, batch.num_tokens)
+            )
+        hidden = states[batch.source[rows]]
         logps, entropy = self._head(hidden, batch.tokens[rows], "entropy" in outputs)
         values = None
         if "values" in outputs:
@@ -115,4 +124,4 @@ class PolicyModel:
 
 
 def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:
-    return values.new_zeros(total).index_put((rows,), values)
+    return values.new_zeros(total, *values.shape[1:]).index_put((rows,), values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from rft.learner import objective
 from rft.learner.config import LearnerConfig
 from rft.learner.forward import PolicyModel
 from rft.learner.model import count_parameters, decay_groups, load_causal_lm, load_tokenizer, resolve_dtype
+from rft.learner.held_out import Sums, held_out_sums
 from rft.learner.schedule import learning_rate
 from rft.packing import micro_batches
+from rft.learner.scoring import load_scoring_model
 from rft.rng import rng_state, set_rng_state
 
 
@@ -52,6 +54,9 @@ class LearnerSpec:
     expects_fresh: bool = False  # synchronous: every batch was sampled by the current version
     trust_remote_code: bool = False
 
+    reference: str | None = None  # the model that the reference is; None: `model`
+    reference_cached: bool = False  # batches bring `ref_logps`: the reference is not kept in memory
+    texts: Mapping[str, Any] | None = None  # a reward model's config says so how its texts were rendered
 
 class Learner:
     """One policy in training. Every method is synchronous and leaves the learner consistent."""
@@ -68,7 +73,7 @@ class Learner:
         torch.manual_seed(spec.seed)
         self.algorithm = spec.algorithm
         self.policy = self._load_policy()
-        self.reference = self._load_reference()
+        self.reference = None if spec.reference_cached else self._load_reference()
         self.optimizer = torch.optim.AdamW(
             self._optimizer_groups(),
             lr=spec.config.learning_rate,
@@ -83,7 +88,7 @@ class Learner:
 
     def _load_policy(self) -> PolicyModel:
         spec = self.spec
-        model = load_causal_lm(spec.model, torch.float32, spec.device, spec.trust_remote_code)
+        model = self._load_model(spec.model)
         model.train()
         if spec.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -94,10 +99,26 @@ class Learner:
         return self._wrap(model, value_head)
 
     def _load_reference(self) -> PolicyModel | None:
+    def _load_model(self, path: str) -> Any:
+        """The trained network: a language model, or, for an algorithm with score heads, a reward model."""
+        spec = self.spec
+        if not spec.algorithm.score_heads:
+            return load_causal_lm(path, torch.float32, spec.device, spec.trust_remote_code)
+        return load_scoring_model(
+            path,
+            spec.algorithm.score_heads,
+            per_token=spec.algorithm.unit == "token",
+            texts=spec.texts,
+            dtype=torch.float32,
+            device=spec.device,
+            trust_remote_code=spec.trust_remote_code,
+        )
+
         if "ref_logps" not in self.algorithm.needs:
             return None
         dtype = resolve_dtype(self.spec.config.dtype, self.spec.device)
-        model = load_causal_lm(self.spec.model, dtype, self.spec.device, self.spec.trust_remote_code)
+        path = self.spec.reference or self.spec.model
+        model = load_causal_lm(path, dtype, self.spec.device, self.spec.trust_remote_code)
         return self._wrap(model.eval().requires_grad_(False), None)
 
     def _wrap(self, model: Any, value_head: Any) -> PolicyModel:
@@ -138,14 +159,7 @@ class Learner:
         if not self.self_checked:
             self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
             self.self_checked = True
-        batch = batch.with_(
-            state={
-                **self.state,
-                "progress": step / max(spec.total_steps - 1, 1),
-                "max_completion_length": float(spec.max_completion_length),
-            }
-        )
-        batch = self.algorithm.prepare(self._fill(batch, gap))
+        batch = self.algorithm.prepare(self.fill(self.at_step(batch, step), gap))
         lr = learning_rate(spec.config, step, spec.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -159,6 +173,9 @@ class Learner:
         self.state = self.algorithm.next_state(self.state, metrics)
         return {
             **metrics,
+        every = self.algorithm.refresh_reference
+        if self.reference is not None and every and self.version % every == 0:
+            self.reference.model.load_state_dict(self.policy.model.state_dict())
             **_advantage_metrics(batch),
             **self.algorithm.report(batch),
             "sync/logp_gap": gap.largest,
@@ -170,7 +187,13 @@ class Learner:
             "time/train": time.perf_counter() - start,
         }
 
-    def _fill(self, batch: Batch, gap: objective.LogpGap) -> Batch:
+    def at_step(self, batch: Batch, step: int) -> Batch:
+        """The batch with the algorithm's state and the place in the run."""
+        progress = step / max(self.spec.total_steps - 1, 1)
+        length = float(self.spec.max_completion_length)
+        return batch.with_(state={**self.state, "progress": progress, "max_completion_length": length})
+
+    def fill(self, batch: Batch, gap: objective.LogpGap) -> Batch:
         """Compute what the algorithm needs beforehand: old and reference log-probs, values, entropy."""
         needs = self.algorithm.needs
         several = self.spec.num_iterations * self.spec.minibatches > 1
@@ -185,7 +208,7 @@ class Learner:
                 changes["old_entropy"] = out["entropy"]
             gap.add(out["logps"], batch, self.version)
             self._check_gap(gap)
-        if self.reference is not None:
+        if self.reference is not None and batch.ref_logps is None:
             changes["ref_logps"] = self.score(batch, model=self.reference)["logps"]
         return batch.with_(**changes)
 
@@ -199,14 +222,30 @@ class Learner:
         names = ("logps", *sorted(outputs))
         found = {name: torch.zeros(batch.num_tokens) for name in names}
         tree_of_token = batch.tree[batch.segment]
-        for trees in self._plan(batch):
+        for trees in self.plan(batch):
             out = model.run(batch.select(trees), outputs)
             where = torch.isin(tree_of_token, torch.tensor(trees))
             for name in names:
                 found[name][where] = getattr(out, name).float().cpu()
         return found
 
-    def _plan(self, batch: Batch) -> list[list[int]]:
+    def score_reference(self, batch: Batch) -> Tensor:
+        """[T] float32: the reference's log-probs, for a cache; the reference is loaded where it is not."""
+        if self.reference is None:
+            self.reference = self._load_reference()
+        assert self.reference is not None, "the algorithm needs no reference"
+        return self.score(batch, model=self.reference)["logps"]
+
+    def release_reference(self) -> None:
+        """Free the reference's memory: batches bring `ref_logps` from now on."""
+        self.reference = None
+
+    def evaluate(self, batch: Batch, step: int) -> Sums:
+        """Sums and counts of the held-out measures over a batch; see `held_out_sums`."""
+        return held_out_sums(self, batch, step)
+
+    def plan(self, batch: Batch) -> list[list[int]]:
+        """The micro-batches of a batch, as tree ids."""
         keep = self.algorithm.unit == "pair"
         return micro_batches(batch, self.spec.config.tokens_per_micro_batch, keep_groups=keep)[0]
 
@@ -225,10 +264,9 @@ class Learner:
         """Accumulate the gradient of one mini-batch and step the optimizer."""
         mini, scale = objective.weigh(self.algorithm, mini, self.spec.max_completion_length)
         means, total = objective.TokenMeans(), 0.0
-        outputs = self.algorithm.outputs | (
-            frozenset({"entropy"}) if self.spec.config.entropy else frozenset()
-        )
-        plan = self._plan(mini)
+        measured = self.spec.config.entropy and not self.algorithm.score_heads
+        outputs = self.algorithm.outputs | (frozenset({"entropy"}) if measured else frozenset())
+        plan = self.plan(mini)
         for trees in plan:
             micro = mini.select(trees)
             out = self.policy.run(micro, outputs, algorithm=self.algorithm, reference=self.reference)
@@ -313,6 +351,7 @@ class Learner:
                 "value_head": None if head is None else head.state_dict(),
                 "rng": rng_state(),
             }
+                "reference": self._refreshed_reference(),
         )
 
         def write(folder: Path) -> None:
@@ -324,13 +363,17 @@ class Learner:
 
     def write_state(self, folder: Path) -> None:
         """Write all that a resumed learner needs into `folder`."""
+    def _refreshed_reference(self) -> dict[str, Tensor] | None:
+        """The reference's weights, where they are no longer those of its folder."""
+        if self.reference is None or not self.algorithm.refresh_reference:
+            return None
+        return dict(self.reference.model.state_dict())
+
         self.capture_state()(folder)
 
     def read_state(self, folder: Path) -> None:
         """Take over the state that `write_state` left."""
-        model = load_causal_lm(
-            str(folder / "model"), torch.float32, self.spec.device, self.spec.trust_remote_code
-        )
+        model = self._load_model(str(folder / "model"))
         self.policy.model.load_state_dict(model.state_dict())
         saved = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -339,6 +382,8 @@ class Learner:
             self.policy.value_head.load_state_dict(saved["value_head"])
         set_rng_state(saved["rng"])
 
+        if self.reference is not None and saved["reference"] is not None:
+            self.reference.model.load_state_dict(saved["reference"])
 
 def _advantage_metrics(batch: Batch) -> dict[str, float]:
     if batch.advantages is None:

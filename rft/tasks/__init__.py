@@ -6,14 +6,20 @@
 from pathlib import Path
 
 from rft.tasks.arithmetic import Arithmetic, HardArithmetic
+from rft.tasks.pairs import ArithmeticPairs
 from rft.tasks.reasoning_gym import ReasoningGym
 
-TASKS: dict[str, type] = {task.name: task for task in (Arithmetic, HardArithmetic, ReasoningGym)}
+TASKS: dict[str, type] = {
+    task.name: task for task in (Arithmetic, HardArithmetic, ArithmeticPairs, ReasoningGym)
+}
 
 
 def source() -> list[str]:
     """The text of the code that rows and tiny models depend on: part of the key of what is cached."""
-    return [(Path(__file__).parent / name).read_text() for name in ("arithmetic.py", "config.py", "tiny.py")]
+    return [
+        (Path(__file__).parent / name).read_text()
+        for name in ("arithmetic.py", "config.py", "pairs.py", "tiny.py")
+    ]
 
 
-__all__ = ["TASKS", "Arithmetic", "HardArithmetic", "ReasoningGym", "source"]
+__all__ = ["TASKS", "Arithmetic", "ArithmeticPairs", "HardArithmetic", "ReasoningGym", "source"]

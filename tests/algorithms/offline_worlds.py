@@ -48,7 +48,7 @@ VOCABULARY = 400
 def random_groups(data: str, seed: int, groups: int = 5) -> list[Group]:
     """Groups as `load_groups(kind=data)` gives them, with every numeric column; token ids never repeat."""
     g = torch.Generator().manual_seed(seed)
-    sizes = {"preference": 2, "ranked": 3}
+    sizes = {"preference": 2, "pairwise": 2, "ranked": 3}
     token, found = 10, []
     for number in range(groups):
         responses = []

@@ -139,6 +139,8 @@ CASES = [
         [L(0.7), (0.5 * L(0.2) + 0.5 * L(-0.2) + 0.2 * L(0.4) + 0.8 * L(-0.4)) / 2],
         {"heads": 2, "objective": "bce"},
     ),
+    # Targets 1 and 1/2 against 0.7 and 0.2.
+    Case("pairwise_reward", [L(0.7), (L(0.2) + L(-0.2)) / 2]),
     # Labels 1, 0 and unknown against 0.9, 0.7: the third is left out.
     Case("process_reward", [L(0.9), L(-0.7)]),
 ]
@@ -259,3 +261,38 @@ def test_aot_compares_sorted_margins() -> None:
     assert batch.old_logps is not None
     loss = algorithm.loss(PolicyOutput(logps=batch.old_logps), batch)
     torch.testing.assert_close(loss.tolist(), [L(2 - 1), L(0.5 + 1)], rtol=1e-5, atol=1e-6)
+
+
+HELD_OUT = {  # the pair's implicit rewards, or the scores 0.7 and 0.2
+    "dpo": {"preference_accuracy": [1.0], "preference_margin": [0.06], "nll": [1.0, 2.0]},
+    "simpo": {"preference_accuracy": [1.0], "preference_margin": [3.0], "nll": [1.0, 2.0]},
+    "reward_model": {"preference_accuracy": [1.0], "preference_margin": [0.5], "score": [0.7, 0.2]},
+    # Targets 1 and 1/2; the second is taken as "B is better", so that a score above 0 is wrong.
+    "pairwise_reward": {"preference_accuracy": [1.0, 0.0], "preference_margin": [0.7, -0.2]},
+    "reward_regression": {"score_error": [0.3, 0.3, 0.2]},
+    "process_reward": {"step_accuracy": [1.0, 0.0]},
+    "sft": {"nll": [1.0, 2.0, 3.0]},
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_held_out_measures(name: str) -> None:
+    algorithm = ALGORITHMS[name](**({"heads": 2} if name == "reward_regression" else {}))
+    batch = algorithm.prepare(hand_batch())
+    found = algorithm.held_out(hand_policy(batch, algorithm.score_heads), batch)
+    assert {n: v.tolist() for n, v in found.items()} == {
+        n: pytest.approx(v, rel=1e-5, abs=1e-6) for n, v in HELD_OUT[name].items()
+    }
+
+
+def test_kto_measures_good_and_bad_apart() -> None:
+    """s = 0.3 and -0.3 with beta 0.1, of a good and a bad response; z = 0."""
+    algorithm = ALGORITHMS["kto"](baseline="zero")
+    batch = algorithm.prepare(hand_batch())
+    found = algorithm.held_out(hand_policy(batch), batch)
+    assert {n: v.tolist() for n, v in found.items()} == {
+        "reward_good": pytest.approx([0.03], rel=1e-5),
+        "reward_bad": pytest.approx([-0.03], rel=1e-5),
+        "label_accuracy": [1.0, 1.0],
+        "nll": [1.0, 2.0],
+    }

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from rft.batch import Batch, Group
-from rft.data import DataConfig, DataError, GroupSet, load_groups
+from rft.data import DataConfig, DataError, GroupSet, load_groups, load_prompts
 from tests.data.conftest import MARKED_TEMPLATE, SHIFTING_TEMPLATE, THINKING_TEMPLATE, make_tokenizer
 
 SYSTEM = {"role": "system", "content": "Add."}
@@ -257,3 +258,28 @@ def test_a_number_that_is_none(tmp_path: Path, plain: Any) -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": None}
     with pytest.raises(DataError, match="`margin` must be a finite number"):
         groups(tmp_path, [row], plain, "preference", numbers=("margin",))
+
+
+def test_a_pairwise_model_reads_both_orders(tmp_path: Path, chat: Any) -> None:
+    (group,) = groups(tmp_path, [{"prompt": "1+1?", "chosen": "two", "rejected": "one"}], chat, "pairwise")
+    assert [whole_text(group, chat, i) for i in range(2)] == [
+        "1+1?\n\nCandidate A: two\n\nCandidate B: one<|end|>",
+        "1+1?\n\nCandidate A: one\n\nCandidate B: two<|end|>",
+    ]
+    assert [trained_text(group, chat, i) for i in range(2)] == [["<|end|>"], ["<|end|>"]]
+    assert [c.values["targets"] for c in group.completions] == [(1.0,), (0.0,)]
+    with pytest.raises(DataError, match="must be strings"):
+        groups(
+            tmp_path, [{"prompt": [said("user", "1+1?")], "chosen": "a", "rejected": "b"}], chat, "pairwise"
+        )
+
+
+def test_evaluation_prompts_can_ask_for_one_class(tmp_path: Path, chat: Any) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"{i}", "source": "web"}) for i in range(4)))
+    sources = {"web": {"prefix": "W: "}, "book": {"prefix": "B: "}}
+    config = DataConfig(path=str(file), holdout=2, sources=sources, eval_source="book", chat_template="never")
+    assert {p.text[:3] for p in load_prompts(config, chat, "train").prompts} == {"W: "}
+    assert {p.text[:3] for p in load_prompts(config, chat, "test").prompts} == {"B: "}
+    with pytest.raises(ValidationError, match="`eval_source: film` is not among `sources`"):
+        DataConfig(path=str(file), sources=sources, eval_source="film")
