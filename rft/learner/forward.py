@@ -15,8 +15,8 @@ from rft.kernels.attention import hidden_states, prepare_model, self_check
 from rft.kernels.logprob import token_logps
 from rft.learner.distribution import full_divergence, reading
 from rft.learner.model import Head, head_of
-
 from rft.learner.scoring import score_layer
+
 
 class PolicyModel:
     """A causal LM, its head, and an optional value head, run on packed batches.
@@ -37,8 +37,8 @@ class PolicyModel:
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.value_head = value_head
-        self.device = next(model.parameters()).device
         self.score_layer = score_layer(model)
+        self.device = next(model.parameters()).device
 
     def run(
         self,

@@ -17,11 +17,11 @@ from rft.batch import Batch
 from rft.learner import objective
 from rft.learner.config import LearnerConfig
 from rft.learner.forward import PolicyModel
-from rft.learner.model import count_parameters, decay_groups, load_causal_lm, load_tokenizer, resolve_dtype
 from rft.learner.held_out import Sums, held_out_sums
+from rft.learner.model import count_parameters, decay_groups, load_causal_lm, load_tokenizer, resolve_dtype
 from rft.learner.schedule import learning_rate
-from rft.packing import micro_batches
 from rft.learner.scoring import load_scoring_model
+from rft.packing import micro_batches
 from rft.rng import rng_state, set_rng_state
 
 
@@ -53,10 +53,10 @@ class LearnerSpec:
     max_gap: float | None
     expects_fresh: bool = False  # synchronous: every batch was sampled by the current version
     trust_remote_code: bool = False
-
     reference: str | None = None  # the model that the reference is; None: `model`
     reference_cached: bool = False  # batches bring `ref_logps`: the reference is not kept in memory
     texts: Mapping[str, Any] | None = None  # a reward model's config says so how its texts were rendered
+
 
 class Learner:
     """One policy in training. Every method is synchronous and leaves the learner consistent."""
@@ -98,7 +98,6 @@ class Learner:
             torch.nn.init.zeros_(value_head.weight)
         return self._wrap(model, value_head)
 
-    def _load_reference(self) -> PolicyModel | None:
     def _load_model(self, path: str) -> Any:
         """The trained network: a language model, or, for an algorithm with score heads, a reward model."""
         spec = self.spec
@@ -114,6 +113,7 @@ class Learner:
             trust_remote_code=spec.trust_remote_code,
         )
 
+    def _load_reference(self) -> PolicyModel | None:
         if "ref_logps" not in self.algorithm.needs:
             return None
         dtype = resolve_dtype(self.spec.config.dtype, self.spec.device)
@@ -171,11 +171,11 @@ class Learner:
         self.version += 1
         metrics = objective.merge_means(updates)
         self.state = self.algorithm.next_state(self.state, metrics)
-        return {
-            **metrics,
         every = self.algorithm.refresh_reference
         if self.reference is not None and every and self.version % every == 0:
             self.reference.model.load_state_dict(self.policy.model.state_dict())
+        return {
+            **metrics,
             **_advantage_metrics(batch),
             **self.algorithm.report(batch),
             "sync/logp_gap": gap.largest,
@@ -349,9 +349,9 @@ class Learner:
                 "version": self.version,
                 "state": self.state,
                 "value_head": None if head is None else head.state_dict(),
+                "reference": self._refreshed_reference(),
                 "rng": rng_state(),
             }
-                "reference": self._refreshed_reference(),
         )
 
         def write(folder: Path) -> None:
@@ -361,14 +361,14 @@ class Learner:
 
         return write
 
-    def write_state(self, folder: Path) -> None:
-        """Write all that a resumed learner needs into `folder`."""
     def _refreshed_reference(self) -> dict[str, Tensor] | None:
         """The reference's weights, where they are no longer those of its folder."""
         if self.reference is None or not self.algorithm.refresh_reference:
             return None
         return dict(self.reference.model.state_dict())
 
+    def write_state(self, folder: Path) -> None:
+        """Write all that a resumed learner needs into `folder`."""
         self.capture_state()(folder)
 
     def read_state(self, folder: Path) -> None:
@@ -380,10 +380,10 @@ class Learner:
         self.version, self.state = saved["version"], saved["state"]
         if self.policy.value_head is not None:
             self.policy.value_head.load_state_dict(saved["value_head"])
-        set_rng_state(saved["rng"])
-
         if self.reference is not None and saved["reference"] is not None:
             self.reference.model.load_state_dict(saved["reference"])
+        set_rng_state(saved["rng"])
+
 
 def _advantage_metrics(batch: Batch) -> dict[str, float]:
     if batch.advantages is None:
