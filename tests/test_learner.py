@@ -137,3 +137,43 @@ def test_learning_rate(schedule: str, expected: list[float]) -> None:
     0.2 + 0.8 / 2 = 0.6."""
     config = LearnerConfig(learning_rate=1.0, warmup_steps=2, schedule=schedule, final_lr_ratio=0.2)
     assert [learning_rate(config, step, 5) for step in range(5)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("critic", ["head", "model"])
+def test_a_critic_learns_beside_the_policy_and_survives(tiny_folder, make_groups, tmp_path, critic) -> None:
+    settings = ALGORITHMS["ppo"](critic=critic, critic_rate=10.0, critic_warmup=2, value_clip=None)
+    learner = Learner(spec(tiny_folder, settings=settings))
+    batch = Batch.build(make_groups(groups=4, size=4))
+    before = {name: p.clone() for name, p in learner.policy.model.named_parameters()}
+    losses = [learner.step(batch, i)["critic/loss"] for i in range(2)]
+    assert losses[1] < losses[0]
+    moved = any((p != before[name]).any() for name, p in learner.policy.model.named_parameters())
+    assert moved == (critic == "head")  # in the warm-up only the critic's gradient is there
+    values = learner.score(batch, outputs=frozenset({"values"}))["values"]
+    learner.write_state(tmp_path)
+    other = Learner(spec(tiny_folder, settings=settings))
+    other.read_state(tmp_path)
+    assert torch.equal(other.score(batch, outputs=frozenset({"values"}))["values"], values)
+    learner.step(batch, 2)
+    assert any((p != before[name]).any() for name, p in learner.policy.model.named_parameters())
+
+
+def test_the_reference_follows_the_policy_every_so_many_steps(tiny_folder, make_groups, tmp_path) -> None:
+    settings = ALGORITHMS["iterative_dpo"](refresh_reference=2)
+    learner = Learner(spec(tiny_folder, settings=settings))
+    batch = Batch.build(make_groups(groups=2, size=4))
+
+    def apart(one: Learner) -> float:
+        """How far the policy's log-probs are from those of its reference."""
+        reference = one.score(batch, model=one.reference)["logps"]
+        return float((one.score(batch)["logps"] - reference).abs().max())
+
+    distances = []
+    for i in range(3):
+        learner.step(batch, i)
+        distances.append(apart(learner))
+    assert distances[0] > 1e-3 and distances[1] == 0 and distances[2] > 1e-3
+    learner.write_state(tmp_path)
+    other = Learner(spec(tiny_folder, settings=settings))
+    other.read_state(tmp_path)
+    assert apart(other) == distances[2]

@@ -133,6 +133,16 @@ class Algorithm(ABC):
         return frozenset()
 
     @property
+    def separate_critic(self) -> bool:
+        """Whether the critic is a model of its own, instead of a head on the policy's trunk."""
+        return False
+
+    @property
+    def critic_rate(self) -> float:
+        """The critic's learning rate over the policy's."""
+        return 1.0
+
+    @property
     def score_heads(self) -> int:
         """K of `PolicyOutput.scores`: how many numbers the reward head gives. 0: there is none."""
         return 0
@@ -181,6 +191,11 @@ class Algorithm(ABC):
         """Unreduced diagnostics [T], averaged over masked-in tokens of the whole batch."""
         return {}
 
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """Offline: what is measured on held-out data beside the loss, each a vector whose elements are
+        averaged (over tokens, sequences, pairs or steps, whichever it is about): `eval/NAME`."""
+        return {"nll": -policy.logps[batch.mask]}
+
     def report(self, batch: Batch) -> dict[str, float]:
         """Numbers about a whole prepared batch, once a step (how many groups carry no gradient)."""
         return {}
@@ -191,11 +206,6 @@ class Algorithm(ABC):
         """The completions to get for one prompt. `progress` in [0, 1] is the share of the run that is
         done; `demonstration` says whether this prompt has one."""
         return (Rollout(),) * num_generations
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """Offline: what is measured on held-out data beside the loss, each a vector whose elements are
-        averaged (over tokens, sequences, pairs or steps, whichever it is about): `eval/NAME`."""
-        return {"nll": -policy.logps[batch.mask]}
-
 
     def keep_group(self, rewards: Sequence[float]) -> bool:
         """Whether a scored group enters the step. A group that does not is dropped, counted, and

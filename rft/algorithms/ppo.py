@@ -45,6 +45,10 @@ class PPO(ClippedPolicyGradient):
     value_clip: float | None = setting(
         0.2, "how far a value may move from the old one; null: unbounded", gt=0
     )
+    critic: Literal["head", "model"] = setting(
+        "head", "the critic: a head on the policy's trunk, or a model of its own that starts as its copy"
+    )
+    critic_rate: float = setting(1.0, "the critic's learning rate over the policy's", gt=0)
     critic_warmup: int = setting(0, "steps at the start that train the critic only", ge=0)
     kl_target: float | None = setting(None, "KL per token, in nats, that beta adapts to; null: fixed", gt=0)
 
@@ -55,6 +59,10 @@ class PPO(ClippedPolicyGradient):
     @property
     def outputs(self) -> frozenset[str]:
         return super().outputs | {"values"}
+
+    @property
+    def separate_critic(self) -> bool:
+        return self.critic == "model"
 
     def token_rewards(self, batch: Batch) -> Tensor:
         """[T]: the completion's reward at its last token, less the KL."""

@@ -13,13 +13,14 @@ from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states, prepare_model, self_check
 from rft.kernels.logprob import token_logps
+from rft.learner.critic import Critic
 from rft.learner.distribution import full_divergence, reading
 from rft.learner.model import Head, head_of
 from rft.learner.scoring import score_layer
 
 
 class PolicyModel:
-    """A causal LM, its head, and an optional value head, run on packed batches.
+    """A causal LM, its head, and an optional critic, run on packed batches.
 
     `compute_dtype` bfloat16 runs the float32 parameters under autocast.
     """
@@ -30,7 +31,7 @@ class PolicyModel:
         *,
         temperature: float,
         compute_dtype: torch.dtype,
-        value_head: nn.Module | None = None,
+        value_head: Critic | None = None,
     ) -> None:
         self.model = model
         self.route = prepare_model(model)
@@ -67,7 +68,9 @@ class PolicyModel:
         values = None
         if "values" in outputs:
             assert self.value_head is not None, "the algorithm reads values, but no value head was made"
-            values = self.value_head(hidden.float())[:, 0]
+            with self._autocast():
+                seen = self.value_head.states(batch, rows, hidden)
+            values = self.value_head(seen)
         kl = None
         if "kl" in outputs:
             assert algorithm is not None, "kl is the divergence of an algorithm"
@@ -120,7 +123,7 @@ class PolicyModel:
         """All parameters that the optimizer updates."""
         yield from (p for p in self.model.parameters() if p.requires_grad)
         if self.value_head is not None:
-            yield from self.value_head.parameters()
+            yield from self.value_head.trained()
 
 
 def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:

@@ -16,6 +16,7 @@ from rft.algorithms.base import Algorithm
 from rft.batch import Batch
 from rft.learner import objective
 from rft.learner.config import LearnerConfig
+from rft.learner.critic import Critic
 from rft.learner.forward import PolicyModel
 from rft.learner.held_out import Sums, held_out_sums
 from rft.learner.model import count_parameters, decay_groups, load_causal_lm, load_tokenizer, resolve_dtype
@@ -94,8 +95,8 @@ class Learner:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         value_head = None
         if "values" in spec.algorithm.outputs:
-            value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1).to(spec.device)
-            torch.nn.init.zeros_(value_head.weight)
+            trunk = self._load_model(spec.model).train() if spec.algorithm.separate_critic else None
+            value_head = Critic(model.config.get_text_config().hidden_size, trunk).to(spec.device)
         return self._wrap(model, value_head)
 
     def _load_model(self, path: str) -> Any:
@@ -132,7 +133,8 @@ class Learner:
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         groups = decay_groups(self.policy.model, self.spec.config.weight_decay)
         if self.policy.value_head is not None:
-            groups.append({"params": list(self.policy.value_head.parameters()), "weight_decay": 0.0})
+            critic = list(self.policy.value_head.trained())
+            groups.append({"params": critic, "weight_decay": 0.0, "scale": self.algorithm.critic_rate})
         return groups
 
     def describe(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class Learner:
         batch = self.algorithm.prepare(self.fill(self.at_step(batch, step), gap))
         lr = learning_rate(spec.config, step, spec.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         updates: list[dict[str, float]] = []
         for iteration in range(spec.num_iterations):
             for mini in self._minibatches(batch, step, iteration):

@@ -1,0 +1,51 @@
+"""The critic: a value for every token, from a head on the policy's trunk or from a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from rft.batch import Batch
+from rft.kernels.attention import hidden_states, prepare_model
+
+
+class Critic(nn.Module):
+    """A linear head that starts at 0, on the policy's hidden states or on those of `trunk`.
+
+    trunk: a causal LM that is trained with the head and shares nothing with the policy; its language
+    model head is not used. None: the head reads the policy's states, and its gradient goes there too.
+    """
+
+    def __init__(self, hidden_size: int, trunk: Any | None = None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        if trunk is not None:
+            prepare_model(trunk)
+
+    def states(self, batch: Batch, rows: Tensor, of_policy: Tensor) -> Tensor:
+        """[n, H]: what the head reads before each token at `rows` [n]; of_policy: [n, H], the policy's."""
+        if self.trunk is None:
+            return of_policy
+        found: Tensor = hidden_states(self.trunk, batch)[batch.source[rows]]
+        return found
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[n] float32: the values at states [n, H]."""
+        values: Tensor = self.head(states.float())
+        return values[:, 0]
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """Its parameters; without the trunk's language model head where that is a matrix of its own."""
+        yield from self.head.parameters()
+        if self.trunk is None:
+            return
+        output = self.trunk.get_output_embeddings()
+        tied = output.weight is self.trunk.get_input_embeddings().weight
+        for parameter in self.trunk.parameters():
+            if parameter.requires_grad and (tied or all(parameter is not p for p in output.parameters())):
+                yield parameter
