@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,20 @@ from rft.learner.critic import Critic
 from rft.learner.distribution import full_divergence, reading
 from rft.learner.model import Head, head_of
 from rft.learner.scoring import score_layer
+
+
+class Network(nn.Module):
+    """A policy's modules under one roof. All that reads their weights is called through `forward`, so that
+    weights which lie in shards (FSDP2, ZeRO-3) are whole there and their gradients are reduced after it."""
+
+    def __init__(self, model: Any, critic: Critic | None) -> None:
+        super().__init__()
+        self.model = model
+        self.critic = critic
+
+    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+        """`work(*args)`. What it returns must show its tensors: a tensor, or a dict of them."""
+        return work(*args)
 
 
 class PolicyModel:
@@ -39,6 +54,7 @@ class PolicyModel:
         self.compute_dtype = compute_dtype
         self.value_head = value_head
         self.score_layer = score_layer(model)
+        self.network: Callable[..., Any] = Network(model, value_head)
         self.device = next(model.parameters()).device
 
     def run(
@@ -54,50 +70,57 @@ class PolicyModel:
         A reward model has scores and nothing else: its log-probs are 0. In training, `algorithm` says what
         the model reads and which divergence `kl` is.
         """
-        batch = batch.to(self.device)
+        return PolicyOutput(**self.network(self._run, batch.to(self.device), outputs, algorithm, reference))
+
+    def _run(
+        self,
+        batch: Batch,
+        outputs: frozenset[str],
+        algorithm: Algorithm | None,
+        reference: PolicyModel | None,
+    ) -> dict[str, Tensor]:
         rows = batch.mask.nonzero()[:, 0]
         with self._autocast(), reading(self.model, batch, algorithm, self.temperature):
             states = hidden_states(self.model, batch)
+        found: dict[str, Tensor] = {}
         if self.score_layer is not None:
-            scores = self.score_layer(states[rows].float())
-            return PolicyOutput(
-                logps=scores.new_zeros(batch.num_tokens), scores=_spread(scores, rows, batch.num_tokens)
-            )
+            found["scores"] = self.score_layer(states[rows].float())
+            found["logps"] = found["scores"].new_zeros(len(rows))
+            return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
         hidden = states[batch.source[rows]]
-        logps, entropy = self._head(hidden, batch.tokens[rows], "entropy" in outputs)
-        values = None
+        found["logps"], entropy = self._head(hidden, batch.tokens[rows], "entropy" in outputs)
+        if entropy is not None:
+            found["entropy"] = entropy
         if "values" in outputs:
             assert self.value_head is not None, "the algorithm reads values, but no value head was made"
             with self._autocast():
                 seen = self.value_head.states(batch, rows, hidden)
-            values = self.value_head(seen)
-        kl = None
+            found["values"] = self.value_head(seen)
         if "kl" in outputs:
             assert algorithm is not None, "kl is the divergence of an algorithm"
             ref_hidden = None if reference is None else reference.states(batch, rows)
             ref_model = None if reference is None else reference.model
-            kl = full_divergence(
+            found["kl"] = full_divergence(
                 algorithm.divergence, self.model, hidden, ref_model, ref_hidden, self.temperature
             )
-        return PolicyOutput(
-            logps=_spread(logps, rows, batch.num_tokens),
-            entropy=None if entropy is None else _spread(entropy, rows, batch.num_tokens),
-            values=None if values is None else _spread(values, rows, batch.num_tokens),
-            kl=None if kl is None else _spread(kl, rows, batch.num_tokens),
-        )
+        return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
 
     def self_check(self, batch: Batch, *, fall_back: bool) -> float:
         """The largest relative difference of packed hidden states from those of separate sequences, on part
         of a batch. Raises RuntimeError where it is more than rounding explains; with `fall_back` it warns
         and the model runs unpacked from now on."""
         with self._autocast():
-            return self_check(self.model, batch.to(self.device), fall_back=fall_back)
+            found: float = self.network(
+                partial(self_check, fall_back=fall_back), self.model, batch.to(self.device)
+            )
+        return found
 
     @torch.no_grad()
     def states(self, batch: Batch, rows: Tensor) -> Tensor:
         """[n, H]: the hidden states that predict the tokens at `rows`, without gradient."""
         with self._autocast():
-            return hidden_states(self.model, batch.to(self.device))[batch.source[rows]]
+            found: Tensor = self.network(hidden_states, self.model, batch.to(self.device))
+        return found[batch.source[rows]]
 
     def _head(self, hidden: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head: Head = head_of(self.model)

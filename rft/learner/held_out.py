@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,10 @@ def held_out_sums(learner: Learner, batch: Batch, step: int) -> Sums:
     model.eval()
     try:
         for trees in learner.plan(batch):
-            micro = batch.select(trees)
+            micro = learner.micro(batch, trees)
             out = learner.policy.run(micro, algorithm.outputs, algorithm=shown, reference=learner.reference)
+            if not trees:
+                continue
             micro = micro.to(learner.policy.device)
             loss += float(objective.reduce_loss(algorithm, out, micro, scale))
             for name, values in algorithm.held_out(out, micro).items():
@@ -40,4 +43,11 @@ def held_out_sums(learner: Learner, batch: Batch, step: int) -> Sums:
     finally:
         for module in training:
             module.training = True
-    return {"loss": (loss * units, units), **sums}
+    parts = learner.parallel.gather((loss, sums))
+    merged = {name: _add(part.get(name) for _, part in parts) for _, part in parts for name in part}
+    return {"loss": (sum(part for part, _ in parts) * units, units), **merged}
+
+
+def _add(parts: Iterable[tuple[float, float] | None]) -> tuple[float, float]:
+    found = [part for part in parts if part is not None]
+    return sum(total for total, _ in found), sum(count for _, count in found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ from torch import Tensor
 
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch
-from rft.learner import objective
+from rft.learner import objective, state
 from rft.learner.config import LearnerConfig
 from rft.learner.critic import Critic
 from rft.learner.forward import PolicyModel
 from rft.learner.held_out import Sums, held_out_sums
 from rft.learner.model import count_parameters, decay_groups, load_causal_lm, load_tokenizer, resolve_dtype
+from rft.learner.parallel.base import Parallel
+from rft.learner.parallel.ranks import own_part
 from rft.learner.schedule import learning_rate
 from rft.learner.scoring import load_scoring_model
-from rft.packing import micro_batches
-from rft.rng import rng_state, set_rng_state
+from rft.packing import micro_batches, tree_tokens
+from rft.rollout.sampling import derive_seed
 
 
 class LearnerError(RuntimeError):
@@ -62,55 +64,58 @@ class LearnerSpec:
 class Learner:
     """One policy in training. Every method is synchronous and leaves the learner consistent."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, parallel: Parallel | None = None) -> None:
         self.spec = spec
+        self.parallel = parallel or Parallel()
         if spec.config.cores:
             import os
 
             from rft.rollout.replica import parse_cores
 
-            os.sched_setaffinity(0, parse_cores(spec.config.cores))
+            cores = own_part(parse_cores(spec.config.cores), self.parallel.rank, self.parallel.ranks)
+            os.sched_setaffinity(0, cores)
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         self.algorithm = spec.algorithm
-        self.policy = self._load_policy()
+        with self.parallel.turn():
+            self.policy = self._load_policy()
+            self.parameters = count_parameters(self.policy.model)
+            self.parallel.shard(self.policy)
         self.reference = None if spec.reference_cached else self._load_reference()
-        self.optimizer = torch.optim.AdamW(
-            self._optimizer_groups(),
-            lr=spec.config.learning_rate,
-            betas=spec.config.betas,
-            eps=spec.config.eps,
-        )
+        self.optimizer = self.parallel.optimizer(self.policy, self._make_optimizer)
         self.version = 0
         self.state: dict[str, float] = {}
         self.self_checked = spec.config.self_check == "off"
+        if self.parallel.rank:  # the same weights on all ranks, but not the same dropout
+            torch.manual_seed(derive_seed(spec.seed, self.parallel.rank))
 
     # -- set-up ------------------------------------------------------------------------------------
 
     def _load_policy(self) -> PolicyModel:
         spec = self.spec
-        model = self._load_model(spec.model)
+        device = self.parallel.loading_device(spec.device)
+        model = self.load_model(spec.model, device)
         model.train()
         if spec.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         value_head = None
         if "values" in spec.algorithm.outputs:
-            trunk = self._load_model(spec.model).train() if spec.algorithm.separate_critic else None
-            value_head = Critic(model.config.get_text_config().hidden_size, trunk).to(spec.device)
+            trunk = self.load_model(spec.model, device).train() if spec.algorithm.separate_critic else None
+            value_head = Critic(model.config.get_text_config().hidden_size, trunk).to(device)
         return self._wrap(model, value_head)
 
-    def _load_model(self, path: str) -> Any:
+    def load_model(self, path: str, device: str) -> Any:
         """The trained network: a language model, or, for an algorithm with score heads, a reward model."""
         spec = self.spec
         if not spec.algorithm.score_heads:
-            return load_causal_lm(path, torch.float32, spec.device, spec.trust_remote_code)
+            return load_causal_lm(path, torch.float32, device, spec.trust_remote_code)
         return load_scoring_model(
             path,
             spec.algorithm.score_heads,
             per_token=spec.algorithm.unit == "token",
             texts=spec.texts,
             dtype=torch.float32,
-            device=spec.device,
+            device=device,
             trust_remote_code=spec.trust_remote_code,
         )
 
@@ -119,8 +124,13 @@ class Learner:
             return None
         dtype = resolve_dtype(self.spec.config.dtype, self.spec.device)
         path = self.spec.reference or self.spec.model
-        model = load_causal_lm(path, dtype, self.spec.device, self.spec.trust_remote_code)
-        return self._wrap(model.eval().requires_grad_(False), None)
+        device = self.parallel.loading_device(self.spec.device)
+        with self.parallel.turn():
+            model = load_causal_lm(path, dtype, device, self.spec.trust_remote_code)
+            reference = self._wrap(model.eval().requires_grad_(False), None)
+            self.parallel.shard(reference)
+        self.parallel.freeze(reference)
+        return reference
 
     def _wrap(self, model: Any, value_head: Any) -> PolicyModel:
         return PolicyModel(
@@ -129,6 +139,10 @@ class Learner:
             compute_dtype=resolve_dtype(self.spec.config.dtype, self.spec.device),
             value_head=value_head,
         )
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        c = self.spec.config
+        return torch.optim.AdamW(self._optimizer_groups(), lr=c.learning_rate, betas=c.betas, eps=c.eps)
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         groups = decay_groups(self.policy.model, self.spec.config.weight_decay)
@@ -140,8 +154,9 @@ class Learner:
     def describe(self) -> dict[str, Any]:
         """Facts for the log: parameters, device, precision."""
         return {
-            "parameters": count_parameters(self.policy.model),
+            "parameters": self.parameters,
             "device": self.spec.device,
+            "ranks": self.parallel.ranks,
             "compute_dtype": str(self.policy.compute_dtype),
             "threads": torch.get_num_threads(),
         }
@@ -225,11 +240,11 @@ class Learner:
         found = {name: torch.zeros(batch.num_tokens) for name in names}
         tree_of_token = batch.tree[batch.segment]
         for trees in self.plan(batch):
-            out = model.run(batch.select(trees), outputs)
-            where = torch.isin(tree_of_token, torch.tensor(trees))
-            for name in names:
+            out = model.run(self.micro(batch, trees), outputs)
+            where = torch.isin(tree_of_token, torch.tensor(trees, dtype=torch.int64))
+            for name in names if trees else ():
                 found[name][where] = getattr(out, name).float().cpu()
-        return found
+        return {name: self.parallel.sum(values) for name, values in found.items()}
 
     def score_reference(self, batch: Batch) -> Tensor:
         """[T] float32: the reference's log-probs, for a cache; the reference is loaded where it is not."""
@@ -247,9 +262,15 @@ class Learner:
         return held_out_sums(self, batch, step)
 
     def plan(self, batch: Batch) -> list[list[int]]:
-        """The micro-batches of a batch, as tree ids."""
+        """This rank's micro-batches of a batch, as tree ids: as many on every rank, some of them empty."""
         keep = self.algorithm.unit == "pair"
-        return micro_batches(batch, self.spec.config.tokens_per_micro_batch, keep_groups=keep)[0]
+        size, ranks = self.spec.config.tokens_per_micro_batch, self.parallel.ranks
+        return micro_batches(batch, size, ranks, keep_groups=keep)[self.parallel.rank]
+
+    def micro(self, batch: Batch, trees: list[int]) -> Batch:
+        """A micro-batch. For an empty one the batch's smallest tree, whose results must not count: a rank
+        without work still takes part in the collectives of forward and backward."""
+        return batch.select(trees or [int(tree_tokens(batch).argmin())])
 
     def _minibatches(self, batch: Batch, step: int, iteration: int) -> Iterator[Batch]:
         """Split by groups into `minibatches` parts, in an order that depends on seed, step and epoch."""
@@ -270,41 +291,41 @@ class Learner:
         outputs = self.algorithm.outputs | (frozenset({"entropy"}) if measured else frozenset())
         plan = self.plan(mini)
         for trees in plan:
-            micro = mini.select(trees)
+            micro, last = self.micro(mini, trees), trees is plan[-1]
             out = self.policy.run(micro, outputs, algorithm=self.algorithm, reference=self.reference)
+            if not trees:
+                self.parallel.backward(objective.nothing(out), last=last)
+                continue
             if gap is not None:
                 gap.add(out.logps.cpu(), micro, self.version)
             micro = micro.to(self.policy.device)
             loss = objective.reduce_loss(self.algorithm, out, micro, scale)
-            loss.backward()
+            self.parallel.backward(loss, last=last)
             total += float(loss.detach())
             with torch.no_grad():
                 metrics = self.algorithm.metrics(out, micro)
                 if out.entropy is not None:
                     metrics.setdefault("policy/entropy", out.entropy)
                 means.add(metrics, micro.mask)
+        parts = self.parallel.gather((means, total, gap))
         if gap is not None:
+            gap.merge(part for _, _, part in parts)
             self._check_gap(gap)
         return {
-            **means.means(),
-            "train/loss": total,
+            **objective.TokenMeans.merged(part for part, _, _ in parts).means(),
+            "train/loss": sum(part for _, part, _ in parts),
             "train/micro_batches": float(len(plan)),
             **self._optimize(),
         }
 
     def _optimize(self) -> dict[str, float]:
         bound = self.spec.config.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trained(), bound or float("inf")))
-        finite = torch.isfinite(torch.tensor(norm)).item()
-        if finite:
-            self.optimizer.step()
-        elif self.spec.config.on_nonfinite == "stop":
-            self.optimizer.zero_grad(set_to_none=True)
+        norm, finite = self.parallel.update(self.policy.trained(), self.optimizer, bound)
+        if not finite and self.spec.config.on_nonfinite == "stop":
             raise LearnerError(
                 f"the gradient norm is {norm} at policy version {self.version}; nothing was updated. "
                 "Lower learner.learning_rate, or set learner.on_nonfinite: skip to drop such updates."
             )
-        self.optimizer.zero_grad(set_to_none=True)
         return {"train/grad_norm": norm if finite else 0.0, "train/skipped": float(not finite)}
 
     def _check_gap(self, gap: objective.LogpGap) -> None:
@@ -317,7 +338,7 @@ class Learner:
             ("largest", gap.largest, self.spec.max_gap),
         ):
             if bound is not None and found > bound:
-                self.optimizer.zero_grad(set_to_none=True)
+                self.parallel.discard(self.optimizer)
                 raise LogpGapError(
                     f"rollout engine and learner disagree at policy version {self.version}: {what} gap of "
                     f"the log-probs {found:.4g} over {gap.tokens} fresh tokens, allowed {bound:.4g}. "
@@ -330,61 +351,32 @@ class Learner:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters under their Hugging Face names, tied ones once."""
         for name, parameter in self.policy.model.named_parameters():
-            yield name, parameter.detach()
+            yield name, self.parallel.whole(parameter)
 
     def export(self, folder: str) -> str:
-        """Write the policy and its tokenizer as an ordinary Hugging Face folder."""
-        self.policy.model.save_pretrained(folder)
+        """Write the policy and its tokenizer as an ordinary Hugging Face folder. Collective."""
+        weights = self.parallel.model_state(self.policy.model)
+        if self.parallel.rank:
+            return folder
+        self.policy.model.save_pretrained(folder, state_dict=weights)
         load_tokenizer(self.spec.tokenizer, self.spec.trust_remote_code).save_pretrained(folder)
         return folder
 
     # -- state -------------------------------------------------------------------------------------
 
-    def capture_state(self) -> Callable[[Path], None]:
-        """Copy all that a resumed learner needs. Returns a writer of the copies into a folder; it shares
-        nothing with the learner, so that it may run on a thread while training goes on."""
-        model, head = self.policy.model, self.policy.value_head
-        weights = owned(dict(model.state_dict()))
-        rest = owned(
-            {
-                "optimizer": self.optimizer.state_dict(),
-                "version": self.version,
-                "state": self.state,
-                "value_head": None if head is None else head.state_dict(),
-                "reference": self._refreshed_reference(),
-                "rng": rng_state(),
-            }
-        )
-
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder / "model", state_dict=weights)
-            load_tokenizer(self.spec.tokenizer, self.spec.trust_remote_code).save_pretrained(folder / "model")
-            torch.save(rest, folder / "learner.pt")
-
-        return write
-
-    def _refreshed_reference(self) -> dict[str, Tensor] | None:
-        """The reference's weights, where they are no longer those of its folder."""
-        if self.reference is None or not self.algorithm.refresh_reference:
-            return None
-        return dict(self.reference.model.state_dict())
+    def capture_state(self) -> state.Writer:
+        """Copy all that a resumed learner needs; returns a writer of the copies. See `state.capture`."""
+        return state.capture(self)
 
     def write_state(self, folder: Path) -> None:
-        """Write all that a resumed learner needs into `folder`."""
-        self.capture_state()(folder)
+        """Write all that a resumed learner needs into `folder`. Collective; rank 0 writes."""
+        write = self.capture_state()
+        if self.parallel.rank == 0:
+            write(folder)
 
     def read_state(self, folder: Path) -> None:
         """Take over the state that `write_state` left."""
-        model = self._load_model(str(folder / "model"))
-        self.policy.model.load_state_dict(model.state_dict())
-        saved = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.version, self.state = saved["version"], saved["state"]
-        if self.policy.value_head is not None:
-            self.policy.value_head.load_state_dict(saved["value_head"])
-        if self.reference is not None and saved["reference"] is not None:
-            self.reference.model.load_state_dict(saved["reference"])
-        set_rng_state(saved["rng"])
+        state.restore(self, folder)
 
 
 def _advantage_metrics(batch: Batch) -> dict[str, float]:
@@ -392,22 +384,3 @@ def _advantage_metrics(batch: Batch) -> dict[str, float]:
         return {}
     a = batch.advantages[batch.mask]
     return {"policy/advantage_mean": float(a.mean()), "policy/advantage_std": float(a.std(unbiased=False))}
-
-
-def owned(value: Any) -> Any:
-    """A copy on CPU that shares no memory with `value`; tensors that are one stay one."""
-    seen: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
-
-    def walk(node: Any) -> Any:
-        if isinstance(node, Tensor):
-            key = (node.data_ptr(), node.shape, node.dtype)
-            if node.numel() == 0 or key not in seen:
-                seen[key] = node.detach().to("cpu", copy=True)
-            return seen[key]
-        if isinstance(node, dict):
-            return {name: walk(child) for name, child in node.items()}
-        if isinstance(node, list | tuple):
-            return type(node)(walk(child) for child in node)
-        return node
-
-    return walk(value)

@@ -44,6 +44,12 @@ def reduce_loss(algorithm: Algorithm, policy: PolicyOutput, micro: Batch, scale:
     return loss.sum() * scale
 
 
+def nothing(policy: PolicyOutput) -> Tensor:
+    """A loss of 0 whose gradient, 0 too, runs through everything that `policy` was computed from."""
+    outputs = (policy.logps, policy.entropy, policy.values, policy.kl, policy.scores)
+    return torch.stack([t.sum() * 0.0 for t in outputs if t is not None and t.requires_grad]).sum()
+
+
 @dataclass
 class TokenMeans:
     """Means over masked-in tokens, collected over micro-batches."""
@@ -55,6 +61,16 @@ class TokenMeans:
         self.tokens += int(mask.sum())
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()[mask].sum(dtype=torch.float64))
+
+    @staticmethod
+    def merged(parts: Iterable[TokenMeans]) -> TokenMeans:
+        """The sums of several ranks as one."""
+        whole = TokenMeans()
+        for part in parts:
+            whole.tokens += part.tokens
+            for name, total in part.sums.items():
+                whole.sums[name] = whole.sums.get(name, 0.0) + total
+        return whole
 
     def means(self) -> dict[str, float]:
         return {name: total / max(self.tokens, 1) for name, total in self.sums.items()}
@@ -78,6 +94,12 @@ class LogpGap:
             # NaN must not hide behind max(): it counts as an infinite gap.
             self.largest = max(self.largest, float(gap.nan_to_num(nan=torch.inf).max()))
             self.tokens += gap.numel()
+
+    def merge(self, parts: Iterable[LogpGap | None]) -> None:
+        """Become what several ranks have seen together; the own part is one of them."""
+        found = [part for part in parts if part is not None]
+        self.total, self.tokens = sum(p.total for p in found), sum(p.tokens for p in found)
+        self.largest = max(p.largest for p in found)
 
     @property
     def mean(self) -> float:

@@ -1,0 +1,132 @@
+"""FSDP2: torch's `fully_shard`, parameters as DTensors, gathered layer by layer where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rft.kernels.attention_route import decoder_of
+from rft.learner.forward import PolicyModel
+from rft.learner.parallel.ranks import Ranks, device_of
+
+
+class FSDP2(Ranks):
+    """Weights, gradients and optimizer state in shards, one part per rank.
+
+    A decoder layer is the unit that is gathered. What remains (embedding, final norm, head) belongs to the
+    root and stays gathered from the beginning of a forward to the end of its backward: the fused
+    log-prob kernel reads the whole head. On GPU, gathered weights and activations are in the compute
+    dtype and gradients are reduced in float32.
+    """
+
+    def __init__(self, device: str, compute_dtype: torch.dtype, *, cpu_offload: bool, reshard: bool) -> None:
+        super().__init__()
+        self.device = device
+        self.mesh: DeviceMesh = init_device_mesh(device, (self.ranks,))
+        self.compute_dtype = compute_dtype
+        self.offload: OffloadPolicy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        self.reshard = reshard
+
+    def loading_device(self, device: str) -> str:
+        return "cpu"
+
+    def shard(self, policy: PolicyModel) -> None:
+        mixed = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
+        exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        critic = policy.value_head
+        for head in (None if critic is None else critic.head, policy.score_layer):
+            if head is not None:  # small, and its arithmetic is float32 everywhere
+                fully_shard(head, mesh=self.mesh, mp_policy=exact, offload_policy=self.offload)
+        trunks = [policy.model] if critic is None or critic.trunk is None else [policy.model, critic.trunk]
+        for layer in (layer for trunk in trunks for layer in layers_of(trunk)):
+            fully_shard(
+                layer,
+                mesh=self.mesh,
+                mp_policy=mixed,
+                offload_policy=self.offload,
+                reshard_after_forward=self.reshard,
+            )
+        assert isinstance(policy.network, nn.Module)
+        fully_shard(
+            policy.network,
+            mesh=self.mesh,
+            mp_policy=mixed,
+            offload_policy=self.offload,
+            reshard_after_forward=False,
+        )
+        for module in policy.network.modules():
+            if isinstance(module, FSDPModule):
+                # A learner's loss is weighed by the whole batch: gradients add up. (Summed as such,
+                # because gloo knows no averaging.)
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        policy.device = device_of(self.device)
+        for buffer in policy.network.buffers():
+            buffer.data = buffer.data.to(policy.device)
+
+    def clip(self, parameters: Iterable[nn.Parameter], bound: float) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        own = module.state_dict(keep_vars=True)
+        missing = sorted(own.keys() - state.keys())
+        if missing:
+            raise ValueError(f"the saved model lacks {', '.join(missing[:3])}: it is another model's")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                _local(tensor).copy_(_local(self._part(state[name], tensor)))
+
+    def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        spread = {
+            index: {
+                key: self._part(value, parameters[index])
+                if isinstance(value, Tensor) and value.shape == parameters[index].shape
+                else value
+                for key, value in entries.items()
+            }
+            for index, entries in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": spread})
+
+    def _part(self, whole: Tensor, like: Tensor) -> Tensor:
+        """This rank's part of a tensor that every rank has read as a whole."""
+        if not isinstance(like, DTensor):
+            return whole
+        whole = whole.to(like.device)
+        return distribute_tensor(
+            whole, like.device_mesh, list(like.placements), src_data_rank=None
+        ).clone()  # a view would keep the whole one alive
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers: the units that are gathered one after another."""
+    decoder = decoder_of(model)
+    found = [m for name, m in decoder.named_children() if name in ("layers", "h", "blocks")]
+    if len(found) != 1 or not isinstance(layers := found[0], nn.ModuleList):
+        raise ValueError(
+            f"{type(decoder).__name__} keeps its layers under no name that is known here; "
+            "learner.parallel fsdp2 cannot shard it layer by layer, deepspeed may"
+        )
+    return list(layers)

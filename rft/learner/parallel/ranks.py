@@ -1,0 +1,115 @@
+"""Several processes: their rendezvous, and numbers over all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rft.learner.parallel.base import Parallel, T
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks meet."""
+
+    host: str
+    port: int
+    timeout_s: float
+
+
+class Meeting:
+    """Rank 0's end of a rendezvous: a store on a port that was free."""
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        self.store = dist.TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
+        self.place = Rendezvous(host, self.store.port, timeout_s)
+
+
+def join(place: Rendezvous, rank: int, ranks: int, device: str, meeting: Meeting | None = None) -> None:
+    """Form torch.distributed's default group: gloo on CPU; on GPU NCCL, with gloo for what lies in host
+    memory. Raises torch.distributed.DistError when the others do not come in time."""
+    use_interface_of(place.host)
+    timeout = timedelta(seconds=place.timeout_s)
+    if meeting is None:
+        store = dist.TCPStore(place.host, place.port, is_master=False, timeout=timeout)
+    else:
+        store = meeting.store
+    # Libraries that look for torchrun's variables (DeepSpeed) find them.
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_RANK="0",  # Ray shows each rank its own device only
+        MASTER_ADDR=place.host,
+        MASTER_PORT=str(place.port),
+    )
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+
+
+def use_interface_of(host: str) -> None:
+    """Let gloo and NCCL talk over the network interface that reaches `host`: by themselves they take the
+    one that this machine's name resolves to, which is often the loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing; the kernel chooses the route
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == own for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return
+
+
+class Ranks(Parallel):
+    """Several ranks over torch.distributed's default group."""
+
+    def __init__(self) -> None:
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._machines: list[str] = self.gather(socket.gethostname())
+
+    def turn(self) -> AbstractContextManager[None]:
+        return self._turn()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        here = self._machines[self.rank]
+        place = self._machines[: self.rank].count(here)
+        for turn in range(max(self._machines.count(m) for m in self._machines)):
+            if turn == place:
+                yield
+            dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        found: list[T | None] = [None] * self.ranks
+        dist.all_gather_object(found, value)
+        return found  # type: ignore[return-value]  # every rank has put its own
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def own_part(cores: set[int], rank: int, ranks: int) -> set[int]:
+    """This rank's share of the cores that all ranks of a machine are given. Raises ValueError where there
+    are fewer cores than ranks."""
+    ordered = sorted(cores)
+    part = ordered[rank * len(ordered) // ranks : (rank + 1) * len(ordered) // ranks]
+    if not part:
+        raise ValueError(f"{len(ordered)} cores cannot be shared by {ranks} ranks")
+    return set(part)
+
+
+def device_of(device: str) -> torch.device:
+    """The device that Ray gave to this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)

@@ -1,0 +1,61 @@
+"""What a resumed learner needs, out of a learner and back into one; whole, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rft.learner.model import load_tokenizer
+from rft.rng import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from rft.learner.learner import Learner
+
+Writer = Callable[[Path], None]
+
+
+def capture(learner: Learner) -> Writer:
+    """Copy a learner's state to the CPU of rank 0. Returns a writer of the copies into a folder; it shares
+    nothing with the learner, so that it may run on a thread while training goes on. Collective; only
+    rank 0 may call the writer."""
+    parallel, policy, reference = learner.parallel, learner.policy, learner.reference
+    model = policy.model
+    weights = parallel.model_state(model)
+    refreshed = reference is not None and learner.algorithm.refresh_reference
+    rest = {
+        "optimizer": parallel.optimizer_state(learner.optimizer),
+        "version": learner.version,
+        "state": dict(learner.state),
+        "value_head": None if policy.value_head is None else parallel.model_state(policy.value_head),
+        "reference": parallel.model_state(reference.model) if reference is not None and refreshed else None,
+        "rng": parallel.gather(rng_state()),
+    }
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder / "model", state_dict=weights)
+        tokenizer = load_tokenizer(learner.spec.tokenizer, learner.spec.trust_remote_code)
+        tokenizer.save_pretrained(folder / "model")
+        torch.save(rest, folder / "learner.pt")
+
+    return write
+
+
+def restore(learner: Learner, folder: Path) -> None:
+    """Take over the state that a writer of `capture` left, by any number of ranks. Collective."""
+    parallel, policy = learner.parallel, learner.policy
+    with parallel.turn():
+        model = learner.load_model(str(folder / "model"), device="cpu")
+        parallel.load_model_state(policy.model, model.state_dict())
+        del model
+    saved = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True, mmap=True)
+    parallel.load_optimizer_state(learner.optimizer, saved["optimizer"])
+    learner.version, learner.state = saved["version"], saved["state"]
+    if policy.value_head is not None:
+        parallel.load_model_state(policy.value_head, saved["value_head"])
+    if learner.reference is not None and saved["reference"] is not None:
+        parallel.load_model_state(learner.reference.model, saved["reference"])
+    if parallel.rank < len(saved["rng"]):  # a rank that is new keeps the seed of its own
+        set_rng_state(saved["rng"][parallel.rank])
