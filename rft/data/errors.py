@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from rft.spelling import closest
 
 
 class DataError(ValueError):
@@ -22,12 +23,12 @@ class DataError(ValueError):
 def missing_column(column: str, existing: Iterable[str], source: str, row: int | None = None) -> DataError:
     """The error for a column that a row lacks: names the columns that exist, and the nearest."""
     names = [str(name) for name in existing]
-    near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-    nearest = f" Did you mean '{near[0]}'?" if near else ""
+    near = closest(column, names)
+    hint = f" Did you mean '{near}'?" if near else ""
     have = ", ".join(f"'{name}'" for name in names) or "none"
     return DataError(
-        f"no such column; the columns are {have}.{nearest}"
-        f" Map it in the config: `columns: {{{column}: {near[0] if near else 'NAME_IN_YOUR_DATA'}}}`",
+        f"no such column; the columns are {have}.{hint}"
+        f" Map it in the config: `columns: {{{column}: {near or 'NAME_IN_YOUR_DATA'}}}`",
         source=source,
         row=row,
         column=column,

@@ -9,7 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from rft.rewards.config import MaxFraction, RewardConfig, RewardsConfig, Schedule
-from rft.rewards.load import BUILTINS, SpecError, builtin, checked_options, nearest, signature_columns
+from rft.rewards.load import BUILTINS, SpecError, builtin, checked_options, signature_columns
+from rft.spelling import nearest
 
 PROBE = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from rft.rewards.check import probe; probe()"

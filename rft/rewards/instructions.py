@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from rft.rewards.load import nearest
 from rft.rewards.types import Score, correct, graded, wrong
+from rft.spelling import nearest
 
 Check = Callable[..., bool]
 

@@ -12,7 +12,6 @@ constructor takes the options: its `judge` is such a function, or its `score` ta
 from __future__ import annotations
 
 import asyncio
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -21,11 +20,13 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, get_type_hints
 
 from rft.rewards.types import Outcome, RewardFunction, Score, Text, text_of
+from rft.spelling import nearest
 
 BUILTINS: dict[str, str] = {
     "math": "rft.rewards.math:math",
@@ -155,12 +156,6 @@ def _traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def nearest(name: str, known: Any) -> str:
-    """`; did you mean 'x'?`, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def option_parameters(target: Any) -> dict[str, inspect.Parameter] | None:
     """The options that a built-in or custom function takes; None: any (it takes `**kwargs`)."""
     parameters = inspect.signature(target).parameters
@@ -286,7 +281,7 @@ class PerSample:
                 score = function(completion=text, **row)
             except Exception as error:
                 score = Score(None, Outcome.error, _traceback(error))
-            scores.append(Score(score.value, score.outcome, score.detail, perf_counter() - start))
+            scores.append(replace(score, seconds=perf_counter() - start))
         return scores
 
     def __call__(
@@ -314,7 +309,7 @@ class Stateful:
         start = perf_counter()
         scores = self.inner.score(prompts, completions, **columns)
         share = (perf_counter() - start) / max(1, len(completions))
-        return [Score(s.value, s.outcome, s.detail, s.seconds or share) for s in scores]
+        return [replace(s, seconds=s.seconds or share) for s in scores]
 
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
@@ -380,7 +375,7 @@ class Custom:
 def as_score(spec: str, value: Any, seconds: float = 0.0) -> Score:
     """A custom function's return value as a Score: None abstains, what is no finite number is an error."""
     if isinstance(value, Score):
-        return value if value.seconds else Score(value.value, value.outcome, value.detail, seconds)
+        return value if value.seconds else replace(value, seconds=seconds)
     if value is None:
         return Score(None, Outcome.abstain, "", seconds)
     if hasattr(value, "item"):  # numpy or torch scalar

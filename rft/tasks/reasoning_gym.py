@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal
 
+from rft.spelling import closest
 from rft.tasks.config import ReasoningGymConfig
 
 TEST_SHARE = 10  # one question in ten is held out
@@ -23,8 +23,8 @@ def _dataset(task: str, options: str, seed: int) -> Any:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        near = get_close_matches(task, DATASETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = closest(task, DATASETS)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"reasoning-gym {reasoning_gym.__version__} has no task {task!r}{hint}")
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=2**31 - 1, **json.loads(options))
