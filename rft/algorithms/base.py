@@ -63,6 +63,20 @@ class Rollout:
     role: Literal["", "pioneer", "observer"] = ""
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How a completion is cut into steps that are valued one by one. The controller carries it out, and
+    fills in `columns["step_ends"]` [N, K] with how many tokens lie before the end of each step, and
+
+    - `columns["step_values"]` [N, K], the mean reward of `branches` continuations from before each step
+      (nan before the first one), or, where `branches` is 0,
+    - `columns["step_rewards"]` [N, K], the steps' scores from a reward that judges step by step.
+    """
+
+    separator: str
+    branches: int
+
+
 def setting(
     default: Any,
     doc: str,
@@ -211,6 +225,11 @@ class Algorithm(ABC):
         """Whether a scored group enters the step. A group that does not is dropped, counted, and
         another prompt is sampled in its place (dynamic sampling)."""
         return True
+
+    @property
+    def steps(self) -> Steps | None:
+        """The steps that completions are cut into, where they are valued one by one."""
+        return None
 
     @property
     def replay(self) -> int:

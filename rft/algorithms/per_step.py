@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import setting
+from rft.algorithms.base import Steps, setting
 from rft.algorithms.math.advantages import to_grid
 from rft.algorithms.math.groups import group_mean
 from rft.algorithms.policy_gradient import ClippedPolicyGradient, column
@@ -30,14 +29,17 @@ class PerStep(ClippedPolicyGradient):
     Against `ppo`, no critic; against `grpo`, the step that went wrong takes the blame. With one step it
     is `dr_grpo` (continuations) or `grpo` (process).
 
-    Reads `columns["step_ends"]` [N, K]: how many of the sequence's tokens lie before the end of step k;
-    `columns["step_values"]` or `columns["step_rewards"]` [N, K]: V before step k, or its score. Padded
-    with nan.
+    Reads `columns["step_ends"]`, and `columns["step_values"]` or `columns["step_rewards"]`, see `Steps`;
+    padded with nan.
     """
 
     source: Literal["continuations", "process"] = setting("continuations", "where the credit comes from")
     branches: int = setting(4, "continuations sampled at each step boundary", ge=1)
     separator: str = setting("\n", "the text that ends a step")
+
+    @property
+    def steps(self) -> Steps:
+        return Steps(self.separator, self.branches if self.source == "continuations" else 0)
 
     def advantages(self, batch: Batch) -> Tensor:
         ends = column(batch, "step_ends")
@@ -72,20 +74,3 @@ class PerStep(ClippedPolicyGradient):
         scaled = scores.new_zeros(scores.shape)
         scaled[real] = (x - mean) / (variance.sqrt()[group] + 1e-4)
         return scaled.flip(1).cumsum(1).flip(1)
-
-
-def step_ends(pieces: Sequence[str], separator: str) -> tuple[int, ...]:
-    """Where the steps of a completion end, in tokens: after every token whose text holds the end of
-    a `separator`, and after the last token.
-
-    pieces: the text of each token. ("1+", "1\\n", "=2") with "\\n" gives (2, 3).
-    """
-    ends, text = [], ""
-    for count, piece in enumerate(pieces, start=1):
-        text += piece
-        if separator in text:
-            ends.append(count)
-            text = ""
-    if pieces and (not ends or ends[-1] != len(pieces)):
-        ends.append(len(pieces))
-    return tuple(ends)

@@ -17,8 +17,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rft.rewards.steps import Aggregate, aggregate, split_steps
+from rft.data.examples import PAIR_TEMPLATE
+from rft.rewards.steps import Aggregate, judged_steps, split_steps
+from rft.rewards.trained import TrainedTexts, Unreadable
 from rft.rewards.types import Score, Text, abstain, graded, text_of
+
+Rendered = str | list[int]  # a text, or, for models that rft trained, its token ids
 
 
 class _Classifier:
@@ -37,9 +41,13 @@ class _Classifier:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.truncation_side = "left"  # the end of the completion matters most
         self.batch_size, self.max_length = batch_size, max_length
+        self.trained = TrainedTexts.of(self.model, self.tokenizer)
 
-    def render(self, prompt: Text, completion: Text) -> str:
-        """The chat template over prompt and completion where there is one, else their texts."""
+    def render(self, prompt: Text, completion: Text) -> Rendered:
+        """The chat template over prompt and completion where there is one, else their texts; for a model
+        that rft trained, what it was trained on. Raises Unreadable."""
+        if self.trained is not None:
+            return self.trained.response(prompt, completion)
         if self.tokenizer.chat_template is None:
             return text_of(prompt) + text_of(completion)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -49,38 +57,53 @@ class _Classifier:
             messages.extend(completion)
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
-    def batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Any, torch.Tensor]]:
+    def batches(self, texts: Sequence[Rendered]) -> Iterator[tuple[list[int], Any, torch.Tensor]]:
         """(indices, encoding, logits on the CPU in float32), shortest texts first."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
-            encoded = self.tokenizer(
-                [texts[i] for i in index],
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-            ).to(self.model.device)
+            encoded = self._encode([texts[i] for i in index])
             with torch.inference_mode():
                 logits = self.model(**encoded).logits.float().cpu()
             yield index, encoded, logits
 
-    def scores(self, texts: Sequence[str], label: int | None) -> list[float]:
-        """One number per text: the single logit, or the log-odds of `label` among several."""
+    def _encode(self, texts: Sequence[Rendered]) -> Any:
+        """Texts as a padded batch on the model's device; ids are padded on the right, with an id that ends
+        none of them, since transformers looks for the last token that is not padding."""
+        if isinstance(texts[0], str):
+            options = {"return_tensors": "pt", "padding": True, "truncation": True}
+            encoded = self.tokenizer(texts, max_length=self.max_length, **options)
+            return encoded.to(self.model.device)
+        rows = [row[-self.max_length :] for row in texts]
+        pad = min(set(range(len(rows) + 1)) - {row[-1] for row in rows})
+        self.model.config.get_text_config().pad_token_id = pad
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+
+    def scores(self, texts: Sequence[Rendered], label: int | None) -> list[float]:
+        """One number per text: the single logit, or that of `label` among several: where they are scores of a
+        regression, itself, else its log-odds."""
         result = [0.0] * len(texts)
         for index, _, logits in self.batches(texts):
             if logits.shape[-1] > 1 and label is None:
                 raise ValueError(
                     f"the model has {logits.shape[-1]} labels: say which one counts with `label`"
                 )
-            values = logits[:, 0] if logits.shape[-1] == 1 else _log_odds(logits, label or 0)
+            if self.model.config.problem_type == "regression":
+                values = logits[:, label or 0]
+            else:
+                values = _log_odds(logits, label or 0)
             for i, value in zip(index, values.tolist(), strict=True):
                 result[i] = value
         return result
 
 
 def _log_odds(logits: torch.Tensor, label: int) -> torch.Tensor:
-    """log p(label) - log(1 - p(label)) along the last axis."""
+    """log p(label) - log(1 - p(label)) along the last axis; a single logit is that already."""
+    if logits.shape[-1] == 1:
+        return logits[..., 0]
     others = torch.cat([logits[..., :label], logits[..., label + 1 :]], dim=-1)
     return logits[..., label] - torch.logsumexp(others, dim=-1)
 
@@ -127,14 +150,19 @@ class RewardModel:
     ) -> list[Score]:
         """One Score per completion."""
         principles = principle if principle is not None else [self.principle] * len(prompts)
-        texts = [
-            self.classifier.render(_conditioned(p, rule), c)
-            for p, c, rule in zip(prompts, completions, principles, strict=True)
-        ]
-        values = self.classifier.scores(texts, self.label)
-        if self.sigmoid:
-            values = [_sigmoid(v) for v in values]
-        return [graded((v - self.offset) * self.scale, threshold=self.threshold) for v in values]
+        texts: dict[int, Rendered] = {}
+        refused: dict[int, str] = {}
+        for i, (p, c, rule) in enumerate(zip(prompts, completions, principles, strict=True)):
+            try:
+                texts[i] = self.classifier.render(_conditioned(p, rule), c)
+            except Unreadable as error:
+                refused[i] = str(error)
+        values = dict(zip(texts, self.classifier.scores(list(texts.values()), self.label), strict=True))
+        return [self._score(values[i]) if i in values else abstain(refused[i]) for i in range(len(prompts))]
+
+    def _score(self, value: float) -> Score:
+        value = _sigmoid(value) if self.sigmoid else value
+        return graded((value - self.offset) * self.scale, threshold=self.threshold)
 
 
 def _sigmoid(x: float) -> float:
@@ -157,7 +185,7 @@ class PairwiseModel:
         *,
         model: str,
         head: Literal["pair", "bradley_terry"] = "pair",
-        template: str = "{prompt}\n\nCandidate A: {a}\n\nCandidate B: {b}",
+        template: str = PAIR_TEMPLATE,
         device: str = "auto",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         batch_size: int = 8,
@@ -195,21 +223,26 @@ class PairwiseModel:
             texts = [self.classifier.render(p, c) for p, c in zip(ruled, completions, strict=True)]
             values = self.classifier.scores(texts, self.label)
             return [_sigmoid(values[i] - values[j]) for i, j in pairs]
-        texts = [
-            self.template.format(
-                prompt=text_of(ruled[i]), a=text_of(completions[i]), b=text_of(completions[j])
-            )
+        said = [text_of(completion) for completion in completions]
+        unlike = [(i, j) for i, j in pairs if said[i] != said[j]]  # equal ones are even, without a question
+        texts = [self._text(text_of(ruled[i]), said[i], said[j]) for i, j in unlike]
+        logits = dict(zip(unlike, self.classifier.scores(texts, self.label), strict=True))
+        return [
+            (_sigmoid(logits[i, j]) + 1 - _sigmoid(logits[j, i])) / 2 if (i, j) in logits else 0.5
             for i, j in pairs
         ]
-        logits = dict(zip(pairs, self.classifier.scores(texts, self.label), strict=True))
-        return [(_sigmoid(logits[i, j]) + 1 - _sigmoid(logits[j, i])) / 2 for i, j in pairs]
+
+    def _text(self, prompt: str, a: str, b: str) -> Rendered:
+        trained = self.classifier.trained
+        return trained.pair(prompt, a, b) if trained else self.template.format(prompt=prompt, a=a, b=b)
 
 
 class ProcessRewardModel:
     """A token-classification model that judges every step of a completion.
 
-    The probability of `label` is read at the last token of each step (steps end with `separator`);
-    the value is their `aggregate`. The steps' scores are in the detail.
+    The probability of `label` is read at the last token of each step. Steps end with `separator`: by
+    default a line break for a model that rft trained, and an empty line for others;
+    the value is their `aggregate`. The steps' scores go along; steps cut off by `max_length` do not count.
     """
 
     required: Sequence[str] = ()
@@ -218,7 +251,7 @@ class ProcessRewardModel:
         self,
         *,
         model: str,
-        separator: str = "\n\n",
+        separator: str | None = None,
         aggregate: Aggregate = "min",
         label: int = 1,
         device: str = "auto",
@@ -230,29 +263,43 @@ class ProcessRewardModel:
         self.classifier = _Classifier(kind, model, device, dtype, batch_size, max_length)
         if not self.classifier.tokenizer.is_fast:
             raise ValueError(f"{model} has no fast tokenizer: its tokens cannot be matched with steps")
-        self.separator, self.aggregate, self.label = separator, aggregate, label
+        self.separator = separator or ("\n" if self.classifier.trained else "\n\n")
+        self.aggregate, self.label = aggregate, label
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Score]:
         """One Score per completion; one without steps abstains."""
-        texts, ends = [], []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            text, at = text_of(prompt) + "\n", []
-            for step in split_steps(text_of(completion), self.separator):
-                text += step + self.separator
-                at.append(len(text) - len(self.separator) - 1)  # the step's last character
-            texts.append(text)
-            ends.append(at)
-        steps: list[list[float]] = [[] for _ in texts]
-        for index, encoded, logits in self.classifier.batches(texts):
+        marked: dict[int, tuple[Rendered, list[int]]] = {}
+        result = [abstain("no step found")] * len(prompts)
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if steps := split_steps(text_of(completion), self.separator):
+                try:
+                    marked[i] = self._marked(prompt, steps)
+                except Unreadable as error:
+                    result[i] = abstain(str(error))
+        keys = list(marked)
+        for index, encoded, logits in self.classifier.batches([text for text, _ in marked.values()]):
             odds = torch.sigmoid(_log_odds(logits, self.label))
-            for row, i in enumerate(index):
-                for end in ends[i]:
-                    token = encoded.char_to_token(row, end)
-                    if token is not None:  # None: cut off on the left by max_length
-                        steps[i].append(odds[row, token].item())
-        return [
-            graded(aggregate(values, self.aggregate), f"steps: {[round(v, 3) for v in values]}")
-            if values
-            else abstain("no step found")
-            for values in steps
-        ]
+            for row, at in enumerate(index):
+                text, ends = marked[keys[at]]
+                tokens = [self._token(encoded, row, text, end) for end in ends]
+                values = [None if token is None else odds[row, token].item() for token in tokens]
+                result[keys[at]] = judged_steps(values, self.aggregate)
+        return result
+
+    def _marked(self, prompt: Text, steps: Sequence[str]) -> tuple[Rendered, list[int]]:
+        """What the model reads, and where in it each step ends: its last character, or token."""
+        if self.classifier.trained is not None:
+            return self.classifier.trained.steps(prompt, steps)
+        text, ends = text_of(prompt) + "\n", []
+        for step in steps:
+            text += step + self.separator
+            ends.append(len(text) - len(self.separator) - 1)
+        return text, ends
+
+    def _token(self, encoded: Any, row: int, text: Rendered, end: int) -> int | None:
+        """The place of a step's end in its row; None: cut off on the left by `max_length`."""
+        if isinstance(text, str):
+            place: int | None = encoded.char_to_token(row, end)
+            return place
+        at = end - max(0, len(text) - self.classifier.max_length)
+        return at if at >= 0 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from rft.rewards.load import load_reward
@@ -31,7 +32,7 @@ class Process:
 
     function: the reward of a step (`regex`, `file.py:function`, ...) with its `options`; it gets the
     prompt with the steps before, the step as the completion, and the sample's columns. A step that it
-    abstains on does not count; a step that fails makes the sample fail.
+    abstains on does not count; a step that fails makes the sample fail. The steps' values go along.
     """
 
     all_columns = True
@@ -71,8 +72,14 @@ class Process:
         for number, score in enumerate(scores):
             if score.failed:
                 return Score(None, score.outcome, f"step {number}: {score.detail}")
-        values = [s.value for s in scores if s.value is not None]
-        if not values:
-            return abstain("no step applies")
-        detail = f"steps: {[round(v, 3) for v in values]}"
-        return graded(aggregate(values, self.aggregate), detail)
+        return judged_steps([s.value for s in scores], self.aggregate)
+
+
+def judged_steps(values: Sequence[float | None], how: Aggregate) -> Score:
+    """The Score of a completion from those of its steps; None: a step that does not apply."""
+    applying = [v for v in values if v is not None]
+    if not applying:
+        return abstain("no step applies")
+    mean = sum(applying) / len(applying)
+    score = graded(aggregate(applying, how), f"steps: {[round(v, 3) for v in applying]}")
+    return replace(score, steps=tuple(mean if v is None else v for v in values))

@@ -32,12 +32,15 @@ class Score:
         exceeds its own time limit is `timeout` with a value; a reward that hangs is `timeout` without.
     detail: what was extracted and why it was judged so; for `error`, the traceback.
     seconds: wall time of the judgement.
+    steps: the value of each step, from a reward that judges step by step; a step that it abstains on
+        has the mean of the others.
     """
 
     value: float | None
     outcome: Outcome
     detail: str = ""
     seconds: float = 0.0
+    steps: tuple[float, ...] = ()
 
     @property
     def failed(self) -> bool:

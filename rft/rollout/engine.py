@@ -10,6 +10,10 @@ class EngineError(RuntimeError):
     """An engine failed or did not answer in time; the message names the engine and the call."""
 
 
+class Aborted(Exception):
+    """A weight push cut a request off (`rollout.update: abort`): it has to be sent again."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample a request. `seed` None: not reproducible."""
@@ -22,6 +26,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    mixture: float = 0.0  # draw from policy^(1 - mixture) * reference^mixture, per token (hf engine only)
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,14 @@ class EngineSpec:
     control_timeout_s: float
     stop_token_ids: tuple[int, ...]
     trust_remote_code: bool = False
+    reference: str | None = None  # the frozen model that `Sampling.mixture` mixes in
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Link:
-    """Where the sender of weights listens, and which rank this engine has in the group."""
+    """Where the sender of weights listens, and which rank this engine has in the group; no host where
+    weights come without a group."""
 
     host: str
     port: int
@@ -95,7 +102,7 @@ class RolloutEngine(Protocol):
 
     async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None: ...
 
-    async def receive(self, manifest: list[tuple[str, str, tuple[int, ...]]]) -> None: ...
+    async def receive(self, update: dict[str, Any]) -> None: ...
 
     async def finish_update(self, version: int) -> None: ...
 

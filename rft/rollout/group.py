@@ -1,5 +1,5 @@
-"""Sampling one prompt's group, as the algorithm plans it: plain samples, a greedy yardstick, or
-continuations of a demonstration's prefix."""
+"""Sampling one prompt's group, as the algorithm plans it: plain samples, a greedy yardstick,
+continuations of a demonstration's prefix, or an observer's answers to a pioneer's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rft.algorithms.base import Rollout
 from rft.batch import Completion, Prompt
 from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.sampling import completions_of
+from rft.rollout.sampling import completions_of, continued
 
 Generate = Callable[[Request], Awaitable[list[Generated]]]
 
@@ -24,69 +24,92 @@ class Sampled:
     trained: list[bool]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """What the parts of a group share."""
+
+    generate: Generate
+    name: str
+    prompt: Prompt
+    sampling: Sampling
+    tokenizer: Any
+
+
 def unsupported(plan: Sequence[Rollout]) -> list[str]:
-    """What of a plan these engines cannot do, in words."""
-    found = []
-    if any(r.mixture for r in plan):
-        found.append("sampling from a mixture of policy and reference is not supported; write mixture: 0")
-    if any(r.role for r in plan):
-        found.append("pioneer and observer roles are not supported by the online loop yet")
-    return found
+    """What of a plan cannot be carried out, in words."""
+    if any(r.role for r in plan) and [r.role for r in plan] != ["pioneer", "observer"] * (len(plan) // 2):
+        return ["pioneers and observers must take turns, and take all places of the group"]
+    return []
 
 
 async def sample_group(
     generate: Generate, name: str, prompt: Prompt, plan: Sequence[Rollout], sampling: Sampling, tokenizer: Any
 ) -> Sampled:
     """Get every completion of the plan; equal ones share a request. Order is the plan's."""
+    group = _Group(generate, name, prompt, sampling, tokenizer)
+    if any(r.role for r in plan):
+        return Sampled(await _sample_pairs(group, plan), [r.train for r in plan])
     demonstration = demonstration_tokens(prompt, tokenizer) if any(r.prefix_share for r in plan) else ()
     kinds = list(dict.fromkeys(plan))
     parts = await asyncio.gather(
-        *(
-            _one_kind(
-                generate, f"{name}-{i}", prompt, kind, plan.count(kind), i, sampling, demonstration, tokenizer
-            )
-            for i, kind in enumerate(kinds)
-        )
+        *(_one_kind(group, kind, plan.count(kind), i, demonstration) for i, kind in enumerate(kinds))
     )
     queues = {kind: iter(part) for kind, part in zip(kinds, parts, strict=True)}
     return Sampled([next(queues[r]) for r in plan], [r.train for r in plan])
 
 
 async def _one_kind(
-    generate: Generate,
-    name: str,
-    prompt: Prompt,
-    kind: Rollout,
-    count: int,
-    index: int,
-    sampling: Sampling,
-    demonstration: tuple[int, ...],
-    tokenizer: Any,
+    group: _Group, kind: Rollout, count: int, index: int, demonstration: tuple[int, ...] = ()
 ) -> list[Completion]:
+    sampling, tokenizer = group.sampling, group.tokenizer
     given = demonstration[: round(kind.prefix_share * len(demonstration))]
     left = sampling.max_tokens - len(given)
     if given and (len(given) == len(demonstration) or left < 1):
         text = tokenizer.decode(list(given), skip_special_tokens=True)
         whole = Completion(given, text, finish="demonstration", demonstrated=len(given))
         return [replace(whole, logps=(0.0,) * len(given))] * count
-    params = replace(sampling, n=count, max_tokens=left)
+    params = replace(sampling, n=count, max_tokens=left, mixture=kind.mixture)
     if kind.greedy:
         params = replace(params, n=1, temperature=0.0, seed=None)
     elif sampling.seed is not None:
         params = replace(params, seed=sampling.seed + 1000 * index)
-    generated = await generate(Request(name, prompt.tokens + given, params))
+    generated = await group.generate(Request(f"{group.name}-{index}", group.prompt.tokens + given, params))
     if kind.greedy:
         generated = generated * count
     if given:
-        generated = [_after(given, g) for g in generated]
+        generated = [continued(given, g) for g in generated]
     return [replace(c, demonstrated=len(given)) for c in completions_of(generated, tokenizer)]
 
 
-def _after(given: tuple[int, ...], g: Generated) -> Generated:
-    """A continuation with the given prefix put before it; given tokens have no log-prob of a sampler."""
-    shift = len(given)
-    versions = tuple((v, a + shift, b + shift) for v, a, b in g.versions)
-    return Generated(given + g.tokens, (0.0,) * shift + g.logps, g.finish, versions)
+async def _sample_pairs(group: _Group, plan: Sequence[Rollout]) -> list[Completion]:
+    """Pioneers answer the prompt; then an observer each, who has read its pioneer's answer."""
+    count = len(plan) // 2
+    pioneers = await _one_kind(group, plan[0], count, 0)
+    observers = await asyncio.gather(*(_observe(group, pioneers[i], i) for i in range(count)))
+    return [
+        replace(c, values={**c.values, "observer": float(role), "pair": float(i)})
+        for i, pair in enumerate(zip(pioneers, observers, strict=True))
+        for role, c in enumerate(pair)
+    ]
+
+
+async def _observe(group: _Group, pioneer: Completion, index: int) -> Completion:
+    """One answer to the prompt, the pioneer's answer, and the prompt again, as in a second turn.
+
+    What stands before the observer's own tokens is part of its sequence, but not of the mask.
+    """
+    end = group.tokenizer.eos_token_id
+    answer = pioneer.tokens if pioneer.tokens[-1] == end else (*pioneer.tokens, end)
+    read = answer + group.prompt.tokens
+    params = replace(group.sampling, n=1)
+    if params.seed is not None:
+        params = replace(params, seed=params.seed + 1000 * (index + 1))
+    request = Request(f"{group.name}-observer-{index}", group.prompt.tokens + read, params)
+    (own,) = completions_of(await group.generate(request), group.tokenizer)
+    mask = (False,) * len(read) + (True,) * len(own.tokens)
+    versions = tuple((v, a + len(read), b + len(read)) for v, a, b in own.versions)
+    logps = (0.0,) * len(read) + (own.logps or ())
+    return replace(own, tokens=read + own.tokens, logps=logps, mask=mask, versions=versions)
 
 
 def demonstration_tokens(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:

@@ -16,6 +16,13 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 2  # leaves room for seed + sample index in an int64
 
 
+def continued(given: tuple[int, ...], g: Generated) -> Generated:
+    """A continuation with what it continues put before it; given tokens have no log-prob of a sampler."""
+    shift = len(given)
+    versions = tuple((v, a + shift, b + shift) for v, a, b in g.versions)
+    return Generated(given + g.tokens, (0.0,) * shift + g.logps, g.finish, versions)
+
+
 def completions_of(generated: Sequence[Generated], tokenizer: Any) -> list[Completion]:
     """Completions with their text; special tokens are left out of the text, never of the tokens."""
     texts = tokenizer.batch_decode([list(g.tokens) for g in generated], skip_special_tokens=True)

@@ -21,7 +21,6 @@ from rft.algorithms.math.groups import (
 )
 from rft.algorithms.math.kl import full_kl, jensen_shannon, safe_exp, sampled_kl
 from rft.algorithms.math.preferences import all_pairs, best_and_worst, win_probability, win_rate
-from rft.algorithms.per_step import step_ends
 from rft.batch import Batch
 
 GROUPED = st.lists(
@@ -176,10 +175,3 @@ def test_a_ratio_never_overflows() -> None:
     x = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
     safe_exp(x).sum().backward()
     assert safe_exp(x).isfinite().all() and x.grad.tolist() == [0.0, 0.0, 1.0]
-
-
-def test_where_steps_end() -> None:
-    assert step_ends(("1+", "1\n", "=2"), "\n") == (2, 3)
-    assert step_ends(("a", ".", "\n", "\n", "b"), "\n\n") == (4, 5)
-    assert step_ends(("a\n",), "\n") == (1,)
-    assert step_ends((), "\n") == ()

@@ -1,0 +1,119 @@
+"""Credit for the steps of a completion: what a step-wise reward said of each, or how well the policy does
+when it goes on from there (VinePPO)."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+from rft.algorithms.base import Steps
+from rft.batch import Completion
+from rft.evaluation import Judged
+from rft.rollout.engine import Generated, Request, Sampling
+from rft.rollout.sampling import completions_of, continued, derive_seed
+
+Generate = Callable[[Request], Awaitable[list[Generated]]]
+Judge = Callable[[list[Completion]], Awaitable[Judged]]
+Tokens = tuple[int, ...]
+
+
+def step_ends(pieces: Sequence[str], separator: str) -> tuple[int, ...]:
+    """Where the steps of a completion end, in tokens; the last one ends with the completion.
+
+    pieces: the text of each token. Steps are what `separator` parts, blank ones left out, so there are as
+    many as `rft.rewards.steps.split_steps` finds. ("1+", "1\\n", "=2") with "\\n" gives (2, 3).
+    """
+    reached = list(accumulate(len(piece) for piece in pieces))
+    text, ends, start = "".join(pieces), [], 0
+    while start < len(text):
+        found = text.find(separator, start)
+        stop = len(text) if found < 0 else found + len(separator)
+        if text[start : len(text) if found < 0 else found].strip():
+            ends.append(bisect_left(reached, stop) + 1)
+        start = stop
+    return (*ends[:-1], len(pieces)) if pieces else ()
+
+
+async def value_steps(
+    judged: Judged,
+    steps: Steps,
+    generate: Generate,
+    judge: Judge,
+    sampling: Sampling,
+    name: str,
+    tokenizer: Any,
+) -> Judged:
+    """The group with `step_ends` and `step_values` or `step_rewards` in its completions' values.
+
+    Completions whose steps could not be judged lose their reward, so that they leave the group.
+    """
+    ends = [step_ends(_pieces(c, tokenizer), steps.separator) for c in judged.completions]
+    if not steps.branches:
+        return _with_scores(judged, ends)
+    limit = sampling.max_tokens
+    starts = {
+        c.tokens[:e] for c, own in zip(judged.completions, ends, strict=True) for e in own[:-1] if e < limit
+    }
+    ordered = sorted(starts)
+    values = await asyncio.gather(
+        *(
+            _go_on(judged, start, generate, judge, sampling, steps.branches, f"{name}-step-{i}", tokenizer)
+            for i, start in enumerate(ordered)
+        )
+    )
+    return _with_values(judged, ends, dict(zip(ordered, values, strict=True)))
+
+
+async def _go_on(
+    judged: Judged,
+    start: Tokens,
+    generate: Generate,
+    judge: Judge,
+    sampling: Sampling,
+    branches: int,
+    name: str,
+    tokenizer: Any,
+) -> float | None:
+    """The mean reward of `branches` continuations of `start`; None where none could be judged."""
+    seed = None if sampling.seed is None else derive_seed(sampling.seed, *start)
+    params = replace(sampling, n=branches, max_tokens=sampling.max_tokens - len(start), seed=seed)
+    generated = await generate(Request(name, judged.prompt.tokens + start, params))
+    found = await judge(completions_of([continued(start, g) for g in generated], tokenizer))
+    rewards = [r.value for r in found.rewards if r.value is not None]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def _with_values(
+    judged: Judged, ends: Sequence[tuple[int, ...]], values: dict[Tokens, float | None]
+) -> Judged:
+    """A boundary without a value is no boundary: the steps around it become one."""
+    completions = []
+    for c, own in zip(judged.completions, ends, strict=True):
+        inner = [(e, v) for e in own[:-1] if (v := values.get(c.tokens[:e])) is not None]
+        columns: dict[str, tuple[float, ...]] = {
+            "step_ends": (*(float(e) for e, _ in inner), float(len(c.tokens))),
+            "step_values": (math.nan, *(v for _, v in inner)),
+        }
+        completions.append(replace(c, values={**c.values, **columns}))
+    return replace(judged, completions=completions)
+
+
+def _with_scores(judged: Judged, ends: Sequence[tuple[int, ...]]) -> Judged:
+    completions, rewards = [], []
+    for c, reward, own in zip(judged.completions, judged.rewards, ends, strict=True):
+        scores = next((s.steps for s in reward.scores.values() if s.steps), ())
+        fits = len(scores) == len(own)
+        columns = {"step_ends": tuple(map(float, own)), "step_rewards": scores} if fits else {}
+        completions.append(replace(c, values={**c.values, **columns}))
+        rewards.append(reward if fits else replace(reward, value=None))
+    return replace(judged, completions=completions, rewards=rewards)
+
+
+def _pieces(c: Completion, tokenizer: Any) -> list[str]:
+    pieces: list[str] = tokenizer.batch_decode([[t] for t in c.tokens], skip_special_tokens=True)
+    return pieces

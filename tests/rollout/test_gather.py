@@ -1,0 +1,215 @@
+"""From an algorithm's plan to a scored group, with the real plain engine and real reward workers."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rft.algorithms import ALGORITHMS
+from rft.algorithms.base import Algorithm
+from rft.batch import Batch, Completion, Group, Prompt
+from rft.evaluation import Judged
+from rft.learner.model import load_tokenizer
+from rft.rewards import RewardRunner
+from rft.rewards.config import RewardsConfig
+from rft.rewards.steps import split_steps
+from rft.rewards.types import Outcome, SampleReward, Score
+from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
+from rft.rollout.gather import Gatherer, scored_group
+from rft.rollout.hf_engine import HFEngine
+from rft.rollout.steps import step_ends
+
+SAMPLING = Sampling(n=4, max_tokens=10, seed=3)
+DIGITS = "tests/rollout/test_gather.py:digits"
+
+
+def digits(completions: list[str]) -> list[float]:
+    """A reward: the share of digits."""
+    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
+
+
+class Watched(HFEngine):
+    """The engine, with the requests that it got."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.seen: list[Request] = []
+
+    async def generate(self, request: Request) -> list[Generated]:
+        self.seen.append(request)
+        return await super().generate(request)
+
+
+def engine_spec(model: Path, reference: Path | None = None) -> EngineSpec:
+    return EngineSpec(
+        kind="hf",
+        model=str(model),
+        dtype="float32",
+        device="cpu",
+        max_model_len=128,
+        max_num_seqs=8,
+        tensor_parallel=1,
+        seed=1,
+        kv_cache_gib=0.1,
+        gpu_memory_utilization=0.5,
+        threads=1,
+        cores=None,
+        eager=True,
+        needs_text=False,
+        transport="gloo",
+        control_timeout_s=10,
+        stop_token_ids=(1,),
+        reference=None if reference is None else str(reference),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from rft.tasks.tiny import build_tiny
+
+    folder = tmp_path_factory.mktemp("reference") / "tiny"
+    build_tiny(folder, seed=8, hidden_size=64, layers=2, heads=2, intermediate_size=128)
+    return folder
+
+
+@pytest.fixture
+def world(tiny_folder: Path, reference_folder: Path) -> tuple[Watched, Any, Prompt]:
+    engine = Watched(engine_spec(tiny_folder, reference_folder))
+    asyncio.run(engine.start())
+    tokenizer = load_tokenizer(str(tiny_folder))
+    text = "3+4=?\n"
+    return engine, tokenizer, Prompt(0, tuple(tokenizer.encode(text)), text, {"completion": "3+4=7\n#### 7"})
+
+
+def gather(world: tuple[Watched, Any, Prompt], algorithm: Algorithm, *functions: Any) -> Group:
+    engine, tokenizer, prompt = world
+
+    async def body() -> Group:
+        config = RewardsConfig.model_validate(
+            {"functions": functions or [{"function": DIGITS}], "workers": 1}
+        )
+        async with RewardRunner(config) as rewards:
+            gatherer = Gatherer(algorithm, engine.generate, rewards, tokenizer)
+            group, _ = await gatherer.group(prompt, SAMPLING, "train-0", 0.0)
+            return group
+
+    return asyncio.run(body())
+
+
+def test_an_observer_reads_the_pioneer_and_is_trained_on_its_own_words_only(
+    world: tuple[Watched, Any, Prompt],
+) -> None:
+    engine, tokenizer, prompt = world
+    group = gather(world, ALGORITHMS["cory"]())
+    assert [c.values["observer"] for c in group.completions] == [0, 1, 0, 1]
+    assert [c.values["pair"] for c in group.completions] == [0, 0, 1, 1]
+    asked = {r.id: r for r in engine.seen}
+    for i in (0, 1):
+        pioneer, observer = group.completions[2 * i : 2 * i + 2]
+        answer = pioneer.tokens if pioneer.finish == "stop" else (*pioneer.tokens, tokenizer.eos_token_id)
+        read = answer + prompt.tokens
+        assert asked[f"train-0-observer-{i}"].tokens == prompt.tokens + read
+        assert observer.tokens[: len(read)] == read
+        assert observer.mask == (False,) * len(read) + (True,) * (len(observer.tokens) - len(read))
+        assert observer.versions == ((-1, len(read), len(observer.tokens)),)
+        assert observer.text == tokenizer.decode(observer.tokens[len(read) :], skip_special_tokens=True)
+        assert observer.reward == digits([observer.text])[0]
+    batch = Batch.build([group])
+    shared = ALGORITHMS["cory"]().sequence_rewards(batch)
+    assert shared[0] == shared[1] and shared[2] == shared[3]
+
+
+def test_a_pair_leaves_together() -> None:
+    def scored(value: float | None) -> SampleReward:
+        return SampleReward(value, {"math": Score(value, Outcome.correct)})
+
+    completions = [
+        Completion((5,), values={"pair": float(i // 2), "observer": float(i % 2)}) for i in range(4)
+    ]
+    judged = Judged(Prompt(0, (1,), ""), completions, [scored(1.0), scored(None), scored(0.0), scored(1.0)])
+    assert [c.values["pair"] for c in scored_group(judged, [True] * 4).completions] == [1, 1]
+
+
+def test_a_reward_called_win_rate_is_that_column() -> None:
+    reward = SampleReward(
+        2.0, {"win_rate": Score(0.75, Outcome.correct), "length": Score(1.25, Outcome.correct)}
+    )
+    group = scored_group(Judged(Prompt(0, (1,), ""), [Completion((5,))], [reward]), [True])
+    assert group.completions[0].values == {"win_rate": 0.75} and group.completions[0].reward == 2.0
+
+
+@pytest.mark.parametrize(
+    ("pieces", "separator", "ends"),
+    [
+        (("1+", "1\n", "=2"), "\n", (2, 3)),
+        (("a", ".", "\n", "\n", "b"), "\n\n", (4, 5)),
+        (("a\n", "\n", "b", "\n", ""), "\n", (1, 5)),  # blank steps are none; the end token is the last one's
+        (("a\nb\nc", "d"), "\n", (1, 1, 2)),  # two steps end within one token
+        (("a\n",), "\n", (1,)),
+        ((" ", "\n"), "\n", (2,)),
+        ((), "\n", ()),
+    ],
+)
+def test_where_steps_end(pieces: tuple[str, ...], separator: str, ends: tuple[int, ...]) -> None:
+    assert step_ends(pieces, separator) == ends
+    assert len(ends) == max(len(split_steps("".join(pieces), separator)), bool(pieces))
+
+
+def test_steps_are_valued_by_going_on_from_their_ends(world: tuple[Watched, Any, Prompt]) -> None:
+    """Each distinct beginning is continued once, by `branches` samples that fit the length limit, and the
+    value is the mean reward of the whole texts."""
+    engine, tokenizer, prompt = world
+    algorithm = ALGORITHMS["per_step"](branches=3, separator="e")
+    group = gather(world, algorithm)
+    branched = {r.tokens[len(prompt.tokens) :]: r for r in engine.seen if "-step-" in r.id}
+    boundaries = {c.tokens[: int(e)] for c in group.completions for e in c.values["step_ends"][:-1]}
+    assert boundaries and set(branched) == boundaries
+    for start, request in branched.items():
+        assert request.sampling.n == 3 and request.sampling.max_tokens == 10 - len(start)
+        again = asyncio.run(HFEngine.generate(engine, request))  # the seed depends on the beginning alone
+        texts = tokenizer.batch_decode([start + g.tokens for g in again], skip_special_tokens=True)
+        expected = sum(digits(texts)) / 3
+        for c in group.completions:
+            for e, v in zip(c.values["step_ends"][:-1], c.values["step_values"][1:], strict=True):
+                if c.tokens[: int(e)] == start:
+                    assert v == pytest.approx(expected)
+    for c in group.completions:
+        assert c.values["step_ends"][-1] == len(c.tokens) and math.isnan(c.values["step_values"][0])
+    advantages = algorithm.prepare(Batch.build([group])).advantages
+    assert advantages.isfinite().all() and advantages.abs().max() > 0
+
+
+def test_steps_are_scored_by_a_reward_that_judges_steps(world: tuple[Watched, Any, Prompt]) -> None:
+    algorithm = ALGORITHMS["per_step"](source="process", separator="e")
+    process = {"function": "process", "options": {"function": DIGITS, "separator": "e"}, "name": "steps"}
+    group = gather(world, algorithm, process)
+    assert any(len(c.values["step_rewards"]) > 1 for c in group.completions)
+    for c in group.completions:
+        parts = split_steps(c.text, "e")
+        assert c.values["step_rewards"] == pytest.approx(digits(parts))
+        assert len(c.values["step_ends"]) == len(parts)
+    assert algorithm.prepare(Batch.build([group])).advantages.isfinite().all()
+
+
+@pytest.mark.parametrize("mixture", [0.3, 1.0])
+def test_the_plain_engine_draws_from_the_geometric_mixture(
+    world: tuple[Watched, Any, Prompt], mixture: float
+) -> None:
+    engine, _, prompt = world
+    sampling = replace(SAMPLING, n=1, mixture=mixture, temperature=0.7)
+    (generated,) = asyncio.run(engine.generate(Request("a", prompt.tokens, sampling)))
+    ids = torch.tensor([prompt.tokens + generated.tokens])
+    with torch.inference_mode():
+        logps = [
+            m(ids).logits[0, len(prompt.tokens) - 1 : -1].log_softmax(-1)
+            for m in (engine.model, engine.reference)
+        ]
+    mixed = (((1 - mixture) * logps[0] + mixture * logps[1]) / 0.7).log_softmax(-1)
+    expected = mixed.gather(-1, torch.tensor(generated.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(generated.logps), expected, atol=1e-5, rtol=1e-5)
