@@ -24,6 +24,8 @@ from rft.rewards import check_reward
 from rft.rollout.engine import EngineSpec
 from rft.rollout.group import unsupported
 from rft.rollout.replica import parse_cores
+from rft.sync.choice import channel_spec, choose_transport, layout_problems
+from rft.sync.spec import ChannelSpec
 
 Device = Literal["cpu", "cuda"]
 
@@ -72,6 +74,11 @@ class Plan:
             trust_remote_code=self.config.model.trust_remote_code,
             engine_args=dict(c.engine_args),
         )
+
+    def channel_spec(self) -> ChannelSpec:
+        """How weights travel from learner to replicas."""
+        wire = str(resolve_dtype(self.config.rollout.dtype, self.device)).removeprefix("torch.")
+        return channel_spec(self.config, self.transport, wire)
 
     def gap_bounds(self) -> tuple[float | None, float | None]:
         """(mean, largest) log-prob gap allowed between engine and learner."""
@@ -180,6 +187,9 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
     if config.rewards.functions:
         columns = None if train is None else {name for p in train.prompts for name in p.columns}
         problems += check_reward(config.rewards, Path.cwd(), columns)
+    if engine is not None:
+        wire = resolve_dtype(config.rollout.dtype, device).itemsize
+        problems += layout_problems(config, device, engine, shape.parameters * wire if shape else None)
     if problems or path is None or shape is None or engine is None:
         raise ConfigError(problems)
     return Plan(
@@ -189,7 +199,7 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
         shape=shape,
         device=device,
         engine=engine,
-        transport=_transport(config, device),
+        transport=choose_transport(config, device, engine),
         stop_ids=stop_ids(path),
         train_prompts=train,
         eval_prompts=held_out,

@@ -24,7 +24,7 @@ from rft.remote import call, ray_cluster
 from rft.rewards import RewardRunner
 from rft.rollout.pool import RolloutPool
 from rft.runfolder import RunFolder
-from rft.sync.channel import BroadcastChannel
+from rft.sync.channel import PushChannel
 from rft.warm_start import warm_start
 
 DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
@@ -107,11 +107,13 @@ async def _online(
         ready = call(learner.describe.remote(), config.rollout.start_timeout_s, "starting the learner")
         _, _, facts = await asyncio.gather(pool.start(), rewards.start(), ready)
         progress.note(f"learner: {facts['parameters']:,} parameters on {facts['device']}")
-        channel = BroadcastChannel(learner, pool, config.rollout.update, config.sync.timeout_s)
+        update, seconds = config.rollout.update, config.sync.timeout_s
+        channel = PushChannel(learner, pool, plan.channel_spec(), update, seconds)
         parts = Parts(learner, pool, channel, rewards, log, progress)
         controller = Controller(plan, parts, folder.checkpoints, stop=stop)
         result = await controller.run(folder.resume)
         await call(learner.export.remote(str(folder.path / "model")), 600, "exporting the final model")
+        await channel.close()
         return result
     finally:
         await rewards.close()
@@ -181,7 +183,7 @@ def start_learner(plan: Plan, spec: LearnerSpec) -> Any:
     gpus = 1 if plan.device == "cuda" else 0
     env = {"OMP_NUM_THREADS": str(spec.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     options = {"num_cpus": 0 if gpus == 0 else 1, "num_gpus": gpus, "runtime_env": {"env_vars": env}}
-    return ray.remote(LearnerActor).options(**options).remote(spec, plan.transport, wire)
+    return ray.remote(LearnerActor).options(**options).remote(spec, plan.channel_spec())
 
 
 def make_pool(plan: Plan) -> RolloutPool:

@@ -13,17 +13,16 @@ from rft.checkpoint_writer import BackgroundWriter
 from rft.learner.learner import Learner, LearnerSpec
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
-from rft.sync.sender import Sender, open_sender
+from rft.sync.publisher import Publisher
+from rft.sync.spec import ChannelSpec, Sent, Update
 
 
 class LearnerActor(Learner):
     """The actor's class: `ray.remote(LearnerActor)`."""
 
-    def __init__(self, spec: LearnerSpec, transport: str, wire_dtype: str) -> None:
+    def __init__(self, spec: LearnerSpec, channel: ChannelSpec) -> None:
         super().__init__(spec)
-        self.transport = transport
-        self.wire_dtype: torch.dtype = getattr(torch, wire_dtype)
-        self.sender: Sender | None = None
+        self.publisher = Publisher(channel)
         self.writer: BackgroundWriter | None = None
 
     def reserve_address(self) -> tuple[str, int]:
@@ -39,20 +38,26 @@ class LearnerActor(Learner):
         return self.version
 
     def open_channel(self, link: Link) -> None:
-        """Open the group that engines join; replaces an earlier one."""
-        if self.sender is not None:
-            self.sender.close()
-        self.sender = open_sender(self.transport, link)
+        """Open the sending end of the channel that engines join; replaces an earlier one."""
+        self.publisher.open(link)
+
+    def close_channel(self) -> None:
+        """Close the sending end and remove what it left outside, such as files."""
+        self.publisher.close()
 
     def manifest(self) -> Manifest:
-        """Names, wire dtypes and shapes of the weights, in sending order."""
-        dtype = str(self.wire_dtype).removeprefix("torch.")
-        return [(name, dtype, shape) for name, _, shape in manifest_of(self.weights())]
+        """Names, dtypes and shapes of the weights, in sending order."""
+        return manifest_of(self.weights())
 
-    def send_weights(self) -> int:
-        """Send all weights in the engines' precision; returns the bytes each engine received."""
-        assert self.sender is not None, "open_channel comes first"
-        return self.sender.send((name, tensor.to(self.wire_dtype)) for name, tensor in self.weights())
+    def announce(self, version: int) -> Update:
+        """What `send_weights` is about to bring to the engines. An early publisher (sparse, files) reads
+        the weights here, any other one in `send_weights`: once per push."""
+        weights = self.weights() if self.publisher.early else ()
+        return self.publisher.announce(version, self.manifest(), weights)
+
+    def send_weights(self) -> Sent:
+        """Send what was announced, in the engines' precision."""
+        return self.publisher.send(() if self.publisher.early else self.weights())
 
     def save(
         self, root: str, step: int, keep: int, meta: dict[str, Any], config: dict[str, Any] | None = None

@@ -138,6 +138,10 @@ METRICS: dict[str, Metric] = {
     "sync/bytes": Metric("bytes pushed to each engine after this step", "bytes"),
     "sync/version": Metric("policy version that all engines acknowledged", "version"),
     "sync/tensors": Metric("tensors pushed to each engine after this step", "tensors"),
+    "sync/changed_share": Metric("share of the weights whose bfloat16 bits this step changed", "share"),
+    "sync/changed_share_min": Metric("the same for the matrix that changed least", "share"),
+    "sync/changed_share_max": Metric("the same for the matrix that changed most", "share"),
+    "sync/changed/*": Metric("the same for one matrix (sync.measure_changes: matrices)", "share"),
     # -- time
     "time/wall": Metric("when the line was written: seconds since 1970 (UTC)", "s"),
     "time/step": Metric("whole step", "s"),
@@ -146,6 +150,8 @@ METRICS: dict[str, Metric] = {
     "time/reference": Metric("reference, critic or old log-probs", "s"),
     "time/train": Metric("forward, backward, optimizer", "s"),
     "time/sync": Metric("pushing weights and waiting for all engines", "s"),
+    "time/sync_announce": Metric("part of time/sync before the engines stand still: reading, writing", "s"),
+    "time/sync_measure": Metric("part of time/sync spent on measuring what changed", "s"),
     "time/eval": Metric("held-out evaluation", "s"),
     "time/checkpoint": Metric("time that the checkpoint held the step up", "s"),
     "time/data": Metric("reading and packing data", "s"),
@@ -209,5 +215,6 @@ def is_documented_event(kind: str) -> bool:
 
 
 def is_reproducible(name: str) -> bool:
-    """True if two equal runs in synchronous mode must write the same number: all but times and memory."""
-    return not name.startswith(("time/", "throughput/", "memory/", "engine/"))
+    """True if two equal runs in synchronous mode must write the same number: all but times, memory, and
+    bytes pushed (a resumed run starts with a full push)."""
+    return not name.startswith(("time/", "throughput/", "memory/", "engine/", "sync/bytes"))

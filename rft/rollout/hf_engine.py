@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rft.rollout.engine import EngineSpec, Generated, Link, Request, Sampling
-from rft.sync import broadcast
+from rft.sync.receiver import Receiver, load_into
 
 
 class HFEngine:
@@ -19,6 +19,7 @@ class HFEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self._version = -1
+        self.receiver: Receiver | None = None
         self._lock = asyncio.Lock()  # one request at a time; an update waits for it
 
     async def start(self) -> None:
@@ -79,22 +80,17 @@ class HFEngine:
         return any(word in text for word in stop)
 
     async def join(self, link: Link) -> None:
-        self.group: Any = await asyncio.to_thread(
-            broadcast.open_group, link.host, link.port, link.rank_offset, link.world_size, link.timeout_s
-        )
+        if self.receiver is not None:
+            self.receiver.close()
+        self.receiver = await asyncio.to_thread(Receiver, link)
 
     async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
         """Requests run one by one to their end, so every `in_flight` policy means: wait."""
         await self._lock.acquire()
 
-    async def receive(self, manifest: broadcast.Manifest) -> None:
-        await asyncio.to_thread(self._load, manifest)
-
-    @torch.no_grad()
-    def _load(self, manifest: broadcast.Manifest) -> None:
-        own = dict(self.model.named_parameters())
-        for name, tensor in broadcast.receive(self.group, manifest):
-            own[name].copy_(tensor)
+    async def receive(self, update: dict[str, Any]) -> None:
+        assert self.receiver is not None, "join comes first"
+        await asyncio.to_thread(load_into, self.model, self.receiver.receive(update))
 
     async def finish_update(self, version: int) -> None:
         self._version = version
@@ -107,7 +103,8 @@ class HFEngine:
         return self._version
 
     async def close(self) -> None:
-        self.group = None
+        if self.receiver is not None:
+            self.receiver.close()
 
 
 def _draw(logits: Tensor, s: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -104,8 +104,8 @@ class RolloutPool:
     async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
         await self._all("begin_update", in_flight)
 
-    async def receive(self, manifest: Manifest) -> None:
-        await self._all("receive", manifest)
+    async def receive(self, update: dict[str, Any]) -> None:
+        await self._all("receive", update)
 
     async def finish_update(self, version: int) -> None:
         """Raises EngineError when a replica reports another version than `version`."""

@@ -49,8 +49,8 @@ class Replica:
     async def begin_update(self, in_flight: Any) -> None:
         await self.engine.begin_update(in_flight)
 
-    async def receive(self, manifest: Manifest) -> None:
-        await self.engine.receive(manifest)
+    async def receive(self, update: dict[str, Any]) -> None:
+        await self.engine.receive(update)
 
     async def finish_update(self, version: int) -> int:
         """Take the new weights into use; returns the version that the engine now reports."""

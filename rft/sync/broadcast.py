@@ -51,12 +51,21 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[l
     return buckets
 
 
-def send(group: Any, tensors: list[Tensor]) -> int:
-    """Broadcast the tensors from rank 0; returns the bytes sent per receiver."""
-    manifest = manifest_of((str(i), t) for i, t in enumerate(tensors))
-    total = 0
+def send(group: Any, manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> int:
+    """Broadcast tensors from rank 0, bucket by bucket as they come; returns the bytes sent per receiver.
+
+    Raises ValueError where a tensor is not the manifest's next one.
+    """
+    total, tensors = 0, iter(named)
     for bucket in plan_buckets(manifest):
-        flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket]).cpu()
+        pieces = []
+        for index in bucket:
+            name, tensor = next(tensors, ("nothing", torch.empty(0)))
+            found = (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if found != manifest[index]:
+                raise ValueError(f"{manifest[index]} was announced, {found} came instead")
+            pieces.append(tensor.detach().reshape(-1))
+        flat = torch.cat(pieces).cpu()
         _broadcast(group, flat)
         total += flat.numel() * flat.element_size()
     return total

@@ -4,31 +4,49 @@ Two invariants: no engine samples between `begin_update` and `finish_update`, an
 when every live engine reports the version that was sent. That the *numbers* arrived is proven by the
 learner, which compares the log-probs of the next fresh samples with its own.
 
-    channel = BroadcastChannel(learner, pool, config)
+    channel = PushChannel(learner, pool, spec, "keep", timeout_s)
     await channel.connect()          # again after a replica was rebuilt
     report = await channel.push(7)
+
+One class serves all transports: they differ in the learner's sender (`sender.py`) and the engines'
+receiver (`receiver.py`, `vllm_worker.py`), which understand each other's announcements.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from rft.remote import call, within
-from rft.rollout.engine import Link
+from rft.remote import ActorDied, call, within
+from rft.rollout.engine import EngineError, Link
 from rft.rollout.pool import RolloutPool
-from rft.sync.broadcast import Manifest
+from rft.sync.spec import ChannelSpec, Sent
 
 
 @dataclass(frozen=True)
 class PushReport:
-    """What a push took: bytes sent to each engine, and seconds during which engines stood still."""
+    """What a push took: bytes sent to each engine; seconds in all, and of them those before the engines
+    stood still; what the learner measured on the way."""
 
     version: int
     bytes: int
     seconds: float
+    announce_seconds: float = 0.0
+    tensors: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {
+            "sync/version": float(self.version),
+            "sync/bytes": float(self.bytes),
+            "sync/tensors": float(self.tensors),
+            "time/sync": self.seconds,
+            "time/sync_announce": self.announce_seconds,
+            **self.measured,
+        }
 
 
 class WeightChannel(Protocol):
@@ -38,22 +56,29 @@ class WeightChannel(Protocol):
 
     async def push(self, version: int) -> PushReport: ...
 
+    async def close(self) -> None: ...
 
-class BroadcastChannel:
-    """One broadcast from learner rank 0 to all workers of all replicas, over gloo or NCCL."""
+
+class PushChannel:
+    """From learner rank 0 to all workers of all replicas."""
 
     def __init__(
-        self, learner: Any, pool: RolloutPool, in_flight: Literal["keep", "wait", "abort"], timeout_s: float
+        self,
+        learner: Any,
+        pool: RolloutPool,
+        spec: ChannelSpec,
+        in_flight: Literal["keep", "wait", "abort"],
+        timeout_s: float,
     ) -> None:
         self.learner = learner
         self.pool = pool
+        self.spec = spec
         self.in_flight: Literal["keep", "wait", "abort"] = in_flight
         self.timeout_s = timeout_s
-        self.manifest: Manifest = []
 
     async def connect(self) -> None:
-        """Form the group anew: learner rank 0, then each replica's workers."""
-        host, port = await self._learner("reserve_address")
+        """Form the group anew: learner rank 0, then each replica's workers. The next push is full."""
+        host, port = await self._learner("reserve_address") if self.spec.grouped else ("", 0)
         world = self.pool.world_size
         links, offset = [], 1
         for spec in self.pool.specs:
@@ -64,18 +89,35 @@ class BroadcastChannel:
             self.pool.join(links),
         )
         await within(self.timeout_s + 5, "forming the weight channel", joined)
-        self.manifest = await self.learner.manifest.remote()
 
     async def push(self, version: int) -> PushReport:
+        """Raises EngineError when the transfer failed: every engine has to be rebuilt then. Raises
+        ActorDied when the learner is gone."""
         start = time.perf_counter()
+        update = await self._learner("announce", version)
+        announced = time.perf_counter() - start
         await self.pool.begin_update(self.in_flight)
-        sent, _ = await within(
-            self.timeout_s,
-            f"pushing policy version {version}",
-            asyncio.gather(self._learner("send_weights"), self.pool.receive(self.manifest)),
-        )
+        sent = await self._transfer(version, update)
         await self.pool.finish_update(version)
-        return PushReport(version, sent, time.perf_counter() - start)
+        return PushReport(
+            version, sent.bytes, time.perf_counter() - start, announced, sent.tensors, sent.metrics
+        )
+
+    async def _transfer(self, version: int, update: dict[str, Any]) -> Sent:
+        what = f"pushing policy version {version} over {self.spec.transport}"
+        both = asyncio.gather(self._learner("send_weights"), self.pool.receive(update))
+        try:
+            sent, _ = await within(self.timeout_s, what, both)
+        except (ActorDied, EngineError):
+            raise
+        except Exception as error:  # either end may fail in its own words: the engines are unusable
+            raise EngineError(f"{what} failed: {type(error).__name__}: {error}") from error
+        assert isinstance(sent, Sent)
+        return sent
+
+    async def close(self) -> None:
+        """Take back what the learner's end left outside it, such as files. Raises what that raised."""
+        await self._learner("close_channel")
 
     async def _learner(self, method: str, *args: Any) -> Any:
         return await call(

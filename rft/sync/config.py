@@ -7,13 +7,29 @@ from typing import Literal
 from pydantic import Field
 
 from rft.section import Section
+from rft.sync.spec import Measure
 
 
 class SyncConfig(Section):
     """How weights travel from learner to rollout, and how their arrival is proven."""
 
-    transport: Literal["auto", "gloo", "nccl"] = Field(
-        "auto", description="gloo (CPU), nccl (GPUs), or auto: by the learner's device"
+    transport: Literal["auto", "gloo", "nccl", "sparse", "file"] = Field(
+        "auto",
+        description="gloo (CPU), nccl (GPUs), sparse (changed elements only), file (for engines elsewhere), "
+        "or auto: gloo or nccl, by the learner's device",
+    )
+    folder: str | None = Field(
+        None,
+        description="folder that every node sees, for transport file (none: shared memory of this machine) "
+        "and, where given, for sparse",
+    )
+    full_every: int = Field(
+        20, ge=1, description="transport sparse: every n-th push carries all elements, changed or not"
+    )
+    measure_changes: Measure = Field(
+        "overall",
+        description="measure the share of weights that a step changed in bfloat16: off, overall, or "
+        "matrices (each one); keeps 2 bytes a parameter in host memory",
     )
     max_logp_gap: float | None = Field(
         None,

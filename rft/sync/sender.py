@@ -1,40 +1,147 @@
-"""The learner's end of the weight channel, one class per transport."""
+"""The learner's end of the weight channel, one class per transport.
+
+A push has two parts. `announce` says, in plain data, what is about to arrive, while engines still
+sample; `send` moves the bytes, while engines stand still and receive. A sender that is `early` reads the
+weights in `announce`, the others stream them in `send`: they are read once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rft.rollout.engine import Link
-from rft.sync import broadcast
+from rft.sync import broadcast, files
+from rft.sync.broadcast import Manifest, manifest_of
+from rft.sync.delta import Delta, digest, make_delta
+from rft.sync.spec import ChannelSpec, Named, Update
 
 
 class Sender(Protocol):
-    """Sends named tensors, in manifest order, to the whole group."""
+    """Brings named tensors, in manifest order, to every engine."""
 
-    def send(self, named: Iterable[tuple[str, Tensor]]) -> int: ...
+    early: bool
+
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update: ...
+
+    def send(self, named: Named) -> int: ...
 
     def close(self) -> None: ...
+
+
+def as_update(manifest: Manifest) -> Update:
+    """A manifest as the three lists that vLLM's transfer engines take."""
+    return {
+        "names": [name for name, _, _ in manifest],
+        "dtype_names": [dtype for _, dtype, _ in manifest],
+        "shapes": [list(shape) for _, _, shape in manifest],
+    }
 
 
 class GlooSender:
     """Tensors packed into buckets, over gloo."""
 
+    early = False
+
     def __init__(self, link: Link) -> None:
         self.group: Any = broadcast.open_group(link.host, link.port, 0, link.world_size, link.timeout_s)
+        self.manifest: Manifest = []
 
-    def send(self, named: Iterable[tuple[str, Tensor]]) -> int:
-        return broadcast.send(self.group, [tensor for _, tensor in named])
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
+        self.manifest = manifest
+        return as_update(manifest)
+
+    def send(self, named: Named) -> int:
+        return broadcast.send(self.group, self.manifest, named)
 
     def close(self) -> None:
         self.group = None
 
 
+class FileSender:
+    """One safetensors file per version in a folder that every engine can read.
+
+    The file appears by a rename, so that no engine reads half of one. The version before is kept until
+    the next push: an engine may still have it mapped.
+    """
+
+    early = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        files.clear(folder, keep=0)  # what a run left that was killed
+
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
+        files.clear(self.folder, keep=1)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
+        self.written = sum(tensor.nbytes for tensor in tensors.values())
+        path = self.folder / f"version-{version:08d}-{os.urandom(4).hex()}.safetensors"
+        files.write(path, tensors, version)
+        return {**as_update(manifest), "path": str(path), "digest": digest("", tensors.values())}
+
+    def send(self, named: Named) -> int:
+        return self.written
+
+    def close(self) -> None:
+        files.clear(self.folder, keep=0)
+
+
+class SparseSender:
+    """Only what changed since the last push, over gloo or files; everything at first and every n-th time.
+
+    Keeps a copy of the weights in wire precision: what the engines hold.
+    """
+
+    early = True
+
+    def __init__(self, carrier: Sender, full_every: int) -> None:
+        self.carrier = carrier
+        self.full_every = full_every
+        self.known: dict[str, Tensor] = {}
+        self.state = ""
+        self.deltas = 0  # since the last full push
+        self.payload: dict[str, Tensor] = {}
+        self.changes: dict[str, int] = {}  # changed elements by name, where the push was a delta
+
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
+        first = not self.known
+        delta = self._first(named) if first else self._changed(named)
+        if first or self.deltas + 1 >= self.full_every:
+            base, self.deltas, self.payload, counts = "", 0, self.known, None
+        else:
+            base, self.deltas, self.payload, counts = self.state, self.deltas + 1, delta.payload, delta.counts
+            manifest = manifest_of(self.payload.items())
+        self.state = digest(base, self.payload.values())
+        update = self.carrier.announce(version, manifest, self.payload.items())
+        return {**update, "delta": counts, "base": base, "state": self.state}
+
+    def _changed(self, named: Named) -> Delta:
+        delta, self.changes = make_delta(self.known, named)
+        return delta
+
+    def _first(self, named: Named) -> Delta:
+        """Take a copy of its own, also where the learner already holds wire precision on the CPU."""
+        self.known = {n: tensor.detach().to("cpu", copy=True).contiguous() for n, tensor in named}
+        nothing = torch.empty(0)
+        return Delta({}, nothing, nothing)
+
+    def send(self, named: Named) -> int:
+        return self.carrier.send(self.payload.items())
+
+    def close(self) -> None:
+        self.carrier.close()
+
+
 class NcclSender:
     """vLLM's packed NCCL broadcast, sender side."""
+
+    early = False
 
     def __init__(self, link: Link) -> None:
         from vllm.distributed.weight_transfer.nccl_common import open_trainer_endpoint
@@ -44,12 +151,15 @@ class NcclSender:
             NCCLTrainerInitInfo(link.host, link.port, link.world_size, rank=0)
         )
 
-    def send(self, named: Iterable[tuple[str, Tensor]]) -> int:
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
+        return as_update(manifest)
+
+    def send(self, named: Named) -> int:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         total = 0
 
-        def counted() -> Iterable[tuple[str, Tensor]]:
+        def counted() -> Named:
             nonlocal total
             for name, tensor in named:
                 total += tensor.numel() * tensor.element_size()
@@ -65,6 +175,13 @@ class NcclSender:
         self.group.destroy()
 
 
-def open_sender(transport: str, link: Link) -> Sender:
-    """The sender of a transport: gloo or nccl."""
-    return NcclSender(link) if transport == "nccl" else GlooSender(link)
+def open_sender(spec: ChannelSpec, link: Link) -> Sender:
+    """The sender of a transport."""
+    if spec.transport == "nccl":
+        return NcclSender(link)
+    carrier: Sender
+    if spec.folder and spec.transport in ("file", "sparse"):
+        carrier = FileSender(Path(spec.folder))
+    else:
+        carrier = GlooSender(link)
+    return SparseSender(carrier, spec.full_every) if spec.transport == "sparse" else carrier

@@ -1,4 +1,4 @@
-"""rft inside vLLM's worker process: the gloo weight-transfer engine and the worker extension.
+"""rft inside vLLM's worker process: the weight-transfer engine and the worker extension.
 
 vLLM imports this module in every worker because `worker_extension_cls` names it, before the model
 loads; a transfer engine has to be registered there.
@@ -14,12 +14,15 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rft.sync import broadcast
+from rft.rollout.engine import Link
+from rft.sync.receiver import Receiver
+from rft.sync.spec import Update
 
 
 @dataclass
-class GlooInit(WeightTransferInitInfo):
-    """Where the sender listens; `rank_offset` plus the worker's own rank is its rank in the group."""
+class ChannelInit(WeightTransferInitInfo):
+    """Where the sender listens (no host: nowhere, weights come as files); `rank_offset` plus the
+    worker's own rank is its rank in the group."""
 
     host: str
     port: int
@@ -29,36 +32,37 @@ class GlooInit(WeightTransferInitInfo):
 
 
 @dataclass
-class GlooUpdate(WeightTransferUpdateInfo):
-    """What is about to arrive: the manifest, as three lists."""
+class ChannelUpdate(WeightTransferUpdateInfo):
+    """What is about to arrive, as the learner's sender announced it."""
 
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
+    update: Update
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
-    """Receives checkpoint-format weights over gloo: vLLM's NCCL protocol, other bytes."""
+class ChannelEngine(WeightTransferEngine[ChannelInit, ChannelUpdate]):
+    """Receives checkpoint-format weights the ways that rft sends them: vLLM's protocol, other bytes."""
 
-    init_info_cls = GlooInit
-    update_info_cls = GlooUpdate
+    init_info_cls = ChannelInit
+    update_info_cls = ChannelUpdate
     repack_tied_head = True
 
-    def init_transfer_engine(self, init_info: GlooInit) -> None:
+    def init_transfer_engine(self, init_info: ChannelInit) -> None:
+        self.shutdown()
         rank = init_info.rank_offset + self.parallel_config.rank
-        self.group: Any = broadcast.open_group(
-            init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_s
+        self.receiver: Receiver | None = Receiver(
+            Link(init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_s)
         )
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
+        self.receive_weights(ChannelUpdate(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: GlooUpdate) -> None:
-        columns = zip(update_info.names, update_info.dtype_names, map(tuple, update_info.shapes), strict=True)
-        self.model.load_weights(broadcast.receive(self.group, list(columns)))
+    def receive_weights(self, update_info: ChannelUpdate) -> None:
+        assert self.receiver is not None, "init_transfer_engine comes first"
+        self.model.load_weights(self.receiver.receive(update_info.update))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -66,7 +70,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
             _repack_heads(self.model)
 
     def shutdown(self) -> None:
-        self.group = None
+        receiver = getattr(self, "receiver", None)
+        if receiver is not None:
+            receiver.close()
 
 
 def _repack_heads(model: torch.nn.Module) -> None:
@@ -79,7 +85,8 @@ def _repack_heads(model: torch.nn.Module) -> None:
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
-WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+for _transport in ("gloo", "sparse", "file"):
+    WeightTransferEngineFactory.register_engine(_transport, ChannelEngine)
 
 
 class Extension:
@@ -87,4 +94,4 @@ class Extension:
 
     def set_repack_tied_head(self, on: bool) -> None:
         """Switch the tied-head repair; off only in the test that proves the proof of arrival."""
-        GlooWeightTransferEngine.repack_tied_head = on
+        ChannelEngine.repack_tied_head = on

@@ -16,7 +16,7 @@ import pytest
 from rft.config import parse_config
 from rft.plan import make_plan
 from rft.run import learner_spec, make_pool, start_learner
-from rft.sync.channel import BroadcastChannel
+from rft.sync.channel import PushChannel
 
 ROOT = Path(__file__).parent.parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -30,7 +30,7 @@ class Stage:
     plan: Any
     pool: Any
     learner: Any
-    channel: BroadcastChannel
+    channel: PushChannel
 
     def run(self, awaitable: Any) -> Any:
         return self.loop.run_until_complete(awaitable)
@@ -59,7 +59,7 @@ def raise_stage(tiny_folder: Path, engine: str, replicas: int = 1) -> Stage:
     loop = asyncio.new_event_loop()
     pool = make_pool(plan)
     learner = start_learner(plan, learner_spec(plan))
-    channel = BroadcastChannel(learner, pool, "keep", 120)
+    channel = PushChannel(learner, pool, plan.channel_spec(), "keep", 120)
     loop.run_until_complete(pool.start())
     loop.run_until_complete(channel.connect())
     loop.run_until_complete(channel.push(0))

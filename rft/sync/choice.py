@@ -1,0 +1,88 @@
+"""Which transport a run uses, and which ones its layout cannot use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rft.sync.spec import ChannelSpec
+
+if TYPE_CHECKING:
+    from rft.config import Config
+
+SHARED_MEMORY = Path("/dev/shm")
+_FOR_ANY_ENGINE = ("gloo", "sparse", "file")
+
+
+def choose_transport(config: Config, device: str, engine: str) -> str:
+    """The transport's name, `auto` resolved; `sparse` on GPUs goes over vLLM's own sparse engine."""
+    wanted = config.sync.transport
+    if wanted == "auto":
+        return "nccl" if device == "cuda" and engine == "vllm" else "gloo"
+    if wanted == "sparse" and device == "cuda" and engine == "vllm" and config.sync.folder is None:
+        return "sparse_nccl"
+    return wanted
+
+
+def channel_spec(config: Config, transport: str, wire_dtype: str) -> ChannelSpec:
+    """What learner and engines are told about the channel."""
+    folder = folder_for(config) if transport == "file" or config.sync.folder else None
+    return ChannelSpec(
+        transport=transport,
+        wire_dtype=wire_dtype,
+        folder=None if folder is None else str(folder),
+        full_every=config.sync.full_every,
+        measure=config.sync.measure_changes,
+    )
+
+
+def folder_for(config: Config) -> Path:
+    """Where this run's weight files go: a folder of its own, the same one when the run is resumed."""
+    name = hashlib.blake2b(str(config.run_dir.resolve()).encode(), digest_size=6).hexdigest()
+    base = SHARED_MEMORY if config.sync.folder is None else Path(config.sync.folder).expanduser().resolve()
+    return base / f"rft-{config.name}-{name}"
+
+
+def layout_problems(config: Config, device: str, engine: str, weight_bytes: int | None) -> list[str]:
+    """What keeps this layout from using the transport that it asks for; [] where nothing does."""
+    sync, transport = config.sync, config.sync.transport
+    if not config.algorithm.online:
+        return []
+    found = []
+    if transport in ("nccl", "ipc") and device == "cpu":
+        found.append(f"{transport} needs GPUs, and this machine has none; use gloo or auto")
+    if engine == "hf" and transport not in ("auto", *_FOR_ANY_ENGINE):
+        found.append(f"{transport} needs rollout.engine vllm; hf receives over {', '.join(_FOR_ANY_ENGINE)}")
+    if transport == "ipc" and (config.rollout.replicas > 1 or config.rollout.tensor_parallel > 1):
+        found.append(
+            "ipc hands over memory of the one GPU that learner and engine share; set rollout.replicas and "
+            "rollout.tensor_parallel to 1, or use nccl"
+        )
+    out = [f"sync.transport: {problem}" for problem in found]
+    if transport == "file" or sync.folder is not None:
+        out += [f"sync.folder: {problem}" for problem in _folder_problems(config, weight_bytes)]
+    return out
+
+
+def _folder_problems(config: Config, weight_bytes: int | None) -> list[str]:
+    sync = config.sync
+    if sync.transport not in ("file", "sparse"):
+        return [f"transport {sync.transport} writes no files; remove it, or use file or sparse"]
+    if sync.folder is None and config.ray.address is not None:
+        return [
+            "shared memory reaches one machine only, and ray.address names a cluster; give a folder that "
+            "all its nodes share under the same path"
+        ]
+    base = SHARED_MEMORY if sync.folder is None else Path(sync.folder).expanduser()
+    if not base.is_dir() or not os.access(base, os.W_OK):
+        return [f"{base} is no folder that this user can write to"]
+    need = 2 * (weight_bytes or 0)  # the version in use and the one that is being written
+    free = shutil.disk_usage(base).free
+    if need > free:
+        return [
+            f"two versions of the weights need {need / 2**30:.2f} GiB, {base} has {free / 2**30:.2f} free"
+        ]
+    return []

@@ -1,0 +1,47 @@
+"""What both ends of a weight channel agree on before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+Named = Iterable[tuple[str, Tensor]]
+Update = dict[str, Any]  # what is about to arrive: plain data, as vLLM's `update_weights` takes it
+
+Measure = Literal["off", "overall", "matrices"]
+
+
+class TransferError(RuntimeError):
+    """What arrived is not what was sent, or does not fit what the engine holds."""
+
+
+@dataclass(frozen=True)
+class ChannelSpec:
+    """How weights travel; plain data, so that it travels too.
+
+    `folder` is where `file` writes; `sparse` writes there as well where it is given, and otherwise
+    goes over the process group.
+    """
+
+    transport: str
+    wire_dtype: str
+    folder: str | None = None
+    full_every: int = 20
+    measure: Measure = "overall"
+
+    @property
+    def grouped(self) -> bool:
+        """True where learner and engines form a process group."""
+        return self.transport not in ("file", "ipc") and not (self.transport == "sparse" and self.folder)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One push as the learner saw it: bytes and tensors for each engine, and what it measured."""
+
+    bytes: int
+    tensors: int
+    metrics: dict[str, float]
