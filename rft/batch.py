@@ -46,7 +46,8 @@ class Prompt:
 class Completion:
     """One response to a prompt: sampled by an engine, or read from a dataset.
 
-    `logps[i]` is the sampler's log-prob of `tokens[i]` (None: not sampled). `mask[i]` says whether
+    `logps[i]` is the sampler's log-prob of `tokens[i]` (None: not sampled), `ref_logps[i]` the reference's
+    where it was computed beforehand. `mask[i]` says whether
     the loss may act on `tokens[i]` (None: on all). The first `demonstrated` tokens come from a
     demonstration instead of the policy. `versions` are (policy version, start, end) spans.
     `reward` is the combined reward; None means that it could not be judged (never a zero).
@@ -57,6 +58,7 @@ class Completion:
     text: str = ""
     finish: FinishReason = "stop"
     logps: tuple[float, ...] | None = None
+    ref_logps: tuple[float, ...] | None = None
     mask: tuple[bool, ...] | None = None
     demonstrated: int = 0
     versions: tuple[tuple[int, int, int], ...] = ()
@@ -250,6 +252,7 @@ class _Builder:
                 "version",
                 "demonstrated",
                 "sampler_logps",
+                "ref_logps",
             )
         }
         self.parent: list[int] = []
@@ -260,11 +263,14 @@ class _Builder:
         for index, group in enumerate(groups):
             self._add_group(index, group)
         dtypes = {"mask": torch.bool, "demonstrated": torch.bool, "sampler_logps": torch.float32}
+        dtypes["ref_logps"] = torch.float32
         t: dict[str, Any] = {k: torch.tensor(v, dtype=dtypes.get(k, torch.int64)) for k, v in self.t.items()}
         if not any(c.demonstrated for c in completions):
             del t["demonstrated"]
         if not any(c.logps is not None for c in completions):
             del t["sampler_logps"], t["version"]
+        if not completions or any(c.ref_logps is None for c in completions):
+            del t["ref_logps"]
         names = sorted({name for c in completions for name in c.values})
         rewards = None
         if completions and all(c.reward is not None for c in completions):
@@ -311,6 +317,7 @@ class _Builder:
             "version": [-1] * n,
             "demonstrated": [False] * n,
             "sampler_logps": [0.0] * n,
+            "ref_logps": [0.0] * n,
         }
         self._extend(rows)
         return segment, start + n - 1
@@ -332,6 +339,7 @@ class _Builder:
             "version": version,
             "demonstrated": [i < c.demonstrated for i in range(n)],
             "sampler_logps": c.logps or [0.0] * n,
+            "ref_logps": c.ref_logps or [0.0] * n,
         }
         self._extend(rows)
 

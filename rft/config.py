@@ -51,6 +51,10 @@ class ModelConfig(Section):
     path: str = Field(
         "tiny", description="Hugging Face folder or hub name; `tiny`: a small model made on the spot"
     )
+    reference: str | None = Field(
+        None,
+        description="folder or hub name of the reference model (none: the model that the run starts from)",
+    )
     tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer (none: the model's)")
     options: dict[str, Any] = Field({}, description="sizes of the `tiny` model (see rft.tasks.tiny)")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
@@ -79,18 +83,21 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Held-out evaluation, scored by the run's own rewards."""
+    """Held-out evaluation: completions scored by the run's own rewards; offline, the loss on examples."""
 
     every: int = Field(
         20, ge=0, description="steps between evaluations, besides the first and last (0: none)"
     )
-    problems: int = Field(512, ge=1, description="held-out problems")
+    problems: int = Field(512, ge=1, description="held-out problems, or rows of an offline run")
     samples: int = Field(
         4, ge=1, description="samples per problem; accuracy is their mean, pass@k their best"
     )
     temperature: float = Field(1.0, gt=0, description="temperature of the samples")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of the samples")
     greedy: bool = Field(True, description="measure greedy accuracy too")
+    generate: bool = Field(
+        False, description="offline: sample completions of held-out prompts too, scored by the run's rewards"
+    )
 
 
 class CheckpointConfig(Section):

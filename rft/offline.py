@@ -11,17 +11,18 @@ from typing import Any
 
 from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
-from rft.data import Sampler
+from rft.data import GroupSource
 from rft.metrics import Progress, RunLog
+from rft.offline_eval import HeldOut
 from rft.remote import call
 
 
 class RunStopped(Exception):
-    """The run was asked to stop; a checkpoint of `step` is saved."""
+    """The run was asked to stop; a checkpoint of `step` is saved. `stage` is empty for the run itself."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped at step {step}")
-        self.step = step
+    def __init__(self, step: int, stage: str = "") -> None:
+        super().__init__(f"stopped at step {step}{stage and f' of the {stage}'}")
+        self.step, self.stage = step, stage
 
 
 @dataclass
@@ -29,81 +30,114 @@ class OfflineLoop:
     """Trains a learner on groups, `batch_size` per step. `step` counts finished steps.
 
     `arrange` rearranges each step's groups before they are laid out (the algorithm's own).
-    `checkpoints` None: nothing is saved. `log` None: nothing is written (a warm start).
+    `save_every` 0: a checkpoint only on a stop and, with `save_last`, at the end.
+    `log` None: nothing is written (a warm start).
     """
 
     learner: Any
-    groups: list[Group]
+    source: GroupSource
     steps: int
     batch_size: int
-    seed: int
     share_prefix: bool
     timeout_s: float
     progress: Progress
+    checkpoints: Path
     arrange: Callable[[list[Group]], list[Group]] | None = None
+    held_out: HeldOut | None = None
     log: RunLog | None = None
-    checkpoints: Path | None = None
     save_every: int = 0
+    save_last: bool = True
     keep: int = 1
+    stage: str = ""
     step: int = 0
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(len(self.groups), self.seed)
         self.saved_at = -1
+        self.trained = self.source.state_dict()  # where the source was before the batch that waits
 
     async def run(self, resume: Checkpoint | None = None) -> dict[str, float]:
-        """Train to the end; returns the last step's metrics. Raises RunStopped on a requested stop."""
+        """Train to the end; returns the last evaluation, or the last step's metrics where there is none.
+        Raises RunStopped on a requested stop."""
         if resume is not None:
             self.step = await self._ask("restore", str(resume.path))
-            self.sampler.load_state_dict(resume.meta["sampler"])
+            self.source.load_state_dict(resume.meta["data"])
             self.saved_at = self.step
-        metrics: dict[str, float] = {}
+        last: dict[str, float] = {}
+        if self.step == 0 and self.held_out is not None:
+            last = await self._evaluate()
+            self._tell(last)
         batch = self._next_batch()
         while self.step < self.steps:
             if self.stop.is_set():
-                await self._save(ahead=1)
-                raise RunStopped(self.step)
-            begin = time.perf_counter()
-            running = asyncio.ensure_future(self._ask("step", batch, self.step))
-            await asyncio.sleep(0)  # the step is on its way before the next batch is laid out
-            upcoming = self._next_batch()
-            metrics = await running
-            tokens = float(batch.mask.sum())
-            batch, self.step = upcoming, self.step + 1
-            metrics["time/step"] = time.perf_counter() - begin
-            metrics["throughput/tokens_per_s"] = tokens / metrics["time/step"]
-            metrics["data/epoch"] = (self.sampler.seen - self.batch_size) / self.sampler.size
+                await self._save()
+                raise RunStopped(self.step, self.stage)
+            metrics, batch = await self._one_step(batch)
+            if self.held_out is not None and self.held_out.due(self.step, self.steps):
+                last = await self._evaluate()
+                metrics |= last
+            elif self.held_out is None:
+                last = metrics
+            self._tell(metrics)
             if self.save_every and self.step % self.save_every == 0:
-                metrics["time/checkpoint"] = await self._save(ahead=1)
-            if self.log is not None:
-                self.log.log(self.step, metrics)
-            self.progress.update(self.step, metrics)
-        await self._save(ahead=1)
-        return metrics
+                await self._save()  # after the log: a kill in between repeats the step, its line is set aside
+        if self.save_last:
+            await self._save()
+        return last
+
+    async def _one_step(self, batch: Batch) -> tuple[dict[str, float], Batch]:
+        """Train on a batch; returns the metrics and the next batch, laid out in the meantime."""
+        begin = time.perf_counter()
+        running = asyncio.ensure_future(self._ask("step", batch, self.step))
+        await asyncio.sleep(0)  # the step is on its way before the next batch is laid out
+        passes = self.source.epochs
+        upcoming = self._next_batch()
+        metrics: dict[str, float] = await running
+        self.step += 1
+        metrics["time/step"] = time.perf_counter() - begin
+        metrics["throughput/tokens_per_s"] = float(batch.mask.sum()) / metrics["time/step"]
+        metrics["data/epoch"] = passes
+        return metrics, upcoming
 
     def _next_batch(self) -> Batch:
-        rows = self.sampler.next(self.batch_size)
-        groups = [self.groups[i] for i in rows]
+        self.trained = self.source.state_dict()
+        groups = self.source.next(self.batch_size)
         if self.arrange is not None:
             groups = self.arrange(groups)
         return Batch.build(groups, share_prefix=self.share_prefix)
 
-    async def _save(self, ahead: int) -> float:
-        """Save once per step. `ahead` batches were drawn and not trained on: a resumed run draws them
-        again."""
-        if self.checkpoints is None or self.saved_at == self.step:
-            return 0.0
+    def _tell(self, metrics: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.log(self.step, metrics)
+        self.progress.update(self.step, metrics)
+
+    async def _evaluate(self) -> dict[str, float]:
+        """The held-out metrics of the present weights."""
+        assert self.held_out is not None
         begin = time.perf_counter()
-        state = Sampler(self.sampler.size, self.seed)
-        state.next(self.sampler.seen - ahead * self.batch_size)
-        meta = {"step": self.step, "sampler": state.state_dict()}
+        sums = [await self._ask("evaluate", batch, self.step) for batch in self.held_out.batches()]
+        metrics = self.held_out.metrics(sums)
+        if self.held_out.generate is not None:
+            metrics |= await self.held_out.generate(self.step)
+        metrics["time/eval"] = time.perf_counter() - begin
+        if self.log is not None:
+            shown = {"accuracy": metrics["eval/accuracy"]} if "eval/accuracy" in metrics else {}
+            self.log.event(
+                "eval/done", step=self.step, loss=metrics["eval/loss"], seconds=metrics["time/eval"], **shown
+            )
+        return metrics
+
+    async def _save(self) -> None:
+        """Save once per step. The batch that waits was not trained on: a resumed run draws it again."""
+        if self.saved_at == self.step:
+            return
+        begin = time.perf_counter()
+        meta = {"step": self.step, "data": self.trained}
         path = await self._ask("save", str(self.checkpoints), self.step, self.keep, meta)
         self.saved_at = self.step
-        seconds = time.perf_counter() - begin
         if self.log is not None:
+            seconds = time.perf_counter() - begin
             self.log.event("checkpoint/saved", step=self.step, path=path, seconds=seconds)
-        return seconds
 
     async def _ask(self, method: str, *args: Any) -> Any:
         reference = getattr(self.learner, method).remote(*args)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,13 @@ import torch
 
 from rft.algorithms.checks import problems as algorithm_problems
 from rft.config import Config, ConfigError, algorithm_name, fingerprint
-from rft.data import DataError, GroupSet, PromptSet, load_groups, load_prompts
+from rft.data import DataError, GroupStream, PromptSet, load_prompts
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype, stop_ids
 from rft.memory import ModelShape, learner_bytes, replica_bytes
+from rft.offline_plan import OfflineData, load_offline, offline_problems, reference_problem
+from rft.online_plan import longest_sequence, mixes, online_problems
 from rft.rewards import check_reward
 from rft.rollout.engine import EngineSpec
-from rft.rollout.group import unsupported
 from rft.rollout.replica import parse_cores
 from rft.sync.choice import channel_spec, choose_transport, layout_problems
 from rft.sync.spec import ChannelSpec
@@ -44,7 +45,7 @@ class Plan:
     stop_ids: tuple[int, ...]
     train_prompts: PromptSet | None
     eval_prompts: PromptSet | None
-    groups: GroupSet | None = None  # offline training
+    offline: OfflineData | None = None
 
     def with_model(self, folder: str) -> Plan:
         """The same plan from other weights of the same shape (a finished warm start)."""
@@ -58,7 +59,7 @@ class Plan:
             model=self.model,
             dtype=str(resolve_dtype(c.dtype, self.device)).removeprefix("torch."),
             device=self.device,
-            max_model_len=c.sampling.max_prompt_length + c.sampling.max_completion_length,
+            max_model_len=longest_sequence(self.config),
             max_num_seqs=c.max_num_seqs,
             tensor_parallel=c.tensor_parallel,
             seed=self.config.seed,
@@ -72,6 +73,7 @@ class Plan:
             control_timeout_s=c.control_timeout_s,
             stop_token_ids=(*self.stop_ids, *c.sampling.stop_token_ids),
             trust_remote_code=self.config.model.trust_remote_code,
+            reference=(self.config.model.reference or self.model) if mixes(self.config) else None,
             engine_args=dict(c.engine_args),
         )
 
@@ -110,8 +112,8 @@ class Plan:
             )
         if self.train_prompts is not None:
             out.append(f"data         {self.train_prompts}")
-        if self.groups is not None:
-            out.append(f"data         {self.groups}")
+        if self.offline is not None:
+            out += self.offline.lines(c)
         if self.eval_prompts is not None:
             e = c.eval
             out.append(
@@ -160,9 +162,10 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
             problems.append(f"{what}: {error}")
             return None
 
+    sampled = config.algorithm.online or config.eval.generate
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     engine: Literal["vllm", "hf"] | None = (
-        attempt("rollout.engine", lambda: _engine(config)) if config.algorithm.online else "hf"
+        attempt("rollout.engine", lambda: _engine(config)) if sampled else "hf"
     )
     path = attempt("model", lambda: resolve_model(config, model))
     shape: ModelShape | None = None
@@ -175,17 +178,18 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
             "model.tokenizer", lambda: load_tokenizer(tokenizer_path, config.model.trust_remote_code)
         )
     train = held_out = None
+    limit = config.rollout.sampling.max_prompt_length
     if tokenizer is not None and config.algorithm.online:
-        limit = config.rollout.sampling.max_prompt_length
         train = attempt("data", lambda: load_prompts(config.data, tokenizer, "train", limit))
-        if config.eval.every:
-            held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
-    groups = None
+    if tokenizer is not None and sampled and config.eval.every:
+        held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
+    offline: OfflineData | None = None
     if tokenizer is not None and not config.algorithm.online:
-        groups = attempt("data", lambda: load_groups(config.data, tokenizer, config.algorithm.data))
-    problems += _misfits(config, shape, device, train if groups is None else groups)
+        offline = attempt("data", lambda: load_offline(config, tokenizer))
+    problems += _misfits(config, shape, engine, train, offline)
     if config.rewards.functions:
-        columns = None if train is None else {name for p in train.prompts for name in p.columns}
+        scored = train or held_out
+        columns = None if scored is None else {name for p in scored.prompts for name in p.columns}
         problems += check_reward(config.rewards, Path.cwd(), columns)
     if engine is not None:
         wire = resolve_dtype(config.rollout.dtype, device).itemsize
@@ -203,7 +207,7 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
         stop_ids=stop_ids(path),
         train_prompts=train,
         eval_prompts=held_out,
-        groups=groups,
+        offline=offline,
     )
 
 
@@ -244,19 +248,17 @@ def _engine(config: Config) -> Literal["vllm", "hf"]:
     return config.rollout.engine
 
 
-def _transport(config: Config, device: Device) -> str:
-    if config.sync.transport == "auto":
-        return "nccl" if device == "cuda" else "gloo"
-    return config.sync.transport
-
-
 def _misfits(
-    config: Config, shape: ModelShape | None, device: Device, train: PromptSet | GroupSet | None
+    config: Config,
+    shape: ModelShape | None,
+    engine: str | None,
+    train: PromptSet | None,
+    offline: OfflineData | None,
 ) -> list[str]:
     """Settings that are each fine and do not fit together."""
     out = []
     t, r, algorithm = config.train, config.rollout, config.algorithm
-    demonstrated = isinstance(train, PromptSet) and any(p.columns.get("completion") for p in train.prompts)
+    demonstrated = train is not None and any(p.columns.get("completion") for p in train.prompts)
     lacks = algorithm_problems(
         algorithm,
         num_generations=t.num_generations,
@@ -265,31 +267,31 @@ def _misfits(
         has_demonstrations=demonstrated or not algorithm.online,
         has_rewards=bool(config.rewards.functions),
         minibatches=t.num_iterations * t.minibatches,
-        can_mix=False,
+        can_mix=engine == "hf",
     )
     if algorithm.online:
-        lacks += unsupported(algorithm.rollouts(t.num_generations, progress=0.0, demonstration=demonstrated))
-        if not config.rewards.functions and "rewards" not in algorithm.needs:
-            lacks.append("no reward is given; evaluation needs one: `rewards: [{function: math}]`")
+        lacks += online_problems(config, demonstrated)
     out += [f"algorithm.{algorithm_name(algorithm)}: {problem}" for problem in lacks]
-    if "scores" in algorithm.outputs:
+    if not algorithm.online:
+        out += offline_problems(config, offline, shape.max_positions if shape else 2**31)
+    elif config.data.streaming:
+        out.append("data.streaming: online training loads all of its prompts; set it to false")
+    if config.model.reference is not None and shape is not None:
+        if "ref_logps" not in algorithm.needs:
+            out.append(f"model.reference: {algorithm_name(algorithm)} reads no reference; leave it out")
+        elif found := reference_problem(config.model.reference, shape.vocab, config.model.trust_remote_code):
+            out.append(found)
+    rows: Sized | None = train if offline is None or isinstance(offline.train, GroupStream) else offline.train
+    if rows is not None and len(rows) < t.batch_size:
         out.append(
-            f"algorithm: {algorithm_name(algorithm)} trains a scoring head, which the learner cannot do yet"
+            f"train.batch_size: {t.batch_size} rows a step, but the data has only {len(rows)}; lower it"
         )
-    if config.data.streaming:
-        out.append("data.streaming: training loads the whole dataset for now; set it to false")
-    if train is not None and len(train) < t.batch_size:
+    length = longest_sequence(config) if algorithm.online else 0
+    if shape is not None and length > shape.max_positions:
         out.append(
-            f"train.batch_size: {t.batch_size} rows a step, but the data has only {len(train)}; lower it"
+            f"rollout.sampling: max_prompt_length and max_completion_length make sequences of {length} tokens, "
+            f"but the model has {shape.max_positions} positions; lower one of them"
         )
-    length = r.sampling.max_prompt_length + r.sampling.max_completion_length
-    if shape is not None and algorithm.online and length > shape.max_positions:
-        out.append(
-            f"rollout.sampling: max_prompt_length + max_completion_length = {length}, but the model has "
-            f"{shape.max_positions} positions; lower one of them"
-        )
-    if config.sync.transport == "nccl" and device == "cpu":
-        out.append("sync.transport: nccl needs GPUs, and this machine has none; use gloo or auto")
     for key, cores in (("rollout.cores", r.cores), ("learner.cores", config.learner.cores)):
         if cores is not None:
             out += _bad_cores(key, cores)

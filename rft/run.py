@@ -6,28 +6,36 @@ import asyncio
 import signal
 import sys
 import traceback
+from collections.abc import Awaitable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from rft import runfolder
+from rft.checkpoint import CheckpointError
+from rft.config import Config
 from rft.controller import Controller, Parts
 from rft.learner.actor import LearnerActor
 from rft.learner.learner import LearnerSpec
-from rft.learner.model import resolve_dtype
 from rft.metrics import Progress, RunLog
-from rft.offline import OfflineLoop, RunStopped
-from rft.packing import shares_prefix
+from rft.offline import RunStopped
+from rft.offline_eval import Sampled
+from rft.offline_run import train_offline
 from rft.plan import Plan, threads_for
-from rft.remote import call, ray_cluster
+from rft.remote import ActorDied, Overdue, call, ray_cluster
 from rft.rewards import RewardRunner
+from rft.rollout.engine import EngineError
 from rft.rollout.pool import RolloutPool
 from rft.runfolder import RunFolder
 from rft.sync.channel import PushChannel
 from rft.warm_start import warm_start
 
-DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
+R = TypeVar("R")
+
+DONE, FAILED, USER_ERROR, STOPPED, FAULT = 0, 1, 2, 75, 76
 
 
 def train(plan: Plan, folder: RunFolder) -> int:
@@ -41,9 +49,7 @@ def train(plan: Plan, folder: RunFolder) -> int:
             with ray_cluster(config.ray.address, config.ray.object_store_gib):
                 return asyncio.run(_train(plan, folder, progress))
         except RunStopped as stopped:
-            progress.note(
-                f"stopped at step {stopped.step} with a checkpoint saved; the same command goes on from there"
-            )
+            progress.note(f"{stopped} with a checkpoint saved; the same command goes on from there")
             return STOPPED
 
 
@@ -53,7 +59,8 @@ async def _train(plan: Plan, folder: RunFolder, progress: Progress) -> int:
     _on_signals(stop, progress)
     if config.warm_start is not None:
         progress.stage("warm start")
-        plan = plan.with_model(await warm_start(plan, lambda spec: start_learner(plan, spec), progress))
+        start = partial(start_learner, plan)
+        plan = plan.with_model(await warm_start(plan, start, progress, folder.path, stop))
     log = RunLog(
         folder.path,
         config.train.steps,
@@ -105,10 +112,10 @@ async def _online(
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
         learner = start_learner(plan, learner_spec(plan))
         ready = call(learner.describe.remote(), config.rollout.start_timeout_s, "starting the learner")
-        _, _, facts = await asyncio.gather(pool.start(), rewards.start(), ready)
+        starting = asyncio.gather(pool.start(), rewards.start(), ready)
+        _, _, facts = await unless_stopped(starting, stop)
         progress.note(f"learner: {facts['parameters']:,} parameters on {facts['device']}")
-        update, seconds = config.rollout.update, config.sync.timeout_s
-        channel = PushChannel(learner, pool, plan.channel_spec(), update, seconds)
+        channel = make_channel(plan, learner, pool)
         parts = Parts(learner, pool, channel, rewards, log, progress)
         controller = Controller(plan, parts, folder.checkpoints, stop=stop)
         result = await controller.run(folder.resume)
@@ -123,31 +130,45 @@ async def _online(
 async def _offline(
     plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, Any]:
-    config = plan.config
-    assert plan.groups is not None
-    groups = list(plan.groups)
-    progress.note(f"data: {plan.groups}")
-    share = shares_prefix(groups, config.learner.prefix_sharing, plan.shape.hidden)
+    progress.stage("starting the learner")
     learner = start_learner(plan, learner_spec(plan))
-    loop = OfflineLoop(
-        learner,
-        groups,
-        config.train.steps,
-        config.train.batch_size,
-        config.seed,
-        share,
-        config.learner.step_timeout_s,
-        progress,
-        arrange=config.algorithm.arrange,
-        log=log,
-        checkpoints=folder.checkpoints,
-        save_every=config.checkpoint.every,
-        keep=config.checkpoint.keep,
-        stop=stop,
-    )
-    result = await loop.run(folder.resume)
+    async with _sampling(plan, learner, log, progress) as generate:
+        result = await train_offline(plan, folder, learner, progress, log, stop, generate)
     await call(learner.export.remote(str(folder.path / "model")), 600, "exporting the final model")
     return result
+
+
+@asynccontextmanager
+async def _sampling(
+    plan: Plan, learner: Any, log: RunLog, progress: Progress
+) -> AsyncIterator[Sampled | None]:
+    """Engines and rewards for the evaluation of an offline run; None where it asks for none."""
+    if plan.eval_prompts is None:
+        yield None
+        return
+    pool, rewards = make_pool(plan), RewardRunner(plan.config.rewards, Path.cwd())
+    try:
+        progress.stage(f"starting {plan.config.rollout.replicas} x {plan.engine}")
+        await asyncio.gather(pool.start(), rewards.start())
+        channel = make_channel(plan, learner, pool)
+        await channel.connect()
+        yield Sampled(plan, pool, channel, rewards, log)
+        await channel.close()
+    finally:
+        await rewards.close()
+        await pool.close()
+
+
+async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:
+    """Await `work`, or raise RunStopped as soon as a stop is asked for: a start can take minutes, and
+    there is nothing to save yet."""
+    doing, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    await asyncio.wait((doing, asked), return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if not doing.done():
+        doing.cancel()
+        raise RunStopped(0)
+    return doing.result()
 
 
 # -- the parts -----------------------------------------------------------------------------------------
@@ -174,12 +195,22 @@ def learner_spec(plan: Plan) -> LearnerSpec:
         max_gap=largest,
         expects_fresh=config.algorithm.online and config.rollout.staleness == 0,
         trust_remote_code=config.model.trust_remote_code,
+        reference=config.model.reference,
+        reference_cached=config.learner.reference_logps == "cached",
+        texts=reward_texts(config),
     )
+
+
+def reward_texts(config: Config) -> dict[str, Any] | None:
+    """How a reward model's texts are rendered, for whoever scores with it; None for other models."""
+    if not config.algorithm.score_heads:
+        return None
+    names = {"system", "chat_template", "chat_template_options", "train_on"}
+    return {"kind": config.algorithm.data, "data": config.data.model_dump(mode="json", include=names)}
 
 
 def start_learner(plan: Plan, spec: LearnerSpec) -> Any:
     """Start the learner's actor; it loads its model at once."""
-    wire = str(resolve_dtype(plan.config.rollout.dtype, plan.device)).removeprefix("torch.")
     gpus = 1 if plan.device == "cuda" else 0
     env = {"OMP_NUM_THREADS": str(spec.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     options = {"num_cpus": 0 if gpus == 0 else 1, "num_gpus": gpus, "runtime_env": {"env_vars": env}}
@@ -198,8 +229,18 @@ def make_pool(plan: Plan) -> RolloutPool:
     )
 
 
+def make_channel(plan: Plan, learner: Any, pool: RolloutPool) -> PushChannel:
+    """The way of the weights from the learner to the replicas, not connected yet."""
+    config = plan.config
+    return PushChannel(learner, pool, plan.channel_spec(), config.rollout.update, config.sync.timeout_s)
+
+
 def report_failure(error: BaseException) -> int:
-    """Tell a failure on stderr, with its traceback; returns the exit code."""
+    """Tell a failure on stderr, with its traceback; returns the exit code: FAULT where a part of the
+    machine failed, so that the same command may well succeed, FAILED for all else."""
+    from ray.exceptions import RayError
+
     traceback.print_exception(error, file=sys.stderr)
     print(f"rft: failed: {type(error).__name__}: {error}", file=sys.stderr)
-    return FAILED
+    of_the_machine = ActorDied | EngineError | Overdue | CheckpointError | RayError
+    return FAULT if isinstance(error, of_the_machine) else FAILED

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from rft import checkpoint
 from rft.algorithms.sft import SFT
 from rft.config import Config, WarmStartConfig, fingerprint
-from rft.data import DataConfig, load_groups
+from rft.data import DataConfig, GroupSampler, load_groups
 from rft.learner.learner import LearnerSpec
 from rft.metrics import Progress
 from rft.offline import OfflineLoop
@@ -37,17 +39,22 @@ def _data(config: Config, stage: WarmStartConfig) -> DataConfig:
     return stage.data or config.data
 
 
-async def warm_start(plan: Plan, start_learner: Any, progress: Progress) -> str:
+async def warm_start(
+    plan: Plan, start_learner: Any, progress: Progress, run: Path, stop: asyncio.Event
+) -> str:
     """Train on demonstrations, or find it done; returns the folder of the resulting model.
 
     `start_learner(spec)` starts a learner actor. The folder appears by a rename, so that a stage
-    that was cut short is never taken for a finished one.
+    that was cut short is never taken for a finished one. A requested stop leaves a checkpoint in
+    the run's folder, from which the same run goes on, and raises RunStopped.
     """
     config = plan.config
     stage = config.warm_start
     assert stage is not None
     folder = warm_start_folder(config, plan.model)
+    partial = run / "warm-start"
     if (folder / "config.json").exists():
+        shutil.rmtree(partial, ignore_errors=True)
         progress.note(f"warm start: found in {folder}")
         return str(folder)
     groups = load_groups(_data(config, stage), plan.tokenizer, "sft").groups
@@ -73,21 +80,25 @@ async def warm_start(plan: Plan, start_learner: Any, progress: Progress) -> str:
     with Progress(stage.steps, f"{config.name}: warm start", display=config.tracking.display) as own:
         loop = OfflineLoop(
             learner,
-            groups,
+            GroupSampler(groups, config.seed),
             stage.steps,
             stage.batch_size,
-            config.seed,
-            False,
-            stage.learner.step_timeout_s,
-            own,
+            share_prefix=False,
+            timeout_s=stage.learner.step_timeout_s,
+            progress=own,
+            checkpoints=partial,
+            save_last=False,
+            stage="warm start",
+            stop=stop,
         )
-        await loop.run()
+        await loop.run(checkpoint.latest(partial))
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     await call(learner.export.remote(str(temporary)), 600, "exporting the warm start")
     if folder.exists():
         shutil.rmtree(temporary)  # another run was faster
     else:
         temporary.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
     import ray
 
     ray.kill(learner)

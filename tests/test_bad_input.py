@@ -33,7 +33,6 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
         (["rollout.sampling.max_completion_length=5000"], "2048 positions"),
         (["model.options={hidden_size: 65}"], "must be a multiple of heads"),
         (["model.options={hiden_size: 64}"], "hiden_size"),
-        (["algorithm=reward_model"], "trains a scoring head"),
         (["algorithm=sft", "data={path: rows.jsonl, streaming: true}"], "rows.jsonl"),
         (["sync.transport=nccl"], "nccl needs GPUs"),
         (["learner.cores='999'"], "this machine has no core 999"),

@@ -4,7 +4,7 @@ from rft.data.config import DataConfig, SourceClass
 from rft.data.errors import DataError
 from rft.data.groups import GroupMaker, GroupSet, load_groups
 from rft.data.prompts import PromptSet, load_prompts
-from rft.data.rows import Rows, load_rows
+from rft.data.rows import Rows, has_held_out, load_rows
 from rft.data.sampler import GroupSampler, GroupSource, Sampler
 from rft.data.stream import GroupStream
 
@@ -20,6 +20,7 @@ __all__ = [
     "Rows",
     "Sampler",
     "SourceClass",
+    "has_held_out",
     "load_groups",
     "load_prompts",
     "load_rows",

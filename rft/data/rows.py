@@ -135,6 +135,20 @@ def data_source(config: DataConfig, split: Split) -> tuple[str, str]:
     return path, name
 
 
+def has_held_out(config: DataConfig) -> bool:
+    """Whether a dataset has rows to evaluate on: generated ones always have, files where the config or a
+    file's name says so. Of a hub dataset it is taken to be so: loading the split names those there are."""
+    if config.resolved_kind != "file" or config.holdout or config.eval_path:
+        return True
+    place = Path(str(config.path)).expanduser()
+    return place.is_dir() and any(_of_split(p, config.eval_split, place) for p in place.rglob("*"))
+
+
+def _of_split(file: Path, split: str, root: Path) -> bool:
+    first = str(file.relative_to(root).parts[0])
+    return re.match(rf"{re.escape(split)}([-_.]|$)", first) is not None
+
+
 def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
     path, name = data_source(config, split)
     if config.resolved_kind == "hub":
@@ -167,9 +181,7 @@ def find_files(path: str, split: str) -> list[Path]:
     found = sorted(p for p in place.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     data = [p for p in found if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
     data = [p for p in data if not p.name.startswith("cache-")]
-    of_split = [
-        p for p in data if re.match(rf"{re.escape(split)}([-_.]|$)", str(p.relative_to(place).parts[0]))
-    ]
+    of_split = [p for p in data if _of_split(p, split, place)]
     chosen = of_split or ([] if any(_known_split(p, place) for p in data) else data)
     if not chosen:
         have = ", ".join(str(p.relative_to(place)) for p in data[:8]) or f"no {'/'.join(SUFFIXES)} file"

@@ -37,6 +37,10 @@ class LearnerConfig(Section):
         description="where the first batch's packed hidden states differ from those of separate sequences: "
         "stop, or run unpacked from then on",
     )
+    reference_logps: Literal["live", "cached"] = Field(
+        "live",
+        description="offline: run the reference at each step, or once, with its log-probs kept in a file",
+    )
     entropy: bool = Field(True, description="measure the policy's entropy at every step")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a NaN or infinite gradient stops the run, or skips the update (counted)"

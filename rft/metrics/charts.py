@@ -141,6 +141,24 @@ def _accuracy(axes: Axes, run: Run) -> bool:
     return True
 
 
+def _examples(axes: Axes, run: Run) -> bool:
+    names = {"loss": "loss", "nll": "-log p per token", "score_error": "score error"}
+    return _lines(axes, run, {f"eval/{name}": label for name, label in names.items()})
+
+
+def _preferences(axes: Axes, run: Run) -> bool:
+    names = ("preference_accuracy", "label_accuracy", "step_accuracy")
+    drawn = _lines(axes, run, {f"eval/{name}": name.replace("_", " ") for name in names})
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    return drawn
+
+
+def _margins(axes: Axes, run: Run) -> bool:
+    names = {"preference_margin": "of pairs", "reward_good": "good responses", "reward_bad": "bad responses"}
+    return _lines(axes, run, {f"eval/{name}": label for name, label in names.items()})
+
+
 def _stderr(row: dict[str, float]) -> float:
     """The row's own standard error, or the binomial one where it tells the number of problems."""
     if row.get("eval/accuracy_stderr") is not None:
@@ -251,6 +269,9 @@ def _single(name: str, color: str) -> Callable[[Axes, Run], bool]:
 CHARTS: tuple[tuple[str, str, Callable[[Axes, Run], bool]], ...] = (
     ("Reward", "Mean reward of each step's completions; the band is one standard deviation.", _reward),
     ("Held-out accuracy", "On problems that are never trained on.", _accuracy),
+    ("Held-out examples", "Of the dataset, never trained on.", _examples),
+    ("Held-out preferences", "Share that implicit or learned rewards get right.", _preferences),
+    ("Held-out reward margins", "How far rewards of held-out responses lie apart.", _margins),
     ("Outcomes", "How the rewards judged the completions.", _outcomes),
     ("KL divergence", "Nats a token.", _kl),
     ("Entropy", "Nats a token. Near zero, the policy no longer explores.", _entropy),

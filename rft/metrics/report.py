@@ -85,6 +85,9 @@ def facts(run: Run) -> list[Fact]:
     for label, name, form in (
         ("held-out accuracy", "eval/accuracy", "{:.1%}"),
         ("greedy accuracy", "eval/greedy_accuracy", "{:.1%}"),
+        ("preference accuracy", "eval/preference_accuracy", "{:.1%}"),
+        ("preference margin", "eval/preference_margin", "{:.3f}"),
+        ("held-out loss", "eval/loss", "{:.4f}"),
         ("reward", "reward/mean", "{:.3f}"),
     ):
         first, last = run.first(name), run.last(name)

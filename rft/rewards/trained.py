@@ -1,0 +1,75 @@
+"""Texts for reward models that rft trained, as token ids, made by the code that made their training data.
+
+Such a model says in its config how its texts were rendered (`rft_texts`): with which system message, chat
+template and kind of row. Without that a score would depend on a line break after the last turn, or on
+whether the end token stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rft.batch import Group
+from rft.data import DataConfig, GroupMaker
+from rft.data.errors import BadRows
+from rft.data.examples import GroupKind
+from rft.learner.scoring import TEXTS
+from rft.rewards.types import Text
+
+SOURCE = "completion"
+
+
+class Unreadable(ValueError):
+    """A completion cannot be put before this reward model; the message says why."""
+
+
+class TrainedTexts:
+    """Renders prompts and completions for one model."""
+
+    def __init__(self, texts: Mapping[str, Any], tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        config = DataConfig(kind="file", path=SOURCE, **texts["data"])
+        # a response alone is rendered alike, whether it came with a label, a score or a second one
+        kind: GroupKind = texts["kind"] if texts["kind"] in ("pairwise", "steps") else "unpaired"
+        self.maker = GroupMaker(config, tokenizer, kind, SOURCE)
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> TrainedTexts | None:
+        """For a model that rft trained; None for any other."""
+        texts = getattr(model.config, TEXTS, None)
+        return None if texts is None else cls(texts, tokenizer)
+
+    def response(self, prompt: Text, completion: Text) -> list[int]:
+        """Ids of a prompt with its completion; of the end token alone where the completion is empty."""
+        if isinstance(completion, str) and not completion.strip():
+            return [*self.maker.render.prompt(prompt)[1], self.tokenizer.eos_token_id]
+        return _ids(self._group({"prompt": prompt, "completion": completion, "label": True}))
+
+    def pair(self, prompt: str, a: str, b: str) -> list[int]:
+        """Ids of a prompt with two candidates; equal ones are no pair."""
+        return _ids(self._group({"prompt": prompt, "chosen": a, "rejected": b}))
+
+    def steps(self, prompt: Text, steps: Sequence[str]) -> tuple[list[int], list[int]]:
+        """(ids of a prompt with its steps, the index of each step's last token)."""
+        row = {"prompt": prompt, "completions": list(steps), "labels": [True] * len(steps)}
+        group = self._group(row)
+        mask, start = group.completions[0].mask, len(group.prompt.tokens)
+        ends = (
+            range(len(group.completions[0].tokens)) if mask is None else [i for i, m in enumerate(mask) if m]
+        )
+        return _ids(group), [start + i for i in ends]
+
+    def _group(self, row: dict[str, Any]) -> Group:
+        group = self.maker.make(row, 0)
+        if group is None:
+            bad, self.maker.bad = self.maker.bad, BadRows(SOURCE)
+            raise Unreadable("; ".join(bad.rows))
+        return group
+
+
+def _ids(group: Group) -> list[int]:
+    """Prompt and first completion, up to the last token that the model was trained to judge at."""
+    tokens, mask = group.completions[0].tokens, group.completions[0].mask
+    end = len(tokens) if mask is None else max(i for i, m in enumerate(mask) if m) + 1
+    return [*group.prompt.tokens, *tokens[:end]]
