@@ -9,7 +9,6 @@ configure.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +28,13 @@ from pydantic import (
 
 from rft.algorithms import ALGORITHMS, Algorithm
 from rft.data.config import DataConfig
+from rft.data.curriculum import CurriculumConfig
 from rft.learner.config import LearnerConfig
 from rft.metrics.config import GuardsConfig, TrackingConfig
 from rft.rewards.config import RewardsConfig
 from rft.rollout.config import RolloutConfig
 from rft.section import Section
+from rft.spelling import nearest_or_all
 from rft.sync.config import SyncConfig
 
 
@@ -68,6 +69,9 @@ class TrainConfig(Section):
     num_generations: int = Field(8, ge=1, description="completions per prompt (online)")
     num_iterations: int = Field(1, ge=1, description="passes over each step's batch")
     minibatches: int = Field(1, ge=1, description="optimizer updates per pass; must divide batch_size")
+    curriculum: CurriculumConfig | None = Field(
+        None, description="prefer prompts that the policy solves now and then (none: plain shuffled order)"
+    )
     max_filtered: int = Field(
         10, ge=1, description="batches of groups without signal to skip in a step before the run stops"
     )
@@ -107,6 +111,12 @@ class CheckpointConfig(Section):
         50, ge=0, description="steps between checkpoints, besides the last (0: only on a stop)"
     )
     keep: int = Field(2, ge=1, description="checkpoints kept")
+    background: bool = Field(
+        True, description="write while training goes on; costs a second copy of the learner's state"
+    )
+    max_failures: int = Field(
+        3, ge=0, description="checkpoints in a row that may fail (a full disk) before the run stops"
+    )
 
 
 class RayConfig(Section):
@@ -184,19 +194,12 @@ def build_algorithm(value: Any) -> Algorithm:
     settings = {k: v for k, v in value.items() if k != "name"}
     kind = ALGORITHMS.get(value["name"])
     if kind is None:
-        raise ValueError(f"unknown algorithm {value['name']!r}{nearest(value['name'], ALGORITHMS)}")
+        raise ValueError(f"unknown algorithm {value['name']!r}{nearest_or_all(value['name'], ALGORITHMS)}")
     known = [f.name for f in dataclasses.fields(kind)]
     for key in settings:
         if key not in known:
-            raise ValueError(f"{value['name']} has no setting {key!r}{nearest(key, known)}")
+            raise ValueError(f"{value['name']} has no setting {key!r}{nearest_or_all(key, known)}")
     return TypeAdapter(kind).validate_python(settings)
-
-
-def nearest(word: str, known: Any) -> str:
-    """`; did you mean 'x'?`, or the list of what exists."""
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(names))}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -276,7 +279,7 @@ def _explain(error: Any) -> str:
     where = ".".join(location) or "config"
     if error["type"] == "extra_forbidden":
         section = _section_at(location[:-1])
-        hint = nearest(location[-1], section.model_fields) if section else ""
+        hint = nearest_or_all(location[-1], section.model_fields) if section else ""
         return f"{where}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{where}: required, but not given"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,36 @@ from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
 from rft.config import Config
 from rft.data import Sampler
-from rft.evaluation import evaluate, judge
+from rft.data.curriculum import Curriculum, pass_rate
+from rft.evaluation import evaluate
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards, GuardStop
+from rft.metrics.log import METRICS_FILE, read_jsonl
+from rft.metrics.phases import Phases
 from rft.offline import RunStopped
 from rft.packing import shares_prefix
 from rft.plan import Plan
-from rft.remote import call
-from rft.rewards import RewardRunner
-from rft.rollout.engine import EngineError, Generated, Request, Sampling
-from rft.rollout.group import sample_group
-from rft.rollout.pool import ReplicaDied, RolloutPool
+from rft.remote import ActorDied, call
+from rft.replay import Replay
+from rft.rewards import RewardError, RewardRunner
+from rft.rollout.engine import EngineError, Sampling
+from rft.rollout.fleet import Fleet
+from rft.rollout.gather import Gatherer
+from rft.rollout.pool import RolloutPool
 from rft.rollout.sampling import derive_seed
-from rft.rollout.slots import SlotBuffer, Work
-from rft.step_metrics import age_metrics, batch_metrics, sample_rows, scored_group, train_rows
-from rft.sync.channel import PushReport, WeightChannel
+from rft.rollout.slots import SlotBuffer, State, Work
+from rft.saving import Saver
+from rft.step_metrics import age_metrics, batch_metrics, sample_rows, train_rows
+from rft.sync.channel import WeightChannel
+
+
+class NoSignal(RuntimeError):
+    """Too many groups in a row whose rewards say nothing."""
+
+
+# After these the learner is whole, and what was trained since the last checkpoint is worth keeping.
+SAVE_ON = (RunStopped, GuardStop, RewardError, NoSignal, EngineError)
+KEPT_DROPPED = 100_000  # dropped prompts that a checkpoint names, the newest ones
 
 
 @dataclass
@@ -61,20 +77,28 @@ class Controller:
         config = self.config
         assert self.plan.train_prompts is not None
         self.prompts = self.plan.train_prompts.prompts
-        self.sampler = Sampler(len(self.prompts), config.seed, shuffle=config.data.shuffle)
+        seed, size = config.seed, len(self.prompts)
+        self.sampler: Sampler | Curriculum = (
+            Sampler(size, seed, shuffle=config.data.shuffle)
+            if config.train.curriculum is None
+            else Curriculum(size, seed, config.train.curriculum)
+        )
         self.slots = SlotBuffer(config.train.batch_size, config.rollout.staleness)
-        # A policy gradient's loss is around zero by construction: a jump of it says nothing.
-        watched = config.guards.model_copy(update={"loss_spike": "off"})
-        self.guards = Guards(watched, staleness=config.rollout.staleness)
+        self.guards = Guards(config.guards, config.rollout.staleness, online=True)
+        parts = self.parts
+        self.fleet = Fleet(parts.pool, parts.channel, config.rollout, parts.log, parts.progress)
+        self.saver = Saver(self._ask_learner, self.checkpoints, config, parts.log, parts.progress)
+        self.phases = Phases(parts.log, parts.progress)
         self.redo: list[tuple[int, int]] = []  # handed out before an interruption, not yet trained on
-        self.restarts = 0
-        self.saved_at = -1
+        self.dropped: list[tuple[int, int, str]] = []  # epoch, row, reason
+        self.gatherer = Gatherer(self.algorithm, self.fleet.generate, parts.rewards, self.plan.tokenizer)
+        self.replay = Replay(self.algorithm.replay)
         self._wake = asyncio.Event()
-        self._recovering = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._fault: BaseException | None = None
         self._reward_seconds = 0.0
         self._filtered = 0
+        self._measured: list[tuple[int, int, float]] = []  # ticket, row, pass rate
 
     @property
     def config(self) -> Config:
@@ -91,18 +115,24 @@ class Controller:
         last: dict[str, float] = {}
         if resume is not None:
             await self._restore(resume)
-        await self.parts.channel.connect()
-        await self._push()  # always: an engine loads from disk, the learner may have been restored
+        await self.fleet.open(self.step)
+        self._spawn(self.fleet.watch_health())
         try:
             if self.step == 0:
                 last = await self._log_start()
+            self._hand_out()
             while self.step < self.config.train.steps:
                 self._check_stop()
                 last = await self._one_step() or last
-            await self._save()
+            last = last or await self._evaluate()
+            self._check_stop()
+            await self._save(final=True)
             return last
-        except (RunStopped, GuardStop):
-            await self._save()
+        except SAVE_ON:
+            await self._save(final=True)
+            raise
+        except ActorDied as error:  # replicas are mended: this was the learner
+            self.parts.log.event("fault/learner", part="learner", what=str(error), action="the run ends")
             raise
         finally:
             await self._cancel_rollouts()
@@ -117,26 +147,31 @@ class Controller:
     async def _one_step(self) -> dict[str, float]:
         """One training step; returns the evaluation's metrics where there was one."""
         begin = time.perf_counter()
-        self._hand_out()
-        works = await self._next_works()
+        with self.phases("rollout", self.step):
+            works = await self._next_works()
         waited = time.perf_counter() - begin
         reward_metrics = self.parts.rewards.take_metrics()
         age = [self.step - w.version for w in works]
-        batch = self._build([w.group for w in works if w.group is not None])
-        trained = await self._ask_learner("step", batch, self.step)
-        self.step += 1
-        report = await self._push()
+        batch = self._build(self.replay.mix([w.group for w in works if w.group is not None]))
+        async with self.fleet.gate:
+            with self.phases("train", self.step):
+                trained = await self._ask_learner("step", batch, self.step)
+            self.step += 1
+            with self.phases("sync", self.step):
+                report = await self.fleet.push(self.step)
+        self.fleet.progressed()
         metrics = {
             **trained,
             **reward_metrics,
-            **batch_metrics(works, batch),
+            **batch_metrics(works),
             **age_metrics(age),
             **self._slot_metrics(),
+            **self.fleet.metrics(),
             **report.metrics,
             "group/filtered": float(self._filtered),
             "time/rollout": waited,
             "time/reward": self._reward_seconds,
-            "time/sync": report.seconds,
+            "time/checkpoint": self.saver.take_seconds(),
             "time/step": time.perf_counter() - begin,
         }
         self._reward_seconds, self._filtered = 0.0, 0
@@ -146,14 +181,27 @@ class Controller:
         due = self.config.eval.every and self.step % self.config.eval.every == 0
         evaluation = await self._evaluate() if due or self.step == self.config.train.steps else {}
         metrics |= evaluation
-        self.slots.acknowledge()
+        self._end_step(works, age)
         self.parts.log.log(self.step, metrics)
         self.parts.log.samples(self.step, train_rows(works))
         self.parts.progress.update(self.step, metrics)
         if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
             await self._save()  # after the log: a kill in between repeats the step, its line is set aside
+        await self.saver.poll()
         self._watch(metrics)
         return evaluation
+
+    def _end_step(self, works: list[Work], ages: list[int]) -> None:
+        """Free the slots of a step that all engines have the outcome of, and start on the next prompts
+        while this step is being written down."""
+        self.slots.acknowledge()
+        keys = [list(w.key) for w in works]
+        self.parts.log.event("group/trained", step=self.step, prompts=keys, ages=ages)
+        if isinstance(self.sampler, Curriculum):  # in ticket order: arrival must not matter
+            for _, row, rate in sorted(self._measured):
+                self.sampler.observe(row, rate)
+        self._measured.clear()
+        self._hand_out()
 
     def _watch(self, metrics: dict[str, float]) -> None:
         """Let the guards look at the step. Raises GuardStop where the config says to stop."""
@@ -170,19 +218,21 @@ class Controller:
     # -- rollouts ----------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
-        """Give every free slot a prompt; first those that an interrupted run had handed out."""
-        while self.slots.free:
+        """Give free slots prompts, as far as the run's last step needs any; first those that an
+        interrupted run had handed out."""
+        needed = (self.config.train.steps - self.step) * self.slots.batch
+        while self.slots.free and len(self.slots.live) < needed:
             if self.redo:
                 key = self.redo.pop(0)
             else:
                 (row,) = self.sampler.next(1)
                 key = (self.sampler.epoch, row)
             work = self.slots.lease(key, self.prompts[key[1]])
-            self._spawn(work)
+            self.slots.dispatch(work, self.step)
+            self._spawn(self._serve(work))
 
-    def _spawn(self, work: Work) -> None:
-        self.slots.dispatch(work, self.step)
-        task = asyncio.create_task(self._serve(work))
+    def _spawn(self, body: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(body)
         self._tasks.add(task)
         task.add_done_callback(self._served)
 
@@ -203,19 +253,16 @@ class Controller:
             seed=derive_seed(self.config.seed, *work.key, work.version),
         )
         progress = self.step / max(self.config.train.steps, 1)
-        plan = self.algorithm.rollouts(
-            sampling.n, progress=progress, demonstration=bool(work.prompt.columns.get("completion"))
-        )
         name = f"train-{work.ticket}"
-        sampled = await sample_group(self.generate, name, work.prompt, plan, sampling, self.plan.tokenizer)
-        begin = time.perf_counter()
-        judged = await judge(work.prompt, sampled.completions, self.parts.rewards, progress)
-        self._reward_seconds = max(self._reward_seconds, time.perf_counter() - begin)
-        self._settle(work, scored_group(judged, sampled.trained))
+        group, seconds = await self.gatherer.group(work.prompt, sampling, name, progress)
+        self._reward_seconds = max(self._reward_seconds, seconds)
+        self._settle(work, group)
 
     def _settle(self, work: Work, group: Group) -> None:
         """A scored group enters the step, or is dropped and replaced by another prompt."""
         rewards = [c.reward for c in group.completions if c.reward is not None]
+        if group.completions:
+            self._measured.append((work.ticket, work.key[1], pass_rate(group, self._primary)))
         if len(rewards) < max(self.algorithm.min_generations, 1):
             reason = "unjudged"
         elif not self.algorithm.keep_group(rewards):
@@ -223,7 +270,7 @@ class Controller:
             self._filtered += 1
             limit = self.config.train.max_filtered * self.config.train.batch_size
             if self._filtered > limit:
-                raise RuntimeError(
+                raise NoSignal(
                     f"{self._filtered} groups in a row of step {self.step + 1} carried no signal "
                     f"(train.max_filtered allows {limit}): the task is too easy or too hard for this policy"
                 )
@@ -231,19 +278,9 @@ class Controller:
             self.slots.score(work, group)
             return
         self.slots.drop(work, reason)
-        self.parts.log.event("group/dropped", prompt=work.prompt.id, reason=reason)
+        self.dropped.append((*work.key, reason))
+        self.parts.log.event("group/dropped", prompt=list(work.key), reason=reason)
         self._hand_out()
-
-    async def generate(self, request: Request) -> list[Generated]:
-        """Complete a request, rebuilding dead replicas on the way."""
-        attempt = 0
-        while True:
-            try:
-                name = request.id if attempt == 0 else f"{request.id}-again-{attempt}"
-                return await self.parts.pool.generate(replace(request, id=name))
-            except ReplicaDied as error:
-                attempt += 1
-                await self._recover(error)
 
     async def _next_works(self) -> list[Work]:
         """Wait until a batch of scored works is there. Raises what any of the tasks raised."""
@@ -251,6 +288,8 @@ class Controller:
             if self._fault is not None:
                 raise self._fault
             self._check_stop()
+            scored = sum(w.state == State.scored for w in self.slots.live.values())
+            self.parts.progress.phase("rollout", min(scored, self.slots.batch), self.slots.batch)
             works = self.slots.take(self.step)
             if works is not None:
                 return works
@@ -265,52 +304,6 @@ class Controller:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # -- weights -----------------------------------------------------------------------------------
-
-    async def _push(self) -> PushReport:
-        """Push the current version to every engine; engines whose update failed are rebuilt."""
-        while True:
-            try:
-                report = await self.parts.channel.push(self.step)
-            except EngineError as error:
-                index = error.index if isinstance(error, ReplicaDied) else 0
-                await self._recover(ReplicaDied(index, str(error)), everyone=True)
-                continue
-            self.parts.log.event(
-                "version/pushed", version=report.version, seconds=report.seconds, bytes=report.bytes
-            )
-            return report
-
-    async def _recover(self, error: ReplicaDied, *, everyone: bool = False) -> None:
-        """Rebuild dead replicas and give them the current version; `everyone` after a push that
-        failed half-way, which leaves every engine unusable. Raises EngineError past `max_restarts`."""
-        pool = self.parts.pool
-        known = pool.generation
-        async with self._recovering:
-            if pool.generation != known:
-                return  # somebody else has rebuilt it in the meantime
-            indices = range(len(pool.specs)) if everyone else [error.index]
-            self.restarts += 1
-            limit = self.config.rollout.max_restarts
-            if self.restarts > limit:
-                raise EngineError(
-                    f"{error}. Rebuilt {limit} times already (rollout.max_restarts): giving up."
-                ) from error
-            self.parts.progress.note(f"{error}; building it anew ({self.restarts} of {limit})")
-            self.parts.log.event("engine/lost", engine=error.index, reason=str(error))
-            begin = time.perf_counter()
-            for index in indices:
-                await pool.rebuild(index)
-            await self.parts.channel.connect()
-            if not everyone:  # a failed push is repeated by the caller
-                await self.parts.channel.push(self.step)
-            self.parts.log.event(
-                "engine/rebuilt",
-                engine=error.index,
-                version=self.step,
-                seconds=time.perf_counter() - begin,
-            )
-
     async def _ask_learner(self, method: str, *args: Any) -> Any:
         reference = getattr(self.parts.learner, method).remote(*args)
         seconds = self.config.learner.step_timeout_s
@@ -324,13 +317,15 @@ class Controller:
         if held_out is None:
             return {}
         begin = time.perf_counter()
+        if self.stop.is_set():
+            return {}
         metrics, judged = await evaluate(
-            self,
+            self.fleet,
             self.parts.rewards,
             self.plan.tokenizer,
             held_out.prompts,
             self.config.eval,
-            primary=self.config.rewards.functions[0].label,
+            primary=self._primary,
             max_tokens=self.config.rollout.sampling.max_completion_length,
             seed=self.config.seed,
             label=f"eval-{self.step}",
@@ -343,30 +338,30 @@ class Controller:
         self.parts.log.samples(self.step, [row for j in judged for row in sample_rows(j, "eval")])
         return metrics
 
-    async def _save(self) -> float:
-        """Save a checkpoint of this step, once; returns the seconds that it took."""
-        if self.saved_at == self.step:
-            return 0.0
-        begin = time.perf_counter()
+    async def _save(self, *, final: bool = False) -> None:
+        """Save a checkpoint of this step, once; `final`: wait until it is complete."""
         meta = {
             "step": self.step,
             "sampler": self.sampler.state_dict(),
             "outstanding": self.slots.outstanding() + self.redo,
+            "dropped": self.dropped[-KEPT_DROPPED:],
             "counts": dict(self.slots.counts),
+            "rewards": self.parts.rewards.state_dict(),
+            "replay": self.replay.state_dict(),
         }
-        keep = self.config.checkpoint.keep
-        path = await self._ask_learner("save", str(self.checkpoints), self.step, keep, meta)
-        self.saved_at = self.step
-        seconds = time.perf_counter() - begin
-        self.parts.log.event("checkpoint/saved", step=self.step, path=path, seconds=seconds)
-        return seconds
+        await self.saver.save(self.step, meta, final=final)
 
     async def _restore(self, found: Checkpoint) -> None:
         self.step = await self._ask_learner("restore", str(found.path))
         self.sampler.load_state_dict(found.meta["sampler"])
         self.redo = [(epoch, row) for epoch, row in found.meta["outstanding"]]
+        self.dropped = [(epoch, row, reason) for epoch, row, reason in found.meta["dropped"]]
         self.slots.counts.update(found.meta["counts"])
-        self.saved_at = self.step
+        self.parts.rewards.load_state_dict(found.meta["rewards"])
+        self.replay.load_state_dict(found.meta["replay"], {p.id: p for p in self.prompts})
+        self.saver.saved_at = self.step
+        history = [r for r in read_jsonl(self.parts.log.run_dir / METRICS_FILE) if r["step"] <= self.step]
+        self.guards = Guards(self.config.guards, self.config.rollout.staleness, history, online=True)
         self.parts.log.event("checkpoint/restored", step=self.step, path=str(found.path))
         self.parts.progress.note(f"resumed at step {self.step} from {found.path}")
 
@@ -374,12 +369,19 @@ class Controller:
         if self.stop.is_set():
             raise RunStopped(self.step)
 
+    @property
+    def _primary(self) -> str:
+        return self.config.rewards.functions[0].label
+
     def _slot_metrics(self) -> dict[str, float]:
         dropped = {k: v for k, v in self.slots.counts.items() if k.startswith("dropped/")}
+        busy = [w.state for w in self.slots.live.values() if w.state != State.trained]
         return {
             "data/epoch": float(self.sampler.seen) / self.sampler.size,
             "data/prompts": float(self.sampler.seen),
             "data/dropped": float(sum(dropped.values())),
             **{f"data/{name}": float(count) for name, count in dropped.items()},
-            "engine/restarts": float(self.restarts),
+            **(self.sampler.metrics() if isinstance(self.sampler, Curriculum) else {}),
+            "rollout/inflight": float(busy.count(State.inflight)),
+            "rollout/waiting": float(self.slots.capacity - len(busy)),
         }

@@ -36,9 +36,15 @@ async def call(reference: Any, seconds: float, what: str) -> Any:
     try:
         return await within(seconds, what, reference)
     except RayActorError as error:
-        raise ActorDied(f"{what}: {str(error).strip().splitlines()[0]}") from error
+        raise ActorDied(f"{what}: {_first_and_last(str(error))}") from error
     except RayTaskError as error:
         raise error.cause from error
+
+
+def _first_and_last(text: str) -> str:
+    """Ray's own summary, and the error at the end of the traceback that it quotes."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
 
 
 @contextmanager
@@ -94,19 +100,25 @@ def _is_of_a_run(process: Any) -> bool:
         return False
 
 
+def kill_actor(actor: Any, node: str, pid: int) -> None:
+    """End an actor and every process that it started, at once: also one that is frozen, which Ray's own
+    way of ending an actor would wait for. `node` and `pid` ("" and 0: unknown) say where it runs."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from rft.rewards.process import kill_tree
+
+    if pid and node == ray.get_runtime_context().get_node_id():
+        kill_tree(pid)
+    elif pid:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        ray.remote(kill_tree).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+    ray.kill(actor)
+
+
 def kill(pid: int) -> None:
     """SIGKILL; a process that is gone is no error."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def descendants(pid: int) -> list[int]:
-    """Process ids of all that a process started; [] where it is gone."""
-    import psutil
-
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []

@@ -52,7 +52,11 @@ class GuardsConfig(Section):
     warmup: int = Field(10, ge=0, description="first steps in which no guard speaks")
     repeat_every: int = Field(20, ge=1, description="steps before the same guard speaks again")
 
-    loss_spike: Action = Field("warn", description="action when the loss jumps away from its recent values")
+    loss_spike: Action | None = Field(
+        None,
+        description="action when the loss jumps away from its recent values (none: warn in offline training; "
+        "off online, where a policy gradient's loss is around zero by construction)",
+    )
     loss_spike_sigmas: float = Field(
         8.0, gt=0, description="how many robust standard deviations above the recent median make a spike"
     )
@@ -83,3 +87,10 @@ class GuardsConfig(Section):
     engine_silence: float = Field(
         300.0, gt=0, description="seconds without a sign of life after which an engine is stale"
     )
+
+    def action(self, guard: str, *, online: bool) -> Action:
+        """What to do when a guard speaks: the user's word, else its default for this kind of training."""
+        chosen: Action | None = getattr(self, guard)
+        if chosen is None:
+            return "off" if online else "warn"
+        return chosen

@@ -181,7 +181,9 @@ SLOW = {
 }
 
 
-def check(history: History, config: GuardsConfig, staleness: int = 0) -> list[Finding]:
+def check(
+    history: History, config: GuardsConfig, staleness: int = 0, *, online: bool = False
+) -> list[Finding]:
     """What all guards that are not `off` say of the newest row, with the actions of the config."""
     if not history:
         return []
@@ -189,18 +191,21 @@ def check(history: History, config: GuardsConfig, staleness: int = 0) -> list[Fi
     if len(history) > config.warmup:
         found += [guard(history, config) for guard in SLOW.values()]
     named = [finding for finding in found if finding is not None]
-    actions: dict[str, Action] = {f.guard: getattr(config, f.guard) for f in named}
+    actions = {f.guard: config.action(f.guard, online=online) for f in named}
     return [Finding(**{**asdict(f), "action": actions[f.guard]}) for f in named if actions[f.guard] != "off"]
 
 
 class Guards:
     """Asks the guards after every step and keeps each from repeating itself.
 
-    history: the rows of a run that is resumed, so that "at first" means the run's beginning.
+    history: the rows of a run that is resumed, so that "at first" means the run's beginning. online: the
+    algorithm trains on completions of its own, which decides some guards' default action.
     """
 
-    def __init__(self, config: GuardsConfig, staleness: int = 0, history: History = ()) -> None:
-        self.config, self.staleness = config, staleness
+    def __init__(
+        self, config: GuardsConfig, staleness: int = 0, history: History = (), *, online: bool = False
+    ) -> None:
+        self.config, self.staleness, self.online = config, staleness, online
         self._history: list[Row] = list(history)
         self._spoke: dict[str, int] = {}
 
@@ -209,7 +214,7 @@ class Guards:
         `guard/NAME`), and raises `GuardStop` for one whose action is `stop`."""
         self._history.append({**metrics, "step": step})
         fresh = []
-        for finding in check(self._history, self.config, self.staleness):
+        for finding in check(self._history, self.config, self.staleness, online=self.online):
             last = self._spoke.get(finding.guard)
             if finding.action == "stop" or last is None or step - last >= self.config.repeat_every:
                 self._spoke[finding.guard] = step

@@ -131,6 +131,16 @@ class RewardRunner:
                 raise RewardError(_missing(c, name, columns))
         return await pool.score(index, prompts, completions, renamed)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the error policy has counted so far, as plain JSON."""
+        failures = {kind.value: count for kind, count in self._tally.failures.items()}
+        return {"scored": self._tally.scored, "failures": failures}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state` was taken."""
+        self._tally.scored = state["scored"]
+        self._tally.failures = {kind: state["failures"][kind.value] for kind in self._tally.failures}
+
     def take_metrics(self) -> dict[str, float]:
         """The metrics since the last call: per component the mean, outcomes and seconds; worker counts."""
         metrics = self._tally.take()

@@ -50,7 +50,15 @@ class RolloutConfig(Section):
     start_timeout_s: float = Field(600, gt=0, description="seconds that an engine may take to start")
     control_timeout_s: float = Field(120, gt=0, description="seconds that a control call may take")
     generate_timeout_s: float = Field(1800, gt=0, description="seconds that one group may take")
-    max_restarts: int = Field(3, ge=0, description="times that a dead engine is rebuilt before the run stops")
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="times that dead engines are rebuilt within one step before the run stops",
+    )
+    health_every_s: float = Field(10, gt=0, description="seconds between two questions for a sign of life")
+    health_timeout_s: float = Field(
+        60, gt=0, description="seconds without an answer after which an engine counts as dead"
+    )
     engine_args: dict[str, Any] = Field({}, description="further arguments for vLLM's AsyncEngineArgs")
 
     @model_validator(mode="after")

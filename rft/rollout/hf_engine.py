@@ -20,17 +20,23 @@ class HFEngine:
         self.spec = spec
         self._version = -1
         self.receiver: Receiver | None = None
-        self._lock = asyncio.Lock()  # one request at a time; an update waits for it
+        self._lock = asyncio.Lock()  # one request at a time; an update waits for the one that runs
+        self._open = asyncio.Event()  # cleared while an update waits or runs
+        self._open.set()
 
     async def start(self) -> None:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(self.spec.threads)
         dtype = "auto" if self.spec.dtype == "auto" else getattr(torch, self.spec.dtype)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            self.spec.model, dtype=dtype, trust_remote_code=self.spec.trust_remote_code
-        )
-        self.model.to(self.spec.device).eval()
+
+        def load(path: str) -> Any:
+            remote = self.spec.trust_remote_code
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=remote)
+            return model.to(self.spec.device).eval()
+
+        self.model: Any = load(self.spec.model)
+        self.reference: Any = load(self.spec.reference) if self.spec.reference else None
         self.tokenizer: Any = None
         if self.spec.needs_text:
             from transformers import AutoTokenizer
@@ -39,8 +45,11 @@ class HFEngine:
 
     async def generate(self, request: Request) -> list[Generated]:
         """Sample `request.sampling.n` completions, in sample order."""
-        async with self._lock:
-            return await asyncio.to_thread(self._sample, request)
+        while True:
+            await self._open.wait()
+            async with self._lock:
+                if self._open.is_set():
+                    return await asyncio.to_thread(self._sample, request)
 
     @torch.inference_mode()
     def _sample(self, request: Request) -> list[Generated]:
@@ -55,11 +64,12 @@ class HFEngine:
         logps: list[list[float]] = [[] for _ in range(s.n)]
         finish: list[Literal["stop", "length"] | None] = [None] * s.n
         ids = torch.tensor([request.tokens], device=self.spec.device).expand(s.n, -1)
-        cache = None
+        policy, reference = _Reader(self.model), _Reader(self.reference)
         for _ in range(s.max_tokens):
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            ids, chosen = _draw(out.logits[:, -1], s, generator)
+            logits = policy.read(ids)
+            if s.mixture:
+                logits = torch.lerp(logits, reference.read(ids), s.mixture)
+            ids, chosen = _draw(logits, s, generator)
             for i, (token, logp) in enumerate(zip(ids[:, 0].tolist(), chosen.tolist(), strict=True)):
                 if finish[i] is None:
                     tokens[i].append(token)
@@ -85,7 +95,10 @@ class HFEngine:
         self.receiver = await asyncio.to_thread(Receiver, link)
 
     async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
-        """Requests run one by one to their end, so every `in_flight` policy means: wait."""
+        """Requests run one by one, each to its end. `wait` lets those that queue come first; else they
+        stay in the queue during the update."""
+        if in_flight != "wait":
+            self._open.clear()
         await self._lock.acquire()
 
     async def receive(self, update: dict[str, Any]) -> None:
@@ -98,6 +111,7 @@ class HFEngine:
     async def resume(self) -> None:
         if self._lock.locked():
             self._lock.release()
+        self._open.set()
 
     async def version(self) -> int:
         return self._version
@@ -105,6 +119,20 @@ class HFEngine:
     async def close(self) -> None:
         if self.receiver is not None:
             self.receiver.close()
+
+
+class _Reader:
+    """A model that reads on and on, with its KV cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache = model, None
+
+    def read(self, ids: Tensor) -> Tensor:
+        """[n, V] float32: the logits after `ids` [n, t], which follow what was read before."""
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
 
 
 def _draw(logits: Tensor, s: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:

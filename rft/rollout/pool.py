@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 import ray
 
-from rft.remote import ActorDied, Overdue, call, descendants, kill
+from rft.remote import ActorDied, Overdue, call, kill_actor
 from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request
 from rft.rollout.replica import Replica
-from rft.sync.broadcast import Manifest
 
 
 class ReplicaDied(EngineError):
-    """A replica is gone or its engine is; `index` says which."""
+    """A replica is gone or its engine is. `index` says which; `serial` which of those that had this
+    index (-1: none is there)."""
 
-    def __init__(self, index: int, why: str) -> None:
+    def __init__(self, index: int, why: str, serial: int = -1) -> None:
         super().__init__(f"rollout replica {index} died: {why}")
-        self.index = index
+        self.index, self.why, self.serial = index, why, serial
 
 
 @dataclass
 class _Member:
     actor: Any
+    serial: int
     node: str = ""
     pid: int = 0
     load: int = 0
+    serving: bool = False  # it may sample: it holds weights that the run knows
+    version: int = -1
+    last_sign: float = 0.0  # monotonic
 
 
 class RolloutPool:
@@ -47,7 +53,8 @@ class RolloutPool:
         self.start_timeout_s, self.generate_timeout_s = start_timeout_s, generate_timeout_s
         self.control_timeout_s = specs[0].control_timeout_s
         self.members: dict[int, _Member] = {}
-        self.generation = 0  # rises with every rebuild
+        self._serials = count()
+        self._serving = asyncio.Event()  # some replica may sample
 
     @property
     def world_size(self) -> int:
@@ -57,19 +64,27 @@ class RolloutPool:
     async def start(self) -> None:
         """Start all replicas, side by side."""
         await asyncio.gather(*(self._start(i) for i in range(len(self.specs))))
+        self._serve()
 
     async def _start(self, index: int) -> None:
         remote = ray.remote(Replica).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_concurrency=1024, max_restarts=0
         )
-        member = _Member(remote.remote(self.specs[index], index))
+        member = _Member(remote.remote(self.specs[index], index), next(self._serials))
         self.members[index] = member
-        member.node, member.pid = await self._ask(index, "start", seconds=self.start_timeout_s)
+        member.node, member.pid = await self._ask(index, "whereabouts", seconds=self.start_timeout_s)
+        await self._ask(index, "start", seconds=self.start_timeout_s)
+
+    def _serve(self) -> None:
+        """All members may sample now."""
+        for member in self.members.values():
+            member.serving = True
+        self._serving.set()
 
     async def generate(self, request: Request) -> list[Generated]:
-        """Complete a prompt on the replica with the least work."""
-        index = min(self.members, key=lambda i: (self.members[i].load, i))
-        member = self.members[index]
+        """Complete a prompt on the replica with the least work; waits while none serves."""
+        member = await self._least_loaded()
+        index = next(i for i, m in self.members.items() if m is member)
         member.load += request.sampling.n
         try:
             result: list[Generated] = await self._ask(
@@ -79,22 +94,43 @@ class RolloutPool:
             member.load -= request.sampling.n
         return result
 
+    async def _least_loaded(self) -> _Member:
+        while True:
+            serving = [(m.load, i) for i, m in self.members.items() if m.serving]
+            if serving:
+                return self.members[min(serving)[1]]
+            self._serving.clear()
+            await self._serving.wait()
+
+    def is_lost(self, died: ReplicaDied) -> bool:
+        """False where the replica that died was replaced in the meantime."""
+        return died.index not in self.members or self.members[died.index].serial == died.serial
+
+    def discard(self, died: ReplicaDied) -> None:
+        """Kill what is left of a replica that died, so that nothing waits for it any longer."""
+        member = self.members.get(died.index)
+        if member is not None and member.serial == died.serial:
+            self.kill(died.index)
+
+    def load(self, index: int) -> int:
+        """Completions that a replica works on, by the pool's books; 0 where there is none."""
+        return self.members[index].load if index in self.members else 0
+
     async def rebuild(self, index: int) -> None:
-        """Replace a replica. The new one has the weights from disk: connect and push to it next."""
+        """Replace a replica. The new one has the weights from disk and serves once it was pushed to."""
         self.kill(index)
         await self._start(index)
-        self.generation += 1
 
     def kill(self, index: int) -> None:
-        """Kill a replica's actor and whatever processes it started."""
+        """Kill a replica's actor and whatever processes it started, frozen ones too."""
         member = self.members.pop(index, None)
-        if member is None:
-            return
-        here = member.node == ray.get_runtime_context().get_node_id()
-        children = descendants(member.pid) if here else []  # elsewhere they follow their parent
-        ray.kill(member.actor)
-        for process in children:
-            kill(process)
+        if member is not None:
+            kill_actor(member.actor, member.node, member.pid)
+
+    async def health(self, index: int, timeout_s: float) -> int:
+        """Have a replica's engine answer; returns the completions that it works on. Raises ReplicaDied."""
+        load: int = await self._ask(index, "health", seconds=timeout_s)
+        return load
 
     # -- weights: the same call on every replica, all acknowledged ------------------------------------
 
@@ -102,18 +138,22 @@ class RolloutPool:
         await asyncio.gather(*(self._ask(i, "join", link) for i, link in enumerate(links)))
 
     async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
-        await self._all("begin_update", in_flight)
+        drains = in_flight == "wait"  # completions in flight may take as long as any
+        await self._all("begin_update", in_flight, seconds=self.generate_timeout_s if drains else None)
 
     async def receive(self, update: dict[str, Any]) -> None:
         await self._all("receive", update)
 
     async def finish_update(self, version: int) -> None:
         """Raises EngineError when a replica reports another version than `version`."""
-        for index, reported in enumerate(await self._all("finish_update", version)):
+        indices = sorted(self.members)
+        for index, reported in zip(indices, await self._all("finish_update", version), strict=True):
             if reported != version:
                 raise EngineError(
                     f"rollout replica {index} reports version {reported} after a push of {version}"
                 )
+            self.members[index].version = version
+        self._serve()
 
     async def call_workers(self, method: str, *args: Any) -> None:
         """Call a method of rft's worker extension on all replicas (vLLM only)."""
@@ -125,12 +165,13 @@ class RolloutPool:
             try:
                 await self._ask(index, "close", seconds=10)
             except EngineError:
-                continue  # killed next, whatever state it is in
-            finally:
                 self.kill(index)
+            else:
+                ray.kill(self.members.pop(index).actor)
 
-    async def _all(self, method: str, *args: Any) -> list[Any]:
-        return list(await asyncio.gather(*(self._ask(i, method, *args) for i in sorted(self.members))))
+    async def _all(self, method: str, *args: Any, seconds: float | None = None) -> list[Any]:
+        calls = (self._ask(i, method, *args, seconds=seconds) for i in sorted(self.members))
+        return list(await asyncio.gather(*calls))
 
     async def _ask(self, index: int, method: str, *args: Any, seconds: float | None = None) -> Any:
         member = self.members.get(index)
@@ -139,10 +180,12 @@ class RolloutPool:
         what = f"{method} on rollout replica {index}"
         try:
             answer = getattr(member.actor, method).remote(*args)
-            return await call(answer, seconds or self.control_timeout_s, what)
+            result = await call(answer, seconds or self.control_timeout_s, what)
         except (ActorDied, Overdue) as error:  # a replica that does not answer is as good as dead
-            raise ReplicaDied(index, str(error)) from error
+            raise ReplicaDied(index, str(error), member.serial) from error
         except Exception as error:
             if type(error).__name__ in ("EngineDeadError", "EngineGenerateError"):
-                raise ReplicaDied(index, f"{what}: {error}") from error
+                raise ReplicaDied(index, f"{what}: {error}", member.serial) from error
             raise
+        member.last_sign = time.monotonic()
+        return result

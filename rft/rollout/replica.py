@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, RolloutEngine
-from rft.sync.broadcast import Manifest
 
 
 def build_engine(spec: EngineSpec) -> RolloutEngine:
@@ -28,20 +27,33 @@ class Replica:
         if spec.cores:
             os.sched_setaffinity(0, parse_cores(spec.cores))
         self.engine = build_engine(spec)
+        self.load = 0
 
-    async def start(self) -> tuple[str, int]:
-        """Start the engine; returns this process's node and id."""
+    async def whereabouts(self) -> tuple[str, int]:
+        """This process's node and id."""
         import ray
 
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    async def start(self) -> None:
+        """Start the engine."""
         try:
             await self.engine.start()
         except Exception as error:
             raise EngineError(f"{self.name} could not start its engine: {error}") from error
-        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     async def generate(self, request: Request) -> list[Generated]:
         """Complete one prompt."""
-        return await self.engine.generate(request)
+        self.load += request.sampling.n
+        try:
+            return await self.engine.generate(request)
+        finally:
+            self.load -= request.sampling.n
+
+    async def health(self) -> int:
+        """Have the engine answer; returns the completions that it works on."""
+        await self.engine.version()
+        return self.load
 
     async def join(self, link: Link) -> None:
         await self.engine.join(link)

@@ -1,0 +1,179 @@
+"""The engines as the loop sees them: requests that outlive an engine, pushes that come through, health.
+
+One task at a time may have to do with the learner and the weight channel (`gate`): a training step, a
+push, or the mending of lost replicas. So a rebuilt engine is never given weights of a version that is
+only half trained, and two recoveries never get into each other's way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from rft.learner.learner import LearnerError
+from rft.metrics import Progress, RunLog
+from rft.remote import ActorDied, Overdue
+from rft.rollout.config import RolloutConfig
+from rft.rollout.engine import Aborted, EngineError, Generated, Request
+from rft.rollout.pool import ReplicaDied, RolloutPool
+from rft.sync.channel import PushReport, WeightChannel
+
+HEALTH_TOLD_EVERY = 60.0  # seconds between two signs of life in events.jsonl
+
+
+@dataclass
+class Fleet:
+    """The replicas of a run. `version` is the one that they hold, or are about to."""
+
+    pool: RolloutPool
+    channel: WeightChannel
+    config: RolloutConfig
+    log: RunLog
+    progress: Progress
+    version: int = 0
+    restarts: int = 0
+    requeued: int = 0
+    gate: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _in_a_row: int = 0
+    _changing: bool = False
+    _told: dict[int, float] = field(default_factory=dict)
+
+    async def open(self, version: int) -> None:
+        """Connect and push `version`: always, since an engine loads from disk and the learner may have
+        been restored."""
+        async with self.gate:
+            self.version = version
+            begin = time.perf_counter()
+            try:
+                await self.channel.connect()
+            except ActorDied:
+                raise
+            except (EngineError, Overdue, RuntimeError) as error:
+                await self._mend(self._everyone(), f"the weight channel did not form: {error}")
+            else:
+                await self.push(version)
+            for index in sorted(self.pool.members):
+                self.log.event("engine/started", engine=index, version=version, seconds=_since(begin))
+
+    async def generate(self, request: Request) -> list[Generated]:
+        """Complete a request: on another replica where one dies, again where a push cut it off."""
+        attempt = 0
+        while True:
+            name = request.id if attempt == 0 else f"{request.id}-again-{attempt}"
+            try:
+                return await self.pool.generate(replace(request, id=name))
+            except ReplicaDied as error:
+                reason = error.why
+                await self._recover(error)
+            except Aborted:
+                reason = "aborted by a push"
+            attempt += 1
+            self.requeued += 1
+            self.log.event("group/requeued", request=request.id, reason=reason)
+
+    async def push(self, version: int) -> PushReport:
+        """Push a version to every engine. Call it with the gate held. After a push that failed half-way
+        no engine can be trusted, so all are rebuilt."""
+        self.version = version
+        self._changing = True
+        try:
+            report = await self.channel.push(version)
+        except (ActorDied, LearnerError):
+            raise  # the learner's own trouble
+        except (EngineError, Overdue, RuntimeError) as error:
+            report = await self._mend(self._everyone(), f"pushing version {version} failed: {error}")
+        finally:
+            self._changing = False
+        self.log.event("version/pushed", version=report.version, seconds=report.seconds, bytes=report.bytes)
+        return report
+
+    def progressed(self) -> None:
+        """A step was finished: the engines work, and the count of rebuilds in a row starts anew."""
+        self._in_a_row = 0
+
+    def _everyone(self) -> list[int]:
+        return list(range(len(self.pool.specs)))
+
+    async def _recover(self, died: ReplicaDied) -> None:
+        """Rebuild a replica that died, once, however many requests it took with it."""
+        self.pool.discard(died)
+        async with self.gate:
+            if self.pool.is_lost(died):
+                await self._mend([died.index], died.why)
+
+    async def _mend(self, lost: Iterable[int], why: str) -> PushReport:
+        """Rebuild replicas and give all of them the current version. Raises EngineError once that was
+        needed more than `max_restarts` times without a finished step."""
+        limit = self.config.max_restarts
+        while True:
+            lost = sorted({*lost, *(i for i in self._everyone() if i not in self.pool.members)})
+            self._in_a_row += 1
+            if self._in_a_row > limit:
+                raise EngineError(
+                    f"rollout: {why}. Engines were rebuilt {limit} times since the last finished step "
+                    "(rollout.max_restarts): giving up"
+                )
+            names = "replica " + ", ".join(map(str, lost))
+            self.progress.note(f"{why}; building {names} anew ({self._in_a_row} of {limit} in a row)")
+            for index in lost:
+                self.log.event("engine/lost", engine=index, reason=why, held=self.pool.load(index))
+            begin = time.perf_counter()
+            try:
+                return await self._rebuild(lost, begin)
+            except (ActorDied, LearnerError):
+                raise
+            except (EngineError, Overdue, RuntimeError) as error:
+                lost, why = self._everyone(), f"rebuilding failed: {error}"
+
+    async def _rebuild(self, lost: list[int], begin: float) -> PushReport:
+        self._changing = True
+        try:
+            await asyncio.gather(*(self.pool.rebuild(index) for index in lost))
+            await self.channel.connect()
+            report = await self.channel.push(self.version)
+        finally:
+            self._changing = False
+        self.restarts += len(lost)
+        for index in lost:
+            self.log.event("engine/rebuilt", engine=index, version=self.version, seconds=_since(begin))
+        return report
+
+    # -- health ------------------------------------------------------------------------------------
+
+    async def watch_health(self) -> None:
+        """Ask every replica for a sign of life, for ever; what does not answer is killed and rebuilt."""
+        while True:
+            await asyncio.sleep(self.config.health_every_s)
+            if not self._changing:  # a push has deadlines of its own
+                await asyncio.gather(*(self._ask_health(i) for i in sorted(self.pool.members)))
+
+    async def _ask_health(self, index: int) -> None:
+        try:
+            load = await self.pool.health(index, self.config.health_timeout_s)
+        except ReplicaDied as died:
+            if not self._changing:
+                await self._recover(died)
+            return
+        now = time.monotonic()
+        if now - self._told.get(index, -HEALTH_TOLD_EVERY) >= HEALTH_TOLD_EVERY:
+            self._told[index] = now
+            self.log.event("engine/health", engine=index, version=self.version, inflight=load)
+
+    def metrics(self) -> dict[str, float]:
+        """`engine/...`: who is alive, with which version, silent for how long."""
+        now, members = time.monotonic(), sorted(self.pool.members.items())
+        found = {
+            "engine/alive": float(sum(m.serving for _, m in members)),
+            "engine/restarts": float(self.restarts),
+            "rollout/requeued": float(self.requeued),
+        }
+        for index, member in members:
+            found[f"engine/{index}/version"] = float(member.version)
+            found[f"engine/{index}/silence"] = now - member.last_sign
+        return found
+
+
+def _since(begin: float) -> float:
+    return time.perf_counter() - begin
