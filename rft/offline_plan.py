@@ -67,10 +67,6 @@ def offline_problems(config: Config, data: OfflineData | None, positions: int) -
         out.append(f"eval.generate: {name} trains a reward model, which generates nothing; set it to false")
     if config.eval.generate and not config.rewards.functions:
         out.append("eval.generate: completions are scored by rewards; add `rewards: [{function: math}]`")
-    if config.rewards.functions and not config.eval.generate:
-        out.append(
-            f"rewards: {name} trains on a dataset, and reads none; remove them, or write eval.generate: true"
-        )
     if config.learner.reference_logps == "cached":
         out += _uncached(algorithm, name)
     if data is None:

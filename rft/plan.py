@@ -151,8 +151,9 @@ def threads_for(threads: int | None, cores: str | None) -> int:
     return len(parse_cores(cores)) if cores else len(os.sched_getaffinity(0))
 
 
-def make_plan(config: Config, *, model: str | None = None) -> Plan:
-    """Resolve a config; `model` overrides its model's path. Raises ConfigError with all problems."""
+def make_plan(config: Config, *, model: str | None = None, evaluate: bool = False) -> Plan:
+    """Resolve a config; `model` overrides its model's path, `evaluate` prepares for sampling on held-out
+    prompts whatever the algorithm. Raises ConfigError with all problems."""
     problems: list[str] = []
 
     def attempt(what: str, action: Callable[[], Any]) -> Any:
@@ -162,7 +163,7 @@ def make_plan(config: Config, *, model: str | None = None) -> Plan:
             problems.append(f"{what}: {error}")
             return None
 
-    sampled = config.algorithm.online or config.eval.generate
+    sampled = config.algorithm.online or config.eval.generate or evaluate
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     engine: Literal["vllm", "hf"] | None = (
         attempt("rollout.engine", lambda: _engine(config)) if sampled else "hf"
@@ -289,7 +290,7 @@ def _misfits(
     length = longest_sequence(config) if algorithm.online else 0
     if shape is not None and length > shape.max_positions:
         out.append(
-            f"rollout.sampling: max_prompt_length and max_completion_length make sequences of {length} tokens, "
+            f"rollout.sampling: max_prompt_length and max_completion_length make sequences of {length}, "
             f"but the model has {shape.max_positions} positions; lower one of them"
         )
     for key, cores in (("rollout.cores", r.cores), ("learner.cores", config.learner.cores)):

@@ -16,7 +16,7 @@ async def evaluate_model(plan: Plan) -> dict[str, float]:
     """The `eval/...` metrics of the plan's model. Raises ConfigError where there is nothing to evaluate."""
     config = plan.config
     if plan.eval_prompts is None or not config.rewards.functions:
-        raise ConfigError(["eval: an online config with rewards and eval.every above 0 is needed"])
+        raise ConfigError(["eval: a config with rewards and eval.every above 0 is needed"])
     with ray_cluster(config.ray.address, config.ray.object_store_gib):
         pool = make_pool(plan)
         rewards = RewardRunner(config.rewards, Path.cwd())
