@@ -1,64 +1,35 @@
 """What packing gains: the same sequences packed into micro-batches of a token budget, and padded side by
 side, forward and backward of the base transformer.
 
-    python benchmarks/packing.py [--rounds 3] [--threads 1] [--out benchmarks/results/packing-cpu.json]
+    python benchmarks/packing.py [--rounds 3] [--threads 1] [--profiles gsm8k-pairs ...]
 
 Padded micro-batches take sequences in the order they come, as many as fit the same budget with padding
 counted. `fill` is the share of the budget that packed micro-batches use, `waste` the share of padding in
-padded ones. Pairs are also run with shared prompts. Planning is timed alone, for 20,000 sequences.
-
-Profiles: `equal` and `short` are what the embedded arithmetic tasks look like; `tail` is log-normal;
-`gsm8k-pairs` are the lengths of ../shared/data/gsm8k/preferences.jsonl in words and signs, a stand-in for
-tokens, and is left out (and said so) where that file is absent; RFT_DATA names another folder for it.
+padded ones. Pairs are also run with shared prompts, as fast as the bound says at best. Each row carries the
+largest relative difference of the gradients from the padded run's in float32, and both peaks of memory,
+each in a process of its own. Planning is timed alone, for 20,000 sequences. Profiles: `profiles.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from prefix import VOCABULARY, Padded, Shape, interleaved, machine, yardstick
+from common import RESULTS, in_fresh_process, interleaved, merge_rows, peak_of, write_result
+from prefix import VOCABULARY, Padded, Shape
+from profiles import PAPER, Sizes, all_profiles, gsm8k_pairs
 from torch import Tensor
 
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.kernels.attention import hidden_states, prepare_model
-from rft.packing import micro_batches, tree_costs, tree_tokens
+from rft.packing import micro_batches, tree_costs, tree_tokens, worth_sharing
 
 BUDGET = 4096
-Sizes = list[tuple[int, list[int]]]
-
-
-def profiles() -> dict[str, Sizes]:
-    """(prompt tokens, completion tokens of each sequence) per group."""
-    rng = random.Random(0)
-    out: dict[str, Sizes] = {
-        "equal": [(20, [40]) for _ in range(256)],
-        "short": [(n // 3, [n - n // 3]) for n in (rng.randint(40, 80) for _ in range(256))],
-        "tail": [(64, [max(8, int(rng.lognormvariate(4.5, 0.9)))]) for _ in range(96)],
-    }
-    data = Path(os.environ.get("RFT_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    pairs = data / "gsm8k" / "preferences.jsonl"
-    if pairs.exists():
-        with pairs.open() as lines:
-            rows = [json.loads(line) for line, _ in zip(lines, range(64), strict=False)]
-        out["gsm8k-pairs"] = [
-            (pieces(r["prompt"]), [pieces(r["chosen"]), pieces(r["rejected"])]) for r in rows
-        ]
-    else:
-        print(f"gsm8k-pairs left out: no {pairs}")
-    return out
-
-
-def pieces(text: str) -> int:
-    return max(1, len(re.findall(r"\w+|[^\w\s]", text)))
 
 
 def batch_of(sizes: Sizes, share: bool) -> Batch:
@@ -94,32 +65,71 @@ def packed_run(model: Any, batch: Batch) -> None:
         hidden_states(model, batch.select(trees)).sum().backward()
 
 
+class Ways:
+    """One profile, ready to run padded, packed and, where a prompt has several completions, shared."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.shape = Shape()
+        self.reference, self.model = self.shape.build(), self.shape.build()
+        prepare_model(self.model)
+        self.separate, self.shared = batch_of(sizes, False), batch_of(sizes, True)
+        self.padded = padded_runs(self.reference, self.separate, BUDGET)
+        self.runs: dict[str, Callable[[], object]] = {
+            "padded": self.run_padded,
+            "packed": lambda: packed_run(self.model, self.separate),
+        }
+        if any(len(completions) > 1 for _, completions in sizes):
+            self.runs["shared"] = lambda: packed_run(self.model, self.shared)
+
+    def run_padded(self) -> None:
+        self.reference.zero_grad()
+        for part in self.padded:
+            part(clear=False)
+
+    def error(self, which: str) -> float:
+        """The largest relative difference of a gradient's norm from the padded run's. A shared prompt
+        counts once in the sum of hidden states, so the error of sharing is taken in prefix.py."""
+        self.run_padded()
+        self.runs[which]()
+        pairs = zip(self.model.parameters(), self.reference.parameters(), strict=True)
+        return max(
+            float((a.grad - b.grad).norm() / b.grad.norm())
+            for a, b in pairs
+            if a.grad is not None and b.grad is not None and b.grad.norm() > 0
+        )
+
+
+def peak(sizes: Sizes, which: str) -> float:
+    """Peak memory beyond models and inputs, 10^6 bytes."""
+    return round(peak_of(Ways(sizes).runs[which]), 1)
+
+
 def measure(name: str, sizes: Sizes, rounds: int) -> dict[str, Any]:
-    shape = Shape()
-    reference, model = shape.build(), shape.build()
-    prepare_model(model)
-    separate, shared = batch_of(sizes, False), batch_of(sizes, True)
-    padded = padded_runs(reference, separate, BUDGET)
-    runs = {"padded": lambda: [run() for run in padded], "packed": lambda: packed_run(model, separate)}
-    if any(len(completions) > 1 for _, completions in sizes):
-        runs["shared"] = lambda: packed_run(model, shared)
-    before = yardstick()
-    times = interleaved(runs, rounds)
-    plan = micro_batches(separate, BUDGET)[0]
-    slots = sum(run.tokens.numel() for run in padded)
+    ways = Ways(sizes)
+    separate, shape = ways.separate, ways.shape
+    times = interleaved(ways.runs, rounds)
+    slots = sum(run.tokens.numel() for run in ways.padded)
     row = {
         "profile": name,
         "sequences": separate.num_sequences,
         "tokens": separate.num_tokens,
-        **{f"{key}_s": round(value, 4) for key, value in times.items()},
-        "packed_gain": round(times["padded"] / times["packed"], 3),
-        "fill": round(separate.num_tokens / (BUDGET * len(plan)), 3),
+        "packed_gain": round(times.gain("padded", "packed"), 3),
+        "fill": round(separate.num_tokens / (BUDGET * len(micro_batches(separate, BUDGET)[0])), 3),
         "waste": round(1 - separate.num_tokens / slots, 3),
-        "yardstick_gflops": [round(before), round(yardstick())],
+        "errors": {"packed gradient": ways.error("packed")},
+        "peak_mb": {which: in_fresh_process(peak, sizes, which) for which in ways.runs},
+        **times.summary(),
     }
-    if "shared" in times:
-        row["shared_gain"] = round(times["padded"] / times["shared"], 3)
-        row["shared_bound"] = round(shape.flops(separate) / shape.flops(shared), 3)
+    if "shared" in ways.runs:
+        bound = shape.flops(separate) / shape.flops(ways.shared)
+        gain = times.gain("packed", "shared")
+        row["shared_gain"] = round(gain, 3)
+        row["shared_bound"] = round(bound, 3)
+        row["of_bound"] = round(gain / bound, 3)
+        row["share"] = worth_sharing(sizes, shape.hidden_size)
+        row["passed"] = gain >= 0.9 * bound if row["share"] else None
+    if name in PAPER:
+        row["paper_gain_8xH100"] = PAPER[name].paper_gain
     return row
 
 
@@ -156,19 +166,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds per profile")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--out", type=Path, default=None, help="where to write the rows as JSON")
+    parser.add_argument("--tokens", type=int, default=16_000, help="tokens of a profile, about")
+    parser.add_argument("--profiles", nargs="+", help="only these")
+    parser.add_argument("--out", type=Path, default=RESULTS / "packing-cpu.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    found = all_profiles(args.tokens)
+    if unknown := sorted(set(args.profiles or ()) - set(found)):
+        parser.error(f"no profile {', '.join(unknown)}; there are {', '.join(found)}")
+    if gsm8k_pairs() is None:
+        print("gsm8k-pairs left out: set RFT_DATA to the folder that holds gsm8k/preferences.jsonl")
     rows = []
-    for name, sizes in profiles().items():
-        rows.append(measure(name, sizes, args.rounds))
+    for name in args.profiles or found:
+        rows.append(measure(name, found[name], args.rounds))
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     plan = planning()
     print("planning:", "  ".join(f"{k} {v}" for k, v in plan.items()))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": machine(), "model": Shape().__dict__, "budget": BUDGET, "rows": rows}
-        args.out.write_text(json.dumps(result | {"planning": plan}, indent=1) + "\n")
+    result = {
+        "model": Shape().__dict__,
+        "budget": BUDGET,
+        "planning": plan,
+        "results": merge_rows(args.out, ("profile",), rows),
+    }
+    write_result(args.out, result)
     return 0
 
 

@@ -42,11 +42,12 @@ class Shape:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
+    vocabulary: int = VOCABULARY
 
     def build(self) -> Qwen3ForCausalLM:
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=VOCABULARY,
+            vocab_size=self.vocabulary,
             intermediate_size=3 * self.hidden_size,
             max_position_embeddings=1 << 15,
             hidden_size=self.hidden_size,
@@ -83,8 +84,10 @@ class Padded:
             self.tokens[i, : len(row)], self.mask[i, : len(row)] = row, 1
             self.pull[i, : len(row)] = weight
 
-    def __call__(self) -> Tensor:
-        self.model.zero_grad()
+    def __call__(self, clear: bool = True) -> Tensor:
+        """Forward and backward; the real tokens' hidden states [n, H]. `clear`: gradients start anew."""
+        if clear:
+            self.model.zero_grad()
         mask = None if bool(self.mask.all()) else self.mask
         hidden = self.model.model(
             input_ids=self.tokens, attention_mask=mask, use_cache=False
