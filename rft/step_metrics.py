@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rft.batch import Batch, Completion, Group
+from rft.batch import Completion
 from rft.evaluation import Judged
 from rft.metrics.diversity import diversity
 from rft.rollout.slots import Work
 
 
-def scored_group(judged: Judged, trained: Sequence[bool]) -> Group:
-    """The completions that could be judged, with their rewards; the others leave the group.
-
-    A yardstick (not `trained`) leaves too; its reward becomes `values["baseline"]` of the others.
-    """
-    rows = list(zip(judged.completions, judged.rewards, trained, strict=True))
-    yardsticks = [r.value for _, r, train in rows if not train and r.value is not None]
-    values = {"baseline": sum(yardsticks) / len(yardsticks)} if yardsticks else {}
-    kept = [
-        replace(c, reward=r.value, scores=r.scores, values={**c.values, **values})
-        for c, r, train in rows
-        if train and r.value is not None
-    ]
-    return Group(judged.prompt, tuple(kept) if yardsticks or all(trained) else ())
-
-
-def batch_metrics(works: list[Work], batch: Batch) -> dict[str, float]:
-    """Rewards, groups and completions of a batch."""
+def batch_metrics(works: list[Work]) -> dict[str, float]:
+    """Rewards, groups and completions of the works that a step trained on."""
     groups = [w.group for w in works if w.group is not None]
     completions = [c for g in groups for c in g.completions]
-    rewards = batch.rewards
-    assert rewards is not None
+    rewards = [c.reward for c in completions if c.reward is not None]
+    owners = [i for i, g in enumerate(groups) for _ in g.completions]
     lengths = [len(c.tokens) for c in completions]
     outcomes = Counter(str(next(iter(c.scores.values())).outcome) for c in completions)
     return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std(unbiased=False)),
+        "reward/mean": statistics.fmean(rewards),
+        "reward/std": statistics.pstdev(rewards),
         **{f"reward/outcome/{k}": v / len(completions) for k, v in sorted(outcomes.items())},
         "group/count": float(len(groups)),
         "completion/length_mean": sum(lengths) / len(lengths),
         "completion/length_min": float(min(lengths)),
         "completion/length_max": float(max(lengths)),
         "completion/truncated": sum(c.finish == "length" for c in completions) / len(completions),
-        **diversity([c.tokens for c in completions], batch.group.tolist()),
+        **diversity([c.tokens for c in completions], owners),
         "rollout/tokens": float(sum(lengths)),
     }
 
