@@ -1,4 +1,4 @@
-"""The command line: rft train | check | config | eval | reward | report | watch | export."""
+"""The command line: rft train | check | config | eval | reward | report | watch | export | bench."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pathlib import Path
 
 from rft import __version__
 
-_EXIT_CODES = "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on request with a checkpoint saved"
+_EXIT_CODES = (
+    "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on request with a checkpoint saved, "
+    "76 a part of the machine failed: the same command goes on from the last checkpoint"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH", help="go on from the run's last checkpoint"
     )
+    train.add_argument(
+        "--restarts", type=int, default=0, metavar="N",
+        help="start again by itself after a fault, at most N times in a row without a new checkpoint",
+    )  # fmt: skip
     train.add_argument("-h", "--help", action=HelpWithKeys, nargs=0, help="this help, and every config key")
+    verify = command("verify-resume", _verify, "run, kill, resume, and compare with an uninterrupted run")
+    verify.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the run")
+    verify.add_argument("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
+    verify.add_argument("--out", help="folder for the two runs (default: a temporary one)")
     command("check", _check, "resolve everything and print the plan, without training")
     evaluate = command("eval", _eval, "held-out accuracy and pass@k of a model, as JSON on stdout")
     evaluate.add_argument("--model", help="model folder or hub name (default: the config's)")
@@ -85,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     watch = command("watch", _watch, "a live view of a running job, from its folder", config=False)
     watch.add_argument("run_dir", help="run folder")
     watch.add_argument("--once", action="store_true", help="show one frame and end")
+    bench = command("bench", _bench, "run the benchmarks of this checkout", config=False)
+    bench.add_argument("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
+    bench.add_argument("--peers", action="store_true", help="also run the peers, in their own environments")
     reward = command("reward", _reward, "score a file with a reward and show how it judged", config=False)
     reward.add_argument("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
     return parser
@@ -96,6 +110,11 @@ def _train(args: argparse.Namespace) -> int:
     from rft.plan import make_plan
 
     config = load_config(args.config, args.overrides)
+    if args.restarts > 0:
+        from rft.supervise import supervise
+
+        resume = [] if args.resume == "auto" else ["--resume", args.resume]
+        return supervise([args.config, *args.overrides, *resume], config.run_dir, args.restarts)
     folder = runfolder.claim(config, args.resume)
     for note in folder.notes:
         print(f"rft: {note}", file=sys.stderr)
@@ -103,6 +122,21 @@ def _train(args: argparse.Namespace) -> int:
         print(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}", file=sys.stderr)
         return 0
     return run.train(make_plan(config), folder)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from rft.verify import verify_resume
+
+    def say(text: str) -> None:
+        print(f"rft: {text}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="rft-verify-") as temporary:
+        out = Path(args.out or temporary)
+        verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, say)
+    print("\n".join(verdict.lines()))
+    return 0 if verdict.kept else 1
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -131,7 +165,7 @@ def _eval(args: argparse.Namespace) -> int:
     from rft.standalone import evaluate_model
 
     config = load_config(args.config, args.overrides)
-    metrics = asyncio.run(evaluate_model(make_plan(config, model=args.model)))
+    metrics = asyncio.run(evaluate_model(make_plan(config, model=args.model, evaluate=True)))
     print(json.dumps(metrics, indent=2))
     return 0
 
@@ -194,6 +228,12 @@ def _reward(args: argparse.Namespace) -> int:
     from rft.rewards.dry_run import main as reward_main
 
     return reward_main(args.rest)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from rft.bench import run
+
+    return run(args.parts, peers=args.peers)
 
 
 if __name__ == "__main__":

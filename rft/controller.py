@@ -98,6 +98,7 @@ class Controller:
         self._fault: BaseException | None = None
         self._reward_seconds = 0.0
         self._filtered = 0
+        self._reward_faults = 0.0
         self._measured: list[tuple[int, int, float]] = []  # ticket, row, pass rate
 
     @property
@@ -151,6 +152,7 @@ class Controller:
             works = await self._next_works()
         waited = time.perf_counter() - begin
         reward_metrics = self.parts.rewards.take_metrics()
+        self._tell_reward_faults(reward_metrics)
         age = [self.step - w.version for w in works]
         batch = self._build(self.replay.mix([w.group for w in works if w.group is not None]))
         async with self.fleet.gate:
@@ -281,6 +283,15 @@ class Controller:
         self.dropped.append((*work.key, reason))
         self.parts.log.event("group/dropped", prompt=list(work.key), reason=reason)
         self._hand_out()
+
+    def _tell_reward_faults(self, metrics: dict[str, float]) -> None:
+        """Workers that hung or died since the last step; the runner has replaced them already."""
+        killed, crashed = metrics["reward/workers/killed"], metrics["reward/workers/crashed"]
+        if killed + crashed > self._reward_faults:
+            self._reward_faults = killed + crashed
+            what = f"workers killed for exceeding their time so far: {killed:.0f}; that died: {crashed:.0f}"
+            action = "replaced; the judgement that ended them counts as timeout or error, never as wrong"
+            self.parts.log.event("fault/reward", part="reward workers", what=what, action=action)
 
     async def _next_works(self) -> list[Work]:
         """Wait until a batch of scored works is there. Raises what any of the tasks raised."""

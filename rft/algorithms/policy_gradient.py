@@ -15,7 +15,14 @@ from torch import Tensor
 from rft.algorithms.base import Algorithm, Normalization, PolicyOutput, setting
 from rft.algorithms.math.groups import count_degenerate
 from rft.algorithms.math.kl import KLEstimator, safe_exp, sampled_kl
-from rft.algorithms.math.ratios import Correction, clipped, clipped_surrogate, correction_weights
+from rft.algorithms.math.ratios import (
+    Correction,
+    Proximal,
+    clipped,
+    clipped_surrogate,
+    correction_weights,
+    proximal_logps,
+)
 from rft.batch import Batch
 
 
@@ -32,6 +39,9 @@ class PolicyGradient(Algorithm):
     correction: Correction = setting("token_truncate", "weights for learner against sampler log-probs")
     correction_cap: float = setting(2.0, "upper bound of these weights", gt=0)
     correction_floor: float = setting(0.0, "lower bound, for the masking corrections", ge=0)
+    proximal: Proximal = setting(
+        "recomputed", "what the clip is around: recomputed, interpolated, or sampler"
+    )
     mask_truncated: bool = setting(False, "leave completions that ran into the length limit out of the loss")
 
     @abstractmethod
@@ -44,7 +54,8 @@ class PolicyGradient(Algorithm):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"rewards", "old_logps"} | ({"ref_logps"} if self.beta else set()))
+        old = {"old_logps"} if self.proximal == "recomputed" else set()
+        return frozenset({"rewards"} | old | ({"ref_logps"} if self.beta else set()))
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -61,7 +72,17 @@ class PolicyGradient(Algorithm):
             batch = batch.with_(mask=batch.mask & ~batch.to_tokens(batch.truncated))
         return batch
 
+    def around(self, policy: PolicyOutput, batch: Batch) -> Batch:
+        """The batch with the log-probs of the proximal policy as `old_logps`."""
+        if self.proximal == "recomputed" or batch.sampler_logps is None:
+            return batch
+        logps = policy.logps.detach()
+        return batch.with_(
+            old_logps=proximal_logps(logps, batch, interpolate=self.proximal == "interpolated")
+        )
+
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        batch = self.around(policy, batch)
         loss = -self.weights(policy, batch) * self.objective(policy, batch)
         if self.beta and self.kl_in == "loss":
             loss = loss + self.kl_weight(batch.state) * self.kl(policy, batch)
@@ -96,17 +117,22 @@ class PolicyGradient(Algorithm):
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         """policy/kl is to the policy that sampled, policy/kl_ref to the reference (both k3)."""
-        logps = policy.logps.detach()
+        batch, logps = self.around(policy, batch), policy.logps.detach()
         ratio = safe_exp(logps - batch.old_logps_or(logps))
         sampler = batch.old_logps_or(logps) if batch.sampler_logps is None else batch.sampler_logps
         kl = sampled_kl(logps, sampler)
         if batch.demonstrated is not None:
             kl = kl.masked_fill(batch.demonstrated, 0)
         found = {"policy/kl": kl, "policy/ratio": ratio, "policy/ratio_spread": (ratio - 1).abs()}
+        if batch.sampler_logps is not None:
+            mismatch = sampled_kl(batch.old_logps_or(logps), sampler)
+            given = batch.demonstrated
+            found["policy/mismatch_kl"] = mismatch if given is None else mismatch.masked_fill(given, 0)
         if self.correction != "none" and batch.sampler_logps is not None:
             weights = self.weights(policy, batch)
             found["policy/correction"] = weights
             found["policy/corrected_away"] = ((weights == 0) | (weights >= self.correction_cap)).float()
+            found["policy/masked_fraction"] = (weights == 0).float()
         if batch.ref_logps is not None:
             found["policy/kl_ref"] = sampled_kl(logps, batch.ref_logps)
         if policy.entropy is not None:
@@ -154,6 +180,7 @@ class ClippedPolicyGradient(PolicyGradient):
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         found = super().metrics(policy, batch)
         with torch.no_grad():
+            batch = self.around(policy, batch)
             ratio, advantages = self.ratio(policy, batch), required(batch.advantages, "advantages")
             found["policy/clip_fraction"] = clipped(ratio, advantages, self.epsilon, self.high)
         return found

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rft import checkpoint
 from rft.checkpoint_writer import BackgroundWriter
-from rft.learner.learner import Learner, LearnerSpec
+from rft.learner.learner import Learner, LearnerError, LearnerSpec
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.publisher import Publisher
@@ -52,12 +54,22 @@ class LearnerActor(Learner):
     def announce(self, version: int) -> Update:
         """What `send_weights` is about to bring to the engines. An early publisher (sparse, files) reads
         the weights here, any other one in `send_weights`: once per push."""
-        weights = self.weights() if self.publisher.early else ()
+        weights = self._finite_weights() if self.publisher.early else ()
         return self.publisher.announce(version, self.manifest(), weights)
 
     def send_weights(self) -> Sent:
-        """Send what was announced, in the engines' precision."""
-        return self.publisher.send(() if self.publisher.early else self.weights())
+        """Send what was announced, in the engines' precision. Raises LearnerError for weights that are not
+        finite: no engine is to sample from them, and no checkpoint to hold them."""
+        return self.publisher.send(() if self.publisher.early else self._finite_weights())
+
+    def _finite_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.weights():
+            if not bool(torch.isfinite(tensor).all()):
+                raise LearnerError(
+                    f"the weights of version {self.version} are not finite, first {name}: not pushed, not "
+                    "saved. Lower learner.learning_rate and go on from the last checkpoint, which is older."
+                )
+            yield name, tensor
 
     def save(
         self, root: str, step: int, keep: int, meta: dict[str, Any], config: dict[str, Any] | None = None

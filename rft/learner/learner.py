@@ -208,7 +208,8 @@ class Learner:
         """The batch with the algorithm's state and the place in the run."""
         progress = step / max(self.spec.total_steps - 1, 1)
         length = float(self.spec.max_completion_length)
-        return batch.with_(state={**self.state, "progress": progress, "max_completion_length": length})
+        now = {"progress": progress, "max_completion_length": length, "version": float(self.version)}
+        return batch.with_(state={**self.state, **now})
 
     def fill(self, batch: Batch, gap: objective.LogpGap) -> Batch:
         """Compute what the algorithm needs beforehand: old and reference log-probs, values, entropy."""

@@ -8,6 +8,7 @@ the dead process's, and the steps are about to be taken again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from rft.metrics.config import TrackingConfig
 from rft.metrics.trackers import Tracker, open_trackers
@@ -53,7 +54,7 @@ class RunLog:
         self.total_steps = total_steps
         self.tracking = tracking
         self._resumed_at = resumed_at
-        self._open_files: list[IO[str]] = []
+        self._open_files: list[Lines] = []
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics = self.run_dir / METRICS_FILE
         if resumed_at is None and metrics.exists() and metrics.stat().st_size:
@@ -85,8 +86,8 @@ class RunLog:
         for report in filter(None, moved):
             self.event("run/superseded", **report)
 
-    def _append_to(self, name: str) -> IO[str]:
-        file = (self.run_dir / name).open("a", encoding="utf-8")
+    def _append_to(self, name: str) -> Lines:
+        file = Lines(self.run_dir / name)
         self._open_files.append(file)
         return file
 
@@ -205,12 +206,41 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def _write(file: IO[str], row: Mapping[str, Any]) -> None:
-    """One line, flushed: what was written survives the process."""
+def _write(file: Lines, row: Mapping[str, Any]) -> None:
+    """One line, on its way to the disk: what was written survives the process."""
     text = json.dumps(_strict(row), ensure_ascii=False, allow_nan=False, default=repr)
     # A lone surrogate (half of a character that sampling cut) cannot be UTF-8; show it as \udXXX.
-    file.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
-    file.flush()
+    file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+class Lines:
+    """A file that grows by whole lines. While its disk is full they wait in memory, the newest
+    `MOST_WAITING` of them: a run of days does not end because of its diary."""
+
+    MOST_WAITING = 100_000
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._waiting: list[bytes] = []
+
+    def write(self, line: bytes) -> None:
+        """Append a line, after those that wait. Raises OSError for all but a full disk."""
+        self._waiting.append(line)
+        del self._waiting[: -self.MOST_WAITING]
+        size = os.fstat(self._descriptor).st_size
+        data = b"".join(self._waiting)
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            os.ftruncate(self._descriptor, size)  # no half line stays
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        else:
+            self._waiting.clear()
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:

@@ -24,6 +24,8 @@ METRICS: dict[str, Metric] = {
     "data/prompts": Metric("prompts handed out so far", "prompts"),
     "data/skipped": Metric("prompts left out so far because they are longer than the limit", "prompts"),
     "data/dropped": Metric("prompts that ended DROPPED so far", "prompts"),
+    "data/measured": Metric("prompts with a measured pass rate (train.curriculum)", "prompts"),
+    "data/pass_rate": Metric("mean of their pass rates", "share"),
     "data/dropped/*": Metric("the same, for one reason", "prompts"),
     # -- reward
     "reward/mean": Metric("mean reward of the batch's completions"),
@@ -183,15 +185,13 @@ EVENTS: dict[str, str] = {
     "run/superseded": "lines after the resume point were set aside: file, lines, first_step, last_step",
     "run/stopped": "stopped on request with a checkpoint saved: step, signal",
     "run/failed": "ended by an error: step, error",
-    "phase/started": "a part of a step, or of the set-up, began: phase, step",
+    "phase/started": "a part of a step (rollout, train, sync) began: phase, step",
     "phase/ended": "it ended: phase, step, seconds",
     "version/pushed": "weights reached the engines: version, seconds, bytes, engines",
-    "group/sampled": "a prompt's completions came back: prompt, version, engine",
-    "group/scored": "its rewards are known: prompt, rewards, outcomes",
-    "group/trained": "it was trained on: prompt, step, age",
-    "group/dropped": "it was dropped: prompt, reason",
-    "group/requeued": "it was sent out again: prompt, reason",
-    "checkpoint/saved": "a checkpoint is complete: step, path, seconds, bytes",
+    "group/trained": "a step's groups were trained on: step, prompts ([epoch, row] each), ages",
+    "group/dropped": "a prompt ended without being trained on: prompt ([epoch, row]), reason",
+    "group/requeued": "a request was sent out again: request, reason",
+    "checkpoint/saved": "a checkpoint is complete: step, path, seconds, held (seconds that training waited)",
     "checkpoint/rejected": "a checkpoint did not pass its hashes: path, reason",
     "checkpoint/restored": "the run went on from it: step, path",
     "eval/done": "a held-out evaluation ended: step, accuracy (offline: loss), seconds",
@@ -227,6 +227,15 @@ def is_documented_event(kind: str) -> bool:
 
 
 def is_reproducible(name: str) -> bool:
-    """True if two equal runs in synchronous mode must write the same number: all but times, memory, and
-    bytes pushed (a resumed run starts with a full push)."""
-    return not name.startswith(("time/", "throughput/", "memory/", "engine/", "sync/bytes"))
+    """True if two equal runs in synchronous mode must write the same number: all but times, memory, counts
+    of faults, and bytes pushed (a resumed run starts with a full push)."""
+    places = (
+        "time/",
+        "throughput/",
+        "memory/",
+        "engine/",
+        "sync/bytes",
+        "reward/workers/",
+        "rollout/requeued",
+    )
+    return not name.startswith(places) and not name.endswith("seconds_per_call")

@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from rft.learner.learner import LearnerError
 from rft.remote import ActorDied, call, within
 from rft.rollout.engine import EngineError, Link
 from rft.rollout.pool import RolloutPool
@@ -108,7 +109,7 @@ class PushChannel:
         both = asyncio.gather(self._learner("send_weights"), self.pool.receive(update))
         try:
             sent, _ = await within(self.timeout_s, what, both)
-        except (ActorDied, EngineError):
+        except (ActorDied, EngineError, LearnerError):
             raise
         except Exception as error:  # either end may fail in its own words: the engines are unusable
             raise EngineError(f"{what} failed: {type(error).__name__}: {error}") from error

@@ -4,6 +4,8 @@ Three policies meet here. The *sampler* made the tokens (the engine: other kerne
 weights). *Old* is the learner's policy before the step. The *current* policy is being changed. The
 clip holds current near old; the correction weighs by old / sampler. Keeping the two apart is
 decoupled PPO (Hilton et al. 2021, "Batch size-invariance for policy optimization"; AReaL 2025, eq. 5).
+Old is then the *proximal* policy: `recomputed` by a forward of its own where a batch is stepped on more
+than once, `interpolated` between sampler and current, or the `sampler` itself (not decoupled).
 """
 
 from __future__ import annotations
@@ -19,6 +21,29 @@ from rft.batch import Batch
 Correction = Literal[
     "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
 ]
+
+Proximal = Literal["recomputed", "interpolated", "sampler"]
+
+
+def proximal_logps(logps: Tensor, batch: Batch, *, interpolate: bool) -> Tensor:
+    """The proximal policy's log-probs [T] without a forward, from the current ones (detached).
+
+    The sampler's; or, with `interpolate`, log-linearly between sampler and current policy,
+
+        log p = a * log sampler + (1 - a) * log current,   a = 1 / d for d > 0, else 0,
+
+    where d is how many versions the token's sampler is behind `batch.state["version"]` (A-3PO, Li et al.
+    2025): an old sampler is a poor centre to stay near. Tokens that nobody sampled keep `logps`.
+    """
+    assert batch.sampler_logps is not None
+    sampled = batch.mask if batch.demonstrated is None else batch.mask & ~batch.demonstrated
+    share = torch.ones_like(logps)
+    if interpolate:
+        if batch.version is None or "version" not in batch.state:
+            raise ValueError("proximal: interpolated needs the versions that sampled the tokens")
+        age = (batch.state["version"] - batch.version).to(logps.dtype)
+        share = torch.where(age > 0, 1 / age.clamp(min=1), 0)
+    return torch.where(sampled, share * batch.sampler_logps + (1 - share) * logps, logps)
 
 
 def clipped_surrogate(
