@@ -18,8 +18,6 @@ SETUP = @test -n "$(PYTHON)" || { echo "[setup] FAILED: no Python 3.11 or 3.12 f
 	"(Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	"$(PYTHON)" scripts/setup_env.py "$(VENV)" --device "$(DEVICE)"
 TEST_EXTRAS = dev,deepspeed,quant
-# Each prints its ratio to the best peer; the other files of benchmarks/ belong to these.
-BENCHES = benchmarks/step_time.py benchmarks/logprob.py benchmarks/prefix.py benchmarks/parity.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu lint format bench bench-gpu clean
@@ -55,13 +53,13 @@ format: ## put the code into ruff's format
 	$(SETUP) --extras $(TEST_EXTRAS)
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: ## measure on the CPU: benchmarks/ against the best peers, results into benchmarks/results/
+bench: ## measure on the CPU, also the peers (under 30 minutes), results into benchmarks/results/; ARGS='prefix': a part
 	$(SETUP) --extras $(TEST_EXTRAS)
-	@for b in $(BENCHES); do echo "[bench] $$b"; $(BIN)/python $$b $(ARGS) || { echo "[bench] FAILED: $$b. Remedy: the message above" >&2; exit 1; }; done
+	@$(BIN)/rft bench $(or $(ARGS),all --peers)
 
-bench-gpu: ## measure on a GPU
+bench-gpu: ## measure on a GPU, part by part; a second call goes on where the first stopped
 	$(SETUP) --extras $(TEST_EXTRAS)
-	@for b in $(wildcard benchmarks/gpu/*.py); do echo "[bench-gpu] $$b"; $(BIN)/python $$b $(ARGS) || { echo "[bench-gpu] FAILED: $$b. Remedy: the message above" >&2; exit 1; }; done
+	@PYTHON=$(BIN)/python benchmarks/gpu/run_all.sh $(ARGS)
 
 clean: ## remove the environment and all caches (runs/ stays)
 	rm -rf "$(VENV)" "$(VENV)-setup.log" build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -184,8 +184,9 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return here.recv()
     except EOFError:
         process.join()
+        what = f"{function.__name__}{arguments}"
         raise RuntimeError(
-            f"{function.__name__}{arguments} ended with exit code {process.exitcode} in its process: see above"
+            f"{what} ended in its process with exit code {process.exitcode}: see above"
         ) from None
 
 
