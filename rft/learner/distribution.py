@@ -14,15 +14,17 @@ from torch.utils.checkpoint import checkpoint
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states
-from rft.learner.model import head_of
+from rft.learner.model import Head, head_of
 
 CELLS = 2**24  # log-probs held at once: 64 MiB in float32
 
 
-def next_logps(model: Any, hidden: Tensor, temperature: float) -> Tensor:
+def next_logps(head: Head, hidden: Tensor, temperature: float) -> Tensor:
     """[n, V] float32: log-probs over the vocabulary from hidden states [n, H]."""
-    head = head_of(model)
     z = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias).float()
+    if head.lora is not None:
+        a, b, scale = head.lora
+        z = z + scale * ((hidden.float() @ a.float().t()) @ b.float().t())
     z = z * head.logit_scale
     if head.softcap:
         z = head.softcap * torch.tanh(z / head.softcap)
@@ -36,9 +38,9 @@ def _chunks(n: int, vocabulary: int) -> Iterator[slice]:
 
 def full_divergence(
     divergence: Callable[[Tensor, Tensor], Tensor],
-    model: Any,
+    head: Head,
     hidden: Tensor,
-    reference: Any | None,
+    reference: Head | None,
     ref_hidden: Tensor | None,
     temperature: float,
 ) -> Tensor:
@@ -47,14 +49,14 @@ def full_divergence(
     Without a reference the policy's own distribution, detached, stands in its place."""
 
     def part(h: Tensor, r: Tensor | None) -> Tensor:
-        logps = next_logps(model, h, temperature)
+        logps = next_logps(head, h, temperature)
         if reference is None or r is None:
             return divergence(logps, logps.detach())
         with torch.no_grad():
             other = next_logps(reference, r, temperature)
         return divergence(logps, other)
 
-    vocabulary = head_of(model).weight.shape[0]
+    vocabulary = head.weight.shape[0]
     found = [
         checkpoint(part, hidden[s], None if ref_hidden is None else ref_hidden[s], use_reentrant=False)
         for s in _chunks(len(hidden), vocabulary)
@@ -66,12 +68,12 @@ def full_divergence(
 def expected_embeddings(model: Any, batch: Batch, temperature: float) -> Tensor:
     """[T, H]: at masked-in tokens the mean embedding under the policy's prediction, elsewhere the
     token's own. Costs a forward."""
-    table = model.get_input_embeddings().weight
+    table, head = model.get_input_embeddings().weight, head_of(model)
     rows = batch.mask.nonzero()[:, 0]
     hidden = hidden_states(model, batch)[batch.source[rows]]
     out = table[batch.tokens].clone()
     for s in _chunks(len(rows), len(table)):
-        out[rows[s]] = (next_logps(model, hidden[s], temperature).exp() @ table.float()).to(out.dtype)
+        out[rows[s]] = (next_logps(head, hidden[s], temperature).exp() @ table.float()).to(out.dtype)
     return out
 
 

@@ -99,9 +99,9 @@ class PolicyModel:
         if "kl" in outputs:
             assert algorithm is not None, "kl is the divergence of an algorithm"
             ref_hidden = None if reference is None else reference.states(batch, rows)
-            ref_model = None if reference is None else reference.model
+            ref_head = None if reference is None else reference.head()
             found["kl"] = full_divergence(
-                algorithm.divergence, self.model, hidden, ref_model, ref_hidden, self.temperature
+                algorithm.divergence, self.head(), hidden, ref_head, ref_hidden, self.temperature
             )
         return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
 
@@ -122,8 +122,20 @@ class PolicyModel:
             found: Tensor = self.network(hidden_states, self.model, batch.to(self.device))
         return found[batch.source[rows]]
 
+    def head(self) -> Head:
+        """The language-model head as it is at the moment."""
+        return head_of(self.model)
+
+    def follow(self, policy: PolicyModel) -> None:
+        """Take over the weights of a policy: a reference is refreshed so."""
+        self.model.load_state_dict(policy.model.state_dict())
+
+    def own_state(self) -> nn.Module | None:
+        """The module whose weights are this model's alone; None where it has none of its own."""
+        return self.model  # type: ignore[no-any-return]
+
     def _head(self, hidden: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        head: Head = head_of(self.model)
+        head = self.head()
         weight = head.weight.to(hidden.dtype)
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
         kwargs: dict[str, Any] = {
@@ -131,6 +143,7 @@ class PolicyModel:
             "temperature": self.temperature,
             "softcap": head.softcap,
             "logit_scale": head.logit_scale,
+            "lora": head.lora,
         }
         if entropy:
             logps, h = token_logps(hidden, weight, targets, entropy=True, **kwargs)

@@ -19,11 +19,12 @@ from rft.learner.config import LearnerConfig
 from rft.learner.critic import Critic
 from rft.learner.forward import PolicyModel
 from rft.learner.held_out import Sums, held_out_sums
-from rft.learner.model import count_parameters, decay_groups, load_causal_lm, load_tokenizer, resolve_dtype
+from rft.learner.model import count_parameters, load_causal_lm, load_tokenizer, resolve_dtype
 from rft.learner.parallel.base import Parallel
 from rft.learner.parallel.ranks import own_part
 from rft.learner.schedule import learning_rate
 from rft.learner.scoring import load_scoring_model
+from rft.learner.strategies import make_strategy
 from rft.packing import micro_batches, tree_tokens
 from rft.rollout.sampling import derive_seed
 
@@ -77,12 +78,12 @@ class Learner:
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         self.algorithm = spec.algorithm
+        self.strategy = make_strategy(spec)
         with self.parallel.turn():
             self.policy = self._load_policy()
-            self.parameters = count_parameters(self.policy.model)
             self.parallel.shard(self.policy)
         self.reference = None if spec.reference_cached else self._load_reference()
-        self.optimizer = self.parallel.optimizer(self.policy, self._make_optimizer)
+        self.make_optimizer()
         self.version = 0
         self.state: dict[str, float] = {}
         self.self_checked = spec.config.self_check == "off"
@@ -94,7 +95,9 @@ class Learner:
     def _load_policy(self) -> PolicyModel:
         spec = self.spec
         device = self.parallel.loading_device(spec.device)
-        model = self.load_model(spec.model, device)
+        model = self.load_model(spec.model, device, self.strategy.dtype, self.strategy.quantize)
+        self.parameters = count_parameters(model)
+        self.strategy.attach(model)
         model.train()
         if spec.config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -104,11 +107,13 @@ class Learner:
             value_head = Critic(model.config.get_text_config().hidden_size, trunk).to(device)
         return self._wrap(model, value_head)
 
-    def load_model(self, path: str, device: str) -> Any:
+    def load_model(
+        self, path: str, device: str, dtype: torch.dtype = torch.float32, quantize: str | None = None
+    ) -> Any:
         """The trained network: a language model, or, for an algorithm with score heads, a reward model."""
         spec = self.spec
         if not spec.algorithm.score_heads:
-            return load_causal_lm(path, torch.float32, device, spec.trust_remote_code)
+            return load_causal_lm(path, dtype, device, spec.trust_remote_code, quantize)
         return load_scoring_model(
             path,
             spec.algorithm.score_heads,
@@ -122,6 +127,10 @@ class Learner:
     def _load_reference(self) -> PolicyModel | None:
         if "ref_logps" not in self.algorithm.needs:
             return None
+        if self.spec.reference in (None, self.spec.model):
+            shared = self.strategy.reference(self.policy)
+            if shared is not None:
+                return shared
         dtype = resolve_dtype(self.spec.config.dtype, self.spec.device)
         path = self.spec.reference or self.spec.model
         device = self.parallel.loading_device(self.spec.device)
@@ -140,21 +149,21 @@ class Learner:
             value_head=value_head,
         )
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        c = self.spec.config
-        return torch.optim.AdamW(self._optimizer_groups(), lr=c.learning_rate, betas=c.betas, eps=c.eps)
-
-    def _optimizer_groups(self) -> list[dict[str, Any]]:
-        groups = decay_groups(self.policy.model, self.spec.config.weight_decay)
+    def make_optimizer(self) -> None:
+        """A new optimizer of what the strategy trains, and of the critic. Collective."""
+        extra: list[dict[str, Any]] = []
         if self.policy.value_head is not None:
             critic = list(self.policy.value_head.trained())
-            groups.append({"params": critic, "weight_decay": 0.0, "scale": self.algorithm.critic_rate})
-        return groups
+            extra.append({"params": critic, "weight_decay": 0.0, "scale": self.algorithm.critic_rate})
+        self.optimizer: Any = self.parallel.optimizer(
+            self.policy, lambda: self.strategy.optimizer(self.policy.model, extra)
+        )
 
     def describe(self) -> dict[str, Any]:
         """Facts for the log: parameters, device, precision."""
         return {
             "parameters": self.parameters,
+            "trained": sum(p.numel() for p in self.strategy.trained(self.policy)),
             "device": self.spec.device,
             "ranks": self.parallel.ranks,
             "compute_dtype": str(self.policy.compute_dtype),
@@ -177,6 +186,8 @@ class Learner:
             self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
             self.self_checked = True
         batch = self.algorithm.prepare(self.fill(self.at_step(batch, step), gap))
+        if self.strategy.begin(lambda: self.score(batch), lambda: self._accumulate(batch, None)):
+            self.make_optimizer()
         lr = learning_rate(spec.config, step, spec.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -190,7 +201,7 @@ class Learner:
         self.state = self.algorithm.next_state(self.state, metrics)
         every = self.algorithm.refresh_reference
         if self.reference is not None and every and self.version % every == 0:
-            self.reference.model.load_state_dict(self.policy.model.state_dict())
+            self.reference.follow(self.policy)
         return {
             **metrics,
             **_advantage_metrics(batch),
@@ -286,6 +297,10 @@ class Learner:
 
     def _update(self, mini: Batch, gap: objective.LogpGap | None) -> dict[str, float]:
         """Accumulate the gradient of one mini-batch and step the optimizer."""
+        return {**self._accumulate(mini, gap), **self._optimize()}
+
+    def _accumulate(self, mini: Batch, gap: objective.LogpGap | None) -> dict[str, float]:
+        """Add the gradient of one mini-batch's loss; returns its metrics."""
         mini, scale = objective.weigh(self.algorithm, mini, self.spec.max_completion_length)
         means, total = objective.TokenMeans(), 0.0
         measured = self.spec.config.entropy and not self.algorithm.score_heads
@@ -301,8 +316,9 @@ class Learner:
                 gap.add(out.logps.cpu(), micro, self.version)
             micro = micro.to(self.policy.device)
             loss = objective.reduce_loss(self.algorithm, out, micro, scale)
-            self.parallel.backward(loss, last=last)
             total += float(loss.detach())
+            penalty = self.strategy.penalty() if last else None
+            self.parallel.backward(loss if penalty is None else loss + penalty, last=last)
             with torch.no_grad():
                 metrics = self.algorithm.metrics(out, micro)
                 if out.entropy is not None:
@@ -316,12 +332,11 @@ class Learner:
             **objective.TokenMeans.merged(part for part, _, _ in parts).means(),
             "train/loss": sum(part for _, part, _ in parts),
             "train/micro_batches": float(len(plan)),
-            **self._optimize(),
         }
 
     def _optimize(self) -> dict[str, float]:
         bound = self.spec.config.max_grad_norm
-        norm, finite = self.parallel.update(self.policy.trained(), self.optimizer, bound)
+        norm, finite = self.parallel.update(self.strategy.trained(self.policy), self.optimizer, bound)
         if not finite and self.spec.config.on_nonfinite == "stop":
             raise LearnerError(
                 f"the gradient norm is {norm} at policy version {self.version}; nothing was updated. "
@@ -350,16 +365,20 @@ class Learner:
     # -- weights -----------------------------------------------------------------------------------
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters under their Hugging Face names, tied ones once."""
-        for name, parameter in self.policy.model.named_parameters():
-            yield name, self.parallel.whole(parameter)
+        """The plain policy's parameters under their Hugging Face names, tied ones once, adapters merged in
+        one layer at a time."""
+        return self.strategy.weights(self.policy.model, self.parallel.whole)
 
     def export(self, folder: str) -> str:
-        """Write the policy and its tokenizer as an ordinary Hugging Face folder. Collective."""
-        weights = self.parallel.model_state(self.policy.model)
-        if self.parallel.rank:
-            return folder
-        self.policy.model.save_pretrained(folder, state_dict=weights)
+        """Write the policy and its tokenizer as an ordinary Hugging Face folder, and an adapter besides in
+        its folder `adapter`. Collective."""
+        if self.strategy.model_state() is not None:
+            self.strategy.export(Path(folder))
+        else:
+            weights = self.parallel.model_state(self.policy.model)
+            if self.parallel.rank:
+                return folder
+            self.policy.model.save_pretrained(folder, state_dict=weights)
         load_tokenizer(self.spec.tokenizer, self.spec.trust_remote_code).save_pretrained(folder)
         return folder
 

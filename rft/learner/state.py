@@ -22,22 +22,26 @@ def capture(learner: Learner) -> Writer:
     nothing with the learner, so that it may run on a thread while training goes on. Collective; only
     rank 0 may call the writer."""
     parallel, policy, reference = learner.parallel, learner.policy, learner.reference
-    model = policy.model
-    weights = parallel.model_state(model)
-    refreshed = reference is not None and learner.algorithm.refresh_reference
+    model, strategy = policy.model, learner.strategy
+    part = strategy.model_state()  # of the model, where that is all a checkpoint needs
+    weights = parallel.model_state(model) if part is None else {}
+    own = reference.own_state() if reference is not None and learner.algorithm.refresh_reference else None
     rest = {
         "optimizer": parallel.optimizer_state(learner.optimizer),
         "version": learner.version,
         "state": dict(learner.state),
         "value_head": None if policy.value_head is None else parallel.model_state(policy.value_head),
-        "reference": parallel.model_state(reference.model) if reference is not None and refreshed else None,
+        "reference": None if own is None else parallel.model_state(own),
+        "part": None if part is None else parallel.copy(part),
+        "strategy": parallel.copy(strategy.state()),
         "rng": parallel.gather(rng_state()),
     }
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder / "model", state_dict=weights)
-        tokenizer = load_tokenizer(learner.spec.tokenizer, learner.spec.trust_remote_code)
-        tokenizer.save_pretrained(folder / "model")
+        if part is None:
+            model.save_pretrained(folder / "model", state_dict=weights)
+            tokenizer = load_tokenizer(learner.spec.tokenizer, learner.spec.trust_remote_code)
+            tokenizer.save_pretrained(folder / "model")
         torch.save(rest, folder / "learner.pt")
 
     return write
@@ -45,17 +49,21 @@ def capture(learner: Learner) -> Writer:
 
 def restore(learner: Learner, folder: Path) -> None:
     """Take over the state that a writer of `capture` left, by any number of ranks. Collective."""
-    parallel, policy = learner.parallel, learner.policy
-    with parallel.turn():
-        model = learner.load_model(str(folder / "model"), device="cpu")
-        parallel.load_model_state(policy.model, model.state_dict())
-        del model
+    parallel, policy, strategy = learner.parallel, learner.policy, learner.strategy
     saved = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True, mmap=True)
+    if saved["part"] is None:
+        with parallel.turn():
+            model = learner.load_model(str(folder / "model"), device="cpu")
+            parallel.load_model_state(policy.model, model.state_dict())
+            del model
+    if strategy.load(saved["part"], saved["strategy"]):
+        learner.make_optimizer()
     parallel.load_optimizer_state(learner.optimizer, saved["optimizer"])
     learner.version, learner.state = saved["version"], saved["state"]
     if policy.value_head is not None:
         parallel.load_model_state(policy.value_head, saved["value_head"])
-    if learner.reference is not None and saved["reference"] is not None:
-        parallel.load_model_state(learner.reference.model, saved["reference"])
+    own = None if learner.reference is None else learner.reference.own_state()
+    if own is not None and saved["reference"] is not None:
+        parallel.load_model_state(own, saved["reference"])
     if parallel.rank < len(saved["rng"]):  # a rank that is new keeps the seed of its own
         set_rng_state(saved["rng"][parallel.rank])

@@ -108,7 +108,7 @@ class Parallel:
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """A copy of an optimizer's whole state on CPU, in torch's format; {} on all ranks but the first.
         Collective."""
-        state = self._copy(optimizer.state_dict())
+        state = self.copy(optimizer.state_dict())
         return {} if self.rank else state
 
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
@@ -119,11 +119,12 @@ class Parallel:
         """A copy on CPU on the first rank; nothing on the others."""
         return torch.empty(0) if self.rank else whole.detach().to("cpu", copy=True)
 
-    def _copy(self, node: Any) -> Any:
+    def copy(self, node: Any) -> Any:
+        """A copy of plain data on the first rank, tensors whole and on CPU. Collective."""
         if isinstance(node, Tensor):
             return self.keep(self.whole(node))
         if isinstance(node, dict):
-            return {name: self._copy(child) for name, child in node.items()}
+            return {name: self.copy(child) for name, child in node.items()}
         if isinstance(node, list | tuple):
-            return type(node)(self._copy(child) for child in node)
+            return type(node)(self.copy(child) for child in node)
         return node

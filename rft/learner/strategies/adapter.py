@@ -1,0 +1,371 @@
+"""Adapters on a frozen policy, through peft. The policy's own object stays: layers are put in in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rft.batch import Batch
+from rft.learner.forward import PolicyModel
+from rft.learner.model import Head, ModelError, load_causal_lm, resolve_dtype
+from rft.learner.strategies import data_init
+from rft.learner.strategies.base import Named, Strategy, Whole
+from rft.learner.strategies.convert import as_plain_lora
+from rft.learner.strategies.merge import full_weight, merged_weights, plain_name
+from rft.learner.strategies.methods import check_targets, peft_config
+from rft.learner.strategy_config import AdapterConfig
+
+if TYPE_CHECKING:
+    from rft.learner.learner import LearnerSpec
+
+NAME = "default"  # peft's name of the one adapter
+
+
+class Adapter(Strategy):
+    """Only an adapter is trained; the base is frozen, and quantised if `learner.quantize` says so."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        super().__init__(spec)
+        config = spec.config.adapter
+        assert config is not None
+        self.config: AdapterConfig = config
+        self.quantize = spec.config.quantize
+        self.names: list[str] = []
+        self.peft: Any = None  # peft's wrapper; None before a data-driven adapter is made
+        self.base: Any = None
+        # The adapter as it began, where the base was changed by what it took over (PiSSA and the like).
+        self.initial: dict[str, Tensor] = {}
+        self.snapshot: dict[str, Tensor] = {}  # the reference's adapter, where it is not the beginning
+        self.updates = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base is never updated, so it is held in the precision that is computed in."""
+        return resolve_dtype(self.spec.config.dtype, self.spec.device)
+
+    # -- making the adapter --------------------------------------------------------------------------
+
+    def attach(self, model: Any) -> None:
+        check_targets(self.config, model)
+        self.base, self.names = model, [name for name, _ in model.named_parameters()]
+        if self.config.method in data_init.MAKERS:
+            model.requires_grad_(False)  # made of the first batch
+            return
+        self._wrap(self._settings())
+        if self.config.method == "loftq":
+            data_init.loftq(self.peft, self.spec.model)
+
+    def _settings(self, **fixed: Any) -> Any:
+        if self.config.method == "adalora":
+            total = self.spec.total_steps * self.spec.num_iterations * self.spec.minibatches
+            # The budget shrinks over the middle of the run, as in the paper.
+            fixed = {"total_step": total, "tinit": total // 10, "tfinal": total // 2} | fixed
+            fixed = {k: v for k, v in fixed.items() if k not in self.config.options}
+        return peft_config(self.config, **fixed)
+
+    def _wrap(self, settings: Any) -> Any:
+        """Put the adapter in; returns peft's model. Keeps the beginning where a part of the base moved."""
+        from peft import get_peft_model
+
+        marks = {name: _mark(p) for name, p in self.base.named_parameters()}
+        copies = self._originals() if data_init.rewrites_base(self.config, settings) else {}
+        try:
+            self.peft = get_peft_model(self.base, settings)
+        except (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError) as error:
+            raise ModelError(f"learner.adapter: {self.config.method}: {error}") from error
+        check_layers(self.base, self.config)
+        if copies:
+            self.initial = self._tensors(copy=True)
+            self._rebase(copies)
+        elif any(_mark(p) != marks[plain_name(n)] for n, p in self._base_parameters()):
+            raise ModelError(
+                f"learner.adapter: {self.config.method} with these options changes the base in a way that "
+                "rft cannot take back for the reference; use pissa, olora, corda or lora_ga"
+            )
+        return self.peft
+
+    def _originals(self) -> dict[str, Tensor]:
+        return {n: p.detach().to("cpu", copy=True) for n, p in self.base.named_parameters() if p.ndim == 2}
+
+    def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        known = set(self.names)
+        return ((n, p) for n, p in self.base.named_parameters() if plain_name(n) in known)
+
+    @torch.no_grad()
+    def _rebase(self, originals: dict[str, Tensor]) -> None:
+        """base = original - what the adapter added at the beginning: the same numbers on every start."""
+        now = self._tensors(copy=True)
+        self._put(self.initial)
+        for path, layer in tuner_layers(self.base):
+            weight = layer.get_base_layer().weight
+            original = originals[f"{path}.weight"].to(weight.device)
+            weight.data.copy_(original.float() - layer.get_delta_weight(NAME).float())
+        self._put(now)
+
+    def begin(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> bool:
+        if self.peft is not None:
+            return False
+        make = data_init.MAKERS[self.config.method]
+        make(self.base, self._settings, self._wrap, forward, backward)
+        return True
+
+    # -- the reference -------------------------------------------------------------------------------
+
+    def reference(self, policy: PolicyModel) -> PolicyModel:
+        return AdapterReference(policy, self)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within, the model is what the run started from, or what `follow` made of it."""
+        if self.peft is None:
+            yield
+            return
+        tensors = self.snapshot or self.initial
+        if not tensors:
+            with self.peft.disable_adapter():
+                yield
+            return
+        own = self._parameters()
+        kept = {name: own[name].data for name in tensors}
+        for name, tensor in tensors.items():
+            own[name].data = tensor
+        try:
+            yield
+        finally:
+            for name, data in kept.items():
+                own[name].data = data
+
+    def follow(self) -> None:
+        """The reference becomes what the policy is now."""
+        self.snapshot = self._tensors(copy=True)
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def optimizer(self, model: nn.Module, extra: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        made = super().optimizer(model, extra)
+        if self.config.method == "adalora":
+            made.register_step_post_hook(self._allocate)
+        return made
+
+    def _allocate(self, *_: Any) -> None:
+        """AdaLoRA moves ranks to where they matter, after each update and before gradients are dropped."""
+        self.peft.base_model.update_and_allocate(self.updates)
+        self.updates += 1
+
+    def penalty(self) -> Tensor | None:
+        """AdaLoRA keeps its factors orthogonal (Zhang et al. 2023, eq. 4)."""
+        if self.config.method != "adalora" or self.peft is None:
+            return None
+        weight = self.peft.peft_config[NAME].orth_reg_weight
+        terms = []
+        for _, layer in tuner_layers(self.base):
+            for factor in (layer.lora_A[NAME], layer.lora_B[NAME].t()):
+                terms.append(torch.norm(factor @ factor.t() - torch.eye(len(factor), device=factor.device)))
+        return weight * torch.stack(terms).mean()
+
+    # -- weights and state ---------------------------------------------------------------------------
+
+    def weights(self, model: nn.Module, whole: Whole) -> Named:
+        return merged_weights(model, self.names)
+
+    def adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The adapter on the *original* base: tensors by peft's names, and its config as plain data.
+
+        What PiSSA and the like took from the base is given back: their adapter has twice the rank then.
+        """
+        from peft import get_peft_model_state_dict
+
+        if self.peft is None:
+            raise ModelError(f"learner.adapter: {self.config.method} is made of the first batch")
+        tensors = {n: t.detach() for n, t in get_peft_model_state_dict(self.peft).items()}
+        settings = self.peft.peft_config[NAME]
+        if self.initial:
+            with self._as_initial():
+                begun = {n: t.detach().clone() for n, t in get_peft_model_state_dict(self.peft).items()}
+            return as_plain_lora(tensors, begun, settings)
+        return tensors, settings.to_dict()
+
+    @contextmanager
+    def _as_initial(self) -> Iterator[None]:
+        snapshot, self.snapshot = self.snapshot, {}
+        try:
+            with self.as_reference():
+                yield
+        finally:
+            self.snapshot = snapshot
+
+    def export(self, folder: Path) -> None:
+        """The merged model in the base's precision, and the adapter in peft's format beside it."""
+        from transformers import AutoModelForCausalLM
+
+        config = type(self.base.config).from_dict(
+            {k: v for k, v in self.base.config.to_dict().items() if k != "quantization_config"}
+        )
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, trust_remote_code=self.spec.trust_remote_code
+            )
+        merged = {n: t.to("cpu", self.dtype) for n, t in merged_weights(self.base, self.names)}
+        plain.generation_config = self.base.generation_config
+        plain.save_pretrained(folder, state_dict=merged)
+        if self.peft is not None:
+            self._export_adapter(folder / "adapter")
+
+    def _export_adapter(self, folder: Path) -> None:
+        import json
+
+        from safetensors.torch import save_file
+
+        tensors, settings = self.adapter()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {n: t.cpu().contiguous().clone() for n, t in tensors.items()},
+            folder / "adapter_model.safetensors",
+        )
+        settings |= {"base_model_name_or_path": self.spec.model, "inference_mode": True}
+        text = json.dumps(settings, indent=2, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+        (folder / "adapter_config.json").write_text(text)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Everything that the adapter added: parameters and buffers by their names in the model."""
+        known = set(self.names)
+        state: dict[str, Tensor] = self.base.state_dict(keep_vars=True)
+        return {n: t for n, t in state.items() if plain_name(n) not in known and not _of_base(n, known)}
+
+    def _tensors(self, *, copy: bool) -> dict[str, Tensor]:
+        return {n: t.detach().clone() if copy else t.detach() for n, t in self._parameters().items()}
+
+    @torch.no_grad()
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        own = self._parameters()
+        for name, tensor in tensors.items():
+            own[name].data.copy_(tensor)
+
+    def model_state(self) -> dict[str, Tensor]:
+        return {} if self.peft is None else self._tensors(copy=False)
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"initial": self.initial, "snapshot": self.snapshot, "updates": self.updates}
+        if self.config.method == "adalora":
+            allocator = self.peft.base_model.rankallocator
+            state["allocator"] = {k: getattr(allocator, k) for k in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+            state["rank_pattern"] = self.peft.peft_config[NAME].rank_pattern
+        return state
+
+    def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any]) -> bool:
+        assert model_state is not None
+        if not model_state:  # saved before the first batch made the adapter
+            return False
+        made = self.peft is None
+        if made:
+            self._wrap(self._settings(init_lora_weights=True))
+        own = self._parameters()
+        here = {
+            k: {n: t.to(own[n].device, copy=True) for n, t in state[k].items()}
+            for k in ("initial", "snapshot")
+        }
+        self._restore_base(here["initial"])
+        self._put(model_state)
+        self.snapshot, self.updates = here["snapshot"], state["updates"]
+        if self.config.method == "adalora":
+            allocator = self.peft.base_model.rankallocator
+            for name, value in state["allocator"].items():
+                setattr(allocator, name, value)
+            self.peft.peft_config[NAME].rank_pattern = state["rank_pattern"]
+        return made
+
+    def _restore_base(self, initial: dict[str, Tensor]) -> None:
+        """Make the base what it was in the run that began with `initial`."""
+        if not initial or _same(initial, self.initial):
+            return
+        if self.initial:  # this start took over something else: begin from the original again
+            s = self.spec
+            plain = load_causal_lm(s.model, self.dtype, "cpu", s.trust_remote_code)
+            originals = {n: p.detach() for n, p in plain.named_parameters()}
+        else:
+            originals = {plain_name(n): p.detach().clone() for n, p in self._base_parameters()}
+        self.initial = initial
+        self._rebase(originals)
+
+
+class AdapterReference(PolicyModel):
+    """The policy's own model, run as it began: no second copy of the weights."""
+
+    def __init__(self, policy: PolicyModel, strategy: Adapter) -> None:
+        self.__dict__.update(policy.__dict__)
+        self.value_head = None
+        self.strategy = strategy
+
+    def run(self, batch: Batch, outputs: frozenset[str] = frozenset(), **kwargs: Any) -> Any:
+        with self.strategy.as_reference(), torch.no_grad():
+            return super().run(batch, outputs, **kwargs)
+
+    def states(self, batch: Batch, rows: Tensor) -> Tensor:
+        with self.strategy.as_reference():
+            return super().states(batch, rows)
+
+    def head(self) -> Head:
+        with self.strategy.as_reference(), torch.no_grad():
+            return super().head().detached()
+
+    def follow(self, policy: PolicyModel) -> None:
+        self.strategy.follow()
+
+    def own_state(self) -> nn.Module | None:
+        return None  # the strategy's state has it
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every layer that carries an adapter, the outermost where they lie in each other."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not path.endswith(".base_layer"):
+            yield path, module
+
+
+def check_layers(model: Any, config: AdapterConfig) -> None:
+    """Raises ModelError where an adapter sits on a layer that rft cannot push or run."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    on = {id(layer): path for path, layer in tuner_layers(model)}
+    tied = getattr(head, "weight", None) is getattr(table, "weight", 0)
+    for layer in (head, table):
+        if tied and id(layer) in on:
+            raise ModelError(
+                f"learner.adapter.target_modules: {on[id(layer)]} is tied to the embeddings, and an adapter "
+                "on one of the two would part them; leave it out"
+            )
+    if id(head) in on and config.method not in ("lora", "eva", "pissa", "olora", "corda", "lora_ga"):
+        raise ModelError(
+            f"learner.adapter.target_modules: on the head {on[id(head)]} only plain LoRA is possible, not "
+            f"{config.method}; leave it out"
+        )
+
+
+def _of_base(name: str, known: set[str]) -> bool:
+    """Whether a state entry belongs to the plain model: its buffers, its quantisation state, tied names."""
+    plain = plain_name(name)
+    return "lora" not in plain and any(plain.startswith(f"{k}.") for k in known if k.endswith(".weight"))
+
+
+def _mark(parameter: nn.Parameter) -> tuple[Any, ...]:
+    """Tells whether a weight was changed without keeping a copy of it."""
+    data = parameter.detach()
+    total = data.double().sum() if data.is_floating_point() else data.long().sum()
+    return (
+        tuple(data.shape),
+        float(total),
+        float(data.reshape(-1)[:: max(1, data.numel() // 97)].float().norm()),
+    )
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(t.to(b[n].device), b[n]) for n, t in a.items())
+
+
+__all__ = ["Adapter", "AdapterReference", "full_weight", "tuner_layers"]

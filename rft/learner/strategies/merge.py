@@ -1,0 +1,109 @@
+"""What a policy with adapters is as plain weights: one layer at a time, the base untouched."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name before peft put layers around its module."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is held in 4 or 8 bits by bitsandbytes."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def full_weight(module: nn.Module) -> Tensor:
+    """A layer's weight as numbers: dequantised where it is quantised, else as it is."""
+    if not is_quantized(module):
+        weight: Tensor = module.weight.detach()  # type: ignore[operator,union-attr,assignment]
+        return weight
+    from peft.utils.integrations import dequantize_module_weight
+
+    dequantized: Tensor = dequantize_module_weight(module)
+    return dequantized.detach()
+
+
+@torch.no_grad()
+def merged_layer(layer: Any) -> dict[str, Tensor]:
+    """The parameters of one layer with its adapter merged in, float32, as new tensors.
+
+    layer: a peft tuner layer. Its own `merge` does the arithmetic on a stand-in for the base layer, so the
+    base is untouched bit for bit, and peft's formula is the only one.
+    """
+    base = layer.get_base_layer()
+    stand_in = _copy(base)
+    owner = _owner(layer, base)
+    owner.base_layer = stand_in
+    merge = type(layer).merge
+    if is_quantized(base):  # the quantised class would round the result to 4 bits again
+        unquantized = importlib.import_module(type(layer).__module__.replace(".bnb", ".layer"))
+        merge = next(
+            getattr(unquantized, n) for n in ("Linear", "SVDLinear") if hasattr(unquantized, n)
+        ).merge
+    try:
+        merge(layer)
+        return {name: p.detach() for name, p in stand_in.named_parameters()}
+    finally:
+        layer.merged_adapters.clear()
+        owner.base_layer = base
+
+
+def _owner(layer: Any, base: nn.Module) -> Any:
+    """The module that holds the base: tuner layers may lie around each other."""
+    while layer.base_layer is not base:
+        layer = layer.base_layer
+    return layer
+
+
+def _copy(base: nn.Module) -> nn.Module:
+    """A float32 layer of the same kind with the same weights; quantised ones become plain linear layers."""
+    if is_quantized(base):
+        weight, bias = full_weight(base).float(), getattr(base, "bias", None)
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+        return linear
+    memo: dict[int, Any] = {}
+    for parameter in base.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            parameter.detach().to(torch.float32, copy=True), requires_grad=False
+        )
+    import copy
+
+    return copy.deepcopy(base, memo)
+
+
+def merged_weights(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter of the plain model, adapters merged, in the order of `names`.
+
+    names: the parameters' names before adapters were put in. At most one layer's merged weights exist at a
+    time beyond what the consumer keeps.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    at, merged = "", {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, BaseTunerLayer):
+            if path != at:
+                merged = {}  # freed before the next is made
+                at, merged = path, merged_layer(module)
+            yield name, merged[leaf]
+        elif isinstance(module, ModulesToSaveWrapper):
+            yield name, getattr(module.modules_to_save[module.active_adapters[0]], leaf).detach()
+        elif leaf == "weight":
+            yield name, full_weight(module)
+        else:
+            yield name, getattr(module, leaf).detach()

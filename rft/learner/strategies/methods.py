@@ -1,0 +1,150 @@
+"""Methods of peft by name: which exist, how their configs are made, and which cannot be carried out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from rft.learner.model import ModelError
+from rft.learner.strategy_config import AdapterConfig
+from rft.spelling import nearest, nearest_or_all
+
+# What LoRA's variants are called by their papers, as fields of peft's LoraConfig.
+LORA: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "eva": {"init_lora_weights": "eva"},
+    "corda": {"init_lora_weights": "corda"},
+    "lora_ga": {"init_lora_weights": "lora_ga"},
+    "loftq": {"init_lora_weights": True},  # replaced layer by layer, see `data_init.loftq`
+}
+ALIASES = {"bone": "miss", "dora": "lora", "ln": "ln_tuning"} | dict.fromkeys(LORA, "lora")
+
+# Refused, and why.
+_PROMPT = "adds tokens or states to the prompt, which packed batches and merged weights cannot carry"
+_INPUT = "cannot be merged into the weights that engines sample with: what it adds depends on the input"
+REFUSED: dict[str, str] = {
+    "prompt_tuning": _PROMPT,
+    "multitask_prompt_tuning": _PROMPT,
+    "p_tuning": _PROMPT,
+    "prefix_tuning": _PROMPT,
+    "adaption_prompt": _PROMPT,
+    "cpt": _PROMPT,
+    "cartridge": _PROMPT,
+    "poly": _INPUT,
+    "xlora": _INPUT,
+    "shadow": _INPUT,
+    "lily": "cannot be merged into the weights that engines sample with: peft has no merge for it",
+    "ln_tuning": "swaps whole layers in and out, which leaves nothing to merge",
+    "pvera": "draws its weights anew in every forward, so that the learner cannot match what engines sampled",
+}
+
+
+_DATA_DRIVEN = {"eva": {"rho": 1.0}, "corda": {"corda_method": "kpm"}, "lora_ga": {}}
+
+
+def _data_config(method: str, options: dict[str, Any]) -> Any:
+    """peft's config of a data-driven beginning. Raises ModelError for ranks that the data would choose."""
+    from peft import EvaConfig, LoraGAConfig
+    from peft.tuners.lora.config import CordaConfig
+
+    kind = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}[method]
+    try:
+        made = kind(**(_DATA_DRIVEN[method] | options))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{method}_config: {error}") from error
+    if method == "eva" and made.rho != 1:
+        raise ModelError("eva_config.rho: only 1 (every layer keeps the rank r) can be saved and resumed")
+    return made
+
+
+def known_methods() -> list[str]:
+    """Every name that `learner.adapter.method` takes."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    names = {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    return sorted((names | set(ALIASES)) - set(REFUSED))
+
+
+def peft_config(config: AdapterConfig, **fixed: Any) -> Any:
+    """peft's own config of the method; `fixed` are fields that the run determines.
+
+    Raises ModelError for an unknown or refused method, and for options that the method does not have or
+    take, naming them.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    method = config.method.lower()
+    name = ALIASES.get(method, method)
+    if name in REFUSED:
+        raise ModelError(f"method {method!r} cannot be used: it {REFUSED[name]}; use lora")
+    if name not in kinds:
+        raise ModelError(f"unknown method {config.method!r}{nearest_or_all(method, known_methods())}")
+    fields = {f.name for f in dataclasses.fields(kinds[name]) if f.init}
+    given = {**_settings(config, method, fields), **LORA.get(method, {}), **config.options, **fixed}
+    if method in _DATA_DRIVEN:
+        given[f"{method}_config"] = _data_config(method, config.options.get(f"{method}_config", {}))
+    for key in given:
+        if key not in fields:
+            raise ModelError(f"method {method!r} has no option {key!r} in peft{nearest_or_all(key, fields)}")
+    try:
+        return kinds[name](**given)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ModelError(f"method {method!r}: {error}") from error
+
+
+def _settings(config: AdapterConfig, method: str, fields: set[str]) -> dict[str, Any]:
+    """rft's names in the method's own terms. Raises ModelError for a setting that it lacks."""
+    given: dict[str, Any] = {}
+    if "target_modules" in fields:
+        given["target_modules"] = config.target_modules
+    elif config.target_modules != "all-linear":
+        raise ModelError(f"method {method!r} chooses its layers itself: leave target_modules out")
+    if config.r is not None:
+        given[_first(method, "r", ("init_r", "r", "rank"), fields)] = config.r
+    lora = ALIASES.get(method, method) in ("lora", "adalora")
+    if config.alpha is not None or lora:
+        key = _first(method, "alpha", ("lora_alpha", "alpha"), fields)
+        rank = config.r or (12 if method == "adalora" else 8)  # peft's defaults
+        given[key] = 2 * rank if config.alpha is None else config.alpha
+    if config.rslora:
+        given[_first(method, "rslora", ("use_rslora",), fields)] = True
+    return given
+
+
+def _first(method: str, what: str, names: tuple[str, ...], fields: set[str]) -> str:
+    for name in names:
+        if name in fields:
+            return name
+    raise ModelError(f"method {method!r} has no setting {what!r}; see its options in peft")
+
+
+def check_targets(config: AdapterConfig, model: nn.Module) -> None:
+    """Raises ModelError where a target names no layer of the model, with what there is instead."""
+    targets = config.target_modules
+    if targets == "all-linear":
+        return
+    names = {name: module for name, module in model.named_modules() if name}
+    found = peft_config(config)
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    for target in wanted:
+        one = dataclasses.replace(found, target_modules=target if isinstance(targets, str) else [target])
+        if not any(check_target_module_exists(one, name) for name in names):
+            layers = {
+                n.rsplit(".", 1)[-1] for n, m in names.items() if not list(m.children()) and has_weight(m)
+            }
+            raise ModelError(
+                f"target_modules: {target!r} matches no layer{nearest(target, layers)}; "
+                f"there are: {', '.join(sorted(layers))}"
+            )
+
+
+def has_weight(module: nn.Module) -> bool:
+    return getattr(getattr(module, "weight", None), "ndim", 0) >= 2
