@@ -36,14 +36,15 @@ def open_group(
     return ProcessGroupGloo(PrefixStore(name, store), rank, world_size, timeout)
 
 
-def plan_buckets(manifest: Manifest, bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
+def plan_buckets(manifest: Manifest, bucket_bytes: int | None = None) -> list[list[int]]:
     """Indices of consecutive tensors of one dtype that travel together, at most `bucket_bytes` each
-    (a larger tensor travels alone)."""
+    (none: BUCKET_BYTES; a larger tensor travels alone)."""
+    limit = BUCKET_BYTES if bucket_bytes is None else bucket_bytes
     buckets: list[list[int]] = []
     size, dtype = 0, ""
     for index, (_, tensor_dtype, shape) in enumerate(manifest):
         nbytes = getattr(torch, tensor_dtype).itemsize * _numel(shape)
-        if not buckets or tensor_dtype != dtype or size + nbytes > bucket_bytes:
+        if not buckets or tensor_dtype != dtype or size + nbytes > limit:
             buckets.append([])
             size, dtype = 0, tensor_dtype
         buckets[-1].append(index)
