@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 
 from rft.batch import Batch
 from rft.kernels.attention_function import NAME, Layout
-from rft.kernels.attention_route import AttentionRoute, candidates, decoder_of
+from rft.kernels.attention_route import AttentionRoute, Kernel, candidates, decoder_of
 from rft.kernels.forest import Forest
 
 ROUTE = "_rft_attention_route"  # where a prepared decoder keeps its route; deep copies keep it too
@@ -59,7 +60,7 @@ def _run(decoder: PreTrainedModel, tokens: Tensor, forest: Forest, route: Attent
     if route.kind == "sequences":
         return sequence_hidden_states(decoder, tokens, forest)
     extra: dict[str, Any] = {}
-    layout = Layout(forest, route.layer_kinds)
+    layout = Layout(forest, route.layer_kinds, route.kernel)
     if route.kind == "merge":
         # a 4-D mask is handed on as it is, so none is built; the attention function ignores it
         extra["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
@@ -109,8 +110,9 @@ def sequence_hidden_states(decoder: PreTrainedModel, tokens: Tensor, forest: For
 # -- preparing a model -----------------------------------------------------------------------------
 
 
-def prepare_model(model: nn.Module) -> AttentionRoute:
-    """Choose and install the route that is exact for this model; once, after loading.
+def prepare_model(model: nn.Module, kernel: Kernel = "auto") -> AttentionRoute:
+    """Choose and install the route that is exact for this model; once, after loading. `kernel`: see
+    `AttentionRoute`.
 
     Routes are tried in order on a forest of random tokens, without gradient and with dropout off,
     and compared with separate sequences through the model as it came. The choice is kept on the
@@ -118,7 +120,7 @@ def prepare_model(model: nn.Module) -> AttentionRoute:
     no route is exact (encoder-decoders, prompt tuning, non-causal attention), by name.
     """
     decoder = decoder_of(model)
-    routes = candidates(model, decoder)
+    routes = [replace(route, kernel=kernel) for route in candidates(model, decoder)]
     if any(p.is_meta for p in decoder.parameters()):
         raise ValueError(
             f"{type(decoder).__name__} is on the meta device: load its weights before preparing it"

@@ -15,9 +15,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from rft.kernels.attention_flex import flex_forest_attention
 from rft.kernels.attention_masked import dense_attention, masked_attention
 from rft.kernels.attention_merge import merged_attention
-from rft.kernels.attention_route import LayerKind
+from rft.kernels.attention_route import Kernel, LayerKind
 from rft.kernels.forest import Forest
 
 NAME = "rft_forest"
@@ -50,11 +51,13 @@ class Layout:
     """What travels through the model as the keyword `rft_layout`. It lives as long as autograd needs
     it, so a checkpointed layer finds it again when it reruns during backward.
 
-    kinds: the kind of each layer, or None where all are plain. calls: attention layers that used it.
+    kinds: the kind of each layer, or None where all are plain. kernel: see `AttentionRoute`.
+    calls: attention layers that used it.
     """
 
     forest: Forest
     kinds: tuple[LayerKind, ...] | None
+    kernel: Kernel = "auto"
     calls: int = field(default=0)
 
 
@@ -101,7 +104,7 @@ def forest_attention(
         raise ValueError(f"{type(module).__name__} is not causal: a packed batch needs causal attention")
     rft_layout.calls += 1
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return _attend(q, k, v, rft_layout.forest, scale, kind, softcap, s_aux).unsqueeze(0), None
+    return _attend(q, k, v, rft_layout, scale, kind, softcap, s_aux).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, forest_attention)
@@ -125,26 +128,36 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    forest: Forest,
+    layout: Layout,
     scale: float,
     kind: LayerKind,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """[T, H, D] queries, [T, Hk, D] keys: by merge where it is exact, else by masks."""
-    device = q.device.type
+    """[T, H, D] queries, [T, Hk, D] keys, by the layout's kernel. Raises ValueError where the merge is asked
+    for and cannot serve."""
+    device, forest, kernel = q.device.type, layout.forest, layout.kernel
     if torch.is_autocast_enabled(device):  # the kernels below are not on autocast's list
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     window = kind.window if kind.window is not None and kind.window < forest.longest else None
     chunk = kind.chunk if kind.chunk is not None and kind.chunk < forest.longest else None
     width = v.shape[-1]
     half = q.dtype in (torch.float16, torch.bfloat16)
-    kernel = device == "cpu" or (half and q.shape[-1] <= 256)
-    if window is None and chunk is None and softcap is None and kernel and width <= q.shape[-1]:
+    plain = window is None and chunk is None and softcap is None and width <= q.shape[-1]
+    merges = plain and (device == "cpu" or (half and q.shape[-1] <= 256))
+    if kernel == "auto":
+        kernel = "merge" if merges else "flex" if device == "cuda" else "masked"
+    if kernel == "merge":
+        if not merges:
+            raise ValueError(
+                f"the merge serves no layer with window {window}, chunk {chunk}, softcap {softcap}, heads of "
+                f"{q.shape[-1]} and {width} in {q.dtype} on {device}: use kernel auto"
+            )
         # heads of unequal width (latent attention): zeros beside the values add nothing
         v = F.pad(v, (0, q.shape[-1] - width))
         return merged_attention(q, k, v, forest, scale, sinks)[..., :width]
-    return masked_attention(q, k, v, forest, scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks)
+    attend = flex_forest_attention if kernel == "flex" else masked_attention
+    return attend(q, k, v, forest, scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks)
 
 
 def _plain_dense(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 Kind = Literal["merge", "mask", "sequences"]
+Kernel = Literal["auto", "merge", "flex", "masked"]
 
 _RECURRENT = re.compile(
     r"Mamba|Recurrent|Rwkv|RWKV|DeltaNet|ShortConv|LinearAttention|Lightning|RgLru|xLSTM|Hyena"
@@ -42,6 +43,8 @@ class AttentionRoute:
     layer_kinds: the windows of the layers; None where attention is plain or the model passes them.
     max_length: the longest sequence for which position encodings do not depend on the batch.
     max_tokens: the longest packed row that the model treats like its sequences.
+    kernel: what computes a layer's attention on the route "merge": the log-sum-exp merge, FlexAttention
+        (GPU), dense masks per tree, or auto, the first of them that serves the layer.
     """
 
     kind: Kind
@@ -50,6 +53,7 @@ class AttentionRoute:
     layer_kinds: tuple[LayerKind, ...] | None = None
     max_length: int | None = None
     max_tokens: int | None = None
+    kernel: Kernel = "auto"
 
     @property
     def shares(self) -> bool:

@@ -207,5 +207,4 @@ class FullKL(torch.autograd.Function):
                 grad = ctx.measure.gradient_(logp, logq).mul_(upstream[rows, None] * ctx.f.slope)
                 chunked.finish_tile(grad, cap_slope, ours[inner])
             grads.add(chunk, h, None, ours)
-        bias_grad = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return grads.hidden, grads.weight, bias_grad, *[None] * 6
+        return *grads.for_inputs(bias)[:3], *[None] * 6

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,6 +145,7 @@ class Forest:
     parent: Tensor
     positions: Tensor
     _masks: dict[tuple[int, int | None, int | None], Tensor] = field(default_factory=dict)
+    block_masks: dict[tuple[int, int | None, int | None], Any] = field(default_factory=dict)  # attention_flex
 
     def __post_init__(self) -> None:
         root = -1

@@ -217,6 +217,12 @@ class Gradients:
     def weight(self) -> Tensor | None:
         return None if self._weight is None else self._weight.result()
 
+    def for_inputs(self, bias: Tensor | None, low_rank: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """In the order of `NAMES`, those of bias and B rounded to their inputs' dtypes."""
+        of_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
+        of_b = None if self.low_rank is None or low_rank is None else self.low_rank.to(low_rank.dtype)
+        return self.hidden, self.weight, of_bias, self.low, of_b
+
 
 NAMES = ("hidden", "weight", "bias", "low", "low_rank")  # the inputs that may want gradients, in order
 
@@ -294,14 +300,7 @@ class Recompute(torch.autograd.Function):
             if entropies is not None and grad_entropy is not None:
                 up = replace(up, entropy=entropies, grad_entropy=grad_entropy * ctx.map.slope)
             grads = backward(chunks, up, wants)
-        return (
-            grads.hidden,
-            grads.weight,
-            None if grads.bias is None else grads.bias.to(bias.dtype),
-            grads.low,
-            None if grads.low_rank is None else grads.low_rank.to(low_rank.dtype),
-            *[None] * 3,
-        )
+        return *grads.for_inputs(bias, low_rank), *[None] * 3
 
 
 def differentiate_forward(
@@ -361,13 +360,7 @@ class Known(torch.autograd.Function):
         chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, f)
         logps, grads = differentiate_forward(chunks, coefficients, wants)
         # not `save_for_backward`: the only references must pass on, or autograd copies them once more
-        ctx.grads = (
-            grads.hidden,
-            grads.weight,
-            None if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
-            grads.low,
-            None if grads.low_rank is None or low_rank is None else grads.low_rank.to(low_rank.dtype),
-        )
+        ctx.grads = grads.for_inputs(bias, low_rank)
         ctx.mark_non_differentiable(logps)
         return (logps * coefficients).sum(), logps
 

@@ -99,5 +99,4 @@ class Sharded(torch.autograd.Function):
             total = grads.hidden.to(chunks.acc)
             dist.all_reduce(total, group=ctx.group)
             grads.hidden = total.to(hidden.dtype)
-        bias_grad = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return grads.hidden, grads.weight, bias_grad, None, None, None
+        return *grads.for_inputs(bias)[:3], None, None, None
