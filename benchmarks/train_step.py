@@ -89,7 +89,7 @@ def text(tokens: Sequence[int]) -> str:
 
 
 def peer_settings(algorithm: str, groups: list[Group], common: dict[str, Any]) -> dict[str, Any]:
-    """What `trl_step.py` reads. TRL appends the EOS itself."""
+    """What `trl_step.py` reads. Texts end with the EOS, so that TRL appends none."""
     if algorithm == "grpo":
         (group,) = groups
         return common | {
@@ -100,7 +100,7 @@ def peer_settings(algorithm: str, groups: list[Group], common: dict[str, Any]) -
     names = ("chosen", "rejected") if algorithm == "dpo" else ("completion",)
     rows = [
         {"prompt": text(g.prompt.tokens)}
-        | {n: " " + text(c.tokens[:-1]) for n, c in zip(names, g.completions, strict=True)}
+        | {n: " " + text(c.tokens) for n, c in zip(names, g.completions, strict=True)}
         for g in groups
     ]
     return common | {"rows": rows}
@@ -205,6 +205,7 @@ def measure(algorithm: str, args: argparse.Namespace, work: Path) -> dict[str, A
         }
         if peer:
             a, b = first["rft"]["grad_norm"], first["trl"]["grad_norm"]
+            row["grad_norm"] = a
             row["errors"] = {"gradient norm": abs(a - b) / b}
             row["gain"] = statistics.median(b / a for a, b in zip(times["rft"], times["trl"], strict=True))
             row["passed"] = row["gain"] >= (row["gate"] or 1.0)

@@ -1,0 +1,112 @@
+"""The learner on one device: the rate of a LoRA step of a 7B-shaped model on 4,096 tokens against the
+measured rate of matrix products (target: above 45 %), the peak memory of a QLoRA step, and the memory that
+`rft check` predicts against what full training really takes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from forest import SHAPES, VOCABULARY, groups_of
+from harness import Settings, settings, timed
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rft.algorithms import ALGORITHMS
+from rft.batch import Batch
+from rft.config import ModelConfig
+from rft.learner.config import LearnerConfig
+from rft.learner.learner import Learner, LearnerSpec
+from rft.memory import ModelShape, learner_bytes
+
+TARGET = 0.45
+
+
+def save(shape: str, s: Settings, folder: Path) -> str:
+    width, mlp, layers, heads, shared = SHAPES[shape]
+    config = Qwen3Config(
+        vocab_size=VOCABULARY if s.small else 151_936,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        head_dim=width // heads,
+        max_position_embeddings=1 << 16,
+    )
+    with torch.device(s.device):
+        model = Qwen3ForCausalLM(config).to(s.dtype)
+    model.save_pretrained(folder / shape)
+    return str(folder / shape)
+
+
+def step(name: str, model: str, s: Settings, **options: Any) -> dict[str, Any]:
+    """SFT steps on `tokens` tokens: seconds and the peak of everything held, in 10^6 bytes."""
+    tokens = 256 if s.small else 4096
+    config = LearnerConfig(learning_rate=1e-6, entropy=False, tokens_per_micro_batch=tokens, **options)
+    learner = Learner(
+        LearnerSpec(
+            model=model,
+            tokenizer=model,
+            algorithm=ALGORITHMS["sft"](),
+            config=config,
+            device=s.device,
+            threads=torch.get_num_threads(),
+            seed=1,
+            total_steps=100,
+            num_iterations=1,
+            minibatches=1,
+            max_completion_length=tokens,
+            temperature=1.0,
+            max_gap_mean=None,
+            max_gap=None,
+        )
+    )
+    batch = Batch.build(groups_of(tokens // 8, [tokens // 8], 4))
+    found: dict[str, Any] = {"name": name, "tokens": tokens}
+    found |= timed({"step": lambda: learner.step(batch, 0)}, rounds=2 if s.small else 5)["step"]
+    parameters = sum(p.numel() for p in learner.policy.model.parameters())
+    trained = sum(p.numel() for p in learner.policy.trained())
+    if not s.small:
+        found["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return found | {"parameters": parameters, "trained": trained}
+
+
+def lora_rate(model: str, s: Settings) -> dict[str, Any]:
+    """Operations of a LoRA step: 2 per weight and token forward, 2 for the gradient of activations, and the
+    forward's again where checkpointing recomputes it (not counted as useful)."""
+    row = step("LoRA", model, s, adapter={"r": 16}, dtype="auto", gradient_checkpointing=not s.small)
+    row["tflops"] = 4 * row["parameters"] * row["tokens"] / row["seconds"] / 1e12
+    ceiling = s.earlier("ceilings")
+    if ceiling is not None:
+        row["of_matmul_rate"] = row["tflops"] / ceiling["matmul_tflops"]
+        row["passed"] = None if s.small else row["of_matmul_rate"] >= TARGET
+    return row
+
+
+def qlora(model: str, s: Settings) -> dict[str, Any]:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        return {"name": "QLoRA", "left_out": str(error)}
+    return step("QLoRA", model, s, adapter={"r": 16}, quantize="nf4", gradient_checkpointing=not s.small)
+
+
+def prediction(model: str, s: Settings) -> dict[str, Any]:
+    row = step("full", model, s)
+    config = LearnerConfig(tokens_per_micro_batch=row["tokens"], dtype="float32" if s.small else "bfloat16")
+    shape = ModelShape.of(model, ModelConfig(path=model))
+    row["predicted_mb"] = learner_bytes(shape, config, reference=False) / 1e6
+    if not s.small:  # a CPU has no account of what one learner holds
+        row["predicted_over_measured"] = row["predicted_mb"] / row["peak_mb"]
+    return row
+
+
+if __name__ == "__main__":
+    s = settings("learner", __doc__)
+    with tempfile.TemporaryDirectory(prefix="gpu-learner-") as folder:
+        large = save("small" if s.small else "7B", s, Path(folder))
+        medium = save("small" if s.small else "1B", s, Path(folder))
+        s.finish({"results": [lora_rate(large, s), qlora(large, s), prediction(medium, s)]})
