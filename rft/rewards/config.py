@@ -15,7 +15,7 @@ class MaxFraction(Section):
     max_fraction: float = Field(description="highest fraction of failed samples over the run", gt=0, lt=1)
 
 
-SLOW = ("judge", "reward_model", "pairwise_model", "process_reward_model", "process")
+SLOW = ("judge", "local_judge", "reward_model", "pairwise_model", "process_reward_model", "process")
 """Built-ins that take whole batches and long."""
 
 ErrorPolicy = Literal["stop", "drop"] | MaxFraction

@@ -1,6 +1,6 @@
 """A language model as a judge, over any endpoint that speaks OpenAI's chat completions.
 
-A vLLM replica serves the same protocol (`vllm serve`), so a local judge is a `base_url` on loopback.
+A vLLM replica serves the same protocol: `local_judge` starts one of its own.
 Requests run concurrently within a call, under one rate limit, with retries and a cache; the verdict is
 JSON, constrained by a schema where the server can. A judge that cannot be reached is an `error`, and
 one whose verdict cannot be read is an `error` too: neither is a zero.
@@ -33,6 +33,7 @@ Answer:
 Judge how good the answer is, from 0 (worthless) to {scale} (perfect). Reply with JSON only:
 {{"reason": "<one sentence>", "score": <number from 0 to {scale}>}}"""
 
+REASON = 400  # characters: one that rambles would be cut before its score
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
@@ -107,6 +108,7 @@ class Judge:
         schema: bool = True,
     ) -> None:
         self.url = base_url.rstrip("/") + "/chat/completions"
+        self.identity = self.url  # whose verdicts the cached ones are
         self.template, self.principle = template, principle
         self.scale, self.threshold = scale, threshold
         self.body = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
@@ -159,7 +161,7 @@ class Judge:
 
     async def _ask(self, client: Any, slots: asyncio.Semaphore, text: str) -> str | JudgeError:
         body = {**self.body, "messages": [{"role": "user", "content": text}]}
-        key = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.identity, body], sort_keys=True).encode()).hexdigest()
         if (known := self.cache.get(key)) is not None:
             return known
         async with slots:
@@ -194,7 +196,10 @@ class Judge:
 
 
 def _response_format(scale: float) -> dict[str, Any]:
-    properties = {"reason": {"type": "string"}, "score": {"type": "number", "minimum": 0, "maximum": scale}}
+    properties = {
+        "reason": {"type": "string", "maxLength": REASON},
+        "score": {"type": "number", "minimum": 0, "maximum": scale},
+    }
     schema = {
         "type": "object",
         "properties": properties,
@@ -219,7 +224,7 @@ def read_verdict(reply: str, scale: float) -> tuple[float, str]:
     """(score, reason) of a verdict. Raises JudgeError where there is none, or it is off the scale."""
     for candidate in (reply, *re.findall(r"\{[^{}]*\}", reply)[::-1]):
         try:
-            data = json.loads(candidate)
+            data = json.loads(candidate, strict=False)  # models put line breaks into strings
         except json.JSONDecodeError:
             continue
         score = data.get("score") if isinstance(data, dict) else None

@@ -52,6 +52,7 @@ BUILTINS: dict[str, str] = {
     },
     "instructions": "rft.rewards.instructions:instructions",
     "judge": "rft.rewards.judge:Judge",
+    "local_judge": "rft.rewards.local_judge:LocalJudge",
     "reward_model": "rft.rewards.models:RewardModel",
     "pairwise_model": "rft.rewards.models:PairwiseModel",
     "process_reward_model": "rft.rewards.models:ProcessRewardModel",
