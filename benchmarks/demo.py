@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import cpu_name
 
 from rft.metrics.plots import plot_learning_curve
 
@@ -35,11 +36,6 @@ def summarise(run: Path) -> dict[str, Any]:
         "largest_gap": max(r["sync/logp_gap"] for r in steps),
         "step_seconds": statistics.median(r["time/step"] for r in steps),
     }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown processor")
 
 
 def main(argv: list[str]) -> None:

@@ -1,23 +1,22 @@
 """How often the math reward errs and how fast it is, against math-verify in the same run.
 
-    python benchmarks/rewards.py        # writes benchmarks/results/rewards.json
+    python benchmarks/rewards.py [--peers]        # writes benchmarks/results/rewards.json
 
 One process, one thread. Cases: GSM8K and MATH-500 gold solutions with their own and with perturbed
 answers, solutions written by models, and labelled pairs of spellings. Each contestant sees the same
-(completion, answer) strings. TRL's `accuracy_reward` runs where TRL is installed. Then the overhead of
+(completion, answer) strings. With `--peers` TRL's `accuracy_reward` runs too, from its own environment. Then the overhead of
 the worker pool, and the sandbox.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "rewards")]
 
 import math_cases  # noqa: E402
+from common import RESULTS, use_peer, write_result  # noqa: E402
 from equivalences import CASES  # noqa: E402
 from math_cases import Case  # noqa: E402
 
@@ -53,13 +53,11 @@ def math_verify() -> Judge:
     return lambda completions, answers: [one(c, a) for c, a in zip(completions, answers, strict=True)]
 
 
-def trl_accuracy() -> Judge | None:
+def trl_accuracy() -> Judge:
     """TRL's reward takes messages and a column `solution`. It reads answers in LaTeX only, so it cannot
     see a completion's `#### 18`; the suite `gsm8k_boxed` is within its terms."""
-    try:
-        from trl.rewards import accuracy_reward
-    except ImportError:
-        return None
+    use_peer("trl")
+    from trl.rewards import accuracy_reward
 
     def judge(completions: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         messages = [[{"role": "assistant", "content": c}] for c in completions]
@@ -139,21 +137,18 @@ def sandbox_speed(n: int = 30) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--peers", action="store_true", help="also TRL, from its own environment")
+    args = parser.parse_args()
     logging.disable(logging.WARNING)
-    contestants: dict[str, Judge | None] = {
-        "rft": rft_math(),
-        "math-verify": math_verify(),
-        "trl accuracy_reward": trl_accuracy(),
-    }
-    versions = {"math-verify": metadata.version("math-verify"), "python": platform.python_version()}
-    result: dict[str, Any] = {"versions": versions, "math": {}}
+    contestants: dict[str, Judge] = {"rft": rft_math(), "math-verify": math_verify()}
+    if args.peers:
+        contestants["trl accuracy_reward"] = trl_accuracy()
+    result: dict[str, Any] = {"math": {}}
     print(f"{'suite':18s} {'judge':20s} {'cases':>6s} {'missed':>7s} {'fooled':>7s} {'calls/s':>9s}")
     for suite, cases in suites().items():
         result["math"][suite] = {}
         for name, judge in contestants.items():
-            if judge is None:
-                result["math"][suite][name] = "not installed"
-                continue
             row = measure(judge, cases)
             result["math"][suite][name] = row
             print(
@@ -164,9 +159,7 @@ def main() -> None:
     result["pool"] = asyncio.run(pool_overhead())
     result["sandbox"] = sandbox_speed()
     print(json.dumps({k: result[k] for k in ("pool", "sandbox")}, indent=1))
-    path = ROOT / "benchmarks" / "results" / "rewards.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(RESULTS / "rewards.json", result, "math-verify", "trl")
 
 
 if __name__ == "__main__":

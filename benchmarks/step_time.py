@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import cpu_name
 from peers.make_env import peer_python, run_peer
 
 from rft.tasks.arithmetic import Arithmetic
@@ -146,11 +146,6 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "trl_best": best,
         "ratio": median[best] / median["rft"],
     }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
 def trl_version() -> str:

@@ -36,7 +36,7 @@ PARTS: dict[str, tuple[Script, ...]] = {
         Script("train_step.py", ("--rounds", "2"), peers=True),
         Script("step_time.py", ("--rounds", "1", "--steps", "12"), needs_peers=True),
     ),
-    "reward": (Script("rewards.py"),),
+    "reward": (Script("rewards.py", peers=True),),
     "sync": (Script("sync.py"),),
 }
 
