@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import performance_kernels as kernels
+from performance_kernels import table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -17,11 +20,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 def load(name: str) -> dict[str, Any] | None:
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def demo(d: dict[str, Any]) -> str:
@@ -71,33 +69,6 @@ def step_time(d: dict[str, Any]) -> str:
     )
 
 
-def logprob(d: dict[str, Any]) -> str:
-    parts = []
-    for case in d["results"]:
-        rows = [
-            [
-                r["contender"],
-                f"{r['ratio']:.2f}",
-                f"{r['gate']:.2f}" if r.get("gate") else "",
-                {True: "met", False: "**missed**"}.get(r.get("passed"), ""),
-                f"{r['workspace_mb']:.0f} MB",
-                f"{max(r['errors'].values()):.1e}",
-            ]
-            for r in case["rows_of_table"]
-        ]
-        size = f"{case['rows']} x {case['width']} x {case['vocab']}"
-        title = f"{case['dtype']}, {size}, {case['threads']} thread(s)"
-        head = [title, "over bare products", "gate", "", "workspace", "largest error"]
-        parts.append(table(head, rows))
-    m = d["machine"]
-    where = f"{m['processor']}, {m['capability']}, bfloat16 arithmetic: {m['bfloat16_arithmetic']}"
-    return (
-        f"Time over the bare matrix products of the same round ({where}).\n\n"
-        + "\n\n".join(parts)
-        + "\n\nThe Triton kernels are correct under the interpreter; their speed on a GPU is **unmeasured**."
-    )
-
-
 def parity(d: dict[str, Any]) -> str:
     rows = [[r["loss"], str(r["inputs"]), f"{r['difference']:.1e}", r["reason"] or ""] for r in d["rows"]]
     return f"Identical tensors to both, {', '.join(d['peer'])}, float32, bound {d['bound']:g}.\n\n" + table(
@@ -124,7 +95,13 @@ def rewards(d: dict[str, Any]) -> str:
 SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("The demo", "demo", "python benchmarks/demo.py RUN...", demo),
     ("A GRPO step against TRL", "step-time-cpu", "python benchmarks/step_time.py", step_time),
-    ("Fused log-probs on CPU", "logprob-cpu", "python benchmarks/logprob.py", logprob),
+    ("Whole training steps against TRL", "train-step-cpu", "rft bench step --peers", kernels.train_step),
+    ("Fused log-probs on CPU", "logprob-cpu", "rft bench logprob --peers", kernels.logprob),
+    ("Their memory against the number of rows", "workspace-cpu", "rft bench logprob", kernels.workspace),
+    ("Sharing a prompt", "prefix-cpu", "rft bench prefix", kernels.prefix),
+    ("Everything at once", "combined-cpu", "rft bench prefix", kernels.combined),
+    ("Packing", "packing-cpu", "rft bench packing", kernels.packing),
+    ("Pushing weights", "sync-cpu", "rft bench sync", kernels.sync),
     ("Math rewards", "rewards", "python benchmarks/rewards.py", rewards),
     ("Parity with TRL's losses", "parity-trl", "python benchmarks/parity_trl.py", parity),
 ]
@@ -136,7 +113,14 @@ def page() -> str:
         found = load(name)
         body = render(found) if found else f"**Unmeasured.** `{command}` measures it."
         out += [f"## {title}", "", f"`{command}`", "", body, ""]
-    out += ["## GPUs", "", "**Unmeasured**: no figure on this page comes from a GPU.", ""]
+    out += [
+        "## GPUs",
+        "",
+        "`make bench-gpu` (benchmarks/gpu/run_all.sh)",
+        "",
+        "**Unmeasured**: no figure on this page comes from a GPU.",
+        "",
+    ]
     return "\n".join(out)
 
 
