@@ -4,8 +4,8 @@
 
 One process, one thread. Cases: GSM8K and MATH-500 gold solutions with their own and with perturbed
 answers, solutions written by models, and labelled pairs of spellings. Each contestant sees the same
-(completion, answer) strings. With `--peers` TRL's `accuracy_reward` runs too, from its own environment. Then the overhead of
-the worker pool, and the sandbox.
+(completion, answer) strings. With `--peers` TRL's `accuracy_reward` runs too, from its own
+environment. Then the overhead of the worker pool, and the sandbox.
 """
 
 from __future__ import annotations
