@@ -39,6 +39,7 @@ ALGORITHM_NAMES = ("sft", "dpo", "grpo")
 LEARNING_RATE = 1e-6
 GATES = {"grpo": 1.5}
 EOS = 1
+PAD_WORD = "<pad>"
 
 
 def build(folder: Path, layers: int, vocabulary: int, width: int = 1024) -> None:
@@ -57,9 +58,11 @@ def build(folder: Path, layers: int, vocabulary: int, width: int = 1024) -> None
         pad_token_id=0,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(vocabulary)}, unk_token="0"))
+    words = Tokenizer(models.WordLevel({word(i): i for i in range(vocabulary)}, unk_token=PAD_WORD))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(EOS), pad_token="0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=word(EOS), pad_token=PAD_WORD).save_pretrained(
+        folder
+    )
 
 
 def make_groups(algorithm: str, vocabulary: int, prompt: int, completion: int) -> list[Group]:
@@ -84,8 +87,12 @@ def make_groups(algorithm: str, vocabulary: int, prompt: int, completion: int) -
     return out
 
 
+def word(token: int) -> str:
+    return {0: PAD_WORD, EOS: "<end>"}.get(token, str(token))
+
+
 def text(tokens: Sequence[int]) -> str:
-    return " ".join(map(str, tokens))
+    return " ".join(map(word, tokens))
 
 
 def peer_settings(algorithm: str, groups: list[Group], common: dict[str, Any]) -> dict[str, Any]:
