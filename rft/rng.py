@@ -12,6 +12,13 @@ import torch
 from rft.checkpoint import CheckpointError
 
 
+def seed_everything(seed: int) -> None:
+    """Seed `random`, `numpy.random` and torch on every device, so that equal runs have equal states."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """The states of `random`, `numpy.random`, torch's CPU generator and every visible CUDA device's.
 

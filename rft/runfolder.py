@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from rft import checkpoint
-from rft.config import Config, ConfigError, differences
+from rft.config import Config, ConfigError, differences, parse_config
 
 # What may differ between a run and its resumption: none of these changes what is learned.
 FREE = (
@@ -25,8 +25,11 @@ FREE = (
     "rollout.replicas", "rollout.threads", "rollout.cores", "rollout.kv_cache_gib",
     "rollout.gpu_memory_utilization", "rollout.start_timeout_s", "rollout.control_timeout_s",
     "rollout.generate_timeout_s", "rollout.max_restarts", "rollout.max_num_seqs",
+    "rollout.health_every_s", "rollout.health_timeout_s",
     "learner.threads", "learner.cores", "learner.tokens_per_micro_batch", "learner.step_timeout_s",
-    "learner.gradient_checkpointing", "rewards.workers", "rewards.recycle_after", "sync.",
+    "learner.parallel", "learner.ranks", "learner.cpu_offload", "learner.reshard_after_forward",
+    "learner.deepspeed", "learner.gradient_checkpointing",
+    "rewards.workers", "rewards.recycle_after", "sync.",
 )  # fmt: skip
 
 
@@ -81,6 +84,7 @@ def claim(config: Config, resume: str) -> RunFolder:
         return RunFolder(path, None, tuple(notes), finished)
     best, rejected = checkpoint.scan(path / "checkpoints")
     notes += [f"checkpoint passed over: {r}" for r in rejected]
+    notes += [] if best is None else _other_versions(best)
     return RunFolder(path, best, tuple(notes), interrupted=True)
 
 
@@ -94,7 +98,11 @@ def _resume_from(config: Config, path: Path, folder: Path) -> RunFolder:
 
 
 def _check_same(config: Config, path: Path) -> list[str]:
-    old = yaml.safe_load((path / "config.yaml").read_text())
+    written = yaml.safe_load((path / "config.yaml").read_text())
+    try:
+        old = parse_config(written).to_dict()  # settings that are newer than the run have their defaults
+    except ConfigError:
+        old = written
     changed = differences(old, config.to_dict())
     fatal = [
         f"{key}: was {a!r}, now {b!r}"
@@ -110,6 +118,13 @@ def _check_same(config: Config, path: Path) -> list[str]:
             ]
         )
     return [f"{key}: {a!r} -> {b!r}" for key, a, b in changed]
+
+
+def _other_versions(found: checkpoint.Checkpoint) -> list[str]:
+    """What was updated since the checkpoint was written: allowed, but numbers may come out otherwise."""
+    now = checkpoint.library_versions()
+    names = sorted(n for n in {*now, *found.versions} if now.get(n) != found.versions.get(n))
+    return [f"{n}: version {found.versions.get(n)} -> {now.get(n)} since the checkpoint" for n in names]
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -26,6 +26,7 @@ from rft.learner.schedule import learning_rate
 from rft.learner.scoring import load_scoring_model
 from rft.learner.strategies import make_strategy
 from rft.packing import micro_batches, tree_tokens
+from rft.rng import seed_everything
 from rft.rollout.sampling import derive_seed
 
 
@@ -76,7 +77,7 @@ class Learner:
             cores = own_part(parse_cores(spec.config.cores), self.parallel.rank, self.parallel.ranks)
             os.sched_setaffinity(0, cores)
         torch.set_num_threads(spec.threads)
-        torch.manual_seed(spec.seed)
+        seed_everything(spec.seed)
         self.algorithm = spec.algorithm
         self.strategy = make_strategy(spec)
         with self.parallel.turn():
@@ -88,7 +89,7 @@ class Learner:
         self.state: dict[str, float] = {}
         self.self_checked = spec.config.self_check == "off"
         if self.parallel.rank:  # the same weights on all ranks, but not the same dropout
-            torch.manual_seed(derive_seed(spec.seed, self.parallel.rank))
+            seed_everything(derive_seed(spec.seed, self.parallel.rank))
 
     # -- set-up ------------------------------------------------------------------------------------
 

@@ -88,15 +88,24 @@ def rft(*args: str, timeout: float = 240, check: bool = True) -> subprocess.Comp
     return done
 
 
-def processes_of(marker: str) -> list[str]:
-    """Command lines of living processes that carry `marker` in their environment."""
+def pids_of(marker: str) -> list[int]:
+    """Living processes that carry `marker` in their environment."""
     found = []
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
         try:
-            if marker.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120])
+            if folder.name.isdigit() and marker.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
         except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+    return found
+
+
+def processes_of(marker: str) -> list[str]:
+    """Their command lines."""
+    found = []
+    for pid in pids_of(marker):
+        try:
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:120])
+        except (FileNotFoundError, ProcessLookupError):
             continue
     return found

@@ -1,0 +1,140 @@
+"""Pushes and recoveries on real actors: interrupted, at the same time, with weights that are no numbers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rft.batch import Batch, Completion, Group, Prompt
+from rft.learner.learner import LearnerError
+from rft.metrics import Progress, RunLog
+from rft.metrics.config import TrackingConfig
+from rft.metrics.log import read_jsonl
+from rft.remote import call
+from rft.rollout.engine import EngineError, Request, Sampling
+from rft.rollout.fleet import Fleet
+from rft.run import learner_spec, start_learner
+from rft.sync.channel import PushChannel
+from tests.integration.conftest import Stage, raise_stage
+
+PROMPT = (9, 10, 11)
+
+
+@pytest.fixture(scope="module")
+def stage(ray_here: None, tiny_folder: Path) -> Iterator[Stage]:
+    stage = raise_stage(tiny_folder, "hf", replicas=2)
+    yield stage
+    stage.run(stage.pool.close())
+
+
+@pytest.fixture
+def fleet(stage: Stage, tmp_path: Path) -> Iterator[Fleet]:
+    log = RunLog(tmp_path, 1, TrackingConfig(trackers=()))
+    config = stage.plan.config.rollout.model_copy(update={"health_every_s": 0.2, "health_timeout_s": 2})
+    yield Fleet(stage.pool, stage.channel, config, log, Progress(1, "test", display="off"))
+    log.close()
+
+
+def kinds(fleet: Fleet) -> list[str]:
+    return [e["kind"] for e in read_jsonl(fleet.log.run_dir / "events.jsonl")]
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(f"r{i}", PROMPT, Sampling(2, 8, seed=i)) for i in range(count)]
+
+
+async def push(fleet: Fleet, version: int) -> None:
+    async with fleet.gate:
+        await fleet.push(version)
+
+
+def test_a_push_interrupted_half_way(stage: Stage, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica dies after the engines were paused, before the weights are there: all are built anew, and the
+    version arrives in the end."""
+    receive, pids = stage.pool.receive, [m.pid for m in stage.pool.members.values()]
+
+    async def dying(update: object) -> None:
+        monkeypatch.setattr(stage.pool, "receive", receive)
+        psutil.Process(pids[1]).kill()
+        await receive(update)
+
+    monkeypatch.setattr(stage.pool, "receive", dying)
+    stage.run(push(fleet, 1))
+    assert [m.version for m in stage.pool.members.values()] == [1, 1]
+    assert not any(m.pid in pids for m in stage.pool.members.values()), "none of the old ones is trusted"
+    assert kinds(fleet).count("engine/lost") == kinds(fleet).count("engine/rebuilt") == 2
+    done = stage.run(fleet.generate(requests(1)[0]))
+    assert {v for g in done for v, _, _ in g.versions} == {1}
+
+
+def test_a_replica_dies_with_requests_while_pushes_go_on(stage: Stage, fleet: Fleet) -> None:
+    """The race of asynchronous training: requests recover a replica while versions are pushed. Everything is
+    answered, by engines that hold a version which was pushed."""
+
+    async def all_at_once() -> list[list[int]]:
+        running = [asyncio.ensure_future(fleet.generate(r)) for r in requests(24)]
+        await asyncio.sleep(0.05)
+        psutil.Process(stage.pool.members[0].pid).kill()
+        for version in (2, 3, 4):
+            await push(fleet, version)
+            await asyncio.sleep(0.05)
+        return [[v for g in part for v, _, _ in g.versions] for part in await asyncio.gather(*running)]
+
+    stage.run(push(fleet, 1))
+    versions = stage.run(all_at_once())
+    assert len(versions) == 24 and set().union(*versions) <= {1, 2, 3, 4}
+    assert {m.version for m in stage.pool.members.values()} == {4}
+    assert fleet.requeued >= 1 and fleet.metrics()["engine/alive"] == 2
+
+
+def test_a_frozen_replica_is_found_by_its_health(stage: Stage, fleet: Fleet) -> None:
+    victim = psutil.Process(stage.pool.members[0].pid)
+
+    async def frozen() -> None:
+        watching = asyncio.ensure_future(fleet.watch_health())
+        victim.suspend()
+        while "engine/rebuilt" not in kinds(fleet):
+            await asyncio.sleep(0.05)
+        watching.cancel()
+
+    stage.run(push(fleet, 5))
+    stage.run(asyncio.wait_for(frozen(), 60))
+    assert not victim.is_running()
+    assert {m.version for m in stage.pool.members.values()} == {5}
+
+
+def test_it_gives_up_after_as_many_rebuilds_as_it_may(stage: Stage, fleet: Fleet) -> None:
+    fleet.config = fleet.config.model_copy(update={"max_restarts": 1})
+    for allowed in (True, False):
+        psutil.Process(stage.pool.members[1].pid).kill()
+        if allowed:
+            stage.run(push(fleet, 6))
+        else:
+            with pytest.raises(EngineError, match="rebuilt 1 times since the last finished step"):
+                stage.run(push(fleet, 6))
+    fleet.progressed()
+    stage.run(push(fleet, 7))
+
+
+def test_weights_that_are_no_numbers_are_not_pushed(stage: Stage, fleet: Fleet) -> None:
+    """A learning rate beyond float32 makes the weights infinite in one step: told, and nothing is sent."""
+    spec = learner_spec(stage.plan)
+    wild = start_learner(
+        stage.plan, replace(spec, config=spec.config.model_copy(update={"learning_rate": 1e39}))
+    )
+    fleet.channel = PushChannel(wild, stage.pool, stage.plan.channel_spec(), "keep", 30)
+    completions = tuple(
+        Completion((7, 8 + i), logps=(-5.0, -5.0), versions=((-1, 0, 2),), reward=float(i)) for i in range(2)
+    )
+    batch = Batch.build([Group(Prompt(0, PROMPT, "p"), completions)])
+    stage.run(fleet.channel.connect())
+    stage.run(push(fleet, 0))
+    stage.run(call(wild.step.remote(batch, 0), 60, "step"))
+    with pytest.raises(LearnerError, match="weights of version 1 are not finite"):
+        stage.run(push(fleet, 1))
+    assert "engine/lost" not in kinds(fleet)

@@ -1,0 +1,53 @@
+"""Claiming a run folder: what a resumed run may change, and what it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rft import checkpoint, runfolder
+from rft.config import Config, ConfigError, parse_config
+
+
+def config(folder: Path, **more: object) -> Config:
+    return parse_config({"algorithm": "sft", "output_dir": str(folder), "name": "r", **more})
+
+
+def begun(folder: Path) -> None:
+    """A run with one checkpoint."""
+    run = folder / "r"
+    runfolder.write_config(run, config(folder))
+
+    def write(into: Path) -> None:
+        (into / "a").write_text("a")
+
+    checkpoint.save(run / "checkpoints", 7, write, keep=1, meta={})
+
+
+def test_differences_are_listed_or_refused(tmp_path: Path) -> None:
+    begun(tmp_path)
+    found = runfolder.claim(config(tmp_path, checkpoint={"every": 5}, train={"steps": 9}), "auto")
+    assert found.resumed_at == 7
+    assert set(found.notes) == {"checkpoint.every: 50 -> 5", "train.steps: 100 -> 9"}
+    with pytest.raises(ConfigError, match=r"(?s)differ in what is learned.*seed: was 1, now 2"):
+        runfolder.claim(config(tmp_path, seed=2), "auto")
+
+
+def test_a_run_older_than_a_setting_resumes_with_its_default(tmp_path: Path) -> None:
+    begun(tmp_path)
+    file = tmp_path / "r" / "config.yaml"
+    written = yaml.safe_load(file.read_text())
+    del written["rollout"]["health_every_s"], written["train"]["curriculum"]
+    file.write_text(yaml.safe_dump(written))
+    assert runfolder.claim(config(tmp_path), "auto").notes == ()
+
+
+def test_other_library_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint.library_versions()
+    with monkeypatch.context() as then:
+        then.setattr(checkpoint, "library_versions", lambda: {**real, "torch": "1.0"})
+        begun(tmp_path)
+    (note,) = runfolder.claim(config(tmp_path), "auto").notes
+    assert note.startswith("torch: version 1.0 -> 2") and note.endswith("since the checkpoint")
