@@ -83,6 +83,15 @@ METRICS: dict[str, Metric] = {
     "eval/step_accuracy": Metric("share of held-out steps that a process reward model labels right", "share"),
     "eval/examples": Metric("held-out examples evaluated (offline training)", "rows"),
     "eval/*/accuracy": Metric("share of correct completions on one named evaluation set", "share"),
+    # -- preferences and reward models (offline training)
+    "preference/accuracy": Metric(
+        "share of the step's pairs whose preferred one is ahead in reward", "share"
+    ),
+    "preference/margin": Metric("by how much, mean over the pairs' tokens"),
+    "preference/chosen": Metric("log-prob per token of the preferred responses", "nats/token"),
+    "preference/rejected": Metric("log-prob per token of the other responses", "nats/token"),
+    "preference/reward": Metric("mean reward of a reward model over the responses' tokens"),
+    "kto/z": Metric("divergence from the reference that good and bad responses are measured against", "nats"),
     # -- policy
     "policy/kl": Metric("divergence of the policy from the one that sampled, k3 estimate", "nats/token"),
     "policy/kl_ref": Metric("divergence of the policy from the reference, k3 estimate", "nats/token"),
@@ -117,6 +126,7 @@ METRICS: dict[str, Metric] = {
     "train/perplexity": Metric("exponential of the mean loss per token (offline training)"),
     "train/padding": Metric("share of positions in the micro-batches that hold no token", "share"),
     "critic/*": Metric("a number of the critic: loss, explained_variance, clip_fraction"),
+    "copy/*": Metric("a number of the learner of the second copy of the model, where two are trained"),
     # -- completions
     "completion/length_mean": Metric("mean length of the completions", "tokens"),
     "completion/length_std": Metric("standard deviation of the completions' length", "tokens"),

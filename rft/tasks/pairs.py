@@ -8,14 +8,15 @@ from typing import Any
 from rft.tasks.arithmetic import Arithmetic, Chain, Split, solve, tell
 from rft.tasks.config import Style
 
-TRIES = 100
+TRIES = 1000
 
 
 class ArithmeticPairs(Arithmetic):
     """Rows for every kind of offline training on judgements. Options: see `ArithmeticConfig`.
 
-    chosen, rejected, margin: a solution that ends in the right result and one that does not, each in a
-        format drawn by `styles`; the share of the second one's results that are wrong.
+    chosen, rejected, margin: of solutions drawn as the demonstrations of `arithmetic` are, the first that
+        ends in the right result and the first that does not; the share of the latter's results that are
+        wrong.
     completion, label, score: either of the two by a coin flip, whether it is the right one, and two scores:
         its right final result (0 or 1) and the share of its results that are right.
     completions, labels: the same results line by line, and for each line whether all is right up to there.
@@ -27,13 +28,13 @@ class ArithmeticPairs(Arithmetic):
         chain = self._chain(split, rng)
         form = self.config.form if self.config.form != "mixed" else rng.choice(("words", "expression"))
         prompt = tell(chain, rng) if form == "words" else f"{chain.expression()}=?\n"
-        styles = rng.choices(list(self.config.styles), weights=list(self.config.styles.values()), k=2)
         right = self._results(chain, 0.0, rng)
-        wrong = self._wrong(chain, styles[1], rng)
+        drawn = [self._draw(chain, rng, correct) for correct in (True, False)]
+        wrong = drawn[1][1]
         label = rng.random() < 0.5
-        results = right if label else wrong
+        style, results = drawn[0 if label else 1]
         marks = [a == b for a, b in zip(results, right, strict=True)]
-        solutions = solve(chain, right, styles[0]), solve(chain, wrong, styles[1])
+        solutions = [solve(chain, results, style) for style, results in drawn]
         return {
             "prompt": prompt,
             "answer": str(chain.answer),
@@ -42,20 +43,21 @@ class ArithmeticPairs(Arithmetic):
             "margin": sum(a != b for a, b in zip(wrong, right, strict=True)) / len(right),
             "completion": solutions[0 if label else 1],
             "label": label,
-            "style": styles[0 if label else 1],
+            "style": style,
             "score": [float(label), sum(marks) / len(marks)],
             "completions": solve(chain, results, "lines").splitlines(keepends=True),
             "labels": [*marks, label],
         }
 
-    def _wrong(self, chain: Chain, style: Style, rng: Random) -> list[int]:
-        """Results whose last is wrong: slips as frequent as in the format's demonstrations, at least half."""
-        share = max(self.config.wrong(style), 0.5)
+    def _draw(self, chain: Chain, rng: Random, correct: bool) -> tuple[Style, list[int]]:
+        """The format and the results of the first demonstration that ends right, or wrong."""
+        styles, weights = list(self.config.styles), list(self.config.styles.values())
         for _ in range(TRIES):
-            results = self._results(chain, share, rng)
-            if results[-1] != chain.answer:
-                return results
+            style = rng.choices(styles, weights=weights)[0]
+            results = self._results(chain, self.config.wrong(style), rng)
+            if (results[-1] == chain.answer) is correct:
+                return style, results
         raise ValueError(
-            f"no wrong solution in {TRIES} tries: the slips {self.config.slips} do not fit between 0 and the "
-            f"limit ({self.config.limit}), or cancel out; change slips, or raise limit"
+            f"no {'right' if correct else 'wrong'} solution among {TRIES} demonstrations: set wrong_fraction "
+            f"between 0 and 1, and slips that fit within the limit ({self.config.slips}, {self.config.limit})"
         )

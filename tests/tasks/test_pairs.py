@@ -42,6 +42,17 @@ def test_a_step_is_right_until_the_first_mistake() -> None:
         assert row["labels"][-1] is row["label"]
 
 
-def test_slips_that_cannot_be_made_are_refused() -> None:
-    with pytest.raises(ValueError, match="no wrong solution in 100 tries"):
+def test_judgements_that_never_come_about_are_refused() -> None:
+    with pytest.raises(ValueError, match="no wrong solution among 1000 demonstrations"):
         ArithmeticPairs(slips=[500]).rows("train", 1, seed=0)
+    with pytest.raises(ValueError, match="no wrong solution"):
+        ArithmeticPairs(wrong_fraction=0.0).rows("train", 1, seed=0)
+
+
+def test_pairs_are_what_verification_makes_of_the_demonstrations() -> None:
+    """Careful solutions are mostly right and hasty ones mostly wrong: so are the chosen and the rejected."""
+    rows = ArithmeticPairs().rows("train", 400, seed=2)
+    careful = [
+        sum("+" in row[name] or "-" in row[name] for row in rows) / 400 for name in ("chosen", "rejected")
+    ]
+    assert careful[0] > 0.6 and careful[1] < 0.1

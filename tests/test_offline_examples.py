@@ -1,0 +1,154 @@
+"""Every offline algorithm has an example that `rft check` accepts; what cannot work is refused by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rft.algorithms import ALGORITHMS
+from rft.config import ConfigError, algorithm_name, load_config, parse_config
+from rft.data import GroupStream
+from rft.plan import Plan, make_plan
+
+FOLDER = Path(__file__).parent.parent / "examples"
+PREFERENCES = FOLDER.parent.parent / "shared" / "data" / "gsm8k" / "preferences.jsonl"
+ROWS = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a)} for a in range(12)]
+
+
+def offline_examples() -> dict[str, Path]:
+    """Algorithm by example file, of those that train on a dataset."""
+    found = {p.stem: p for p in sorted(FOLDER.glob("*.yaml"))}
+    return {name: p for name, p in found.items() if not load_config(p).algorithm.online}
+
+
+@pytest.fixture
+def small(tmp_path: Path, tiny_folder: Path) -> list[str]:
+    return [f"output_dir={tmp_path}", f"model.path={tiny_folder}", "data.limit=64", "eval.problems=8"]
+
+
+@pytest.mark.parametrize("name", offline_examples())
+def test_examples_pass_the_preflight(name: str, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(FOLDER / f"{name}.yaml", small)
+    if config.data.path is not None and not PREFERENCES.exists():
+        pytest.skip(f"{PREFERENCES} is not there")
+    monkeypatch.chdir(FOLDER.parent)
+    plan = make_plan(config)
+    assert plan.config.name == name and plan.lines() and plan.offline is not None
+    assert plan.offline.held_out is not None
+
+
+def test_every_offline_algorithm_has_an_example() -> None:
+    shown = {algorithm_name(load_config(p).algorithm) for p in offline_examples().values()}
+    assert shown == {name for name, kind in ALGORITHMS.items() if not kind.online}
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raw(tmp_path: Path, tiny_folder: Path) -> dict[str, Any]:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return {
+        "output_dir": str(tmp_path),
+        "model": {"path": str(tiny_folder)},
+        "data": {"path": str(tmp_path / "rows.jsonl")},
+        "algorithm": "dpo",
+        "train": {"batch_size": 4},
+    }
+
+
+def plan_of(raw: dict[str, Any], **changes: Any) -> Plan:
+    return make_plan(parse_config({**raw, **changes}))
+
+
+def refused(raw: dict[str, Any], **changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(raw, **changes)
+    return "\n".join(caught.value.problems)
+
+
+def test_no_held_out_rows_is_said(raw: dict[str, Any]) -> None:
+    assert "evaluation   none: there are no held-out rows" in "\n".join(plan_of(raw).lines())
+    data = {**raw["data"], "holdout": 4}
+    assert "evaluation   4 groups" in "\n".join(plan_of(raw, data=data).lines())
+    assert "evaluation" not in "\n".join(plan_of(raw, data=data, eval={"every": 0}).lines())
+
+
+def test_a_folder_s_test_split_is_held_out(raw: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "split"
+    folder.mkdir()
+    for name, part in (("train", ROWS[:8]), ("test", ROWS[8:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    offline = plan_of(raw, data={"path": str(folder)}).offline
+    assert offline is not None and offline.held_out is not None
+    assert [len(offline.sample), len(offline.held_out)] == [8, 4]
+    (folder / "test.jsonl").unlink()
+    offline = plan_of(raw, data={"path": str(folder)}).offline
+    assert offline is not None and offline.held_out is None
+
+
+def test_a_column_that_the_algorithm_reads_is_asked_for(raw: dict[str, Any]) -> None:
+    assert 'columns["margin"]' in refused(raw, algorithm={"name": "reward_model", "margin": True})
+    told = refused(
+        {**raw, "data": {"kind": "arithmetic_pairs", "limit": 8}},
+        algorithm={"name": "reward_regression", "heads": 3},
+    )
+    assert "the data have 2 targets, the model 3 heads" in told
+    assert 'columns["weight"]' in refused({**raw, "data": {"limit": 8}}, algorithm="c_rlft")
+
+
+def test_generation_needs_rewards_and_a_policy(raw: dict[str, Any]) -> None:
+    pairs = {**raw, "data": {"kind": "arithmetic_pairs", "limit": 8}}
+    assert "completions are scored by rewards" in refused(pairs, eval={"generate": True})
+    math = [{"function": "math"}]
+    told = refused(pairs, algorithm="reward_model", eval={"generate": True}, rewards=math)
+    assert "which generates nothing" in told
+    plan = plan_of(pairs, eval={"generate": True, "problems": 6}, rewards=math)
+    assert plan.eval_prompts is not None and len(plan.eval_prompts) == 6
+
+
+def test_references_that_cannot_be_cached_or_are_not_read(raw: dict[str, Any], tmp_path: Path) -> None:
+    cached = {"reference_logps": "cached"}
+    assert plan_of(raw, learner=cached).config.learner.reference_logps == "cached"
+    tasks = {**raw, "data": {"limit": 16}}
+    for algorithm, words in (
+        ("sft", "sft reads no reference"),
+        ("asft", "compares whole distributions"),
+        ({"name": "ss_token", "refresh_reference": 2}, "moves its reference"),
+    ):
+        assert words in refused(tasks, algorithm=algorithm, learner=cached)
+    kto = {**raw, "data": {"kind": "arithmetic_pairs", "limit": 16}, "learner": cached}
+    assert "pairs prompts with other responses" in refused(kto, algorithm="kto")
+    assert plan_of(kto, algorithm={"name": "kto", "baseline": "zero"})
+    model = {**raw["model"], "reference": raw["model"]["path"]}
+    free = {"name": "dpo", "reference_free": True}
+    assert "model.reference: dpo reads no reference" in refused(raw, algorithm=free, model=model)
+    assert "is neither a model folder" in refused(raw, model={**model, "reference": str(tmp_path / "no")})
+
+
+def test_a_reference_with_another_vocabulary_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    config = json.loads((Path(raw["model"]["path"]) / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 99}))
+    told = refused(raw, model={**raw["model"], "reference": str(other)})
+    assert "has a vocabulary of 99" in told
+
+
+def test_rows_longer_than_the_model_reads_are_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text("\n".join(json.dumps({**row, "prompt": "1+" * 1100}) for row in ROWS))
+    assert "tokens, and the model 2048 positions" in refused(raw, data={"path": str(long)})
+
+
+def test_streams_are_read_in_the_preflight_and_not_for_online_runs(raw: dict[str, Any]) -> None:
+    data = {**raw["data"], "streaming": True}
+    plan = plan_of(raw, data=data)
+    assert plan.offline is not None and isinstance(plan.offline.train, GroupStream)
+    assert "streamed from" in "\n".join(plan.lines())
+    assert "no such column" in refused(raw, data=data, algorithm="sft")
+    online = {**raw, "algorithm": "grpo", "rewards": [{"function": "math"}]}
+    assert "online training loads all of its prompts" in refused(online, data=data)
