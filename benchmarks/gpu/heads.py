@@ -76,7 +76,7 @@ def errors(s: Settings) -> list[dict[str, Any]]:
         taken = [x.clone().requires_grad_() for x in (hidden, weight)]
         logps = token_logps(taken[0], taken[1], targets)
         grads = torch.autograd.grad((logps * pull).sum(), taken)
-        found = {"logps": float((logps - wanted).abs().max())}
+        found = {"logps": float((logps - wanted).detach().abs().max())}
         for name, a, b in zip(("hidden", "weight"), grads, wanted_grads, strict=True):
             found[name] = float((a.float() - b).norm() / b.norm())
         passed = max(found.values()) < (1e-4 if s.small else 2e-2)

@@ -75,10 +75,14 @@ def step(name: str, model: str, s: Settings, **options: Any) -> dict[str, Any]:
 
 
 def lora_rate(model: str, s: Settings) -> dict[str, Any]:
-    """Operations of a LoRA step: 2 per weight and token forward, 2 for the gradient of activations, and the
-    forward's again where checkpointing recomputes it (not counted as useful)."""
+    """Operations of a LoRA step: 2 per weight and token forward and 2 for the gradient of activations; the
+    head on the half of the tokens that the loss acts on, the embedding's look-up not at all. What
+    checkpointing computes again is not counted as useful."""
     row = step("LoRA", model, s, adapter={"r": 16}, dtype="auto", gradient_checkpointing=not s.small)
-    row["tflops"] = 4 * row["parameters"] * row["tokens"] / row["seconds"] / 1e12
+    head = ModelShape.of(model, ModelConfig(path=model))
+    matrix = head.vocab * head.hidden
+    weights = (row["parameters"] - 2 * matrix) * row["tokens"] + matrix * row["tokens"] // 2
+    row["tflops"] = 4 * weights / row["seconds"] / 1e12
     ceiling = s.earlier("ceilings")
     if ceiling is not None:
         row["of_matmul_rate"] = row["tflops"] / ceiling["matmul_tflops"]
