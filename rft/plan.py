@@ -188,6 +188,7 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
     if tokenizer is not None and not config.algorithm.online:
         offline = attempt("data", lambda: load_offline(config, tokenizer))
     problems += _misfits(config, shape, engine, train, offline)
+    problems += config.learner.kernels.misfits(device)
     if config.rewards.functions:
         scored = train or held_out
         columns = None if scored is None else {name for p in scored.prompts for name in p.columns}

@@ -35,6 +35,10 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
         (["model.options={hiden_size: 64}"], "hiden_size"),
         (["algorithm=sft", "data={path: rows.jsonl, streaming: true}"], "rows.jsonl"),
         (["sync.transport=nccl"], "nccl needs GPUs"),
+        (
+            ["learner.kernels.logprob=triton"],
+            "triton needs a GPU, the learner is on cpu: write auto or chunked",
+        ),
         (["learner.cores='999'"], "this machine has no core 999"),
     ],
 )

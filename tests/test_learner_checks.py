@@ -66,6 +66,15 @@ def test_falling_back_trains_as_separate_sequences_do(windowed, make_groups) -> 
     assert unchecked.step(batch, 0)["train/grad_norm"] != pytest.approx(loss, rel=1e-3)
 
 
+def test_forced_kernels_train_to_the_same_gradient(tiny_folder, make_groups) -> None:
+    batch = Batch.build(make_groups(), share_prefix=True)
+    kernels = {"logprob": "reference", "attention": "masked"}
+    forced = Learner(spec(tiny_folder, config={"kernels": kernels}))
+    assert forced.policy.kernels.logprob == "reference" and forced.policy.route.kernel == "masked"
+    found = forced.step(batch, 0)["train/grad_norm"]
+    assert found == pytest.approx(Learner(spec(tiny_folder)).step(batch, 0)["train/grad_norm"], rel=1e-5)
+
+
 PEAK = """
 import json, random, sys
 from pathlib import Path

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rft.kernels.config import KernelsConfig
 from rft.learner.strategy_config import AdapterConfig, StrategyConfig
 from rft.section import Section
 
@@ -60,6 +61,7 @@ class LearnerConfig(Section):
     prefix_sharing: Literal["auto", "on", "off"] = Field(
         "auto", description="compute a prompt once per group; auto: where the predicted gain is 5 % or more"
     )
+    kernels: KernelsConfig = Field(KernelsConfig(), description="which implementations compute")
     self_check: Literal["stop", "fall_back", "off"] = Field(
         "stop",
         description="where the first batch's packed hidden states differ from those of separate sequences: "

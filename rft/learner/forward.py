@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states, prepare_model, self_check
+from rft.kernels.config import KernelsConfig
 from rft.kernels.logprob import token_logps
 from rft.learner.critic import Critic
 from rft.learner.distribution import full_divergence, reading
@@ -47,9 +48,11 @@ class PolicyModel:
         temperature: float,
         compute_dtype: torch.dtype,
         value_head: Critic | None = None,
+        kernels: KernelsConfig = KernelsConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self.model = model
-        self.route = prepare_model(model)
+        self.route = prepare_model(model, kernels.attention)
+        self.kernels = kernels
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.value_head = value_head
@@ -144,6 +147,7 @@ class PolicyModel:
             "softcap": head.softcap,
             "logit_scale": head.logit_scale,
             "lora": head.lora,
+            "backend": self.kernels.logprob,
         }
         if entropy:
             logps, h = token_logps(hidden, weight, targets, entropy=True, **kwargs)

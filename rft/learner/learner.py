@@ -148,6 +148,7 @@ class Learner:
             temperature=self.spec.temperature,
             compute_dtype=resolve_dtype(self.spec.config.dtype, self.spec.device),
             value_head=value_head,
+            kernels=self.spec.config.kernels,
         )
 
     def make_optimizer(self) -> None:
