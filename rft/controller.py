@@ -36,10 +36,11 @@ from rft.rollout.fleet import Fleet
 from rft.rollout.gather import Gatherer
 from rft.rollout.pool import RolloutPool
 from rft.rollout.sampling import derive_seed
-from rft.rollout.slots import SlotBuffer, State, Work
+from rft.rollout.slots import SlotBuffer, Work
 from rft.saving import Saver
-from rft.step_metrics import age_metrics, batch_metrics, sample_rows, train_rows
+from rft.step_metrics import age_metrics, batch_metrics, sample_rows, slot_metrics, train_rows
 from rft.sync.channel import WeightChannel
+from rft.twin import Twin, own
 
 
 class NoSignal(RuntimeError):
@@ -61,6 +62,7 @@ class Parts:
     rewards: RewardRunner
     log: RunLog
     progress: Progress
+    twin: Twin | None = None
 
 
 @dataclass
@@ -91,7 +93,9 @@ class Controller:
         self.phases = Phases(parts.log, parts.progress)
         self.redo: list[tuple[int, int]] = []  # handed out before an interruption, not yet trained on
         self.dropped: list[tuple[int, int, str]] = []  # epoch, row, reason
-        self.gatherer = Gatherer(self.algorithm, self.fleet.generate, parts.rewards, self.plan.tokenizer)
+        self.twin = parts.twin
+        generate = self.fleet.generate if self.twin is None else self.twin.route(self.fleet)
+        self.gatherer = Gatherer(self.algorithm, generate, parts.rewards, self.plan.tokenizer)
         self.replay = Replay(self.algorithm.replay)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,6 +113,10 @@ class Controller:
     def algorithm(self) -> Algorithm:
         return self.config.algorithm
 
+    @property
+    def _fleets(self) -> list[Fleet]:
+        return [self.fleet] if self.twin is None else [self.fleet, self.twin.fleet]
+
     # -- the loop ----------------------------------------------------------------------------------
 
     async def run(self, resume: Checkpoint | None) -> dict[str, float]:
@@ -116,8 +124,9 @@ class Controller:
         last: dict[str, float] = {}
         if resume is not None:
             await self._restore(resume)
-        await self.fleet.open(self.step)
-        self._spawn(self.fleet.watch_health())
+        for fleet in self._fleets:
+            await fleet.open(self.step)
+            self._spawn(fleet.watch_health())
         try:
             if self.step == 0:
                 last = await self._log_start()
@@ -154,7 +163,8 @@ class Controller:
         reward_metrics = self.parts.rewards.take_metrics()
         self._tell_reward_faults(reward_metrics)
         age = [self.step - w.version for w in works]
-        batch = self._build(self.replay.mix([w.group for w in works if w.group is not None]))
+        groups = self.replay.mix([w.group for w in works if w.group is not None])
+        batch = self._build(groups if self.twin is None else own(groups, 0))
         async with self.fleet.gate:
             with self.phases("train", self.step):
                 trained = await self._ask_learner("step", batch, self.step)
@@ -162,12 +172,14 @@ class Controller:
             with self.phases("sync", self.step):
                 report = await self.fleet.push(self.step)
         self.fleet.progressed()
+        if self.twin is not None:
+            trained |= await self.twin.step(self._build(own(groups, 1)), self.step - 1)
         metrics = {
             **trained,
             **reward_metrics,
             **batch_metrics(works),
             **age_metrics(age),
-            **self._slot_metrics(),
+            **slot_metrics(self.slots, self.sampler),
             **self.fleet.metrics(),
             **report.metrics,
             "group/filtered": float(self._filtered),
@@ -256,7 +268,7 @@ class Controller:
         )
         progress = self.step / max(self.config.train.steps, 1)
         name = f"train-{work.ticket}"
-        group, seconds = await self.gatherer.group(work.prompt, sampling, name, progress)
+        group, seconds = await self.gatherer.group(work.prompt, sampling, name, work.version, progress)
         self._reward_seconds = max(self._reward_seconds, seconds)
         self._settle(work, group)
 
@@ -299,8 +311,8 @@ class Controller:
             if self._fault is not None:
                 raise self._fault
             self._check_stop()
-            scored = sum(w.state == State.scored for w in self.slots.live.values())
-            self.parts.progress.phase("rollout", min(scored, self.slots.batch), self.slots.batch)
+            done = min(self.slots.scored, self.slots.batch)
+            self.parts.progress.phase("rollout", done, self.slots.batch)
             works = self.slots.take(self.step)
             if works is not None:
                 return works
@@ -360,10 +372,14 @@ class Controller:
             "rewards": self.parts.rewards.state_dict(),
             "replay": self.replay.state_dict(),
         }
+        if self.twin is not None:
+            await self.twin.save(self.step)
         await self.saver.save(self.step, meta, final=final)
 
     async def _restore(self, found: Checkpoint) -> None:
         self.step = await self._ask_learner("restore", str(found.path))
+        if self.twin is not None:
+            await self.twin.restore(self.step)
         self.sampler.load_state_dict(found.meta["sampler"])
         self.redo = [(epoch, row) for epoch, row in found.meta["outstanding"]]
         self.dropped = [(epoch, row, reason) for epoch, row, reason in found.meta["dropped"]]
@@ -383,16 +399,3 @@ class Controller:
     @property
     def _primary(self) -> str:
         return self.config.rewards.functions[0].label
-
-    def _slot_metrics(self) -> dict[str, float]:
-        dropped = {k: v for k, v in self.slots.counts.items() if k.startswith("dropped/")}
-        busy = [w.state for w in self.slots.live.values() if w.state != State.trained]
-        return {
-            "data/epoch": float(self.sampler.seen) / self.sampler.size,
-            "data/prompts": float(self.sampler.seen),
-            "data/dropped": float(sum(dropped.values())),
-            **{f"data/{name}": float(count) for name, count in dropped.items()},
-            **(self.sampler.metrics() if isinstance(self.sampler, Curriculum) else {}),
-            "rollout/inflight": float(busy.count(State.inflight)),
-            "rollout/waiting": float(self.slots.capacity - len(busy)),
-        }

@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from rft.batch import Completion
+from rft.data import Sampler
+from rft.data.curriculum import Curriculum
 from rft.evaluation import Judged
 from rft.metrics.diversity import diversity
-from rft.rollout.slots import Work
+from rft.rollout.slots import SlotBuffer, State, Work
 
 
 def batch_metrics(works: list[Work]) -> dict[str, float]:
@@ -32,6 +34,7 @@ def batch_metrics(works: list[Work]) -> dict[str, float]:
         "completion/truncated": sum(c.finish == "length" for c in completions) / len(completions),
         **diversity([c.tokens for c in completions], owners),
         "rollout/tokens": float(sum(lengths)),
+        "rollout/versions_mean": sum(len({v for v, _, _ in c.versions}) for c in completions) / len(lengths),
     }
 
 
@@ -42,6 +45,21 @@ def age_metrics(ages: list[int]) -> dict[str, float]:
         "rollout/age_mean": sum(ages) / len(ages),
         "rollout/age_max": float(max(ages)),
         **{f"rollout/age/{age}": count / len(ages) for age, count in sorted(shares.items())},
+    }
+
+
+def slot_metrics(slots: SlotBuffer, sampler: Sampler | Curriculum) -> dict[str, float]:
+    """How far the data is, and where the prompts are that were handed out."""
+    dropped = {k: v for k, v in slots.counts.items() if k.startswith("dropped/")}
+    busy = [w.state for w in slots.live.values() if w.state != State.trained]
+    return {
+        "data/epoch": float(sampler.seen) / sampler.size,
+        "data/prompts": float(sampler.seen),
+        "data/dropped": float(sum(dropped.values())),
+        **{f"data/{name}": float(count) for name, count in dropped.items()},
+        **(sampler.metrics() if isinstance(sampler, Curriculum) else {}),
+        "rollout/inflight": float(busy.count(State.inflight)),
+        "rollout/waiting": float(slots.capacity - len(busy)),
     }
 
 

@@ -232,6 +232,15 @@ class Algorithm(ABC):
         return None
 
     @property
+    def copies(self) -> int:
+        """How many copies of the model are trained, 1 or 2."""
+        return 1
+
+    def copy_of(self, step: int, *, observer: bool) -> int:
+        """Which copy, 0 or 1, plays a role (pioneer or observer) after `step` finished steps."""
+        return 0
+
+    @property
     def replay(self) -> int:
         """How many past steps' groups are trained on again beside this step's. 0: none."""
         return 0

@@ -22,16 +22,17 @@ class CORY(GRPO):
     A pioneer answers the prompt; an observer answers the prompt and the pioneer's answer. Each is
     rewarded with the sum of both rewards, and every `swap_every` steps the two copies of the model
     trade roles. The advantage is `grpo`'s, each role against its own kind (the paper uses PPO). Half of
-    `num_generations` are pioneers. With one model in both roles it is self-play of the same kind.
+    `num_generations` are pioneers. With `copies: 1` one model plays both
+    roles. What is evaluated and exported as `model` is the first copy; the second is `model-second`.
     """
 
     min_generations: ClassVar[int] = 4
 
+    copies: int = setting(2, "copies of the model that are trained; 1: it plays both roles", ge=1, le=2)
     swap_every: int = setting(50, "steps after which the two copies trade roles", ge=1)
 
     def copy_of(self, step: int, *, observer: bool) -> int:
-        """Which of the two copies, 0 or 1, has the role in this step."""
-        return (step // self.swap_every + observer) % 2
+        return (step // self.swap_every + observer) % 2 if self.copies == 2 else 0
 
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         return (Rollout(role="pioneer"), Rollout(role="observer")) * (num_generations // 2)

@@ -36,6 +36,7 @@ class Request:
     id: str
     tokens: tuple[int, ...]
     sampling: Sampling
+    copy: int = 0  # which copy of the model completes it, where there are two
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,19 @@ class Gatherer:
     tokenizer: Any
 
     async def group(
-        self, prompt: Prompt, sampling: Sampling, name: str, progress: float
+        self, prompt: Prompt, sampling: Sampling, name: str, step: int, progress: float
     ) -> tuple[Group, float]:
         """The prompt's group, and the seconds that its rewards took.
 
         sampling: of ordinary completions; `n` is the group's size. name: unique among the requests in
-        flight. progress: the share of the run that is done, 0 to 1.
+        flight. step: finished steps. progress: the share of the run that is done, 0 to 1.
         """
         demonstration = bool(prompt.columns.get("completion"))
         plan = self.algorithm.rollouts(sampling.n, progress=progress, demonstration=demonstration)
-        sampled = await sample_group(self.generate, name, prompt, plan, sampling, self.tokenizer)
+        pioneer, observer = (self.algorithm.copy_of(step, observer=seen) for seen in (False, True))
+        sampled = await sample_group(
+            self.generate, name, prompt, plan, sampling, self.tokenizer, (pioneer, observer)
+        )
         begin = time.perf_counter()
 
         async def judged_again(completions: list[Completion]) -> Judged:

@@ -33,6 +33,7 @@ class _Group:
     prompt: Prompt
     sampling: Sampling
     tokenizer: Any
+    copies: tuple[int, int]
 
 
 def unsupported(plan: Sequence[Rollout]) -> list[str]:
@@ -43,10 +44,19 @@ def unsupported(plan: Sequence[Rollout]) -> list[str]:
 
 
 async def sample_group(
-    generate: Generate, name: str, prompt: Prompt, plan: Sequence[Rollout], sampling: Sampling, tokenizer: Any
+    generate: Generate,
+    name: str,
+    prompt: Prompt,
+    plan: Sequence[Rollout],
+    sampling: Sampling,
+    tokenizer: Any,
+    copies: tuple[int, int] = (0, 0),
 ) -> Sampled:
-    """Get every completion of the plan; equal ones share a request. Order is the plan's."""
-    group = _Group(generate, name, prompt, sampling, tokenizer)
+    """Get every completion of the plan; equal ones share a request. Order is the plan's.
+
+    copies: which copy of the model is the pioneer, and which the observer.
+    """
+    group = _Group(generate, name, prompt, sampling, tokenizer, copies)
     if any(r.role for r in plan):
         return Sampled(await _sample_pairs(group, plan), [r.train for r in plan])
     demonstration = demonstration_tokens(prompt, tokenizer) if any(r.prefix_share for r in plan) else ()
@@ -73,7 +83,8 @@ async def _one_kind(
         params = replace(params, n=1, temperature=0.0, seed=None)
     elif sampling.seed is not None:
         params = replace(params, seed=sampling.seed + 1000 * index)
-    generated = await group.generate(Request(f"{group.name}-{index}", group.prompt.tokens + given, params))
+    name, tokens = f"{group.name}-{index}", group.prompt.tokens + given
+    generated = await group.generate(Request(name, tokens, params, group.copies[0]))
     if kind.greedy:
         generated = generated * count
     if given:
@@ -87,9 +98,11 @@ async def _sample_pairs(group: _Group, plan: Sequence[Rollout]) -> list[Completi
     pioneers = await _one_kind(group, plan[0], count, 0)
     observers = await asyncio.gather(*(_observe(group, pioneers[i], i) for i in range(count)))
     return [
-        replace(c, values={**c.values, "observer": float(role), "pair": float(i)})
+        replace(
+            c, values={**c.values, "observer": float(r), "pair": float(i), "copy": float(group.copies[r])}
+        )
         for i, pair in enumerate(zip(pioneers, observers, strict=True))
-        for role, c in enumerate(pair)
+        for r, c in enumerate(pair)
     ]
 
 
@@ -104,7 +117,8 @@ async def _observe(group: _Group, pioneer: Completion, index: int) -> Completion
     params = replace(group.sampling, n=1)
     if params.seed is not None:
         params = replace(params, seed=params.seed + 1000 * (index + 1))
-    request = Request(f"{group.name}-observer-{index}", group.prompt.tokens + read, params)
+    tokens = group.prompt.tokens + read
+    request = Request(f"{group.name}-observer-{index}", tokens, params, group.copies[1])
     (own,) = completions_of(await group.generate(request), group.tokenizer)
     mask = (False,) * len(read) + (True,) * len(own.tokens)
     versions = tuple((v, a + len(read), b + len(read)) for v, a, b in own.versions)

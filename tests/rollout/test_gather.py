@@ -96,7 +96,7 @@ def gather(world: tuple[Watched, Any, Prompt], algorithm: Algorithm, *functions:
         )
         async with RewardRunner(config) as rewards:
             gatherer = Gatherer(algorithm, engine.generate, rewards, tokenizer)
-            group, _ = await gatherer.group(prompt, SAMPLING, "train-0", 0.0)
+            group, _ = await gatherer.group(prompt, SAMPLING, "train-0", 60, 0.5)
             return group
 
     return asyncio.run(body())
@@ -109,6 +109,8 @@ def test_an_observer_reads_the_pioneer_and_is_trained_on_its_own_words_only(
     group = gather(world, ALGORITHMS["cory"]())
     assert [c.values["observer"] for c in group.completions] == [0, 1, 0, 1]
     assert [c.values["pair"] for c in group.completions] == [0, 0, 1, 1]
+    assert [c.values["copy"] for c in group.completions] == [1, 0, 1, 0]  # the roles were swapped at step 50
+    assert all(r.copy == (0 if "observer" in r.id else 1) for r in engine.seen)
     asked = {r.id: r for r in engine.seen}
     for i in (0, 1):
         pioneer, observer = group.completions[2 * i : 2 * i + 2]
