@@ -67,6 +67,9 @@ def offline_problems(config: Config, data: OfflineData | None, positions: int) -
         out.append(f"eval.generate: {name} trains a reward model, which generates nothing; set it to false")
     if config.eval.generate and not config.rewards.functions:
         out.append("eval.generate: completions are scored by rewards; add `rewards: [{function: math}]`")
+    for key in ("adapter", "quantize", "strategy"):
+        if algorithm.score_heads and getattr(config.learner, key) is not None:
+            out.append(f"learner.{key}: {name} trains a whole reward model with a new head; leave it out")
     if config.learner.reference_logps == "cached":
         out += _uncached(algorithm, name)
     if data is None:

@@ -110,6 +110,11 @@ def test_generation_needs_rewards_and_a_policy(raw: dict[str, Any]) -> None:
     assert plan.eval_prompts is not None and len(plan.eval_prompts) == 6
 
 
+def test_reward_models_are_trained_as_a_whole(raw: dict[str, Any]) -> None:
+    told = refused(raw, algorithm="reward_model", learner={"adapter": {"r": 4}})
+    assert "learner.adapter: reward_model trains a whole reward model" in told
+
+
 def test_references_that_cannot_be_cached_or_are_not_read(raw: dict[str, Any], tmp_path: Path) -> None:
     cached = {"reference_logps": "cached"}
     assert plan_of(raw, learner=cached).config.learner.reference_logps == "cached"

@@ -72,7 +72,7 @@ class LineReader(Reader):
 
 
 class TableReader(Reader):
-    """Rows of a `datasets.IterableDataset` (Parquet, the hub), which keeps its own state."""
+    """Rows of a `datasets.IterableDataset` (Parquet, Arrow, the hub), which keeps its own state."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -102,11 +102,14 @@ def open_reader(config: DataConfig, split: Split) -> tuple[Reader, str]:
     files = find_files(path, name)
     if files[0].name.endswith(".jsonl"):
         return LineReader(files), path
-    if files[0].suffix != ".parquet":
-        raise DataError("only .jsonl and .parquet files can be streamed; set `streaming: false`", source=path)
+    form = files[0].suffix.removeprefix(".")
+    if form not in ("parquet", "arrow"):
+        raise DataError(
+            "only .jsonl, .parquet and .arrow files can be streamed; set `streaming: false`", source=path
+        )
     import datasets
 
-    data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=True)
+    data = datasets.load_dataset(form, data_files=[str(f) for f in files], split="train", streaming=True)
     return TableReader(data), path
 
 

@@ -14,11 +14,18 @@ ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(11)]
 
 
 def config(path: Path, form: str = "jsonl", rows: list[Any] = ROWS, **changes: Any) -> DataConfig:
-    if form == "parquet":
+    if form != "jsonl":
         datasets = pytest.importorskip("datasets")
-        datasets.Dataset.from_list(rows[:5]).to_parquet(str(path / "train-0.parquet"))
-        datasets.Dataset.from_list(rows[5:]).to_parquet(str(path / "train-1.parquet"))
-        return DataConfig(path=str(path), streaming=True, **changes)
+        for i, part in enumerate((rows[:5], rows[5:])):
+            data = datasets.Dataset.from_list(part)
+            if form == "arrow":
+                data.save_to_disk(str(path / f"part-{i}"))
+                (written,) = (path / f"part-{i}").glob("*.arrow")
+                written.rename(path / f"train-{i}.arrow")
+            else:
+                data.to_parquet(str(path / f"train-{i}.parquet"))
+        kind = {"kind": "hub"} if form == "name" else {}  # `datasets` takes a folder for a dataset's name
+        return DataConfig(path=str(path), streaming=True, **kind, **changes)
     for name, part in (("train-0.jsonl", rows[:5]), ("train-1.jsonl", rows[5:])):
         (path / name).write_text("\n\n".join(json.dumps(row) for row in part))
     return DataConfig(path=str(path), streaming=True, **changes)
@@ -28,8 +35,10 @@ def ids(stream: GroupStream, k: int) -> list[int]:
     return [group.prompt.id for group in stream.next(k)]
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
-@pytest.mark.parametrize("buffer", [1, 4, 100])
+@pytest.mark.parametrize(
+    ("form", "buffer"),
+    [*(("jsonl", n) for n in (1, 4, 100)), *((form, 4) for form in ("parquet", "arrow", "name"))],
+)
 def test_every_row_once_an_epoch_and_resumed_anywhere(
     tmp_path: Path, plain: Any, form: str, buffer: int
 ) -> None:

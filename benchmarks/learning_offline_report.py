@@ -1,0 +1,159 @@
+"""The results of benchmarks/learning_offline.py as a page and a plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from rft.metrics.plots import BLUE, GREY, ORANGE, STYLE
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "learning_offline.json"
+PAGE = ROOT / "docs" / "learning_offline.md"
+PLOT = ROOT / "docs" / "images" / "learning_offline.png"
+Row = dict[str, Any]
+
+SECTIONS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "pairs": (
+        "Preference losses, verified pairs of the embedded task",
+        "30 steps of 32 pairs. Whether the policy finds the right solution of a held-out problem likelier "
+        "than the wrong one, by how many nats, and how many of 256 held-out problems one sample solves.",
+        {
+            "accuracy": "pairs right",
+            "accuracy_per_token": "per token",
+            "margin": "margin",
+            "task": "problems solved",
+        },
+    ),
+    "gsm8k": (
+        "Preference losses, GSM8K solutions",
+        "30 steps of 16 pairs, from a model that imitated the 500 right training solutions for 120 steps; on "
+        "87 held-out pairs. It has 0.2 M parameters: it can learn what right and wrong solutions look like, "
+        "not what makes them right.",
+        {"accuracy": "pairs right", "accuracy_per_token": "per token", "margin": "margin"},
+    ),
+    "slips": (
+        "Demonstrations of which a share is wrong",
+        "150 steps of 32 demonstrations, three of ten steps wrong. KL over the vocabulary, mean over the "
+        "tokens of clean solutions, in nats: of the policy to the start, and of the start to the policy.",
+        {"task": "problems solved", "kl": "KL(policy, start)", "kl_forward": "KL(start, policy)"},
+    ),
+    "sources": (
+        "Sources of mixed quality",
+        "600 steps of 32 demonstrations, from the untrained model; two fifths are careful, the others hasty "
+        "and mostly wrong. C-RLFT knows which is which, and is asked to be careful.",
+        {"task": "problems solved"},
+    ),
+    "rewards": (
+        "Reward models",
+        "150 steps on judged solutions of the embedded task; held-out measures of each, and its loss.",
+        {
+            "preference_accuracy": "pairs right",
+            "step_accuracy": "steps right",
+            "score_error": "error of scores",
+            "loss": "loss",
+        },
+    ),
+    "loop": (
+        "A reward model as the only reward",
+        "The model of 150 steps on judged pairs, then 40 steps of GRPO with nothing but its scores as the "
+        "reward, from the same start.",
+        {"task": "problems solved", "score": "mean score"},
+    ),
+}
+SHARES = {"accuracy", "accuracy_per_token", "task", "preference_accuracy", "step_accuracy"}
+
+
+def load() -> list[Row]:
+    """The rows of all runs so far."""
+    found: list[Row] = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    return found
+
+
+def merge(row: Row) -> None:
+    """Put a run's numbers into the results, in place of an earlier run of the same case and seed."""
+
+    def key(r: Row) -> tuple[str, str, int]:
+        return r["section"], r["case"], r["seed"]
+
+    rows = sorted([*(r for r in load() if key(r) != key(row)), row], key=key)
+    note = "Two cores, shared with other programs: seconds are an upper bound."
+    RESULTS.write_text(json.dumps({"note": note, "runs": rows}, indent=1) + "\n")
+
+
+def write_page(known: Sequence[tuple[str, str]]) -> None:
+    """The table of every known case, run or not, and the plot."""
+    rows = load()
+    parts = [
+        "# What each offline algorithm learns\n\nMade by `python benchmarks/learning_offline.py` from "
+        "`benchmarks/results/learning_offline.json`. All start from the warm start of "
+        "`examples/arithmetic.yaml`, where nothing else is said. With several seeds (of the data and their "
+        "order), mean ± standard deviation."
+    ]
+    if any(r["section"] == "pairs" for r in rows):
+        parts.append("![margins before and after](images/learning_offline.png)")
+        _plot(rows, known)
+    for section, (title, text, measures) in SECTIONS.items():
+        names = [case for s, case in known if s == section]
+        parts.append(f"## {title}\n\n{text}\n\n{_table(rows, section, names, measures)}")
+    PAGE.write_text("\n\n".join(parts) + "\n")
+
+
+def _table(rows: list[Row], section: str, names: list[str], measures: dict[str, str]) -> str:
+    found = [r for r in rows if r["section"] == section]
+    shown = {k: v for k, v in measures.items() if any(k in r["after"] for r in found)}
+    lines = ["| algorithm | settings | " + " | ".join(shown.values()) + " | seeds |"]
+    lines.append("|---" * (len(shown) + 3) + "|")
+    if found:
+        cells = [_cell([r["before"].get(k) for r in found[:1]], k) for k in shown]
+        if section != "rewards":
+            lines.append("| *the start* | | " + " | ".join(cells) + " | |")
+    for name in names:
+        runs = [r for r in found if r["case"] == name]
+        if not runs:
+            lines.append(f"| `{name}` | *not run* |" + " |" * (len(shown) + 1))
+            continue
+        settings = ", ".join(f"{k}: {v}" for k, v in runs[0]["settings"].items())
+        cells = [_cell([r["after"].get(k) for r in runs], k) for k in shown]
+        lines.append(f"| `{name}` | {settings} | " + " | ".join(cells) + f" | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float | None], name: str) -> str:
+    """Mean, and with several seeds its standard deviation."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    scale, form, unit = (100, ".1f", " %") if name in SHARES else (1, ".3g", "")
+    text = format(scale * statistics.fmean(known), form)
+    if len(known) > 1:
+        text += f" ± {format(scale * statistics.stdev(known), form)}"
+    return text + unit
+
+
+def _plot(rows: list[Row], known: Sequence[tuple[str, str]]) -> None:
+    """Held-out margins before and after, on both sets of pairs."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+        for axes, section in zip(figure.subplots(1, 2), ("pairs", "gsm8k"), strict=True):
+            names = [case for s, case in known if s == section]
+            for place, name in enumerate(reversed(names)):
+                runs = [r for r in rows if (r["section"], r["case"]) == (section, name)]
+                if not runs:
+                    continue
+                after = [r["after"]["margin"] for r in runs]
+                spread = statistics.stdev(after) if len(after) > 1 else 0.0
+                axes.barh(place, statistics.fmean(after), xerr=spread, color=BLUE, height=0.6)
+                axes.plot([runs[0]["before"]["margin"]] * 2, [place - 0.4, place + 0.4], color=ORANGE)
+            axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=7)
+            axes.axvline(0, color=GREY, linewidth=0.8)
+            axes.set_title({"pairs": "verified pairs", "gsm8k": "GSM8K"}[section], fontsize=9)
+            axes.set_xlabel("margin in nats: chosen over rejected; orange: before")
+        PLOT.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(PLOT, dpi=130)
