@@ -45,6 +45,14 @@ HARD = (
     "rollout.sampling={max_prompt_length: 96, max_completion_length: 56}",
     "train.steps=100",
 )
+# As many demonstrations as the others sample completions.
+SUPERVISED = (
+    "algorithm=sft",
+    "train={steps: 400, batch_size: 64}",
+    "data.limit=25600",
+    "learner.learning_rate=1.0e-3",
+    "eval={every: 400, problems: 256, generate: true}",
+)
 STYLES = (
     "rewards=[{function: math}, "
     + ", ".join(
@@ -70,7 +78,7 @@ CASES: list[Case] = [
         "sft",
         "hard",
         "examples/online/base.yaml",
-        (*HARD, "algorithm=sft", "train.steps=400", "train.batch_size=64", "data.limit=25600"),
+        (*HARD, *SUPERVISED),
     ),
     *(online(name, "hard", *HARD) for name in ("grpo", "luffy", "prefix_rft")),
     *(online(name, "echo", STYLES) for name in ("ppo", "grpo", "expert_iteration")),
