@@ -10,7 +10,16 @@ import torch
 from rft.algorithms import Algorithm, PolicyOutput
 from rft.batch import Batch, Group
 from rft.config import Config, algorithm_name
-from rft.data import GroupSampler, GroupSet, GroupSource, GroupStream, has_held_out, load_groups
+from rft.data import (
+    GroupSampler,
+    GroupSet,
+    GroupSource,
+    GroupStream,
+    first_row,
+    has_held_out,
+    load_groups,
+)
+from rft.data.examples import GroupKind
 
 TRIED = 8  # groups of the dry run
 
@@ -45,7 +54,7 @@ class OfflineData:
 
 def load_offline(config: Config, tokenizer: Any) -> OfflineData:
     """Read the data of an offline run; of a stream, the first batch. Raises DataError."""
-    kind, data = config.algorithm.data, config.data
+    kind, data = _group_kind(config), config.data
     held_out = None
     if config.eval.every and has_held_out(data):
         limit = min(config.eval.problems, data.eval_limit or config.eval.problems)
@@ -56,6 +65,16 @@ def load_offline(config: Config, tokenizer: Any) -> OfflineData:
         return OfflineData(train, train.groups, held_out)
     first = GroupStream(data, tokenizer, kind).next(config.train.batch_size)
     return OfflineData(GroupStream(data, tokenizer, kind), first, held_out)
+
+
+def _group_kind(config: Config) -> GroupKind:
+    """The kind of groups that the algorithm trains on; preferences may come as ranked lists, too."""
+    kind = config.algorithm.data
+    if kind == "preference":
+        row = first_row(config.data)
+        if "completions" in row and "chosen" not in row:
+            return "ranked"
+    return kind
 
 
 def offline_problems(config: Config, data: OfflineData | None, positions: int) -> list[str]:
@@ -71,7 +90,7 @@ def offline_problems(config: Config, data: OfflineData | None, positions: int) -
         if algorithm.score_heads and getattr(config.learner, key) is not None:
             out.append(f"learner.{key}: {name} trains a whole reward model with a new head; leave it out")
     if config.learner.reference_logps == "cached":
-        out += _uncached(algorithm, name)
+        out += _uncached(algorithm, name, config.data.streaming)
     if data is None:
         return out
     if data.held_out is not None and name == "kto" and len(data.held_out) < 2:
@@ -82,15 +101,17 @@ def offline_problems(config: Config, data: OfflineData | None, positions: int) -
             f"data: the longest row has {longest} tokens, and the model {positions} positions; set "
             f"max_length: {positions}, and overlong: skip or truncate"
         )
-    return out + dry_run(algorithm, data.sample[:TRIED])
+    return out + dry_run(algorithm, data.sample[: min(TRIED, config.train.batch_size)])
 
 
-def _uncached(algorithm: Algorithm, name: str) -> list[str]:
+def _uncached(algorithm: Algorithm, name: str, streaming: bool) -> list[str]:
     """Why reference log-probs of an algorithm cannot be computed beforehand."""
     if "ref_logps" not in algorithm.needs:
         why = f"{name} reads no reference"
     elif "kl" in algorithm.outputs:
         why = f"{name} compares whole distributions, for which the reference has to run"
+    elif streaming:
+        why = "a stream is never seen as a whole"
     elif algorithm.refresh_reference:
         why = f"{name} moves its reference"
     elif algorithm.data == "unpaired" and algorithm.prescored:
@@ -102,8 +123,6 @@ def _uncached(algorithm: Algorithm, name: str) -> list[str]:
 
 def dry_run(algorithm: Algorithm, groups: list[Group]) -> list[str]:
     """What the algorithm says of real groups with made-up log-probs: a column that is missing, for one."""
-    if len(groups) < 2:
-        groups = groups * 2
     try:
         batch = Batch.build(algorithm.arrange(groups))
         nothing = torch.zeros(batch.num_tokens)
@@ -113,7 +132,10 @@ def dry_run(algorithm: Algorithm, groups: list[Group]) -> list[str]:
         policy = PolicyOutput(logps=nothing, entropy=nothing, values=nothing, kl=nothing, scores=scores)
         algorithm.loss(policy, batch)
     except ValueError as error:
-        return [f"algorithm.{algorithm_name(algorithm)}: {error}; `data.numbers` names columns to read"]
+        remedy = (
+            "; give it under data.numbers (weight: under data.sources)" if "columns[" in str(error) else ""
+        )
+        return [f"algorithm.{algorithm_name(algorithm)}: {error}{remedy}"]
     return []
 
 

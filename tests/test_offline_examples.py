@@ -100,6 +100,21 @@ def test_a_column_that_the_algorithm_reads_is_asked_for(raw: dict[str, Any]) -> 
     assert 'columns["weight"]' in refused({**raw, "data": {"limit": 8}}, algorithm="c_rlft")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_preferences_may_be_ranked_lists(raw: dict[str, Any], tmp_path: Path, streaming: bool) -> None:
+    rows = [{"prompt": f"{a}=", "completions": [f"{a}", f"{a}{a}", "no"]} for a in range(8)]
+    (tmp_path / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"path": str(tmp_path / "ranked.jsonl"), "streaming": streaming}
+    offline = plan_of(raw, data=data).offline
+    assert offline is not None
+    assert [c.reward for c in offline.sample[0].completions] == [2.0, 1.0, 0.0]
+
+
+def test_kto_needs_two_responses_in_a_step(raw: dict[str, Any]) -> None:
+    pairs = {**raw, "data": {"kind": "arithmetic_pairs", "limit": 8}, "train": {"batch_size": 1}}
+    assert "KTO needs at least two examples per step" in refused(pairs, algorithm="kto")
+
+
 def test_generation_needs_rewards_and_a_policy(raw: dict[str, Any]) -> None:
     pairs = {**raw, "data": {"kind": "arithmetic_pairs", "limit": 8}}
     assert "completions are scored by rewards" in refused(pairs, eval={"generate": True})
@@ -128,6 +143,8 @@ def test_references_that_cannot_be_cached_or_are_not_read(raw: dict[str, Any], t
     kto = {**raw, "data": {"kind": "arithmetic_pairs", "limit": 16}, "learner": cached}
     assert "pairs prompts with other responses" in refused(kto, algorithm="kto")
     assert plan_of(kto, algorithm={"name": "kto", "baseline": "zero"})
+    stream = {**raw["data"], "streaming": True}
+    assert "a stream is never seen as a whole" in refused(raw, data=stream, learner=cached)
     model = {**raw["model"], "reference": raw["model"]["path"]}
     free = {"name": "dpo", "reference_free": True}
     assert "model.reference: dpo reads no reference" in refused(raw, algorithm=free, model=model)

@@ -6,7 +6,7 @@ from rft.data.groups import GroupMaker, GroupSet, load_groups
 from rft.data.prompts import PromptSet, load_prompts
 from rft.data.rows import Rows, has_held_out, load_rows
 from rft.data.sampler import GroupSampler, GroupSource, Sampler
-from rft.data.stream import GroupStream
+from rft.data.stream import GroupStream, first_row
 
 __all__ = [
     "DataConfig",
@@ -20,6 +20,7 @@ __all__ = [
     "Rows",
     "Sampler",
     "SourceClass",
+    "first_row",
     "has_held_out",
     "load_groups",
     "load_prompts",

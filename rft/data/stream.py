@@ -20,7 +20,7 @@ from rft.data.config import DataConfig
 from rft.data.errors import DataError
 from rft.data.examples import GroupKind
 from rft.data.groups import GroupMaker
-from rft.data.rows import Split, data_source, find_files, load_hub, map_columns, parse_line
+from rft.data.rows import Row, Split, data_source, find_files, load_hub, load_rows, map_columns, parse_line
 
 
 class Reader(ABC):
@@ -111,6 +111,17 @@ def open_reader(config: DataConfig, split: Split) -> tuple[Reader, str]:
 
     data = datasets.load_dataset(form, data_files=[str(f) for f in files], split="train", streaming=True)
     return TableReader(data), path
+
+
+def first_row(config: DataConfig) -> Row:
+    """The first training row, with rft's column names. Raises DataError."""
+    if not config.streaming:
+        row: Row = load_rows(config)[0]
+        return row
+    reader, source = open_reader(config, "train")
+    for raw in reader:
+        return map_columns(raw, config, source, 0)
+    raise DataError("the dataset is empty", source=source)
 
 
 class GroupStream:
