@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
 from dataclasses import dataclass
 from itertools import count
@@ -55,6 +56,9 @@ class RolloutPool:
         self.members: dict[int, _Member] = {}
         self._serials = count()
         self._serving = asyncio.Event()  # some replica may sample
+        # A heap of (load, index, serial), so that the least loaded of thousands is found at once. What an
+        # entry says may have changed since: then a newer entry says so too, and this one is skipped.
+        self._queue: list[tuple[int, int, int]] = []
 
     @property
     def world_size(self) -> int:
@@ -79,26 +83,39 @@ class RolloutPool:
         """All members may sample now."""
         for member in self.members.values():
             member.serving = True
+        self._line_up()
         self._serving.set()
+
+    def _line_up(self) -> None:
+        self._queue = [(m.load, index, m.serial) for index, m in self.members.items()]
+        heapq.heapify(self._queue)
+
+    def _add_load(self, index: int, member: _Member, change: int) -> None:
+        member.load += change
+        heapq.heappush(self._queue, (member.load, index, member.serial))
+        if len(self._queue) > 8 * len(self.members) + 64:  # mostly entries that say nothing any more
+            self._line_up()
 
     async def generate(self, request: Request) -> list[Generated]:
         """Complete a prompt on the replica with the least work; waits while none serves."""
-        member = await self._least_loaded()
-        index = next(i for i, m in self.members.items() if m is member)
-        member.load += request.sampling.n
+        index, member = await self._least_loaded()
+        self._add_load(index, member, request.sampling.n)
         try:
             result: list[Generated] = await self._ask(
                 index, "generate", request, seconds=self.generate_timeout_s
             )
         finally:
-            member.load -= request.sampling.n
+            self._add_load(index, member, -request.sampling.n)
         return result
 
-    async def _least_loaded(self) -> _Member:
+    async def _least_loaded(self) -> tuple[int, _Member]:
         while True:
-            serving = [(m.load, i) for i, m in self.members.items() if m.serving]
-            if serving:
-                return self.members[min(serving)[1]]
+            while self._queue:
+                load, index, serial = self._queue[0]
+                member = self.members.get(index)
+                if member is not None and member.serving and (member.load, member.serial) == (load, serial):
+                    return index, member
+                heapq.heappop(self._queue)
             self._serving.clear()
             await self._serving.wait()
 

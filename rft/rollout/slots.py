@@ -53,6 +53,10 @@ class SlotBuffer:
     staleness: int
     live: dict[int, Work] = field(default_factory=dict)  # every work that holds a slot, by ticket
     counts: Counter[str] = field(default_factory=Counter)  # ended work, by state and reason
+    # Works by version, kept as they move: `take` is asked once per completed group, of which there may be
+    # tens of thousands in flight, and may not walk through all of them each time.
+    _scored: Counter[int] = field(default_factory=Counter)
+    _inflight: Counter[int] = field(default_factory=Counter)
     _tickets: int = 0
 
     @property
@@ -62,6 +66,11 @@ class SlotBuffer:
     @property
     def free(self) -> int:
         return self.capacity - len(self.live)
+
+    @property
+    def scored(self) -> int:
+        """Works that are scored and not yet trained on."""
+        return self._scored.total()
 
     def lease(self, key: tuple[int, int], prompt: Prompt) -> Work:
         """Hand out a prompt. Raises SlotError when no slot is free."""
@@ -79,45 +88,51 @@ class SlotBuffer:
         bound stays on the safe side.
         """
         self._expect(work, State.waiting, State.inflight)
-        work.state = State.inflight
         if work.version < 0:
             work.version = version
+        self._move(work, State.inflight)
 
     def score(self, work: Work, group: Group) -> None:
         """The work's completions are there, with their rewards."""
         self._expect(work, State.inflight)
-        work.state, work.group = State.scored, group
+        work.group = group
+        self._move(work, State.scored)
 
     def drop(self, work: Work, reason: str) -> None:
         """End the work without training on it; its slot is free at once."""
         self._expect(work, State.waiting, State.inflight, State.scored)
-        work.state, work.reason = State.dropped, reason
+        work.reason = reason
+        self._move(work, State.dropped)
         del self.live[work.ticket]
         self.counts[f"dropped/{reason}"] += 1
 
     def take(self, version: int) -> list[Work] | None:
         """`batch` scored works to train policy `version` on, in ticket order; None: not yet."""
-        open_work = [w for w in self.live.values() if w.state != State.trained]
-        ready = sorted((w for w in open_work if w.state == State.scored), key=lambda w: (w.version, w.ticket))
-        chosen = ready[: self.batch]
-        if len(chosen) < self.batch:
+        if self.scored < self.batch or not self._feasible(self._left(), version + 1):
             return None
-        taken = {w.ticket for w in chosen}
-        left = [w for w in open_work if w.ticket not in taken and w.state != State.waiting]
-        if not self._feasible(left, version + 1):
-            return None
+        ready = [w for w in self.live.values() if w.state == State.scored]
+        chosen = sorted(ready, key=lambda w: (w.version, w.ticket))[: self.batch]
         for work in chosen:
             if version - work.version > self.staleness:
                 raise SlotError(f"work {work.ticket} is {version - work.version} versions old")
-            work.state = State.trained
+            self._move(work, State.trained)
         return sorted(chosen, key=lambda w: w.ticket)
 
-    def _feasible(self, left: list[Work], version: int) -> bool:
+    def _left(self) -> Counter[int]:
+        """Works by version that stay behind once the `batch` oldest scored ones are taken."""
+        left, wanted = Counter(self._inflight), self.batch
+        for version in sorted(self._scored):
+            taken = min(wanted, self._scored[version])
+            left[version] += self._scored[version] - taken
+            wanted -= taken
+        return left
+
+    def _feasible(self, left: Counter[int], version: int) -> bool:
         """True if the works left can all be trained on in time, `batch` per step from `version` on."""
-        due = Counter(w.version + self.staleness for w in left)
         behind = 0
-        for deadline in sorted(due):
-            behind += due[deadline]
+        for sampled_by in sorted(left):
+            deadline = sampled_by + self.staleness
+            behind += left[sampled_by]
             if behind > max(deadline - version + 1, 0) * self.batch:
                 return False
         return True
@@ -133,6 +148,16 @@ class SlotBuffer:
     def outstanding(self) -> list[tuple[int, int]]:
         """Keys of the works that were handed out and have not ended, in ticket order."""
         return [w.key for _, w in sorted(self.live.items()) if w.state != State.trained]
+
+    def _move(self, work: Work, state: State) -> None:
+        """Change a work's state and the books by version."""
+        books = {State.scored: self._scored, State.inflight: self._inflight}
+        for book, change in ((books.get(work.state), -1), (books.get(state), 1)):
+            if book is not None:
+                book[work.version] += change
+                if not book[work.version]:
+                    del book[work.version]
+        work.state = state
 
     def _expect(self, work: Work, *states: State) -> None:
         if work.state not in states or self.live.get(work.ticket) is not work:
