@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rft import step_metrics
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
@@ -38,7 +39,6 @@ from rft.rollout.pool import RolloutPool
 from rft.rollout.sampling import derive_seed
 from rft.rollout.slots import SlotBuffer, Work
 from rft.saving import Saver
-from rft.step_metrics import age_metrics, batch_metrics, sample_rows, slot_metrics, train_rows
 from rft.sync.channel import WeightChannel
 from rft.twin import Twin, own
 
@@ -161,7 +161,9 @@ class Controller:
             works = await self._next_works()
         waited = time.perf_counter() - begin
         reward_metrics = self.parts.rewards.take_metrics()
-        self._tell_reward_faults(reward_metrics)
+        self._reward_faults, fault = step_metrics.reward_faults(reward_metrics, self._reward_faults)
+        if fault:
+            self.parts.log.event("fault/reward", **fault)
         age = [self.step - w.version for w in works]
         groups = self.replay.mix([w.group for w in works if w.group is not None])
         batch = self._build(groups if self.twin is None else own(groups, 0))
@@ -177,9 +179,9 @@ class Controller:
         metrics = {
             **trained,
             **reward_metrics,
-            **batch_metrics(works),
-            **age_metrics(age),
-            **slot_metrics(self.slots, self.sampler),
+            **step_metrics.batch_metrics(works),
+            **step_metrics.age_metrics(age),
+            **step_metrics.slot_metrics(self.slots, self.sampler),
             **self.fleet.metrics(),
             **report.metrics,
             "group/filtered": float(self._filtered),
@@ -197,7 +199,7 @@ class Controller:
         metrics |= evaluation
         self._end_step(works, age)
         self.parts.log.log(self.step, metrics)
-        self.parts.log.samples(self.step, train_rows(works))
+        self.parts.log.samples(self.step, step_metrics.train_rows(works))
         self.parts.progress.update(self.step, metrics)
         if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
             await self._save()  # after the log: a kill in between repeats the step, its line is set aside
@@ -296,15 +298,6 @@ class Controller:
         self.parts.log.event("group/dropped", prompt=list(work.key), reason=reason)
         self._hand_out()
 
-    def _tell_reward_faults(self, metrics: dict[str, float]) -> None:
-        """Workers that hung or died since the last step; the runner has replaced them already."""
-        killed, crashed = metrics["reward/workers/killed"], metrics["reward/workers/crashed"]
-        if killed + crashed > self._reward_faults:
-            self._reward_faults = killed + crashed
-            what = f"workers killed for exceeding their time so far: {killed:.0f}; that died: {crashed:.0f}"
-            action = "replaced; the judgement that ended them counts as timeout or error, never as wrong"
-            self.parts.log.event("fault/reward", part="reward workers", what=what, action=action)
-
     async def _next_works(self) -> list[Work]:
         """Wait until a batch of scored works is there. Raises what any of the tasks raised."""
         while True:
@@ -358,7 +351,9 @@ class Controller:
         self.parts.log.event(
             "eval/done", step=self.step, accuracy=metrics["eval/accuracy"], seconds=metrics["time/eval"]
         )
-        self.parts.log.samples(self.step, [row for j in judged for row in sample_rows(j, "eval")])
+        self.parts.log.samples(
+            self.step, [row for j in judged for row in step_metrics.sample_rows(j, "eval")]
+        )
         return metrics
 
     async def _save(self, *, final: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,17 @@ def slot_metrics(slots: SlotBuffer, sampler: Sampler | Curriculum) -> dict[str, 
         "rollout/inflight": float(busy.count(State.inflight)),
         "rollout/waiting": float(slots.capacity - len(busy)),
     }
+
+
+def reward_faults(metrics: Mapping[str, float], known: float) -> tuple[float, dict[str, Any]]:
+    """How many reward workers were lost so far, and, where that is more than `known`, the fields of an
+    event `fault/reward`. The runner has replaced them already."""
+    killed, crashed = metrics["reward/workers/killed"], metrics["reward/workers/crashed"]
+    if killed + crashed <= known:
+        return known, {}
+    what = f"so far {killed:.0f} exceeded their time and were killed, {crashed:.0f} died"
+    action = "replaced; the judgement that ended them counts as timeout or error, never as wrong"
+    return killed + crashed, {"part": "reward workers", "what": what, "action": action}
 
 
 def train_rows(works: list[Work]) -> list[dict[str, Any]]:

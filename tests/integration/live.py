@@ -68,6 +68,14 @@ def settings(folder: Path, engine: str, **more: Any) -> list[str]:
     return [f"{key}={json.dumps(v, default=str)}" for key, v in values.items()]
 
 
+def is_gone(process: psutil.Process) -> bool:
+    """Ended, whether its parent has taken note or not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @dataclass
 class Live:
     """A supervised run in `folder`/runs/live."""

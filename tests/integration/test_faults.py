@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import processes_of
-from tests.integration.live import Live
+from tests.integration.live import Live, is_gone
 
 pytestmark = [pytest.mark.timeout(400)]
 
@@ -62,13 +62,13 @@ def test_engine_frozen(live: Live) -> None:
     victim, known = live.child(name), len(live.events("engine/rebuilt"))
     live.hurt("engine frozen", victim.suspend, "engine/lost", 60)
     live.wait("a new engine", lambda: live.events("engine/rebuilt")[known:], 120)
-    assert not victim.is_running()
+    live.wait("the end of the frozen process", lambda: is_gone(victim), 10)
     live.makes_steps()
 
 
 def test_reward_worker_hangs(live: Live) -> None:
     told = live.hurt("reward worker hung", (live.folder / "hang").touch, "fault/reward", 30)
-    assert told["what"].startswith("workers killed for exceeding their time so far: 1")
+    assert told["what"].startswith("so far 1 exceeded their time and were killed")
     live.makes_steps()
 
 
@@ -99,7 +99,7 @@ def test_disk_full(live: Live) -> None:
 def test_learner_killed(live: Live) -> None:
     """The run ends with the exit code of a fault; the parent starts it again from the last checkpoint."""
     told = live.hurt("learner killed", live.child("ray::LearnerActor").kill, "fault/learner", 30)
-    assert "on the learner at step" in told["what"]
+    assert "on the learner" in told["what"]
     _resumed(live)
 
 
@@ -110,8 +110,9 @@ def test_controller_killed(live: Live) -> None:
 
 def test_ray_head_killed(live: Live) -> None:
     known = len(live.events("run/opened"))
-    live.hurt("Ray head killed", live.child("gcs_server").kill, "run/opened", 180)
-    assert len(live.events("run/opened")) == known + 1
+    told = live.hurt("Ray head killed", live.child("gcs_server").kill, "fault/ray", 30)
+    assert told["part"] == "gcs_server"
+    live.wait("a restart", lambda: live.events("run/opened")[known:], 120)
     _resumed(live)
 
 
@@ -154,7 +155,8 @@ def test_nothing_was_lost_or_trained_twice(live: Live) -> None:
     assert set(map(len, steps.values())) == {4} and max(keys.values()) == 1
     found = checkpoint.latest(live.run / "checkpoints")
     assert found is not None
-    handed = found.meta["sampler"]["epoch"] * 4096 + found.meta["sampler"]["position"]
+    place = found.meta["sampler"]
+    handed = place["epoch"] * place["size"] + place["position"]
     waiting = {tuple(key) for key in found.meta["outstanding"]}
     dropped = {(epoch, row) for epoch, row, _ in found.meta["dropped"]}
     assert not waiting & set(keys) and not dropped & set(keys) and not dropped & waiting

@@ -21,6 +21,7 @@ from rft.rollout.fleet import Fleet
 from rft.run import learner_spec, start_learner
 from rft.sync.channel import PushChannel
 from tests.integration.conftest import Stage, raise_stage
+from tests.integration.live import is_gone
 
 PROMPT = (9, 10, 11)
 
@@ -104,7 +105,7 @@ def test_a_frozen_replica_is_found_by_its_health(stage: Stage, fleet: Fleet) -> 
 
     stage.run(push(fleet, 5))
     stage.run(asyncio.wait_for(frozen(), 60))
-    assert not victim.is_running()
+    assert is_gone(victim)
     assert {m.version for m in stage.pool.members.values()} == {5}
 
 
