@@ -53,6 +53,11 @@ SUPERVISED = (
     "learner.learning_rate=1.0e-3",
     "eval={every: 400, problems: 256, generate: true}",
 )
+# A critic on the policy's trunk, at the policy's learning rate, against the example's model of its own.
+VALUE_HEAD = (
+    "algorithm={name: ppo, lam: 1.0, critic_warmup: 5, value_clip: null}",
+    "train.minibatches=2",
+)
 STYLES = (
     "rewards=[{function: math}, "
     + ", ".join(
@@ -74,6 +79,7 @@ CASES: list[Case] = [
         for p in sorted(ONLINE.glob("*.yaml"))
         if p.stem != "base"
     ),
+    online("ppo", "online", *VALUE_HEAD, case="ppo_head"),
     Case(
         "sft",
         "hard",
