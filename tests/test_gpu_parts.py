@@ -52,6 +52,7 @@ def test_without_a_gpu_only_the_small_setting_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_all_parts_run_small(tmp_path: Path) -> None:
     done = run_all("--small", "--out", tmp_path, seconds=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,3 +62,12 @@ def test_all_parts_run_small(tmp_path: Path) -> None:
     assert online["left_out"] if "left_out" in online else len(online["curve"]) >= 2
     assert {row["name"] for row in result(tmp_path, "learner")["results"]} == {"LoRA", "QLoRA", "full"}
     assert {row["algorithm"] for row in result(tmp_path, "steps")["results"]} == {"sft", "dpo", "grpo"}
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+def test_the_short_parts_run_in_full_on_a_gpu(tmp_path: Path) -> None:
+    done = run_all("--out", tmp_path, "environment", "ceilings", "heads", seconds=1100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result(tmp_path, "ceilings")["matmul_tflops"] > 1
+    assert all(row["passed"] for row in result(tmp_path, "heads")["correctness"])
