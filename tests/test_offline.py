@@ -1,0 +1,299 @@
+"""Offline runs in this process: order, resume, streams, evaluation, references."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rft import checkpoint
+from rft.batch import Batch
+from rft.config import parse_config
+from rft.learner.actor import LearnerActor
+from rft.local import LocalActor
+from rft.metrics import Progress, RunLog
+from rft.metrics.names import is_documented
+from rft.offline import RunStopped
+from rft.offline_run import train_offline
+from rft.plan import Plan, make_plan
+from rft.run import learner_spec
+from rft.runfolder import RunFolder
+
+ROWS = [
+    {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 10}"}
+    for a in range(5)
+    for b in range(4)
+]
+
+
+def plan_of(tiny_folder: Path, where: Path, **changes: Any) -> Plan:
+    rows = where / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    (where / "held.jsonl").write_text("\n".join(map(json.dumps, ROWS[:6])))
+    raw: dict[str, Any] = {
+        "output_dir": str(where),
+        "algorithm": {"name": "dpo", "beta": 0.5},
+        "model": {"path": str(tiny_folder)},
+        "data": {"path": str(rows), "eval_path": str(where / "held.jsonl"), "chat_template": "never"},
+        "train": {"steps": 6, "batch_size": 4},
+        "learner": {"learning_rate": 3e-3, "threads": 1},
+        "eval": {"every": 2},
+        "checkpoint": {"every": 2, "keep": 9},
+    }
+    return make_plan(parse_config({**raw, **changes}))
+
+
+def loaded(plan: Plan) -> LearnerActor:
+    actor = LearnerActor(learner_spec(plan), plan.channel_spec())
+    actor.load(None)
+    return actor
+
+
+class Run:
+    """One process's part of an offline run."""
+
+    def __init__(self, plan: Plan, name: str, resume: bool = False) -> None:
+        self.plan, self.path = plan, Path(plan.config.output_dir) / name
+        self.path.mkdir(exist_ok=True)
+        self.learner = loaded(plan)
+        self.stop = asyncio.Event()
+        found = checkpoint.latest(self.path / "checkpoints") if resume else None
+        self.folder = RunFolder(self.path, found)
+
+    def carry_out(self, stop_after: int | None = None) -> dict[str, float]:
+        stop = self.stop
+
+        class Stopping(Progress):
+            def update(self, step: int, metrics: Any) -> None:
+                super().update(step, metrics)
+                if step == stop_after:
+                    stop.set()
+
+        config = self.plan.config
+        log = RunLog(self.path, config.train.steps, config.tracking, resumed_at=self.folder.resumed_at)
+        try:
+            with Stopping(config.train.steps, "test", display="quiet") as progress:
+                actor = LocalActor(self.learner)
+                return asyncio.run(train_offline(self.plan, self.folder, actor, progress, log, stop, None))
+        finally:
+            log.close("done")
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Run) -> list[torch.Tensor]:
+    return [p.detach() for p in run.learner.policy.model.parameters()]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
+    tiny_folder: Path, tmp_path: Path, streaming: bool
+) -> None:
+    plan = plan_of(tiny_folder, tmp_path)
+    if streaming:  # a stream goes on where it is: every run reads its own
+        data = {**plan.config.data.model_dump(), "streaming": True, "shuffle_buffer": 7}
+        make = lambda: plan_of(tiny_folder, tmp_path, data=data)  # noqa: E731
+    else:
+        make = lambda: plan  # noqa: E731
+    whole = Run(make(), "whole")
+    whole.carry_out()
+    first = Run(make(), "cut")
+    with pytest.raises(RunStopped) as stopped:
+        first.carry_out(stop_after=3)
+    assert stopped.value.step == 3 and str(stopped.value) == "stopped at step 3"
+    second = Run(make(), "cut", resume=True)
+    assert second.folder.resumed_at == 3
+    second.carry_out()
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
+    assert [line["step"] for line in second.lines] == list(range(7))
+    for a, b in zip(whole.lines, second.lines, strict=True):
+        assert {n for n in a if n.startswith(("eval/", "preference/"))} <= set(b)
+        for name in ("train/loss", "preference/margin", "eval/loss", "eval/preference_margin", "data/epoch"):
+            assert a.get(name) == b.get(name), (name, a["step"])
+    assert not {n for line in whole.lines for n in line if not is_documented(n)}
+
+
+def test_a_step_is_logged_before_its_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    """The line of a step must be there whenever a checkpoint claims that the step is done."""
+    run = Run(plan_of(tiny_folder, tmp_path), "run")
+    logged: list[int] = []
+    save = run.learner.save
+
+    def watched(root: str, step: int, *rest: Any) -> str:
+        logged.append(run.lines[-1]["step"])
+        assert logged[-1] == step
+        return save(root, step, *rest)
+
+    run.learner.save = watched  # type: ignore[method-assign]
+    run.carry_out()
+    assert logged == [2, 4, 6]
+
+
+def test_held_out_numbers_are_those_of_the_models_themselves(tiny_folder: Path, tmp_path: Path) -> None:
+    """Preference accuracy, margin and -log p of the final weights, one sequence at a time."""
+    run = Run(plan_of(tiny_folder, tmp_path), "run")
+    last = run.carry_out()
+    assert [line["step"] for line in run.lines if "eval/loss" in line] == [0, 2, 4, 6]
+    first = run.lines[0]
+    assert first["eval/preference_accuracy"] == 0.5 and first["eval/preference_margin"] == 0.0
+    assert last["eval/preference_accuracy"] > 0.5 and last["eval/preference_margin"] > 0.0
+    offline = run.plan.offline
+    assert offline is not None and offline.held_out is not None and run.learner.reference is not None
+    margins, surprise, tokens = [], 0.0, 0
+    for group in offline.held_out:
+        ratios = []
+        for c in group.completions:
+            ids = torch.tensor([[*group.prompt.tokens, *c.tokens]])
+            with torch.no_grad():
+                new, old = (
+                    m.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(c.tokens) :]
+                    for m in (run.learner.policy, run.learner.reference)
+                )
+            ratios.append(0.5 * float((new - old).sum()))
+            if c.reward == 1.0:
+                surprise, tokens = surprise - float(new.sum()), tokens + len(c.tokens)
+        margins.append(ratios[0] - ratios[1])
+    assert last["eval/preference_margin"] == pytest.approx(sum(margins) / 6, rel=1e-4)
+    assert last["eval/preference_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 6)
+    assert last["eval/nll"] == pytest.approx(surprise / tokens, rel=1e-4)
+    assert last["eval/examples"] == 6.0
+
+
+def test_cached_reference_log_probs_are_those_of_the_live_reference(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    live = Run(plan_of(tiny_folder, tmp_path), "live")
+    live.carry_out()
+    learner = {"learning_rate": 3e-3, "threads": 1, "reference_logps": "cached"}
+    plan = plan_of(tiny_folder, tmp_path, learner=learner)
+    cached = Run(plan, "cached")
+    assert cached.learner.reference is None
+    cached.carry_out()
+    assert cached.learner.reference is None  # released after it was asked
+    for a, b in zip(live.lines, cached.lines, strict=True):
+        for name in ("train/loss", "eval/loss", "eval/preference_margin"):
+            assert (name in a) == (name in b)
+            assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-4, abs=1e-6)
+    files = sorted((tmp_path / ".cache").glob("reference-*.safetensors"))
+    assert len(files) == 2  # training rows and held-out rows
+    again = Run(plan, "again")
+    again.learner._load_reference = lambda: pytest.fail("the cache was not read")  # type: ignore[assignment]
+    again.carry_out()
+    assert again.lines[-1]["train/loss"] == cached.lines[-1]["train/loss"]
+
+
+def test_the_cache_is_keyed_by_model_and_data(tiny_folder: Path, tmp_path: Path) -> None:
+    from rft.reference import cache_file
+
+    plan = plan_of(tiny_folder, tmp_path)
+    assert plan.offline is not None
+    groups = plan.offline.sample
+    file = cache_file(tmp_path, groups, str(tiny_folder), "float32")
+    assert file == cache_file(tmp_path, list(groups), str(tiny_folder), "float32")
+    assert file != cache_file(tmp_path, groups[1:], str(tiny_folder), "float32")
+    assert file != cache_file(tmp_path, groups, str(tiny_folder), "bfloat16")
+    other = tmp_path / "other"
+    loaded(plan).export(str(other))
+    (other / "config.json").write_text((tiny_folder / "config.json").read_text() + "\n")
+    assert file != cache_file(tmp_path, groups, str(other), "float32")
+
+
+def test_another_model_as_the_reference(tiny_folder: Path, tmp_path: Path) -> None:
+    from rft.tasks.tiny import build_tiny
+
+    other = tmp_path / "other"
+    build_tiny(other, seed=8, hidden_size=32, layers=1, heads=1, intermediate_size=64)
+    model = {"path": str(tiny_folder), "reference": str(other)}
+    run = Run(plan_of(tiny_folder, tmp_path, model=model), "run")
+    reference = run.learner.reference
+    assert reference is not None and reference.model.config.hidden_size == 32
+    assert run.plan.offline is not None
+    batch = Batch.build(run.plan.offline.sample[:2])
+    expected = run.learner.score(batch, model=reference)["logps"]
+    torch.testing.assert_close(run.learner.score_reference(batch), expected)
+    metrics = run.learner.step(batch, 0)
+    own = Run(plan_of(tiny_folder, tmp_path), "own").learner.step(batch, 0)
+    assert metrics["train/loss"] != pytest.approx(own["train/loss"], rel=1e-3)
+
+
+def test_reference_free_loads_no_reference(tiny_folder: Path, tmp_path: Path) -> None:
+    algorithm = {"name": "dpo", "reference_free": True}
+    run = Run(plan_of(tiny_folder, tmp_path, algorithm=algorithm), "run")
+    assert run.learner.reference is None
+    run.carry_out()
+
+
+def test_dpo_trains_an_adapter_against_the_policy_without_it(tiny_folder: Path, tmp_path: Path) -> None:
+    """The reference costs no second model: it is the base, and stays what it was while the adapter learns."""
+    from transformers import AutoModelForCausalLM
+
+    learner = {"learning_rate": 1e-2, "threads": 1, "adapter": {"r": 4}}
+    plan = plan_of(tiny_folder, tmp_path, learner=learner)
+    run = Run(plan, "lora")
+    assert plan.offline is not None
+    batch = Batch.build(plan.offline.sample[:3])
+
+    def of_folder(folder: Path) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        found = torch.zeros(batch.num_tokens)
+        for tree in range(6):
+            one = batch.select([tree])
+            with torch.no_grad():
+                logps = model(one.tokens[None]).logits[0].log_softmax(-1)
+            where = batch.mask & (batch.tree[batch.segment] == tree)
+            found[where] = logps[one.source[one.mask], one.tokens[one.mask]]
+        return found
+
+    base = of_folder(tiny_folder)
+    torch.testing.assert_close(run.learner.score_reference(batch), base, rtol=1e-4, atol=1e-5)
+    last = run.carry_out()
+    assert last["eval/preference_accuracy"] > 0.5 and last["eval/preference_margin"] > 0.01
+    torch.testing.assert_close(run.learner.score_reference(batch), base, rtol=1e-4, atol=1e-5)
+    exported = Path(run.learner.export(str(tmp_path / "model")))
+    trained = run.learner.score(batch)["logps"]
+    assert (trained - base).abs().max() > 0.01
+    torch.testing.assert_close(of_folder(exported), trained, rtol=1e-4, atol=1e-4)
+    again = Run(plan, "lora", resume=True)
+    assert again.folder.resumed_at == 6
+    again.carry_out()  # nothing is left to do, but the state is read
+    torch.testing.assert_close(again.learner.score(batch)["logps"], trained, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    with_it = Run(plan_of(tiny_folder, tmp_path), "with")
+    with_it.carry_out()
+    without = Run(plan_of(tiny_folder, tmp_path, eval={"every": 0}), "without")
+    last = without.carry_out()
+    assert "train/loss" in last and not any("eval/loss" in line for line in without.lines)
+    assert all(torch.equal(a, b) for a, b in zip(weights(with_it), weights(without), strict=True))
+
+
+def test_dropped_groups_of_a_cut_cache_file_are_noticed(tiny_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from rft.reference import attach
+
+    plan = plan_of(tiny_folder, tmp_path)
+    assert plan.offline is not None
+    file = tmp_path / "short.safetensors"
+    save_file({"logps": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match=r"holds 3 log-probs, the data have \d+ tokens: delete it"):
+        attach(plan.offline.sample, file)
+    first = plan.offline.sample[0]
+    tokens = sum(len(c.tokens) for c in first.completions)
+    save_file({"logps": torch.arange(tokens, dtype=torch.float32)}, file)
+    (filled,) = attach([first], file)
+    batch = Batch.build([filled])
+    assert batch.ref_logps is not None
+    assert batch.ref_logps[batch.mask].tolist() == list(range(tokens))
+    masked = replace(first.completions[0], mask=(False,) + (True,) * (len(first.completions[0].tokens) - 1))
+    save_file({"logps": torch.arange(tokens - 1, dtype=torch.float32)}, file)
+    (filled,) = attach([replace(first, completions=(masked, first.completions[1]))], file)
+    assert filled.completions[0].ref_logps is not None and filled.completions[0].ref_logps[0] == 0.0
