@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -262,9 +263,11 @@ class _Builder:
         completions = [c for g in groups for c in g.completions]
         for index, group in enumerate(groups):
             self._add_group(index, group)
-        dtypes = {"mask": torch.bool, "demonstrated": torch.bool, "sampler_logps": torch.float32}
-        dtypes["ref_logps"] = torch.float32
-        t: dict[str, Any] = {k: torch.tensor(v, dtype=dtypes.get(k, torch.int64)) for k, v in self.t.items()}
+        dtypes = {"mask": np.bool_, "demonstrated": np.bool_, "sampler_logps": np.float32}
+        dtypes["ref_logps"] = np.float32
+        t: dict[str, Any] = {  # torch.tensor is slower at reading long lists
+            k: torch.from_numpy(np.fromiter(v, dtypes.get(k, np.int64), len(v))) for k, v in self.t.items()
+        }
         if not any(c.demonstrated for c in completions):
             del t["demonstrated"]
         if not any(c.logps is not None for c in completions):

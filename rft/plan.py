@@ -25,6 +25,7 @@ from rft.online_plan import longest_sequence, mixes, online_problems
 from rft.rewards import check_reward
 from rft.rollout.engine import EngineSpec
 from rft.rollout.replica import parse_cores
+from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.choice import channel_spec, choose_transport, layout_problems
 from rft.sync.spec import ChannelSpec
 
@@ -74,7 +75,7 @@ class Plan:
             stop_token_ids=(*self.stop_ids, *c.sampling.stop_token_ids),
             trust_remote_code=self.config.model.trust_remote_code,
             reference=(self.config.model.reference or self.model) if mixes(self.config) else None,
-            engine_args=dict(c.engine_args),
+            engine_args=(adapter_args(self.config) if self.transport == "adapter" else {}) | c.engine_args,
         )
 
     def channel_spec(self) -> ChannelSpec:
@@ -225,7 +226,7 @@ def resolve_model(config: Config, model: str | None = None) -> str:
         local = path.startswith((".", "/", "~")) or Path(path).exists()
         if local and not (Path(path).expanduser() / "config.json").exists():
             raise ModelError(f"{path!r} is no model folder: it has no config.json")
-        return str(Path(path).expanduser()) if local else path
+        return str(Path(path).expanduser().absolute()) if local else path  # workers have other folders
     from rft.tasks import source
     from rft.tasks.tiny import build_tiny
 
@@ -236,7 +237,7 @@ def resolve_model(config: Config, model: str | None = None) -> str:
             build_tiny(folder, **options)
         except TypeError as error:
             raise ModelError(f"model.options: {error}") from error
-    return str(folder)
+    return str(folder.absolute())
 
 
 def _engine(config: Config) -> Literal["vllm", "hf"]:

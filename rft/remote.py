@@ -21,6 +21,22 @@ class ActorDied(RuntimeError):
     """The process behind an actor is gone."""
 
 
+class NotHere(RuntimeError):
+    """A file or folder that this node needs is not on it."""
+
+
+def require_here(path: str, what: str) -> None:
+    """Raise NotHere, which names this node, unless `path` exists on it. A name that is no absolute path,
+    such as a hub's, passes."""
+    if path.startswith("/") and not os.path.exists(path):
+        import ray
+
+        raise NotHere(
+            f"{what}: {path} is not on node {os.uname().nodename} ({ray.util.get_node_ip_address()}). Every "
+            "node of the cluster needs it under the same path: put it on a folder that they share, or copy it"
+        )
+
+
 async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
     """Await with a deadline. Raises Overdue."""
     try:

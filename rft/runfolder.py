@@ -60,7 +60,7 @@ def claim(config: Config, resume: str) -> RunFolder:
 
     Raises ConfigError where the folder belongs to another run, or the config differs in what matters.
     """
-    path = config.run_dir
+    path = config.run_dir.absolute()  # the learner, which writes into it, has another working folder
     config_file = path / "config.yaml"
     if path.exists() and not path.is_dir():
         raise ConfigError([f"output_dir/name: {path} is a file"])

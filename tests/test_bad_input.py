@@ -35,6 +35,16 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
         (["model.options={hiden_size: 64}"], "hiden_size"),
         (["algorithm=sft", "data={path: rows.jsonl, streaming: true}"], "rows.jsonl"),
         (["sync.transport=nccl"], "nccl needs GPUs"),
+        (["sync.folder=/tmp"], "transport auto writes no files"),
+        (
+            ["sync.transport=file", "sync.folder=/nowhere"],
+            "/nowhere is no folder that",
+        ),
+        (["sync.transport=file", "ray.address=auto"], "shared memory reaches one machine only"),
+        (["sync.full_every=0"], "sync.full_every"),
+        (["sync.transport=adapter"], "learner.adapter trains none"),
+        (["sync.transport=adapter", "learner.adapter={method: dora}"], "does not compute learner.adapter"),
+        (["sync.transport=adapter", "learner.adapter={}"], "set rollout.update to wait or abort"),
         (
             ["learner.kernels.logprob=triton"],
             "triton needs a GPU, the learner is on cpu: write auto or chunked",

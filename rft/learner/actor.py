@@ -13,6 +13,7 @@ from torch import Tensor
 from rft import checkpoint
 from rft.checkpoint_writer import BackgroundWriter
 from rft.learner.learner import Learner, LearnerError, LearnerSpec
+from rft.remote import require_here
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.publisher import Publisher
@@ -26,6 +27,10 @@ class LearnerActor(Learner):
         super().__init__(spec)
         self.publisher = Publisher(channel)
         self.writer: BackgroundWriter | None = None
+
+    def require_folder(self, path: str) -> None:
+        """Raises NotHere unless this node has the folder that checkpoints are to be written to."""
+        require_here(path, "the run folder (output_dir)")
 
     def reserve_address(self) -> tuple[str, int]:
         """An address of this machine and a free port, for the group's rendezvous."""

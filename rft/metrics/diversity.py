@@ -22,11 +22,14 @@ def diversity(completions: Sequence[Sequence[Hashable]], groups: Sequence[int]) 
     answered: dict[tuple[Hashable, ...], set[int]] = {}
     for key, group in zip(keys, groups, strict=True):
         answered.setdefault(key, set()).add(group)
-    pairs = [pair for key in keys for pair in pairwise(key)]
+    pairs, distinct = 0, set[tuple[Hashable, Hashable]]()
+    for key in keys:
+        distinct.update(pairwise(key))
+        pairs += max(len(key) - 1, 0)
     found = {
         "completion/shared": sum(len(answered[key]) > 1 for key in keys) / len(keys),
         "completion/duplicates": 1 - len(set(zip(keys, groups, strict=True))) / len(keys),
     }
     if pairs:
-        found["completion/distinct_2"] = len(set(pairs)) / len(pairs)
+        found["completion/distinct_2"] = len(distinct) / pairs
     return found

@@ -206,7 +206,7 @@ EVENTS: dict[str, str] = {
     "checkpoint/restored": "the run went on from it: step, path",
     "eval/done": "a held-out evaluation ended: step, accuracy (offline: loss), seconds",
     "fault/*": "a part failed: part, what, action (what happens next), and the work it held",
-    "engine/started": "an engine answers: engine, seconds",
+    "engine/started": "an engine answers: engine, version, node, seconds",
     "engine/lost": "an engine no longer answers: engine, reason, held (work it had)",
     "engine/rebuilt": "it was built anew and holds the current version: engine, version, seconds",
     "engine/health": "a sign of life: engine, version, inflight",

@@ -54,8 +54,9 @@ class Fleet:
                 await self._mend(self._everyone(), f"the weight channel did not form: {error}")
             else:
                 await self.push(version)
-            for index in sorted(self.pool.members):
-                self.log.event("engine/started", engine=index, version=version, seconds=_since(begin))
+            for index, member in sorted(self.pool.members.items()):
+                found = {"version": version, "node": member.node, "seconds": _since(begin)}
+                self.log.event("engine/started", engine=index, **found)
 
     async def generate(self, request: Request) -> list[Generated]:
         """Complete a request: on another replica where one dies, again where a push cut it off."""

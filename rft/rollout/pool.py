@@ -72,7 +72,11 @@ class RolloutPool:
 
     async def _start(self, index: int) -> None:
         remote = ray.remote(Replica).options(
-            num_cpus=self.cpus, num_gpus=self.gpus, max_concurrency=1024, max_restarts=0
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            max_concurrency=1024,
+            max_restarts=0,
+            scheduling_strategy="SPREAD",  # over the nodes of a cluster
         )
         member = _Member(remote.remote(self.specs[index], index), next(self._serials))
         self.members[index] = member

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from rft.remote import require_here
 from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, RolloutEngine
 
 
 def build_engine(spec: EngineSpec) -> RolloutEngine:
     """The engine that `spec.kind` names."""
+    if spec.kind == "vllm" and spec.transport == "adapter":
+        from rft.rollout.vllm_adapter import VLLMAdapterEngine
+
+        return VLLMAdapterEngine(spec)
     if spec.kind == "vllm":
         from rft.rollout.vllm_engine import VLLMEngine
 
@@ -37,6 +42,7 @@ class Replica:
 
     async def start(self) -> None:
         """Start the engine."""
+        require_here(self.spec.model, "the policy that model.path names")
         try:
             await self.engine.start()
         except Exception as error:

@@ -72,12 +72,17 @@ class VLLMEngine:
         params = self._params(request.sampling)
         prompt = {"prompt_token_ids": list(request.tokens)}
         output = None
-        async for latest in self._engine.generate(prompt, params, request_id=request.id):
+        sent = self._engine.generate(prompt, params, request_id=request.id, **self._request_args())
+        async for latest in sent:
             output = latest
         if output is None or not output.finished:
             raise EngineError(f"vLLM ended request {request.id} without finishing it")
         ordered = sorted(output.outputs, key=lambda o: o.index)
         return [self._generated(request.id, o) for o in ordered]
+
+    def _request_args(self) -> dict[str, Any]:
+        """What else vLLM is told with every request."""
+        return {}
 
     def _params(self, s: Sampling) -> Any:
         from vllm import SamplingParams
@@ -113,7 +118,7 @@ class VLLMEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info: dict[str, Any] = {"rank_offset": link.rank_offset, "world_size": link.world_size}
-        if self.spec.transport in ("nccl", "sparse_nccl"):
+        if self.spec.transport == "nccl":
             info |= {"master_address": link.host, "master_port": link.port, "packed": True}
         else:
             info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rft.sync.adapter import adapter_problems
 from rft.sync.spec import ChannelSpec
 
 if TYPE_CHECKING:
@@ -18,13 +19,10 @@ _FOR_ANY_ENGINE = ("gloo", "sparse", "file")
 
 
 def choose_transport(config: Config, device: str, engine: str) -> str:
-    """The transport's name, `auto` resolved; `sparse` on GPUs goes over vLLM's own sparse engine."""
-    wanted = config.sync.transport
-    if wanted == "auto":
-        return "nccl" if device == "cuda" and engine == "vllm" else "gloo"
-    if wanted == "sparse" and device == "cuda" and engine == "vllm" and config.sync.folder is None:
-        return "sparse_nccl"
-    return wanted
+    """The transport's name, `auto` resolved."""
+    if config.sync.transport != "auto":
+        return config.sync.transport
+    return "nccl" if device == "cuda" and engine == "vllm" else "gloo"
 
 
 def channel_spec(config: Config, transport: str, wire_dtype: str) -> ChannelSpec:
@@ -52,15 +50,12 @@ def layout_problems(config: Config, device: str, engine: str, weight_bytes: int 
     if not config.algorithm.online:
         return []
     found = []
-    if transport in ("nccl", "ipc") and device == "cpu":
+    if transport == "nccl" and device == "cpu":
         found.append(f"{transport} needs GPUs, and this machine has none; use gloo or auto")
     if engine == "hf" and transport not in ("auto", *_FOR_ANY_ENGINE):
         found.append(f"{transport} needs rollout.engine vllm; hf receives over {', '.join(_FOR_ANY_ENGINE)}")
-    if transport == "ipc" and (config.rollout.replicas > 1 or config.rollout.tensor_parallel > 1):
-        found.append(
-            "ipc hands over memory of the one GPU that learner and engine share; set rollout.replicas and "
-            "rollout.tensor_parallel to 1, or use nccl"
-        )
+    if transport == "adapter":
+        found += adapter_problems(config)
     out = [f"sync.transport: {problem}" for problem in found]
     if transport == "file" or sync.folder is not None:
         out += [f"sync.folder: {problem}" for problem in _folder_problems(config, weight_bytes)]

@@ -13,10 +13,10 @@ from rft.sync.spec import Measure
 class SyncConfig(Section):
     """How weights travel from learner to rollout, and how their arrival is proven."""
 
-    transport: Literal["auto", "gloo", "nccl", "sparse", "file"] = Field(
+    transport: Literal["auto", "gloo", "nccl", "sparse", "file", "adapter"] = Field(
         "auto",
         description="gloo (CPU), nccl (GPUs), sparse (changed elements only), file (for engines elsewhere), "
-        "or auto: gloo or nccl, by the learner's device",
+        "adapter (LoRA alone, not merged), or auto: gloo or nccl, by the learner's device",
     )
     folder: str | None = Field(
         None,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rft.rollout.engine import Link
-from rft.sync.broadcast import Manifest
+from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.changes import ChangeMeter, change_metrics
-from rft.sync.sender import Sender, SparseSender, open_sender
-from rft.sync.spec import ChannelSpec, Named, Sent, Update
+from rft.sync.sender import AdapterSender, Sender, SparseSender, open_sender
+from rft.sync.spec import ChannelSpec, Named, Sent, TransferError, Update
 
 
 class Publisher:
@@ -47,6 +48,17 @@ class Publisher:
         self.tensors, self.meter_seconds = len(manifest), 0.0
         return self._open_sender().announce(version, self.wire_manifest(manifest), self._on_wire(weights))
 
+    def announce_adapter(self, version: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Update:
+        """What is about to arrive where the policy is an adapter: its tensors, and peft's config of it."""
+        payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        broken = [name for name, tensor in payload.items() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise TransferError(f"the adapter of version {version} is not finite, first {broken[0]}")
+        self.tensors, sender = len(payload), self._open_sender()
+        assert isinstance(sender, AdapterSender)
+        update = sender.announce(version, manifest_of(payload.items()), payload.items())
+        return {**update, "adapter": as_json(settings), "version": version}
+
     def send(self, weights: Named) -> Sent:
         """Move the bytes. `weights` is read here where the sender is not early."""
         total = self._open_sender().send(self._on_wire(weights))
@@ -78,3 +90,16 @@ class Publisher:
         if self.sender is not None:
             self.sender.close()
             self.sender = None
+
+
+def as_json(value: Any) -> Any:
+    """Plain data: peft's configs hold sets and enumerations, which do not travel to vLLM's workers."""
+    if isinstance(value, dict):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    if isinstance(value, str) or not isinstance(value, bool | int | float | None):
+        return str(getattr(value, "value", value))
+    return value

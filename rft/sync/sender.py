@@ -62,6 +62,19 @@ class GlooSender:
         self.group = None
 
 
+class AdapterSender(GlooSender):
+    """An adapter's tensors over gloo. They are few: taken in `announce`, sent in `send`."""
+
+    early = True
+
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
+        self.payload = dict(named)
+        return super().announce(version, manifest, ())
+
+    def send(self, named: Named) -> int:
+        return super().send(self.payload.items())
+
+
 class FileSender:
     """One safetensors file per version in a folder that every engine can read.
 
@@ -179,6 +192,8 @@ def open_sender(spec: ChannelSpec, link: Link) -> Sender:
     """The sender of a transport."""
     if spec.transport == "nccl":
         return NcclSender(link)
+    if spec.transport == "adapter":
+        return AdapterSender(link)
     carrier: Sender
     if spec.folder and spec.transport in ("file", "sparse"):
         carrier = FileSender(Path(spec.folder))

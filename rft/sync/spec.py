@@ -35,7 +35,7 @@ class ChannelSpec:
     @property
     def grouped(self) -> bool:
         """True where learner and engines form a process group."""
-        return self.transport not in ("file", "ipc") and not (self.transport == "sparse" and self.folder)
+        return self.transport != "file" and not (self.transport == "sparse" and self.folder)
 
 
 @dataclass(frozen=True)

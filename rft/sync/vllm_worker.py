@@ -15,6 +15,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rft.rollout.engine import Link
+from rft.sync.adapter import load_adapter
 from rft.sync.receiver import Receiver
 from rft.sync.spec import Update
 
@@ -85,7 +86,7 @@ def _repack_heads(model: torch.nn.Module) -> None:
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
-for _transport in ("gloo", "sparse", "file"):
+for _transport in ("gloo", "sparse", "file", "adapter"):
     WeightTransferEngineFactory.register_engine(_transport, ChannelEngine)
 
 
@@ -95,3 +96,15 @@ class Extension:
     def set_repack_tied_head(self, on: bool) -> None:
         """Switch the tied-head repair; off only in the test that proves the proof of arrival."""
         ChannelEngine.repack_tied_head = on
+
+    def load_adapter(self, update: Update) -> None:
+        """Receive an announced adapter and take it in the place of the one before (LoRA only)."""
+        worker: Any = self  # vLLM's worker, which this class is mixed into
+        receiver: Receiver = worker.weight_transfer_engine.receiver
+        tensors = {name: tensor.clone() for name, tensor in receiver.receive(update)}
+        load_adapter(worker.model_runner.lora_manager, update["version"], tensors, update["adapter"])
+        worker.held_adapter = update["version"]
+
+    def adapter_version(self) -> int:
+        """The version of the policy whose adapter this worker holds; -1 before the first."""
+        return getattr(self, "held_adapter", -1)

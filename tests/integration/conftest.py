@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import subprocess
 import sys
@@ -36,7 +37,13 @@ class Stage:
         return self.loop.run_until_complete(awaitable)
 
 
-def raise_stage(tiny_folder: Path, engine: str, replicas: int = 1) -> Stage:
+def raise_stage(
+    tiny_folder: Path,
+    engine: str,
+    replicas: int = 1,
+    more: dict[str, Any] | None = None,
+    update: str = "keep",
+) -> Stage:
     plan = make_plan(
         parse_config(
             {
@@ -48,22 +55,35 @@ def raise_stage(tiny_folder: Path, engine: str, replicas: int = 1) -> Stage:
                 "rollout": {
                     "engine": engine,
                     "replicas": replicas,
+                    "update": update,
                     "threads": 1,
                     "sampling": {"max_prompt_length": 400, "max_completion_length": 48},
                 },
                 "learner": {"learning_rate": 1e-2, "threads": 1},
                 "eval": {"every": 0},
+                **(more or {}),
             }
         )
     )
     loop = asyncio.new_event_loop()
     pool = make_pool(plan)
     learner = start_learner(plan, learner_spec(plan))
-    channel = PushChannel(learner, pool, plan.channel_spec(), "keep", 120)
+    channel = PushChannel(learner, pool, plan.channel_spec(), plan.config.rollout.update, 120)
     loop.run_until_complete(pool.start())
     loop.run_until_complete(channel.connect())
     loop.run_until_complete(channel.push(0))
     return Stage(loop, plan, pool, learner, channel)
+
+
+def with_transport(stage: Stage, transport: str, folder: str | None = None) -> Stage:
+    """The same engines with a new learner that sends over another transport. Not connected yet."""
+    folder = folder if transport == "file" else None
+    sync = stage.plan.config.sync.model_copy(update={"transport": transport, "folder": folder})
+    config = stage.plan.config.model_copy(update={"sync": sync})
+    plan = dataclasses.replace(stage.plan, config=config, transport=transport)
+    learner = start_learner(plan, learner_spec(plan))
+    channel = PushChannel(learner, stage.pool, plan.channel_spec(), "keep", 60)
+    return Stage(stage.loop, plan, stage.pool, learner, channel)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+from pathlib import Path
 
 import pytest
 
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.learner.learner import LogpGapError
+from rft.metrics import Progress, RunLog
+from rft.metrics.config import TrackingConfig
 from rft.remote import call
 from rft.rollout.engine import Request, Sampling
+from rft.rollout.fleet import Fleet
+from tests.integration.conftest import with_transport
 
 
 def sample(stage, *, length: int, n: int = 4, seed: int | None = 5, name: str = "") -> Group:
@@ -101,6 +106,33 @@ def test_a_push_in_mid_generation_keeps_the_completions(vllm_stage) -> None:
     push(vllm_stage)
 
 
+@pytest.mark.parametrize("in_flight", ["abort", "wait"])
+def test_a_push_in_mid_generation_aborts_or_waits(vllm_stage, tmp_path: Path, in_flight: str) -> None:
+    """`abort`: what was cut off is sampled again, by the new version alone. `wait`: by the old one alone."""
+    push(vllm_stage)
+    before = vllm_stage.pool.members[0].version
+    config, channel = vllm_stage.plan.config.rollout, vllm_stage.channel
+    log = RunLog(tmp_path, 1, TrackingConfig(trackers=()))
+    fleet = Fleet(vllm_stage.pool, channel, config, log, Progress(1, "test", display="off"))
+
+    async def both() -> list:
+        requests = [Request(f"{in_flight}-{i}", (9, 10, 11), Sampling(4, 300, seed=i)) for i in range(8)]
+        running = [asyncio.ensure_future(fleet.generate(r)) for r in requests]
+        await asyncio.sleep(0.15)
+        async with fleet.gate:
+            await fleet.push(79)
+        return [g for part in await asyncio.gather(*running) for g in part]
+
+    channel.in_flight = in_flight
+    done = vllm_stage.run(both())
+    channel.in_flight = "keep"
+    log.close()
+    versions = {v for g in done for v, _, _ in g.versions}
+    assert len(done) == 32 and all(len(g.versions) == 1 for g in done)
+    assert 79 in versions and fleet.requeued > 0 if in_flight == "abort" else versions == {before}
+    push(vllm_stage)
+
+
 def test_same_seed_same_completions(vllm_stage) -> None:
     push(vllm_stage)
     one, two = (sample(vllm_stage, length=12, seed=42) for _ in range(2))
@@ -131,3 +163,27 @@ def test_a_killed_engine_is_named_and_a_rebuilt_one_serves_the_current_version(v
     vllm_stage.run(vllm_stage.channel.connect())
     push(vllm_stage)
     assert step(vllm_stage, [sample(vllm_stage, length=5)])["sync/logp_gap"] < 1e-3
+
+
+@pytest.mark.parametrize("transport", ["sparse", "file"])
+def test_vllm_takes_the_other_transports_as_exactly(vllm_stage, transport: str, tmp_path) -> None:
+    """The same engine, tied head and fused projections, fed by a learner of its own: everything first, then
+    what changed."""
+    other = with_transport(vllm_stage, transport, str(tmp_path))
+    try:
+        other.run(other.channel.connect())
+        other.run(other.channel.push(0))
+        for _ in range(2):
+            groups = [sample(other, length=n) for n in (5, 140)]
+            metrics = step(other, groups)
+            assert 0 < metrics["sync/logp_gap_mean"] < 1e-4
+            version = other.run(call(other.learner.policy_version.remote(), 60, "version"))
+            report = other.run(other.channel.push(version))
+            assert report.metrics["sync/changed_share"] > 0 and report.bytes > 0
+        assert step(other, [sample(other, length=9)])["sync/logp_gap"] < 1e-3
+        other.run(other.channel.close())
+        assert not list(tmp_path.rglob("*.safetensors"))
+    finally:
+        other.learner.kill()
+        vllm_stage.run(vllm_stage.channel.connect())
+        push(vllm_stage)
