@@ -115,6 +115,7 @@ async def _online(
         starting = asyncio.gather(pool.start(), rewards.start(), ready)
         _, _, facts = await unless_stopped(starting, stop)
         progress.note(f"learner: {facts['parameters']:,} parameters on {facts['device']}")
+        await call(learner.require_folder.remote(str(folder.path)), 60, "looking for the run folder")
         channel = make_channel(plan, learner, pool)
         parts = Parts(learner, pool, channel, rewards, log, progress)
         controller = Controller(plan, parts, folder.checkpoints, stop=stop)
