@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,7 @@ class Controller:
         self.saver = Saver(self._ask_learner, self.checkpoints, config, parts.log, parts.progress)
         self.phases = Phases(parts.log, parts.progress)
         self.redo: list[tuple[int, int]] = []  # handed out before an interruption, not yet trained on
-        self.dropped: list[tuple[int, int, str]] = []  # epoch, row, reason
+        self.dropped: deque[tuple[int, int, str]] = deque(maxlen=KEPT_DROPPED)  # epoch, row, reason
         self.twin = parts.twin
         generate = self.fleet.generate if self.twin is None else self.twin.route(self.fleet)
         self.gatherer = Gatherer(self.algorithm, generate, parts.rewards, self.plan.tokenizer)
@@ -362,7 +363,7 @@ class Controller:
             "step": self.step,
             "sampler": self.sampler.state_dict(),
             "outstanding": self.slots.outstanding() + self.redo,
-            "dropped": self.dropped[-KEPT_DROPPED:],
+            "dropped": list(self.dropped),
             "counts": dict(self.slots.counts),
             "rewards": self.parts.rewards.state_dict(),
             "replay": self.replay.state_dict(),
@@ -377,7 +378,7 @@ class Controller:
             await self.twin.restore(self.step)
         self.sampler.load_state_dict(found.meta["sampler"])
         self.redo = [(epoch, row) for epoch, row in found.meta["outstanding"]]
-        self.dropped = [(epoch, row, reason) for epoch, row, reason in found.meta["dropped"]]
+        self.dropped.extend((epoch, row, reason) for epoch, row, reason in found.meta["dropped"])
         self.slots.counts.update(found.meta["counts"])
         self.parts.rewards.load_state_dict(found.meta["rewards"])
         self.replay.load_state_dict(found.meta["replay"], {p.id: p for p in self.prompts})

@@ -195,6 +195,16 @@ def check(
     return [Finding(**{**asdict(f), "action": actions[f.guard]}) for f in named if actions[f.guard] != "off"]
 
 
+MOST_ROWS = 8192  # of history in memory
+WATCHED = frozenset(
+    (
+        "step", "train/loss", "train/grad_norm", "policy/entropy", "completion/length_mean",
+        "completion/shared", "completion/duplicates", "reward/outcome/correct", "reward/mean",
+        "eval/accuracy", "eval/accuracy_stderr", "rollout/age_max",
+    )
+)  # fmt: skip
+
+
 class Guards:
     """Asks the guards after every step and keeps each from repeating itself.
 
@@ -206,13 +216,14 @@ class Guards:
         self, config: GuardsConfig, staleness: int = 0, history: History = (), *, online: bool = False
     ) -> None:
         self.config, self.staleness, self.online = config, staleness, online
-        self._history: list[Row] = list(history)
+        self._history: list[Row] = [_watched(row) for row in history]
         self._spoke: dict[str, int] = {}
 
     def observe(self, step: int, metrics: Row) -> list[Finding]:
         """The findings for a step's metrics, worst (`stop`) first. The caller writes them down (event
         `guard/NAME`), and raises `GuardStop` for one whose action is `stop`."""
-        self._history.append({**metrics, "step": step})
+        self._history.append(_watched({**metrics, "step": step}))
+        self._thin()
         fresh = []
         for finding in check(self._history, self.config, self.staleness, online=self.online):
             last = self._spoke.get(finding.guard)
@@ -220,3 +231,20 @@ class Guards:
                 self._spoke[finding.guard] = step
                 fresh.append(finding)
         return sorted(fresh, key=lambda finding: finding.action != "stop")
+
+    def _thin(self) -> None:
+        """Forget rows that no guard looks at any more, so that memory does not grow with the run: all but
+        the first and the last ones, the evaluations, and the steps up to the best one."""
+        size, window = len(self._history), self.config.window
+        if size < MOST_ROWS:
+            return
+        evals = [i for i, row in enumerate(self._history) if row.get("eval/accuracy") is not None]
+        best = max(evals, key=lambda i: self._history[i]["eval/accuracy"] or 0.0, default=0)
+        kept = {*range(window + self.config.warmup), *range(size - MOST_ROWS // 2, size)}
+        kept |= {*evals[-MOST_ROWS // 4 :], *range(max(0, best - window), best + 1)}
+        self._history = [row for i, row in enumerate(self._history) if i in kept]
+
+
+def _watched(row: Row) -> Row:
+    """The part of a row that guards look at."""
+    return {name: value for name, value in row.items() if name in WATCHED or name.endswith("/silence")}

@@ -158,3 +158,30 @@ def test_diversity_by_hand() -> None:
     assert found == {"completion/shared": 0.75, "completion/duplicates": 0.25,
                      "completion/distinct_2": pytest.approx(2 / 6)}  # fmt: skip
     assert diversity([], []) == {}
+
+
+def test_the_loss_is_not_watched_online_unless_asked_for() -> None:
+    """A policy gradient's loss is around zero by construction; the user's word wins over that."""
+    rows = after(train__loss=50.0)
+    assert [f.guard for f in check(rows, CONFIG, 1)] == ["loss_spike"]
+    assert check(rows, CONFIG, 1, online=True) == []
+    asked = CONFIG.model_copy(update={"loss_spike": "stop"})
+    for online in (False, True):
+        assert [f.action for f in check(rows, asked, 1, online=online)] == ["stop"]
+
+
+def test_memory_does_not_grow_with_the_run_and_the_beginning_is_not_forgotten() -> None:
+    """After 10,000 steps entropy and length are held against the first ones, accuracy against its best."""
+    guards = Guards(CONFIG, staleness=1)
+    for step in range(10_000):
+        row = {**numbers(0), "policy/entropy": 2.0, "completion/length_mean": 10.0, "eval/accuracy": None}
+        row |= {"reward/mean": 0.2 + step / 1e5}
+        if step % 250 == 0:
+            row["eval/accuracy"] = 0.9 if step == 500 else 0.5 if step > 9_700 else 0.85
+        guards.observe(step, row)
+    assert len(guards._history) < 8192
+    last = {**row, "policy/entropy": 0.1, "completion/length_mean": 100.0, "eval/accuracy": 0.5}
+    for step in range(10_000, 10_003):
+        found = {f.guard for f in guards.observe(step, last)}
+    assert {"entropy_collapse"} <= set(guards._spoke) and {"length_explosion"} <= set(guards._spoke)
+    assert "reward_hacking" in set(guards._spoke) | found
