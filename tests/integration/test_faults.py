@@ -173,12 +173,13 @@ def _resumed(live: Live) -> None:
     live.makes_steps(seconds=180)
 
 
-def test_no_process_of_a_killed_run_outlives_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
+def test_no_process_of_a_killed_run_outlives_it(tmp_path: Path, engine: str) -> None:
     """Nobody is there to clean up after a SIGKILL: its processes have to go by themselves."""
-    run = Live(tmp_path, "hf")
+    run = Live(tmp_path, engine)
     run.start(rollout__replicas=1)
     try:
-        run.wait("a step", lambda: run.run.exists() and run.step() > 0, 120)
+        run.wait("a step", lambda: run.run.exists() and run.step() > 0, 180)
         assert run.process is not None
         run.process.send_signal(signal.SIGKILL)
         run.process.wait()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from rft.metrics import RunLog, TrackingConfig, is_documented_event
-from rft.metrics.log import read_jsonl, set_aside
+from rft.metrics.log import Lines, read_jsonl, set_aside
 
 PLAIN = TrackingConfig(trackers=(), sample_every=10, samples_kept=2)
 
@@ -211,3 +211,17 @@ def test_the_end_tells_its_reason_once(tmp_path: Path) -> None:
     log.close()
     (event,) = events(tmp_path, "run/closed")
     assert (event["reason"], event["last_step"]) == ("RuntimeError: boom", 4)
+
+
+def test_lines_wait_while_the_disk_is_full(tiny_disk: Path) -> None:
+    """No half line is left on a full disk, and no line is missing once there is room."""
+    filler, lines = tiny_disk / "filler", Lines(tiny_disk / "events.jsonl")
+    filler.write_bytes(b"x" * (900 * 1024))
+    for number in range(3000):
+        lines.write(b'{"number": %d, "text": "%s"}\n' % (number, b"y" * 80))
+    there = read_jsonl(tiny_disk / "events.jsonl")
+    assert 0 < len(there) < 3000 and (tiny_disk / "events.jsonl").read_bytes().endswith(b"}\n")
+    filler.unlink()
+    lines.write(b'{"number": 3000}\n')
+    lines.close()
+    assert [row["number"] for row in read_jsonl(tiny_disk / "events.jsonl")] == list(range(3001))
