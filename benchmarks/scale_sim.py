@@ -152,8 +152,6 @@ class SimLearner:
     async def reserve_address(self) -> tuple[str, int]:
         return "simulated", 0
 
-    async def close_channel(self) -> None: ...
-
     async def announce(self, version: int) -> dict[str, Any]:
         return {"version": version}
 

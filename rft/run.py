@@ -30,6 +30,7 @@ from rft.rewards import RewardRunner
 from rft.rollout.engine import EngineError
 from rft.rollout.pool import RolloutPool
 from rft.runfolder import RunFolder
+from rft.sync import files
 from rft.sync.channel import PushChannel
 from rft.warm_start import warm_start
 
@@ -84,6 +85,7 @@ async def _train(plan: Plan, folder: RunFolder, progress: Progress) -> int:
         raise
     finally:
         log.close(reason)
+        files.remove(plan.channel_spec().folder)
     progress.note(f"done: {folder.path}")
     return DONE
 

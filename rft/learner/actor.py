@@ -48,10 +48,6 @@ class LearnerActor(Learner):
         """Open the sending end of the channel that engines join; replaces an earlier one."""
         self.publisher.open(link)
 
-    def close_channel(self) -> None:
-        """Close the sending end and remove what it left outside, such as files."""
-        self.publisher.close()
-
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes of the weights, in sending order."""
         return manifest_of(self.weights())

@@ -23,6 +23,7 @@ from rft.learner.learner import LearnerError
 from rft.remote import ActorDied, call, within
 from rft.rollout.engine import EngineError, Link
 from rft.rollout.pool import RolloutPool
+from rft.sync import files
 from rft.sync.spec import ChannelSpec, Sent
 
 
@@ -117,8 +118,8 @@ class PushChannel:
         return sent
 
     async def close(self) -> None:
-        """Take back what the learner's end left outside it, such as files. Raises what that raised."""
-        await self._learner("close_channel")
+        """Remove the files that the last versions are in."""
+        files.remove(self.spec.folder)
 
     async def _learner(self, method: str, *args: Any) -> Any:
         return await call(

@@ -66,6 +66,8 @@ def _folder_problems(config: Config, weight_bytes: int | None) -> list[str]:
     sync = config.sync
     if sync.transport not in ("file", "sparse"):
         return [f"transport {sync.transport} writes no files; remove it, or use file or sparse"]
+    if config.algorithm.copies == 2:
+        return ["two policies would write to the same files; use transport gloo or nccl"]
     if sync.folder is None and config.ray.address is not None:
         return [
             "shared memory reaches one machine only, and ray.address names a cluster; give a folder that "

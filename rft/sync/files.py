@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,9 @@ def clear(folder: Path, keep: int) -> None:
     found = sorted(folder.glob("version-*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
     for path in found[: len(found) - keep]:
         path.unlink(missing_ok=True)
+
+
+def remove(folder: str | None) -> None:
+    """Remove a run's folder of weight files; None and a folder that is not there are no error."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
