@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import traceback
@@ -12,26 +13,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
-
 from rft import runfolder
 from rft.checkpoint import CheckpointError
 from rft.config import Config
 from rft.controller import Controller, Parts
-from rft.learner.actor import LearnerActor
 from rft.learner.learner import LearnerSpec
+from rft.learner.parallel.group import LearnerGroup
 from rft.metrics import Progress, RunLog
 from rft.offline import RunStopped
 from rft.offline_eval import Sampled
 from rft.offline_run import train_offline
 from rft.plan import Plan, threads_for
-from rft.remote import ActorDied, Overdue, call, ray_cluster
+from rft.remote import ActorDied, Overdue, call, kill, on_head_death, ray_cluster
 from rft.rewards import RewardRunner
 from rft.rollout.engine import EngineError
+from rft.rollout.fleet import Fleet
 from rft.rollout.pool import RolloutPool
 from rft.runfolder import RunFolder
 from rft.sync import files
 from rft.sync.channel import PushChannel
+from rft.twin import Twin
 from rft.warm_start import warm_start
 
 R = TypeVar("R")
@@ -69,6 +70,7 @@ async def _train(plan: Plan, folder: RunFolder, progress: Progress) -> int:
         resumed_at=folder.resumed_at,
         config=config.to_dict(),
     )
+    on_head_death(lambda name: _end_with_ray(name, log, progress))
     reason = "failed"
     try:
         body = _online if config.algorithm.online else _offline
@@ -90,6 +92,20 @@ async def _train(plan: Plan, folder: RunFolder, progress: Progress) -> int:
     return DONE
 
 
+def _end_with_ray(name: str, log: RunLog, progress: Progress) -> None:
+    """Without its head Ray can neither be asked nor shut down: say so, kill what is left, and go."""
+    import psutil
+
+    what = f"Ray's {name} died; every actor is lost with it"
+    log.event("fault/ray", part=name, what=what, action="the run ends; the last checkpoint is sound")
+    log.close(what)
+    progress.close()
+    print(f"rft: failed: {what}", file=sys.stderr, flush=True)
+    for process in psutil.Process().children(recursive=True):
+        kill(process.pid)
+    os._exit(FAULT)
+
+
 def _on_signals(stop: asyncio.Event, progress: Progress) -> None:
     """The first Ctrl-C or SIGTERM asks for a checkpoint and an end; a second one is not waited for."""
 
@@ -108,7 +124,7 @@ async def _online(
     plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, Any]:
     config = plan.config
-    pool = make_pool(plan)
+    pool, twin = make_pool(plan), None
     rewards = RewardRunner(config.rewards, Path.cwd())
     try:
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
@@ -119,15 +135,35 @@ async def _online(
         progress.note(f"learner: {facts['parameters']:,} parameters on {facts['device']}")
         await call(learner.require_folder.remote(str(folder.path)), 60, "looking for the run folder")
         channel = make_channel(plan, learner, pool)
-        parts = Parts(learner, pool, channel, rewards, log, progress)
+        twin = await _twin(plan, folder, log, progress, stop) if config.algorithm.copies == 2 else None
+        parts = Parts(learner, pool, channel, rewards, log, progress, twin)
         controller = Controller(plan, parts, folder.checkpoints, stop=stop)
         result = await controller.run(folder.resume)
         await call(learner.export.remote(str(folder.path / "model")), 600, "exporting the final model")
+        if twin is not None:
+            await twin.export(folder.path / "model-second")
+            await twin.fleet.channel.close()
         await channel.close()
         return result
     finally:
         await rewards.close()
         await pool.close()
+        if twin is not None:
+            await twin.fleet.pool.close()
+
+
+async def _twin(plan: Plan, folder: RunFolder, log: RunLog, progress: Progress, stop: asyncio.Event) -> Twin:
+    """The second copy of the model, started."""
+    config, pool = plan.config, make_pool(plan)
+    progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner of the second copy")
+    learner = start_learner(plan, learner_spec(plan))
+    try:
+        await unless_stopped(pool.start(), stop)
+    except BaseException:
+        await pool.close()
+        raise
+    fleet = Fleet(pool, make_channel(plan, learner, pool), config.rollout, log, progress)
+    return Twin(learner, fleet, config, folder.path / "checkpoints-second")
 
 
 async def _offline(
@@ -212,12 +248,9 @@ def reward_texts(config: Config) -> dict[str, Any] | None:
     return {"kind": config.algorithm.data, "data": config.data.model_dump(mode="json", include=names)}
 
 
-def start_learner(plan: Plan, spec: LearnerSpec) -> Any:
-    """Start the learner's actor; it loads its model at once."""
-    gpus = 1 if plan.device == "cuda" else 0
-    env = {"OMP_NUM_THREADS": str(spec.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    options = {"num_cpus": 0 if gpus == 0 else 1, "num_gpus": gpus, "runtime_env": {"env_vars": env}}
-    return ray.remote(LearnerActor).options(**options).remote(spec, plan.channel_spec())
+def start_learner(plan: Plan, spec: LearnerSpec) -> LearnerGroup:
+    """Start the learner's ranks; they load the model at once."""
+    return LearnerGroup(spec, plan.channel_spec())
 
 
 def make_pool(plan: Plan) -> RolloutPool:

@@ -99,7 +99,5 @@ async def warm_start(
     else:
         temporary.rename(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    import ray
-
-    ray.kill(learner)
+    learner.kill()
     return str(folder)

@@ -1,8 +1,12 @@
-"""The learner as a Ray actor: the learner itself, plus its weight channel and its checkpoints."""
+"""A rank of the learner as a Ray actor: the learner itself, plus its weight channel and its checkpoints.
+
+Every method is called on all ranks at once (`parallel/group.py`); engines and files are rank 0's business.
+"""
 
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ from torch import Tensor
 from rft import checkpoint
 from rft.checkpoint_writer import BackgroundWriter
 from rft.learner.learner import Learner, LearnerError, LearnerSpec
+from rft.learner.parallel.make import make_parallel
+from rft.learner.parallel.ranks import Meeting, Rendezvous
 from rft.remote import require_here
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
@@ -21,12 +27,27 @@ from rft.sync.spec import ChannelSpec, Sent, Update
 
 
 class LearnerActor(Learner):
-    """The actor's class: `ray.remote(LearnerActor)`."""
+    """The actor's class. It is made at once; `load` then builds the learner."""
 
-    def __init__(self, spec: LearnerSpec, channel: ChannelSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: LearnerSpec, channel: ChannelSpec, rank: int = 0) -> None:
+        self.spec = spec
+        self.rank = rank
         self.publisher = Publisher(channel)
         self.writer: BackgroundWriter | None = None
+        self.meeting: Meeting | None = None
+        self.shapes: Manifest | None = None
+
+    def meet(self) -> Rendezvous:
+        """Open the place where the ranks meet; rank 0 only."""
+        import ray
+
+        self.meeting = Meeting(ray.util.get_node_ip_address(), self.spec.config.step_timeout_s)
+        return self.meeting.place
+
+    def load(self, place: Rendezvous | None) -> None:
+        """Join the other ranks (None: there are none) and load the policy."""
+        require_here(self.spec.model, "the policy that model.path names")
+        super().__init__(self.spec, make_parallel(self.spec, place, self.rank, self.meeting))
 
     def require_folder(self, path: str) -> None:
         """Raises NotHere unless this node has the folder that checkpoints are to be written to."""
@@ -46,22 +67,39 @@ class LearnerActor(Learner):
 
     def open_channel(self, link: Link) -> None:
         """Open the sending end of the channel that engines join; replaces an earlier one."""
-        self.publisher.open(link)
+        if self.rank == 0:
+            self.publisher.open(link)
 
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes of the weights, in sending order."""
-        return manifest_of(self.weights())
+        if self.shapes is None:  # it never changes, and making it gathers every weight
+            self.shapes = manifest_of(self.weights())
+        return self.shapes
 
     def announce(self, version: int) -> Update:
         """What `send_weights` is about to bring to the engines. An early publisher (sparse, files) reads
         the weights here, any other one in `send_weights`: once per push."""
-        weights = self._finite_weights() if self.publisher.early else ()
-        return self.publisher.announce(version, self.manifest(), weights)
+        if self.publisher.spec.transport == "adapter":
+            return self.publisher.announce_adapter(version, *self.strategy.adapter())
+        weights = self._finite_weights() if self._early() else iter(())
+        manifest = self.manifest()
+        if self.rank == 0:
+            return self.publisher.announce(version, manifest, weights)
+        deque(weights, maxlen=0)  # takes part in gathering each
+        return {}
 
     def send_weights(self) -> Sent:
         """Send what was announced, in the engines' precision. Raises LearnerError for weights that are not
         finite: no engine is to sample from them, and no checkpoint to hold them."""
-        return self.publisher.send(() if self.publisher.early else self._finite_weights())
+        weights = iter(()) if self._early() else self._finite_weights()
+        if self.rank == 0:
+            return self.publisher.send(weights)
+        deque(weights, maxlen=0)
+        return Sent(0, 0, {})
+
+    def _early(self) -> bool:
+        """Whether rank 0 reads the weights when it announces them; the other ranks read along."""
+        return self.parallel.gather(self.rank == 0 and self.publisher.early)[0]
 
     def _finite_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.weights():
@@ -77,8 +115,10 @@ class LearnerActor(Learner):
     ) -> str:
         """Write a checkpoint of learner and run state (`meta`); returns its folder."""
         self.finish_save()
-        saved = checkpoint.save(Path(root), step, self.write_state, keep=keep, meta=meta, config=config)
-        return str(saved)
+        write = self.capture_state()
+        if self.rank:
+            return ""
+        return str(checkpoint.save(Path(root), step, write, keep=keep, meta=meta, config=config))
 
     def begin_save(
         self, root: str, step: int, keep: int, meta: dict[str, Any], config: dict[str, Any] | None = None
@@ -86,8 +126,10 @@ class LearnerActor(Learner):
         """Copy the state and write it on a thread of its own, while training goes on. One at a time:
         `finish_save` tells how it ended."""
         self.finish_save()
-        self.writer = BackgroundWriter(Path(root), keep=keep)
-        self.writer.submit(step, self.capture_state(), meta=meta, config=config)
+        write = self.capture_state()
+        if self.rank == 0:
+            self.writer = BackgroundWriter(Path(root), keep=keep)
+            self.writer.submit(step, write, meta=meta, config=config)
 
     def finish_save(self, wait: bool = True) -> str | None:
         """The folder of the checkpoint that was begun; None where none was, or, without `wait`, while

@@ -113,10 +113,9 @@ class PolicyModel:
         of a batch. Raises RuntimeError where it is more than rounding explains; with `fall_back` it warns
         and the model runs unpacked from now on."""
         with self._autocast():
-            found: float = self.network(
-                partial(self_check, fall_back=fall_back), self.model, batch.to(self.device)
-            )
-        return found
+            check = partial(self_check, fall_back=fall_back)
+            found = self.network(lambda *args: torch.tensor(check(*args)), self.model, batch.to(self.device))
+        return float(found)
 
     @torch.no_grad()
     def states(self, batch: Batch, rows: Tensor) -> Tensor:

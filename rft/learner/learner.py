@@ -165,7 +165,7 @@ class Learner:
         """Facts for the log: parameters, device, precision."""
         return {
             "parameters": self.parameters,
-            "trained": sum(p.numel() for p in self.strategy.trained(self.policy)),
+            "trained": sum(getattr(p, "ds_numel", p.numel()) for p in self.strategy.trained(self.policy)),
             "device": self.spec.device,
             "ranks": self.parallel.ranks,
             "compute_dtype": str(self.policy.compute_dtype),

@@ -43,8 +43,9 @@ class FSDP2(Ranks):
         return "cpu"
 
     def shard(self, policy: PolicyModel) -> None:
-        mixed = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
-        exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        # Inputs are not cast: that would also copy what is no tensor, such as an attention layout.
+        mixed = MixedPrecisionPolicy(self.compute_dtype, torch.float32, cast_forward_inputs=False)
+        exact = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
         critic = policy.value_head
         for head in (None if critic is None else critic.head, policy.score_layer):
             if head is not None:  # small, and its arithmetic is float32 everywhere

@@ -1,0 +1,30 @@
+"""From a learner's config to its parallelism, in the rank's own process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rft.learner.model import resolve_dtype
+from rft.learner.parallel.base import Parallel
+from rft.learner.parallel.ranks import Meeting, Rendezvous, join
+
+if TYPE_CHECKING:
+    from rft.learner.learner import LearnerSpec
+
+
+def make_parallel(
+    spec: LearnerSpec, place: Rendezvous | None, rank: int, meeting: Meeting | None
+) -> Parallel:
+    """Join the other ranks at `place` and set up what the config asks for. Collective."""
+    c = spec.config
+    if c.parallel == "single" or place is None:
+        return Parallel()
+    join(place, rank, c.ranks, spec.device, meeting)
+    dtype = resolve_dtype(c.dtype, spec.device)
+    if c.parallel == "fsdp2":
+        from rft.learner.parallel.fsdp2 import FSDP2
+
+        return FSDP2(spec.device, dtype, cpu_offload=c.cpu_offload, reshard=c.reshard_after_forward)
+    from rft.learner.parallel.zero import ZeRO
+
+    return ZeRO(spec.device, dtype, c.deepspeed)

@@ -1,0 +1,196 @@
+"""DeepSpeed: ZeRO stages 1, 2 and 3, by its own config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rft.learner.forward import PolicyModel
+from rft.learner.model import head_of
+from rft.learner.parallel.base import MakeOptimizer
+from rft.learner.parallel.ranks import Ranks, device_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+
+
+class ZeRO(Ranks):
+    """Optimizer state (stage 1), gradients (2) and weights (3) in shards, by DeepSpeed's engine.
+
+    The policy's network runs inside the engine; in bfloat16 the engine keeps float32 master weights.
+    """
+
+    def __init__(self, device: str, compute_dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        os.environ.setdefault("DS_ACCELERATOR", device)
+        self.device = device
+        self.config: dict[str, Any] = {
+            "zero_allow_untested_optimizer": True,  # torch's AdamW is the one that all parallelisms share
+            "zero_force_ds_cpu_optimizer": False,
+            **config,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "bf16": {"enabled": compute_dtype == torch.bfloat16},
+            "steps_per_print": 2**62,
+        }
+        self.stage = int(self.config.get("zero_optimization", {}).get("stage", 0))
+        self.engine: Any = None
+        self.trained: list[nn.Parameter] = []
+        self.groups: list[dict[str, Any]] = []
+        self.pending = False
+
+    def loading_device(self, device: str) -> str:
+        return "cpu" if self.stage == 3 else device
+
+    def optimizer(self, policy: PolicyModel, make: MakeOptimizer) -> Any:
+        import deepspeed
+
+        plain = make()
+        self.trained = [p for group in plain.param_groups for p in group["params"]]
+        self.groups = plain.state_dict()["param_groups"]
+        plain.param_groups = [group for group in plain.param_groups if group["params"]]
+        self.engine, optimizer, _, _ = deepspeed.initialize(
+            model=policy.network, optimizer=plain, config=self.config
+        )
+        self._prepare_state(optimizer)
+        self._enter(policy, self.engine)
+        return optimizer
+
+    def _prepare_state(self, optimizer: Any) -> None:
+        """Make AdamW's state now. Left to its first step, DeepSpeed would find that of the first parameter
+        group only, and refuse to read the others'."""
+        flats = (
+            optimizer.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+            optimizer.optimizer.state[flat] = {"step": torch.tensor(0.0), **moments}
+        if self.stage < 3:
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def freeze(self, policy: PolicyModel) -> None:
+        if self.stage < 3:
+            return
+        import deepspeed
+
+        zero = {k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"}
+        config = {**self.config, "zero_optimization": zero}
+        engine, _, _, _ = deepspeed.initialize(model=policy.network, config=config)
+        self._enter(policy, engine)
+
+    def _enter(self, policy: PolicyModel, engine: Any) -> None:
+        if self.stage == 3:
+            import deepspeed
+
+            head = head_of(policy.model) if policy.score_layer is None else None
+            # Read by the log-prob kernel outside its own module's forward: gathered with the whole network.
+            for weight in (head.weight, head.bias) if head is not None else ():
+                if weight is not None:
+                    deepspeed.zero.register_external_parameter(engine.module, weight)
+        policy.network = engine
+        policy.device = device_of(self.device)
+
+    # -- a step --------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.pending = True
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.ranks)  # the engine averages over ranks; ours is a sum
+
+    def update(
+        self, parameters: Iterable[nn.Parameter], optimizer: Any, bound: float | None
+    ) -> tuple[float, bool]:
+        optimizer.clip_grad = bound or 0.0
+        self.engine.step()
+        self.pending = False
+        norm = float(self.engine.get_global_grad_norm())
+        # Its norm is -1 or infinite where a gradient is not finite; it has then skipped the update.
+        return (norm, True) if not optimizer.overflow else (float("nan"), False)
+
+    def discard(self, optimizer: Any) -> None:
+        if self.pending:
+            raise RuntimeError(
+                "DeepSpeed holds the gradient of a batch that was given up: start the learner anew"
+            )
+
+    # -- weights and state ---------------------------------------------------------------------------
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "ds_id"):
+            return tensor.detach()
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+
+    def model_state(self, module: nn.Module) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        own = module.state_dict(keep_vars=True)
+        copies: dict[int, Tensor] = {}
+        for tensor in own.values():
+            if id(tensor) not in copies:
+                master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+                copies[id(tensor)] = self.keep(self.whole(tensor) if master is None else master)
+        return {} if self.rank else {name: copies[id(tensor)] for name, tensor in own.items()}
+
+    def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            done: set[int] = set()
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if id(tensor) not in done:
+                    done.add(id(tensor))
+                    self._set_weight(tensor, state[name])
+
+    def _set_weight(self, tensor: Tensor, value: Tensor) -> None:
+        if hasattr(tensor, "ds_id"):
+            from deepspeed.zero import GatheredParameters
+
+            with GatheredParameters([tensor], modifier_rank=0):
+                if self.rank == 0:
+                    tensor.copy_(value)
+        else:
+            tensor.copy_(value)
+        if tensor.requires_grad:
+            self._set_master(tensor, value, None)
+
+    def _set_master(self, parameter: Tensor, value: Tensor, key: str | None) -> None:
+        """Set the float32 master of a parameter (key None) or an entry of its optimizer state."""
+        from deepspeed.utils import tensor_fragment as fragments
+
+        value = value.to(self.engine.device, torch.float32)
+        if hasattr(parameter, "ds_id"):
+            size = parameter.partition_numel()  # type: ignore[attr-defined]
+            padded = nn.functional.pad(value.flatten(), (0, size * self.ranks - value.numel()))
+            part = padded[self.rank * size : (self.rank + 1) * size]
+            parameter._z3_optimizer.set_local_hp_param(part, parameter, key)  # type: ignore[attr-defined]
+        elif key is None:
+            fragments.safe_set_full_fp32_param(parameter, value)
+        else:
+            fragments.safe_set_full_optimizer_state(parameter, value, key)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: dict[int, Any] = {}
+        step = next(iter(optimizer.optimizer.state.values()))["step"]
+        for index, parameter in enumerate(self.trained):
+            moments = {key: self.keep(safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
+            state[index] = {"step": step.clone(), **moments}
+        if self.rank:
+            return {}
+        return {"state": state, "param_groups": self.groups}
+
+    def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        if not state["state"]:
+            return
+        for entry in optimizer.optimizer.state.values():
+            entry["step"].copy_(state["state"][0]["step"])
+        for index, parameter in enumerate(self.trained):
+            for key in MOMENTS:
+                self._set_master(parameter, state["state"][index][key], key)

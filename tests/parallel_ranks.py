@@ -1,0 +1,107 @@
+"""What the processes of `test_parallel.py` do: the same few steps, alone or as two ranks."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rft.algorithms import ALGORITHMS
+from rft.batch import Batch, Completion, Group, Prompt
+from rft.learner.config import LearnerConfig
+from rft.learner.learner import Learner, LearnerSpec
+from rft.learner.parallel.base import Parallel
+
+STEPS = 3
+KINDS = ("fsdp2", "zero1", "zero2", "zero3")
+
+
+def batch(step: int) -> Batch:
+    """Step 0: a single tree, so that one of two ranks has nothing. Later: lengths from 1 to 90."""
+    dice = random.Random(step)
+    tokens = lambda n: tuple(dice.randrange(6, 300) for _ in range(n))  # noqa: E731
+    groups = []
+    for index in range(1 if step == 0 else 5):
+        lengths = [90 if (index, k) == (1, 0) else dice.randint(1, 12) for k in range(3)]
+        completions = tuple(
+            Completion(tokens(n), logps=(-2.0,) * n, versions=((step, 0, n),), reward=float(k % 2))
+            for k, n in enumerate(lengths)
+        )
+        groups.append(Group(Prompt(index, tokens(dice.randint(2, 9)), "text"), completions))
+    return Batch.build(groups, share_prefix=step == 0)
+
+
+def spec(model: Path, **config: Any) -> LearnerSpec:
+    return LearnerSpec(
+        model=str(model),
+        tokenizer=str(model),
+        algorithm=ALGORITHMS["grpo"](beta=0.1),
+        config=LearnerConfig(learning_rate=1e-3, tokens_per_micro_batch=60, max_grad_norm=0.05, **config),
+        device="cpu",
+        threads=1,
+        seed=1,
+        total_steps=10,
+        num_iterations=1,
+        minibatches=1,
+        max_completion_length=12,
+        temperature=1.0,
+        max_gap_mean=None,
+        max_gap=None,
+    )
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.weights()}
+
+
+def work(model: Path, folder: Path, parallel: Parallel | None, resume: Path | None) -> None:
+    """Three steps, the state saved after the first two; then, with `resume`, a second learner that goes on
+    from another one's state. Rank 0 leaves what came of it in `folder`."""
+    own = spec(model, gradient_checkpointing=parallel is not None)
+    learner = Learner(own, parallel)
+    result: dict[str, Any] = {"metrics": [], "weights": []}
+    for step in range(STEPS):
+        result["metrics"].append(learner.step(batch(step), step))
+        result["weights"].append(weights(learner))
+        if step == 1:
+            learner.write_state(folder / "state")
+    learner.export(str(folder / "model"))
+    if resume is not None:
+        second = Learner(replace(own, seed=2), parallel_again(learner.parallel))
+        second.read_state(resume)
+        result["resumed"] = second.step(batch(2), 2)
+        result["resumed weights"] = weights(second)
+    if learner.parallel.rank == 0:
+        torch.save(result, folder / "result.pt")
+
+
+def parallel_of(kind: str) -> Parallel:
+    from rft.learner.parallel.fsdp2 import FSDP2
+    from rft.learner.parallel.zero import ZeRO
+
+    if kind == "fsdp2":
+        return FSDP2("cpu", torch.float32, cpu_offload=False, reshard=True)
+    return ZeRO("cpu", torch.float32, {"zero_optimization": {"stage": int(kind[-1])}})
+
+
+def parallel_again(parallel: Parallel) -> Parallel:
+    stage = getattr(parallel, "stage", None)
+    return parallel_of("fsdp2" if stage is None else f"zero{stage}")
+
+
+def rank(rank: int, meeting_file: str, model: str, root: str, resume: str) -> None:
+    """One of two processes, for all kinds in turn."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(meeting_file, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    for kind in KINDS:
+        folder = Path(root) / kind
+        folder.mkdir(exist_ok=True)
+        (folder / "state").mkdir(exist_ok=True)
+        work(Path(model), folder, parallel_of(kind), Path(resume))
+    dist.barrier()

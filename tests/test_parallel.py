@@ -1,0 +1,80 @@
+"""Two real processes train as one does: FSDP2 and ZeRO 1 to 3 over gloo, against a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from rft.learner.learner import Learner
+from tests import parallel_ranks as ranks
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What a single process and two ranks of every kind have left."""
+    root = tmp_path_factory.mktemp("parallel")
+    (root / "single" / "state").mkdir(parents=True)
+    ranks.work(tiny_folder, root / "single", None, None)
+    meeting, resume = str(root / "meeting"), str(root / "single" / "state")
+    multiprocessing.spawn(ranks.rank, (meeting, str(tiny_folder), str(root), resume), nprocs=2)
+    yield root
+
+
+def result(runs: Path, kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(runs / kind / "result.pt", weights_only=False)
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance * a[name].abs().max(), name
+
+
+@pytest.mark.parametrize("kind", ranks.KINDS)
+def test_two_ranks_give_the_weights_and_metrics_of_one(runs: Path, kind: str) -> None:
+    """Uneven token counts, clipping, a reference, several micro-batches, and a step in which one rank has
+    no work at all. Adam makes any wrong gradient a visible change of weights."""
+    one, two = result(runs, "single"), result(runs, kind)
+    for step in range(ranks.STEPS):
+        same(one["weights"][step], two["weights"][step])
+        first, second = one["metrics"][step], two["metrics"][step]
+        assert first.keys() == second.keys()
+        for name in first:
+            if not name.startswith("time/") and name != "train/micro_batches":
+                assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-6), (name, step)
+    moved = max(
+        float((a - b).abs().max()) for a, b in zip(*(w.values() for w in two["weights"][:2]), strict=True)
+    )
+    assert moved > 1e-4
+
+
+@pytest.mark.parametrize("kind", ranks.KINDS)
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(runs: Path, tiny_folder: Path, kind: str) -> None:
+    learner = Learner(ranks.spec(tiny_folder))
+    learner.read_state(runs / kind / "state")
+    assert learner.version == 2
+    learner.step(ranks.batch(2), 2)
+    same(result(runs, "single")["weights"][2], ranks.weights(learner))
+
+
+@pytest.mark.parametrize("kind", ranks.KINDS)
+def test_a_checkpoint_of_one_process_goes_on_in_two_ranks(runs: Path, kind: str) -> None:
+    one, two = result(runs, "single"), result(runs, kind)
+    same(one["weights"][2], two["resumed weights"])
+    assert two["resumed"]["train/grad_norm"] == pytest.approx(one["metrics"][2]["train/grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ranks.KINDS)
+def test_the_export_is_an_ordinary_model(runs: Path, kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(runs / kind / "model", dtype=torch.float32)
+    same(result(runs, kind)["weights"][2], dict(loaded.named_parameters()))

@@ -1,0 +1,114 @@
+"""Ranks that cannot work are told apart before anything starts, and placed in the plan."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from rft.config import Config, parse_config
+from rft.learner.parallel.checks import describe_ranks, parallel_problems
+from rft.learner.parallel.ranks import own_part
+
+STAGE_1 = {"zero_optimization": {"stage": 1}}
+
+
+def config(**changes: Any) -> Config:
+    learner = {"parallel": "fsdp2", "ranks": 2, **changes.pop("learner", {})}
+    return parse_config(
+        {
+            "algorithm": "grpo",
+            "rewards": [{"function": "math"}],
+            "train": {"batch_size": 4, "num_generations": 4},
+            "learner": learner,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learner": {"parallel": "single"}}, "2 ranks need learner.parallel fsdp2 or deepspeed"),
+        ({"learner": {"ranks": 8}}, "8 ranks need 8 CPU cores, this machine has 4"),
+        ({"learner": {"cores": "1"}}, "learner.cores: 2 ranks share 1 cores"),
+        (
+            {"learner": {"ranks": 3}, "train": {"batch_size": 2, "num_generations": 4, "minibatches": 2}}
+            | {"learner": {"ranks": 3, "prefix_sharing": "on"}},
+            "an update has 1 groups, too few for 3 ranks",
+        ),
+        ({"learner": {"parallel": "deepspeed", "cpu_offload": True}}, "this is fsdp2's; for deepspeed write"),
+        (
+            {"learner": {"deepspeed": {"zero_optimization": {"stage": 1}}}},
+            "read with learner.parallel deepspeed",
+        ),
+        (
+            {"learner": {"parallel": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 4}}}},
+            "stage: 4 is none of 1, 2 and 3",
+        ),
+        (
+            {
+                "learner": {
+                    "parallel": "deepspeed",
+                    "deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {}},
+                }
+            },
+            "learner.deepspeed.bf16: set by rft from learner.dtype; remove it",
+        ),
+        ({"learner": {"strategy": {"name": "lisa"}}}, "learner.strategy: works in one process only"),
+        ({"learner": {"adapter": {"method": "lora"}}}, "learner.adapter: works in one process only"),
+        ({"learner": {"optimizer": "adamw_8bit"}}, "learner.optimizer: adamw_8bit works in one process only"),
+        (
+            {"learner": {"ranks": 1, "parallel": "single"}, "warm_start": {"learner": {"ranks": 2}}},
+            "warm_start.learner.ranks: 2 ranks need warm_start.learner.parallel",
+        ),
+    ],
+)
+def test_what_cannot_work_is_told(changes: dict[str, Any], words: str) -> None:
+    found = parallel_problems(config(**changes), "cpu")
+    assert len(found) == 1 and words in found[0], found
+
+
+def test_gpus_are_counted_with_those_of_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    rollout = {"replicas": 1, "tensor_parallel": 2}
+    assert parallel_problems(config(rollout=rollout), "cuda") == []
+    assert (
+        "make 5, this machine has 4"
+        in parallel_problems(config(learner={"ranks": 3}, rollout=rollout), "cuda")[0]
+    )
+    assert "8 ranks need 8 GPUs" in parallel_problems(config(learner={"ranks": 8}), "cuda")[0]
+    cluster = config(learner={"ranks": 8}, train={"batch_size": 64}, ray={"address": "auto"})
+    assert parallel_problems(cluster, "cuda") == []
+
+
+def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name)
+    )
+    problems = parallel_problems(config(learner={"parallel": "deepspeed"}), "cpu")
+    assert "learner.parallel: deepspeed is not installed" in problems[0]
+
+
+def test_the_plan_says_where_the_ranks_go() -> None:
+    assert describe_ranks(config(), "cpu") == "2 ranks (fsdp2), one CPU core each, on this machine"
+    zero = config(learner={"parallel": "deepspeed"}, ray={"address": "auto"})
+    assert describe_ranks(zero, "cuda").startswith(
+        "2 ranks (deepspeed stage 2), one GPU each, on the cluster"
+    )
+    assert describe_ranks(config(learner={"ranks": 1, "parallel": "single"}), "cpu") == "1 process on cpu"
+
+
+def test_ranks_share_the_cores_of_their_machine() -> None:
+    assert [own_part({4, 5, 6, 7, 9}, rank, 2) for rank in range(2)] == [{4, 5}, {6, 7, 9}]
+    with pytest.raises(ValueError, match="1 cores cannot be shared by 2 ranks"):
+        own_part({3}, 0, 2)
