@@ -96,6 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dpo-apo_zero": {"loss_type": "apo_zero"},
     "dpo-apo_down": {"loss_type": "apo_down"},
     "dpo-discopop": {"loss_type": "discopop"},
+    "dpo-discopop-wide": {"loss_type": "discopop", "beta": 2.0},
     "dpo-rpo": {"nll": 1.0},
     "dpo-length": {"length_normalized": True, "beta": 2.0},
     "dpo-ld": {"tail": 0.5},

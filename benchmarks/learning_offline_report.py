@@ -67,6 +67,11 @@ SECTIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         {"task": "problems solved", "score": "mean score"},
     ),
 }
+# What a reader should know about a line, learnt from looking at the runs.
+REMARKS = {
+    "dpo-apo_down": "lowers both responses by design, the rejected one more",
+    "dpo-discopop": "its slope is positive at a margin of 0, where every policy starts; it settles below",
+}
 SHARES = {"accuracy", "accuracy_per_token", "task", "preference_accuracy", "step_accuracy"}
 
 
@@ -109,6 +114,7 @@ def _table(rows: list[Row], section: str, names: list[str], measures: dict[str, 
     found = [r for r in rows if r["section"] == section]
     shown = {k: v for k, v in measures.items() if any(k in r["after"] for r in found)}
     lines = ["| algorithm | settings | " + " | ".join(shown.values()) + " | seeds |"]
+    notes = [f"`{name}`: {REMARKS[name]}." for name in names if name in REMARKS]
     lines.append("|---" * (len(shown) + 3) + "|")
     if found:
         cells = [_cell([r["before"].get(k) for r in found[:1]], k) for k in shown]
@@ -122,7 +128,7 @@ def _table(rows: list[Row], section: str, names: list[str], measures: dict[str, 
         settings = ", ".join(f"{k}: {v}" for k, v in runs[0]["settings"].items())
         cells = [_cell([r["after"].get(k) for r in runs], k) for k in shown]
         lines.append(f"| `{name}` | {settings} | " + " | ".join(cells) + f" | {len(runs)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def _cell(values: Sequence[float | None], name: str) -> str:

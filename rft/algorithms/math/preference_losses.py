@@ -92,7 +92,11 @@ def apo_down(chosen: Tensor, rejected: Tensor, k: Knobs) -> Tensor:
 
 
 def discopop(chosen: Tensor, rejected: Tensor, k: Knobs) -> Tensor:
-    """Logistic and exponential loss, blended by the margin itself (Lu et al. 2024, eq. 5)."""
+    """Logistic and exponential loss, blended by the margin itself (Lu et al. 2024, eq. 5).
+
+    Not monotone: with tau 0.05 its slope at a margin of 0 is +0.8, so that a policy that starts at the
+    reference is drawn to slightly negative margins, unless tau / beta is small against a step.
+    """
     x = k.beta * (chosen - rejected)
     blend = torch.sigmoid(x / k.tau)
     return -F.logsigmoid(x) * (1 - blend) + safe_exp(-x) * blend
