@@ -176,19 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no profile {', '.join(unknown)}; there are {', '.join(found)}")
     if gsm8k_pairs() is None:
         print("gsm8k-pairs left out: set RFT_DATA to the folder that holds gsm8k/preferences.jsonl")
-    rows = []
-    for name in args.profiles or found:
-        rows.append(measure(name, found[name], args.rounds))
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     plan = planning()
     print("planning:", "  ".join(f"{k} {v}" for k, v in plan.items()))
-    result = {
-        "model": Shape().__dict__,
-        "budget": BUDGET,
-        "planning": plan,
-        "results": merge_rows(args.out, ("profile",), rows),
-    }
-    write_result(args.out, result)
+    settings = {"model": Shape().__dict__, "budget": BUDGET, "rounds": args.rounds, "planning": plan}
+    for name in args.profiles or found:
+        row = measure(name, found[name], args.rounds)
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        write_result(args.out, settings | {"results": merge_rows(args.out, ("profile",), [row])})
     return 0
 
 

@@ -205,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{errors['hidden']:9.1e} {errors['gradient']:8.1e}",
             flush=True,
         )
-    kept = merge_rows(args.out, ("prompt", "completion", "generations"), rows)
-    write_result(args.out, {"model": shape.__dict__, "rounds": args.rounds, "results": kept})
+        kept = merge_rows(args.out, ("prompt", "completion", "generations"), rows)
+        write_result(args.out, {"model": shape.__dict__, "rounds": args.rounds, "results": kept})
     return 0
 
 

@@ -237,16 +237,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "train-step-cpu.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    rows = []
+    names = ("layers", "vocabulary", "width", "prompt", "completion", "rounds")
+    settings = {k: getattr(args, k) for k in names}
     with tempfile.TemporaryDirectory(prefix="train-step-") as work:
         build(Path(work) / "model", args.layers, args.vocabulary, args.width)
         for algorithm in args.algorithms:
-            rows.append(measure(algorithm, args, Path(work)))
-            print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    settings = {
-        k: getattr(args, k) for k in ("layers", "vocabulary", "width", "prompt", "completion", "rounds")
-    }
-    write_result(args.out, settings | {"results": merge_rows(args.out, ("algorithm",), rows)}, "trl")
+            row = measure(algorithm, args, Path(work))
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+            rows = merge_rows(args.out, ("algorithm",), [row])
+            write_result(args.out, settings | {"results": rows}, "trl")
     return 0
 
 
