@@ -12,6 +12,8 @@ from rft.data.config import DataConfig
 from rft.data.errors import BadRows, DataError, missing_column
 from rft.data.rows import Row, Rows, Split, load_rows
 
+RESERVED = ("prompt", "prompts", "completions")  # what rewards get from the run, under these names
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -57,7 +59,7 @@ def load_prompts(
         if limit is not None and len(tokens) > limit:
             too_long.add(f"the prompt is longer than max_prompt_length={limit} tokens", number + 1)
             continue
-        columns = {name: value for name, value in row.items() if name != "prompt"}
+        columns = {name: value for name, value in row.items() if name not in RESERVED}
         prompts.append(Prompt(id=number, tokens=tuple(tokens), text=text, columns=columns))
     if empty:
         raise empty.error("give these rows a prompt, or remove them")

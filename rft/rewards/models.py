@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import (
@@ -74,7 +74,7 @@ class _Classifier:
             options = {"return_tensors": "pt", "padding": True, "truncation": True}
             encoded = self.tokenizer(texts, max_length=self.max_length, **options)
             return encoded.to(self.model.device)
-        rows = [row[-self.max_length :] for row in texts]
+        rows = [row[-self.max_length :] for row in cast(Sequence[list[int]], texts)]
         pad = min(set(range(len(rows) + 1)) - {row[-1] for row in rows})
         self.model.config.get_text_config().pad_token_id = pad
         width = max(map(len, rows))

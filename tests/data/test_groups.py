@@ -274,6 +274,13 @@ def test_a_pairwise_model_reads_both_orders(tmp_path: Path, chat: Any) -> None:
         )
 
 
+def test_judged_steps_do_not_pass_for_the_completions_that_a_reward_judges(chat: Any) -> None:
+    config = DataConfig(kind="arithmetic_pairs", eval_limit=2)
+    columns = load_prompts(config, chat, "test").prompts[0].columns
+    assert {"answer", "completion", "labels"} <= set(columns)
+    assert not {"prompt", "prompts", "completions"} & set(columns)
+
+
 def test_evaluation_prompts_can_ask_for_one_class(tmp_path: Path, chat: Any) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": f"{i}", "source": "web"}) for i in range(4)))
