@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -92,6 +92,27 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
         family = [p for p in children if _is_of_a_run(p)]  # asked while their parents still live
         ray.shutdown()
         _reap(family)
+
+
+def on_head_death(act: Callable[[str], None]) -> None:
+    """Have the running loop call `act(name)` when a process of the Ray head that was started here ends.
+
+    Ray itself notices after a minute or so, and then aborts the driver. Nothing is watched where the
+    cluster is another one's.
+    """
+    import psutil
+
+    loop = asyncio.get_running_loop()
+
+    def ended(descriptor: int, name: str) -> None:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        act(name)
+
+    for process in psutil.Process().children():
+        if process.name() in ("gcs_server", "raylet"):
+            descriptor = os.pidfd_open(process.pid)
+            loop.add_reader(descriptor, ended, descriptor, process.name())
 
 
 def _reap(family: list[Any]) -> None:

@@ -147,15 +147,17 @@ class Fleet:
         """Ask every replica for a sign of life, for ever; what does not answer is killed and rebuilt."""
         while True:
             await asyncio.sleep(self.config.health_every_s)
-            if not self._changing:  # a push has deadlines of its own
-                await asyncio.gather(*(self._ask_health(i) for i in sorted(self.pool.members)))
+            await asyncio.gather(*(self._ask_health(i) for i in sorted(self.pool.members)))
 
     async def _ask_health(self, index: int) -> None:
+        changing = self._changing  # an engine may be deaf while it takes weights in; its actor is not
+        member = self.pool.members.get(index)
+        if member is None or (changing and not member.serving):
+            return  # it is being built, with a deadline of its own
         try:
-            load = await self.pool.health(index, self.config.health_timeout_s)
+            load = await self.pool.health(index, self.config.health_timeout_s, engine=not changing)
         except ReplicaDied as died:
-            if not self._changing:
-                await self._recover(died)
+            await self._recover(died)
             return
         now = time.monotonic()
         if now - self._told.get(index, -HEALTH_TOLD_EVERY) >= HEALTH_TOLD_EVERY:

@@ -148,9 +148,10 @@ class RolloutPool:
         if member is not None:
             kill_actor(member.actor, member.node, member.pid)
 
-    async def health(self, index: int, timeout_s: float) -> int:
-        """Have a replica's engine answer; returns the completions that it works on. Raises ReplicaDied."""
-        load: int = await self._ask(index, "health", seconds=timeout_s)
+    async def health(self, index: int, timeout_s: float, *, engine: bool = True) -> int:
+        """Have a replica answer, with its `engine` or for itself; returns the completions that it works on.
+        Raises ReplicaDied."""
+        load: int = await self._ask(index, "health", engine, seconds=timeout_s)
         return load
 
     # -- weights: the same call on every replica, all acknowledged ------------------------------------

@@ -56,9 +56,10 @@ class Replica:
         finally:
             self.load -= request.sampling.n
 
-    async def health(self) -> int:
-        """Have the engine answer; returns the completions that it works on."""
-        await self.engine.version()
+    async def health(self, engine: bool) -> int:
+        """Answer, after the engine did if it is asked too; returns the completions that it works on."""
+        if engine:
+            await self.engine.version()
         return self.load
 
     async def join(self, link: Link) -> None:
