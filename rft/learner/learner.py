@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm
 from rft.batch import Batch
 from rft.learner import objective, state
-from rft.learner.config import LearnerConfig
 from rft.learner.critic import Critic
 from rft.learner.forward import PolicyModel
 from rft.learner.held_out import Sums, held_out_sums
@@ -24,43 +21,11 @@ from rft.learner.parallel.base import Parallel
 from rft.learner.parallel.ranks import own_part
 from rft.learner.schedule import learning_rate
 from rft.learner.scoring import load_scoring_model
+from rft.learner.spec import LearnerError, LearnerSpec, LogpGapError
 from rft.learner.strategies import make_strategy
 from rft.packing import micro_batches, tree_tokens
 from rft.rng import seed_everything
 from rft.rollout.sampling import derive_seed
-
-
-class LearnerError(RuntimeError):
-    """A fault in training itself: a non-finite gradient, an impossible batch."""
-
-
-class LogpGapError(RuntimeError):
-    """Engine and learner disagree about the log-probs of fresh samples: the push did not arrive."""
-
-
-@dataclass(frozen=True)
-class LearnerSpec:
-    """Everything that a learner needs; plain data, so that it travels to an actor."""
-
-    model: str
-    tokenizer: str
-    algorithm: Algorithm
-    config: LearnerConfig
-    device: str
-    threads: int
-    seed: int
-    total_steps: int
-    num_iterations: int
-    minibatches: int
-    max_completion_length: int
-    temperature: float
-    max_gap_mean: float | None
-    max_gap: float | None
-    expects_fresh: bool = False  # synchronous: every batch was sampled by the current version
-    trust_remote_code: bool = False
-    reference: str | None = None  # the model that the reference is; None: `model`
-    reference_cached: bool = False  # batches bring `ref_logps`: the reference is not kept in memory
-    texts: Mapping[str, Any] | None = None  # a reward model's config says so how its texts were rendered
 
 
 class Learner:
@@ -189,6 +154,7 @@ class Learner:
             self.self_checked = True
         batch = self.algorithm.prepare(self.fill(self.at_step(batch, step), gap))
         if self.strategy.begin(lambda: self.score(batch), lambda: self._accumulate(batch, None)):
+            self.parallel.discard(self.optimizer)
             self.make_optimizer()
         lr = learning_rate(spec.config, step, spec.total_steps)
         for group in self.optimizer.param_groups:
@@ -279,7 +245,8 @@ class Learner:
         """This rank's micro-batches of a batch, as tree ids: as many on every rank, some of them empty."""
         keep = self.algorithm.unit == "pair"
         size, ranks = self.spec.config.tokens_per_micro_batch, self.parallel.ranks
-        return micro_batches(batch, size, ranks, keep_groups=keep)[self.parallel.rank]
+        width = self.policy.model.config.get_text_config().hidden_size
+        return micro_batches(batch, size, ranks, keep_groups=keep, hidden_size=width)[self.parallel.rank]
 
     def micro(self, batch: Batch, trees: list[int]) -> Batch:
         """A micro-batch. For an empty one the batch's smallest tree, whose results must not count: a rank

@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rft.learner.actor import LearnerActor
-from rft.learner.learner import LearnerError, LearnerSpec
+from rft.learner.spec import LearnerError, LearnerSpec
 from rft.remote import ActorDied
 from rft.sync.spec import ChannelSpec
 

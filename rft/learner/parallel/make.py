@@ -9,7 +9,7 @@ from rft.learner.parallel.base import Parallel
 from rft.learner.parallel.ranks import Meeting, Rendezvous, join
 
 if TYPE_CHECKING:
-    from rft.learner.learner import LearnerSpec
+    from rft.learner.spec import LearnerSpec
 
 
 def make_parallel(

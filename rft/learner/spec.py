@@ -1,0 +1,43 @@
+"""What a learner is built from, and how it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rft.algorithms.base import Algorithm
+from rft.learner.config import LearnerConfig
+
+
+class LearnerError(RuntimeError):
+    """A fault in training itself: a non-finite gradient, an impossible batch."""
+
+
+class LogpGapError(RuntimeError):
+    """Engine and learner disagree about the log-probs of fresh samples: the push did not arrive."""
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Everything that a learner needs; plain data, so that it travels to an actor."""
+
+    model: str
+    tokenizer: str
+    algorithm: Algorithm
+    config: LearnerConfig
+    device: str
+    threads: int
+    seed: int
+    total_steps: int
+    num_iterations: int
+    minibatches: int
+    max_completion_length: int
+    temperature: float
+    max_gap_mean: float | None
+    max_gap: float | None
+    expects_fresh: bool = False  # synchronous: every batch was sampled by the current version
+    trust_remote_code: bool = False
+    reference: str | None = None  # the model that the reference is; None: `model`
+    reference_cached: bool = False  # batches bring `ref_logps`: the reference is not kept in memory
+    texts: Mapping[str, Any] | None = None  # a reward model's config says so how its texts were rendered
