@@ -11,6 +11,7 @@ from rft.algorithms import Algorithm, PolicyOutput
 from rft.batch import Batch, Group
 from rft.config import Config, algorithm_name
 from rft.data import (
+    DataError,
     GroupSampler,
     GroupSet,
     GroupSource,
@@ -59,7 +60,10 @@ def load_offline(config: Config, tokenizer: Any) -> OfflineData:
     if config.eval.every and has_held_out(data):
         limit = min(config.eval.problems, data.eval_limit or config.eval.problems)
         whole = data.model_copy(update={"streaming": False, "eval_limit": limit})
-        held_out = load_groups(whole, tokenizer, kind, "test")
+        try:
+            held_out = load_groups(whole, tokenizer, kind, "test")
+        except DataError as error:
+            raise DataError(f"held-out rows: {error}\n(without them: eval.every: 0)") from error
     if not data.streaming:
         train = load_groups(data, tokenizer, kind)
         return OfflineData(train, train.groups, held_out)
