@@ -108,7 +108,13 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
 
 
 def page() -> str:
-    out = ["# Performance", "", "Made by `python benchmarks/performance.py` from `benchmarks/results/`.", ""]
+    out = [
+        "# Performance",
+        "",
+        "Made by `python benchmarks/performance.py` from `benchmarks/results/`. A load above 0 before a run means that "
+        "other programs had the other cores: one thread is timed in processor time, its yardstick beside it.",
+        "",
+    ]
     for title, name, command, render in SECTIONS:
         found = load(name)
         body = render(found) if found else f"**Unmeasured.** `{command}` measures it."
