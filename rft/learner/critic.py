@@ -36,8 +36,10 @@ class Critic(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[n] float32: the values at states [n, H]."""
-        values: Tensor = self.head(states.float())
-        return values[:, 0]
+        values: Tensor = self.head(
+            states.to(self.head.weight.dtype)
+        )  # float32, but under DeepSpeed's bfloat16
+        return values[:, 0].float()
 
     def trained(self) -> Iterator[nn.Parameter]:
         """Its parameters; without the trunk's language model head where that is a matrix of its own."""

@@ -87,7 +87,7 @@ class PolicyModel:
             states = hidden_states(self.model, batch)
         found: dict[str, Tensor] = {}
         if self.score_layer is not None:
-            found["scores"] = self.score_layer(states[rows].float())
+            found["scores"] = self.score_layer(states[rows].to(self.score_layer.weight.dtype)).float()
             found["logps"] = found["scores"].new_zeros(len(rows))
             return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
         hidden = states[batch.source[rows]]

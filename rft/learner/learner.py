@@ -169,6 +169,7 @@ class Learner:
         self.state = self.algorithm.next_state(self.state, metrics)
         every = self.algorithm.refresh_reference
         if self.reference is not None and every and self.version % every == 0:
+            self.parallel.settle()
             self.reference.follow(self.policy)
         return {
             **metrics,

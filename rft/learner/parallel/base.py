@@ -83,6 +83,9 @@ class Parallel:
         """The sum of a CPU tensor over ranks, on every rank. Collective."""
         return tensor
 
+    def settle(self) -> None:
+        """Put every weight back where it rests, so that modules show the parameters that are trained."""
+
     # -- weights and state ---------------------------------------------------------------------------
 
     def whole(self, tensor: Tensor) -> Tensor:

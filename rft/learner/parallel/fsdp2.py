@@ -38,6 +38,7 @@ class FSDP2(Ranks):
         self.compute_dtype = compute_dtype
         self.offload: OffloadPolicy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
         self.reshard = reshard
+        self.roots: list[FSDPModule] = []
 
     def loading_device(self, device: str) -> str:
         return "cpu"
@@ -67,6 +68,8 @@ class FSDP2(Ranks):
             offload_policy=self.offload,
             reshard_after_forward=False,
         )
+        assert isinstance(policy.network, FSDPModule)
+        self.roots.append(policy.network)
         for module in policy.network.modules():
             if isinstance(module, FSDPModule):
                 # A learner's loss is weighed by the whole batch: gradients add up. (Summed as such,
@@ -85,7 +88,12 @@ class FSDP2(Ranks):
         tensor = tensor.detach()
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
+    def settle(self) -> None:
+        for root in self.roots:  # after a forward without backward its own weights are still gathered
+            root.reshard()
+
     def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        self.settle()
         own = module.state_dict(keep_vars=True)
         missing = sorted(own.keys() - state.keys())
         if missing:
