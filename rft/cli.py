@@ -196,6 +196,12 @@ def _export(args: argparse.Namespace) -> int:
         if found is None:
             raise ConfigError([f"{run_dir} has neither a final model nor a checkpoint"])
         source = found.path / "model"
+        if not source.exists():  # an adapter's checkpoint: the base comes from where the run began
+            from rft.standalone import export_checkpoint
+
+            export_checkpoint(run_dir / "config.yaml", found.path, out)
+            print(f"{found.path} -> {out}")
+            return 0
     shutil.copytree(source, out, dirs_exist_ok=True)
     print(f"{source} -> {out}")
     return 0

@@ -19,7 +19,9 @@ from rft.algorithms.checks import problems as algorithm_problems
 from rft.config import Config, ConfigError, algorithm_name, fingerprint
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype, stop_ids
-from rft.memory import ModelShape, learner_bytes, replica_bytes
+from rft.learner.parallel.checks import describe_ranks, parallel_problems
+from rft.learner.preflight import describe_training, learner_problems, trained_parameters, vocabulary_problem
+from rft.memory import ModelShape, learner_bytes, meta_network, replica_bytes
 from rft.offline_plan import OfflineData, load_offline, offline_problems, reference_problem
 from rft.online_plan import longest_sequence, mixes, online_problems
 from rft.rewards import check_reward
@@ -46,7 +48,8 @@ class Plan:
     stop_ids: tuple[int, ...]
     train_prompts: PromptSet | None
     eval_prompts: PromptSet | None
-    offline: OfflineData | None = None
+    offline: OfflineData | None = None  # offline training
+    adapter_parameters: int | None = None  # of learner.adapter, where it can be told without weights
 
     def with_model(self, folder: str) -> Plan:
         """The same plan from other weights of the same shape (a finished warm start)."""
@@ -125,9 +128,22 @@ class Plan:
             out += self._online_lines()
         else:
             out.append(f"batch        {t.batch_size} rows a step, {t.minibatches * t.num_iterations} updates")
-        need = learner_bytes(self.shape, c.learner, reference="ref_logps" in c.algorithm.needs)
-        out.append(f"memory       learner about {need / 2**30:.2f} GiB on {self.device}")
+        out.append(f"learner      {describe_ranks(c, self.device)}")
+        out.append(f"trains       {describe_training(c.learner, self.adapter_parameters)}")
+        out.append(f"memory       learner about {self.learner_bytes() / 2**30:.2f} GiB on {self.device}")
         return out
+
+    def learner_bytes(self) -> int:
+        """Predicted peak bytes of the learner, in one process."""
+        c = self.config
+        separate = c.model.reference not in (None, self.model) or c.learner.adapter is None
+        return learner_bytes(
+            self.shape,
+            c.learner,
+            reference="ref_logps" in c.algorithm.needs and separate,
+            device=self.device,
+            adapter=self.adapter_parameters or 0,
+        )
 
     def _online_lines(self) -> list[str]:
         c, t, r = self.config, self.config.train, self.config.rollout
@@ -139,7 +155,7 @@ class Plan:
             f"{t.batch_size * t.num_generations} a step; {t.num_iterations} passes x {t.minibatches} updates",
             f"rollout      {r.replicas} x {self.engine} ({spec.dtype}, {spec.tensor_parallel} device(s), "
             f"{spec.threads} threads, about {engine_memory / 2**30:.2f} GiB each), staleness {r.staleness}",
-            f"actors       1 learner and {r.replicas} rollout replicas on {self.device}, "
+            f"actors       the learner and {r.replicas} rollout replicas on {self.device}, "
             f"{c.rewards.workers} reward workers; weights over {self.transport}",
             f"rewards      {rewards}",
         ]
@@ -189,7 +205,15 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
     if tokenizer is not None and not config.algorithm.online:
         offline = attempt("data", lambda: load_offline(config, tokenizer))
     problems += _misfits(config, shape, engine, train, offline)
+    network = meta_network(path, config.model.trust_remote_code) if path and shape is not None else None
+    problems += learner_problems("learner", config.learner, network, config.algorithm)
+    if config.warm_start is not None:
+        problems += learner_problems("warm_start.learner", config.warm_start.learner, network, None)
+    if tokenizer is not None and shape is not None:
+        wrong = vocabulary_problem(tokenizer, shape.vocab)
+        problems += [wrong] if wrong else []
     problems += config.learner.kernels.misfits(device)
+    problems += parallel_problems(config, device)
     if config.rewards.functions:
         scored = train or held_out
         columns = None if scored is None else {name for p in scored.prompts for name in p.columns}
@@ -211,6 +235,9 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
         train_prompts=train,
         eval_prompts=held_out,
         offline=offline,
+        adapter_parameters=trained_parameters(network, config.learner.adapter)
+        if network is not None and config.learner.adapter is not None
+        else None,
     )
 
 

@@ -1,15 +1,17 @@
-"""`rft eval`: the run's engines and rewards on its held-out prompts, for any model, without a learner."""
+"""What works on a model without a run: `rft eval`, and the export of an adapter's checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rft.config import ConfigError
+from rft.config import ConfigError, load_config
 from rft.evaluation import evaluate
-from rft.plan import Plan
+from rft.learner.learner import Learner
+from rft.plan import Plan, make_plan
 from rft.remote import ray_cluster
 from rft.rewards import RewardRunner
-from rft.run import make_pool
+from rft.run import learner_spec, make_pool
+from rft.warm_start import warm_start_folder
 
 
 async def evaluate_model(plan: Plan) -> dict[str, float]:
@@ -37,3 +39,16 @@ async def evaluate_model(plan: Plan) -> dict[str, float]:
         finally:
             await rewards.close()
             await pool.close()
+
+
+def export_checkpoint(config: Path, checkpoint: Path, out: Path) -> None:
+    """Write the policy of a checkpoint that holds an adapter alone, merged into the run's base.
+
+    Raises ConfigError where the base or the data that the run's config names are no longer there.
+    """
+    plan = make_plan(load_config(config))
+    if plan.config.warm_start is not None:
+        plan = plan.with_model(str(warm_start_folder(plan.config, plan.model)))
+    learner = Learner(learner_spec(plan))
+    learner.read_state(checkpoint)
+    learner.export(str(out))

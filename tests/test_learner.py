@@ -25,7 +25,8 @@ class Watched(Learner):
 
 
 def spec(model: Path, algorithm: str = "grpo", **changes) -> LearnerSpec:
-    config = LearnerConfig(learning_rate=1e-3, max_grad_norm=None, **changes.pop("config", {}))
+    settings = {"learning_rate": 1e-3, "max_grad_norm": None, **changes.pop("config", {})}
+    config = LearnerConfig(**settings)
     base = LearnerSpec(
         model=str(model),
         tokenizer=str(model),

@@ -16,8 +16,8 @@ from rft.learner.model import Head, ModelError, load_causal_lm, resolve_dtype
 from rft.learner.strategies import data_init
 from rft.learner.strategies.base import Named, Strategy, Whole
 from rft.learner.strategies.convert import as_plain_lora
-from rft.learner.strategies.merge import full_weight, merged_weights, plain_name
-from rft.learner.strategies.methods import check_targets, peft_config
+from rft.learner.strategies.merge import merged_layer, merged_weights, plain_name
+from rft.learner.strategies.methods import check_layers, check_targets, peft_config
 from rft.learner.strategy_config import AdapterConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Adapter(Strategy):
         self.config: AdapterConfig = config
         self.quantize = spec.config.quantize
         self.names: list[str] = []
+        self.keys: set[str] = set()  # of the plain model's state
         self.peft: Any = None  # peft's wrapper; None before a data-driven adapter is made
         self.base: Any = None
         # The adapter as it began, where the base was changed by what it took over (PiSSA and the like).
@@ -52,13 +53,17 @@ class Adapter(Strategy):
 
     def attach(self, model: Any) -> None:
         check_targets(self.config, model)
+        check_layers(model, self.config)
         self.base, self.names = model, [name for name, _ in model.named_parameters()]
+        self.keys = set(model.state_dict())
         if self.config.method in data_init.MAKERS:
+            self._settings()  # what is wrong with it is said at once
             model.requires_grad_(False)  # made of the first batch
             return
         self._wrap(self._settings())
         if self.config.method == "loftq":
-            data_init.loftq(self.peft, self.spec.model)
+            data_init.loftq(tuner_layers(model), self._full_weights())
+            self.follow()  # the run starts from base and adapter together
 
     def _settings(self, **fixed: Any) -> Any:
         if self.config.method == "adalora":
@@ -78,7 +83,7 @@ class Adapter(Strategy):
             self.peft = get_peft_model(self.base, settings)
         except (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError) as error:
             raise ModelError(f"learner.adapter: {self.config.method}: {error}") from error
-        check_layers(self.base, self.config)
+        self._check_merge()
         if copies:
             self.initial = self._tensors(copy=True)
             self._rebase(copies)
@@ -88,6 +93,18 @@ class Adapter(Strategy):
                 "rft cannot take back for the reference; use pissa, olora, corda or lora_ga"
             )
         return self.peft
+
+    def _check_merge(self) -> None:
+        """Raises ModelError where the method cannot merge on this model: nothing could then be pushed."""
+        for path, layer in tuner_layers(self.base):
+            try:
+                merged_layer(layer)
+            except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+                raise ModelError(
+                    f"learner.adapter: {self.config.method} on {path} cannot be merged into the weights that "
+                    f"engines sample with: {error}"
+                ) from error
+            return
 
     def _originals(self) -> dict[str, Tensor]:
         return {n: p.detach().to("cpu", copy=True) for n, p in self.base.named_parameters() if p.ndim == 2}
@@ -233,9 +250,9 @@ class Adapter(Strategy):
 
     def _parameters(self) -> dict[str, Tensor]:
         """Everything that the adapter added: parameters and buffers by their names in the model."""
-        known = set(self.names)
+        known = self.keys
         state: dict[str, Tensor] = self.base.state_dict(keep_vars=True)
-        return {n: t for n, t in state.items() if plain_name(n) not in known and not _of_base(n, known)}
+        return {n: t for n, t in state.items() if n not in known and not _of_base(n)}
 
     def _tensors(self, *, copy: bool) -> dict[str, Tensor]:
         return {n: t.detach().clone() if copy else t.detach() for n, t in self._parameters().items()}
@@ -284,13 +301,16 @@ class Adapter(Strategy):
         if not initial or _same(initial, self.initial):
             return
         if self.initial:  # this start took over something else: begin from the original again
-            s = self.spec
-            plain = load_causal_lm(s.model, self.dtype, "cpu", s.trust_remote_code)
-            originals = {n: p.detach() for n, p in plain.named_parameters()}
+            originals = self._full_weights()
         else:
             originals = {plain_name(n): p.detach().clone() for n, p in self._base_parameters()}
         self.initial = initial
         self._rebase(originals)
+
+    def _full_weights(self) -> dict[str, Tensor]:
+        """The base's parameters as they are on disk, on CPU."""
+        plain = load_causal_lm(self.spec.model, self.dtype, "cpu", self.spec.trust_remote_code)
+        return {name: p.detach() for name, p in plain.named_parameters()}
 
 
 class AdapterReference(PolicyModel):
@@ -329,43 +349,19 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def check_layers(model: Any, config: AdapterConfig) -> None:
-    """Raises ModelError where an adapter sits on a layer that rft cannot push or run."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    on = {id(layer): path for path, layer in tuner_layers(model)}
-    tied = getattr(head, "weight", None) is getattr(table, "weight", 0)
-    for layer in (head, table):
-        if tied and id(layer) in on:
-            raise ModelError(
-                f"learner.adapter.target_modules: {on[id(layer)]} is tied to the embeddings, and an adapter "
-                "on one of the two would part them; leave it out"
-            )
-    if id(head) in on and config.method not in ("lora", "eva", "pissa", "olora", "corda", "lora_ga"):
-        raise ModelError(
-            f"learner.adapter.target_modules: on the head {on[id(head)]} only plain LoRA is possible, not "
-            f"{config.method}; leave it out"
-        )
-
-
-def _of_base(name: str, known: set[str]) -> bool:
-    """Whether a state entry belongs to the plain model: its buffers, its quantisation state, tied names."""
-    plain = plain_name(name)
-    return "lora" not in plain and any(plain.startswith(f"{k}.") for k in known if k.endswith(".weight"))
+def _of_base(name: str) -> bool:
+    """Whether a state entry belongs to a layer of the plain model that an adapter lies around. bitsandbytes
+    adds entries of 8-bit layers with the first forward."""
+    return ".base_layer." in name or ".original_module." in name or name.endswith((".SCB", ".weight_format"))
 
 
 def _mark(parameter: nn.Parameter) -> tuple[Any, ...]:
     """Tells whether a weight was changed without keeping a copy of it."""
     data = parameter.detach()
-    total = data.double().sum() if data.is_floating_point() else data.long().sum()
-    return (
-        tuple(data.shape),
-        float(total),
-        float(data.reshape(-1)[:: max(1, data.numel() // 97)].float().norm()),
-    )
+    total = data.sum(dtype=torch.float64 if data.is_floating_point() else torch.int64)
+    some = data.reshape(-1)[:: max(1, data.numel() // 97)].float().norm()
+    return tuple(data.shape), float(total), float(some)
 
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(t.to(b[n].device), b[n]) for n, t in a.items())
-
-
-__all__ = ["Adapter", "AdapterReference", "full_weight", "tuner_layers"]

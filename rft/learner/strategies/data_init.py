@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rft.learner.model import ModelError
+from rft.learner.strategies.merge import full_weight
 from rft.learner.strategy_config import AdapterConfig
 
 Settings = Callable[..., Any]
@@ -59,11 +59,20 @@ def _rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
     return states.reshape(-1, states.shape[-1]).float()
 
 
+def _targets(base: Any, settings: Settings) -> dict[str, Any]:
+    """`all-linear` by name: peft's preparations look for names."""
+    if settings().target_modules != "all-linear":
+        return {}
+    head = base.get_output_embeddings()
+    linear = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return {"target_modules": linear}
+
+
 def corda(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
     """CorDA: by the covariance of the activations (Yang et al. 2024, arXiv 2406.05223)."""
     from peft.tuners.lora.corda import preprocess_corda
 
-    made = settings()
+    made = settings(**_targets(base, settings))
     preprocess_corda(base, made, run_model=forward)
     wrap(made)
 
@@ -72,7 +81,7 @@ def lora_ga(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: R
     """LoRA-GA: by the gradient of the first batch (Wang et al. 2024, arXiv 2407.05000)."""
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    made = settings()
+    made = settings(**_targets(base, settings))
     preprocess_loraga(base, made, train_step=backward)
     wrap(made)
 
@@ -80,18 +89,19 @@ def lora_ga(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: R
 MAKERS = {"eva": eva, "corda": corda, "lora_ga": lora_ga}  # those that need the first batch
 
 
-def loftq(model: Any, path: str) -> None:
-    """LoftQ: factors that make up for the base's rounding to 4 bits (Li et al. 2023, arXiv 2310.08659).
+@torch.no_grad()
+def loftq(layers: Iterable[tuple[str, Any]], full: Mapping[str, Tensor]) -> None:
+    """LoftQ on a base that is quantised already: factors that make up for its rounding (Li et al. 2023,
+    arXiv 2310.08659, one iteration of algorithm 1).
 
-    Raises ModelError where the model's full weights are not at hand as safetensors.
+    layers: (path, LoRA layer). full: the parameters of the model before it was quantised, by name.
     """
-    from peft import replace_lora_weights_loftq
-
-    folder = Path(path).expanduser()
-    single = folder / "model.safetensors"
-    sharded = folder / "model.safetensors.index.json"
-    if folder.is_dir() and not (single.exists() or sharded.exists()):
-        raise ModelError(f"learner.adapter: loftq reads safetensors, and {path!r} has none")
-    generator = torch.get_rng_state()
-    replace_lora_weights_loftq(model, model_path=str(single) if single.exists() else None)
-    torch.set_rng_state(generator)
+    for path, layer in layers:
+        base = layer.get_base_layer()
+        lost = full[f"{path}.weight"].float().to(base.weight.device) - full_weight(base).float()
+        (name,) = layer.active_adapters
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        u, s, v = torch.linalg.svd(lost, full_matrices=False)
+        root = s[: len(a)].sqrt()
+        a.copy_(root[:, None] * v[: len(a)])
+        b.copy_(u[:, : len(a)] * root / layer.scaling[name])

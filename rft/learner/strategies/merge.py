@@ -25,10 +25,16 @@ def full_weight(module: nn.Module) -> Tensor:
     if not is_quantized(module):
         weight: Tensor = module.weight.detach()  # type: ignore[operator,union-attr,assignment]
         return weight
-    from peft.utils.integrations import dequantize_module_weight
+    packed: Any = module.weight
+    if hasattr(
+        packed, "SCB"
+    ):  # int8: one scale a row, of which 127 is the largest; in the state once it has run
+        scale = packed.SCB if packed.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+        return packed.data.float() * (scale.float() / 127)[:, None]
+    from bitsandbytes.functional import dequantize_4bit
 
-    dequantized: Tensor = dequantize_module_weight(module)
-    return dequantized.detach()
+    numbers: Tensor = dequantize_4bit(packed.data, packed.quant_state)
+    return numbers
 
 
 @torch.no_grad()

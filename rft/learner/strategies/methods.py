@@ -22,7 +22,8 @@ LORA: dict[str, dict[str, Any]] = {
     "lora_ga": {"init_lora_weights": "lora_ga"},
     "loftq": {"init_lora_weights": True},  # replaced layer by layer, see `data_init.loftq`
 }
-ALIASES = {"bone": "miss", "dora": "lora", "ln": "ln_tuning"} | dict.fromkeys(LORA, "lora")
+ON_HEAD = ("lora", "eva", "pissa", "olora", "corda", "lora_ga")  # plain factors, run without logits
+ALIASES = {"bone": "miss", "dora": "lora"} | dict.fromkeys(LORA, "lora")
 
 # Refused, and why.
 _PROMPT = "adds tokens or states to the prompt, which packed batches and merged weights cannot carry"
@@ -40,6 +41,7 @@ REFUSED: dict[str, str] = {
     "shadow": _INPUT,
     "lily": "cannot be merged into the weights that engines sample with: peft has no merge for it",
     "ln_tuning": "swaps whole layers in and out, which leaves nothing to merge",
+    "trainable_tokens": "trains rows of the embeddings, which most models share with their head",
     "pvera": "draws its weights anew in every forward, so that the learner cannot match what engines sampled",
 }
 
@@ -143,6 +145,35 @@ def check_targets(config: AdapterConfig, model: nn.Module) -> None:
             raise ModelError(
                 f"target_modules: {target!r} matches no layer{nearest(target, layers)}; "
                 f"there are: {', '.join(sorted(layers))}"
+            )
+
+
+def check_layers(model: Any, config: AdapterConfig) -> None:
+    """Raises ModelError where an adapter would sit on a layer that rft cannot push or run.
+
+    model: before the adapter is put in.
+    """
+    if config.target_modules == "all-linear":
+        return
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    found = peft_config(config)
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    for name, module in model.named_modules():
+        if module is not head and module is not table:
+            continue
+        if not check_target_module_exists(found, name):
+            continue
+        if tied:
+            raise ModelError(
+                f"target_modules: {name} is tied to the embeddings, and an adapter on one of the two would "
+                "part them; leave it out"
+            )
+        if module is head and config.method not in ON_HEAD:
+            raise ModelError(
+                f"target_modules: on the head {name} only plain LoRA is possible, not {config.method}; "
+                "leave it out"
             )
 
 

@@ -1,0 +1,128 @@
+"""Every method of peft on a tiny model: it trains, it merges, it comes back exactly, or it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rft.algorithms import ALGORITHMS
+from rft.batch import Batch
+from rft.learner.learner import Learner
+from rft.learner.model import ModelError
+from rft.learner.strategies.merge import plain_name
+from rft.learner.strategies.methods import REFUSED, known_methods, peft_config
+from rft.learner.strategy_config import AdapterConfig
+from tests.test_learner import spec
+
+# What a method needs to fit a model of 64 hidden units, or cannot do without.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "c3a": {"options": {"block_size": 32}},
+    "fourierft": {"options": {"n_frequency": 50}},
+    "oft": {"options": {"oft_block_size": 8}},
+    "vblora": {"options": {"vector_length": 16, "num_vectors": 8}},
+}
+ELSEWHERE = {
+    "loftq": "makes up for 4-bit rounding: test_qlora.py",
+    "adamss": "needs scikit-learn, which rft does not bring",
+    "beft": "trains biases, which this model's layers lack: refused below",
+}
+METHODS = sorted(set(known_methods()) - set(ELSEWHERE))
+MOVED = {"pissa", "olora", "corda", "lora_ga"}  # a part of the base moves into the adapter
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder: Path) -> Learner:
+    return Learner(spec(tiny_folder))
+
+
+@pytest.fixture
+def borrowed(plain: Learner) -> Iterator[Learner]:
+    """The plain model as an instrument: whatever is loaded into it, it is itself again afterwards."""
+    kept = {n: p.detach().clone() for n, p in plain.policy.model.named_parameters()}
+    yield plain
+    put(plain, kept)
+
+
+def put(learner: Learner, weights: dict[str, torch.Tensor]) -> None:
+    own = dict(learner.policy.model.named_parameters())
+    assert own.keys() == weights.keys()
+    for name, parameter in own.items():
+        parameter.data.copy_(weights[name])
+
+
+def adapted(model: Path, method: str, algorithm: str = "grpo", **settings: Any) -> Learner:
+    adapter = AdapterConfig(method=method, **{**SETTINGS.get(method, {}), **settings})
+    rl = ALGORITHMS[algorithm](beta=0.1)
+    return Learner(spec(model, settings=rl, config={"adapter": adapter, "learning_rate": 1e-2}))
+
+
+def logps(learner: Learner, batch: Batch) -> torch.Tensor:
+    return learner.score(batch)["logps"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method(tiny_folder: Path, make_groups, tmp_path: Path, borrowed: Learner, method: str) -> None:
+    batch, other = Batch.build(make_groups(seed=1)), Batch.build(make_groups(seed=2))
+    start = logps(borrowed, batch)
+    torch.manual_seed(0)
+    one = adapted(tiny_folder, method)
+    one.step(batch, 0)
+    trained = logps(one, batch)
+    assert (trained - start).abs().max() > 1e-4, "the step did not move the policy"
+    # The reference is the model that the run began with, though the policy has moved on.
+    assert (one.score_reference(batch) - start).abs().max() < 2e-5
+    assert torch.equal(logps(one, batch), trained), "running the reference changed the policy"
+
+    before = {n: t.clone() for n, t in one.policy.model.state_dict().items()}
+    put(borrowed, dict(one.weights()))
+    assert (logps(borrowed, batch) - trained).abs().max() < 1e-5
+    after = one.policy.model.state_dict()
+    assert all(torch.equal(t, after[n]) for n, t in before.items()), "merging touched the model"
+    if method not in MOVED:
+        original = Learner(spec(tiny_folder)).policy.model.state_dict()
+        assert all(torch.equal(after[n], original[plain_name(n)]) for n in after if plain_name(n) in original)
+
+    one.write_state(tmp_path)
+    assert not (tmp_path / "model").exists(), "the checkpoint holds the whole model"
+    torch.manual_seed(5)
+    two = adapted(tiny_folder, method)
+    two.read_state(tmp_path)
+    assert one.step(other, 1)["train/loss"] == two.step(other, 1)["train/loss"]
+    for (name, a), (_, b) in zip(one.weights(), two.weights(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_every_method_of_peft_is_tested_or_refused_with_a_reason() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    everything = {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    assert everything <= set(METHODS) | set(REFUSED) | set(ELSEWHERE)
+    for method, reason in REFUSED.items():
+        with pytest.raises(ModelError, match=f"method '{method}' cannot be used") as told:
+            peft_config(AdapterConfig(method=method))
+        assert reason in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ({"method": "loraa"}, "unknown method 'loraa'; did you mean 'lora'"),
+        ({"method": "ln_tuning"}, "cannot be used"),
+        ({"options": {"lora_dropuot": 0.1}}, "no option 'lora_dropuot' in peft; did you mean 'lora_dropout'"),
+        ({"method": "vera", "alpha": 3}, "method 'vera' has no setting 'alpha'"),
+        ({"method": "eva", "options": {"eva_config": {"rho": 2.0}}}, "only 1"),
+        ({"target_modules": ["q_prj"]}, "'q_prj' matches no layer; did you mean 'q_proj'?; there are: "),
+        ({"target_modules": "no.*thing"}, "'no.*thing' matches no layer"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head is tied to the embeddings"),
+        ({"method": "pissa", "options": {"use_dora": True}}, "goes with neither use_dora nor lora_bias"),
+        ({"method": "beft", "target_modules": ["q_proj"]}, "no bias"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(tiny_folder: Path, adapter: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError) as told:
+        Learner(spec(tiny_folder, config={"adapter": AdapterConfig(**adapter)}))
+    assert words in str(told.value)
