@@ -36,9 +36,8 @@ class Critic(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[n] float32: the values at states [n, H]."""
-        values: Tensor = self.head(
-            states.to(self.head.weight.dtype)
-        )  # float32, but under DeepSpeed's bfloat16
+        # The head is float32, but where DeepSpeed holds the whole network in bfloat16.
+        values: Tensor = self.head(states.to(self.head.weight.dtype))
         return values[:, 0].float()
 
     def trained(self) -> Iterator[nn.Parameter]:
