@@ -74,6 +74,7 @@ def corda(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run
 
     made = settings(**_targets(base, settings))
     preprocess_corda(base, made, run_model=forward)
+    base.train()  # peft leaves it in evaluation mode
     wrap(made)
 
 
