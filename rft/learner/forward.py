@@ -134,7 +134,8 @@ class PolicyModel:
 
     def own_state(self) -> nn.Module | None:
         """The module whose weights are this model's alone; None where it has none of its own."""
-        return self.model  # type: ignore[no-any-return]
+        own: nn.Module = self.model
+        return own
 
     def _head(self, hidden: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head = self.head()

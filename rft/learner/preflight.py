@@ -19,7 +19,7 @@ QUANTIZED = ("lora", "dora", "eva", "loftq")
 
 
 def learner_problems(
-    key: str, config: LearnerConfig, network: nn.Module | None, algorithm: Algorithm | None
+    key: str, config: LearnerConfig, network: Any | None, algorithm: Algorithm | None
 ) -> list[str]:
     """Every problem of `adapter`, `quantize`, `strategy` and `optimizer` below `key`.
 
@@ -35,7 +35,7 @@ def learner_problems(
     if config.adapter is not None:
         found += _adapter_problems(config, config.adapter, network, algorithm)
     if isinstance(config.strategy, LisaConfig) and network is not None:
-        layers = network.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
+        layers = network.config.get_text_config().num_hidden_layers
         if config.strategy.layers >= layers:
             found.append(
                 f"strategy.layers: {config.strategy.layers} at a time are all the model's {layers} layers; "
@@ -95,7 +95,7 @@ def _adapter_problems(
     return found
 
 
-def trained_parameters(network: nn.Module, adapter: AdapterConfig) -> int | None:
+def trained_parameters(network: Any, adapter: AdapterConfig) -> int | None:
     """How many parameters the adapter has on a model on the meta device; None where peft cannot put the
     method on a model without weights."""
     import copy
@@ -107,7 +107,7 @@ def trained_parameters(network: nn.Module, adapter: AdapterConfig) -> int | None
     )
     try:
         with torch.device("meta"):
-            made = get_peft_model(copy.deepcopy(network), peft_config(adapter, **plain))  # type: ignore[arg-type]
+            made = get_peft_model(copy.deepcopy(network), peft_config(adapter, **plain))
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None
     return sum(p.numel() for p in made.parameters() if p.requires_grad)

@@ -31,9 +31,9 @@ def test_a_lora_run(tmp_path: Path) -> None:
     assert [r["step"] for r in metrics] == list(range(5))
     assert max(r["sync/logp_gap"] for r in metrics[1:]) < 1e-4, "the merged weights did not arrive"
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
-    assert (checkpoint / "learner.pt").stat().st_size < 0.2 * (
-        run / "model" / "model.safetensors"
-    ).stat().st_size
+    assert not (checkpoint / "model").exists(), "the checkpoint holds the whole model"
+    saved = torch.load(checkpoint / "learner.pt", weights_only=True)
+    assert saved["part"] and all("lora_" in name for name in saved["part"])
     config = json.loads((run / "model" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["peft_type"] == "LORA"
 
@@ -42,4 +42,4 @@ def test_a_lora_run(tmp_path: Path) -> None:
     (run / "model").rename(run / "kept")
     rft("export", str(run), str(tmp_path / "out"), timeout=120)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(t, exported[n]) for n, t in final.items())
+    assert all(torch.allclose(t, exported[n], atol=1e-6) for n, t in final.items())

@@ -21,5 +21,5 @@ def make_strategy(spec: LearnerSpec) -> Strategy:
         return Adapter(spec)
     if spec.config.strategy is None:
         return Strategy(spec)
-    kinds = {"lisa": Lisa, "hft": Hft, "galore": Galore, "subnetwork": Subnetwork}
+    kinds: dict[str, type[Strategy]] = {"lisa": Lisa, "hft": Hft, "galore": Galore, "subnetwork": Subnetwork}
     return kinds[spec.config.strategy.name](spec)

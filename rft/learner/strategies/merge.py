@@ -20,16 +20,16 @@ def is_quantized(module: nn.Module) -> bool:
     return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
-def full_weight(module: nn.Module) -> Tensor:
+def full_weight(module: Any) -> Tensor:
     """A layer's weight as numbers: dequantised where it is quantised, else as it is."""
     if not is_quantized(module):
-        weight: Tensor = module.weight.detach()  # type: ignore[operator,union-attr,assignment]
+        weight: Tensor = module.weight.detach()
         return weight
     packed: Any = module.weight
     if hasattr(
         packed, "SCB"
     ):  # int8: one scale a row, of which 127 is the largest; in the state once it has run
-        scale = packed.SCB if packed.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+        scale = packed.SCB if packed.SCB is not None else module.state.SCB
         return packed.data.float() * (scale.float() / 127)[:, None]
     from bitsandbytes.functional import dequantize_4bit
 

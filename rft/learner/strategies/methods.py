@@ -46,7 +46,11 @@ REFUSED: dict[str, str] = {
 }
 
 
-_DATA_DRIVEN = {"eva": {"rho": 1.0}, "corda": {"corda_method": "kpm"}, "lora_ga": {}}
+_DATA_DRIVEN: dict[str, dict[str, Any]] = {
+    "eva": {"rho": 1.0},
+    "corda": {"corda_method": "kpm"},
+    "lora_ga": {},
+}
 
 
 def _data_config(method: str, options: dict[str, Any]) -> Any:
