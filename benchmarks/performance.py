@@ -111,8 +111,9 @@ def page() -> str:
     out = [
         "# Performance",
         "",
-        "Made by `python benchmarks/performance.py` from `benchmarks/results/`. A load above 0 before a run means that "
-        "other programs had the other cores: one thread is timed in processor time, its yardstick beside it.",
+        "Made by `python benchmarks/performance.py` from `benchmarks/results/`. A load before a run means "
+        "that other programs had other cores: one thread is timed in processor time, its yardstick beside "
+        "it.",
         "",
     ]
     for title, name, command, render in SECTIONS:

@@ -125,8 +125,8 @@ def prefix(d: dict[str, Any]) -> str:
     ]
     return (
         "Forward and backward of the base transformer, a prompt computed once against padded rows "
-        f"({where(d)}). The bound counts operations; padded rows also wait for more memory, which is how a gain "
-        "comes above it.\n\n"
+        f"({where(d)}). The bound counts operations; padded rows also wait for more "
+        "memory, which is how a gain comes above it.\n\n"
         f"{table(head, rows)}\n\n{picture}"
     )
 
