@@ -54,7 +54,7 @@ def flex_forest_attention(
         raise ValueError("FlexAttention has no backward on CPU: use the kernels auto, merge or masked there")
     length = bucket(forest.num_tokens)
     q, k, v = (_padded(x, length) for x in (query, key, value))
-    run = _compiled(flex_attention) if query.is_cuda else flex_attention
+    run: Callable[..., Any] = _compiled(flex_attention) if query.is_cuda else flex_attention
     out, aux = run(
         q,
         k,
@@ -82,7 +82,8 @@ def block_mask(forest: Forest, length: int, window: int | None, chunk: int | Non
         first = torch.nn.functional.pad(enter[forest.segment], (0, pad), value=end)
         last = torch.nn.functional.pad(leave[forest.segment], (0, pad), value=end + 1)
         positions = torch.nn.functional.pad(forest.positions, (0, pad))
-        make = _compiled(create_block_mask) if forest.device.type == "cuda" else create_block_mask
+        on_gpu = forest.device.type == "cuda"
+        make: Callable[..., Any] = _compiled(create_block_mask) if on_gpu else create_block_mask
         seen = _seen(first, last, positions, window, chunk)
         forest.block_masks[kept] = make(
             seen, None, None, length, length, device=forest.device, BLOCK_SIZE=BLOCK
