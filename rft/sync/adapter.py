@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rft.learner.strategies.data_init import MAKERS
+
 if TYPE_CHECKING:
     from rft.config import Config
 
@@ -25,6 +27,11 @@ def adapter_problems(config: Config) -> list[str]:
         found.append(
             f"vLLM does not compute learner.adapter.method {adapter.method} as an adapter (it knows "
             f"{', '.join(PLAIN_LORA)}); use auto, which pushes the merged weights"
+        )
+    elif adapter.method in MAKERS:
+        found.append(
+            f"learner.adapter.method {adapter.method} is made of the first batch, before which there "
+            "is nothing to send; use auto, which pushes the merged weights"
         )
     elif adapter_rank(config) > _RANKS[-1]:
         found.append(f"vLLM's adapters have a rank of at most {_RANKS[-1]}; lower learner.adapter.r")
