@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rft.learner.strategies.data_init import MAKERS
-
 if TYPE_CHECKING:
     from rft.config import Config
 
@@ -20,6 +18,8 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
 
 def adapter_problems(config: Config) -> list[str]:
     """What keeps a config from the transport `adapter`; [] where nothing does."""
+    from rft.learner.strategies.data_init import MAKERS  # not in engines, which import this module too
+
     adapter, found = config.learner.adapter, []
     if adapter is None:
         return ["adapter sends a LoRA adapter, and learner.adapter trains none; use auto"]
