@@ -125,9 +125,8 @@ def test_it_gives_up_after_as_many_rebuilds_as_it_may(stage: Stage, fleet: Fleet
 def test_weights_that_are_no_numbers_are_not_pushed(stage: Stage, fleet: Fleet) -> None:
     """A learning rate beyond float32 makes the weights infinite in one step: told, and nothing is sent."""
     spec = learner_spec(stage.plan)
-    wild = start_learner(
-        stage.plan, replace(spec, config=spec.config.model_copy(update={"learning_rate": 1e39}))
-    )
+    config = spec.config.model_copy(update={"learning_rate": 1e39})
+    wild = start_learner(stage.plan, replace(spec, config=config, expects_fresh=False))
     fleet.channel = PushChannel(wild, stage.pool, stage.plan.channel_spec(), "keep", 30)
     completions = tuple(
         Completion((7, 8 + i), logps=(-5.0, -5.0), versions=((-1, 0, 2),), reward=float(i)) for i in range(2)
