@@ -29,6 +29,7 @@ class Replica:
 
     def __init__(self, spec: EngineSpec, index: int) -> None:
         self.name = f"rollout replica {index}"
+        self.spec = spec
         if spec.cores:
             os.sched_setaffinity(0, parse_cores(spec.cores))
         self.engine = build_engine(spec)
