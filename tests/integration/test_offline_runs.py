@@ -41,7 +41,7 @@ def test_an_offline_run_samples_its_evaluation_and_tells_it(
     plan = plan_of(
         tiny_folder,
         tmp_path,
-        rewards=[{"function": "math"}],
+        rewards={"functions": [{"function": "math"}], "workers": 1},
         eval={"every": 2, "problems": 4, "samples": 1, "generate": True},
     )
     folder = RunFolder(tmp_path / "run", None)
