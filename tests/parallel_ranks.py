@@ -14,6 +14,7 @@ from rft.batch import Batch, Completion, Group, Prompt
 from rft.learner.config import LearnerConfig
 from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.parallel.base import Parallel
+from rft.learner.parallel.ranks import Rendezvous, join
 
 STEPS = 3
 KINDS = ("fsdp2", "zero1", "zero2", "zero3")
@@ -35,11 +36,18 @@ def batch(step: int) -> Batch:
 
 
 def spec(model: Path, **config: Any) -> LearnerSpec:
+    """A large epsilon: with a small one Adam makes full steps of gradients that are nothing but rounding."""
+    config = {
+        "learning_rate": 1e-2,
+        "eps": 1e-3,
+        "tokens_per_micro_batch": 60,
+        "max_grad_norm": 0.05,
+    } | config
     return LearnerSpec(
         model=str(model),
         tokenizer=str(model),
         algorithm=ALGORITHMS["grpo"](beta=0.1),
-        config=LearnerConfig(learning_rate=1e-3, tokens_per_micro_batch=60, max_grad_norm=0.05, **config),
+        config=LearnerConfig(tokens_per_micro_batch=60, **config),
         device="cpu",
         threads=1,
         seed=1,
@@ -92,16 +100,13 @@ def parallel_again(parallel: Parallel) -> Parallel:
     return parallel_of("fsdp2" if stage is None else f"zero{stage}")
 
 
-def rank(rank: int, meeting_file: str, model: str, root: str, resume: str) -> None:
+def rank(rank: int, place: Rendezvous, model: str, root: str, resume: str) -> None:
     """One of two processes, for all kinds in turn."""
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
-    store = dist.FileStore(meeting_file, 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    join(place, rank, 2, "cpu")
     for kind in KINDS:
         folder = Path(root) / kind
         folder.mkdir(exist_ok=True)
         (folder / "state").mkdir(exist_ok=True)
         work(Path(model), folder, parallel_of(kind), Path(resume))
-    dist.barrier()
+    torch.distributed.barrier()

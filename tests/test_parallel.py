@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from rft.learner.learner import Learner
+from rft.learner.parallel.ranks import Meeting
 from tests import parallel_ranks as ranks
 
 pytestmark = pytest.mark.timeout(400)
@@ -22,12 +23,17 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     root = tmp_path_factory.mktemp("parallel")
     (root / "single" / "state").mkdir(parents=True)
     ranks.work(tiny_folder, root / "single", None, None)
-    meeting, resume = str(root / "meeting"), str(root / "single" / "state")
-    multiprocessing.spawn(ranks.rank, (meeting, str(tiny_folder), str(root), resume), nprocs=2)
+    meeting, resume = Meeting("127.0.0.1", 120), str(root / "single" / "state")
+    try:
+        multiprocessing.spawn(ranks.rank, (meeting.place, str(tiny_folder), str(root), resume), nprocs=2)
+    except multiprocessing.ProcessRaisedException as error:  # the kinds before it have left their results
+        (root / "error").write_text(str(error))
     yield root
 
 
 def result(runs: Path, kind: str) -> dict[str, Any]:
+    if not (runs / kind / "result.pt").exists():
+        pytest.fail((runs / "error").read_text())
     found: dict[str, Any] = torch.load(runs / kind / "result.pt", weights_only=False)
     return found
 
