@@ -123,9 +123,9 @@ def test_it_gives_up_after_as_many_rebuilds_as_it_may(stage: Stage, fleet: Fleet
 
 
 def test_weights_that_are_no_numbers_are_not_pushed(stage: Stage, fleet: Fleet) -> None:
-    """A learning rate beyond float32 makes the weights infinite in one step: told, and nothing is sent."""
+    """A weight decay beyond float32 makes the weights infinite in one step: told, and nothing is sent."""
     spec = learner_spec(stage.plan)
-    config = spec.config.model_copy(update={"learning_rate": 1e39})
+    config = spec.config.model_copy(update={"learning_rate": 1e37, "weight_decay": 1e3})
     wild = start_learner(stage.plan, replace(spec, config=config, expects_fresh=False))
     fleet.channel = PushChannel(wild, stage.pool, stage.plan.channel_spec(), "keep", 30)
     completions = tuple(
