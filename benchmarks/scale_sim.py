@@ -135,7 +135,7 @@ class SimReplica:
     async def finish_update(self, version: int) -> int:
         return self.held
 
-    async def health(self) -> int:
+    async def health(self, *_: Any) -> int:
         return 0
 
     async def close(self) -> None: ...

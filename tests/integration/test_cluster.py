@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import pytest
 from tests.integration.conftest import ENV, ROOT
 
 SPACE, HEAD, OTHER = "rft-test", "10.231.77.1", "10.231.77.2"
+# A token of its own: Ray would take the user's where there is one, and a cluster has one token only.
+CLUSTER = {**ENV, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 pytestmark = [
@@ -31,7 +34,7 @@ pytestmark = [
 
 
 def do(*command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENV)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=CLUSTER)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} -> {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -102,7 +105,7 @@ def train(folder: Path, address: str, *more: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, "-m", "rft.cli", "train", "examples/arithmetic.yaml", *where, *small, *more],
         cwd=ROOT,
-        env={**ENV, "RAY_ADDRESS": ""},
+        env=CLUSTER,
         capture_output=True,
         text=True,
         timeout=300,
