@@ -148,7 +148,8 @@ def test_sigterm_saves_within_the_grace_and_leaves_no_process(live: Live) -> Non
 def test_nothing_was_lost_or_trained_twice(live: Live) -> None:
     """Over all deaths and resumes: of the steps that count, each trained on a whole batch of prompts of its
     own; and what was handed out is accounted for in the last checkpoint."""
-    steps = {e["step"]: e["prompts"] for e in live.events("group/trained")}
+    # The later one counts of a step taken twice; what lies beyond the last one was set back and not retaken.
+    steps = {e["step"]: e["prompts"] for e in live.events("group/trained") if e["step"] <= live.step()}
     assert sorted(steps) == list(range(1, live.step() + 1))
     keys = Counter(tuple(key) for prompts in steps.values() for key in prompts)
     assert set(map(len, steps.values())) == {4} and max(keys.values()) == 1
