@@ -38,7 +38,7 @@ def batch(step: int) -> Batch:
 def spec(model: Path, **config: Any) -> LearnerSpec:
     """A large epsilon: with a small one Adam makes full steps of gradients that are nothing but rounding."""
     config = {
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,
         "eps": 1e-3,
         "tokens_per_micro_batch": 60,
         "max_grad_norm": 0.05,
