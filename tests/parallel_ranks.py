@@ -47,7 +47,7 @@ def spec(model: Path, **config: Any) -> LearnerSpec:
         model=str(model),
         tokenizer=str(model),
         algorithm=ALGORITHMS["grpo"](beta=0.1),
-        config=LearnerConfig(tokens_per_micro_batch=60, **config),
+        config=LearnerConfig(**config),
         device="cpu",
         threads=1,
         seed=1,
