@@ -232,8 +232,9 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
-        both = isinstance(under, dict) and isinstance(value, dict) and key != "algorithm"
-        merged[key] = _laid_over(under, value) if both else value
+        if isinstance(under, dict) and isinstance(value, dict) and key != "algorithm":
+            value = _laid_over(under, value)
+        merged[key] = value
     return merged
 
 

@@ -54,7 +54,8 @@ def flex_forest_attention(
         raise ValueError("FlexAttention has no backward on CPU: use the kernels auto, merge or masked there")
     length = bucket(forest.num_tokens)
     q, k, v = (_padded(x, length) for x in (query, key, value))
-    run: Callable[..., Any] = _compiled(flex_attention) if query.is_cuda else flex_attention
+    attend: Callable[..., Any] = flex_attention
+    run = _compiled(attend) if query.is_cuda else attend
     out, aux = run(
         q,
         k,

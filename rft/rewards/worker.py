@@ -61,7 +61,7 @@ def encode(scores: Sequence[Score]) -> list[Row]:
 
 def decode(rows: Sequence[Row]) -> list[Score]:
     """Back from `encode`."""
-    return [Score(value, Outcome(outcome), *rest) for value, outcome, *rest in rows]
+    return [Score(value, Outcome(outcome), detail, s, steps) for value, outcome, detail, s, steps in rows]
 
 
 class Call:

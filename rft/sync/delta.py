@@ -33,7 +33,7 @@ def digest(base: str, tensors: Iterable[Tensor]) -> str:
     """Hex digest of `base` and the bytes of CPU tensors, in order."""
     found = hashlib.blake2b(base.encode(), digest_size=16)
     for tensor in tensors:
-        found.update(memoryview(bits(tensor.contiguous()).numpy()).cast("B"))
+        found.update(bits(tensor.contiguous()).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

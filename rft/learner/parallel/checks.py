@@ -93,7 +93,7 @@ def _device_problems(c: LearnerConfig, config: Config, device: str) -> list[str]
             "lower it, or join a cluster by ray.address",
         ]
     sampling = config.rollout.replicas * config.rollout.tensor_parallel if config.algorithm.online else 0
-    if gpu and config.sync.transport != "ipc" and c.ranks + sampling > there:
+    if gpu and c.ranks + sampling > there:
         found.append(
             f"ranks: {c.ranks} ranks and the {sampling} GPUs of rollout.replicas make {c.ranks + sampling}, "
             f"this machine has {there}; lower one of them"

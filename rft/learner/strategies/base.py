@@ -74,6 +74,11 @@ class Strategy:
         for name, parameter in model.named_parameters():
             yield name, whole(parameter)
 
+    def adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """An adapter alone: its tensors and its config. Raises ValueError where there is none (the preflight
+        lets only adapters choose the transport that asks)."""
+        raise ValueError("learner.adapter is not set: there is no adapter to send")
+
     def model_state(self) -> dict[str, Tensor] | None:
         """What of the model a checkpoint holds, where it is not the whole model."""
         return None

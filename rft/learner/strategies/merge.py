@@ -98,7 +98,8 @@ def merged_weights(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Te
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    at, merged = "", {}
+    at = ""
+    merged: dict[str, Tensor] = {}
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
