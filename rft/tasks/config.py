@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _styles() -> dict[Style, float]:
-    return {"lines": 0.42, "chain": 0.58}
+    return {"lines": 0.5, "chain": 0.5}
 
 
 def _wrong_fraction() -> float | dict[Style, float]:
