@@ -225,15 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_peer("trl")
         use_peer("kernels")
         contenders += PEERS
-    results = []
     for name in args.cases:
         case = CASES[name]
         case = Case(args.rows or case.rows, case.width, case.vocab, case.threads)
         for dtype in args.dtypes:
             print(f"{name}: T {case.rows}, H {case.width}, V {case.vocab}, {dtype}, {case.threads} threads")
-            results.append(bench_case(name, case, dtype, contenders, args.rounds))
-    kept = merge_rows(args.out, ("case", "dtype"), results)
-    write_result(args.out, {"results": kept}, "triton", "trl", "liger-kernel", "cut-cross-entropy")
+            found = bench_case(name, case, dtype, contenders, args.rounds)
+            kept = merge_rows(args.out, ("case", "dtype"), [found])
+            write_result(args.out, {"results": kept}, "triton", "trl", "liger-kernel", "cut-cross-entropy")
     return 0
 
 
