@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -120,10 +121,14 @@ class ZeRO(Ranks):
 
     # -- weights and state ---------------------------------------------------------------------------
 
+    def turn(self) -> AbstractContextManager[None]:
+        """No turns with ZeRO-3: there all ranks take part in setting each weight."""
+        return nullcontext() if self.stage == 3 else super().turn()
+
     def whole(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_id"):
             return tensor.detach()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
             return tensor.detach().clone()
@@ -149,7 +154,7 @@ class ZeRO(Ranks):
 
     def _set_weight(self, tensor: Tensor, value: Tensor) -> None:
         if hasattr(tensor, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters([tensor], modifier_rank=0):
                 if self.rank == 0:
@@ -161,7 +166,7 @@ class ZeRO(Ranks):
 
     def _set_master(self, parameter: Tensor, value: Tensor, key: str | None) -> None:
         """Set the float32 master of a parameter (key None) or an entry of its optimizer state."""
-        from deepspeed.utils import tensor_fragment as fragments
+        import deepspeed.utils as fragments
 
         value = value.to(self.engine.device, torch.float32)
         if hasattr(parameter, "ds_id"):
