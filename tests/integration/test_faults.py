@@ -100,7 +100,7 @@ def test_disk_full(live: Live) -> None:
 def test_learner_killed(live: Live) -> None:
     """The run ends with the exit code of a fault; the parent starts it again from the last checkpoint."""
     told = live.hurt("learner killed", live.child("ray::LearnerActor").kill, "fault/learner", 30)
-    assert "on the learner" in told["what"]
+    assert "the learner died" in told["what"]
     _resumed(live)
 
 

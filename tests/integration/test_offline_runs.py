@@ -29,7 +29,7 @@ def plan_of(tiny_folder: Path, where: Path, **changes: Any) -> Plan:
         "train": {"steps": 4, "batch_size": 8},
         "rollout": {"engine": "hf", "sampling": {"max_completion_length": 6}, "threads": 1},
         "learner": {"learning_rate": 1e-3, "threads": 1},
-        "tracking": {"display": "quiet"},
+        "tracking": {"display": "off"},
     }
     return make_plan(parse_config({**raw, **changes}))
 
@@ -49,7 +49,7 @@ def test_an_offline_run_samples_its_evaluation_and_tells_it(
 
     async def run() -> dict[str, Any]:
         log = RunLog(folder.path, 4, plan.config.tracking, config=plan.config.to_dict())
-        with Progress(4, "test", display="quiet") as progress:
+        with Progress(4, "test", display="off") as progress:
             try:
                 return await _offline(plan, folder, progress, log, asyncio.Event())
             finally:
@@ -115,5 +115,5 @@ async def _warm(plan: Plan, run: Path, stop: asyncio.Event, stop_after: int | No
         handles.append(start_learner(plan, spec))
         return Watched(handles[-1]) if stop_after else handles[-1]
 
-    with Progress(1, "test", display="quiet") as progress:
+    with Progress(1, "test", display="off") as progress:
         return await warm_start(plan, start, progress, run, stop)

@@ -61,7 +61,8 @@ def _problems(
             "cpu_offload: this is fsdp2's; for deepspeed write "
             f"{key}.deepspeed={{zero_optimization: {{stage: 2, offload_optimizer: {{device: cpu}}}}}}"
         )
-    if c.parallel != "deepspeed" and "deepspeed" in c.model_fields_set:
+    # A resolved config names the default too: it must stay a valid one.
+    if c.parallel != "deepspeed" and c.deepspeed != LearnerConfig.model_fields["deepspeed"].default:
         found.append(f"deepspeed: read with {key}.parallel deepspeed only, which is {c.parallel}")
     if c.parallel != "single":
         found += _device_problems(c, config, device)
