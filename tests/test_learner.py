@@ -13,6 +13,7 @@ from rft.batch import Batch
 from rft.learner.config import LearnerConfig
 from rft.learner.learner import Learner, LearnerError, LearnerSpec
 from rft.learner.schedule import learning_rate
+from tests.specs import learner_spec
 
 
 class Watched(Learner):
@@ -26,23 +27,7 @@ class Watched(Learner):
 
 def spec(model: Path, algorithm: str = "grpo", **changes) -> LearnerSpec:
     settings = {"learning_rate": 1e-3, "max_grad_norm": None, **changes.pop("config", {})}
-    config = LearnerConfig(**settings)
-    base = LearnerSpec(
-        model=str(model),
-        tokenizer=str(model),
-        algorithm=changes.pop("settings", ALGORITHMS[algorithm]()),
-        config=config,
-        device="cpu",
-        threads=1,
-        seed=1,
-        total_steps=10,
-        num_iterations=1,
-        minibatches=1,
-        max_completion_length=12,
-        temperature=1.0,
-        max_gap_mean=None,
-        max_gap=None,
-    )
+    base = learner_spec(model, changes.pop("settings", ALGORITHMS[algorithm]()), **settings)
     return replace(base, **changes)
 
 

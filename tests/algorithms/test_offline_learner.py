@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from rft.algorithms import ALGORITHMS, Algorithm, PolicyOutput
 from rft.algorithms.math.sequences import token_index
 from rft.batch import Batch
 from rft.data import DataConfig, load_groups
-from rft.learner.config import LearnerConfig
-from rft.learner.learner import Learner, LearnerSpec
+from rft.learner.learner import Learner
 from rft.learner.model import load_tokenizer
 from rft.tasks.tiny import build_tiny
+from tests.specs import learner_spec
 
 SUMS = [(a, b) for a in (3, 5, 8) for b in (2, 4)]
 ROWS = [
@@ -41,26 +42,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(tiny: Path, algorithm: Algorithm, learning_rate: float = 3e-3, tokens: int = 4096) -> Learner:
-    config = LearnerConfig(
-        learning_rate=learning_rate, dtype="float32", threads=1, tokens_per_micro_batch=tokens
-    )
-    spec = LearnerSpec(
-        model=str(tiny),
-        tokenizer=str(tiny),
-        algorithm=algorithm,
-        config=config,
-        device="cpu",
-        threads=1,
-        seed=1,
-        total_steps=4,
-        num_iterations=1,
-        minibatches=1,
-        max_completion_length=16,
-        temperature=1.0,
-        max_gap_mean=None,
-        max_gap=None,
-    )
-    return Learner(spec)
+    config = {"learning_rate": learning_rate, "tokens_per_micro_batch": tokens}
+    spec = learner_spec(tiny, algorithm, **config)
+    return Learner(replace(spec, total_steps=4, max_completion_length=16))
 
 
 def batch_for(tiny: Path, tmp_path: Path, algorithm: Algorithm, *, share_prefix: bool = True) -> Batch:

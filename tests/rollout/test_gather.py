@@ -24,6 +24,7 @@ from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
 from rft.rollout.gather import Gatherer, scored_group
 from rft.rollout.hf_engine import HFEngine
 from rft.rollout.steps import step_ends
+from tests.specs import engine_spec
 
 SAMPLING = Sampling(n=4, max_tokens=10, seed=3)
 DIGITS = "tests/rollout/test_gather.py:digits"
@@ -44,29 +45,6 @@ class Watched(HFEngine):
     async def generate(self, request: Request) -> list[Generated]:
         self.seen.append(request)
         return await super().generate(request)
-
-
-def engine_spec(model: Path, reference: Path | None = None) -> EngineSpec:
-    return EngineSpec(
-        kind="hf",
-        model=str(model),
-        dtype="float32",
-        device="cpu",
-        max_model_len=128,
-        max_num_seqs=8,
-        tensor_parallel=1,
-        seed=1,
-        kv_cache_gib=0.1,
-        gpu_memory_utilization=0.5,
-        threads=1,
-        cores=None,
-        eager=True,
-        needs_text=False,
-        transport="gloo",
-        control_timeout_s=10,
-        stop_token_ids=(1,),
-        reference=None if reference is None else str(reference),
-    )
 
 
 @pytest.fixture(scope="module")
