@@ -11,13 +11,15 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.learner.config import LearnerConfig
 from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.parallel.base import Parallel
 from rft.learner.parallel.ranks import Rendezvous, join
+from tests.specs import learner_spec
 
 STEPS = 3
-KINDS = ("fsdp2", "zero1", "zero2", "zero3")
+FULL = ("fsdp2", "zero1", "zero2", "zero3")
+LORA = ("fsdp2 lora", "zero2 lora", "fsdp2 dora")
+KINDS = (*FULL, *LORA)
 
 
 def batch(step: int) -> Batch:
@@ -43,32 +45,34 @@ def spec(model: Path, **config: Any) -> LearnerSpec:
         "tokens_per_micro_batch": 60,
         "max_grad_norm": 0.05,
     } | config
-    return LearnerSpec(
-        model=str(model),
-        tokenizer=str(model),
-        algorithm=ALGORITHMS["grpo"](beta=0.1),
-        config=LearnerConfig(**config),
-        device="cpu",
-        threads=1,
-        seed=1,
-        total_steps=10,
-        num_iterations=1,
-        minibatches=1,
-        max_completion_length=12,
-        temperature=1.0,
-        max_gap_mean=None,
-        max_gap=None,
-    )
+    return learner_spec(model, ALGORITHMS["grpo"](beta=0.1), **config)
+
+
+def method(kind: str) -> str:
+    """ "lora" of "fsdp2 lora"; "" where all parameters are trained."""
+    return kind.partition(" ")[2]
+
+
+def alone(kind: str) -> str:
+    """The single process that ranks of a kind must agree with."""
+    return f"single {method(kind)}".strip()
+
+
+def trains(kind: str) -> dict[str, Any]:
+    """What of the learner's config makes a kind."""
+    return {"adapter": {"method": method(kind), "r": 4}, "learning_rate": 1e-2} if method(kind) else {}
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.weights()}
 
 
-def work(model: Path, folder: Path, parallel: Parallel | None, resume: Path | None) -> None:
-    """Three steps, the state saved after the first two; then, with `resume`, a second learner that goes on
-    from another one's state. Rank 0 leaves what came of it in `folder`."""
-    own = spec(model, gradient_checkpointing=parallel is not None)
+def work(model: Path, root: Path, kind: str, parallel: Parallel | None) -> None:
+    """Three steps, the state saved after the first two; then, on several ranks, a second learner that goes on
+    from the state of the single one. Rank 0 leaves what came of it in the kind's folder."""
+    folder = root / kind
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    own = spec(model, gradient_checkpointing=parallel is not None, **trains(kind))
     learner = Learner(own, parallel)
     result: dict[str, Any] = {"metrics": [], "weights": []}
     for step in range(STEPS):
@@ -77,9 +81,9 @@ def work(model: Path, folder: Path, parallel: Parallel | None, resume: Path | No
         if step == 1:
             learner.write_state(folder / "state")
     learner.export(str(folder / "model"))
-    if resume is not None:
+    if parallel is not None:
         second = Learner(replace(own, seed=2), parallel_again(learner.parallel))
-        second.read_state(resume)
+        second.read_state(root / alone(kind) / "state")
         result["resumed"] = second.step(batch(2), 2)
         result["resumed weights"] = weights(second)
     if learner.parallel.rank == 0:
@@ -90,9 +94,10 @@ def parallel_of(kind: str) -> Parallel:
     from rft.learner.parallel.fsdp2 import FSDP2
     from rft.learner.parallel.zero import ZeRO
 
-    if kind == "fsdp2":
+    name = kind.partition(" ")[0]
+    if name == "fsdp2":
         return FSDP2("cpu", torch.float32, cpu_offload=False, reshard=True)
-    return ZeRO("cpu", torch.float32, {"zero_optimization": {"stage": int(kind[-1])}})
+    return ZeRO("cpu", torch.float32, {"zero_optimization": {"stage": int(name[-1])}})
 
 
 def parallel_again(parallel: Parallel) -> Parallel:
@@ -100,13 +105,10 @@ def parallel_again(parallel: Parallel) -> Parallel:
     return parallel_of("fsdp2" if stage is None else f"zero{stage}")
 
 
-def rank(rank: int, place: Rendezvous, model: str, root: str, resume: str) -> None:
+def rank(rank: int, place: Rendezvous, model: str, root: str) -> None:
     """One of two processes, for all kinds in turn."""
     torch.set_num_threads(1)
     join(place, rank, 2, "cpu")
     for kind in KINDS:
-        folder = Path(root) / kind
-        folder.mkdir(exist_ok=True)
-        (folder / "state").mkdir(exist_ok=True)
-        work(Path(model), folder, parallel_of(kind), Path(resume))
+        work(Path(model), Path(root), kind, parallel_of(kind))
     torch.distributed.barrier()

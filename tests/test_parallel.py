@@ -21,11 +21,11 @@ pytestmark = pytest.mark.timeout(400)
 def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What a single process and two ranks of every kind have left."""
     root = tmp_path_factory.mktemp("parallel")
-    (root / "single" / "state").mkdir(parents=True)
-    ranks.work(tiny_folder, root / "single", None, None)
-    meeting, resume = Meeting("127.0.0.1", 120), str(root / "single" / "state")
+    for kind in dict.fromkeys(map(ranks.alone, ranks.KINDS)):
+        ranks.work(tiny_folder, root, kind, None)
+    meeting = Meeting("127.0.0.1", 120)
     try:
-        multiprocessing.spawn(ranks.rank, (meeting.place, str(tiny_folder), str(root), resume), nprocs=2)
+        multiprocessing.spawn(ranks.rank, (meeting.place, str(tiny_folder), str(root)), nprocs=2)
     except multiprocessing.ProcessRaisedException as error:  # the kinds before it have left their results
         (root / "error").write_text(str(error))
     yield root
@@ -48,7 +48,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: floa
 def test_two_ranks_give_the_weights_and_metrics_of_one(runs: Path, kind: str) -> None:
     """Uneven token counts, clipping, a reference, several micro-batches, and a step in which one rank has
     no work at all. Adam makes any wrong gradient a visible change of weights."""
-    one, two = result(runs, "single"), result(runs, kind)
+    one, two = result(runs, ranks.alone(kind)), result(runs, kind)
     for step in range(ranks.STEPS):
         same(one["weights"][step], two["weights"][step])
         first, second = one["metrics"][step], two["metrics"][step]
@@ -64,16 +64,16 @@ def test_two_ranks_give_the_weights_and_metrics_of_one(runs: Path, kind: str) ->
 
 @pytest.mark.parametrize("kind", ranks.KINDS)
 def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(runs: Path, tiny_folder: Path, kind: str) -> None:
-    learner = Learner(ranks.spec(tiny_folder))
+    learner = Learner(ranks.spec(tiny_folder, **ranks.trains(kind)))
     learner.read_state(runs / kind / "state")
     assert learner.version == 2
     learner.step(ranks.batch(2), 2)
-    same(result(runs, "single")["weights"][2], ranks.weights(learner))
+    same(result(runs, ranks.alone(kind))["weights"][2], ranks.weights(learner))
 
 
 @pytest.mark.parametrize("kind", ranks.KINDS)
 def test_a_checkpoint_of_one_process_goes_on_in_two_ranks(runs: Path, kind: str) -> None:
-    one, two = result(runs, "single"), result(runs, kind)
+    one, two = result(runs, ranks.alone(kind)), result(runs, kind)
     same(one["weights"][2], two["resumed weights"])
     assert two["resumed"]["train/grad_norm"] == pytest.approx(one["metrics"][2]["train/grad_norm"], rel=1e-5)
 
@@ -84,3 +84,14 @@ def test_the_export_is_an_ordinary_model(runs: Path, kind: str) -> None:
 
     loaded = AutoModelForCausalLM.from_pretrained(runs / kind / "model", dtype=torch.float32)
     same(result(runs, kind)["weights"][2], dict(loaded.named_parameters()))
+
+
+@pytest.mark.parametrize("kind", ranks.LORA)
+def test_the_adapter_that_ranks_export_is_that_of_one_process(runs: Path, kind: str) -> None:
+    from safetensors.torch import load_file
+
+    one, two = (
+        load_file(runs / k / "model/adapter/adapter_model.safetensors") for k in (ranks.alone(kind), kind)
+    )
+    assert len(two) > 0
+    same(one, two, tolerance=1e-5)

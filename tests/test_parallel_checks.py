@@ -64,7 +64,22 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
             "learner.deepspeed.bf16: set by rft from learner.dtype; remove it",
         ),
         ({"learner": {"strategy": {"name": "lisa"}}}, "learner.strategy: works in one process only"),
-        ({"learner": {"adapter": {"method": "lora"}}}, "learner.adapter: works in one process only"),
+        ({"learner": {"adapter": {"method": "pissa"}}}, "pissa works in one process only"),
+        (
+            {"learner": {"adapter": {"options": {"init_lora_weights": "olora"}}}},
+            "as peft begins them); set learner.parallel to single",
+        ),
+        (
+            {
+                "learner": {
+                    "adapter": {},
+                    "parallel": "deepspeed",
+                    "deepspeed": {"zero_optimization": {"stage": 3}},
+                }
+            },
+            "adapter: does not go with stage 3; use stage 2, or fsdp2",
+        ),
+        ({"learner": {"adapter": {}, "quantize": "nf4"}}, "learner.quantize: works in one process only"),
         ({"learner": {"optimizer": "adamw_8bit"}}, "learner.optimizer: adamw_8bit works in one process only"),
         (
             {"learner": {"ranks": 1, "parallel": "single"}, "warm_start": {"learner": {"ranks": 2}}},

@@ -343,7 +343,9 @@ class Learner:
         """Write the policy and its tokenizer as an ordinary Hugging Face folder, and an adapter besides in
         its folder `adapter`. Collective."""
         if self.strategy.model_state() is not None:
-            self.strategy.export(Path(folder))
+            self.strategy.export(Path(folder), self.parallel.whole, self.parallel.rank == 0)
+            if self.parallel.rank:
+                return folder
         else:
             weights = self.parallel.model_state(self.policy.model)
             if self.parallel.rank:

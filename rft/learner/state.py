@@ -56,7 +56,7 @@ def restore(learner: Learner, folder: Path) -> None:
             model = learner.load_model(str(folder / "model"), device="cpu")
             parallel.load_model_state(policy.model, model.state_dict())
             del model
-    if strategy.load(saved["part"], saved["strategy"]):
+    if strategy.load(saved["part"], saved["strategy"], parallel.put):
         learner.make_optimizer()
     parallel.load_optimizer_state(learner.optimizer, saved["optimizer"])
     learner.version, learner.state = saved["version"], saved["state"]

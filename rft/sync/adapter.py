@@ -40,8 +40,6 @@ def adapter_problems(config: Config) -> list[str]:
             "the learner's base is quantised (learner.quantize), the engine's is not: adapter would sample "
             "from another base than is trained on; use auto"
         )
-    if config.learner.parallel != "single":
-        found.append("adapter is sent by a learner of one rank; set learner.parallel to single, or use auto")
     if config.rollout.update == "keep":
         found.append("adapter cannot change under completions in flight; set rollout.update to wait or abort")
     return found

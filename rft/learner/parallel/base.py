@@ -92,6 +92,11 @@ class Parallel:
         """A parameter (or anything else) with all its elements, detached, on every rank. Collective."""
         return tensor.detach()
 
+    def put(self, tensor: Tensor, value: Tensor) -> None:
+        """Set a parameter (or anything else) to a whole value; each rank keeps its part. Collective."""
+        with torch.no_grad():
+            tensor.copy_(value)
+
     def model_state(self, module: nn.Module) -> dict[str, Tensor]:
         """A copy of a module's whole state on CPU; {} on all ranks but the first. Collective."""
         tensors = module.state_dict(keep_vars=True)

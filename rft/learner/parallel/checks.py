@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rft.learner.config import LearnerConfig
+from rft.learner.strategy_config import AdapterConfig
 from rft.rollout.replica import parse_cores
 
 if TYPE_CHECKING:
     from rft.algorithms.base import Algorithm
     from rft.config import Config
+
+ON_RANKS = ("lora", "dora")  # adapters that several ranks train
 
 # What DeepSpeed's config may not say, and the key of rft's own that does.
 OWN_KEYS = {
@@ -68,14 +71,33 @@ def _problems(
         found += _device_problems(c, config, device)
         found += [
             f"{name}: works in one process only; set {key}.parallel to single"
-            for name in ("adapter", "quantize", "strategy")
+            for name in ("quantize", "strategy")
             if getattr(c, name) is not None
         ]
         if c.optimizer != "adamw":
             found.append(f"optimizer: {c.optimizer} works in one process only; use adamw")
+        if c.adapter is not None:
+            found += _adapter_problems(key, c, c.adapter, algorithm)
     if c.parallel == "deepspeed":
         found += _deepspeed_problems(c, algorithm)
     return [f"{key}.{problem}" for problem in found]
+
+
+def _adapter_problems(
+    key: str, c: LearnerConfig, adapter: AdapterConfig, algorithm: Algorithm | None
+) -> list[str]:
+    """The reference of other methods, and one that follows the policy, are kept aside as whole tensors."""
+    found = []
+    if adapter.method not in ON_RANKS or isinstance(adapter.options.get("init_lora_weights"), str):
+        found.append(
+            f"adapter.method: {adapter.method} works in one process only (on several ranks: "
+            f"{', '.join(ON_RANKS)}, as peft begins them); set {key}.parallel to single"
+        )
+    if algorithm is not None and algorithm.refresh_reference:
+        found.append(f"adapter: a reference that follows it needs one process; set {key}.parallel to single")
+    if c.parallel == "deepspeed" and _stage(c) == 3:
+        found.append("adapter: does not go with stage 3; use stage 2, or fsdp2")
+    return found
 
 
 def _device_problems(c: LearnerConfig, config: Config, device: str) -> list[str]:

@@ -98,9 +98,12 @@ class FSDP2(Ranks):
         missing = sorted(own.keys() - state.keys())
         if missing:
             raise ValueError(f"the saved model lacks {', '.join(missing[:3])}: it is another model's")
+        for name, tensor in own.items():
+            self.put(tensor, state[name])
+
+    def put(self, tensor: Tensor, value: Tensor) -> None:
         with torch.no_grad():
-            for name, tensor in own.items():
-                _local(tensor).copy_(_local(self._part(state[name], tensor)))
+            _local(tensor).copy_(_local(self._part(value, tensor)))
 
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -134,25 +134,34 @@ class ZeRO(Ranks):
             return tensor.detach().clone()
 
     def model_state(self, module: nn.Module) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param
-
         own = module.state_dict(keep_vars=True)
         copies: dict[int, Tensor] = {}
         for tensor in own.values():
             if id(tensor) not in copies:
-                master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
-                copies[id(tensor)] = self.keep(self.whole(tensor) if master is None else master)
+                copies[id(tensor)] = self.keep(self._master(tensor))
         return {} if self.rank else {name: copies[id(tensor)] for name, tensor in own.items()}
 
-    def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            done: set[int] = set()
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if id(tensor) not in done:
-                    done.add(id(tensor))
-                    self._set_weight(tensor, state[name])
+    def _master(self, tensor: Tensor) -> Tensor:
+        """A tensor as a whole, in float32 where it is trained."""
+        from deepspeed.utils import safe_get_full_fp32_param
 
-    def _set_weight(self, tensor: Tensor, value: Tensor) -> None:
+        master: Tensor | None = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+        return self.whole(tensor) if master is None else master
+
+    def copy(self, node: Any) -> Any:
+        if isinstance(node, nn.Parameter) and node.requires_grad:  # its float32 master, in whatever precision
+            return self.keep(self._master(node))
+        return super().copy(node)
+
+    def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        done: set[int] = set()
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if id(tensor) not in done:
+                done.add(id(tensor))
+                self.put(tensor, state[name])
+
+    @torch.no_grad()
+    def put(self, tensor: Tensor, value: Tensor) -> None:
         if hasattr(tensor, "ds_id"):
             from deepspeed.runtime.zero import GatheredParameters
 
@@ -166,7 +175,7 @@ class ZeRO(Ranks):
 
     def _set_master(self, parameter: Tensor, value: Tensor, key: str | None) -> None:
         """Set the float32 master of a parameter (key None) or an entry of its optimizer state."""
-        import deepspeed.utils as fragments
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         value = value.to(self.engine.device, torch.float32)
         if hasattr(parameter, "ds_id"):
@@ -175,9 +184,9 @@ class ZeRO(Ranks):
             part = padded[self.rank * size : (self.rank + 1) * size]
             parameter._z3_optimizer.set_local_hp_param(part, parameter, key)  # type: ignore[attr-defined]
         elif key is None:
-            fragments.safe_set_full_fp32_param(parameter, value)
+            safe_set_full_fp32_param(parameter, value)
         else:
-            fragments.safe_set_full_optimizer_state(parameter, value, key)
+            safe_set_full_optimizer_state(parameter, value, key)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -14,7 +14,7 @@ from rft.batch import Batch
 from rft.learner.forward import PolicyModel
 from rft.learner.model import Head, ModelError, load_causal_lm, resolve_dtype
 from rft.learner.strategies import data_init
-from rft.learner.strategies.base import Named, Strategy, Whole
+from rft.learner.strategies.base import Named, Put, Strategy, Whole
 from rft.learner.strategies.convert import as_plain_lora
 from rft.learner.strategies.merge import merged_layer, merged_weights, plain_name
 from rft.learner.strategies.methods import check_layers, check_targets, peft_config
@@ -188,9 +188,9 @@ class Adapter(Strategy):
     # -- weights and state ---------------------------------------------------------------------------
 
     def weights(self, model: nn.Module, whole: Whole) -> Named:
-        return merged_weights(model, self.names)
+        return merged_weights(model, self.names, whole)
 
-    def adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def adapter(self, whole: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The adapter on the *original* base: tensors by peft's names, and its config as plain data.
 
         What PiSSA and the like took from the base is given back: their adapter has twice the rank then.
@@ -199,7 +199,7 @@ class Adapter(Strategy):
 
         if self.peft is None:
             raise ModelError(f"learner.adapter: {self.config.method} is made of the first batch")
-        tensors = {n: t.detach() for n, t in get_peft_model_state_dict(self.peft).items()}
+        tensors = {n: whole(t) for n, t in get_peft_model_state_dict(self.peft).items()}
         settings = self.peft.peft_config[NAME]
         if self.initial:
             with self._as_initial():
@@ -216,7 +216,7 @@ class Adapter(Strategy):
         finally:
             self.snapshot = snapshot
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, whole: Whole, write: bool) -> None:
         """The merged model in the base's precision, and the adapter in peft's format beside it."""
         from transformers import AutoModelForCausalLM
 
@@ -227,18 +227,21 @@ class Adapter(Strategy):
             plain = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, trust_remote_code=self.spec.trust_remote_code
             )
-        merged = {n: t.to("cpu", self.dtype) for n, t in merged_weights(self.base, self.names)}
-        plain.generation_config = self.base.generation_config
-        plain.save_pretrained(folder, state_dict=merged)
+        weights = merged_weights(self.base, self.names, whole)
+        merged = {n: t.to("cpu", self.dtype) if write else None for n, t in weights}
+        if write:
+            plain.generation_config = self.base.generation_config
+            plain.save_pretrained(folder, state_dict=merged)
         if self.peft is not None:
-            self._export_adapter(folder / "adapter")
+            found = self.adapter(whole)
+            if write:
+                self._write_adapter(folder / "adapter", *found)
 
-    def _export_adapter(self, folder: Path) -> None:
+    def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
         import json
 
         from safetensors.torch import save_file
 
-        tensors, settings = self.adapter()
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {n: t.cpu().contiguous().clone() for n, t in tensors.items()},
@@ -264,7 +267,7 @@ class Adapter(Strategy):
             own[name].data.copy_(tensor)
 
     def model_state(self) -> dict[str, Tensor]:
-        return {} if self.peft is None else self._tensors(copy=False)
+        return {} if self.peft is None else self._parameters()
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"initial": self.initial, "snapshot": self.snapshot, "updates": self.updates}
@@ -274,7 +277,7 @@ class Adapter(Strategy):
             state["rank_pattern"] = self.peft.peft_config[NAME].rank_pattern
         return state
 
-    def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any]) -> bool:
+    def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], put: Put) -> bool:
         assert model_state is not None
         if not model_state:  # saved before the first batch made the adapter
             return False
@@ -287,7 +290,8 @@ class Adapter(Strategy):
             for k in ("initial", "snapshot")
         }
         self._restore_base(here["initial"])
-        self._put(model_state)
+        for name, tensor in model_state.items():
+            put(own[name], tensor)
         self.snapshot, self.updates = here["snapshot"], state["updates"]
         if self.config.method == "adalora":
             allocator = self.peft.base_model.rankallocator

@@ -11,7 +11,7 @@ from torch import nn
 
 from rft.kernels.attention_route import decoder_of
 from rft.learner.model import ModelError
-from rft.learner.strategies.base import Strategy
+from rft.learner.strategies.base import Put, Strategy
 from rft.learner.strategy_config import HftConfig, LisaConfig
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Draws(Strategy):
     def state(self) -> dict[str, Any]:
         return {"updates": self.updates}
 
-    def load(self, model_state: Any, state: dict[str, Any]) -> bool:
+    def load(self, model_state: Any, state: dict[str, Any], put: Put) -> bool:
         self.updates = state["updates"]
         self._draw()
         return False

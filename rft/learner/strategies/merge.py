@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rft.learner.strategies.base import Whole
 
 
 def plain_name(name: str) -> str:
@@ -89,11 +92,27 @@ def _copy(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, memo)
 
 
-def merged_weights(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+@contextmanager
+def gathered(layer: nn.Module, whole: Whole) -> Iterator[None]:
+    """Within, all parameters of a layer are whole. Those that rest here whole stay as they are."""
+    parts = (m for m in layer.modules() if not is_quantized(m))  # which one process alone holds
+    kept = [(m, name, p) for m in parts for name, p in m.named_parameters(recurse=False)]
+    for module, name, parameter in kept:
+        full = whole(parameter)
+        if type(full) is not type(parameter.data) or full.shape != parameter.shape:
+            module._parameters[name] = nn.Parameter(full, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
+def merged_weights(model: nn.Module, names: list[str], whole: Whole) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of the plain model, adapters merged, in the order of `names`.
 
     names: the parameters' names before adapters were put in. At most one layer's merged weights exist at a
-    time beyond what the consumer keeps.
+    time beyond what the consumer keeps. Collective where `whole` is.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -106,11 +125,12 @@ def merged_weights(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Te
         if isinstance(module, BaseTunerLayer):
             if path != at:
                 merged = {}  # freed before the next is made
-                at, merged = path, merged_layer(module)
+                with gathered(module, whole):
+                    at, merged = path, merged_layer(module)
             yield name, merged[leaf]
         elif isinstance(module, ModulesToSaveWrapper):
-            yield name, getattr(module.modules_to_save[module.active_adapters[0]], leaf).detach()
-        elif leaf == "weight":
+            yield name, whole(getattr(module.modules_to_save[module.active_adapters[0]], leaf))
+        elif is_quantized(module) and leaf == "weight":
             yield name, full_weight(module)
         else:
-            yield name, getattr(module, leaf).detach()
+            yield name, whole(getattr(module, leaf))

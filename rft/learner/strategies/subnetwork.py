@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rft.learner.forward import PolicyModel
 from rft.learner.model import ModelError, load_causal_lm
-from rft.learner.strategies.base import Strategy
+from rft.learner.strategies.base import Put, Strategy
 from rft.learner.strategies.optimizers import make_optimizer
 from rft.learner.strategy_config import SubnetworkConfig
 
@@ -111,7 +111,7 @@ class Subnetwork(Strategy):
             yield from policy.value_head.trained()
 
     @torch.no_grad()
-    def load(self, model_state: Any, state: dict[str, Any]) -> bool:
+    def load(self, model_state: Any, state: dict[str, Any], put: Put) -> bool:
         for parameter, places, gathered in self.pairs:
             gathered.copy_(parameter.reshape(-1)[places])
         return False
