@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rft.rollout.engine import Link
+from rft.rollout.engine import EngineError, Link
+from rft.rollout.pool import RolloutPool, _Member
 from rft.sync.publisher import Publisher
 from rft.sync.receiver import Receiver, load_into
-from rft.sync.spec import TransferError
+from rft.sync.spec import ChannelSpec, TransferError
+from tests.specs import engine_spec
 from tests.sync.wires import (
     HOST,
     TRANSPORTS,
@@ -23,6 +27,7 @@ from tests.sync.wires import (
     free_port,
     nudge,
     same_bits,
+    together,
 )
 
 
@@ -152,8 +157,15 @@ def test_nobody_waits_past_the_deadline(transport: str, tmp_path: Path) -> None:
 RECEIVER = """
 import os, sys
 from rft.rollout.engine import Link
+from rft.sync import broadcast
 from rft.sync.receiver import Receiver
-Receiver(Link("127.0.0.1", int(sys.argv[1]), 1, 2, 60))
+broadcast.BUCKET_BYTES = 4096
+receiver = Receiver(Link("127.0.0.1", int(sys.argv[1]), 1, 2, 60))
+names, taken = [f"w{i}" for i in range(8)], int(sys.argv[2])
+update = {"names": names, "dtype_names": ["bfloat16"] * 8, "shapes": [[512, 512]] * 8}
+for name, _ in receiver.receive(update) if taken else ():
+    if name == names[taken]:
+        break
 os._exit(9)
 """
 
@@ -173,17 +185,31 @@ sender.send(some())
 """
 
 
-def start(program: str, port: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", program, str(port)])
+WRITER = """
+import os, sys, torch
+from pathlib import Path
+from rft.sync import files
+os.fsync = lambda file: os._exit(9)
+files.write(Path(sys.argv[1]) / "version-00000001-aa.safetensors", {"w": torch.ones(1024)}, 1)
+"""
 
 
+def start(program: str, *arguments: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)])
+
+
+@pytest.mark.parametrize("taken", [0, 3])
 @pytest.mark.parametrize("transport", ["gloo", "sparse"])
-def test_a_receiver_killed_before_the_bytes_came_fails_the_push(transport: str, tmp_path: Path) -> None:
+def test_a_receiver_killed_half_way_fails_the_push(
+    transport: str, taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first byte, and after three tensors of eight."""
+    monkeypatch.setattr("rft.sync.broadcast.BUCKET_BYTES", 4096)
     port = free_port()
-    other = start(RECEIVER, port)
+    other = start(RECEIVER, port, taken)
     publisher = Publisher(channel(transport, tmp_path))
     publisher.open(Link(HOST, port, 0, 2, 60))
-    assert other.wait(60) == 9
+    assert taken or other.wait(60) == 9
     weights = {f"w{i}": torch.ones(512, 512) for i in range(8)}
     named = weights.items() if publisher.early else ()
     manifest = [(name, "float32", (512, 512)) for name in weights]
@@ -191,7 +217,7 @@ def test_a_receiver_killed_before_the_bytes_came_fails_the_push(transport: str, 
     begin = time.monotonic()
     with pytest.raises(RuntimeError):
         publisher.send(() if publisher.early else weights.items())
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 30 and other.wait(10) == 9
 
 
 def test_a_sender_killed_half_way_fails_the_receiver() -> None:
@@ -210,3 +236,44 @@ def test_a_sender_killed_half_way_fails_the_receiver() -> None:
             got.append(name)
     assert other.wait(60) == 9
     assert got == ["w0", "w1", "w2"]  # half of it came, and the receiver did not take it for the whole
+
+
+def test_a_writer_killed_half_way_leaves_nothing_to_take(tmp_path: Path) -> None:
+    assert start(WRITER, tmp_path).wait(60) == 9
+    assert [path.suffix for path in tmp_path.iterdir()] == [".unfinished"]
+    wire = Wire(channel("file", tmp_path), size=1)
+    weights = forty_shapes()
+    assert same_bits(wire.push(weights)[0][0], weights, torch.bfloat16)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_an_adapter_arrives_bit_for_bit_with_its_config() -> None:
+    """In the precision that it is trained in, with a config that is plain data, whatever peft's holds."""
+    wire = Wire(ChannelSpec("adapter", "bfloat16", measure="off"))
+    tensors = {name: tensor for name, tensor in forty_shapes().items() if tensor.ndim == 2}
+    for version in (1, 2):
+        update = wire.publisher.announce_adapter(version, tensors, {"r": 8, "target_modules": {"v", "q"}})
+        assert update["version"] == version and update["adapter"] == {"r": 8, "target_modules": ["q", "v"]}
+        sent, *received = together(
+            lambda: wire.publisher.send(()),
+            *(lambda r=r, u=update: dict(r.receive(u)) for r in wire.receivers),
+        )
+        assert sent.bytes == sum(tensor.nbytes for tensor in tensors.values())
+        assert len(received) == 2 and all(same_bits(got, tensors, torch.float32) for got in received)
+        nudge(tensors, version)
+    tensors["layer.36.weight"] = torch.full((3, 3), torch.inf)
+    with pytest.raises(TransferError, match="adapter of version 3 is not finite, first layer"):
+        wire.publisher.announce_adapter(3, tensors, {})
+
+
+def test_a_replica_that_holds_another_version_fails_the_push(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = RolloutPool([engine_spec(Path())] * 2, cpus=0, gpus=0, start_timeout_s=1, generate_timeout_s=1)
+    pool.members = {index: _Member(None, index) for index in (0, 1)}
+
+    async def reported(method: str, *args: Any, **kwargs: Any) -> list[int]:
+        return [3, 2]
+
+    monkeypatch.setattr(pool, "_all", reported)
+    with pytest.raises(EngineError, match="rollout replica 1 reports version 2 after a push of 3"):
+        asyncio.run(pool.finish_update(3))
+    assert not any(member.serving for member in pool.members.values())
