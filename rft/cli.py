@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "run the benchmarks of this checkout", config=False)
     bench.add_argument("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
     bench.add_argument("--peers", action="store_true", help="also run the peers, in their own environments")
+    bench.add_argument(
+        "--fresh", action="store_true", help="measure anew what an interrupted run has measured"
+    )
     reward = command("reward", _reward, "score a file with a reward and show how it judged", config=False)
     reward.add_argument("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
     return parser
@@ -239,7 +242,7 @@ def _reward(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from rft.bench import run
 
-    return run(args.parts, peers=args.peers)
+    return run(args.parts, peers=args.peers, fresh=args.fresh)
 
 
 if __name__ == "__main__":
