@@ -15,15 +15,15 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, in_fresh_process, interleaved, peak_of, write_result
+from common import RESULTS, gradient_error, in_fresh_process, interleaved, peak_of, write_result
 from packing import batch_of
-from prefix import Shape
+from shapes import SMALL
 from torch import Tensor
 
 from rft.batch import Batch
@@ -32,7 +32,7 @@ from rft.kernels.logprob import token_logps
 from rft.packing import micro_batches
 
 BUDGET = 4096
-SHAPE = Shape(vocabulary=16_384)
+SHAPE = replace(SMALL, vocabulary=16_384)
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ class Step:
             self._loss(hidden, part.tokens[rows], part.weight[rows]).backward()
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        return [
-            batch.select(trees) for trees in micro_batches(batch, BUDGET, hidden_size=SHAPE.hidden_size)[0]
-        ]
+        return [batch.select(trees) for trees in micro_batches(batch, BUDGET, hidden_size=SHAPE.width)[0]]
 
     def _hidden(self, part: Batch) -> Tensor:
         """[T, H]: through the packed layout, or every sequence in a padded row."""
@@ -108,16 +106,6 @@ def peak(features: Features) -> float:
     return round(peak_of(Step(features)), 1)
 
 
-def gradient_error(step: Step, plain: Step) -> float:
-    step()
-    pairs = zip(step.model.parameters(), plain.model.parameters(), strict=True)
-    return max(
-        float((a.grad - b.grad).norm() / b.grad.norm())
-        for a, b in pairs
-        if a.grad is not None and b.grad is not None and b.grad.norm() > 0
-    )
-
-
 def measure(rounds: int) -> dict[str, Any]:
     steps = {name: Step(features) for name, features in VARIANTS.items()}
     times = interleaved(steps, rounds)
@@ -125,14 +113,15 @@ def measure(rounds: int) -> dict[str, Any]:
     gains["sharing"] = times.gain("packing", "sharing")
     together = times.gain("plain", "all")
     product = prod(gains.values())
-    steps["plain"]()
+    for step in steps.values():
+        step()
     rows = [
         {
             "variant": name,
             "gain": round(gains.get(name, together if name == "all" else 1.0), 3),
             "seconds": round(times.medians[name], 4),
             "peak_mb": in_fresh_process(peak, features),
-            "errors": {"gradient": gradient_error(steps[name], steps["plain"])},
+            "errors": {"gradient": gradient_error(steps[name].model, steps["plain"].model)},
         }
         for name, features in VARIANTS.items()
     ]
@@ -157,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in found["results"]:
         print("  ".join(f"{k} {v}" for k, v in row.items()))
     print(f"all {found['together']} of a product of {found['product']}: {found['of_product']:.0%}")
-    write_result(args.out, {"model": SHAPE.__dict__, **found})
+    write_result(args.out, {"model": asdict(SHAPE), **found})
     return 0
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,9 @@ def write_result(file: Path, result: Mapping[str, Any], *packages: str) -> None:
 
 def merge_rows(file: Path, key: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of an earlier result whose `key` fields are not measured anew, then the new ones: a benchmark may
-    be run case by case."""
-    old = json.loads(file.read_text()).get("results", []) if file.exists() else []
+    be run case by case. Another processor's rows are dropped."""
+    earlier = json.loads(file.read_text()) if file.exists() else {"machine": {}}
+    old = earlier["results"] if earlier["machine"].get("cpu") == cpu_name() else []
     new = {tuple(row[k] for k in key) for row in rows}
     return [row for row in old if tuple(row.get(k) for k in key) not in new] + list(rows)
 
@@ -155,6 +156,11 @@ def memory(key: str = "VmRSS") -> int:
     return int(line.split()[1]) * 1024
 
 
+def forget_peak() -> None:
+    """From now on, VmHWM counts anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_of(run: Callable[[], object]) -> float:
     """Peak memory of a run beyond what is held before it, in 10^6 bytes."""
     if torch.cuda.is_available():
@@ -162,7 +168,7 @@ def peak_of(run: Callable[[], object]) -> float:
         held = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - held) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     held = memory()
     run()
     return (memory("VmHWM") - held) / 1e6
@@ -195,6 +201,24 @@ def _send_result(
 ) -> None:
     torch.set_num_threads(threads)
     there.send(function(*arguments))
+
+
+def gradient_error(model: torch.nn.Module, reference: torch.nn.Module) -> float:
+    """The largest difference of a parameter's gradient from the reference model's, relative to its norm."""
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    return max(
+        float((a.grad - b.grad).norm() / b.grad.norm())
+        for a, b in pairs
+        if a.grad is not None and b.grad is not None and b.grad.norm() > 0
+    )
+
+
+def peer_versions(peer: str, *packages: str) -> dict[str, str]:
+    """Versions in the environment of a peer. Raises KeyError for a package that is not there."""
+    from peers.make_env import peer_packages
+
+    found = {d.metadata["Name"]: d.version for d in distributions(path=[str(peer_packages(peer))])}
+    return {package: found[package] for package in packages}
 
 
 def use_peer(name: str) -> None:

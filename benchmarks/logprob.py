@@ -23,7 +23,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import RESULTS, in_fresh_process, merge_rows, peak_of, seconds, use_peer, write_result
+from common import (
+    RESULTS,
+    in_fresh_process,
+    merge_rows,
+    peak_of,
+    peer_versions,
+    seconds,
+    use_peer,
+    write_result,
+)
 from logprob_contenders import ALL, OURS, PEERS, SEQUENCE, WRITTEN_HERE, Contender
 from torch import Tensor
 
@@ -33,6 +42,7 @@ from rft.kernels.logprob_reference import token_logps as reference_logps
 CHUNK = 512  # rows of the bare products
 SAMPLED = 2  # chunks timed for all
 OTHERS_ROWS = 1024
+PACKAGES = {"trl": ("trl",), "kernels": ("liger-kernel", "cut-cross-entropy")}  # of each peer
 GATES = {  # of the main case, time over the bare products
     "bfloat16": {"recompute": 1.9, "loss-known": 1.5, "frozen head": 1.75, "forward": 1.9},
     "float32": {"recompute": 1.65, "loss-known": 1.2, "frozen head": 1.25, "forward": 1.3},
@@ -89,33 +99,39 @@ class Yardstick:
         return [sum(times[: n + 1]) for n in range(3)]
 
 
-def run(contender: Contender, inputs: Sequence[Tensor]) -> None:
+def run(contender: Contender, inputs: Sequence[Tensor]) -> Tensor | None:
+    """One turn; the log-probs [T], where the contender gives them."""
     h, w, y, c = inputs
     h.grad = w.grad = None
     h.requires_grad_(contender.differentiates)
     w.requires_grad_(contender.differentiates and not contender.frozen)
     with torch.set_grad_enabled(contender.differentiates):
-        loss, _ = contender.run(h, w, y, c)
+        loss, logps = contender.run(h, w, y, c)
         if contender.differentiates:
             loss.backward()
+    return logps
 
 
-def errors(case: Case, dtype: torch.dtype, contender: Contender) -> dict[str, float]:
-    """On 256 rows: largest absolute error of the log-probs, relative errors of the gradients' norms."""
-    h, w, y, c = case.inputs(dtype, min(256, case.rows))
-    wide = [x.float().requires_grad_() for x in (h, w)]
-    logps, _ = reference_logps(wide[0], wide[1], y)
-    wanted = torch.autograd.grad((logps * c).sum(), wide)
-    run(contender, (h, w, y, c))
-    found = {}
-    with torch.no_grad():
-        _, got = contender.run(h, w, y, c)
-    if got is not None:
-        found["logps"] = (got - logps).abs().max().item()
-    for name, x, grad in zip(("hidden", "weight"), (h, w), wanted, strict=True):
-        if x.grad is not None:
-            found[f"grad_{name}"] = ((x.grad.float() - grad).norm() / grad.norm()).item()
-    return found
+class Reference:
+    """Plain float32 log-probs and gradients of at most 256 rows, which all contenders are held against."""
+
+    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+        self.inputs = case.inputs(dtype, min(256, case.rows))
+        h, w, y, c = self.inputs
+        wide = [x.float().requires_grad_() for x in (h, w)]
+        logps, _ = reference_logps(wide[0], wide[1], y)
+        self.grads = torch.autograd.grad((logps * c).sum(), wide)
+        self.logps = logps.detach()
+
+    @torch.no_grad()
+    def errors(self, contender: Contender) -> dict[str, float]:
+        """Largest absolute error of the log-probs, relative errors of the gradients' norms."""
+        logps = run(contender, self.inputs)
+        found = {} if logps is None else {"logps": (logps - self.logps).abs().max().item()}
+        for name, x, grad in zip(("hidden", "weight"), self.inputs, self.grads, strict=False):
+            if x.grad is not None:
+                found[f"grad_{name}"] = ((x.grad.float() - grad).norm() / grad.norm()).item()
+        return found
 
 
 def workspace(case: Case, dtype: torch.dtype, name: str) -> float:
@@ -134,6 +150,7 @@ def bench_case(
     torch.set_num_threads(case.threads)
     products = product_dtype(torch.empty(0, dtype=dtype))
     yardstick = Yardstick(case, products)
+    reference = Reference(case, dtype)
     emulated = Yardstick(case, dtype, chunk=16).measure(1) if products != dtype else None
     if emulated is not None:
         left = [c.name for c in contenders if c not in OURS]
@@ -165,7 +182,7 @@ def bench_case(
             "ratio": median(ratios[c.name]),
             "ratios": ratios[c.name],
             "workspace_mb": in_fresh_process(workspace, size, dtype, c.name),
-            "errors": errors(case, dtype, c),
+            "errors": reference.errors(c),
             **gates(name, dtype_name, c.name),
         }
         row["passed"] = None if row["gate"] is None else row["ratio"] <= row["gate"]
@@ -220,10 +237,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rows is not None and (args.rows < SEQUENCE or args.rows % SEQUENCE):
         parser.error(f"--rows must be a multiple of {SEQUENCE}, got {args.rows}")
-    contenders = [*OURS, *(() if args.only_ours else WRITTEN_HERE)]
+    contenders, found_versions = [*OURS, *(() if args.only_ours else WRITTEN_HERE)], {}
     if args.peers:
-        use_peer("trl")
-        use_peer("kernels")
+        for peer, packages in PACKAGES.items():
+            use_peer(peer)
+            found_versions |= peer_versions(peer, *packages)
         contenders += PEERS
     for name in args.cases:
         case = CASES[name]
@@ -231,8 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in args.dtypes:
             print(f"{name}: T {case.rows}, H {case.width}, V {case.vocab}, {dtype}, {case.threads} threads")
             found = bench_case(name, case, dtype, contenders, args.rounds)
-            kept = merge_rows(args.out, ("case", "dtype"), [found])
-            write_result(args.out, {"results": kept}, "triton", "trl", "liger-kernel", "cut-cross-entropy")
+            kept = merge_rows(args.out, ("case", "dtype"), [found | {"peers": found_versions}])
+            write_result(args.out, {"results": kept})
     return 0
 
 

@@ -16,13 +16,23 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, in_fresh_process, interleaved, merge_rows, peak_of, write_result
-from prefix import VOCABULARY, Padded, Shape
-from profiles import PAPER, Sizes, all_profiles, gsm8k_pairs
+from common import (
+    RESULTS,
+    gradient_error,
+    in_fresh_process,
+    interleaved,
+    merge_rows,
+    peak_of,
+    write_result,
+)
+from prefix import Padded
+from profiles import PAPER, Sizes, all_profiles
+from shapes import SMALL
 from torch import Tensor
 
 from rft.batch import Batch, Completion, Group, Prompt
@@ -33,16 +43,19 @@ BUDGET = 4096
 
 
 def batch_of(sizes: Sizes, share: bool) -> Batch:
+    """A batch whose `weight` says of how many sequences a token is part."""
     rng = random.Random(1)
 
     def tokens(n: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(VOCABULARY) for _ in range(n))
+        return tuple(rng.randrange(SMALL.vocabulary) for _ in range(n))
 
     groups = [
         Group(Prompt(i, tokens(p), ""), tuple(Completion(tokens(r)) for r in rs))
         for i, (p, rs) in enumerate(sizes)
     ]
-    return Batch.build(groups, share_prefix=share)
+    batch = Batch.build(groups, share_prefix=share)
+    children = torch.bincount(batch.parent[batch.parent >= 0], minlength=batch.parent.numel())
+    return batch.with_(weight=children.clamp(min=1)[batch.segment].float())
 
 
 def padded_runs(model: Any, batch: Batch, budget: int) -> list[Padded]:
@@ -62,15 +75,16 @@ def packed_run(model: Any, batch: Batch) -> None:
     """All micro-batches of a batch, planning and layout included."""
     model.zero_grad()
     for trees in micro_batches(batch, BUDGET, hidden_size=model.config.hidden_size)[0]:
-        hidden_states(model, batch.select(trees)).sum().backward()
+        part = batch.select(trees)
+        assert part.weight is not None
+        (hidden_states(model, part) * part.weight[:, None]).sum().backward()
 
 
 class Ways:
     """One profile, ready to run padded, packed and, where a prompt has several completions, shared."""
 
     def __init__(self, sizes: Sizes) -> None:
-        self.shape = Shape()
-        self.reference, self.model = self.shape.build(), self.shape.build()
+        self.reference, self.model = SMALL.build(), SMALL.build()
         prepare_model(self.model)
         self.separate, self.shared = batch_of(sizes, False), batch_of(sizes, True)
         self.padded = padded_runs(self.reference, self.separate, BUDGET)
@@ -86,17 +100,14 @@ class Ways:
         for part in self.padded:
             part(clear=False)
 
-    def error(self, which: str) -> float:
-        """The largest relative difference of a gradient's norm from the padded run's. A shared prompt
-        counts once in the sum of hidden states, so the error of sharing is taken in prefix.py."""
+    def errors(self) -> dict[str, float]:
+        """Of each way's gradients, from the padded run's."""
         self.run_padded()
-        self.runs[which]()
-        pairs = zip(self.model.parameters(), self.reference.parameters(), strict=True)
-        return max(
-            float((a.grad - b.grad).norm() / b.grad.norm())
-            for a, b in pairs
-            if a.grad is not None and b.grad is not None and b.grad.norm() > 0
-        )
+        found = {}
+        for which in self.runs.keys() - {"padded"}:
+            self.runs[which]()
+            found[f"{which} gradient"] = gradient_error(self.model, self.reference)
+        return found
 
 
 def peak(sizes: Sizes, which: str) -> float:
@@ -106,7 +117,7 @@ def peak(sizes: Sizes, which: str) -> float:
 
 def measure(name: str, sizes: Sizes, rounds: int) -> dict[str, Any]:
     ways = Ways(sizes)
-    separate, shape = ways.separate, ways.shape
+    separate = ways.separate
     times = interleaved(ways.runs, rounds)
     slots = sum(run.tokens.numel() for run in ways.padded)
     row = {
@@ -116,17 +127,17 @@ def measure(name: str, sizes: Sizes, rounds: int) -> dict[str, Any]:
         "packed_gain": round(times.gain("padded", "packed"), 3),
         "fill": round(separate.num_tokens / (BUDGET * len(micro_batches(separate, BUDGET)[0])), 3),
         "waste": round(1 - separate.num_tokens / slots, 3),
-        "errors": {"packed gradient": ways.error("packed")},
+        "errors": ways.errors(),
         "peak_mb": {which: in_fresh_process(peak, sizes, which) for which in ways.runs},
         **times.summary(),
     }
     if "shared" in ways.runs:
-        bound = shape.flops(separate) / shape.flops(ways.shared)
+        bound = SMALL.operations(separate) / SMALL.operations(ways.shared)
         gain = times.gain("packed", "shared")
         row["shared_gain"] = round(gain, 3)
         row["shared_bound"] = round(bound, 3)
         row["of_bound"] = round(gain / bound, 3)
-        row["share"] = worth_sharing(sizes, shape.hidden_size)
+        row["share"] = worth_sharing(sizes, SMALL.width)
         row["passed"] = gain >= 0.9 * bound if row["share"] else None
     if name in PAPER:
         row["paper_gain_8xH100"] = PAPER[name].paper_gain
@@ -174,11 +185,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = all_profiles(args.tokens)
     if unknown := sorted(set(args.profiles or ()) - set(found)):
         parser.error(f"no profile {', '.join(unknown)}; there are {', '.join(found)}")
-    if gsm8k_pairs() is None:
+    if "gsm8k-pairs" not in found:
         print("gsm8k-pairs left out: set RFT_DATA to the folder that holds gsm8k/preferences.jsonl")
     plan = planning()
     print("planning:", "  ".join(f"{k} {v}" for k, v in plan.items()))
-    settings = {"model": Shape().__dict__, "budget": BUDGET, "rounds": args.rounds, "planning": plan}
+    settings = {"model": asdict(SMALL), "budget": BUDGET, "rounds": args.rounds, "planning": plan}
     for name in args.profiles or found:
         row = measure(name, found[name], args.rounds)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)

@@ -64,7 +64,8 @@ def step_time(d: dict[str, Any]) -> str:
         f"Seconds per GRPO step on the demo's sizes, interleaved in one run on {d['machine']['cpu']}, "
         f"{d['machine']['cores']} cores, TRL {d['versions']['trl']}. "
         f"rft is {d['ratio']:.2f}x as fast as {best}; "
-        f"aim 2.0: {verdict}. Where rft's step goes: {where}.\n\n"
+        f"aim 2.0: {verdict}. Where rft's step goes: {where}. "
+        f"Largest log-prob gap of learner and engine: {kernels.worst(d) or 'not recorded'}.\n\n"
         + table(["", "a step", "over rft", "tokens per completion"], rows)
     )
 
@@ -103,6 +104,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Packing", "packing-cpu", "rft bench packing", kernels.packing),
     ("Pushing weights", "sync-cpu", "rft bench sync", kernels.sync),
     ("Math rewards", "rewards", "python benchmarks/rewards.py", rewards),
+    ("The whole run", "bench-all", "rft bench all --peers", kernels.whole),
     ("Parity with TRL's losses", "parity-trl", "python benchmarks/parity_trl.py", parity),
 ]
 
@@ -111,9 +113,14 @@ def page() -> str:
     out = [
         "# Performance",
         "",
-        "Made by `python benchmarks/performance.py` from `benchmarks/results/`. A load before a run means "
-        "that other programs had other cores: one thread is timed in processor time, its yardstick beside "
-        "it.",
+        "What rft costs and gains, beside the best peers in the same run. Made by `python "
+        "benchmarks/performance.py` from `benchmarks/results/`; the command under a heading measures "
+        "its section, `rft bench all --peers` nearly all of them.",
+        "",
+        "A *gate* is a limit that was set beforehand: met, or **missed**. A *bound* is what would be reached "
+        "if time were proportional to floating-point operations. The *largest error* of a row is the "
+        "distance of its results from a plain float32 computation of the same. One thread is timed in "
+        "processor time, so that other programs (the load that is given) disturb little.",
         "",
     ]
     for title, name, command, render in SECTIONS:

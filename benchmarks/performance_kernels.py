@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,27 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+Row = dict[str, Any]
 VERDICT = {True: "met", False: "**missed**", None: ""}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def columns(results: list[Row], cells: dict[str, Callable[[Row], str]]) -> str:
+    """A table with a line for every result and a column for every cell."""
+    return table(list(cells), [[cell(r) for cell in cells.values()] for r in results])
+
+
+def worst(r: Row) -> str:
+    """The largest error of a result."""
+    return f"{max(r['errors'].values()):.1e}" if r.get("errors") else ""
+
+
+def verdict(r: Row) -> str:
+    return VERDICT[r["passed"]]
 
 
 def where(d: dict[str, Any]) -> str:
@@ -67,7 +83,7 @@ def logprob(d: dict[str, Any]) -> str:
                     f"{r['gate']:.2f} {VERDICT[r['passed']]}" if r["gate"] else "",
                     f"{r['workspace_mb']:.0f} MB",
                     f"{limit:.0f} MB {VERDICT[r['workspace_passed']]}" if limit else "",
-                    f"{max(r['errors'].values()):.1e}",
+                    worst(r),
                 ]
             )
             if case["case"] == "main":
@@ -98,129 +114,122 @@ def workspace(d: dict[str, Any]) -> str:
 
 
 def prefix(d: dict[str, Any]) -> str:
-    rows, labels = [], []
-    for r in d["results"]:
-        labels.append(f"p {r['prompt']}, {r['generations']} x {r['completion']}")
-        rows.append(
-            [
-                labels[-1],
-                f"{r['gain']:.2f}",
-                f"{r['bound']:.2f}",
-                f"{r['of_bound']:.0%}",
-                VERDICT[r["passed"]] if r["share"] else "not shared by the cost model",
-                f"{r['peak_mb']['shared']:.0f} / {r['peak_mb']['padded']:.0f} MB",
-                f"{max(r['errors'].values()):.1e}",
-            ]
-        )
-    gains = {"gain": [r["gain"] for r in d["results"]], "bound": [r["bound"] for r in d["results"]]}
+    results = d["results"]
+    labels = [f"p {r['prompt']}, {r['generations']} x {r['completion']}" for r in results]
+    gains = {"gain": [r["gain"] for r in results], "bound": [r["bound"] for r in results]}
     picture = bars("prefix", "sharing a prompt: gain and bound", labels, gains, "times faster than padded")
-    head = [
-        "prompt, completions",
-        "gain",
-        "bound",
-        "of it",
-        "gate: 90 %",
-        "peak shared / padded",
-        "largest error",
-    ]
+    found = columns(
+        [r | {"label": label} for r, label in zip(results, labels, strict=True)],
+        {
+            "prompt, completions": lambda r: r["label"],
+            "gain": lambda r: f"{r['gain']:.2f}",
+            "bound": lambda r: f"{r['bound']:.2f}",
+            "of it": lambda r: f"{r['of_bound']:.0%}",
+            "gate: 90 %": lambda r: verdict(r) if r["share"] else "not shared by the cost model",
+            "peak shared / padded": lambda r: " / ".join(f"{v:.0f}" for v in r["peak_mb"].values()) + " MB",
+            "largest error": worst,
+        },
+    )
     return (
         "Forward and backward of the base transformer, a prompt computed once against padded rows "
         f"({where(d)}). The bound counts operations; padded rows also wait for more "
-        "memory, which is how a gain comes above it.\n\n"
-        f"{table(head, rows)}\n\n{picture}"
+        f"memory, which is how a gain comes above it.\n\n{found}\n\n{picture}"
     )
 
 
 def combined(d: dict[str, Any]) -> str:
-    rows = [
-        [
-            r["variant"],
-            f"{r['gain']:.2f}",
-            f"{r['seconds']:.2f} s",
-            f"{r['peak_mb']:.0f} MB",
-            f"{r['errors']['gradient']:.1e}",
-        ]
-        for r in d["results"]
-    ]
+    found = columns(
+        d["results"],
+        {
+            "": lambda r: r["variant"],
+            "gain": lambda r: f"{r['gain']:.2f}",
+            "time": lambda r: f"{r['seconds']:.2f} s",
+            "peak memory": lambda r: f"{r['peak_mb']:.0f} MB",
+            "largest error of a gradient": worst,
+        },
+    )
     return (
+        "Log-probs of groups' completions, forward and backward, from what a plain trainer does (padded "
+        "rows, all logits) to everything at once. Sharing's gain is the one over packing, which it needs; "
+        "checkpointing trades time for memory. "
         f"All at once: {d['together']:.2f} of a product of {d['product']:.2f}, {d['of_product']:.0%}; "
-        f"gate 85 %: {VERDICT[d['passed']]}. ({where(d)})\n\n"
-        + table(["", "gain", "time", "peak memory", "largest error of a gradient"], rows)
+        f"gate 85 %: {verdict(d)} ({where(d)}).\n\n{found}"
     )
 
 
 def packing(d: dict[str, Any]) -> str:
-    rows = []
-    for r in d["results"]:
-        shared = "shared_gain" in r
-        rows.append(
-            [
-                r["profile"],
-                str(r["sequences"]),
-                str(r["tokens"]),
-                f"{r['packed_gain']:.2f}",
-                f"{r['fill']:.0%}",
-                f"{r['waste']:.0%}",
-                f"{r['shared_gain']:.2f}" if shared else "",
-                f"{r['shared_bound']:.2f} ({r['of_bound']:.0%}) {VERDICT[r['passed']]}" if shared else "",
-                f"{r['paper_gain_8xH100']:.2f}" if "paper_gain_8xH100" in r else "",
-                f"{r['errors']['packed gradient']:.1e}",
-            ]
-        )
+    def bound(r: Row) -> str:
+        unshared = "" if r["share"] else "not shared by the cost model"
+        return f"{r['shared_bound']:.2f} ({r['of_bound']:.0%}) {verdict(r) or unshared}"
+
+    found = columns(
+        d["results"],
+        {
+            "profile": lambda r: r["profile"],
+            "sequences": lambda r: str(r["sequences"]),
+            "tokens": lambda r: str(r["tokens"]),
+            "packed over padded": lambda r: f"{r['packed_gain']:.2f}",
+            "budget filled": lambda r: f"{r['fill']:.0%}",
+            "padding": lambda r: f"{r['waste']:.0%}",
+            "shared over packed": lambda r: f"{r['shared_gain']:.2f}" if "shared_gain" in r else "",
+            "bound, gate: 90 %": lambda r: bound(r) if "shared_gain" in r else "",
+            "paper, 8 H100": lambda r: f"{r['paper_gain_8xH100']:.2f}" if "paper_gain_8xH100" in r else "",
+            "largest error": worst,
+        },
+    )
     plan = d["planning"]
-    head = ["profile", "sequences", "tokens", "packed over padded", "budget filled", "padding",
-            "shared over packed", "bound", "paper, 8 H100", "largest error"]  # fmt: skip
     return (
         f"Micro-batches of {d['budget']} tokens ({where(d)}). The six named sets are pairs at the median "
         "length and the median ratio that arXiv:2410.20305 states (no histograms there); the paper's gains "
         "are of other models on other machines.\n\n"
-        f"{table(head, rows)}\n\nPlanning {plan['sequences']:,} sequences for {plan['ranks']} ranks: "
+        f"{found}\n\nPlanning {plan['sequences']:,} sequences for {plan['ranks']} ranks: "
         f"{plan['seconds']:.2f} s, {plan['fill']:.1%} filled, imbalance {plan['imbalance']:.2%}."
     )
 
 
 def train_step(d: dict[str, Any]) -> str:
-    rows = []
-    for r in d["results"]:
-        peer = "trl" in r["seconds"]
-        gate = f", gate {r['gate']:.1f}" if r["gate"] else ", at least as fast"
-        rows.append(
-            [
-                r["algorithm"],
-                f"{r['tokens']} ({r['packed_tokens']})",
-                f"{r['seconds']['rft']:.2f} s",
-                f"{r['seconds']['trl']:.2f} s" if peer else "not run",
-                f"{r['gain']:.2f}{gate} {VERDICT[r['passed']]}" if peer else "",
-                " / ".join(f"{v:.0f}" for v in r["peak_mb"].values()) + " MB",
-                f"{r['errors']['gradient norm']:.1e}" if peer else "",
-            ]
-        )
-    head = [
-        "",
-        "tokens (after packing)",
-        "rft",
-        "TRL",
-        "gain",
-        "peak of the process, rft / TRL",
-        "gradient norms differ by",
-    ]
+    shape = d["shape"]
+    found = columns(
+        d["results"],
+        {
+            "": lambda r: r["algorithm"],
+            "prompt, completion": lambda r: f"{r['prompt']}, {r['completion']}",
+            "tokens (after packing)": lambda r: f"{r['tokens']} ({r['packed_tokens']})",
+            "rft": lambda r: f"{r['seconds']['rft']:.2f} s",
+            "TRL": lambda r: f"{r['seconds']['trl']:.2f} s" if "gain" in r else "not run",
+            "gain": lambda r: f"{r['gain']:.2f}" if "gain" in r else "",
+            "at least": lambda r: f"{r['gate']:.1f} {verdict(r)}" if "gain" in r else "",
+            "peak, rft / TRL": lambda r: " / ".join(f"{v:.0f}" for v in r["peak_mb"].values()) + " MB",
+            "gradient norms differ by": worst,
+        },
+    )
+    peers = {f"{name} {v}" for r in d["results"] for name, v in r.get("peers", {}).items()}
     return (
-        f"Whole steps, one thread, Qwen3-0.6B's width with {d['layers']} layers and {d['vocabulary']:,} "
-        f"tokens of vocabulary, random weights, float32 ({where(d)}). rft's process also holds earlier "
-        "rows' memory.\n\n" + table(head, rows)
+        f"Whole steps with Qwen3-0.6B's widths, {shape['layers']} layers and {shape['vocabulary']:,} "
+        f"tokens of vocabulary, random weights, float32, {d['machine']['threads']} thread"
+        f"{'s' * (d['machine']['threads'] > 1)}, in turns with {', '.join(sorted(peers)) or 'no peer'} "
+        f"({where(d)}). Prompts and completions in tokens; SFT's and DPO's vary by half around them, GRPO's "
+        f"groups are of 8. Peaks are of the whole processes.\n\n{found}"
     )
 
 
 def sync(d: dict[str, Any]) -> str:
-    rows = [
-        [
-            r["transport"],
-            f"{r['bytes'] / 1e6:.1f} MB",
-            f"{r['seconds'] * 1000:.0f} ms",
-            f"{r['GB_per_s']:.2f} GB/s",
-            f"{r['errors']['log-prob gap']:.1e}",
-        ]
-        for r in d["results"]
-    ]
-    head = ["transport", "bytes", "push", "rate", "largest log-prob gap after it"]
-    return f"Pauses included, one vLLM replica ({where(d)}).\n\n{table(head, rows)}"
+    found = columns(
+        d["results"],
+        {
+            "transport": lambda r: r["transport"],
+            "bytes": lambda r: f"{r['bytes'] / 1e6:.1f} MB",
+            "push": lambda r: f"{r['seconds'] * 1000:.0f} ms",
+            "rate": lambda r: f"{r['GB_per_s']:.2f} GB/s",
+            "largest log-prob gap after it": worst,
+        },
+    )
+    return f"Pauses included, one vLLM replica ({where(d)}).\n\n{found}"
+
+
+def whole(d: dict[str, Any]) -> str:
+    rows = [[f"`{command}`", f"{seconds:.0f} s"] for command, seconds in d["seconds"].items()]
+    return (
+        f"`rft bench all{' --peers' * d['peers']}` took {d['minutes']:.1f} minutes on "
+        f"{d['machine']['cores']} cores.\n\n" + table(["script", "time"], rows)
+    )

@@ -1,74 +1,43 @@
 """What sharing a prompt gains: forward and backward of a group's sequences with the prompt computed once,
 against the same sequences padded side by side through the model as transformers runs it (sdpa).
 
-    python benchmarks/prefix.py [--rounds 5] [--threads 1] [--grid] [--cases 512x64x2 ...]
+    python benchmarks/prefix.py [--rounds 5] [--threads 1] [--cases 512x64x2 ...]
 
 Every row gives both median times of interleaved rounds, the median of their ratio, the bound (the ratio of
 floating-point operations), the largest relative differences of hidden states and gradients in float32
 from the padded run, and both peaks of memory, each in a process of its own. The times cover the base
 transformer; the head, which sharing does not change, is left out. A row's `share` is what the cost model
 would have chosen; where it is false, rft trains unshared. Between rounds a matrix product is timed, so that
-a machine busy with something else is seen. `--grid`: also G in 4, 8, 16 by p/R in 1/8, 1, 4, 8.
+a machine busy with something else is seen. Four cases, then G in 4, 8, 16 by p/R in 1/8, 1, 4, 8.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, in_fresh_process, interleaved, merge_rows, peak_of, write_result
+from common import (
+    RESULTS,
+    gradient_error,
+    in_fresh_process,
+    interleaved,
+    merge_rows,
+    peak_of,
+    write_result,
+)
+from shapes import SMALL, Shape
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.kernels.attention import hidden_states, prepare_model
-from rft.packing import segment_pairs, worth_sharing
+from rft.packing import worth_sharing
 
-VOCABULARY = 512
 CASES = [(512, 64, 2), (256, 64, 8), (1024, 128, 8), (64, 256, 8)]
 GRID = [(p, r, g) for p, r in ((32, 256), (128, 128), (512, 128), (512, 64)) for g in (4, 8, 16)]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The model that is timed."""
-
-    hidden_size: int = 256
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 64
-    vocabulary: int = VOCABULARY
-
-    def build(self) -> Qwen3ForCausalLM:
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=self.vocabulary,
-            intermediate_size=3 * self.hidden_size,
-            max_position_embeddings=1 << 15,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-        )
-        return Qwen3ForCausalLM(config)
-
-    def flops(self, batch: Batch) -> float:
-        """Multiply-adds of the forward's matrix products: two per weight and token, and the attention."""
-        h, heads, shared, d = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.head_dim,
-        )
-        weights = 2 * h * heads * d + 2 * h * shared * d + 3 * h * 3 * h
-        pairs = int(segment_pairs(batch.segment, batch.parent).sum())
-        return self.num_hidden_layers * (2 * weights * batch.num_tokens + 4 * heads * d * pairs)
 
 
 class Padded:
@@ -100,7 +69,7 @@ def group_of(prompt: int, completion: int, generations: int) -> Group:
     g = torch.Generator().manual_seed(prompt + completion)
 
     def tokens(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(0, VOCABULARY, (n,), generator=g).tolist())
+        return tuple(torch.randint(0, SMALL.vocabulary, (n,), generator=g).tolist())
 
     return Group(
         Prompt(0, tokens(prompt), ""), tuple(Completion(tokens(completion)) for _ in range(generations))
@@ -118,7 +87,7 @@ class Pair:
         group = group_of(*case)
         self.shared, self.separate = (Batch.build([group], share_prefix=share) for share in (True, False))
         generator = torch.Generator().manual_seed(1)
-        pull = torch.randn(generations, prompt + completion, shape.hidden_size, generator=generator)
+        pull = torch.randn(generations, prompt + completion, shape.width, generator=generator)
         self.padded = Padded(
             self.reference, list(self.separate.tokens.split(prompt + completion)), list(pull)
         )
@@ -136,14 +105,9 @@ class Pair:
         prompt, _, generations = self.case
         hidden, padded = self.run_shared(), self.padded().unflatten(0, (generations, -1))
         expected = torch.cat([padded[0, :prompt], padded[:, prompt:].flatten(0, 1)])
-        pairs = zip(self.model.parameters(), self.reference.parameters(), strict=True)
         return {
             "hidden": float((hidden - expected).norm(dim=-1).max() / expected.norm(dim=-1).max()),
-            "gradient": max(
-                float((a.grad - b.grad).norm() / b.grad.norm())
-                for a, b in pairs
-                if a.grad is not None and b.grad is not None and b.grad.norm() > 0
-            ),
+            "gradient": gradient_error(self.model, self.reference),
         }
 
 
@@ -159,10 +123,10 @@ def measure(shape: Shape, case: tuple[int, int, int], rounds: int) -> dict[str, 
     pair = Pair(shape, case)
     found = pair.errors()
     times = interleaved({"shared": pair.run_shared, "padded": pair.padded}, rounds)
-    bound = shape.flops(pair.separate) / shape.flops(pair.shared)
+    bound = shape.operations(pair.separate) / shape.operations(pair.shared)
     gain = times.gain("padded", "shared")
     prompt, completion, generations = case
-    share = worth_sharing([(prompt, [completion] * generations)], shape.hidden_size)
+    share = worth_sharing([(prompt, [completion] * generations)], shape.width)
     gate = 0.9 * bound if share else None
     return {
         "prompt": prompt,
@@ -188,14 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds per case")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--grid", action="store_true", help="also G in 4, 8, 16 by p/R in 1/8, 1, 4, 8")
     parser.add_argument("--cases", nargs="+", type=case_of, metavar="PxRxG", help="only these")
     parser.add_argument("--out", type=Path, default=RESULTS / "prefix-cpu.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    shape, rows = Shape(), []
+    shape, rows = SMALL, []
     print("    p     R   G   padded   shared    gain   bound  of bound   hidden    grads")
-    for case in args.cases or [*CASES, *(GRID if args.grid else [])]:
+    for case in args.cases or [*CASES, *GRID]:
         row = measure(shape, case, args.rounds)
         rows.append(row)
         seconds, errors = row["seconds"], row["errors"]
@@ -206,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
         kept = merge_rows(args.out, ("prompt", "completion", "generations"), rows)
-        write_result(args.out, {"model": shape.__dict__, "rounds": args.rounds, "results": kept})
+        write_result(args.out, {"model": asdict(shape), "rounds": args.rounds, "results": kept})
     return 0
 
 

@@ -50,15 +50,21 @@ def pieces(text: str) -> int:
     return max(1, len(re.findall(r"\w+|[^\w\s]", text)))
 
 
-def gsm8k_pairs(limit: int = 64) -> Sizes | None:
-    """Lengths of gsm8k's preference pairs; None where the file is absent."""
+def gsm8k_pairs(tokens: int) -> Sizes | None:
+    """Lengths of gsm8k's first preference pairs, about `tokens` together; None where the file is absent."""
     data = Path(os.environ.get("RFT_DATA", Path(__file__).parents[2] / "shared" / "data"))
     pairs = data / "gsm8k" / "preferences.jsonl"
     if not pairs.exists():
         return None
+    found: Sizes = []
     with pairs.open() as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(limit), strict=False)]
-    return [(pieces(r["prompt"]), [pieces(r["chosen"]), pieces(r["rejected"])]) for r in rows]
+        for row in map(json.loads, lines):
+            prompt, *sides = (pieces(row[key]) for key in ("prompt", "chosen", "rejected"))
+            found.append((prompt, sides))
+            tokens -= 2 * prompt + sum(sides)
+            if tokens <= 0:
+                break
+    return found
 
 
 def all_profiles(tokens: int = 16_000) -> dict[str, Sizes]:
@@ -72,6 +78,6 @@ def all_profiles(tokens: int = 16_000) -> dict[str, Sizes]:
     }
     for name, described in PAPER.items():
         out[name] = [described.pair()] * max(2, tokens // (2 * described.length))
-    if (pairs := gsm8k_pairs()) is not None:
+    if (pairs := gsm8k_pairs(tokens)) is not None:
         out["gsm8k-pairs"] = pairs
     return out

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "rewards")]
 
 import math_cases  # noqa: E402
-from common import RESULTS, use_peer, write_result  # noqa: E402
+from common import RESULTS, peer_versions, use_peer, write_result  # noqa: E402
 from equivalences import CASES  # noqa: E402
 from math_cases import Case  # noqa: E402
 
@@ -159,7 +159,9 @@ def main() -> None:
     result["pool"] = asyncio.run(pool_overhead())
     result["sandbox"] = sandbox_speed()
     print(json.dumps({k: result[k] for k in ("pool", "sandbox")}, indent=1))
-    write_result(RESULTS / "rewards.json", result, "math-verify", "trl")
+    if args.peers:
+        result["peers"] = peer_versions("trl", "trl")
+    write_result(RESULTS / "rewards.json", result, "math-verify")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ limit and learning rate (a tiny one, so that the completions stay as long as the
 `rft train` with the demo's own settings: vLLM in one process, the learner in another. TRL generates with
 transformers, in one process, with one thread and with all cores; the better of the two counts. Rounds of
 both are interleaved. A step's time is the wall time between the ends of two steps, so nothing is left
-out; the first `--warmup` steps of each run are. Written to benchmarks/results/step-time-cpu.json.
+out; the first `--warmup` steps of each run are. The error is the largest difference of log-probs between
+rft's learner and its engine. Written to benchmarks/results/step-time-cpu.json.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import cpu_name
-from peers.make_env import peer_python, run_peer
+from common import cpu_name, peer_versions
+from peers.make_env import run_peer
 
 from rft.tasks.arithmetic import Arithmetic
 
@@ -92,6 +93,7 @@ def time_rft(work: Path, name: str, s: dict[str, Any], warmup: int) -> dict[str,
     return {
         "seconds": step_times([m["time/wall"] for m in steps], warmup),
         "length": statistics.fmean(m["completion/length_mean"] for m in steps),
+        "gap": max(m["sync/logp_gap"] for m in steps),
         "parts": {
             part: statistics.median(m[f"time/{part}"] for m in steps[warmup:])
             for part in ("rollout", "reward", "train", "sync", "step")
@@ -138,21 +140,15 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {
         "settings": {k: v for k, v in s.items() if k not in ("model", "prompts")},
         "machine": {"cpu": cpu_name(), "cores": cores, "load_before": arguments.load},
-        "versions": {n: metadata.version(n) for n in ("torch", "transformers")} | {"trl": trl_version()},
+        "versions": {n: metadata.version(n) for n in ("torch", "transformers")} | peer_versions("trl", "trl"),
         "seconds_per_step": median,
         "completion_length": {n: statistics.fmean(r["length"] for r in found) for n, found in runs.items()},
+        "errors": {"log-prob gap": max(r["gap"] for r in runs["rft"])},
         "rft_parts": [r["parts"] for r in runs["rft"]],
         "runs": {n: [[round(t, 4) for t in r["seconds"]] for r in found] for n, found in runs.items()},
         "trl_best": best,
         "ratio": median[best] / median["rft"],
     }
-
-
-def trl_version() -> str:
-    code = "from importlib.metadata import version; print(version('trl'))"
-    return subprocess.run(
-        [peer_python("trl"), "-c", code], check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def main() -> None:

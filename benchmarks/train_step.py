@@ -1,12 +1,12 @@
 """Whole SFT, DPO and GRPO steps (forward, backward, optimizer; reference for DPO) of rft and of TRL.
 
-    python benchmarks/train_step.py [--peers] [--rounds 3] [--algorithms dpo ...] [--layers 4]
+    python benchmarks/train_step.py [--peers] [--rounds 3] [--cases dpo ...] [--model whole] [--scale 8]
 
-The model is Qwen3-0.6B's (width 1024, 16 heads, 8 of keys, MLP 3072) with random weights, 4 of its 28
-layers and 32,768 of its 151,936 tokens, so that it fits a small machine and the head keeps about its share;
---layers 28 --vocabulary 151936 is the whole. Both libraries keep a process with the model
-loaded, and take steps in turns on the same tokens, float32 on CPU; completions of GRPO are given.
-Every row carries the relative difference of the two libraries' first gradient norms.
+The model is Qwen3-0.6B with random weights: all widths its own, but a quarter of its 28 layers and of its
+151,936 tokens, so that it fits a small machine and the head keeps its share. Both libraries keep a process
+with the model loaded, and take steps in turns on the same tokens, float32 on CPU; completions of GRPO are
+given. Every row carries the relative difference of the two libraries' first gradient norms, and each
+process's peak memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, MatrixProduct, memory, merge_rows, seconds, write_result
+from common import (
+    RESULTS,
+    MatrixProduct,
+    forget_peak,
+    memory,
+    merge_rows,
+    peer_versions,
+    seconds,
+    write_result,
+)
 from peers.make_env import peer_python
+from shapes import QWEN3_600M, TOY, Shape
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
@@ -35,37 +46,52 @@ from rft.learner.learner import Learner, LearnerSpec
 from rft.packing import shares_prefix
 
 HERE = Path(__file__).resolve().parent
-ALGORITHM_NAMES = ("sft", "dpo", "grpo")
 LEARNING_RATE = 1e-6
-GATES = {"grpo": 1.5}
+GENERATIONS = 8
 EOS = 1
 PAD_WORD = "<pad>"
+MODELS = {
+    "whole": QWEN3_600M,
+    "quarter": replace(QWEN3_600M, layers=7, vocabulary=37_984),
+    "toy": TOY,
+}
 
 
-def build(folder: Path, layers: int, vocabulary: int, width: int = 1024) -> None:
+@dataclass(frozen=True)
+class Case:
+    """Tokens of a prompt and of a completion, and how many times faster than TRL rft must be."""
+
+    algorithm: str
+    prompt: int
+    completion: int
+    gate: float = 1.0
+
+    def scaled(self, by: float) -> Case:
+        prompt, completion = round(self.prompt * by), round(self.completion * by)
+        return replace(self, prompt=prompt, completion=completion)
+
+
+CASES = {
+    "sft": Case("sft", 192, 64),
+    "dpo": Case("dpo", 192, 64),
+    "grpo-equal": Case("grpo", 128, 128, gate=1.5),
+    "grpo-long-prompt": Case("grpo", 256, 64, gate=1.5),
+}
+
+
+def build(folder: Path, shape: Shape) -> None:
     """The model with a tokenizer for which token 17 reads "17", so that texts have the lengths wanted."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 128),
-        head_dim=128,
-        tie_word_embeddings=True,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word(i): i for i in range(vocabulary)}, unk_token=PAD_WORD))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=word(EOS), pad_token=PAD_WORD).save_pretrained(
-        folder
-    )
+    model = shape.build()
+    model.config.eos_token_id, model.config.pad_token_id = EOS, 0
+    model.save_pretrained(folder)
+    words = {word(i): i for i in range(shape.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=PAD_WORD))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=word(EOS), pad_token=PAD_WORD)
+    fast.save_pretrained(folder)
 
 
-def make_groups(algorithm: str, vocabulary: int, prompt: int, completion: int) -> list[Group]:
+def make_groups(case: Case, vocabulary: int) -> list[Group]:
     """GRPO: one group of 8, all of one length. DPO: 4 pairs. SFT: 8 answers. The last two of lengths within
     half of the given ones. Rewards alternate; every completion of SFT and DPO ends with the EOS."""
     dice = random.Random(0)
@@ -73,17 +99,19 @@ def make_groups(algorithm: str, vocabulary: int, prompt: int, completion: int) -
     def tokens(n: int, *end: int) -> tuple[int, ...]:
         return (*(dice.randrange(2, vocabulary) for _ in range(n)), *end)
 
-    if algorithm == "grpo":
-        samples = tuple(Completion(tokens(completion), reward=float(i % 2)) for i in range(8))
-        return [Group(Prompt(0, tokens(prompt), ""), samples)]
+    if case.algorithm == "grpo":
+        samples = [Completion(tokens(case.completion), reward=float(i % 2)) for i in range(GENERATIONS)]
+        return [Group(Prompt(0, tokens(case.prompt), ""), tuple(samples))]
+    sides = 2 if case.algorithm == "dpo" else 1
     out = []
-    for i in range(4 if algorithm == "dpo" else 8):
-        lengths = [round(completion * dice.uniform(0.5, 1.5)) for _ in range(2 if algorithm == "dpo" else 1)]
+    for i in range(GENERATIONS // sides):
+        lengths = [round(case.completion * dice.uniform(0.5, 1.5)) for _ in range(sides)]
         answers = tuple(
             Completion(tokens(n, EOS), finish="demonstration", reward=float(k == 0))
             for k, n in enumerate(lengths)
         )
-        out.append(Group(Prompt(i, tokens(round(prompt * dice.uniform(0.5, 1.5))), ""), answers))
+        prompt = tokens(round(case.prompt * dice.uniform(0.5, 1.5)))
+        out.append(Group(Prompt(i, prompt, ""), answers))
     return out
 
 
@@ -144,21 +172,21 @@ class Peer:
 class Ours:
     """rft's learner on the same groups."""
 
-    def __init__(self, algorithm: str, groups: list[Group], model: str, args: argparse.Namespace) -> None:
+    def __init__(self, case: Case, groups: list[Group], model: str, threads: int, device: str) -> None:
         config = LearnerConfig(learning_rate=LEARNING_RATE, entropy=False, tokens_per_micro_batch=4096)
         self.learner = Learner(
             LearnerSpec(
                 model=model,
                 tokenizer=model,
-                algorithm=ALGORITHMS[algorithm](),
+                algorithm=ALGORITHMS[case.algorithm](),
                 config=config,
-                device=args.device,
-                threads=args.threads,
+                device=device,
+                threads=threads,
                 seed=1,
                 total_steps=1000,
                 num_iterations=1,
                 minibatches=1,
-                max_completion_length=4 * args.completion,
+                max_completion_length=4 * case.completion,
                 temperature=1.0,
                 max_gap_mean=None,
                 max_gap=None,
@@ -176,46 +204,49 @@ class Ours:
         return {"seconds": taken, "loss": metrics["train/loss"], "grad_norm": metrics["train/grad_norm"]}
 
 
-def measure(algorithm: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    groups = make_groups(algorithm, args.vocabulary, args.prompt, args.completion)
+def measure(name: str, case: Case, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    groups = make_groups(case, MODELS[args.model].vocabulary)
     model = str(work / "model")
     common = {
-        "algorithm": algorithm,
+        "algorithm": case.algorithm,
         "model": model,
-        "work": str(work / f"trl-{algorithm}"),
+        "work": str(work / f"trl-{name}"),
         "steps": args.rounds + 1,
         "learning_rate": LEARNING_RATE,
         "threads": args.threads,
         "device": args.device,
     }
-    peer = Peer(peer_settings(algorithm, groups, common), work) if args.peers else None
+    peer = Peer(peer_settings(case.algorithm, groups, common), work) if args.peers else None
     try:
-        ours = Ours(algorithm, groups, model, args)
+        forget_peak()
+        ours = Ours(case, groups, model, args.threads, args.device)
         contestants: dict[str, Any] = {"rft": ours} | ({"trl": peer} if peer else {})
-        first = {name: c.step() for name, c in contestants.items()}
+        first = {who: c.step() for who, c in contestants.items()}
         yardstick = MatrixProduct()
-        rates, times = [yardstick.rate()], {name: list[float]() for name in contestants}
+        rates, times = [yardstick.rate()], {who: list[float]() for who in contestants}
         for _ in range(args.rounds):
-            for name, contestant in contestants.items():
-                times[name].append(contestant.step()["seconds"])
+            for who, contestant in contestants.items():
+                times[who].append(contestant.step()["seconds"])
             rates.append(yardstick.rate())
         row: dict[str, Any] = {
-            "algorithm": algorithm,
+            "case": name,
+            **asdict(case),
             "sequences": ours.batch.num_sequences,
             "tokens": sum(len(g.prompt.tokens) + len(c.tokens) for g in groups for c in g.completions),
             "packed_tokens": ours.batch.num_tokens,
             "shared": ours.shared,
-            "seconds": {name: statistics.median(t) for name, t in times.items()},
+            "seconds": {who: statistics.median(t) for who, t in times.items()},
+            "spread": {who: round(max(t) / min(t) - 1, 3) for who, t in times.items()},
             "peak_mb": {"rft": memory("VmHWM") / 1e6} | ({"trl": peer.peak_mb()} if peer else {}),
             "yardstick_gflops": [round(statistics.median(rates), 1), round(min(rates), 1)],
-            "gate": GATES.get(algorithm),
         }
         if peer:
             a, b = first["rft"]["grad_norm"], first["trl"]["grad_norm"]
             row["grad_norm"] = a
             row["errors"] = {"gradient norm": abs(a - b) / b}
             row["gain"] = statistics.median(b / a for a, b in zip(times["rft"], times["trl"], strict=True))
-            row["passed"] = row["gain"] >= (row["gate"] or 1.0)
+            row["passed"] = row["gain"] >= case.gate
+            row["peers"] = peer_versions("trl", "trl")
         return row
     finally:
         if peer:
@@ -224,28 +255,25 @@ def measure(algorithm: str, args: argparse.Namespace, work: Path) -> dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHM_NAMES, default=list(ALGORITHM_NAMES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each, after one that is not")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=32_768)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
+    parser.add_argument("--model", choices=MODELS, default="quarter", help="how much of Qwen3-0.6B")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the lengths of all texts")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", action="store_true", help="also TRL, in its own environment")
     parser.add_argument("--out", type=Path, default=RESULTS / "train-step-cpu.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    names = ("layers", "vocabulary", "width", "prompt", "completion", "rounds")
-    settings = {k: getattr(args, k) for k in names}
+    shape = MODELS[args.model]
+    settings = {"model": args.model, "shape": asdict(shape), "rounds": args.rounds}
     with tempfile.TemporaryDirectory(prefix="train-step-") as work:
-        build(Path(work) / "model", args.layers, args.vocabulary, args.width)
-        for algorithm in args.algorithms:
-            row = measure(algorithm, args, Path(work))
+        build(Path(work) / "model", shape)
+        for name in args.cases:
+            row = measure(name, CASES[name].scaled(args.scale), args, Path(work))
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-            rows = merge_rows(args.out, ("algorithm",), [row])
-            write_result(args.out, settings | {"results": rows}, "trl")
+            rows = merge_rows(args.out, ("case",), [row])
+            write_result(args.out, settings | {"results": rows})
     return 0
 
 

@@ -14,40 +14,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Settings, settings, timed
+from harness import Settings, random_model, settings, timed
 from peft import LoraConfig, get_peft_model
 from profiles import PAPER
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from shapes import Shape
 
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.kernels.attention import hidden_states, prepare_model, relative_error, sequence_hidden_states
 from rft.kernels.attention_route import Kernel, decoder_of
 from rft.kernels.forest import Forest
-from rft.packing import segment_pairs
 
-SHAPES = {  # width, MLP, layers, heads, heads of keys
-    "1B": (2048, 8192, 16, 16, 8),
-    "7B": (4096, 14_336, 32, 32, 8),
-    "small": (64, 128, 2, 2, 1),
+SHAPES = {
+    "1B": Shape(2048, 8192, 16, 16, 8, 128, 1024),
+    "7B": Shape(4096, 14_336, 32, 32, 8, 128, 1024),
+    "small": Shape(64, 128, 2, 2, 1, 32, 1024),
 }
 GROUP_TARGETS = {4096: 1.5, 8192: 2.0}
-VOCABULARY = 1024
 
 
 def build(shape: str, s: Settings, lora: bool) -> Any:
-    width, mlp, layers, heads, shared = SHAPES[shape]
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=shared,
-        head_dim=width // heads,
-        max_position_embeddings=1 << 16,
-    )
-    with torch.device(s.device):
-        model: Any = Qwen3ForCausalLM(config).to(s.dtype)
+    model: Any = random_model(SHAPES[shape], s)
     if lora:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     model.train()
@@ -59,20 +45,12 @@ def build(shape: str, s: Settings, lora: bool) -> Any:
 
 def groups_of(prompt: int, completions: list[int], count: int) -> list[Group]:
     def tokens(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(VOCABULARY, (n,)).tolist())
+        return tuple(torch.randint(SHAPES["small"].vocabulary, (n,)).tolist())
 
     return [
         Group(Prompt(i, tokens(prompt), ""), tuple(Completion(tokens(n)) for n in completions))
         for i in range(count)
     ]
-
-
-def operations(shape: str, batch: Batch) -> float:
-    """Of the forward's matrix products: the weights', two per token and weight, and the attention's."""
-    width, mlp, layers, heads, shared = SHAPES[shape]
-    weights = 2 * width * width + 2 * width * (width // heads) * shared + 3 * width * mlp
-    pairs = int(segment_pairs(batch.segment, batch.parent).sum())
-    return float(layers * (2 * weights * batch.num_tokens + 4 * width * pairs))
 
 
 def cases(s: Settings) -> dict[str, tuple[list[Group], float]]:
@@ -120,7 +98,7 @@ def measure(shape: str, lora: bool, s: Settings) -> list[dict[str, Any]]:
         runs: dict[str, Callable[[], object]] = {"separate": lambda: run(kernels[0], False)}
         runs |= {k: lambda k=k: run(k, True) for k in kernels}  # type: ignore[misc]
         found = timed(runs, rounds=1 if s.small else 5)
-        bound = operations(shape, layouts[False]) / operations(shape, layouts[True])
+        bound = SHAPES[shape].operations(layouts[False]) / SHAPES[shape].operations(layouts[True])
         gains = {k: found["separate"]["seconds"] / found[k]["seconds"] for k in kernels}
         best = max(gains.values())
         row = {"shape": shape, "lora": lora, "case": name, "bound": bound, "gains": gains, "runs": found}

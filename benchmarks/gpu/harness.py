@@ -23,6 +23,8 @@ import torch
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the benchmarks beside this folder
 
 from common import RESULTS, clock, peak_of, write_result
+from shapes import Shape
+from transformers import Qwen3ForCausalLM
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PACKAGES = ("triton", "peft", "bitsandbytes", "liger-kernel", "cut-cross-entropy", "trl", "vllm", "ray")
@@ -69,6 +71,12 @@ def settings(part: str, description: str | None) -> Settings:
         parser.error("there is no CUDA device: give --small to run toy sizes on the CPU")
     torch.manual_seed(time.time_ns() % 2**31)  # fresh data every time: correctness must not hang on a seed
     return Settings(part, args.small, args.out)
+
+
+def random_model(shape: Shape, s: Settings) -> Qwen3ForCausalLM:
+    """On the part's device and in its dtype; other weights at every call."""
+    with torch.device(s.device):
+        return Qwen3ForCausalLM(shape.config()).to(s.dtype)
 
 
 def clocks() -> dict[str, str]:

@@ -6,13 +6,14 @@ measured rate of matrix products (target: above 45 %), the peak memory of a QLoR
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from forest import SHAPES, VOCABULARY, groups_of
-from harness import Settings, settings, timed
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from forest import SHAPES, groups_of
+from harness import Settings, random_model, settings, timed
+from shapes import QWEN3_600M
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
@@ -24,22 +25,10 @@ from rft.memory import ModelShape, learner_bytes
 TARGET = 0.45
 
 
-def save(shape: str, s: Settings, folder: Path) -> str:
-    width, mlp, layers, heads, shared = SHAPES[shape]
-    config = Qwen3Config(
-        vocab_size=VOCABULARY if s.small else 151_936,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=shared,
-        head_dim=width // heads,
-        max_position_embeddings=1 << 16,
-    )
-    with torch.device(s.device):
-        model = Qwen3ForCausalLM(config).to(s.dtype)
-    model.save_pretrained(folder / shape)
-    return str(folder / shape)
+def save(name: str, s: Settings, folder: Path) -> str:
+    shape = SHAPES[name] if s.small else replace(SHAPES[name], vocabulary=QWEN3_600M.vocabulary)
+    random_model(shape, s).save_pretrained(folder / name)
+    return str(folder / name)
 
 
 def step(name: str, model: str, s: Settings, **options: Any) -> dict[str, Any]:

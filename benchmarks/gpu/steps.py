@@ -12,26 +12,15 @@ from importlib.util import find_spec
 
 from harness import script, settings
 
-FULL = (
-    "--layers",
-    "28",
-    "--vocabulary",
-    "151936",
-    "--prompt",
-    "2048",
-    "--completion",
-    "512",
-    "--rounds",
-    "5",
-)
-SMALL = ("--layers", "1", "--vocabulary", "500", "--width", "128", "--prompt", "16", "--completion", "8")
+FULL = ("--model", "whole", "--scale", "8", "--rounds", "5", "--device", "cuda")
+SMALL = ("--model", "toy", "--scale", "0.0625", "--rounds", "1", "--device", "cpu")
 
 if __name__ == "__main__":
     s = settings("steps", __doc__)
     out, log = s.out / "gpu-steps.partial.json", s.out / "gpu-steps.log"
     s.out.mkdir(parents=True, exist_ok=True)
     peers = not s.small and ("RFT_PEER_TRL" in os.environ or find_spec("trl") is not None)
-    sizes = (*SMALL, "--rounds", "1", "--device", "cpu") if s.small else (*FULL, "--device", "cuda")
+    sizes = SMALL if s.small else FULL
     script("train_step.py", *sizes, *(["--peers"] if peers else []), "--out", out, log=log)
     found = json.loads(out.read_text())
     out.unlink()
