@@ -39,6 +39,10 @@ class ASFT(DFT):
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
         return full_kl(logps, reference) if self.direction == "reverse" else full_kl(reference, logps)
 
+    @property
+    def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
+        return self.direction, 0.5
+
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         loss = super().loss(policy, batch)
         if not self.lam:

@@ -181,6 +181,12 @@ class Algorithm(ABC):
         distributions, given as log-probs over the vocabulary, [..., V] each: [...]."""
         return full_kl(logps, reference)
 
+    @property
+    def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
+        """The direction and the beta by which `rft.kernels.divergence.full_kl` is the same as `divergence`,
+        without the vocabulary's distributions in memory; None where it has none."""
+        return ("reverse", 0.5) if type(self).divergence is Algorithm.divergence else None
+
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """([P], [P]): sequence indices of the pairs that a loss of unit `pair` is about. Pairs lie
         within groups, so they survive any split that keeps groups whole."""

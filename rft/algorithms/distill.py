@@ -43,6 +43,12 @@ class Distill(Algorithm):
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
         return jensen_shannon(logps, reference, self.beta)
 
+    @property
+    def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
+        if 0 < self.beta < 1:
+            return "js", self.beta
+        return ("reverse" if self.beta else "forward"), 0.5
+
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         given = round(self.demonstration_share * num_generations) if demonstration else 0
         return (*[Rollout(prefix_share=1.0)] * given, *[Rollout()] * (num_generations - given))

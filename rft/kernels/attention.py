@@ -117,7 +117,8 @@ def prepare_model(model: nn.Module, kernel: Kernel = "auto") -> AttentionRoute:
     Routes are tried in order on a forest of random tokens, without gradient and with dropout off,
     and compared with separate sequences through the model as it came. The choice is kept on the
     model's decoder. Warns where sequences cannot be packed. Raises ValueError for a model for which
-    no route is exact (encoder-decoders, prompt tuning, non-causal attention), by name.
+    no route is exact (encoder-decoders, prompt tuning, non-causal attention), and for one whose attention
+    cannot be replaced where a kernel other than "auto" is asked for, by name.
     """
     decoder = decoder_of(model)
     routes = [replace(route, kernel=kernel) for route in candidates(model, decoder)]
@@ -133,6 +134,11 @@ def prepare_model(model: nn.Module, kernel: Kernel = "auto") -> AttentionRoute:
     finally:
         for module in training:
             module.training = True
+    if kernel != "auto" and route.kind != "merge":
+        raise ValueError(
+            f"the attention of {type(decoder).__name__} cannot be replaced by the kernel {kernel} "
+            f"({route.reason}): use auto"
+        )
     if route.kind == "sequences":
         warnings.warn(
             f"{type(decoder).__name__} cannot run packed or share prefixes ({route.reason}): every sequence "

@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_reference as reference
-from rft.kernels.logprob import spread
-from rft.kernels.logprob_common import LogitMap, check_head, shape
+from rft.kernels.logprob_common import LogitMap, check_head, shape, spread
 from rft.kernels.logprob_linear import Head
 
 Direction = Literal["reverse", "forward", "js"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_reference as reference
-from rft.kernels.logprob_common import LogitMap, accumulate_dtype, check_head, check_targets, shape
+from rft.kernels.logprob_common import LogitMap, accumulate_dtype, check_head, check_targets, shape, spread
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
 
@@ -84,7 +84,8 @@ def token_logps(
         lora: (A [r, H], B [V, r], scale) adds scale * B A to the weight, which is never merged.
         support: [T, ceil(V/8)] uint8 from `pack_support`: the tokens among which each row's target was
             sampled (top-k, top-p). Probabilities are taken among them; the target always counts.
-        mask: [T] bool. Rows that are False never reach the head; they get log-prob and entropy 0.
+        mask: [T] bool. Rows that are False never reach the head; they get log-prob and entropy 0. Rows whose
+            log-prob and entropy get no gradient are left out of the backward (on CPU).
         backend: "auto" takes "triton" on CUDA where it serves, "chunked" elsewhere.
 
     Gradients flow to hidden, weight, bias, A and B, from log-probs and entropies alike.
@@ -106,11 +107,6 @@ def token_logps(
         logps = spread(few, rows, mask.shape[0])
         entropies = None if few_entropies is None else spread(few_entropies, rows, mask.shape[0])
     return logps if entropies is None else (logps, entropies)
-
-
-def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """x [n, ...] at the indices `rows` of a tensor [size, ...] that is 0 elsewhere."""
-    return x.new_zeros((size, *x.shape[1:])).index_copy(0, rows, x)
 
 
 def pack_support(kept: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rft.kernels.logprob_common import LogitMap, accumulate_dtype
+from rft.kernels.logprob_common import LogitMap, accumulate_dtype, spread
 from rft.kernels.logprob_linear import Head, WeightGrad
 
 CHUNK_BYTES = 1 << 25  # logits of one chunk
@@ -291,6 +291,13 @@ class Recompute(torch.autograd.Function):
         wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
         kept, ctx.kept = ctx.kept, None  # spent by the first backward; a second one recomputes
         buffer = None if kept is None else kept[0]
+        count = hidden.shape[0]
+        used = None if kept is not None else pulled_rows(grad, grad_entropy)
+        if used is not None:
+            hidden, targets, lse, grad = (x[used] for x in (hidden, targets, lse, grad))
+            low, support, entropies, grad_entropy = (
+                None if x is None else x[used] for x in (low, support, entropies, grad_entropy)
+            )
         rows = Rows(targets, support)
         chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, ctx.map, buffer=buffer)
         if kept is not None and grad_entropy is None:
@@ -300,7 +307,22 @@ class Recompute(torch.autograd.Function):
             if entropies is not None and grad_entropy is not None:
                 up = replace(up, entropy=entropies, grad_entropy=grad_entropy * ctx.map.slope)
             grads = backward(chunks, up, wants)
+        if used is not None:
+            grads.hidden, grads.low = (
+                None if x is None else spread(x, used, count) for x in (grads.hidden, grads.low)
+            )
         return *grads.for_inputs(bias, low_rank), *[None] * 3
+
+
+def pulled_rows(grad: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
+    """Indices of the rows with an upstream gradient, [T, K] and [T]; None if all have one. Rows without
+    (groups whose advantages are 0) are not recomputed. On a GPU nothing waits to find out."""
+    if grad.is_cuda:
+        return None
+    pulled = (grad != 0).any(1)
+    if grad_entropy is not None:
+        pulled |= grad_entropy != 0
+    return None if bool(pulled.all()) else pulled.nonzero()[:, 0]
 
 
 def differentiate_forward(

@@ -54,6 +54,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """x [n, ...] at the indices `rows` of a tensor [size, ...] that is 0 elsewhere."""
+    return x.new_zeros((size, *x.shape[1:])).index_copy(0, rows, x)
+
+
 def shape(x: Tensor) -> str:
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 

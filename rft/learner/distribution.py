@@ -3,9 +3,9 @@ the reference, the embedding that the policy expected), and other embeddings tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states
+from rft.kernels.divergence import full_kl
 from rft.learner.model import Head, head_of
 
 CELLS = 2**24  # log-probs held at once: 64 MiB in float32
@@ -36,25 +37,50 @@ def _chunks(n: int, vocabulary: int) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, n, size))
 
 
+def _fuses(head: Head, reference: Head) -> bool:
+    """Whether the fused kernel serves two heads: it has no LoRA factors, and one map from products to
+    logits for both."""
+    same = head.softcap == reference.softcap and head.logit_scale == reference.logit_scale
+    return same and head.lora is None and reference.lora is None
+
+
 def full_divergence(
-    divergence: Callable[[Tensor, Tensor], Tensor],
+    algorithm: Algorithm,
     head: Head,
     hidden: Tensor,
     reference: Head | None,
     ref_hidden: Tensor | None,
     temperature: float,
+    backend: Literal["auto", "reference", "chunked"] = "auto",
 ) -> Tensor:
-    """[n] float32: `divergence(policy, reference)` of the next-token log-probs at hidden states [n, H], with
-    gradient to the policy. A row chunk is computed again in the backward pass instead of kept.
-    Without a reference the policy's own distribution, detached, stands in its place."""
+    """[n] float32: `algorithm.divergence` of the policy's next-token distributions at hidden states [n, H]
+    from the reference's, with gradient to the policy; by the fused kernel where that knows the divergence.
+    Otherwise, a row chunk is computed again in the backward pass instead of kept. Without a reference the
+    policy's own distribution, detached, stands in its place."""
+    known = algorithm.known_divergence
+    if known is not None and reference is not None and ref_hidden is not None and _fuses(head, reference):
+        return full_kl(
+            hidden,
+            head.weight.to(hidden.dtype),
+            ref_hidden,
+            reference.weight.to(ref_hidden.dtype),
+            known[0],
+            beta=known[1],
+            bias=head.bias,
+            ref_bias=reference.bias,
+            temperature=temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            backend=backend,
+        )
 
     def part(h: Tensor, r: Tensor | None) -> Tensor:
         logps = next_logps(head, h, temperature)
         if reference is None or r is None:
-            return divergence(logps, logps.detach())
+            return algorithm.divergence(logps, logps.detach())
         with torch.no_grad():
             other = next_logps(reference, r, temperature)
-        return divergence(logps, other)
+        return algorithm.divergence(logps, other)
 
     vocabulary = head.weight.shape[0]
     found = [

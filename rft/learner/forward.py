@@ -103,8 +103,15 @@ class PolicyModel:
             assert algorithm is not None, "kl is the divergence of an algorithm"
             ref_hidden = None if reference is None else reference.states(batch, rows)
             ref_head = None if reference is None else reference.head()
+            backend = self.kernels.logprob
             found["kl"] = full_divergence(
-                algorithm.divergence, self.head(), hidden, ref_head, ref_hidden, self.temperature
+                algorithm,
+                self.head(),
+                hidden,
+                ref_head,
+                ref_hidden,
+                self.temperature,
+                "auto" if backend == "triton" else backend,
             )
         return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
 

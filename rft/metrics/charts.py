@@ -99,6 +99,12 @@ def _stack(axes: Axes, run: Run, parts: dict[str, tuple[str, str]]) -> bool:
     return True
 
 
+def _as_share(axes: Axes, top: float | None = 1.02) -> None:
+    """Percents from 0 to `top` (None: as high as what is drawn)."""
+    axes.set_ylim(0, top)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+
+
 # -- one function a chart: draws, and says whether there was anything to draw ----------------------
 
 
@@ -136,8 +142,7 @@ def _accuracy(axes: Axes, run: Run) -> bool:
         sorted(n for n in run.names() if n.startswith("eval/pass@")), COLORS[1:], strict=False
     ):
         _line(axes, run, name, color, name.removeprefix("eval/"), noisy=False)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    _as_share(axes)
     return True
 
 
@@ -149,8 +154,7 @@ def _examples(axes: Axes, run: Run) -> bool:
 def _preferences(axes: Axes, run: Run) -> bool:
     names = ("preference_accuracy", "label_accuracy", "step_accuracy")
     drawn = _lines(axes, run, {f"eval/{name}": name.replace("_", " ") for name in names})
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    _as_share(axes)
     return drawn
 
 
@@ -207,16 +211,14 @@ def _shares(axes: Axes, run: Run) -> bool:
             "policy/corrected_away": "corrected tokens",
         },
     )
-    axes.set_ylim(0, None)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    _as_share(axes, top=None)
     return drawn
 
 
 def _outcomes(axes: Axes, run: Run) -> bool:
     parts = {f"reward/outcome/{name}": (name, color) for name, color in OUTCOMES.items()}
     drawn = _stack(axes, run, parts)
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    _as_share(axes, top=1)
     return drawn
 
 
@@ -230,16 +232,14 @@ def _age(axes: Axes, run: Run) -> bool:
     )
     shades = dict(zip([a for a, _ in ages], COLORS * (len(ages) // len(COLORS) + 1), strict=False))
     if _stack(axes, run, {name: (f"{age} old", shades[age]) for age, name in ages}):
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter("{x:.0%}")
+        _as_share(axes, top=1)
         return True
     return _lines(axes, run, {"rollout/age_mean": "mean", "rollout/age_max": "oldest"})
 
 
 def _sparsity(axes: Axes, run: Run) -> bool:
     drawn = _line(axes, run, "train/update_sparsity", ORANGE)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    _as_share(axes)
     return drawn
 
 
@@ -250,8 +250,7 @@ def _diversity(axes: Axes, run: Run) -> bool:
         "completion/shared": "repeats across prompts",
     }
     drawn = _lines(axes, run, wanted)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    _as_share(axes)
     return drawn
 
 

@@ -375,6 +375,16 @@ def test_models_that_are_no_causal_lm_are_refused_by_name() -> None:
         prepare_model(tuned)
 
 
+@pytest.mark.parametrize(("name", "why"), [("stablelm", "merge: "), ("jamba", "layers of type linear_attention")])
+def test_a_kernel_that_a_model_cannot_take_is_refused_by_name(name: str, why: str) -> None:
+    model = build(name)
+    with pytest.raises(
+        ValueError, match=rf"attention of \w+ cannot be replaced by the kernel masked \(.*{why}"
+    ):
+        prepare_model(model, "masked")
+    assert not hasattr(decoder_of(model), ROUTE)
+
+
 def test_segments_out_of_their_tree_are_refused() -> None:
     with pytest.raises(ValueError, match="segment 2 continues segment 0, outside the tree that starts at 1"):
         forest_of([2, 2, 2], [-1, -1, 0])

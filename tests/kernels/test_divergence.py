@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from rft.algorithms.asft import ASFT
+from rft.algorithms.base import Algorithm
+from rft.algorithms.distill import Distill
+from rft.algorithms.dpo import DPO
+from rft.algorithms.ppo import PPO
+from rft.algorithms.weak_to_strong import WeakToStrong
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_linear as linear
 from rft.kernels.divergence import full_kl
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_chunked import unpack_support
 from rft.kernels.topk import sampled_support, topk_logps
+from rft.learner.distribution import full_divergence, next_logps
+from rft.learner.model import Head
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -62,6 +70,35 @@ def test_gradcheck(direction: Any, frozen: bool) -> None:
     assert torch.autograd.gradcheck(
         lambda *_: full_kl(h, w, rh, rw, direction, beta=0.2), [h] if frozen else [h, w]
     )
+
+
+WITH_DISTRIBUTIONS = [
+    PPO(kl_in="loss", kl_estimator="full", beta=0.1),
+    ASFT(direction="reverse"),
+    ASFT(direction="forward"),
+    *(Distill(beta=beta) for beta in (0.0, 0.3, 1.0)),
+    WeakToStrong(),
+    DPO(weighting="aligned"),
+]
+
+
+@pytest.mark.parametrize("algorithm", WITH_DISTRIBUTIONS, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_algorithms_ask_of_distributions(algorithm: Algorithm, lora: bool) -> None:
+    """The learner's divergence, fused or not, is the algorithm's own of plain softmax."""
+    h, w, rh, rw = heads(torch.float64)
+    factors = (torch.randn(2, 6).double(), torch.randn(29, 2).double(), 0.5) if lora else None
+    head = Head(w, torch.linspace(-1, 1, 29).double(), 2.0, 0.7, factors)
+    reference = Head(rw, torch.linspace(1, -1, 29).double(), 2.0, 0.7)
+    found = []
+    plain = [next_logps(x, y, 0.6) for x, y in ((head, h), (reference, rh))]
+    for out in (
+        algorithm.divergence(plain[0], plain[1].detach()),
+        full_divergence(algorithm, head, h, reference, rh, 0.6),
+    ):
+        found.append([out, *torch.autograd.grad((out * torch.linspace(-1, 2, 9)).sum(), [h, w])])
+    for a, b in zip(*found, strict=True):
+        assert ((a - b).norm() / b.norm()).item() < 1e-5
 
 
 def test_by_hand() -> None:

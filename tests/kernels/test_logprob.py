@@ -191,6 +191,33 @@ def test_huge_and_impossible_logits(backend: Any) -> None:
     assert impossible.tolist() == [-torch.inf] * 2
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("case", ["plain", "softcap", "bias", "lora", "support", "several"])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_rows_without_a_gradient_stay_out_of_the_backward(case: str, entropy: bool) -> None:
+    """What they would add is 0 times infinity: had they reached the head, gradients would be nan. (Through
+    LoRA's A they are, outside the kernel.)"""
+    x = inputs(CASES[case], 13, 8, 37, torch.float64)
+    leaf, targets, options = x["leaf"], x["targets"], x["options"]
+    leaves = [p for p in leaf.values() if p.requires_grad]
+    pulled = torch.tensor([0, 3, 4, 12])
+
+    def gradients(backend: Backend, rows: Tensor) -> tuple[Tensor, ...]:
+        few = dict(options) if "support" not in options else options | {"support": options["support"][rows]}
+        made = token_logps(
+            leaf["hidden"][rows], leaf["weight"], targets[rows], entropy=True, backend=backend, **few
+        )
+        here = torch.isin(rows, pulled)
+        loss = made[0][here].sin().sum() + (made[1][here].sin().sum() if entropy else 0)
+        return torch.autograd.grad(loss, leaves)
+
+    wanted = gradients("reference", pulled)
+    if case != "lora":
+        leaf["hidden"].data[1:3] = torch.inf
+    for a, b in zip(gradients("chunked", torch.arange(13)), wanted, strict=True):
+        assert relative(a, b) < 1e-12
+
+
 def test_uniform_distribution_by_hand() -> None:
     logps, entropy = token_logps(torch.zeros(2, 3), torch.randn(8, 3), torch.tensor([0, 5]), entropy=True)
     assert torch.allclose(logps, -torch.tensor([8.0, 8.0]).log())
