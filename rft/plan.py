@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ from rft.sync.choice import channel_spec, choose_transport, layout_problems
 from rft.sync.spec import ChannelSpec
 
 Device = Literal["cpu", "cuda"]
+Engine = Literal["vllm", "hf"]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Plan:
     tokenizer: Any
     shape: ModelShape
     device: Device
-    engine: Literal["vllm", "hf"]
+    engine: Engine
     transport: str
     stop_ids: tuple[int, ...]
     train_prompts: PromptSet | None
@@ -74,6 +76,7 @@ class Plan:
             eager=self.device == "cpu" if c.enforce_eager is None else c.enforce_eager,
             needs_text=bool(c.sampling.stop),
             transport=self.transport,
+            sleeps=self.channel_spec().colocated,
             control_timeout_s=c.control_timeout_s,
             stop_token_ids=(*self.stop_ids, *c.sampling.stop_token_ids),
             trust_remote_code=self.config.model.trust_remote_code,
@@ -168,61 +171,53 @@ def threads_for(threads: int | None, cores: str | None) -> int:
     return len(parse_cores(cores)) if cores else len(os.sched_getaffinity(0))
 
 
-def make_plan(config: Config, *, model: str | None = None, evaluate: bool = False) -> Plan:
-    """Resolve a config; `model` overrides its model's path, `evaluate` prepares for sampling on held-out
-    prompts whatever the algorithm. Raises ConfigError with all problems."""
-    problems: list[str] = []
+class _Problems(list[str]):
+    """All that is wrong with a config."""
 
-    def attempt(what: str, action: Callable[[], Any]) -> Any:
+    def attempt(self, what: str, action: Callable[[], Found]) -> Found | None:
+        """What `action` returns; None, and a problem noted, if it fails."""
         try:
             return action()
         except (ModelError, DataError, ValueError, OSError) as error:
-            problems.append(f"{what}: {error}")
+            self.append(f"{what}: {error}")
             return None
 
+
+def make_plan(config: Config, *, model: str | None = None, evaluate: bool = False) -> Plan:
+    """Resolve a config; `model` overrides its model's path, `evaluate` prepares for sampling on held-out
+    prompts whatever the algorithm. Raises ConfigError with all problems."""
+    problems = _Problems()
+    attempt = problems.attempt
     sampled = config.algorithm.online or config.eval.generate or evaluate
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine: Literal["vllm", "hf"] | None = (
-        attempt("rollout.engine", lambda: _engine(config)) if sampled else "hf"
-    )
-    path = attempt("model", lambda: resolve_model(config, model))
-    shape: ModelShape | None = None
-    if path:
+    engine: Engine | None = attempt("rollout.engine", lambda: _engine(config)) if sampled else "hf"
+    trusted = config.model.trust_remote_code
+    shape = tokenizer = train = held_out = offline = None
+    if path := attempt("model", lambda: resolve_model(config, model)):
         shape = attempt("model.path", lambda: ModelShape.of(path, config.model))
-    tokenizer = None
-    if path:
-        tokenizer_path = config.model.tokenizer or path
-        tokenizer = attempt(
-            "model.tokenizer", lambda: load_tokenizer(tokenizer_path, config.model.trust_remote_code)
-        )
-    train = held_out = None
+        named = config.model.tokenizer or path
+        tokenizer = attempt("model.tokenizer", lambda: load_tokenizer(named, trusted))
     limit = config.rollout.sampling.max_prompt_length
-    if tokenizer is not None and config.algorithm.online:
-        train = attempt("data", lambda: load_prompts(config.data, tokenizer, "train", limit))
-    if tokenizer is not None and sampled and config.eval.every:
-        held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
-    offline: OfflineData | None = None
-    if tokenizer is not None and not config.algorithm.online:
-        offline = attempt("data", lambda: load_offline(config, tokenizer))
+    if tokenizer is not None:
+        if config.algorithm.online:
+            train = attempt("data", lambda: load_prompts(config.data, tokenizer, "train", limit))
+        else:
+            offline = attempt("data", lambda: load_offline(config, tokenizer))
+        if sampled and config.eval.every:
+            held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
     problems += _misfits(config, shape, engine, train, offline)
-    network = meta_network(path, config.model.trust_remote_code) if path and shape is not None else None
-    problems += learner_problems("learner", config.learner, network, config.algorithm)
-    if config.warm_start is not None:
-        problems += learner_problems("warm_start.learner", config.warm_start.learner, network, None)
+    network = meta_network(path, trusted) if path and shape is not None else None
+    problems += _part_problems(config, device, engine, shape, network)
     if tokenizer is not None and shape is not None:
         wrong = vocabulary_problem(tokenizer, shape.vocab)
         problems += [wrong] if wrong else []
-    problems += config.learner.kernels.misfits(device)
-    problems += parallel_problems(config, device)
     if config.rewards.functions:
         scored = train or held_out
         columns = None if scored is None else {name for p in scored.prompts for name in p.columns}
         problems += check_reward(config.rewards, Path.cwd(), columns)
-    if engine is not None:
-        wire = resolve_dtype(config.rollout.dtype, device).itemsize
-        problems += layout_problems(config, device, engine, shape.parameters * wire if shape else None)
     if problems or path is None or shape is None or engine is None:
         raise ConfigError(problems)
+    adapter = config.learner.adapter
     return Plan(
         config=config,
         model=path,
@@ -235,10 +230,23 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
         train_prompts=train,
         eval_prompts=held_out,
         offline=offline,
-        adapter_parameters=trained_parameters(network, config.learner.adapter)
-        if network is not None and config.learner.adapter is not None
-        else None,
+        adapter_parameters=trained_parameters(network, adapter) if network is not None and adapter else None,
     )
+
+
+def _part_problems(
+    config: Config, device: Device, engine: Engine | None, shape: ModelShape | None, network: Any
+) -> list[str]:
+    """What the learner, its kernels, the ranks and the places of the actors each object to."""
+    out = learner_problems("learner", config.learner, network, config.algorithm)
+    if config.warm_start is not None:
+        out += learner_problems("warm_start.learner", config.warm_start.learner, network, None)
+    out += config.learner.kernels.misfits(device)
+    out += parallel_problems(config, device)
+    if engine is not None:
+        wire = resolve_dtype(config.rollout.dtype, device).itemsize
+        out += layout_problems(config, device, engine, shape.parameters * wire if shape else None)
+    return out
 
 
 def _eval_prompts(config: Config, tokenizer: Any, limit: int) -> PromptSet:
@@ -267,7 +275,7 @@ def resolve_model(config: Config, model: str | None = None) -> str:
     return str(folder.absolute())
 
 
-def _engine(config: Config) -> Literal["vllm", "hf"]:
+def _engine(config: Config) -> Engine:
     installed = importlib.util.find_spec("vllm") is not None
     if config.rollout.engine == "auto":
         return "vllm" if installed else "hf"

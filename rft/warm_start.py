@@ -39,6 +39,27 @@ def _data(config: Config, stage: WarmStartConfig) -> DataConfig:
     return stage.data or config.data
 
 
+def _spec(plan: Plan, stage: WarmStartConfig) -> LearnerSpec:
+    config = plan.config
+    return LearnerSpec(
+        model=plan.model,
+        tokenizer=config.model.tokenizer or plan.model,
+        algorithm=SFT(),
+        config=stage.learner,
+        device=plan.device,
+        threads=threads_for(stage.learner.threads, stage.learner.cores),
+        seed=config.seed,
+        total_steps=stage.steps,
+        num_iterations=1,
+        minibatches=1,
+        max_completion_length=config.rollout.sampling.max_completion_length,
+        temperature=1.0,
+        max_gap_mean=None,
+        max_gap=None,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
 async def warm_start(
     plan: Plan, start_learner: Any, progress: Progress, run: Path, stop: asyncio.Event
 ) -> str:
@@ -58,25 +79,7 @@ async def warm_start(
         progress.note(f"warm start: found in {folder}")
         return str(folder)
     groups = load_groups(_data(config, stage), plan.tokenizer, "sft").groups
-    learner = start_learner(
-        LearnerSpec(
-            model=plan.model,
-            tokenizer=config.model.tokenizer or plan.model,
-            algorithm=SFT(),
-            config=stage.learner,
-            device=plan.device,
-            threads=threads_for(stage.learner.threads, stage.learner.cores),
-            seed=config.seed,
-            total_steps=stage.steps,
-            num_iterations=1,
-            minibatches=1,
-            max_completion_length=config.rollout.sampling.max_completion_length,
-            temperature=1.0,
-            max_gap_mean=None,
-            max_gap=None,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    )
+    learner = start_learner(_spec(plan, stage))
     with Progress(stage.steps, f"{config.name}: warm start", display=config.tracking.display) as own:
         loop = OfflineLoop(
             learner,

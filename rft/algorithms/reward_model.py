@@ -22,20 +22,10 @@ def response_scores(policy: PolicyOutput, batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RewardModel(Algorithm):
-    """loss = -log sigmoid(r(chosen) - r(rejected) - margin) + centre * (r(chosen) + r(rejected))^2; Ouyang et
-    al. 2022, eq. 1; margin: Touvron et al. 2023, "Llama 2", eq. 2; centring: Eisenstein et al. 2023.
-
-    Bradley-Terry knows rewards up to a constant; centring fixes it at 0. `margin` says how much
-    better the chosen is, from `columns["margin"]` [N] (`data.numbers`).
-    """
+class ScoreHead(Algorithm):
+    """What reward models share: they train offline, on the scores of a head with `score_heads` outputs."""
 
     online: ClassVar[bool] = False
-    unit: ClassVar[Unit] = "pair"
-    data: ClassVar[DataKind] = "preference"
-
-    centre: float = setting(0.0, "weight of the squared sum of the two rewards", ge=0)
-    margin: bool = setting(False, "subtract the column margin")
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -44,6 +34,22 @@ class RewardModel(Algorithm):
     @property
     def score_heads(self) -> int:
         return 1
+
+
+@dataclass(frozen=True)
+class RewardModel(ScoreHead):
+    """loss = -log sigmoid(r(chosen) - r(rejected) - margin) + centre * (r(chosen) + r(rejected))^2; Ouyang et
+    al. 2022, eq. 1; margin: Touvron et al. 2023, "Llama 2", eq. 2; centring: Eisenstein et al. 2023.
+
+    Bradley-Terry knows rewards up to a constant; centring fixes it at 0. `margin` says how much
+    better the chosen is, from `columns["margin"]` [N] (`data.numbers`).
+    """
+
+    unit: ClassVar[Unit] = "pair"
+    data: ClassVar[DataKind] = "preference"
+
+    centre: float = setting(0.0, "weight of the squared sum of the two rewards", ge=0)
+    margin: bool = setting(False, "subtract the column margin")
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         first, second = self.pairs(batch)
@@ -65,7 +71,7 @@ class RewardModel(Algorithm):
 
 
 @dataclass(frozen=True)
-class RewardRegression(Algorithm):
+class RewardRegression(ScoreHead):
     """Squared error, or cross-entropy for targets in 0..1, to given scores: one number per response, or
     `heads` of them (multi-objective; Wang et al. 2024, "ArmoRM"; HelpSteer).
 
@@ -73,16 +79,11 @@ class RewardRegression(Algorithm):
     response is the mean over its known targets.
     """
 
-    online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "sequence"
     data: ClassVar[DataKind] = "scored"
 
     heads: int = setting(1, "how many numbers are predicted", ge=1)
     objective: Literal["mse", "bce"] = setting("mse", "mse: squared error; bce: targets are probabilities")
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        return frozenset({"scores"})
 
     @property
     def score_heads(self) -> int:
@@ -111,7 +112,7 @@ class RewardRegression(Algorithm):
 
 
 @dataclass(frozen=True)
-class PairwiseReward(Algorithm):
+class PairwiseReward(ScoreHead):
     """loss = -log p of the better candidate, one model reading the prompt and both; Jiang et al.,
     "LLM-Blender" (2023), PairRM; Zhao et al., "SLiC-HF" (2023), sec. 3.
 
@@ -121,17 +122,8 @@ class PairwiseReward(Algorithm):
     that candidate A is better, and `columns["targets"]` [N, 1] says whether it is.
     """
 
-    online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "sequence"
     data: ClassVar[DataKind] = "pairwise"
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        return frozenset({"scores"})
-
-    @property
-    def score_heads(self) -> int:
-        return 1
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         score, target = response_scores(policy, batch)[:, 0], _first(column(batch, "targets"))
@@ -149,7 +141,7 @@ def _first(targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ProcessReward(Algorithm):
+class ProcessReward(ScoreHead):
     """Cross-entropy of each step's label at the step's last token; Lightman et al., "Let's verify step by
     step" (2023); Uesato et al. 2022.
 
@@ -157,16 +149,7 @@ class ProcessReward(Algorithm):
     the k-th; nan is unknown. Averaged over all steps of the batch.
     """
 
-    online: ClassVar[bool] = False
     data: ClassVar[DataKind] = "steps"
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        return frozenset({"scores"})
-
-    @property
-    def score_heads(self) -> int:
-        return 1
 
     def prepare(self, batch: Batch) -> Batch:
         """Leave out steps without a label."""

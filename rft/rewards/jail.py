@@ -310,15 +310,7 @@ def watch(children: list[Child], pipes: dict[int, str], limits: dict[str, Any]) 
 
 def _memory_of(children: Any, limit: int, age: float) -> bool:
     """Whether the processes together hold more than `limit` bytes. A look costs a scan of /proc."""
-    if age < 0.1:
-        return False
-    total = 0
-    for child in children:
-        for pid in process.descendants(child.pid):
-            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/statm") as file:
-                fields = file.read().split()
-                total += (int(fields[1]) - int(fields[2])) * resource.getpagesize()
-    return total > limit
+    return age >= 0.1 and sum(process.private_memory(child.pid) for child in children) > limit
 
 
 def run_one(jail: Jail, limits: dict[str, Any], payload: int) -> dict[str, Any]:
