@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rft.config import ConfigError
 
     try:
-        args = _parser().parse_args(argv)
+        args = _arguments(argv)
         code: int = args.run(args)
         return code
     except BrokenPipeError:  # `rft config | head`: the reader has seen enough
@@ -43,6 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rft.run import report_failure
 
         return report_failure(error)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; argparse by itself takes overrides before the options only."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-")] if "overrides" in args else []
+    if unknown := [word for word in rest if word not in late]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -147,3 +147,14 @@ def test_export_without_a_model_and_into_a_full_folder(tmp_path: Path, capsys) -
 def test_report_of_a_folder_that_is_no_run(tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(tmp_path: Path, capsys) -> None:
+    arguments = run(tmp_path, "trian.steps=3", "--resume", "never", "modle.path=x", command="train")
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "trian" in told and "modle" in told
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--resme"])
+    assert stop.value.code == 2
+    assert "--resme" in capsys.readouterr().err
