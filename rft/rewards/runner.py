@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -169,41 +170,37 @@ class _Tally:
 
     def _clear(self) -> None:
         self.outcomes: dict[str, Counter[Outcome]] = {c.label: Counter() for c in self.config.functions}
-        self.sums = {c.label: [0.0, 0.0, 0.0] for c in self.config.functions}  # value, judged, seconds
-        self.total = [0.0, 0.0, 0.0]  # value, judged, dropped
+        # Kept one by one: their exact sum (fsum) does not depend on the order in which groups were scored.
+        self.values: dict[str, list[float]] = {c.label: [] for c in self.config.functions}
+        self.rewards: list[float] = []
+        self.seconds = {c.label: 0.0 for c in self.config.functions}
+        self.dropped = 0
 
     def add(self, scores: Mapping[str, Sequence[Score]], rewards: Sequence[SampleReward]) -> None:
         self.scored += len(rewards)
         for name, column in scores.items():
-            sums = self.sums[name]
-            for score in column:
-                self.outcomes[name][score.outcome] += 1
-                sums[2] += score.seconds
-                if score.value is not None:
-                    sums[0] += score.value
-                    sums[1] += 1
+            self.outcomes[name].update(score.outcome for score in column)
+            self.seconds[name] += sum(score.seconds for score in column)
+            self.values[name] += [score.value for score in column if score.value is not None]
         for kind in self.failures:
             self.failures[kind] += sum(
                 any(s.failed and s.outcome is kind for s in r.scores.values()) for r in rewards
             )
-        for reward in rewards:
-            if reward.value is None:
-                self.total[2] += 1
-            else:
-                self.total[0] += reward.value
-                self.total[1] += 1
+        kept = [reward.value for reward in rewards if reward.value is not None]
+        self.rewards += kept
+        self.dropped += len(rewards) - len(kept)
 
     def take(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        if self.total[1]:
-            metrics["reward/mean"] = self.total[0] / self.total[1]
-        metrics["reward/dropped"] = self.total[2]
-        for name, (value, judged, seconds) in self.sums.items():
+        if self.rewards:
+            metrics["reward/mean"] = statistics.fmean(self.rewards)
+        metrics["reward/dropped"] = float(self.dropped)
+        for name, values in self.values.items():
             count = sum(self.outcomes[name].values())
-            if judged:
-                metrics[f"reward/{name}/mean"] = value / judged
+            if values:
+                metrics[f"reward/{name}/mean"] = statistics.fmean(values)
             if count:
-                metrics[f"reward/{name}/seconds_per_call"] = seconds / count
+                metrics[f"reward/{name}/seconds_per_call"] = self.seconds[name] / count
             for outcome in Outcome:
                 metrics[f"reward/{name}/{outcome.value}"] = float(self.outcomes[name][outcome])
         self._clear()
