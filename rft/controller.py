@@ -170,6 +170,7 @@ class Controller:
         batch = self._build(groups if self.twin is None else own(groups, 0))
         async with self.fleet.gate:
             with self.phases("train", self.step):
+                await self.fleet.before_step()
                 trained = await self._ask_learner("step", batch, self.step)
             self.step += 1
             with self.phases("sync", self.step):
@@ -373,6 +374,7 @@ class Controller:
         await self.saver.save(self.step, meta, final=final)
 
     async def _restore(self, found: Checkpoint) -> None:
+        await self.parts.channel.before_step()
         self.step = await self._ask_learner("restore", str(found.path))
         if self.twin is not None:
             await self.twin.restore(self.step)

@@ -32,6 +32,7 @@ from rft.rollout.pool import RolloutPool
 from rft.runfolder import RunFolder
 from rft.sync import files
 from rft.sync.channel import PushChannel
+from rft.sync.ipc import ColocatedChannel
 from rft.twin import Twin
 from rft.warm_start import warm_start
 
@@ -129,16 +130,17 @@ async def _online(
     try:
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
         learner = start_learner(plan, learner_spec(plan))
+        channel = make_channel(plan, learner, pool)
         ready = call(learner.describe.remote(), config.rollout.start_timeout_s, "starting the learner")
-        starting = asyncio.gather(pool.start(), rewards.start(), ready)
+        starting = asyncio.gather(start_engines(channel, pool), rewards.start(), ready)
         _, _, facts = await unless_stopped(starting, stop)
         progress.note(f"learner: {facts['parameters']:,} parameters on {facts['device']}")
         await call(learner.require_folder.remote(str(folder.path)), 60, "looking for the run folder")
-        channel = make_channel(plan, learner, pool)
         twin = await _twin(plan, folder, log, progress, stop) if config.algorithm.copies == 2 else None
         parts = Parts(learner, pool, channel, rewards, log, progress, twin)
         controller = Controller(plan, parts, folder.checkpoints, stop=stop)
         result = await controller.run(folder.resume)
+        await channel.before_step()
         await call(learner.export.remote(str(folder.path / "model")), 600, "exporting the final model")
         if twin is not None:
             await twin.export(folder.path / "model-second")
@@ -188,9 +190,10 @@ async def _sampling(
     pool, rewards = make_pool(plan), RewardRunner(plan.config.rewards, Path.cwd())
     try:
         progress.stage(f"starting {plan.config.rollout.replicas} x {plan.engine}")
-        await asyncio.gather(pool.start(), rewards.start())
         channel = make_channel(plan, learner, pool)
+        await asyncio.gather(start_engines(channel, pool), rewards.start())
         await channel.connect()
+        await channel.before_step()
         yield Sampled(plan, pool, channel, rewards, log)
         await channel.close()
     finally:
@@ -259,16 +262,23 @@ def make_pool(plan: Plan) -> RolloutPool:
     return RolloutPool(
         [plan.engine_spec()] * rollout.replicas,
         cpus=0,
-        gpus=rollout.tensor_parallel if plan.device == "cuda" else 0,
+        gpus=rollout.tensor_parallel * plan.channel_spec().gpu_share if plan.device == "cuda" else 0,
         start_timeout_s=rollout.start_timeout_s,
         generate_timeout_s=rollout.generate_timeout_s,
     )
 
 
+async def start_engines(channel: PushChannel, pool: RolloutPool) -> None:
+    """Start the replicas, on devices that are free for them."""
+    await channel.before_start()
+    await pool.start()
+
+
 def make_channel(plan: Plan, learner: Any, pool: RolloutPool) -> PushChannel:
     """The way of the weights from the learner to the replicas, not connected yet."""
-    config = plan.config
-    return PushChannel(learner, pool, plan.channel_spec(), config.rollout.update, config.sync.timeout_s)
+    config, spec = plan.config, plan.channel_spec()
+    kind = ColocatedChannel if spec.colocated else PushChannel
+    return kind(learner, pool, spec, config.rollout.update, config.sync.timeout_s)
 
 
 def report_failure(error: BaseException) -> int:

@@ -45,22 +45,31 @@ def config(s: Settings, engine: str, work: Path) -> dict[str, Any]:
     }
 
 
-def run(s: Settings, engine: str, work: Path) -> dict[str, Any]:
-    file = work / "online.yaml"
-    file.write_text(yaml.safe_dump(config(s, engine, work)))
-    log = (s.out / "gpu-online.log").open("w")
+def run(s: Settings, config: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+    """Carry a run out; returns its metrics, step by step."""
+    file = work / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+    log = (s.out / f"gpu-{s.part}.log").open("w")
     command = [sys.executable, "-m", "rft.cli", "train", str(file), "--resume", "never"]
     subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    rows = [json.loads(line) for line in (work / "online" / "metrics.jsonl").read_text().splitlines()]
+    lines = (work / config["name"] / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def summary(rows: list[dict[str, Any]], *more: str) -> dict[str, Any]:
+    """Medians of the steps after the first three, of `more` metrics too; the curve, and the largest gap."""
     steps = [m for m in rows if "train/loss" in m]
-    names = ("time/rollout", "time/train", "time/sync", "time/step", "sync/bytes")
+    names = ("time/rollout", "time/train", "time/sync", "time/step", "sync/bytes", *more)
     counted = steps[min(3, len(steps) - 1) :]
     return {
-        "engine": engine,
         "curve": [[m["step"], m["eval/accuracy"]] for m in rows if "eval/accuracy" in m],
         "medians": {n: statistics.median(m[n] for m in counted if n in m) for n in names if n in counted[0]},
         "largest_gap": max(m["sync/logp_gap"] for m in steps),
     }
+
+
+def engine_of(s: Settings) -> str:
+    return "vllm" if find_spec("vllm") is not None and not s.small else "hf"
 
 
 if __name__ == "__main__":
@@ -69,6 +78,7 @@ if __name__ == "__main__":
     if find_spec("ray") is None:
         s.finish({"left_out": "ray is not installed here"})
     else:
-        chosen = "vllm" if find_spec("vllm") is not None and not s.small else "hf"
+        chosen = engine_of(s)
         with tempfile.TemporaryDirectory(prefix="gpu-online-") as folder:
-            s.finish({"model": SMALL if s.small else MODEL, **run(s, chosen, Path(folder))})
+            rows = run(s, config(s, chosen, Path(folder)), Path(folder))
+        s.finish({"model": SMALL if s.small else MODEL, "engine": chosen, **summary(rows)})

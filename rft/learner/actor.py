@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from rft.checkpoint_writer import BackgroundWriter
 from rft.learner.learner import Learner, LearnerError, LearnerSpec
 from rft.learner.parallel.make import make_parallel
 from rft.learner.parallel.ranks import Meeting, Rendezvous
+from rft.learner.resting import move, resident
 from rft.remote import require_here
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
@@ -80,7 +82,8 @@ class LearnerActor(Learner):
         """What `send_weights` is about to bring to the engines. An early publisher (sparse, files) reads
         the weights here, any other one in `send_weights`: once per push."""
         if self.publisher.spec.transport == "adapter":
-            return self.publisher.announce_adapter(version, *self.strategy.adapter())
+            found = self.strategy.adapter(self.parallel.whole)
+            return self.publisher.announce_adapter(version, *found) if self.rank == 0 else {}
         weights = self._finite_weights() if self._early() else iter(())
         manifest = self.manifest()
         if self.rank == 0:
@@ -109,6 +112,34 @@ class LearnerActor(Learner):
                     "saved. Lower learner.learning_rate and go on from the last checkpoint, which is older."
                 )
             yield name, tensor
+
+    # -- taking turns with an engine on one device ----------------------------------------------------
+
+    def rest(self) -> None:
+        """Leave the device to the engine: all that the learner holds there goes to host memory."""
+        self.publisher.release()
+        move(resident(self), torch.device("cpu"))
+        if self.spec.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Take the device back."""
+        move(resident(self), self.policy.device)
+
+    def device_memory(self) -> float:
+        """Bytes in use on the device, by whatever process."""
+        if self.spec.device != "cuda":
+            return float(psutil.virtual_memory().used)
+        free, total = torch.cuda.mem_get_info()
+        return float(total - free)
+
+    def peak_memory(self) -> float:
+        """Bytes that this process held at most on its device since the last call; on CPU, holds now."""
+        if self.spec.device != "cuda":
+            return float(psutil.Process().memory_info().rss)
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return float(peak)
 
     def save(
         self, root: str, step: int, keep: int, meta: dict[str, Any], config: dict[str, Any] | None = None

@@ -175,6 +175,7 @@ METRICS: dict[str, Metric] = {
     "time/train": Metric("forward, backward, optimizer", "s"),
     "time/sync": Metric("pushing weights and waiting for all engines", "s"),
     "time/sync_announce": Metric("part of time/sync before the engines stand still: reading, writing", "s"),
+    "time/switch": Metric("falling asleep and waking of learner and engine (sync.transport: ipc)", "s"),
     "time/sync_measure": Metric("part of time/sync spent on measuring what changed", "s"),
     "time/eval": Metric("held-out evaluation", "s"),
     "time/checkpoint": Metric("time that the checkpoint held the step up", "s"),
@@ -186,6 +187,12 @@ METRICS: dict[str, Metric] = {
     "throughput/samples_per_s": Metric("completions per second of step", "completions/s"),
     "throughput/mfu": Metric("model FLOPs that the learner used, as a share of the device's peak", "share"),
     # -- memory
+    "memory/device/*": Metric(
+        "bytes in use on the GPU that learner and engine share, by both, after the switch to train, to push "
+        "and to rollout (sync.transport: ipc)",
+        "bytes",
+    ),
+    "memory/learner_peak": Metric("most that the learner held on that GPU since the last push", "bytes"),
     "memory/*": Metric("memory of a part: learner_rss, learner_gpu_peak, controller_rss, shared", "bytes"),
 }
 

@@ -76,6 +76,7 @@ class EngineSpec:
     stop_token_ids: tuple[int, ...]
     trust_remote_code: bool = False
     reference: str | None = None  # the frozen model that `Sampling.mixture` mixes in
+    sleeps: bool = False  # while the learner has the device that the two share (vLLM only)
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 

@@ -90,6 +90,16 @@ class Fleet:
         self.log.event("version/pushed", version=report.version, seconds=report.seconds, bytes=report.bytes)
         return report
 
+    async def before_step(self) -> None:
+        """Have the learner's device free for it. Call it with the gate held."""
+        try:
+            await self.channel.before_step()
+        except (ActorDied, LearnerError):
+            raise
+        except (EngineError, Overdue, RuntimeError) as error:
+            await self._mend(self._everyone(), f"the engines did not make room for the learner: {error}")
+            await self.channel.before_step()
+
     def progressed(self) -> None:
         """A step was finished: the engines work, and the count of rebuilds in a row starts anew."""
         self._in_a_row = 0
@@ -131,6 +141,7 @@ class Fleet:
     async def _rebuild(self, lost: list[int], begin: float) -> PushReport:
         self._changing = True
         try:
+            await self.channel.before_start()
             await asyncio.gather(*(self.pool.rebuild(index) for index in lost))
             await self.channel.connect()
             report = await self.channel.push(self.version)

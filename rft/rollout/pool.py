@@ -177,6 +177,14 @@ class RolloutPool:
             self.members[index].version = version
         self._serve()
 
+    async def sleep(self) -> None:
+        """Have engines leave the device that they share with the learner."""
+        await self._all("sleep")
+
+    async def wake(self) -> None:
+        """Have them take it back."""
+        await self._all("wake")
+
     async def call_workers(self, method: str, *args: Any) -> None:
         """Call a method of rft's worker extension on all replicas (vLLM only)."""
         await self._all("call_workers", method, args)

@@ -15,6 +15,10 @@ def build_engine(spec: EngineSpec) -> RolloutEngine:
         from rft.rollout.vllm_adapter import VLLMAdapterEngine
 
         return VLLMAdapterEngine(spec)
+    if spec.kind == "vllm" and spec.sleeps:
+        from rft.rollout.vllm_sleeping import VLLMSleepingEngine
+
+        return VLLMSleepingEngine(spec)
     if spec.kind == "vllm":
         from rft.rollout.vllm_engine import VLLMEngine
 
@@ -80,6 +84,14 @@ class Replica:
 
     async def version(self) -> int:
         return await self.engine.version()
+
+    async def sleep(self) -> None:
+        """Leave the device to the learner; for engines whose spec says that they sleep, as `wake`."""
+        await self.engine.sleep()  # type: ignore[attr-defined]
+
+    async def wake(self) -> None:
+        """Take the device back."""
+        await self.engine.wake()  # type: ignore[attr-defined]
 
     async def call_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         """Call a method of rft's extension on the engine's workers (vLLM only)."""

@@ -118,7 +118,9 @@ class VLLMEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info: dict[str, Any] = {"rank_offset": link.rank_offset, "world_size": link.world_size}
-        if self.spec.transport == "nccl":
+        if self.spec.transport == "ipc":
+            info = {"packed": False}
+        elif self.spec.transport == "nccl":
             info |= {"master_address": link.host, "master_port": link.port, "packed": True}
         else:
             info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}

@@ -52,7 +52,12 @@ class PushReport:
 
 
 class WeightChannel(Protocol):
-    """Callers never branch on the transport."""
+    """Callers never branch on the transport. Where learner and engines share a device, they take turns: the
+    learner computes only after `before_step`, and an engine starts only after `before_start`."""
+
+    async def before_start(self) -> None: ...
+
+    async def before_step(self) -> None: ...
 
     async def connect(self) -> None: ...
 
@@ -77,6 +82,12 @@ class PushChannel:
         self.spec = spec
         self.in_flight: Literal["keep", "wait", "abort"] = in_flight
         self.timeout_s = timeout_s
+
+    async def before_start(self) -> None:
+        """Learner and engines have devices of their own."""
+
+    async def before_step(self) -> None:
+        """As `before_start`."""
 
     async def connect(self) -> None:
         """Form the group anew: learner rank 0, then each replica's workers. The next push is full."""

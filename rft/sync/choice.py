@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from rft.sync.adapter import adapter_problems
 from rft.sync.spec import ChannelSpec
 
@@ -22,7 +24,10 @@ def choose_transport(config: Config, device: str, engine: str) -> str:
     """The transport's name, `auto` resolved."""
     if config.sync.transport != "auto":
         return config.sync.transport
-    return "nccl" if device == "cuda" and engine == "vllm" else "gloo"
+    if device == "cpu" or engine != "vllm":
+        return "gloo"
+    alone = torch.cuda.device_count() == 1 and not _ipc_problems(config, device)
+    return "ipc" if alone else "nccl"
 
 
 def channel_spec(config: Config, transport: str, wire_dtype: str) -> ChannelSpec:
@@ -51,15 +56,50 @@ def layout_problems(config: Config, device: str, engine: str, weight_bytes: int 
         return []
     found = []
     if transport == "nccl" and device == "cpu":
-        found.append(f"{transport} needs GPUs, and this machine has none; use gloo or auto")
+        found.append("nccl needs GPUs, and this machine has none; use gloo or auto")
     if engine == "hf" and transport not in ("auto", *_FOR_ANY_ENGINE):
         found.append(f"{transport} needs rollout.engine vllm; hf receives over {', '.join(_FOR_ANY_ENGINE)}")
     if transport == "adapter":
         found += adapter_problems(config)
+    if transport == "ipc":
+        found += _ipc_problems(config, device)
     out = [f"sync.transport: {problem}" for problem in found]
+    if device == "cuda" and config.learner.parallel == "single":
+        out += _device_problems(config, choose_transport(config, device, engine))
     if transport == "file" or sync.folder is not None:
         out += [f"sync.folder: {problem}" for problem in _folder_problems(config, weight_bytes)]
     return out
+
+
+def _device_problems(config: Config, transport: str) -> list[str]:
+    """Too few GPUs for a learner of one rank and engines; of more ranks `learner.parallel.checks` asks."""
+    there, engines = torch.cuda.device_count(), config.rollout.replicas * config.rollout.tensor_parallel
+    if transport == "ipc" or config.ray.address is not None or 1 + engines <= there:
+        return []
+    return [
+        f"rollout.replicas: the learner's GPU and {engines} of rollout.replicas make {1 + engines}, this "
+        f"machine has {there}; lower it, or let one engine (vllm) share the learner's by sync.transport ipc"
+    ]
+
+
+def _ipc_problems(config: Config, device: str) -> list[str]:
+    found = []
+    if device == "cpu":
+        found.append("ipc needs a GPU, and this machine has none; use gloo or auto")
+    if config.learner.parallel != "single":
+        found.append("ipc is for a learner of one rank; set learner.parallel to single, or use nccl")
+    if config.rollout.replicas * config.rollout.tensor_parallel > 1:
+        found.append(
+            "ipc shares one GPU between the learner and one engine; set rollout.replicas and "
+            "rollout.tensor_parallel to 1, or use nccl"
+        )
+    if config.rollout.staleness:
+        found.append("with ipc the engine sleeps while the learner trains; set rollout.staleness to 0")
+    if config.algorithm.copies == 2:
+        found.append("two policies do not share one GPU by ipc; use nccl")
+    if config.ray.address is not None:
+        found.append("ipc stays within one machine, and ray.address names a cluster; use nccl")
+    return found
 
 
 def _folder_problems(config: Config, weight_bytes: int | None) -> list[str]:

@@ -13,10 +13,11 @@ from rft.sync.spec import Measure
 class SyncConfig(Section):
     """How weights travel from learner to rollout, and how their arrival is proven."""
 
-    transport: Literal["auto", "gloo", "nccl", "sparse", "file", "adapter"] = Field(
+    transport: Literal["auto", "gloo", "nccl", "ipc", "sparse", "file", "adapter"] = Field(
         "auto",
-        description="gloo (CPU), nccl (GPUs), sparse (changed elements only), file (for engines elsewhere), "
-        "adapter (LoRA alone, not merged), or auto: gloo or nccl, by the learner's device",
+        description="gloo (CPU), nccl (GPUs), ipc (learner and engine in turn on one GPU), sparse (changed "
+        "elements only), file (for engines elsewhere), adapter (LoRA alone, not merged), or auto: gloo on "
+        "CPU, ipc on a machine with one GPU, else nccl",
     )
     folder: str | None = Field(
         None,

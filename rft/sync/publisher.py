@@ -86,6 +86,11 @@ class Publisher:
         assert self.sender is not None, "open comes first"
         return self.sender
 
+    def release(self) -> None:
+        """Give up what engines that share the device have read from it."""
+        if self.spec.transport == "ipc" and self.sender is not None:
+            self.sender.close()
+
     def close(self) -> None:
         if self.sender is not None:
             self.sender.close()

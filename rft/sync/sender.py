@@ -192,6 +192,10 @@ def open_sender(spec: ChannelSpec, link: Link) -> Sender:
     """The sender of a transport."""
     if spec.transport == "nccl":
         return NcclSender(link)
+    if spec.transport == "ipc":
+        from rft.sync.ipc import IpcSender
+
+        return IpcSender()
     if spec.transport == "adapter":
         return AdapterSender(link)
     carrier: Sender

@@ -33,9 +33,20 @@ class ChannelSpec:
     measure: Measure = "overall"
 
     @property
+    def colocated(self) -> bool:
+        """True where the learner and an engine take turns on one device."""
+        return self.transport == "ipc"
+
+    @property
+    def gpu_share(self) -> float:
+        """What Ray reserves of a GPU for the learner and for a device of an engine: halves, where one GPU is
+        both; it puts them on the same one."""
+        return 0.5 if self.colocated else 1.0
+
+    @property
     def grouped(self) -> bool:
         """True where learner and engines form a process group."""
-        return self.transport != "file" and not (self.transport == "sparse" and self.folder)
+        return self.transport not in ("file", "ipc") and not (self.transport == "sparse" and self.folder)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import pytest
 
 from rft.config import parse_config
 from rft.plan import make_plan
-from rft.run import learner_spec, make_pool, start_learner
+from rft.run import learner_spec, make_channel, make_pool, start_engines, start_learner
 from rft.sync.channel import PushChannel
+from rft.sync.ipc import ColocatedChannel
 
 ROOT = Path(__file__).parent.parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -43,7 +44,9 @@ def raise_stage(
     replicas: int = 1,
     more: dict[str, Any] | None = None,
     update: str = "keep",
+    in_turn: bool = False,
 ) -> Stage:
+    """`in_turn`: learner and engine act as if they shared one device, on a machine that has none to share."""
     plan = make_plan(
         parse_config(
             {
@@ -68,8 +71,11 @@ def raise_stage(
     loop = asyncio.new_event_loop()
     pool = make_pool(plan)
     learner = start_learner(plan, learner_spec(plan))
-    channel = PushChannel(learner, pool, plan.channel_spec(), plan.config.rollout.update, 120)
-    loop.run_until_complete(pool.start())
+    channel = make_channel(plan, learner, pool)
+    if in_turn:
+        pool.specs = [dataclasses.replace(spec, sleeps=True) for spec in pool.specs]
+        channel = ColocatedChannel(learner, pool, plan.channel_spec(), plan.config.rollout.update, 120)
+    loop.run_until_complete(start_engines(channel, pool))
     loop.run_until_complete(channel.connect())
     loop.run_until_complete(channel.push(0))
     return Stage(loop, plan, pool, learner, channel)
@@ -93,12 +99,14 @@ def vllm_stage(ray_here: None, tiny_folder: Path) -> Iterator[Stage]:
     stage.run(stage.pool.close())
 
 
-def rft(*args: str, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
+def rft(
+    *args: str, timeout: float = 240, check: bool = True, mark: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does; `mark` is for `processes_of` to find what it leaves behind."""
     done = subprocess.run(
         [sys.executable, "-m", "rft.cli", *args],
         cwd=ROOT,
-        env=ENV,
+        env=ENV if mark is None else {**ENV, "RFT_TEST_MARK": mark},
         capture_output=True,
         text=True,
         timeout=timeout,

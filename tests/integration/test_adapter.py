@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rft.remote import call
 from tests.integration.conftest import Stage, raise_stage
-from tests.integration.test_sync import sample, step
+from tests.integration.test_sync import sample, train_and_push
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +26,8 @@ def test_vllm_samples_from_the_adapter_that_was_sent(adapter_stage: Stage) -> No
     """Prompts of 5 and 140 tokens, the same ones at every version: a stale prefix would show."""
     weights = 0
     for _ in range(3):
-        groups = [sample(adapter_stage, length=n) for n in (5, 140)]
-        metrics = step(adapter_stage, groups)
-        assert 0 < metrics["sync/logp_gap_mean"] < 1e-4
-        version = adapter_stage.run(call(adapter_stage.learner.policy_version.remote(), 60, "version"))
-        report = adapter_stage.run(adapter_stage.channel.push(version))
+        _, report = train_and_push(adapter_stage)
         weights = report.bytes
         generated = sample(adapter_stage, length=6).completions[0]
-        assert generated.versions == ((version, 0, len(generated.tokens)),)
+        assert generated.versions == ((report.version, 0, len(generated.tokens)),)
     assert 0 < weights < 4 * adapter_stage.plan.shape.parameters  # the factors alone, not the model

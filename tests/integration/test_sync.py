@@ -15,6 +15,7 @@ from rft.metrics.config import TrackingConfig
 from rft.remote import call
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
+from rft.sync.channel import PushReport
 from tests.integration.conftest import with_transport
 
 
@@ -39,6 +40,17 @@ def step(stage, groups: list[Group], share: bool = False) -> dict[str, float]:
 def push(stage) -> None:
     version = stage.run(call(stage.learner.policy_version.remote(), 60, "version"))
     stage.run(stage.channel.push(version))
+
+
+def train_and_push(stage, bound: float = 1e-4) -> tuple[dict[str, float], PushReport]:
+    """A step on prompts of 5 and 140 tokens, whose samples fit the learner within `bound` nats on average,
+    and the push of what came of it."""
+    groups = [sample(stage, length=n) for n in (5, 140)]
+    stage.run(stage.channel.before_step())
+    metrics = step(stage, groups)
+    assert 0 < metrics["sync/logp_gap_mean"] < bound
+    version = stage.run(call(stage.learner.policy_version.remote(), 60, "version"))
+    return metrics, stage.run(stage.channel.push(version))
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -174,11 +186,7 @@ def test_vllm_takes_the_other_transports_as_exactly(vllm_stage, transport: str, 
         other.run(other.channel.connect())
         other.run(other.channel.push(0))
         for _ in range(2):
-            groups = [sample(other, length=n) for n in (5, 140)]
-            metrics = step(other, groups)
-            assert 0 < metrics["sync/logp_gap_mean"] < 1e-4
-            version = other.run(call(other.learner.policy_version.remote(), 60, "version"))
-            report = other.run(other.channel.push(version))
+            _, report = train_and_push(other)
             assert report.metrics["sync/changed_share"] > 0 and report.bytes > 0
         assert step(other, [sample(other, length=9)])["sync/logp_gap"] < 1e-3
         other.run(other.channel.close())

@@ -53,7 +53,7 @@ class LearnerGroup:
 
     def _start(self, spec: LearnerSpec, channel: ChannelSpec, rank: int) -> Any:
         env = {"OMP_NUM_THREADS": str(spec.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        gpus = 1 if spec.device == "cuda" else 0
+        gpus = channel.gpu_share if spec.device == "cuda" else 0
         options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": gpus, "runtime_env": {"env_vars": env}}
         if self._bundles is not None:
             options["num_cpus"] = 1
