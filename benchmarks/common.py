@@ -217,7 +217,8 @@ def peer_versions(peer: str, *packages: str) -> dict[str, str]:
     """Versions in the environment of a peer. Raises KeyError for a package that is not there."""
     from peers.make_env import peer_packages
 
-    found = {d.metadata["Name"]: d.version for d in distributions(path=[str(peer_packages(peer))])}
+    installed = distributions(path=[str(peer_packages(peer))])
+    found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in installed}
     return {package: found[package] for package in packages}
 
 

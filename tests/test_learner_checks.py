@@ -14,9 +14,13 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
+from rft.kernels import logprob_autograd as autograd
+from rft.kernels import logprob_chunked as chunked
 from rft.kernels.attention import ROUTE
 from rft.kernels.attention_route import AttentionRoute, decoder_of
+from rft.learner import objective
 from rft.learner.learner import Learner, LearnerSpec
 from tests.test_learner import spec
 
@@ -73,6 +77,38 @@ def test_forced_kernels_train_to_the_same_gradient(tiny_folder, make_groups) -> 
     assert forced.policy.kernels.logprob == "reference" and forced.policy.route.kernel == "masked"
     found = forced.step(batch, 0)["train/grad_norm"]
     assert found == pytest.approx(Learner(spec(tiny_folder)).step(batch, 0)["train/grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "linear"),
+    [
+        (ALGORITHMS["sft"](), True),
+        (ALGORITHMS["grpo"](correction="none"), True),
+        (ALGORITHMS["dr_grpo"](correction="none"), True),
+        (ALGORITHMS["grpo"](), False),
+        (ALGORITHMS["grpo"](correction="none", beta=0.1), False),
+        (ALGORITHMS["dft"](), False),
+        (ALGORITHMS["dpo"](), False),
+    ],
+    ids=["sft", "grpo", "dr_grpo", "grpo, corrected", "grpo with a KL", "dft", "dpo"],
+)
+def test_a_loss_linear_in_log_probs_takes_its_gradient_in_the_forward(
+    algorithm, linear, tiny_folder, make_groups, monkeypatch
+) -> None:
+    """The head is not computed again for it, and its update is the one of a head that is."""
+    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1 << 12)
+    recomputed, calls = autograd.recomputed, []
+    monkeypatch.setattr(autograd, "recomputed", lambda *args: (calls.append(1), recomputed(*args))[1])
+    batch = Batch.build(make_groups(size=2 if algorithm.unit == "pair" else 4), share_prefix=True)
+    norms = []
+    for _ in range(2):
+        learner = Learner(spec(tiny_folder, settings=algorithm))
+        norms.append(learner.step(batch, 0)["train/grad_norm"])
+        assert bool(calls) != linear
+        monkeypatch.setattr(objective, "foreseen", lambda *_: None)
+        linear = False
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 PEAK = """

@@ -1,24 +1,19 @@
 """Log-probs of targets without the [T, V] logits: row chunks, each reduced in cache-sized tiles.
 
 One chunk of logits is allocated once and filled by products with `out=`; a tile of a few rows is
-taken through softmax in place while it stays in cache. Three ways to the gradient:
-
-- recompute: any upstream gradient; the chunk's logits are computed again in the backward (8 T H V),
-  unless all rows fit one chunk, which is kept then
-- known: the loss is a weighted sum of the log-probs; its gradient is taken in the forward (6 T H V)
-- frozen: no head parameter wants a gradient; the forward keeps d logp / d hidden (4 T H V)
+taken through softmax in place while it stays in cache. `logprob_autograd` makes differentiable
+functions of these passes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rft.kernels.logprob_common import LogitMap, accumulate_dtype, spread
+from rft.kernels.logprob_common import LogitMap, accumulate_dtype
 from rft.kernels.logprob_linear import Head, WeightGrad
 
 CHUNK_BYTES = 1 << 25  # logits of one chunk
@@ -259,139 +254,25 @@ def finish_tile(z: Tensor, cap_slope: Tensor | None, products: Tensor) -> None:
         products.copy_(z)
 
 
-class Recompute(torch.autograd.Function):
-    """(hidden, weight, bias, low, low_rank, rows, map, entropy) -> logps [T, K], entropies [T] or None."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low: Tensor | None,
-        low_rank: Tensor | None,
-        rows: Rows,
-        f: LogitMap,
-        entropy: bool,
-    ) -> Any:
-        chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, f)
-        totals = hidden.new_empty(hidden.shape[0], dtype=chunks.acc) if chunks.single else None
-        logps, lse, entropies = forward(chunks, entropy, totals)
-        ctx.kept = None if totals is None else (chunks.buffer, totals)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, low, low_rank, rows.targets, rows.support, lse, entropies)
-        ctx.map = f
-        return logps, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None = None) -> Any:
-        hidden, weight, bias, low, low_rank, targets, support, lse, entropies = ctx.saved_tensors
-        grad = lse.new_zeros(targets.shape) if grad is None else grad * ctx.map.slope
-        wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-        kept, ctx.kept = ctx.kept, None  # spent by the first backward; a second one recomputes
-        buffer = None if kept is None else kept[0]
-        count = hidden.shape[0]
-        used = None if kept is not None else pulled_rows(grad, grad_entropy)
-        if used is not None:
-            hidden, targets, lse, grad = (x[used] for x in (hidden, targets, lse, grad))
-            low, support, entropies, grad_entropy = (
-                None if x is None else x[used] for x in (low, support, entropies, grad_entropy)
-            )
-        rows = Rows(targets, support)
-        chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, ctx.map, buffer=buffer)
-        if kept is not None and grad_entropy is None:
-            grads = backward_from_kept(chunks, grad, kept[1], wants)
-        else:
-            up = Upstream(grad, grad.sum(1), lse)
-            if entropies is not None and grad_entropy is not None:
-                up = replace(up, entropy=entropies, grad_entropy=grad_entropy * ctx.map.slope)
-            grads = backward(chunks, up, wants)
-        if used is not None:
-            grads.hidden, grads.low = (
-                None if x is None else spread(x, used, count) for x in (grads.hidden, grads.low)
-            )
-        return *grads.for_inputs(bias, low_rank), *[None] * 3
-
-
-def pulled_rows(grad: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
-    """Indices of the rows with an upstream gradient, [T, K] and [T]; None if all have one. Rows without
-    (groups whose advantages are 0) are not recomputed. On a GPU nothing waits to find out."""
-    if grad.is_cuda:
-        return None
-    pulled = (grad != 0).any(1)
-    if grad_entropy is not None:
-        pulled |= grad_entropy != 0
-    return None if bool(pulled.all()) else pulled.nonzero()[:, 0]
-
-
 def differentiate_forward(
-    chunks: Chunks, coefficients: Tensor, wants: dict[str, bool]
-) -> tuple[Tensor, Gradients]:
-    """logps [T], and the gradients of sum(coefficients * logps), in one pass."""
+    chunks: Chunks, coefficients: Tensor, wants: dict[str, bool], entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Gradients]:
+    """logps [T], logsumexp [T], entropies [T] (if asked), and the gradients of sum(coefficients * logps), in
+    one pass."""
     targets = chunks.rows.targets
     logps = chunks.hidden.new_empty(targets.shape, dtype=chunks.acc)
+    lse = chunks.hidden.new_empty(targets.shape[0], dtype=chunks.acc)
+    entropies = torch.empty_like(lse) if entropy else None
     grads = Gradients(chunks, wants)
     c = (coefficients.to(chunks.acc) * chunks.map.slope)[:, None]
     for chunk, h, low, products in chunks:
         for rows, inner, z, cap_slope in chunks.tiles(chunk, products, cap_slope=True):
-            logps[rows], _, total, _ = softmax_tile_(z, targets[rows], None)
+            scratch = chunks.tile("scratch", z.shape[0]) if entropies is not None else None
+            logps[rows], lse[rows], total, found = softmax_tile_(z, targets[rows], scratch)
+            if entropies is not None:
+                entropies[rows] = found
             z.mul_(-c[rows] / total[:, None])
             z.scatter_add_(1, targets[rows], c[rows])
             finish_tile(z, cap_slope, products[inner])
         grads.add(chunk, h, low, products)
-    return logps[:, 0], grads
-
-
-class Frozen(torch.autograd.Function):
-    """(hidden, weight, bias, rows, map) -> logps [T, 1]; only hidden gets a gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, f: LogitMap
-    ) -> Tensor:
-        chunks = Chunks(Head(weight, None), hidden, None, bias, rows, f)
-        ones = hidden.new_ones(hidden.shape[0], dtype=chunks.acc)
-        logps, grads = differentiate_forward(chunks, ones, {"hidden": True})
-        ctx.save_for_backward(grads.hidden)
-        return logps[:, None]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (slopes,) = ctx.saved_tensors
-        return slopes * grad.to(slopes.dtype), *[None] * 4
-
-
-class Known(torch.autograd.Function):
-    """(hidden, weight, bias, low, low_rank, rows, map, coefficients [T]) -> loss [], logps [T]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low: Tensor | None,
-        low_rank: Tensor | None,
-        rows: Rows,
-        f: LogitMap,
-        coefficients: Tensor,
-    ) -> Any:
-        wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-        chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, f)
-        logps, grads = differentiate_forward(chunks, coefficients, wants)
-        # not `save_for_backward`: the only references must pass on, or autograd copies them once more
-        ctx.grads = grads.for_inputs(bias, low_rank)
-        ctx.mark_non_differentiable(logps)
-        return (logps * coefficients).sum(), logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
-            raise RuntimeError("the gradients of linear_logp_loss were taken already; call it again")
-        if grad.is_cuda or grad != 1:
-            grads = tuple(None if g is None else g.mul_(grad) for g in grads)
-        return *grads, *[None] * 3
+    return logps[:, 0], lse, entropies, grads

@@ -67,13 +67,17 @@ class PolicyModel:
         *,
         algorithm: Algorithm | None = None,
         reference: PolicyModel | None = None,
+        expected: Tensor | None = None,
     ) -> PolicyOutput:
         """Log-probs of the masked-in tokens, and of `outputs`: entropy, values, kl, scores. 0 elsewhere.
 
         A reward model has scores and nothing else: its log-probs are 0. In training, `algorithm` says what
-        the model reads and which divergence `kl` is.
+        the model reads and which divergence `kl` is; `expected` [T] is the gradient that the log-probs will
+        get, where it is known: their head is then faster.
         """
-        return PolicyOutput(**self.network(self._run, batch.to(self.device), outputs, algorithm, reference))
+        expected = None if expected is None else expected.to(self.device)
+        arguments = (batch.to(self.device), outputs, algorithm, reference, expected)
+        return PolicyOutput(**self.network(self._run, *arguments))
 
     def _run(
         self,
@@ -81,6 +85,7 @@ class PolicyModel:
         outputs: frozenset[str],
         algorithm: Algorithm | None,
         reference: PolicyModel | None,
+        expected: Tensor | None,
     ) -> dict[str, Tensor]:
         rows = batch.mask.nonzero()[:, 0]
         with self._autocast(), reading(self.model, batch, algorithm, self.temperature):
@@ -91,7 +96,8 @@ class PolicyModel:
             found["logps"] = found["scores"].new_zeros(len(rows))
             return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
         hidden = states[batch.source[rows]]
-        found["logps"], entropy = self._head(hidden, batch.tokens[rows], "entropy" in outputs)
+        known = None if expected is None else expected[rows]
+        found["logps"], entropy = self._head(hidden, batch.tokens[rows], "entropy" in outputs, known)
         if entropy is not None:
             found["entropy"] = entropy
         if "values" in outputs:
@@ -144,7 +150,9 @@ class PolicyModel:
         own: nn.Module = self.model
         return own
 
-    def _head(self, hidden: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _head(
+        self, hidden: Tensor, targets: Tensor, entropy: bool, expected: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         head = self.head()
         weight = head.weight.to(hidden.dtype)
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
@@ -154,6 +162,7 @@ class PolicyModel:
             "softcap": head.softcap,
             "logit_scale": head.logit_scale,
             "lora": head.lora,
+            "expected": expected,
             "backend": self.kernels.logprob,
         }
         if entropy:

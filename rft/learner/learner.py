@@ -278,7 +278,10 @@ class Learner:
         plan = self.plan(mini)
         for trees in plan:
             micro, last = self.micro(mini, trees), trees is plan[-1]
-            out = self.policy.run(micro, outputs, algorithm=self.algorithm, reference=self.reference)
+            expected = objective.foreseen(self.algorithm, micro, scale) if trees else None
+            out = self.policy.run(
+                micro, outputs, algorithm=self.algorithm, reference=self.reference, expected=expected
+            )
             if not trees:
                 self.parallel.backward(objective.nothing(out), last=last)
                 continue

@@ -375,7 +375,9 @@ def test_models_that_are_no_causal_lm_are_refused_by_name() -> None:
         prepare_model(tuned)
 
 
-@pytest.mark.parametrize(("name", "why"), [("stablelm", "merge: "), ("jamba", "layers of type linear_attention")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("stablelm", "merge: "), ("jamba", "layers of type linear_attention")]
+)
 def test_a_kernel_that_a_model_cannot_take_is_refused_by_name(name: str, why: str) -> None:
     model = build(name)
     with pytest.raises(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rft.kernels import logprob_autograd as autograd
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_linear as linear
 from rft.kernels.logprob import Backend, linear_logp_loss, pack_support, token_logps
@@ -218,6 +219,48 @@ def test_rows_without_a_gradient_stay_out_of_the_backward(case: str, entropy: bo
         assert relative(a, b) < 1e-12
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("case", [c for c in CASES if c != "several"])
+def test_an_expected_gradient_spares_the_recomputation(
+    case: str, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Foretold up to a factor, the gradient is there already; foretold wrongly, it is right, only slower."""
+    recomputed, calls = autograd.recomputed, []
+    monkeypatch.setattr(autograd, "recomputed", lambda *args: (calls.append(1), recomputed(*args))[1])
+    torch.manual_seed(4)
+    pull = torch.randn(13, dtype=torch.float64)
+    pull[[2, 7, 8]] = 0.0
+    x = inputs(CASES[case], 13, 8, 37, torch.float64)
+    leaf = x["leaf"]
+    leaves = [p for p in leaf.values() if p.requires_grad]
+    head = (leaf["hidden"], leaf["weight"], x["targets"])
+    frozen = "frozen" in CASES[case] and not entropy
+    tries = [(pull, 0), (3 * pull, 0), (0 * pull, 1), (pull + 1e-4, 1), (torch.randn(13).double(), 1)]
+    wanted = token_logps(*head, entropy=True, backend="reference", **x["options"])
+    grads = torch.autograd.grad((wanted[0] * pull).sum(), leaves)
+    for expected, misses in tries:
+        calls.clear()
+        made = token_logps(*head, entropy=entropy, expected=expected, **x["options"])
+        found = made if isinstance(made, tuple) else (made,)
+        for a, b in zip(found, wanted, strict=False):
+            assert relative(a, b) < 1e-12
+        for a, b in zip(torch.autograd.grad((found[0] * pull).sum(), leaves), grads, strict=True):
+            assert relative(a, b) < 1e-12
+        assert len(calls) == (0 if frozen else misses)
+
+
+def test_a_gradient_of_entropies_is_never_left_out_for_an_expected_one() -> None:
+    x = inputs({}, 13, 8, 37, torch.float64)
+    leaves = list(x["leaf"].values())
+    found = []
+    for expected in (None, torch.ones(13)):
+        logps, entropy = token_logps(*leaves, x["targets"], entropy=True, expected=expected)
+        found.append(torch.autograd.grad(logps.sum() + entropy.sin().sum(), leaves))
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < 1e-12
+
+
 def test_uniform_distribution_by_hand() -> None:
     logps, entropy = token_logps(torch.zeros(2, 3), torch.randn(8, 3), torch.tensor([0, 5]), entropy=True)
     assert torch.allclose(logps, -torch.tensor([8.0, 8.0]).log())
@@ -325,6 +368,7 @@ def test_workspace_does_not_grow_with_rows_or_vocabulary(dtype: str) -> None:
         ({"lora": (torch.zeros(2, 4), torch.zeros(6, 2), 1.0)}, r"lora must be .*B \[7, r\]"),
         ({"support": torch.zeros(3, 7, dtype=torch.bool)}, r"support must be \[3, 1\] uint8"),
         ({"mask": torch.zeros(2, dtype=torch.bool)}, r"mask must be \[3\] bool"),
+        ({"expected": torch.zeros(2)}, r"expected must be \[3\] without gradient, got \[2\]"),
         ({"backend": "fast"}, "one of auto, reference, chunked, triton"),
     ],
 )
