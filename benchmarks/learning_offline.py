@@ -45,11 +45,11 @@ from rft.rewards import load_reward
 from rft.run import learner_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBLEMS, HELD_OUT = 256, 128
+PROBLEMS, HELD_OUT = 256, 187
 PAIRS = {"kind": "arithmetic_pairs", "limit": 4096}
 GSM8K = {
     "path": str(ROOT.parent / "shared/data/gsm8k/preferences.jsonl"),
-    "holdout": 87,
+    "holdout": 187,
     "max_length": 768,
     "overlong": "skip",
 }
@@ -94,9 +94,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dpo-sppo": {"loss_type": "sppo_hard"},
     "dpo-aot": {"loss_type": "aot"},
     "dpo-apo_zero": {"loss_type": "apo_zero"},
-    "dpo-apo_down": {"loss_type": "apo_down"},
+    "dpo-apo_down": {"loss_type": "apo_down", "beta": 0.5},
     "dpo-discopop": {"loss_type": "discopop"},
-    "dpo-discopop-wide": {"loss_type": "discopop", "beta": 2.0},
+    "dpo-discopop-tau": {"loss_type": "discopop", "tau": 1.0},
     "dpo-rpo": {"nll": 1.0},
     "dpo-length": {"length_normalized": True, "beta": 2.0},
     "dpo-ld": {"tail": 0.5},
@@ -123,7 +123,7 @@ def _preferences(section: str, data: dict[str, Any], steps: int, batch_size: int
 
 CASES = [
     *_preferences("pairs", PAIRS, 30, 32, 3e-4),
-    *_preferences("gsm8k", GSM8K, 30, 16, 1e-3),
+    *_preferences("gsm8k", GSM8K, 50, 16, 1e-3),
     *(
         Case(name, "slips", {"name": name.split("-")[0], **settings}, SLIPS, 150, 32, 1e-3)
         for name, settings in (
@@ -297,9 +297,11 @@ def online(reward_model: Path, seed: int, runs: Path) -> tuple[dict[str, float],
 # -- what is measured ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def preferences(plan: Plan, learner: Learner) -> dict[str, float]:
-    """Of held-out pairs: how often the policy finds the preferred response likelier, in all and per token,
-    and by how many nats. No reference: the same yardstick for every loss."""
+    """Of held-out pairs: how often the policy finds the preferred response likelier, in all and per token, and
+    by how many nats; and how often its log-ratio to the start favours it (DPO's implicit reward; a tie
+    counts half). The same yardsticks for every loss."""
     data = plan.config.data.model_copy(update={"eval_limit": HELD_OUT})
     groups = load_groups(data, plan.tokenizer, "preference", "test").groups
     batch = Batch.build(groups, share_prefix=True)
@@ -307,7 +309,11 @@ def preferences(plan: Plan, learner: Learner) -> dict[str, float]:
     first, second = batch.pairs()
     total, mean = batch.sum_by_sequence(logps), batch.mean_by_sequence(logps)
     whole = preference(total[first] - total[second])
+    start = batch.sum_by_sequence(_base(plan).run(batch, frozenset({"logps"})).logps)
+    gained = (total - start)[first] - (total - start)[second]
+    gained = preference(gained.masked_fill(gained.abs() < 1e-3, 0))  # rounding, where nothing was learnt
     found = {
+        "reward_accuracy": float(gained["preference_accuracy"].mean()),
         "accuracy": float(whole["preference_accuracy"].mean()),
         "accuracy_per_token": float(preference(mean[first] - mean[second])["preference_accuracy"].mean()),
         "margin": float(whole["preference_margin"].mean()),
@@ -316,6 +322,12 @@ def preferences(plan: Plan, learner: Learner) -> dict[str, float]:
     if plan.config.data.resolved_kind == "arithmetic_pairs":
         found["task"] = solved(plan, learner)
     return found
+
+
+def _base(plan: Plan) -> PolicyModel:
+    """The model that the run started from."""
+    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
+    return PolicyModel(model, temperature=1.0, compute_dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -344,11 +356,7 @@ def demonstrations(plan: Plan, learner: Learner) -> dict[str, float]:
     clean = {"kind": "arithmetic", "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.0}}
     data = parse_config({"algorithm": "sft", "data": {**clean, "eval_limit": HELD_OUT}}).data
     groups = load_groups(data, plan.tokenizer, "sft", "test").groups
-    base = PolicyModel(
-        AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval(),
-        temperature=1.0,
-        compute_dtype=torch.float32,
-    )
+    base = _base(plan)
     return {
         "task": solved(plan, learner),
         "kl": drift(learner.policy, base, groups, ASFT(direction="reverse")),
