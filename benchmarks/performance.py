@@ -6,7 +6,7 @@ Every figure comes from a results file; what was not measured is said to be so.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,32 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
 ]
 
 
+def gates(found: Any) -> Iterator[bool]:
+    """Whether each gate of a result, however deep in it, was met."""
+    if isinstance(found, list):
+        for part in found:
+            yield from gates(part)
+    elif isinstance(found, dict):
+        yield from (v for k, v in found.items() if k.endswith("passed") and v is not None)
+        for part in found.values():
+            yield from gates(part)
+
+
+def summary() -> str:
+    """Which sections there are, and how many of their gates were met."""
+    rows = []
+    for title, name, _, _ in SECTIONS:
+        found = load(name)
+        met = list(gates(found))
+        missed = met.count(False)
+        said = (
+            f"{len(met) - missed} met, {f'**{missed} missed**' if missed else 'none missed'}" if met else ""
+        )
+        anchor = title.lower().replace(" ", "-").replace("'", "")
+        rows.append([f"[{title}](#{anchor})", said if found else "**unmeasured**"])
+    return table(["section", "gates"], [*rows, ["[GPUs](#gpus)", "**unmeasured**"]])
+
+
 def page() -> str:
     out = [
         "# Performance",
@@ -121,6 +147,8 @@ def page() -> str:
         "if time were proportional to floating-point operations. The *largest error* of a row is the "
         "distance of its results from a plain float32 computation of the same. One thread is timed in "
         "processor time, so that other programs (the load that is given) disturb little.",
+        "",
+        summary(),
         "",
     ]
     for title, name, command, render in SECTIONS:

@@ -93,6 +93,10 @@ def logprob(d: dict[str, Any]) -> str:
         parts.append(table(head, rows))
     picture = bars("logprob", "time over the bare matrix products", labels, {"": ratios}, "times")
     return (
+        "Log-probs of rows of hidden states under a head, and their gradients, without the logits of all "
+        "rows: *recompute* takes any loss; *loss-known* one whose gradient to the log-probs is known in the "
+        "forward (SFT, a policy gradient stepped on once); *frozen head* gives a gradient to the hidden "
+        "states only (LoRA). Sizes are rows x width x vocabulary. "
         f"Time over the bare matrix products of the same round ({where(d)}). Where bfloat16 products are "
         "emulated, the yardstick of bfloat16 rows is float32 products, and others' paths are left out.\n\n"
         + "\n\n".join(parts)

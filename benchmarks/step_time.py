@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "examples" / "arithmetic.yaml"
 RESULT = HERE / "results" / "step-time-cpu.json"
 LEARNING_RATE = 1e-6
+AIM = 2.0  # times as fast as the peer
 
 
 def rft_train(config: dict[str, Any], work: Path) -> Path:
@@ -148,6 +149,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "runs": {n: [[round(t, 4) for t in r["seconds"]] for r in found] for n, found in runs.items()},
         "trl_best": best,
         "ratio": median[best] / median["rft"],
+        "passed": median[best] >= AIM * median["rft"],
     }
 
 
