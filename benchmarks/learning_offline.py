@@ -299,9 +299,9 @@ def online(reward_model: Path, seed: int, runs: Path) -> tuple[dict[str, float],
 
 @torch.no_grad()
 def preferences(plan: Plan, learner: Learner) -> dict[str, float]:
-    """Of held-out pairs: how often the policy finds the preferred response likelier, in all and per token, and
-    by how many nats; and how often its log-ratio to the start favours it (DPO's implicit reward; a tie
-    counts half). The same yardsticks for every loss."""
+    """Of held-out pairs: how often the policy finds the preferred response likelier, in all and per token,
+    and by how many nats; and how often its log-ratio to the start favours it (DPO's implicit reward;
+    a tie counts half). The same yardsticks for every loss."""
     data = plan.config.data.model_copy(update={"eval_limit": HELD_OUT})
     groups = load_groups(data, plan.tokenizer, "preference", "test").groups
     batch = Batch.build(groups, share_prefix=True)

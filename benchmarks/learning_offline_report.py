@@ -77,7 +77,7 @@ SECTIONS: dict[str, tuple[str, str, dict[str, str]]] = {
 # What a reader should know about a line, learnt from looking at the runs.
 REMARKS = {
     "dpo-apo_down": "lowers both responses by design, the rejected one more",
-    "dpo-discopop": "with its own tau of 0.05 the slope is positive at a margin of 0, where every policy starts",
+    "dpo-discopop": "with its own tau of 0.05 the slope is positive at a margin of 0, where all start",
 }
 SHARES = {"reward_accuracy", "accuracy", "accuracy_per_token", "task", "preference_accuracy", "step_accuracy"}
 

@@ -76,7 +76,8 @@ def summarise(run: Path, section: str, case: str, seed: int, config: str, overri
     if curve[0][0] == 0:
         found["before"] = curve[0][1]
     if _binned(steps, "critic/explained_variance"):
-        found["explained_variance"] = _ends(steps, "critic/explained_variance")[1]
+        late = [r.get("critic/explained_variance") for r in steps[len(steps) // 2 :]]
+        found["explained_variance"] = round(statistics.fmean(x for x in late if x is not None), 3)
     shares = {
         s: _ends(steps, f"reward/{s}/mean") for s in ("lines", "chain") if f"reward/{s}/mean" in steps[-1]
     }
@@ -153,7 +154,7 @@ def _line(section: str, case: str, runs: Sequence[Row], width: int) -> list[str]
         return [f"`{case}`", "0", *[""] * (width - 3), f"**not run.** {remark}".strip()]
     explained = [r["explained_variance"] for r in runs if r.get("explained_variance") is not None]
     if explained:
-        remark = f"explained variance of the critic {_mean(explained, '.2f')}. {remark}".strip()
+        remark = f"explained variance in the second half {_mean(explained, '.2f')}. {remark}".strip()
     before = [r.get("before") for r in runs]
     gains = [r["after"] - r["before"] for r in runs if r.get("before") is not None]
     cells = [
