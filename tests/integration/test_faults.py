@@ -104,11 +104,13 @@ def test_learner_killed(live: Live) -> None:
     _resumed(live)
 
 
+@pytest.mark.slow
 def test_controller_killed(live: Live) -> None:
     live.hurt("controller killed", live.driver().kill, "run/opened", 120)
     _resumed(live)
 
 
+@pytest.mark.slow
 def test_ray_head_killed(live: Live) -> None:
     known = len(live.events("run/opened"))
     told = live.hurt("Ray head killed", live.child("gcs_server").kill, "fault/ray", 30)
@@ -117,6 +119,7 @@ def test_ray_head_killed(live: Live) -> None:
     _resumed(live)
 
 
+@pytest.mark.slow
 def test_newest_checkpoint_corrupted(live: Live) -> None:
     """A bit flips in the newest checkpoint and the run dies: it goes on from the one before, and says so."""
     live.wait("two checkpoints", lambda: len(list((live.run / "checkpoints").glob("step-*"))) > 1)
@@ -174,7 +177,8 @@ def _resumed(live: Live) -> None:
     live.makes_steps(seconds=180)
 
 
-@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_no_process_of_a_killed_run_outlives_it(tmp_path: Path, engine: str) -> None:
     """Nobody is there to clean up after a SIGKILL: its processes have to go by themselves."""
     run = Live(tmp_path, engine)
@@ -202,7 +206,7 @@ def _fill(file: Path) -> None:
         os.close(descriptor)
 
 
-def _gone(run: Live, seconds: float = 30) -> None:
+def _gone(run: Live, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while processes_of(run.marker) and time.monotonic() < deadline:
         time.sleep(0.2)

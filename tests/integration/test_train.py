@@ -71,7 +71,7 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
     assert AutoTokenizer.from_pretrained(out).eos_token_id is not None
-    shown = rft("eval", *command(tmp_path, *args)[1:], "--model", str(out))
+    shown = rft("eval", *command(tmp_path, *args)[1:], "rollout.engine=hf", "--model", str(out))
     accuracy = json.loads(shown.stdout)["eval/accuracy"]
     assert accuracy == pytest.approx(last["eval/accuracy"], abs=0.06)
 
@@ -124,9 +124,11 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
     common = [*SMALL, "warm_start=null", "rollout.engine=hf", "learner.threads=1", reward, curriculum]
     config, *overrides = command(tmp_path, *common)[1:]
     out = f"--out={tmp_path}/verify"
-    done = rft("verify-resume", config, *overrides, "--steps", "6", "--kill-at", "3", out, check=False)
+    args = ["verify-resume", config, *overrides, "--steps", "6", "--kill-at", "3", out]
+    done = rft(*args, check=False, mark=tmp_path.name)
     assert done.returncode == 0 and "verdict: kept" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("  equal  ") == 9 and "differs" not in done.stdout.lower()
+    assert processes_of(f"RFT_TEST_MARK={tmp_path.name}") == [], "the killed run left processes behind"
 
 
 @pytest.mark.timeout(300)
