@@ -51,6 +51,7 @@ def bars(name: str, title: str, labels: list[str], series: dict[str, list[float 
     for i, (what, values) in enumerate(series.items()):
         places = [place + i * height for place, value in enumerate(values) if value is not None]
         axes.barh(places, [v for v in values if v is not None], height, label=what)
+    axes.margins(y=0.02)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(labels))], labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(unit)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from rft.kernels.logprob_chunked import Chunks, Rows, Upstream
 from rft.kernels.logprob_common import LogitMap, spread
 from rft.kernels.logprob_linear import Head
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 FORETOLD = 1e-5  # relative difference of an upstream gradient from the expected one that rounding explains
 
 
@@ -67,9 +68,9 @@ def recomputed(
     count = hidden.shape[0]
     used = None if kept is not None else pulled_rows(grad, grad_entropy)
     if used is not None:
-        hidden, targets, lse, grad = (x[used] for x in (hidden, targets, lse, grad))
+        hidden, targets, lse, grad = (_at(x, used) for x in (hidden, targets, lse, grad))
         low, support, entropies, grad_entropy = (
-            None if x is None else x[used] for x in (low, support, entropies, grad_entropy)
+            _at(x, used) for x in (low, support, entropies, grad_entropy)
         )
     rows = Rows(targets, support)
     chunks = Chunks(Head(weight, low_rank), hidden, low, bias, rows, ctx.map, buffer=buffer)
@@ -81,10 +82,13 @@ def recomputed(
             up = replace(up, entropy=entropies, grad_entropy=grad_entropy * ctx.map.slope)
         grads = chunked.backward(chunks, up, wants)
     if used is not None:
-        grads.hidden, grads.low = (
-            None if x is None else spread(x, used, count) for x in (grads.hidden, grads.low)
-        )
+        grads.spread(used, count)
     return grads.for_inputs(bias, low_rank)
+
+
+def _at(x: MaybeTensor, index: Tensor | None) -> MaybeTensor:
+    """Rows of x, or all."""
+    return x if x is None or index is None else x[index]
 
 
 def pulled_rows(grad: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
@@ -115,30 +119,24 @@ class Expected(torch.autograd.Function):
         expected: Tensor,
     ) -> Any:
         wants = dict(zip(chunked.NAMES, ctx.needs_input_grad, strict=False))
-        head = Head(weight, low_rank)
+        head, count = Head(weight, low_rank), hidden.shape[0]
 
         def part(index: Tensor | None) -> Chunks:
-            h, of_low, targets, support = (
-                x if x is None or index is None else x[index]
-                for x in (hidden, low, rows.targets, rows.support)
-            )
-            return Chunks(head, h, of_low, bias, Rows(targets, support), f)
+            few = Rows(_at(rows.targets, index), _at(rows.support, index))
+            return Chunks(head, _at(hidden, index), _at(low, index), bias, few, f)
 
         used = pulled_rows(expected[:, None], None)
-        coefficients = expected if used is None else expected[used]
-        *found, grads = chunked.differentiate_forward(part(used), coefficients, wants, entropy)
-        if used is not None:
+        logps, lse, entropies, grads = chunked.differentiate_forward(
+            part(used), _at(expected, used), wants, entropy
+        )
+        if used is not None:  # the others have a forward only
             unused = (expected == 0).nonzero()[:, 0]
-            logps, *others = chunked.forward(part(unused), entropy)
-            count = hidden.shape[0]
-            found = [
-                None if a is None else spread(a, used, count).index_copy_(0, unused, b)
-                for a, b in zip(found, (logps[:, 0], *others), strict=True)
-            ]
-            grads.hidden, grads.low = (
-                None if x is None else spread(x, used, count) for x in (grads.hidden, grads.low)
-            )
-        logps, lse, entropies = found
+            rest, rest_lse, rest_entropies = chunked.forward(part(unused), entropy)
+            logps = spread(logps, used, count).index_copy_(0, unused, rest[:, 0])
+            lse = spread(lse, used, count).index_copy_(0, unused, rest_lse)
+            if entropies is not None and rest_entropies is not None:
+                entropies = spread(entropies, used, count).index_copy_(0, unused, rest_entropies)
+            grads.spread(used, count)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, low, low_rank, rows.targets, rows.support, lse, entropies)
         ctx.map, ctx.expected = f, expected

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft.kernels.logprob_common import LogitMap, accumulate_dtype
+from rft.kernels.logprob_common import LogitMap, accumulate_dtype, spread
 from rft.kernels.logprob_linear import Head, WeightGrad
 
 CHUNK_BYTES = 1 << 25  # logits of one chunk
@@ -211,6 +211,11 @@ class Gradients:
     @property
     def weight(self) -> Tensor | None:
         return None if self._weight is None else self._weight.result()
+
+    def spread(self, rows: Tensor, count: int) -> None:
+        """Those of single rows become [T, ...], 0 but at the indices `rows`, which the pass was over."""
+        self.hidden = None if self.hidden is None else spread(self.hidden, rows, count)
+        self.low = None if self.low is None else spread(self.low, rows, count)
 
     def for_inputs(self, bias: Tensor | None, low_rank: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """In the order of `NAMES`, those of bias and B rounded to their inputs' dtypes."""

@@ -49,7 +49,7 @@ def foreseen(algorithm: Algorithm, micro: Batch, scale: float) -> Tensor | None:
     (SFT, a policy gradient stepped on once): it is the same at two places far apart. None elsewhere."""
     if algorithm.outputs or algorithm.unit != "token":
         return None
-    found = []
+    found: list[Tensor] = []
     for place in (torch.zeros(micro.num_tokens), -torch.linspace(1, 9, micro.num_tokens)):
         logps = place.to(micro.tokens.device).requires_grad_()
         loss = reduce_loss(algorithm, PolicyOutput(logps), micro, scale)
