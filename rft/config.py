@@ -123,6 +123,9 @@ class RayConfig(Section):
     """The Ray cluster."""
 
     address: str | None = Field(None, description="an existing cluster's address (none: start one here)")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="what the cluster's nodes compute on (auto: what this machine has)"
+    )
     object_store_gib: float = Field(0.5, gt=0, description="shared memory of a cluster started here")
 
 

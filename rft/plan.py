@@ -189,7 +189,7 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
     problems = _Problems()
     attempt = problems.attempt
     sampled = config.algorithm.online or config.eval.generate or evaluate
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(config, problems)
     engine: Engine | None = attempt("rollout.engine", lambda: _engine(config)) if sampled else "hf"
     trusted = config.model.trust_remote_code
     shape = tokenizer = train = held_out = offline = None
@@ -232,6 +232,16 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
         offline=offline,
         adapter_parameters=trained_parameters(network, adapter) if network is not None and adapter else None,
     )
+
+
+def _device(config: Config, problems: list[str]) -> Device:
+    """What learner and engines compute on; notes a problem where that is not here."""
+    here: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = config.ray.device
+    if asked == "cuda" and here == "cpu" and config.ray.address is None:
+        problems.append("ray.device: cuda, but this machine has no GPU; join a cluster by ray.address")
+        return here
+    return here if asked == "auto" else asked
 
 
 def _part_problems(
