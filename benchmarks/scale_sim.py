@@ -305,9 +305,11 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "scale-sim.json")
     args = parser.parse_args()
-    rows = [one(replicas, args.steps, args.profile) for replicas in sorted(args.replicas)]
-    if not args.profile:
-        write_result(args.out, {"what": (__doc__ or "").split("\n\n", 2)[2], "results": rows})
+    rows = []
+    for replicas in sorted(args.replicas):
+        rows.append(one(replicas, args.steps, args.profile))
+        if not args.profile:  # what is measured stays, should a larger size not end in time
+            write_result(args.out, {"what": (__doc__ or "").split("\n\n", 2)[2], "results": rows})
 
 
 if __name__ == "__main__":
