@@ -48,7 +48,9 @@ def _logprob(case: str, dtype: str, minutes: float, *brief: str, peers: bool = T
 
 
 def _step(case: str, minutes: float) -> Script:
-    return Script("train_step.py", ("--cases", case), minutes, ("--rounds", "2"), peers=True)
+    return Script(
+        "train_step.py", ("--cases", case), minutes, ("--rounds", "2", "--threads", "2"), peers=True
+    )
 
 
 PARTS: dict[str, tuple[Script, ...]] = {
