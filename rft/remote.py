@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -35,6 +36,21 @@ def require_here(path: str, what: str) -> None:
             f"{what}: {path} is not on node {os.uname().nodename} ({ray.util.get_node_ip_address()}). Every "
             "node of the cluster needs it under the same path: put it on a folder that they share, or copy it"
         )
+
+
+def use_interface_of(host: str) -> None:
+    """Let gloo and NCCL talk over the network interface that reaches `host`: by themselves they take the
+    one that this machine's name resolves to, which is often the loopback."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing; the kernel chooses the route
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == own for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return
 
 
 async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:

@@ -77,6 +77,7 @@ class RolloutPool:
             max_concurrency=1024,
             max_restarts=0,
             scheduling_strategy="SPREAD",  # over the nodes of a cluster
+            memory=2**20,  # Ray places an actor that asks for nothing at random, whatever the strategy
         )
         member = _Member(remote.remote(self.specs[index], index), next(self._serials))
         self.members[index] = member

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.distributed.distributed_c10d import BroadcastOptions
 
+from rft.remote import use_interface_of
+
 Manifest = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype without "torch.", shape)
 
 BUCKET_BYTES = 64 * 2**20
@@ -31,6 +33,7 @@ def open_group(
 
     Raises torch.distributed.DistStoreError or RuntimeError when the others do not come in time.
     """
+    use_interface_of(host)
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
     return ProcessGroupGloo(PrefixStore(name, store), rank, world_size, timeout)

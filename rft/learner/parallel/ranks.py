@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rft.learner.parallel.base import Parallel, T
+from rft.remote import use_interface_of
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,6 @@ def join(place: Rendezvous, rank: int, ranks: int, device: str, meeting: Meeting
     )
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
-
-
-def use_interface_of(host: str) -> None:
-    """Let gloo and NCCL talk over the network interface that reaches `host`: by themselves they take the
-    one that this machine's name resolves to, which is often the loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing; the kernel chooses the route
-        own = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == own for a in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-            return
 
 
 class Ranks(Parallel):
