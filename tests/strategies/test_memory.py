@@ -106,8 +106,11 @@ def other(tmp_path_factory: pytest.TempPathFactory, middling: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("model", ["middling", "other"])
+@pytest.mark.parametrize(
+    ("model", "case"),
+    # bfloat16 takes minutes on a CPU that has no arithmetic for it: once is enough.
+    [("middling", c) for c in CASES if c != "bfloat16"] + [("other", c) for c in CASES],
+)
 def test_prediction(model: str, case: str, request: pytest.FixtureRequest) -> None:
     env = {**ENV, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}  # freed blocks go back at once
     folder = request.getfixturevalue(model)
