@@ -71,8 +71,8 @@ def test_what_a_kernel_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="no backward on CPU"):
         hidden_states(model, forest_batch())
     windowed = build("gemma2")
-    with pytest.warns(UserWarning, match="the merge serves no layer with window"):
-        assert prepare_model(windowed, kernel="merge").kind == "sequences"
+    with pytest.raises(ValueError, match="the merge serves no layer with window"):
+        prepare_model(windowed, kernel="merge")
 
 
 @pytest.mark.gpu
