@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from rft.algorithms import ALGORITHMS, Algorithm
 from rft.learner.config import LearnerConfig
 from rft.learner.learner import LearnerSpec
 from rft.rollout.engine import EngineSpec
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 
 
 def learner_spec(model: Path | str, algorithm: Algorithm | None = None, **config: Any) -> LearnerSpec:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     assert (found.path, found.step, found.order) == (path, 30, 1)
     assert found.meta == {"cursor": 7, "by_id": {"10": 1, "9": 2}}
     assert found.config_hash == checkpoint.config_hash({"a": {"x": 0.5}, "b": 1})
-    assert found.versions["torch"] == torch.__version__
+    assert found.versions["torch"] == version("torch")
     assert is_whole(found)
     manifest = json.loads((path / "manifest.json").read_text())
     assert set(manifest["files"]) == {"a.bin", "sub/b.bin", "sub/c.bin"}

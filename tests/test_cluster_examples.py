@@ -11,6 +11,7 @@ import pytest
 from rft.config import ConfigError, load_config
 from rft.plan import Plan, make_plan
 from tests.integration.conftest import ROOT, rft
+from tests.specs import needs_vllm
 
 EXAMPLES = ROOT / "examples"
 
@@ -46,6 +47,7 @@ def planned(name: str, instead: list[str], *more: str) -> Plan:
 CLUSTER = ["ray.address=auto", "ray.device=cuda"]  # GPUs that this machine need not have
 
 
+@needs_vllm
 @pytest.mark.parametrize(
     ("name", "transport", "trains", "learner"),
     [
@@ -62,11 +64,13 @@ def test_examples_for_gpus(name: str, transport: str, trains: str, learner: str,
     assert plan.engine_spec().dtype == "bfloat16"
 
 
+@needs_vllm
 def test_the_large_example_runs_on_deepspeed_as_it_says(instead: list[str]) -> None:
     plan = planned("gsm8k_qwen_7b.yaml", instead, *CLUSTER, "learner.parallel=deepspeed")
     assert "4 ranks (deepspeed stage 2), one GPU each" in "\n".join(plan.lines())
 
 
+@needs_vllm
 def test_the_cluster_s_example_is_planned_on_a_head_without_gpus(instead: list[str]) -> None:
     plan = planned("cluster/cluster.yaml", instead)
     assert plan.device == "cuda" and plan.transport == "nccl"

@@ -9,6 +9,7 @@ import pytest
 from rft.algorithms import ALGORITHMS
 from rft.config import ConfigError, algorithm_name, load_config
 from rft.plan import Plan, make_plan
+from tests.specs import needs_vllm
 
 FOLDER = Path(__file__).parent.parent / "examples" / "online"
 NAMES = sorted(name for name, kind in ALGORITHMS.items() if kind.online)
@@ -44,6 +45,7 @@ def test_no_example_is_left_over() -> None:
     assert {p.stem for p in FOLDER.glob("*.yaml")} == {*NAMES, "base"}
 
 
+@needs_vllm
 def test_only_the_plain_engine_mixes_policy_and_reference(small: list[str], tiny_folder: Path) -> None:
     assert checked("nash_md", small).engine_spec().reference == str(tiny_folder)
     assert "write mixture: 0, or use the hf engine" in refusal("nash_md", small, "rollout.engine=vllm")
