@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from rft.rewards.process import Guardian, kill_tree
+
 R = TypeVar("R")
 
 
@@ -88,7 +90,6 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a shared machine
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    import psutil
     import ray
 
     if address is not None:
@@ -101,13 +102,19 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
             logging_level=logging.ERROR,
             object_store_memory=int(object_store_gib * 2**30),
         )
+    guardian = Guardian()  # Ray's agents outlive a driver that was killed by a minute
+    watched = _family() if address is None else []
+    for process in watched:
+        guardian.watch(process.pid)
     try:
         yield
     finally:
-        children = psutil.Process().children(recursive=True) if address is None else []
-        family = [p for p in children if _is_of_a_run(p)]  # asked while their parents still live
+        family = _family() if address is None else []  # asked while their parents still live
         ray.shutdown()
         _reap(family)
+        for process in watched:
+            guardian.forget(process.pid)
+        guardian.close()
 
 
 def on_head_death(act: Callable[[str], None]) -> None:
@@ -141,6 +148,13 @@ def _reap(family: list[Any]) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
+def _family() -> list[Any]:
+    """The processes of the Ray head that was started here, and of its actors."""
+    import psutil
+
+    return [p for p in psutil.Process().children(recursive=True) if _is_of_a_run(p)]
+
+
 def _is_of_a_run(process: Any) -> bool:
     """True for Ray's own processes and what they started, such as engines: all but reward workers,
     which their runner ends."""
@@ -158,8 +172,6 @@ def kill_actor(actor: Any, node: str, pid: int) -> None:
     way of ending an actor would wait for. `node` and `pid` ("" and 0: unknown) say where it runs."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from rft.rewards.process import kill_tree
 
     if pid and node == ray.get_runtime_context().get_node_id():
         kill_tree(pid)

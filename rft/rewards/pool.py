@@ -7,9 +7,6 @@ replaced, one that has judged long enough is recycled. Jobs of several callers i
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.rewards.handle import Died, Hung, Worker
-from rft.rewards.process import GUARDIAN
+from rft.rewards.process import Guardian
 from rft.rewards.types import Outcome, RewardError, Score, Text
 from rft.rewards.worker import PROGRESS, decode
 
@@ -85,13 +82,13 @@ class WorkerPool:
         self._workers: set[Worker] = set()
         self._jobs: asyncio.Queue[_Job]
         self._slots: list[asyncio.Task[None]] = []
-        self._guardian: subprocess.Popen[bytes] | None = None
+        self._guardian: Guardian | None = None
         self._closed = False
 
     async def start(self) -> None:
         """Start all workers and wait until they have loaded. Raises RewardError where one cannot."""
         self._jobs = asyncio.Queue()
-        self._guardian = subprocess.Popen(GUARDIAN, stdin=subprocess.PIPE, start_new_session=True)
+        self._guardian = Guardian()
         results = await asyncio.gather(*(self._spawn() for _ in range(self.size)), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -149,20 +146,15 @@ class WorkerPool:
             slot.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
         await asyncio.gather(*(self._end(w, grace_s=1.0) for w in list(self._workers)))
-        if self._guardian is not None and self._guardian.stdin is not None:
-            self._guardian.stdin.close()
-            self._guardian.wait()
+        if self._guardian is not None:
+            self._guardian.close()
 
     # -- workers -----------------------------------------------------------------------------------
 
-    def _tell_guardian(self, sign: str, pid: int) -> None:
-        assert self._guardian is not None and self._guardian.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the guardian itself was killed
-            os.write(self._guardian.stdin.fileno(), f"{sign}{pid}\n".encode())
-
     async def _spawn(self) -> Worker:
+        assert self._guardian is not None
         worker, sock = Worker.launch()
-        self._tell_guardian("+", worker.process.pid)
+        self._guardian.watch(worker.process.pid)
         self._workers.add(worker)
         self.counts["started"] += 1
         try:
@@ -191,7 +183,8 @@ class WorkerPool:
         pid = worker.process.pid
         await worker.close(grace_s=grace_s)
         self._workers.discard(worker)
-        self._tell_guardian("-", pid)
+        if self._guardian is not None:
+            self._guardian.forget(pid)
 
     async def _slot(self, worker: Worker) -> None:
         """Serves jobs with one worker, replacing it when needed, forever."""

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 
 PR_SET_PDEATHSIG = 1
@@ -86,7 +87,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def guard() -> None:
-    """Main of the guardian: told pids on stdin (`+pid`, `-pid`), it kills their trees when its parent goes.
+    """The guardian's main: told pids on stdin (`+pid`, `-pid`), it kills their trees when its parent goes.
 
     It runs no reward code, so nothing can hang it. A parent that was SIGKILLed leaves no worker behind.
     """
@@ -108,8 +109,33 @@ def guard() -> None:
         kill_tree(pid)
 
 
-# Isolated mode keeps this folder, whose files are called like modules of the standard library, off sys.path.
-GUARDIAN = [sys.executable, "-I", "-S", os.path.abspath(__file__)]
+class Guardian:
+    """A process that kills what it watches, with all descendants, when this process is gone: also when a
+    SIGKILL left nobody to clean up. A guardian that was itself killed is no error."""
+
+    # Isolated: this folder's files are called like modules of the standard library.
+    COMMAND = (sys.executable, "-I", "-S", os.path.abspath(__file__))
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(self.COMMAND, stdin=subprocess.PIPE, start_new_session=True)
+
+    def watch(self, pid: int) -> None:
+        self._tell(f"+{pid}\n")
+
+    def forget(self, pid: int) -> None:
+        self._tell(f"-{pid}\n")
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._process.stdin.fileno(), line.encode())
+
+    def close(self) -> None:
+        """End it, and what it still watches."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
 
 if __name__ == "__main__":
     guard()

@@ -22,6 +22,7 @@ def adapter_stage(ray_here: None, tiny_folder: Path) -> Iterator[Stage]:
     stage.run(stage.pool.close())
 
 
+@pytest.mark.slow
 def test_vllm_samples_from_the_adapter_that_was_sent(adapter_stage: Stage) -> None:
     """Prompts of 5 and 140 tokens, the same ones at every version: a stale prefix would show."""
     weights = 0

@@ -24,6 +24,7 @@ LORA = [
 ]
 
 
+@pytest.mark.slow
 def test_a_lora_run(tmp_path: Path) -> None:
     args = ["train", "examples/arithmetic.yaml", f"output_dir={tmp_path}", "name=lora", *SMALL, *LORA]
     rft(*args, timeout=250)

@@ -18,10 +18,10 @@ from rft import checkpoint
 from tests.integration.conftest import processes_of
 from tests.integration.live import Live, is_gone
 
-pytestmark = [pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
-@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["hf", "vllm"])
 def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp(f"live-{request.param}")
     disk = folder / "runs"
@@ -104,13 +104,11 @@ def test_learner_killed(live: Live) -> None:
     _resumed(live)
 
 
-@pytest.mark.slow
 def test_controller_killed(live: Live) -> None:
     live.hurt("controller killed", live.driver().kill, "run/opened", 120)
     _resumed(live)
 
 
-@pytest.mark.slow
 def test_ray_head_killed(live: Live) -> None:
     known = len(live.events("run/opened"))
     told = live.hurt("Ray head killed", live.child("gcs_server").kill, "fault/ray", 30)
@@ -119,7 +117,6 @@ def test_ray_head_killed(live: Live) -> None:
     _resumed(live)
 
 
-@pytest.mark.slow
 def test_newest_checkpoint_corrupted(live: Live) -> None:
     """A bit flips in the newest checkpoint and the run dies: it goes on from the one before, and says so."""
     live.wait("two checkpoints", lambda: len(list((live.run / "checkpoints").glob("step-*"))) > 1)
@@ -177,7 +174,6 @@ def _resumed(live: Live) -> None:
     live.makes_steps(seconds=180)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_no_process_of_a_killed_run_outlives_it(tmp_path: Path, engine: str) -> None:
     """Nobody is there to clean up after a SIGKILL: its processes have to go by themselves."""

@@ -109,6 +109,7 @@ def test_a_frozen_replica_is_found_by_its_health(stage: Stage, fleet: Fleet) -> 
     assert {m.version for m in stage.pool.members.values()} == {5}
 
 
+@pytest.mark.slow
 def test_it_gives_up_after_as_many_rebuilds_as_it_may(stage: Stage, fleet: Fleet) -> None:
     fleet.config = fleet.config.model_copy(update={"max_restarts": 1})
     for allowed in (True, False):

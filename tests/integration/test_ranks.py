@@ -22,6 +22,7 @@ from tests.parallel_ranks import spec
 TWO = ["learner.parallel=fsdp2", "learner.ranks=2", "learner.threads=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_on_two_ranks_and_its_resumption_by_one(tmp_path: Path) -> None:
     args = [
