@@ -75,6 +75,7 @@ def test_an_offline_run_samples_its_evaluation_and_tells_it(
     assert "preference accuracy" in page
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_warm_start_stops_on_request_and_goes_on(ray_here: None, tiny_folder: Path, tmp_path: Path) -> None:
     stage = {"steps": 12, "batch_size": 8, "cache": str(tmp_path / "cache"), "data": {"limit": 64}}

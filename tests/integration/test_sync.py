@@ -161,6 +161,7 @@ def test_truncation_is_flagged(vllm_stage) -> None:
         assert len(generated.tokens) <= 3
 
 
+@pytest.mark.slow
 def test_a_killed_engine_is_named_and_a_rebuilt_one_serves_the_current_version(vllm_stage) -> None:
     import psutil
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from rft.cli import main
 from rft.metrics.names import is_documented
 from tests.integration.conftest import ENV, ROOT, processes_of, rft
 
@@ -65,7 +66,7 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
 
     # The final model is an ordinary folder; `rft export` copies it, `rft eval` reads it.
     out = tmp_path / "exported"
-    rft("export", str(run), str(out))
+    assert main(["export", str(run), str(out)]) == 0
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(out)
