@@ -20,7 +20,7 @@ SETUP = @test -n "$(PYTHON)" || { echo "[setup] FAILED: no Python 3.11 or 3.12 f
 TEST_EXTRAS = dev,deepspeed,quant
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format bench bench-gpu clean
+.PHONY: help demo test test-slow test-gpu lint format bench bench-gpu clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,11 +32,16 @@ demo: ## install what is needed, then train the embedded arithmetic model (about
 		echo "[demo] FAILED: rft train ended with exit code $$code. Remedy: the message above; 75 means stopped on request:" \
 		"run make demo again, it goes on from its checkpoint." >&2; exit $$code; }
 
-test: ## install what is needed, with the test extras, then run the whole test suite
+test: ## install what is needed, with the test extras, then run the test suite (but for the slow tests)
 	$(SETUP) --extras $(TEST_EXTRAS)
 	@echo "[test] pytest -n $(WORKERS) --dist loadfile $(ARGS)"
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS) || { code=$$?; \
 		echo "[test] FAILED with exit code $$code. Remedy: the failures above; one again: $(VENV)/bin/pytest FILE::TEST -x" >&2; exit $$code; }
+
+test-slow: ## the long tests: faults in live runs, restarts, clusters, vLLM with adapters
+	$(SETUP) --extras $(TEST_EXTRAS)
+	@$(BIN)/pytest -m "slow and not gpu" $(ARGS) || { code=$$?; \
+		echo "[test-slow] FAILED with exit code $$code. Remedy: the failures above" >&2; exit $$code; }
 
 test-gpu: ## run the tests that need a GPU, in the same environment
 	$(SETUP) --extras $(TEST_EXTRAS)
