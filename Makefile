@@ -12,7 +12,9 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_INDEX
 # Test processes side by side. Each is single-threaded; a file's tests stay together, they share actors and engines.
+# Not sorted by number of tests: the few and long runs of tests/integration would come last, on one process.
 WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 SETUP = @test -n "$(PYTHON)" || { echo "[setup] FAILED: no Python 3.11 or 3.12 found. Remedy: install one" \
 	"(Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }; \
@@ -34,8 +36,8 @@ demo: ## install what is needed, then train the embedded arithmetic model (about
 
 test: ## install what is needed, with the test extras, then run the test suite (but for the slow tests)
 	$(SETUP) --extras $(TEST_EXTRAS)
-	@echo "[test] pytest -n $(WORKERS) --dist loadfile $(ARGS)"
-	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS) || { code=$$?; \
+	@echo "[test] pytest $(SHARED) $(ARGS)"
+	@$(BIN)/pytest $(SHARED) $(ARGS) || { code=$$?; \
 		echo "[test] FAILED with exit code $$code. Remedy: the failures above; one again: $(VENV)/bin/pytest FILE::TEST -x" >&2; exit $$code; }
 
 test-slow: ## the long tests: faults in live runs, restarts, clusters, vLLM with adapters
