@@ -94,22 +94,25 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
 
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=int(object_store_gib * 2**30),
-        )
-    guardian = Guardian()  # Ray's agents outlive a driver that was killed by a minute
-    watched = _family() if address is None else []
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=int(object_store_gib * 2**30),
+    )
+    guardian, watched = Guardian(), _family()  # Ray's agents outlive a driver that was killed by a minute
     for process in watched:
         guardian.watch(process.pid)
     try:
         yield
     finally:
-        family = _family() if address is None else []  # asked while their parents still live
+        family = _family()  # asked while their parents still live
         ray.shutdown()
         _reap(family)
         for process in watched:
