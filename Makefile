@@ -11,6 +11,8 @@ BIN := $(abspath $(VENV))/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export TORCH_INDEX
+# Where this is set, every process of a run compiles torch, vLLM and Ray anew: 20 s to start instead of 10.
+unexport PYTHONDONTWRITEBYTECODE
 # Test processes side by side. Each is single-threaded; a file's tests stay together, they share actors and engines.
 # Not sorted by number of tests: the few and long runs of tests/integration would come last, on one process.
 WORKERS ?= 2

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -39,23 +40,85 @@ def command(tmp: Path, *args: str) -> list[str]:
     return ["train", "examples/arithmetic.yaml", f"output_dir={tmp}", cache, *SUMS, *args]
 
 
+LEARN = [
+    "warm_start.steps=700",
+    "train.steps=40",
+    "eval.every=40",
+    "eval.problems=128",
+    "data.options.min_operands=3",
+    "data.options.max_operands=3",
+    "name=learn",
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run that was asked to stop by SIGTERM."""
+
+    code: int
+    told: str
+    rows: list[dict]
+    checkpoints: list[str]
+    left_behind: list[str]
+
+
+@pytest.fixture(scope="module")
+def stopped(home: Path) -> Stopped:
+    """The demo with a short warm start, asked to stop after a few of its 40 steps."""
+    run, marker = home / "learn", home.name
+    with (home / "stderr").open("w+") as told:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rft.cli", *command(home, *LEARN)],
+            cwd=ROOT,
+            env={**ENV, "RFT_TEST_MARK": marker},
+            stdout=subprocess.DEVNULL,
+            stderr=told,
+        )
+        deadline = time.monotonic() + 480
+        while process.poll() is None and not ((run / "metrics.jsonl").exists() and len(rows(run)) > 6):
+            assert time.monotonic() < deadline, Path(told.name).read_text()[-4000:]
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+        left_behind = processes_of(f"RFT_TEST_MARK={marker}")
+        told.seek(0)
+        saved = sorted(p.name for p in (run / "checkpoints").glob("step-*"))
+        return Stopped(process.returncode, told.read(), rows(run), saved, left_behind)
+
+
+@pytest.fixture(scope="module")
+def learnt(home: Path, stopped: Stopped) -> subprocess.CompletedProcess[str]:
+    """The same command again, which goes on to the end."""
+    assert stopped.code == 75, stopped.told[-4000:]
+    return rft(*command(home, *LEARN), timeout=850)
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_saves_exits_75_and_leaves_nothing_behind(stopped: Stopped) -> None:
+    assert stopped.code == 75, stopped.told[-4000:]
+    reached = stopped.rows[-1]["step"]
+    assert f"stopped at step {reached}" in stopped.told
+    assert stopped.checkpoints[-1] == f"step-{reached:08d}"
+    assert stopped.left_behind == []
+
+
 @pytest.mark.timeout(900)
-def test_a_short_run_learns(tmp_path: Path) -> None:
-    """The demo with a short warm start and 40 steps: held-out accuracy rises."""
-    args = [
-        "warm_start.steps=700",
-        "train.steps=40",
-        "eval.every=40",
-        "eval.problems=128",
-        "data.options.min_operands=3",
-        "data.options.max_operands=3",
-        "name=learn",
-    ]
-    rft(*command(tmp_path, *args), timeout=850)
-    run = tmp_path / "learn"
+def test_a_short_run_learns_and_a_stop_on_its_way_does_not_show(
+    home: Path, stopped: Stopped, learnt: subprocess.CompletedProcess[str]
+) -> None:
+    """Held-out accuracy rises; steps and versions go on where they stopped."""
+    run, reached = home / "learn", stopped.rows[-1]["step"]
+    assert 0 < reached < 40 and f"resumed at step {reached}" in learnt.stderr
     metrics = rows(run)
+    assert metrics[: reached + 1] == stopped.rows
     assert [r["step"] for r in metrics] == list(range(41))
     first, last = metrics[0], metrics[-1]
+    assert last["sync/version"] == 40
     assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.08, (first, last)
     assert max(r["sync/logp_gap"] for r in metrics[1:]) < 1e-3
     undocumented = {name for r in metrics for name in r if not is_documented(name)}
@@ -64,52 +127,36 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     assert {r["split"] for r in rows(run, "samples.jsonl")} == {"train", "eval"}
     assert list((run / "tensorboard").iterdir())
 
-    # The final model is an ordinary folder; `rft export` copies it, `rft eval` reads it.
-    out = tmp_path / "exported"
+
+@pytest.mark.timeout(900)
+def test_the_final_model_is_an_ordinary_folder(
+    home: Path, learnt: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    """`rft export` copies it, transformers loads it, `rft eval` finds the accuracy that the run found."""
+    run, out = home / "learn", tmp_path / "exported"
     assert main(["export", str(run), str(out)]) == 0
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
     assert AutoTokenizer.from_pretrained(out).eos_token_id is not None
-    shown = rft("eval", *command(tmp_path, *args)[1:], "rollout.engine=hf", "--model", str(out))
+    shown = rft("eval", *command(home, *LEARN)[1:], "rollout.engine=hf", "--model", str(out))
     accuracy = json.loads(shown.stdout)["eval/accuracy"]
-    assert accuracy == pytest.approx(last["eval/accuracy"], abs=0.06)
-
-    # The same command again finds the run complete and changes nothing.
-    again = rft(*command(tmp_path, *args))
-    assert "is complete" in again.stderr and len(rows(run)) == 41
+    assert accuracy == pytest.approx(rows(run)[-1]["eval/accuracy"], abs=0.06)
 
 
-@pytest.mark.timeout(600)
-def test_sigterm_saves_exits_75_leaves_nothing_behind_and_resumes(tmp_path: Path) -> None:
-    marker = f"RFT_TEST_MARK={tmp_path.name}"
-    env = {**ENV, "RFT_TEST_MARK": tmp_path.name}
-    args = command(tmp_path, *SMALL, "warm_start=null", "train.steps=500", "name=stop", "eval.every=0")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rft.cli", *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
-    )
-    run = tmp_path / "stop"
-    deadline = time.monotonic() + 240
-    while not (run / "metrics.jsonl").exists() or len(rows(run)) < 4:
-        assert time.monotonic() < deadline and process.poll() is None, process.stderr
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 75, told
-    assert "stopped at step" in told
-    reached = rows(run)[-1]["step"]
-    saved = sorted((run / "checkpoints").glob("step-*"))
-    assert saved[-1].name == f"step-{reached:08d}"
-    assert processes_of(marker) == []
-
-    more = command(
-        tmp_path, *SMALL, "warm_start=null", f"train.steps={reached + 2}", "name=stop", "eval.every=0"
-    )
-    done = rft(*more)
-    assert f"resumed at step {reached}" in done.stderr
-    assert [r["step"] for r in rows(run)] == list(range(reached + 3))
-    assert rows(run)[-1]["sync/version"] == reached + 2
+@pytest.mark.timeout(900)
+def test_a_complete_run_is_left_alone(
+    home: Path,
+    learnt: subprocess.CompletedProcess[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    before = {p: p.read_bytes() for p in (home / "learn").rglob("*") if p.is_file()}
+    assert main(command(home, *LEARN)) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (home / "learn").rglob("*") if p.is_file()}
 
 
 @pytest.mark.timeout(600)
