@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
 from rft.algorithms.math.preference_losses import OF_MARGIN, PAIR_LOSSES, Divergence, Knobs, f_score, sigmoid
-from rft.algorithms.math.sequences import token_index
+from rft.algorithms.math.sequences import of_same_rank, paired_sums
 from rft.algorithms.offline_preference import OfflinePreference
 from rft.algorithms.policy_gradient import column, required
 from rft.batch import Batch
@@ -98,9 +98,8 @@ class DPO(OfflinePreference):
         first, second = self.pairs(batch)
         old = batch.sum_by_sequence(required(batch.old_logps, "old_logps"))
         reference = batch.sum_by_sequence(self._reference(batch))
-        order = torch.argsort(old[first] - old[second], stable=True)
-        target = torch.zeros_like(old)
-        target[first[order]] = (reference[first] - reference[second]).sort().values
+        target = of_same_rank(reference[first] - reference[second], old[first] - old[second])
+        target = torch.zeros_like(old).index_put((first,), target)
         return batch.with_(columns={**batch.columns, "aot_target": target})
 
     def _reference(self, batch: Batch) -> Tensor:
@@ -108,24 +107,11 @@ class DPO(OfflinePreference):
             return torch.zeros(batch.num_tokens, device=batch.tokens.device)
         return required(batch.ref_logps, "ref_logps")
 
-    def _pair_sums(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """([P], [P]): sums of [T] over the chosen and the rejected, the tail weighed down."""
-        first, second = self.pairs(batch)
-        if self.tail == 1.0:
-            total = batch.sum_by_sequence(x)
-            return total[first], total[second]
-        shorter = torch.minimum(batch.lengths[first], batch.lengths[second])
-        index = token_index(batch)
-        sums = []
-        for role in (first, second):  # a sequence in the middle of a ranking has another length in each
-            common = torch.zeros_like(batch.lengths).index_put((role,), shorter)
-            weight = torch.where(index < batch.to_tokens(common), 1.0, self.tail)
-            sums.append(batch.sum_by_sequence(x * weight)[role])
-        return sums[0], sums[1]
-
     def scores(self, policy: PolicyOutput, batch: Batch) -> tuple[Tensor, Tensor]:
         """([P], [P]): s of the chosen and of the rejected."""
-        chosen, rejected = self._pair_sums(policy.logps - self._reference(batch), batch)
+        chosen, rejected = paired_sums(
+            policy.logps - self._reference(batch), batch, *self.pairs(batch), self.tail
+        )
         chosen = f_score(chosen, self.divergence_type, self.alpha)
         rejected = f_score(rejected, self.divergence_type, self.alpha)
         if self.length_normalized or self.loss_type == "ipo":
@@ -143,7 +129,7 @@ class DPO(OfflinePreference):
         first, _ = self.pairs(batch)
         knobs = Knobs(self.beta, self.label_smoothing, self.tau)
         if self.loss_type == "aot":
-            chosen, rejected = self._pair_sums(policy.logps, batch)
+            chosen, rejected = paired_sums(policy.logps, batch, *self.pairs(batch), self.tail)
             target = column(batch, "aot_target")[first].to(chosen.dtype)
             loss = sigmoid(chosen - rejected, target, knobs)
         else:

@@ -39,3 +39,28 @@ def top_share(score: Tensor, mask: Tensor, share: float) -> Tensor:
     keep = max(1, round(share * len(where))) if len(where) else 0
     best = torch.argsort(score[where], descending=True, stable=True)[:keep]
     return torch.zeros_like(mask).index_fill(0, where[best], True)
+
+
+def paired_sums(
+    x: Tensor, batch: Batch, first: Tensor, second: Tensor, tail: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """([P], [P]): sums of x [T] over the sequences `first` [P] and `second` [P] of pairs; tokens past the
+    length of the pair's shorter sequence are multiplied by `tail`."""
+    if tail == 1.0:
+        total = batch.sum_by_sequence(x)
+        return total[first], total[second]
+    shorter = torch.minimum(batch.lengths[first], batch.lengths[second])
+    index = token_index(batch)
+
+    def total_of(role: Tensor) -> Tensor:  # a sequence in the middle of a ranking has another length in each
+        common = torch.zeros_like(batch.lengths).index_put((role,), shorter)
+        weight = torch.where(index < batch.to_tokens(common), 1.0, tail)
+        return batch.sum_by_sequence(x * weight)[role]
+
+    return total_of(first), total_of(second)
+
+
+def of_same_rank(values: Tensor, like: Tensor) -> Tensor:
+    """[P]: `values` [P] in the order of `like` [P]: the smallest where that is smallest, and so on."""
+    order = torch.argsort(like, stable=True)
+    return torch.empty_like(values).scatter(0, order, values.sort().values)
