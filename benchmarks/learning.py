@@ -37,21 +37,26 @@ class Case:
     config: str
     overrides: tuple[str, ...] = ()
     teacher: str = ""  # a case of the same section and seed whose final model is the reference
+    start: str = ""  # of STARTS
 
 
-# Seven numbers instead of three: the start is right in about one of a hundred answers.
-HARD = (
-    "data.options={min_operands: 7, max_operands: 7, styles: {lines: 1}, wrong_fraction: 0.0}",
-    "rollout.sampling={max_prompt_length: 96, max_completion_length: 56}",
-    "train.steps=100",
-)
-# As many demonstrations as the others sample completions.
+# What a start was warmed up on, where it is not the example's own mixture. `hasty`: chains of which every
+# step is wrong, and one careful solution in a thousand.
+STARTS = {
+    "": (),
+    "hasty": (
+        "warm_start.data={kind: arithmetic, limit: 83200, options: "
+        "{styles: {lines: 0.001, chain: 0.999}, wrong_fraction: {lines: 0.01, chain: 1.0}}}",
+    ),
+}
+# Demonstrations in the start's own format, of whose steps three in ten are wrong.
+HARD = ("data.options={styles: {chain: 1}, wrong_fraction: 0.3}", "train.steps=100", "eval.every=50")
+# As many prompts as the others see, each with its demonstration.
 SUPERVISED = (
     "algorithm=sft",
-    "train={steps: 400, batch_size: 64}",
-    "data.limit=25600",
+    "train={steps: 100, batch_size: 32}",
     "learner.learning_rate=1.0e-3",
-    "eval={every: 400, problems: 256, generate: true}",
+    "eval={every: 50, problems: 256, generate: true}",
 )
 # A critic on the policy's trunk, at the policy's learning rate, against the example's model of its own.
 VALUE_HEAD = (
@@ -74,9 +79,9 @@ STYLES = (
 )
 
 
-def online(name: str, section: str, *overrides: str, case: str = "") -> Case:
+def online(name: str, section: str, *overrides: str, case: str = "", start: str = "") -> Case:
     """A case made of an example of examples/online."""
-    return Case(case or name, section, f"examples/online/{name}.yaml", overrides)
+    return Case(case or name, section, f"examples/online/{name}.yaml", overrides, start=start)
 
 
 CASES: list[Case] = [
@@ -86,13 +91,9 @@ CASES: list[Case] = [
         if p.stem != "base"
     ),
     online("ppo", "online", *VALUE_HEAD, case="ppo_head"),
-    Case(
-        "sft",
-        "hard",
-        "examples/online/base.yaml",
-        (*HARD, *SUPERVISED),
-    ),
-    *(online(name, "hard", *HARD) for name in ("grpo", "luffy", "prefix_rft")),
+    Case("sft", "hard", "examples/online/base.yaml", (*HARD, *SUPERVISED), start="hasty"),
+    *(online(name, "hard", *HARD, start="hasty") for name in ("grpo", "luffy")),
+    online("prefix_rft", "hard", *HARD, "algorithm={name: prefix_rft, hybrids: 2}", start="hasty"),
     online("ppo", "echo", STYLES, *FAST),
     *(online(name, "echo", STYLES) for name in ("grpo", "expert_iteration")),
 ]
@@ -138,7 +139,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def carry_out(case: Case, seed: int, run: Path, runs: Path, minutes: float) -> int:
     """Train one case from the start of its seed; returns rft's exit code (75: cut short, resumable)."""
     overrides = [*case.overrides, f"seed={seed}", f"output_dir={runs}", f"name={run.name}", "warm_start=null"]
-    overrides.append(f"model.path={start(seed, runs)}")
+    overrides.append(f"model.path={start(seed, runs, case.start)}")
     if case.teacher:
         teacher = runs / f"{case.section}-{case.teacher}-{seed}" / "model"
         if not (teacher / "config.json").exists():
@@ -175,18 +176,20 @@ def rft(command: Sequence[str], minutes: float) -> int:
         return process.wait()
 
 
-def start(seed: int, runs: Path) -> Path:
-    """The model that all runs of a seed start from: the warm start of examples/arithmetic.yaml."""
-    folder = runs / f"start-{seed}"
+def start(seed: int, runs: Path, kind: str = "") -> Path:
+    """The model that all runs of a seed start from: the warm start of examples/arithmetic.yaml, on its own
+    mixture of solutions or on another of STARTS."""
+    name = "-".join(filter(None, ("start", kind, str(seed))))
+    folder = runs / name
     if not (folder / "config.json").exists():
-        cache, began = runs / f".start-{seed}", time.time()
+        cache, began = runs / f".{name}", time.time()
         settings = [f"seed={seed}", f"output_dir={cache}", "name=run", f"warm_start.cache={cache}/made"]
         short = ["train.steps=1", "eval.every=0", "rollout.engine=hf"]
-        if rft(["train", "examples/arithmetic.yaml", *settings, *short], minutes=60):
-            raise SystemExit(f"the warm start of seed {seed} failed")
+        if rft(["train", "examples/arithmetic.yaml", *settings, *STARTS[kind], *short], minutes=60):
+            raise SystemExit(f"the {name} failed")
         (made,) = (cache / "made").glob("warm-start-*")
         shutil.copytree(made, folder)
-        print(f"start of seed {seed}: {time.time() - began:.0f} s", flush=True)
+        print(f"{name}: {time.time() - began:.0f} s", flush=True)
     return folder
 
 

@@ -93,7 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dpo-bco": {"loss_type": "bco"},
     "dpo-sppo": {"loss_type": "sppo_hard"},
     "dpo-aot": {"loss_type": "aot"},
-    "dpo-apo_zero": {"loss_type": "apo_zero"},
+    "dpo-apo_zero": {"loss_type": "apo_zero", "beta": 0.5},
     "dpo-apo_down": {"loss_type": "apo_down", "beta": 0.5},
     "dpo-discopop": {"loss_type": "discopop"},
     "dpo-discopop-tau": {"loss_type": "discopop", "tau": 1.0},

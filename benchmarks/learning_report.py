@@ -27,8 +27,10 @@ SECTIONS = {
     ),
     "hard": (
         "A start near zero",
-        "Chains of seven numbers, where the start has seen three. Demonstrations of this length exist, and "
-        "clean. SFT imitates them, GRPO only samples, Prefix-RFT and LUFFY blend the two.",
+        "The start has seen hasty solutions whose every step is wrong. There are demonstrations in the "
+        "same format, of whose steps three in ten are wrong. SFT imitates them all, GRPO has next to no "
+        "right sample to begin with, Prefix-RFT and LUFFY blend the two and keep what is rewarded. 100 steps "
+        "of 32 prompts each; SFT sees as many.",
     ),
     "echo": (
         "Echo Chamber",
