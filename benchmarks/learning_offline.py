@@ -34,6 +34,7 @@ from rft.algorithms.offline_preference import preference
 from rft.batch import Batch, Group
 from rft.config import parse_config
 from rft.data import load_groups, load_prompts
+from rft.data.rows import load_rows
 from rft.learner.forward import PolicyModel
 from rft.learner.learner import Learner
 from rft.local import LocalActor
@@ -53,6 +54,8 @@ GSM8K = {
     "max_length": 768,
     "overlong": "skip",
 }
+# The same training pairs as single responses, right or wrong, which kto reads; held out are the pairs.
+LABELLED = {**GSM8K, "path": str(Path(tempfile.gettempdir()) / "rft-gsm8k-labelled.jsonl"), "holdout": 0}
 # Three demonstrated steps in ten are wrong, and are followed by what follows from them.
 SLIPS = {"kind": "arithmetic", "limit": 8192, "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.3}}
 MIXED = {"kind": "arithmetic", "limit": 16384}  # what the start was trained on: careful and hasty solutions
@@ -110,17 +113,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kto": {},
 }
 # These move each response by itself; at the others' rate they lose their way on long responses.
-GENTLE = {"dpo-apo_zero", "dpo-apo_down"}
+GENTLE = {"dpo-apo_zero", "dpo-apo_down", "kto"}
 
 
 def _preferences(section: str, data: dict[str, Any], steps: int, batch_size: int, rate: float) -> list[Case]:
     cases = []
     for name, settings in VARIANTS.items():
-        if name == "kto" and section == "gsm8k":
-            continue  # its rows have no labels
         algorithm = {"name": name.split("-")[0], **settings}
         slower = 0.3 if section == "gsm8k" and name in GENTLE else 1.0
-        cases.append(Case(name, section, algorithm, data, steps, batch_size, rate * slower))
+        labelled = section == "gsm8k" and name == "kto"
+        of = (LABELLED, steps, 2 * batch_size) if labelled else (data, steps, batch_size)
+        cases.append(Case(name, section, algorithm, *of, rate * slower))
     return cases
 
 
@@ -230,12 +233,23 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
     }
 
 
+def _write_labelled() -> None:
+    """Write the file of LABELLED."""
+    labelled = [
+        {"prompt": row["prompt"], "completion": row[role], "label": role == "chosen"}
+        for row in load_rows(parse_config({"algorithm": "dpo", "data": GSM8K}).data, "train")
+        for role in ("chosen", "rejected")
+    ]
+    Path(str(LABELLED["path"])).write_text("".join(json.dumps(row) + "\n" for row in labelled))
+
+
 def _start(case: Case, runs: Path) -> str:
     """The model that a case starts from. For GSM8K it has first imitated the preferred training solutions."""
     if case.fresh:
         return "tiny"
     if case.section != "gsm8k":
         return str(start(1, runs))
+    _write_labelled()
     folder = runs / "start-gsm8k"
     if not (folder / "config.json").exists():
         config = parse_config(
@@ -305,7 +319,10 @@ def preferences(plan: Plan, learner: Learner) -> dict[str, float]:
     """Of held-out pairs: how often the policy finds the preferred response likelier, in all and per token,
     and by how many nats; and how often its log-ratio to the start favours it (DPO's implicit reward;
     a tie counts half). The same yardsticks for every loss."""
-    data = plan.config.data.model_copy(update={"eval_limit": HELD_OUT})
+    data = plan.config.data
+    if data.path == LABELLED["path"]:
+        data = parse_config({"algorithm": "dpo", "data": GSM8K}).data
+    data = data.model_copy(update={"eval_limit": HELD_OUT})
     groups = load_groups(data, plan.tokenizer, "preference", "test").groups
     batch = Batch.build(groups, share_prefix=True)
     logps = learner.score(batch)["logps"]

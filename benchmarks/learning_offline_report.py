@@ -38,8 +38,8 @@ SECTIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "50 steps of 16 pairs, from a model that imitated the 400 right training solutions for 120 steps; on "
         "187 held-out pairs. It has 0.2 M parameters: it can learn what right and wrong solutions look like, "
         "not what makes them right, and the whole log-prob mostly tells which of the two is shorter. Losses "
-        "of log-probs per token (`ipo`, `length`, `simpo`) are judged per token. `apo_zero` and `apo_down` "
-        "move each response by itself, and have a third of the others' learning rate here.",
+        "of log-probs per token (`ipo`, `length`, `simpo`) are judged per token. `apo_zero`, `apo_down` "
+        "and `kto` move each response by itself, and have a third of the others' learning rate here.",
         {
             "reward_accuracy": "against the start",
             "accuracy_per_token": "pairs right per token",
