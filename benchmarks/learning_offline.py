@@ -23,39 +23,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from learning import rft, start
+from learning_offline_measures import HELD_OUT, demonstrations, embedded_pairs, held_out, preferences, task
 from learning_offline_report import RESULTS, Row, load, merge, write_page
-from transformers import AutoModelForCausalLM
 
-from rft.algorithms import ALGORITHMS
-from rft.algorithms.asft import ASFT
-from rft.algorithms.offline_preference import preference
-from rft.batch import Batch, Group
 from rft.config import parse_config
-from rft.data import load_groups, load_prompts
+from rft.data.config import DataConfig
 from rft.data.rows import load_rows
-from rft.learner.forward import PolicyModel
 from rft.learner.learner import Learner
 from rft.local import LocalActor
 from rft.metrics import Progress
 from rft.offline import OfflineLoop
 from rft.packing import shares_prefix
 from rft.plan import Plan, make_plan
-from rft.rewards import load_reward
 from rft.run import learner_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBLEMS, HELD_OUT = 256, 187
 PAIRS = {"kind": "arithmetic_pairs", "limit": 4096}
 GSM8K = {
     "path": str(ROOT.parent / "shared/data/gsm8k/preferences.jsonl"),
-    "holdout": 187,
+    "holdout": HELD_OUT,
     "max_length": 768,
     "overlong": "skip",
 }
-# The same training pairs as single responses, right or wrong, which kto reads; held out are the pairs.
-LABELLED = {**GSM8K, "path": str(Path(tempfile.gettempdir()) / "rft-gsm8k-labelled.jsonl"), "holdout": 0}
+# The same training pairs as single responses, right or wrong, which kto reads. {runs}: where `--runs` is.
+LABELLED = {**GSM8K, "path": "{runs}/gsm8k-labelled.jsonl", "holdout": 0}
 # Three demonstrated steps in ten are wrong, and are followed by what follows from them.
 SLIPS = {"kind": "arithmetic", "limit": 8192, "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.3}}
 MIXED = {"kind": "arithmetic", "limit": 16384}  # what the start was trained on: careful and hasty solutions
@@ -113,23 +105,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kto": {},
 }
 # These move each response by itself; at the others' rate they lose their way on long responses.
-GENTLE = {"dpo-apo_zero", "dpo-apo_down", "kto"}
+GENTLE = ("dpo-apo_zero", "dpo-apo_down")
+STEADY = tuple(name for name in VARIANTS if name not in (*GENTLE, "kto"))
 
 
-def _preferences(section: str, data: dict[str, Any], steps: int, batch_size: int, rate: float) -> list[Case]:
-    cases = []
-    for name, settings in VARIANTS.items():
-        algorithm = {"name": name.split("-")[0], **settings}
-        slower = 0.3 if section == "gsm8k" and name in GENTLE else 1.0
-        labelled = section == "gsm8k" and name == "kto"
-        of = (LABELLED, steps, 2 * batch_size) if labelled else (data, steps, batch_size)
-        cases.append(Case(name, section, algorithm, *of, rate * slower))
-    return cases
+def _preferences(section: str, names: Sequence[str], *setting: Any) -> list[Case]:
+    """Cases of VARIANTS; `setting`: data, steps, batch size and learning rate."""
+    return [Case(n, section, {"name": n.split("-")[0], **VARIANTS[n]}, *setting) for n in names]
 
 
 CASES = [
-    *_preferences("pairs", PAIRS, 30, 32, 3e-4),
-    *_preferences("gsm8k", GSM8K, 50, 16, 1e-3),
+    *_preferences("pairs", tuple(VARIANTS), PAIRS, 30, 32, 3e-4),
+    *_preferences("gsm8k", STEADY, GSM8K, 50, 16, 1e-3),
+    *_preferences("gsm8k", GENTLE, GSM8K, 50, 16, 3e-4),
+    *_preferences("gsm8k", ("kto",), LABELLED, 50, 32, 3e-4),
     *(
         Case(name, "slips", {"name": name.split("-")[0], **settings}, SLIPS, 150, 32, 1e-3)
         for name, settings in (
@@ -191,6 +180,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def carry_out(case: Case, seed: int, runs: Path) -> Row:
     """Train one case; what its section is about, before and after."""
+    data = {**case.data, **({"seed": seed} if "kind" in case.data else {})}
+    if case.data is LABELLED:
+        data["path"] = str(_write_labelled(Path(data["path"].format(runs=runs))))
     config = parse_config(
         {
             "name": case.name,
@@ -198,7 +190,7 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
             "seed": seed,
             "algorithm": case.algorithm,
             "model": {"path": _start(case, runs)},
-            "data": {**case.data, **({"seed": seed} if "kind" in case.data else {})},
+            "data": data,
             "train": {"steps": case.steps, "batch_size": case.batch_size},
             "learner": {
                 "learning_rate": case.learning_rate,
@@ -233,14 +225,21 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
     }
 
 
-def _write_labelled() -> None:
-    """Write the file of LABELLED."""
+def gsm8k_pairs() -> DataConfig:
+    """GSM8K's preference pairs, as the data of a run."""
+    return parse_config({"algorithm": "dpo", "data": GSM8K}).data
+
+
+def _write_labelled(file: Path) -> Path:
+    """Write the training pairs as the labelled single responses of LABELLED."""
     labelled = [
         {"prompt": row["prompt"], "completion": row[role], "label": role == "chosen"}
-        for row in load_rows(parse_config({"algorithm": "dpo", "data": GSM8K}).data, "train")
+        for row in load_rows(gsm8k_pairs(), "train")
         for role in ("chosen", "rejected")
     ]
-    Path(str(LABELLED["path"])).write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    return file
 
 
 def _start(case: Case, runs: Path) -> str:
@@ -249,7 +248,6 @@ def _start(case: Case, runs: Path) -> str:
         return "tiny"
     if case.section != "gsm8k":
         return str(start(1, runs))
-    _write_labelled()
     folder = runs / "start-gsm8k"
     if not (folder / "config.json").exists():
         config = parse_config(
@@ -311,104 +309,9 @@ def online(reward_model: Path, seed: int, runs: Path) -> tuple[dict[str, float],
     )
 
 
-# -- what is measured ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def preferences(plan: Plan, learner: Learner) -> dict[str, float]:
-    """Of held-out pairs: how often the policy finds the preferred response likelier, in all and per token,
-    and by how many nats; and how often its log-ratio to the start favours it (DPO's implicit reward;
-    a tie counts half). The same yardsticks for every loss."""
-    data = plan.config.data
-    if data.path == LABELLED["path"]:
-        data = parse_config({"algorithm": "dpo", "data": GSM8K}).data
-    data = data.model_copy(update={"eval_limit": HELD_OUT})
-    groups = load_groups(data, plan.tokenizer, "preference", "test").groups
-    batch = Batch.build(groups, share_prefix=True)
-    logps = learner.score(batch)["logps"]
-    first, second = batch.pairs()
-    total, mean = batch.sum_by_sequence(logps), batch.mean_by_sequence(logps)
-    whole = preference(total[first] - total[second])
-    start = batch.sum_by_sequence(_base(plan).run(batch, frozenset({"logps"})).logps)
-    gained = (total - start)[first] - (total - start)[second]
-    gained = preference(gained.masked_fill(gained.abs() < 1e-3, 0))  # rounding, where nothing was learnt
-    found = {
-        "reward_accuracy": float(gained["preference_accuracy"].mean()),
-        "accuracy": float(whole["preference_accuracy"].mean()),
-        "accuracy_per_token": float(preference(mean[first] - mean[second])["preference_accuracy"].mean()),
-        "margin": float(whole["preference_margin"].mean()),
-        "chosen_nll": -float(mean[first].mean()),
-    }
-    if plan.config.data.resolved_kind == "arithmetic_pairs":
-        found["task"] = solved(plan, learner)
-    return found
-
-
-def _base(plan: Plan) -> PolicyModel:
-    """The model that the run started from."""
-    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
-    return PolicyModel(model, temperature=1.0, compute_dtype=torch.float32)
-
-
-@torch.no_grad()
-def solved(plan: Plan, learner: Learner) -> float:
-    """Share of held-out problems of the embedded task that one sample solves, at temperature 1."""
-    data = plan.config.data.model_copy(update={"eval_limit": PROBLEMS, "seed": 0})
-    prompts = load_prompts(data, plan.tokenizer, "test").prompts
-    longest = max(len(p.tokens) for p in prompts)
-    pad = plan.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p.tokens)) + list(p.tokens) for p in prompts])
-    model = learner.policy.model.eval()
-    torch.manual_seed(0)
-    out = model.generate(
-        ids, attention_mask=(ids != pad).long(), max_new_tokens=28, do_sample=True, top_k=0, temperature=1.0
-    )
-    model.train()
-    texts = plan.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    answers = [p.columns["answer"] for p in prompts]
-    scores = load_reward("math")([p.text for p in prompts], texts, answer=answers)
-    return sum(score == 1.0 for score in scores) / len(scores)
-
-
-def demonstrations(plan: Plan, learner: Learner) -> dict[str, float]:
-    """Accuracy on the task, and how far the policy is from the start: KL(policy || start) and its reverse
-    over the vocabulary, mean over the tokens of clean held-out solutions, in nats."""
-    clean = {"kind": "arithmetic", "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.0}}
-    data = parse_config({"algorithm": "sft", "data": {**clean, "eval_limit": HELD_OUT}}).data
-    groups = load_groups(data, plan.tokenizer, "sft", "test").groups
-    base = _base(plan)
-    return {
-        "task": solved(plan, learner),
-        "kl": drift(learner.policy, base, groups, ASFT(direction="reverse")),
-        "kl_forward": drift(learner.policy, base, groups, ASFT(direction="forward")),
-    }
-
-
-@torch.no_grad()
-def drift(policy: PolicyModel, base: PolicyModel, groups: list[Group], anchor: ASFT) -> float:
-    """The mean divergence over response tokens, in nats."""
-    batch = Batch.build(groups)
-    kl = policy.run(batch, frozenset({"kl"}), algorithm=anchor, reference=base).kl
-    assert kl is not None
-    return float(kl[batch.mask].mean())
-
-
-def task(plan: Plan, learner: Learner) -> dict[str, float]:
-    """Accuracy on the task alone."""
-    return {"task": solved(plan, learner)}
-
-
-def held_out(plan: Plan, learner: Learner) -> dict[str, float]:
-    """The algorithm's own held-out measures."""
-    data = plan.config.data.model_copy(update={"eval_limit": HELD_OUT})
-    groups = load_groups(data, plan.tokenizer, ALGORITHMS[plan.config.name].data, "test").groups
-    sums = learner.evaluate(Batch.build(groups, share_prefix=True), plan.config.train.steps - 1)
-    return {name: total / count for name, (total, count) in sums.items()}
-
-
 MEASURES = {
-    "pairs": preferences,
-    "gsm8k": preferences,
+    "pairs": embedded_pairs,
+    "gsm8k": lambda plan, learner: preferences(plan, learner, gsm8k_pairs()),
     "slips": demonstrations,
     "sources": task,
     "rewards": held_out,

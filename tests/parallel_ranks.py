@@ -18,7 +18,7 @@ from tests.specs import learner_spec
 
 STEPS = 3
 FULL = ("fsdp2", "zero1", "zero2", "zero3")
-LORA = ("fsdp2 lora", "zero2 lora")
+LORA = ("fsdp2 lora", "zero2 lora", "fsdp2 dora")
 KINDS = (*FULL, *LORA)
 
 

@@ -79,12 +79,17 @@ def stopped(home: Path) -> Stopped:
             stdout=subprocess.DEVNULL,
             stderr=told,
         )
-        deadline = time.monotonic() + 480
-        while process.poll() is None and not ((run / "metrics.jsonl").exists() and len(rows(run)) > 6):
-            assert time.monotonic() < deadline, Path(told.name).read_text()[-4000:]
-            time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
+        try:
+            deadline = time.monotonic() + 480
+            while not ((run / "metrics.jsonl").exists() and len(rows(run)) > 6):
+                known = Path(told.name).read_text()[-4000:]
+                assert process.poll() is None, f"ended with {process.returncode}:\n{known}"
+                assert time.monotonic() < deadline, f"no seven steps within 480 s:\n{known}"
+                time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            process.wait(120)
+        finally:
+            process.kill()  # where it has not ended by itself; a guardian ends its actors
         left_behind = processes_of(f"RFT_TEST_MARK={marker}")
         told.seek(0)
         saved = sorted(p.name for p in (run / "checkpoints").glob("step-*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     raise ModelError(f"{type(decoder).__name__} has no list of its {count} layers")
 
 
-class Draws(Strategy):
+class Draws(Strategy, abc.ABC):
     """Trains what `draw` chooses, and chooses anew every `every` updates (0: never).
 
     The optimizer's moments of what is no longer trained are dropped: that is the memory saved.
@@ -41,9 +42,9 @@ class Draws(Strategy):
         self.updates = 0
         self.made: torch.optim.Optimizer | None = None
 
+    @abc.abstractmethod
     def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
         """The parameters that are left alone until the next draw."""
-        raise NotImplementedError
 
     def attach(self, model: Any) -> None:
         self.model = model
