@@ -1,0 +1,111 @@
+"""What benchmarks/learning_offline.py measures of a policy before and after training, on held-out data."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rft.algorithms import ALGORITHMS
+from rft.algorithms.asft import ASFT
+from rft.algorithms.offline_preference import preference
+from rft.batch import Batch, Group
+from rft.config import parse_config
+from rft.data import load_groups, load_prompts
+from rft.data.config import DataConfig
+from rft.learner.forward import PolicyModel
+from rft.learner.learner import Learner
+from rft.plan import Plan
+from rft.rewards import load_reward
+
+PROBLEMS, HELD_OUT = 256, 187
+
+
+@torch.no_grad()
+def preferences(plan: Plan, learner: Learner, pairs: DataConfig) -> dict[str, float]:
+    """Of held-out ones of `pairs`: how often the policy finds the preferred response likelier, in all and
+    per token, and by how many nats; and how often its log-ratio to the start favours it (DPO's implicit
+    reward; a tie counts half). The same yardsticks for every loss."""
+    data = pairs.model_copy(update={"eval_limit": HELD_OUT})
+    groups = load_groups(data, plan.tokenizer, "preference", "test").groups
+    batch = Batch.build(groups, share_prefix=True)
+    logps = learner.score(batch)["logps"]
+    first, second = batch.pairs()
+    total, mean = batch.sum_by_sequence(logps), batch.mean_by_sequence(logps)
+    whole = preference(total[first] - total[second])
+    start = batch.sum_by_sequence(_base(plan).run(batch, frozenset({"logps"})).logps)
+    gained = (total - start)[first] - (total - start)[second]
+    gained = preference(gained.masked_fill(gained.abs() < 1e-3, 0))  # rounding, where nothing was learnt
+    return {
+        "reward_accuracy": float(gained["preference_accuracy"].mean()),
+        "accuracy": float(whole["preference_accuracy"].mean()),
+        "accuracy_per_token": float(preference(mean[first] - mean[second])["preference_accuracy"].mean()),
+        "margin": float(whole["preference_margin"].mean()),
+        "chosen_nll": -float(mean[first].mean()),
+    }
+
+
+def embedded_pairs(plan: Plan, learner: Learner) -> dict[str, float]:
+    """The preferences of the embedded pairs, and accuracy on their task."""
+    return {**preferences(plan, learner, plan.config.data), **task(plan, learner)}
+
+
+def _base(plan: Plan) -> PolicyModel:
+    """The model that the run started from."""
+    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
+    return PolicyModel(model, temperature=1.0, compute_dtype=torch.float32)
+
+
+@torch.no_grad()
+def solved(plan: Plan, learner: Learner) -> float:
+    """Share of held-out problems of the embedded task that one sample solves, at temperature 1."""
+    data = plan.config.data.model_copy(update={"eval_limit": PROBLEMS, "seed": 0})
+    prompts = load_prompts(data, plan.tokenizer, "test").prompts
+    longest = max(len(p.tokens) for p in prompts)
+    pad = plan.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p.tokens)) + list(p.tokens) for p in prompts])
+    model = learner.policy.model.eval()
+    torch.manual_seed(0)
+    out = model.generate(
+        ids, attention_mask=(ids != pad).long(), max_new_tokens=28, do_sample=True, top_k=0, temperature=1.0
+    )
+    model.train()
+    texts = plan.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    answers = [p.columns["answer"] for p in prompts]
+    scores = load_reward("math")([p.text for p in prompts], texts, answer=answers)
+    return sum(score == 1.0 for score in scores) / len(scores)
+
+
+def demonstrations(plan: Plan, learner: Learner) -> dict[str, float]:
+    """Accuracy on the task, and how far the policy is from the start: KL(policy || start) and its reverse
+    over the vocabulary, mean over the tokens of clean held-out solutions, in nats."""
+    clean = {"kind": "arithmetic", "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.0}}
+    data = parse_config({"algorithm": "sft", "data": {**clean, "eval_limit": HELD_OUT}}).data
+    groups = load_groups(data, plan.tokenizer, "sft", "test").groups
+    base = _base(plan)
+    return {
+        "task": solved(plan, learner),
+        "kl": drift(learner.policy, base, groups, ASFT(direction="reverse")),
+        "kl_forward": drift(learner.policy, base, groups, ASFT(direction="forward")),
+    }
+
+
+@torch.no_grad()
+def drift(policy: PolicyModel, base: PolicyModel, groups: list[Group], anchor: ASFT) -> float:
+    """The mean divergence over response tokens, in nats."""
+    batch = Batch.build(groups)
+    kl = policy.run(batch, frozenset({"kl"}), algorithm=anchor, reference=base).kl
+    assert kl is not None
+    return float(kl[batch.mask].mean())
+
+
+def task(plan: Plan, learner: Learner) -> dict[str, float]:
+    """Accuracy on the task alone."""
+    return {"task": solved(plan, learner)}
+
+
+def held_out(plan: Plan, learner: Learner) -> dict[str, float]:
+    """The algorithm's own held-out measures."""
+    data = plan.config.data.model_copy(update={"eval_limit": HELD_OUT})
+    groups = load_groups(data, plan.tokenizer, ALGORITHMS[plan.config.name].data, "test").groups
+    sums = learner.evaluate(Batch.build(groups, share_prefix=True), plan.config.train.steps - 1)
+    return {name: total / count for name, (total, count) in sums.items()}
