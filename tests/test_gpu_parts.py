@@ -61,6 +61,7 @@ def test_all_parts_run_small(tmp_path: Path) -> None:
     online = result(tmp_path, "online")
     assert online["left_out"] if "left_out" in online else len(online["curve"]) >= 2
     assert "left_out" in result(tmp_path, "colocated") or result(tmp_path, "colocated")["medians"]
+    assert [row["transport"] for row in result(tmp_path, "transports")["results"]] == ["nccl", "sparse"]
     assert {row["name"] for row in result(tmp_path, "learner")["results"]} == {"LoRA", "QLoRA", "full"}
     assert {row["algorithm"] for row in result(tmp_path, "steps")["results"]} == {"sft", "dpo", "grpo"}
 

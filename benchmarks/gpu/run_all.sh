@@ -9,7 +9,7 @@
 # --small runs toy sizes on the CPU into runs/gpu-small: it proves the code and measures nothing.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-PARTS=(environment ceilings heads forest learner steps online colocated)
+PARTS=(environment ceilings heads forest learner steps online colocated transports)
 OUT=benchmarks/results SMALL=() CHOSEN=()
 while (($#)); do
   case "$1" in

@@ -120,8 +120,9 @@ class VLLMEngine:
         info: dict[str, Any] = {"rank_offset": link.rank_offset, "world_size": link.world_size}
         if self.spec.transport == "ipc":
             info = {"packed": False}
-        elif self.spec.transport == "nccl":
-            info |= {"master_address": link.host, "master_port": link.port, "packed": True}
+        elif self.spec.transport in ("nccl", "sparse_nccl"):
+            packed = self.spec.transport == "nccl"
+            info |= {"master_address": link.host, "master_port": link.port, "packed": packed}
         else:
             info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}
         await within(
@@ -139,8 +140,9 @@ class VLLMEngine:
     async def receive(self, update: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        request = WeightTransferUpdateRequest(update)
-        await self._control("update_weights", self._engine.update_weights(request))
+        for part in update.get("parts", [update]):  # in the order in which they are sent
+            request = WeightTransferUpdateRequest(part)
+            await self._control("update_weights", self._engine.update_weights(request))
 
     async def finish_update(self, version: int) -> None:
         await self._control(

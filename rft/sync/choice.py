@@ -21,10 +21,13 @@ _FOR_ANY_ENGINE = ("gloo", "sparse", "file")
 
 
 def choose_transport(config: Config, device: str, engine: str) -> str:
-    """The transport's name, `auto` resolved."""
-    if config.sync.transport != "auto":
-        return config.sync.transport
-    if device == "cpu" or engine != "vllm":
+    """The transport's name: `auto` resolved, and `sparse` where it goes from GPU to GPU."""
+    chosen, gpus = config.sync.transport, device == "cuda" and engine == "vllm"
+    if chosen == "sparse" and gpus and config.sync.folder is None:
+        return "sparse_nccl"
+    if chosen != "auto":
+        return chosen
+    if not gpus:
         return "gloo"
     alone = torch.cuda.device_count() == 1 and not _ipc_problems(config, device)
     return "ipc" if alone else "nccl"

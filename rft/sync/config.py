@@ -16,8 +16,8 @@ class SyncConfig(Section):
     transport: Literal["auto", "gloo", "nccl", "ipc", "sparse", "file", "adapter"] = Field(
         "auto",
         description="gloo (CPU), nccl (GPUs), ipc (learner and engine in turn on one GPU), sparse (changed "
-        "elements only), file (for engines elsewhere), adapter (LoRA alone, not merged), or auto: gloo on "
-        "CPU, ipc on a machine with one GPU, else nccl",
+        "elements only, between GPUs over NCCL), file (for engines elsewhere), adapter (LoRA alone, not "
+        "merged), or auto: gloo on CPU, ipc on a machine with one GPU, else nccl",
     )
     folder: str | None = Field(
         None,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rft.sync.spec import TransferError
 
+LARGEST_INDEX = 2**31 - 1  # that int32 holds
 WHOLE = -1  # in place of a count: the tensor travels whole
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -27,6 +28,11 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bits as integers of its size, flat: unlike values, NaN equals itself and 0 is not -0."""
     return tensor.reshape(-1).view(_BITS[tensor.element_size()])
+
+
+def changed(old: Tensor, new: Tensor) -> Tensor:
+    """Flat indices [changed] int64 of the elements whose bits differ."""
+    return (bits(old) != bits(new)).nonzero()[:, 0]
 
 
 def digest(base: str, tensors: Iterable[Tensor]) -> str:
@@ -62,13 +68,13 @@ def make_delta(known: dict[str, Tensor], new: Iterable[tuple[str, Tensor]]) -> t
     for name, tensor in new:
         old, dtype = known[name], tensor.dtype
         tensor = tensor.detach().cpu()
-        where = (bits(old) != bits(tensor)).nonzero()[:, 0]
+        where = changed(old, tensor)
         changes[name] = int(where.numel())
         if not changes[name]:
             continue
         flat = tensor.reshape(-1)
         sparse_bytes = where.numel() * (4 + tensor.element_size())
-        if sparse_bytes < tensor.nbytes and tensor.numel() <= 2**31 - 1:
+        if sparse_bytes < tensor.nbytes and tensor.numel() <= LARGEST_INDEX:
             counts[name] = int(where.numel())
             indices.append(where.to(torch.int32))
             values.append(flat[where])

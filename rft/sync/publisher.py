@@ -12,7 +12,7 @@ from torch import Tensor
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.changes import ChangeMeter, change_metrics
-from rft.sync.sender import AdapterSender, Sender, SparseSender, open_sender
+from rft.sync.sender import AdapterSender, Sender, SparseState, open_sender
 from rft.sync.spec import ChannelSpec, Named, Sent, TransferError, Update
 
 
@@ -32,7 +32,7 @@ class Publisher:
         """Open the sending end; replaces an earlier one. The next push is a full one."""
         self.close()
         self.sender = open_sender(self.spec, link)
-        counted = isinstance(self.sender, SparseSender) and self.wire_dtype == torch.bfloat16
+        counted = isinstance(self.sender, SparseState) and self.wire_dtype == torch.bfloat16
         self.meter = None if counted or self.spec.measure == "off" else ChangeMeter()
 
     @property
@@ -77,7 +77,7 @@ class Publisher:
         if self.meter is not None:
             found = change_metrics(*self.meter.take(), self.spec.measure)
             return {**found, "time/sync_measure": self.meter_seconds} if found else {}
-        if isinstance(self.sender, SparseSender):  # it has compared the same bits already
+        if isinstance(self.sender, SparseState):  # it has compared the same bits already
             sizes = {name: tensor.numel() for name, tensor in self.sender.known.items()}
             return change_metrics(self.sender.changes, sizes, self.spec.measure)
         return {}

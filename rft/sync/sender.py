@@ -105,30 +105,43 @@ class FileSender:
         files.clear(self.folder, keep=0)
 
 
-class SparseSender:
+class SparseState:
+    """What the engines hold, and when they get all of it again: at first and every n-th time."""
+
+    def __init__(self, full_every: int) -> None:
+        self.full_every = full_every
+        self.known: dict[str, Tensor] = {}  # in wire precision
+        self.changes: dict[str, int] = {}  # changed elements by name, where something was known before
+        self.deltas = 0  # since the last full push
+
+    def everything_is_due(self) -> bool:
+        """Whether this push is a full one. Asked once per push, before `known` is brought up to it."""
+        full = not self.known or self.deltas + 1 >= self.full_every
+        self.deltas = 0 if full else self.deltas + 1
+        return full
+
+
+class SparseSender(SparseState):
     """Only what changed since the last push, over gloo or files; everything at first and every n-th time.
 
-    Keeps a copy of the weights in wire precision: what the engines hold.
+    `known` is a copy of its own, on the CPU.
     """
 
     early = True
 
     def __init__(self, carrier: Sender, full_every: int) -> None:
+        super().__init__(full_every)
         self.carrier = carrier
-        self.full_every = full_every
-        self.known: dict[str, Tensor] = {}
         self.state = ""
-        self.deltas = 0  # since the last full push
         self.payload: dict[str, Tensor] = {}
-        self.changes: dict[str, int] = {}  # changed elements by name, where the push was a delta
 
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
-        first = not self.known
-        delta = self._first(named) if first else self._changed(named)
-        if first or self.deltas + 1 >= self.full_every:
-            base, self.deltas, self.payload, counts = "", 0, self.known, None
+        everything = self.everything_is_due()
+        delta = self._changed(named) if self.known else self._first(named)
+        if everything:
+            base, self.payload, counts = "", self.known, None
         else:
-            base, self.deltas, self.payload, counts = self.state, self.deltas + 1, delta.payload, delta.counts
+            base, self.payload, counts = self.state, delta.payload, delta.counts
             manifest = manifest_of(self.payload.items())
         self.state = digest(base, self.payload.values())
         update = self.carrier.announce(version, manifest, self.payload.items())
@@ -151,18 +164,22 @@ class SparseSender:
         self.carrier.close()
 
 
+def open_nccl(link: Link) -> Any:
+    """Join vLLM's workers as NCCL rank 0, with the current CUDA device. They have to join meanwhile."""
+    from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+    return trainer_init(
+        {"master_address": link.host, "master_port": link.port, "world_size": link.world_size}
+    )
+
+
 class NcclSender:
     """vLLM's packed NCCL broadcast, sender side."""
 
     early = False
 
     def __init__(self, link: Link) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import open_trainer_endpoint
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        self.group: Any = open_trainer_endpoint(
-            NCCLTrainerInitInfo(link.host, link.port, link.world_size, rank=0)
-        )
+        self.group = open_nccl(link)
 
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
         return as_update(manifest)
@@ -192,6 +209,10 @@ def open_sender(spec: ChannelSpec, link: Link) -> Sender:
     """The sender of a transport."""
     if spec.transport == "nccl":
         return NcclSender(link)
+    if spec.transport == "sparse_nccl":
+        from rft.sync.sparse_nccl import SparseNcclSender
+
+        return SparseNcclSender(link, spec.full_every)
     if spec.transport == "ipc":
         from rft.sync.ipc import IpcSender
 

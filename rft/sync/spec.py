@@ -22,8 +22,9 @@ class TransferError(RuntimeError):
 class ChannelSpec:
     """How weights travel; plain data, so that it travels too.
 
-    `folder` is where `file` writes; `sparse` writes there as well where it is given, and otherwise
-    goes over the process group.
+    `transport` is one of `sync.transport`'s, or `sparse_nccl`: what `sparse` is between GPUs. `folder` is
+    where `file` writes; `sparse` writes there as well where it is given, and otherwise goes over the process
+    group.
     """
 
     transport: str

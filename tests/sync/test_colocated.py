@@ -49,6 +49,9 @@ def test_more_parts_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert layout_problems(config(), "cuda", "vllm", None) == []
     assert choose_transport(config(), "cuda", "vllm") == "nccl"
+    sparse = config(sync={"transport": "sparse"})
+    assert choose_transport(sparse, "cuda", "vllm") == "sparse_nccl"
+    assert choose_transport(sparse, "cpu", "vllm") == choose_transport(sparse, "cuda", "hf") == "sparse"
     (told,) = layout_problems(config(rollout={"replicas": 2}), "cuda", "vllm", None)
     assert "the learner's GPU and 2 of rollout.replicas make 3, this machine has 2" in told
 
