@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from rft.kernels import logprob_autograd as autograd
+from rft.kernels import logprob_choice as choice
 from rft.kernels import logprob_chunked as chunked
+from rft.kernels import logprob_liger as liger
 from rft.kernels import logprob_reference as reference
 from rft.kernels.logprob_common import LogitMap, accumulate_dtype, check_head, check_targets, shape, spread
 
-Backend = Literal["auto", "reference", "chunked", "triton"]
+Backend = Literal["auto", "reference", "chunked", "triton", "liger"]
 
 
 class Options(TypedDict, total=False):
@@ -92,7 +94,9 @@ def token_logps(
         expected: [T], the gradient that the log-probs will get, up to a factor, where that is known: it is
             carried back in the forward then (6 T H V instead of 8). If it comes otherwise, or entropies get
             one too, all is as without it, only slower. Read by "chunked", for [T] targets.
-        backend: "auto" takes "triton" on CUDA where it serves, "chunked" elsewhere.
+        backend: "auto" takes "triton" on CUDA where it serves, or "liger" where liger-kernel is installed,
+            serves and was measured to be faster (see `logprob_choice`); "chunked" elsewhere. "liger" does
+            scoring and frozen heads; other calls take "triton", or "chunked" where that does not serve.
 
     Gradients flow to hidden, weight, bias, A and B, from log-probs and entropies alike.
     Raises ValueError for shapes, dtypes or targets that do not fit, naming them.
@@ -154,26 +158,29 @@ def _check_extras(
 
 
 def choose_backend(backend: Backend, hidden: Tensor, plain: bool = True) -> Backend:
-    """The implementation that `backend` means for `hidden`.
+    """The implementation that `backend` means for `hidden`; "triton" for "auto" may still become "liger".
 
-    `plain`: no LoRA factors, sampled support, float64 or several targets a row, which Triton lacks.
-    Raises ValueError for an unknown name and for "triton" where it cannot serve.
+    `plain`: no LoRA factors, sampled support, float64 or several targets a row, which Triton and Liger lack.
+    Raises ValueError for an unknown name, for "triton" where it cannot serve and for "liger" where it is
+    not installed or there is no GPU.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "auto":
         serves = hidden.is_cuda and plain and importlib.util.find_spec("triton") is not None
         return "triton" if serves else "chunked"
+    if backend == "liger" and not liger.installed():
+        raise ValueError(f"backend liger: liger-kernel is not installed: {liger.REMEDY}; or use auto")
     if backend == "triton" and not plain:
         raise ValueError(
             "backend triton takes neither lora, support, float64 nor several targets a row; "
             "use auto or chunked"
         )
-    if backend == "triton" and not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend in ("triton", "liger") and not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"backend triton needs CUDA tensors, hidden is on {hidden.device}; use auto or chunked"
+            f"backend {backend} needs CUDA tensors, hidden is on {hidden.device}; use auto or chunked"
         )
-    return backend
+    return "chunked" if backend == "liger" and not plain else backend
 
 
 def _dispatch(
@@ -197,10 +204,8 @@ def _dispatch(
             hidden, weight, targets, bias=bias, lora=lora, support=kept, logit_map=f
         )
         return logps, entropies if entropy else None
-    if chosen == "triton":
-        from rft.kernels import logprob_triton  # imports triton, which exists on Linux only
-
-        return logprob_triton.TritonLogps.apply(hidden, weight, bias, targets, f, entropy)
+    if chosen in ("triton", "liger"):
+        return _on_gpu(hidden, weight, targets, bias, f, entropy, backend)
     rows = chunked.Rows(targets[:, None] if single else targets, support)
     head = [x for x in (weight, bias) if x is not None]
     frozen = hidden.requires_grad and not any(x.requires_grad for x in head)
@@ -215,6 +220,31 @@ def _dispatch(
         return logps[:, 0], entropies
     logps, entropies = autograd.Recompute.apply(hidden, weight, bias, low, low_rank, rows, f, entropy)
     return logps[:, 0] if single else logps, entropies
+
+
+def _on_gpu(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    f: LogitMap,
+    entropy: bool,
+    backend: Backend,
+) -> tuple[Tensor, Tensor | None]:
+    """Triton's kernels, or Liger's where it serves and `backend` says so, or "auto" and its measured time."""
+    from rft.kernels import logprob_triton  # imports triton, which exists on Linux only
+
+    path = None if backend == "triton" else liger.path_of(hidden, weight, bias, entropy)
+    if path is not None and backend == "auto":
+        runs: dict[choice.Kernel, choice.Logps] = {
+            "triton": lambda x: logprob_triton.TritonLogps.apply(x, weight, bias, targets, f, False)[0],
+            "liger": lambda x: liger.token_logps(x, weight, bias, targets, f),
+        }
+        kind = choice.Kind.of(path, hidden, weight, bias, f)
+        path = path if liger.installed() and choice.choose(kind, hidden, runs) == "liger" else None
+    if path is not None:
+        return liger.token_logps(hidden, weight, bias, targets, f), None
+    return logprob_triton.TritonLogps.apply(hidden, weight, bias, targets, f, entropy)
 
 
 def low_rank_factors(hidden: Tensor, lora: reference.Lora | None) -> tuple[Tensor | None, Tensor | None]:

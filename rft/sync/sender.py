@@ -105,7 +105,7 @@ class FileSender:
         files.clear(self.folder, keep=0)
 
 
-class SparseState:
+class SparseState(Sender):
     """What the engines hold, and when they get all of it again: at first and every n-th time."""
 
     def __init__(self, full_every: int) -> None:
