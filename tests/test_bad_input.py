@@ -49,6 +49,10 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
             ["learner.kernels.logprob=triton"],
             "triton needs a GPU, the learner is on cpu: write auto or chunked",
         ),
+        (
+            ["learner.kernels.logprob=liger"],
+            "liger needs a GPU, the learner is on cpu: write auto or chunked",
+        ),
         (["learner.cores='999'"], "this machine has no core 999"),
     ],
 )

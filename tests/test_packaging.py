@@ -102,7 +102,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
         "reasoning_gym": "reasoning-gym",
         "triton": "torch",
     }
-    optional = {"vllm", "deepspeed", "bitsandbytes", "wandb", "mlflow"}
+    optional = {"vllm", "deepspeed", "bitsandbytes", "liger_kernel", "wandb", "mlflow"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {d.split(">")[0].split("=")[0].lower() for d in project["dependencies"]}
     known = {"rft", *optional, *sys.stdlib_module_names}

@@ -6,16 +6,19 @@ from typing import Literal
 
 from pydantic import Field
 
+from rft.kernels.logprob_liger import REMEDY, installed
 from rft.section import Section
 
 
 class KernelsConfig(Section):
     """Implementations, to force one; auto takes the fastest that serves the device and the model."""
 
-    logprob: Literal["auto", "reference", "chunked", "triton"] = Field(
+    logprob: Literal["auto", "reference", "chunked", "triton", "liger"] = Field(
         "auto",
         description="log-probs of tokens: the plain reference (keeps all logits), row chunks, Triton (GPU), "
-        "or auto: Triton on a GPU where it serves, else chunks",
+        "Liger's (GPU; scoring and frozen heads, without entropy; what it does not serve takes Triton), or "
+        "auto: Triton on a GPU where it serves, or Liger's where that is installed, serves and is measured "
+        "to be faster, else chunks",
     )
     attention: Literal["auto", "merge", "flex", "masked"] = Field(
         "auto",
@@ -25,9 +28,15 @@ class KernelsConfig(Section):
 
     def misfits(self, device: str) -> list[str]:
         """What cannot run on the learner's device, each in a sentence."""
-        gpu_only = {"logprob": ("triton", "chunked"), "attention": ("flex", "masked")}
-        return [
+        gpu_only = {"logprob": (("triton", "liger"), "chunked"), "attention": (("flex",), "masked")}
+        found = [
             f"learner.kernels.{name}: {kernel} needs a GPU, the learner is on {device}: write auto or {other}"
-            for name, (kernel, other) in gpu_only.items()
-            if getattr(self, name) == kernel and device != "cuda"
+            for name, (kernels, other) in gpu_only.items()
+            if (kernel := getattr(self, name)) in kernels and device != "cuda"
         ]
+        if self.logprob == "liger" and not installed():
+            found.append(
+                f"learner.kernels.logprob: liger needs liger-kernel, which is not installed: {REMEDY}, "
+                "or write auto or triton"
+            )
+        return found
