@@ -30,7 +30,7 @@ from rft.metrics.phases import Phases
 from rft.offline import RunStopped
 from rft.packing import shares_prefix
 from rft.plan import Plan
-from rft.remote import ActorDied, call
+from rft.remote import ActorDied, call, tell_notes
 from rft.replay import Replay
 from rft.rewards import RewardError, RewardRunner
 from rft.rollout.engine import EngineError, Sampling
@@ -172,6 +172,7 @@ class Controller:
             with self.phases("train", self.step):
                 await self.fleet.before_step()
                 trained = await self._ask_learner("step", batch, self.step)
+                await tell_notes(self._ask_learner, self.parts.progress.note)
             self.step += 1
             with self.phases("sync", self.step):
                 report = await self.fleet.push(self.step)

@@ -14,7 +14,7 @@ from rft.checkpoint import Checkpoint
 from rft.data import GroupSource
 from rft.metrics import Progress, RunLog
 from rft.offline_eval import HeldOut
-from rft.remote import call
+from rft.remote import call, tell_notes
 
 
 class RunStopped(Exception):
@@ -93,6 +93,7 @@ class OfflineLoop:
         passes = self.source.epochs
         upcoming = self._next_batch()
         metrics: dict[str, float] = await running
+        await tell_notes(self._ask, self.progress.note)
         self.step += 1
         metrics["time/step"] = time.perf_counter() - begin
         metrics["throughput/tokens_per_s"] = float(batch.mask.sum()) / metrics["time/step"]

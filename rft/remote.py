@@ -75,6 +75,12 @@ async def call(reference: Any, seconds: float, what: str) -> Any:
         raise error.cause from error
 
 
+async def tell_notes(ask: Callable[[str], Awaitable[list[str]]], tell: Callable[[str], None]) -> None:
+    """Tell the user what an actor with `take_notes`, asked by `ask(method)`, has to say."""
+    for line in await ask("take_notes"):
+        tell(line)
+
+
 def _first_and_last(text: str) -> str:
     """Ray's own summary, and the error at the end of the traceback that it quotes."""
     lines = [line.strip() for line in text.strip().splitlines()]

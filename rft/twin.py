@@ -12,7 +12,7 @@ from rft import checkpoint
 from rft.batch import Batch, Group
 from rft.checkpoint import CheckpointError
 from rft.config import Config
-from rft.remote import call
+from rft.remote import call, tell_notes
 from rft.rollout.engine import Generated, Request
 from rft.rollout.fleet import Fleet
 
@@ -53,6 +53,7 @@ class Twin:
         """Train on a batch and push what came of it; returns the metrics as `copy/...`."""
         async with self.fleet.gate:
             metrics = await self._ask("step", batch, step)
+            await tell_notes(self._ask, self.fleet.progress.note)
             await self.fleet.push(step + 1)
         self.fleet.progressed()
         return {f"copy/{name}": value for name, value in metrics.items()}
