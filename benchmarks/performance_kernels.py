@@ -101,8 +101,8 @@ def logprob(d: dict[str, Any]) -> str:
         f"Time over the bare matrix products of the same round ({where(d)}). Where bfloat16 products are "
         "emulated, the yardstick of bfloat16 rows is float32 products, and others' paths are left out.\n\n"
         + "\n\n".join(parts)
-        + f"\n\n{picture}\n\nThe Triton kernels are correct under the interpreter; their speed on a GPU is "
-        "**unmeasured**."
+        + f"\n\n{picture}\n\nThe Triton kernels, and Liger's as a backend, are correct under the "
+        "interpreter; their speed on a GPU is **unmeasured**."
     )
 
 

@@ -9,12 +9,14 @@ H200, at most 1 GiB beyond the gradients, and a frozen head at 1.7 times the bes
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from harness import Settings, guarded, settings, timed
 from torch import Tensor
 
+from rft.kernels import logprob_choice
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_reference import token_logps as reference_logps
 
@@ -41,15 +43,20 @@ def cut_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return -linear_cross_entropy(h, w, y, reduction="none")
 
 
-def contenders(s: Settings) -> dict[str, Logps]:
+def contenders(s: Settings, task: str) -> dict[str, Logps]:
+    """By name. `rft` chooses its kernel itself; `rft liger` is Liger's cross-entropy kernel after products in
+    float32, for the tasks that it serves; `liger` is Liger's own fused head."""
     found: dict[str, Logps] = {"rft": token_logps, "plain": plain}
     if not s.small:
         found |= {
-            "rft chunked": lambda h, w, y: token_logps(h, w, y, backend="chunked"),
+            "rft chunked": partial(token_logps, backend="chunked"),
+            "rft triton": partial(token_logps, backend="triton"),
             "compiled": torch.compile(plain),
             "liger": liger,
             "cut-cross-entropy": cut_cross_entropy,
         }
+        if task != "train":
+            found["rft liger"] = partial(token_logps, backend="liger")
     return found
 
 
@@ -96,7 +103,7 @@ def speed(s: Settings, task: str, m: int, h: int, v: int, rounds: int) -> dict[s
             if task != "forward":
                 out.backward()
 
-    runs = {name: lambda f=f: run(f) for name, f in contenders(s).items()}  # type: ignore[misc]
+    runs = {name: lambda f=f: run(f) for name, f in contenders(s, task).items()}  # type: ignore[misc]
     good, failed = guarded(runs)
     found = timed(good, rounds)
     held = {"forward": 0, "frozen": hidden.nbytes, "train": hidden.nbytes + weight.nbytes}[task] / 1e6
@@ -112,6 +119,7 @@ def speed(s: Settings, task: str, m: int, h: int, v: int, rounds: int) -> dict[s
         "v": v,
         "contenders": found,
         "failed": failed,
+        "chosen": logprob_choice.take_lines(),
         "over_best_peer": best,
     }
 

@@ -3,7 +3,8 @@
 Both are timed where they run, on the caller's tensors, once for every `Kind` of call and process, and the
 choice is told. A choice by time can differ between ranks and from run to run. Nothing is exchanged between
 ranks inside a head, so theirs need not agree; and both kernels take softmax in float32, so results differ by
-the rounding of float32 sums. Runs that must repeat bit by bit name a kernel instead.
+the rounding of float32 sums. Triton's block sizes are tuned by time too: a run on a GPU that must repeat bit
+by bit takes "chunked".
 """
 
 from __future__ import annotations

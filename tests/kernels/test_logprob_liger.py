@@ -21,6 +21,8 @@ from rft.kernels.config import KernelsConfig
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_choice import Kind, Logps, choose, take_lines
 from rft.kernels.logprob_common import LogitMap
+from rft.learner.actor import LearnerActor
+from rft.remote import tell_notes
 
 SCRIPT = """
 import json, sys, torch
@@ -200,6 +202,21 @@ def test_a_kernel_that_fails_or_differs_is_left_out_and_that_is_told(
     (line,) = take_lines()
     assert line.endswith(f": Triton; {words}")
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
+
+
+async def test_a_choice_in_the_learners_process_is_told_by_the_run() -> None:
+    choose(KIND, HIDDEN, {"triton": Run(0.01), "liger": Run()})
+    actor = LearnerActor.__new__(LearnerActor)
+
+    async def ask(method: str) -> list[str]:
+        answer: list[str] = getattr(actor, method)()
+        return answer
+
+    told: list[str] = []
+    await tell_notes(ask, told.append)
+    assert len(told) == 1 and "Liger's kernel; measured Triton" in told[0]
+    await tell_notes(ask, told.append)
+    assert len(told) == 1
 
 
 def test_tritons_own_failure_is_not_hidden() -> None:
