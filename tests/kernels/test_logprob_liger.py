@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from rft.remote import tell_notes
 
 SCRIPT = """
 import json, sys, torch
-from rft.kernels import logprob_choice, logprob_liger, logprob_triton
+from rft.kernels import logprob, logprob_choice, logprob_liger
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_common import LogitMap
 
@@ -86,20 +87,24 @@ for trained, entropy in ((True, False), (False, True)):
     found[f"torch.float32 trained={trained} entropy={entropy}"] = worst
 assert not served
 
-x, w, _, y = inputs(17, 24, 150, torch.float32, "")
-f = LogitMap()
-runs = {
-    "triton": lambda x: logprob_triton.TritonLogps.apply(x, w, None, y, f, False)[0],
-    "liger": lambda x: whole(x, w, None, y, f),
-}
-lines = []
-for path in ("scoring", "frozen"):
-    kind = logprob_choice.Kind.of(path, x, w, None, f)
-    chosen = logprob_choice.choose(kind, x, runs)
-    lines += [[chosen, *logprob_choice.take_lines()]]
-if device == "cuda":
-    token_logps(x, w, y)
-    assert len(served) == (lines[0][0] == "liger")
+# what "auto" does on a GPU: it measures once, and goes by that
+x, w, _, y = inputs(7, 24, 150, torch.float32, "")
+f, lines = LogitMap(), []
+for x in (x, x.clone().requires_grad_()):
+    for _ in range(2):
+        right = token_logps(x, w, y, backend="reference")
+        served.clear()
+        logps, _ = logprob._on_gpu(x, w, y, None, f, False, "auto")
+        assert torch.allclose(logps, right, atol=1e-4 if device == "cpu" else 2e-2)
+        lines += logprob_choice.take_lines()
+    kind = logprob_choice.Kind.of("frozen" if x.requires_grad else "scoring", x, w, None, f)
+    assert len(served) == (logprob_choice._chosen[kind] == "liger")
+    assert len(lines) == len(logprob_choice._chosen)
+logprob_liger.installed = lambda: False
+logprob_choice._chosen.clear()
+served.clear()
+logprob._on_gpu(x, w, y, None, f, False, "auto")
+assert not served and not logprob_choice._chosen
 print(json.dumps([found, lines]))
 """
 needs_liger = pytest.mark.skipif(not logprob_liger.installed(), reason="liger-kernel is not installed")
@@ -119,9 +124,11 @@ def check(device: str, **env: str) -> None:
     # log-probs of 16-bit inputs too: the logits are not rounded to 16 bits
     bad = {k: e for k, e in errors.items() if not e < (1e-2 if "bfloat16 grad" in k else 1e-5)}
     assert not bad
-    for chosen, *told in lines:
-        name = {"liger": "Liger's kernel", "triton": "Triton"}[chosen]
-        assert len(told) == 1 and f"float32): {name}; measured Triton" in told[0]
+    for path, line in zip(("scoring", "a frozen head"), lines, strict=True):
+        assert line.startswith(f"log-probs ({path}, up to 8 rows, H=24, V=150, float32): ")
+        assert re.search(
+            r"(Triton|Liger's kernel); measured Triton [\d.e+]+ ms, Liger's kernel [\d.e+]+ ms$", line
+        )
 
 
 @needs_liger
