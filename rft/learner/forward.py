@@ -117,7 +117,7 @@ class PolicyModel:
                 ref_head,
                 ref_hidden,
                 self.temperature,
-                "auto" if backend in ("triton", "liger") else backend,
+                "auto" if backend == "triton" or backend == "liger" else backend,
             )
         return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
 
