@@ -165,6 +165,9 @@ class SimLearner:
         await asyncio.sleep(LEARNER_SECONDS)
         return {"train/loss": 0.0, "train/grad_norm": 1.0, "policy/entropy": 1.0}
 
+    async def take_notes(self) -> list[str]:
+        return []
+
     async def begin_save(self, *_: Any) -> None: ...
 
     async def finish_save(self, *_: Any) -> str:

@@ -49,27 +49,32 @@ def _logprob(case: str, dtype: str, minutes: float, *brief: str, peers: bool = T
 
 def _step(case: str, minutes: float) -> Script:
     return Script(
-        "train_step.py", ("--cases", case), minutes, ("--rounds", "2", "--threads", "2"), peers=True
+        "train_step.py",
+        ("--cases", case),
+        minutes,
+        ("--rounds", "2", "--threads", "2", "--scale", "0.5"),
+        peers=True,
     )
 
 
+OURS_TWICE = ("--only-ours", "--rounds", "2")
 PARTS: dict[str, tuple[Script, ...]] = {
     "logprob": (
         _logprob("main", "float32", 4.0, "--rounds", "2"),
         _logprob("main", "bfloat16", 3.0, "--rounds", "2"),
-        _logprob("small", "float32", 1.5),
+        _logprob("small", "float32", 1.25),
         _logprob("small", "bfloat16", 0.5),
-        _logprob("large-vocabulary", "float32", 1.0, "--rounds", "2", peers=False),
-        _logprob("large-vocabulary", "bfloat16", 1.0, "--rounds", "2", peers=False),
-        _logprob("two-threads", "float32", 0.5, peers=False),
-        _logprob("two-threads", "bfloat16", 0.5, peers=False),
-        Script("workspace.py", minutes=1.0),
+        _logprob("large-vocabulary", "float32", 1.0, *OURS_TWICE, peers=False),
+        _logprob("large-vocabulary", "bfloat16", 1.0, *OURS_TWICE, peers=False),
+        _logprob("two-threads", "float32", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
+        _logprob("two-threads", "bfloat16", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
+        Script("workspace.py", minutes=0.75),
     ),
     "prefix": (
         Script("prefix.py", minutes=3.5, brief=("--rounds", "2")),
         Script("combined.py", minutes=1.0),
     ),
-    "packing": (Script("packing.py", minutes=3.0, brief=("--rounds", "2", "--tokens", "4000")),),
+    "packing": (Script("packing.py", minutes=2.5, brief=("--rounds", "2", "--tokens", "3000")),),
     "step": (
         _step("sft", 1.5),
         _step("dpo", 1.5),

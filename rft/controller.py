@@ -172,18 +172,16 @@ class Controller:
             with self.phases("train", self.step):
                 await self.fleet.before_step()
                 trained = await self._ask_learner("step", batch, self.step)
-                await tell_notes(self._ask_learner, self.parts.progress.note)
             self.step += 1
             with self.phases("sync", self.step):
                 report = await self.fleet.push(self.step)
         self.fleet.progressed()
         if self.twin is not None:
             trained |= await self.twin.step(self._build(own(groups, 1)), self.step - 1)
-        metrics = {
+        seconds = time.perf_counter() - begin
+        found = {
             **trained,
             **reward_metrics,
-            **step_metrics.batch_metrics(works),
-            **step_metrics.age_metrics(age),
             **step_metrics.slot_metrics(self.slots, self.sampler),
             **self.fleet.metrics(),
             **report.metrics,
@@ -191,19 +189,19 @@ class Controller:
             "time/rollout": waited,
             "time/reward": self._reward_seconds,
             "time/checkpoint": self.saver.take_seconds(),
-            "time/step": time.perf_counter() - begin,
+            "time/step": seconds,
         }
         self._reward_seconds, self._filtered = 0.0, 0
-        tokens = float(batch.mask.sum())
-        metrics["throughput/tokens_per_s"] = tokens / metrics["time/step"]
-        metrics["throughput/samples_per_s"] = batch.num_sequences / metrics["time/step"]
         due = self.config.eval.every and self.step % self.config.eval.every == 0
         evaluation = await self._evaluate() if due or self.step == self.config.train.steps else {}
-        metrics |= evaluation
         self._end_step(works, age)
+        await asyncio.sleep(0)  # the next requests go out; the rest is done while engines sample
+        batch_found = step_metrics.batch_metrics(works, batch, seconds)
+        metrics = {**found, **batch_found, **step_metrics.age_metrics(age), **evaluation}
         self.parts.log.log(self.step, metrics)
         self.parts.log.samples(self.step, step_metrics.train_rows(works))
         self.parts.progress.update(self.step, metrics)
+        await tell_notes(self._ask_learner, self.parts.progress.note)
         if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
             await self._save()  # after the log: a kill in between repeats the step, its line is set aside
         await self.saver.poll()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rft.batch import Completion
+from rft.batch import Batch, Completion
 from rft.data import Sampler
 from rft.data.curriculum import Curriculum
 from rft.evaluation import Judged
@@ -16,8 +16,9 @@ from rft.metrics.diversity import diversity
 from rft.rollout.slots import SlotBuffer, State, Work
 
 
-def batch_metrics(works: list[Work]) -> dict[str, float]:
-    """Rewards, groups and completions of the works that a step trained on."""
+def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, float]:
+    """Rewards, groups and completions of the works that a step trained on, and how many of the batch that
+    was made of them it took a second."""
     groups = [w.group for w in works if w.group is not None]
     completions = [c for g in groups for c in g.completions]
     rewards = [c.reward for c in completions if c.reward is not None]
@@ -36,6 +37,8 @@ def batch_metrics(works: list[Work]) -> dict[str, float]:
         **diversity([c.tokens for c in completions], owners),
         "rollout/tokens": float(sum(lengths)),
         "rollout/versions_mean": sum(len({v for v, _, _ in c.versions}) for c in completions) / len(lengths),
+        "throughput/tokens_per_s": float(batch.mask.sum()) / seconds,
+        "throughput/samples_per_s": batch.num_sequences / seconds,
     }
 
 

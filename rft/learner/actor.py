@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rft import checkpoint
 from rft.checkpoint_writer import BackgroundWriter
-from rft.kernels import logprob_choice
 from rft.learner.learner import Learner, LearnerError, LearnerSpec
 from rft.learner.parallel.make import make_parallel
 from rft.learner.parallel.ranks import Meeting, Rendezvous
@@ -51,10 +50,6 @@ class LearnerActor(Learner):
         """Join the other ranks (None: there are none) and load the policy."""
         require_here(self.spec.model, "the policy that model.path names")
         super().__init__(self.spec, make_parallel(self.spec, place, self.rank, self.meeting))
-
-    def take_notes(self) -> list[str]:
-        """Lines for the user since the last call: which kernels this rank chose by measuring them."""
-        return logprob_choice.take_lines()
 
     def require_folder(self, path: str) -> None:
         """Raises NotHere unless this node has the folder that checkpoints are to be written to."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rft.batch import Batch
+from rft.kernels import logprob_choice
 from rft.learner import objective, state
 from rft.learner.critic import Critic
 from rft.learner.forward import PolicyModel
@@ -136,6 +137,10 @@ class Learner:
             "compute_dtype": str(self.policy.compute_dtype),
             "threads": torch.get_num_threads(),
         }
+
+    def take_notes(self) -> list[str]:
+        """Lines for the user since the last call: which kernels this rank chose by measuring them."""
+        return logprob_choice.take_lines()
 
     # -- one step ----------------------------------------------------------------------------------
 
