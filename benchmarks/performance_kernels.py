@@ -231,8 +231,8 @@ def sync(d: dict[str, Any]) -> str:
         },
     )
     return (
-        f"Pauses included, one vLLM replica with weights in {d['results'][0]['dtype']}, a float32 learner at a "
-        f"learning rate of 1e-6 ({where(d)}).\n\n{found}"
+        f"Pauses included, one vLLM replica with weights in {d['results'][0]['dtype']}, a float32 learner at "
+        f"a learning rate of 1e-6 ({where(d)}).\n\n{found}"
     )
 
 
