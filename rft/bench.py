@@ -47,16 +47,6 @@ def _logprob(case: str, dtype: str, minutes: float, *brief: str, peers: bool = T
     return Script("logprob.py", ("--cases", case, "--dtypes", dtype), minutes, brief, peers)
 
 
-def _step(case: str, minutes: float) -> Script:
-    return Script(
-        "train_step.py",
-        ("--cases", case),
-        minutes,
-        ("--rounds", "2", "--threads", "2", "--scale", "0.5"),
-        peers=True,
-    )
-
-
 OURS_TWICE = ("--only-ours", "--rounds", "2")
 PARTS: dict[str, tuple[Script, ...]] = {
     "logprob": (
@@ -64,26 +54,28 @@ PARTS: dict[str, tuple[Script, ...]] = {
         _logprob("main", "bfloat16", 3.0, "--rounds", "2"),
         _logprob("small", "float32", 1.25),
         _logprob("small", "bfloat16", 0.5),
-        _logprob("large-vocabulary", "float32", 1.0, *OURS_TWICE, peers=False),
-        _logprob("large-vocabulary", "bfloat16", 1.0, *OURS_TWICE, peers=False),
+        _logprob("large-vocabulary", "float32", 1.25, *OURS_TWICE, "--rows", "128", peers=False),
+        _logprob("large-vocabulary", "bfloat16", 1.25, *OURS_TWICE, "--rows", "128", peers=False),
         _logprob("two-threads", "float32", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
         _logprob("two-threads", "bfloat16", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
         Script("workspace.py", minutes=0.75),
     ),
     "prefix": (
         Script("prefix.py", minutes=3.5, brief=("--rounds", "2")),
-        Script("combined.py", minutes=1.0),
+        Script("combined.py", minutes=1.5, brief=("--rounds", "2")),
     ),
-    "packing": (Script("packing.py", minutes=2.5, brief=("--rounds", "2", "--tokens", "3000")),),
+    "packing": (Script("packing.py", minutes=3.0, brief=("--rounds", "2", "--tokens", "2000")),),
     "step": (
-        _step("sft", 1.5),
-        _step("dpo", 1.5),
-        _step("grpo-equal", 1.5),
-        _step("grpo-long-prompt", 1.5),
+        Script(
+            "train_step.py",
+            minutes=6.0,
+            brief=("--rounds", "2", "--threads", "2", "--scale", "0.5"),
+            peers=True,
+        ),
         Script("step_time.py", needs_peers=True, alone=True),
     ),
-    "reward": (Script("rewards.py", minutes=1.5, peers=True),),
-    "sync": (Script("sync.py", minutes=2.0, brief=("--steps", "6")),),
+    "reward": (Script("rewards.py", minutes=1.0, peers=True),),
+    "sync": (Script("sync.py", minutes=1.5, brief=("--steps", "6", "--transports", "gloo", "sparse")),),
 }
 
 
