@@ -43,8 +43,11 @@ class Script:
     alone: bool = False
 
 
-def _logprob(case: str, dtype: str, minutes: float, *brief: str, peers: bool = True) -> Script:
-    return Script("logprob.py", ("--cases", case, "--dtypes", dtype), minutes, brief, peers)
+def _logprob(
+    case: str, dtype: str, minutes: float, *brief: str, peers: bool = True, alone: bool = False
+) -> Script:
+    arguments = ("--cases", case, "--dtypes", dtype)
+    return Script("logprob.py", arguments, minutes, brief, peers, alone=alone)
 
 
 OURS_TWICE = ("--only-ours", "--rounds", "2")
@@ -54,8 +57,8 @@ PARTS: dict[str, tuple[Script, ...]] = {
         _logprob("main", "bfloat16", 3.0, "--rounds", "2"),
         _logprob("small", "float32", 1.25),
         _logprob("small", "bfloat16", 0.5),
-        _logprob("large-vocabulary", "float32", 1.25, *OURS_TWICE, "--rows", "128", peers=False),
-        _logprob("large-vocabulary", "bfloat16", 1.25, *OURS_TWICE, "--rows", "128", peers=False),
+        _logprob("large-vocabulary", "float32", 1.75, *OURS_TWICE, "--rows", "128", peers=False),
+        _logprob("large-vocabulary", "bfloat16", 2.25, peers=False, alone=True),
         _logprob("two-threads", "float32", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
         _logprob("two-threads", "bfloat16", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
         Script("workspace.py", minutes=0.75),
