@@ -55,9 +55,9 @@ PARTS: dict[str, tuple[Script, ...]] = {
     "logprob": (
         _logprob("main", "float32", 4.0, "--rounds", "2"),
         _logprob("main", "bfloat16", 3.0, "--rounds", "2"),
-        _logprob("small", "float32", 1.25),
+        _logprob("small", "float32", 1.0, "--rounds", "2"),
         _logprob("small", "bfloat16", 0.5),
-        _logprob("large-vocabulary", "float32", 1.75, *OURS_TWICE, "--rows", "128", peers=False),
+        _logprob("large-vocabulary", "float32", 1.5, *OURS_TWICE, "--rows", "128", peers=False),
         _logprob("large-vocabulary", "bfloat16", 2.25, peers=False, alone=True),
         _logprob("two-threads", "float32", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
         _logprob("two-threads", "bfloat16", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
@@ -65,20 +65,20 @@ PARTS: dict[str, tuple[Script, ...]] = {
     ),
     "prefix": (
         Script("prefix.py", minutes=3.5, brief=("--rounds", "2")),
-        Script("combined.py", minutes=1.5, brief=("--rounds", "2")),
+        Script("combined.py", minutes=2.0, brief=("--rounds", "2")),
     ),
-    "packing": (Script("packing.py", minutes=3.0, brief=("--rounds", "2", "--tokens", "2000")),),
+    "packing": (Script("packing.py", minutes=3.25, brief=("--rounds", "2", "--tokens", "2000")),),
     "step": (
         Script(
             "train_step.py",
-            minutes=6.0,
-            brief=("--rounds", "2", "--threads", "2", "--scale", "0.5"),
+            minutes=5.5,
+            brief=("--rounds", "2", "--threads", "2", "--scale", "0.4"),
             peers=True,
         ),
         Script("step_time.py", needs_peers=True, alone=True),
     ),
     "reward": (Script("rewards.py", minutes=1.0, peers=True),),
-    "sync": (Script("sync.py", minutes=1.5, brief=("--steps", "6", "--transports", "gloo", "sparse")),),
+    "sync": (Script("sync.py", minutes=2.0, brief=("--steps", "6", "--transports", "gloo", "sparse")),),
 }
 
 
