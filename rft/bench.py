@@ -30,8 +30,9 @@ class Script:
     """A file of benchmarks/ with its arguments.
 
     minutes: what it may take when all parts run on two cores; at twice that it is stopped.
-    brief: further arguments then. peers: it can run the peers' code, and is told to by `--peers`.
-    needs_peers: it compares with them only. alone: it runs when its part is named, not with all parts.
+    brief: further arguments then. peers: it can run the peers' code, and is told to by `--peers`, but for
+    a brief run of rft's own code alone. needs_peers: it compares with them only. alone: it runs when its
+    part is named, not with all parts.
     """
 
     name: str
@@ -41,6 +42,12 @@ class Script:
     peers: bool = False
     needs_peers: bool = False
     alone: bool = False
+
+    def command(self, brief: bool, peers: bool) -> list[str]:
+        """The file and its arguments."""
+        more = self.brief if brief else ()
+        told = ["--peers"] if peers and self.peers and "--only-ours" not in more else []
+        return [self.name, *self.arguments, *more, *told]
 
 
 def _logprob(
@@ -53,7 +60,7 @@ def _logprob(
 OURS_TWICE = ("--only-ours", "--rounds", "2")
 PARTS: dict[str, tuple[Script, ...]] = {
     "logprob": (
-        _logprob("main", "float32", 4.0, "--rounds", "2"),
+        _logprob("main", "float32", 2.75, *OURS_TWICE),
         _logprob("main", "bfloat16", 3.0, "--rounds", "2"),
         _logprob("small", "float32", 1.0, "--rounds", "2"),
         _logprob("small", "bfloat16", 0.5),
@@ -109,8 +116,7 @@ def run(parts: Sequence[str], *, peers: bool = False, fresh: bool = False, folde
         if script.needs_peers and not peers:
             print(f"[bench] {script.name} left out: it compares with a peer, give --peers", flush=True)
             continue
-        command = [script.name, *script.arguments, *(script.brief if brief else ())]
-        command += ["--peers"] if peers and script.peers else []
+        command = script.command(brief, peers)
         if not journal.run(command, folder, script.minutes if brief else None):
             failed.append(" ".join(command))
     journal.close(complete=not failed, brief=brief)
