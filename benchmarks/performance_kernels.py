@@ -240,6 +240,6 @@ def whole(d: dict[str, Any]) -> str:
     rows = [[f"`{command}`", f"{seconds:.0f} s"] for command, seconds in d["seconds"].items()]
     call = f"rft bench all{' --peers' * d['peers']}"
     return (
-        f"The scripts of `{call}` took {d['minutes']:.1f} minutes together on {d['machine']['cores']} cores; a "
-        "call that was interrupted goes on where it stopped.\n\n" + table(["script", "time"], rows)
+        f"The scripts of `{call}` took {d['minutes']:.1f} minutes together on {d['machine']['cores']} cores; "
+        "a call that was interrupted goes on where it stopped.\n\n" + table(["script", "time"], rows)
     )
