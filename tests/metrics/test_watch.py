@@ -89,20 +89,33 @@ RUNNING = """
     with RunLog(Path(sys.argv[1]), 30, TrackingConfig(trackers=())) as log:
         print("open", flush=True)
         for step in range(1, 31):
+            if step == 30:
+                sys.stdin.readline()  # not before it was seen running
             log.log(step, {"reward/mean": step / 30, "time/train": 0.02})
             time.sleep(0.02)
 """
 
 
+class Seen(io.StringIO):
+    """Lets the process go on once the screen says that it runs."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        super().__init__()
+        self.process = process
+
+    def write(self, text: str) -> int:
+        if "running" in text and self.process.stdin is not None and not self.process.stdin.closed:
+            self.process.stdin.close()
+        return super().write(text)
+
+
 def test_watching_another_process_until_it_ends(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(RUNNING), str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "open\n"
-    out = io.StringIO()
-    watch(tmp_path, every=0.05, console=Console(file=out, width=100, force_terminal=True))
-    assert process.wait(timeout=30) == 0
-    process.stdout.close()
+    command = [sys.executable, "-c", textwrap.dedent(RUNNING), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "open\n"
+        out = Seen(process)
+        watch(tmp_path, every=0.05, console=Console(file=out, width=100, force_terminal=True))
+        assert process.wait(timeout=30) == 0
     assert "running" in out.getvalue() and "ended: done" in out.getvalue() and "step 30/30" in out.getvalue()
 
 
