@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +20,7 @@ from rft.kernels.logprob_choice import Kind, Logps, choose, take_lines
 from rft.kernels.logprob_common import LogitMap
 from rft.learner.actor import LearnerActor
 from rft.remote import tell_notes
+from tests.kernels.on_device import answer
 
 SCRIPT = """
 import json, sys, torch
@@ -111,15 +108,7 @@ needs_liger = pytest.mark.skipif(not logprob_liger.installed(), reason="liger-ke
 
 
 def check(device: str, **env: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, device],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    errors, lines = json.loads(done.stdout)
+    errors, lines = answer(SCRIPT, device, **env)
     assert len(errors) == 2 * 3 * 6 + 2
     # log-probs of 16-bit inputs too: the logits are not rounded to 16 bits
     bad = {k: e for k, e in errors.items() if not e < (1e-2 if "bfloat16 grad" in k else 1e-5)}

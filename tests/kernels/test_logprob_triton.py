@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from rft.kernels.logprob import token_logps
+from tests.kernels.on_device import answer
 
 SCRIPT = """
 import json, sys, torch
@@ -56,15 +53,7 @@ print(json.dumps(worst))
 
 
 def errors(device: str, **env: str) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, device],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, float] = json.loads(done.stdout)
+    result: dict[str, float] = answer(SCRIPT, device, **env)
     assert len(result) == 20
     return result
 
