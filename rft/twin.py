@@ -53,9 +53,9 @@ class Twin:
         """Train on a batch and push what came of it; returns the metrics as `copy/...`."""
         async with self.fleet.gate:
             metrics = await self._ask("step", batch, step)
-            await tell_notes(self._ask, self.fleet.progress.note)
             await self.fleet.push(step + 1)
         self.fleet.progressed()
+        await tell_notes(self._ask, self.fleet.progress.note)
         return {f"copy/{name}": value for name, value in metrics.items()}
 
     async def save(self, step: int) -> None:
