@@ -30,9 +30,8 @@ TARGETS = {"speedup": 1.4, "checkpoint_overhead_percent": 3.0, "resume_seconds":
 SAVE_EVERY, SKIPPED = 10, 5  # steps between checkpoints; first steps left out: caches and clocks warm up
 
 
-def train(folder: Path, name: str, steps: int, more: list[str]) -> float:
-    """Run the demo; returns the seconds that the command took."""
-    begin = time.perf_counter()
+def train(folder: Path, name: str, steps: int, more: list[str]) -> None:
+    """Run the demo."""
     done = subprocess.run(
         [
             sys.executable, "-m", "rft.cli", "train", "examples/arithmetic.yaml", *more,
@@ -44,7 +43,6 @@ def train(folder: Path, name: str, steps: int, more: list[str]) -> float:
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"rft train failed:\n{done.stderr[-4000:]}")
-    return time.perf_counter() - begin
 
 
 def summarise(run: Path) -> dict[str, Any]:

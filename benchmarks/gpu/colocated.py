@@ -8,11 +8,10 @@ small setting, on a CPU, learner and engine do not share a device: weights go ov
 from __future__ import annotations
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness import Settings, settings
+from harness import Settings, missing_engine, settings
 from online import SMALL, config, engine_of, run, summary
 
 MODEL = {"hidden_size": 1024, "layers": 44, "heads": 16, "intermediate_size": 3072}
@@ -43,9 +42,9 @@ def in_turn(s: Settings, engine: str, work: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     s = settings("colocated", __doc__)
     s.out.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in ("ray", "vllm") if find_spec(name) is None]
-    if missing and not s.small:
-        s.finish({"left_out": f"{' and '.join(missing)} are not installed here"})
+    missing = missing_engine()
+    if missing is not None and not s.small:
+        s.finish({"left_out": missing})
     else:
         engine = engine_of(s)
         with tempfile.TemporaryDirectory(prefix="gpu-colocated-") as folder:

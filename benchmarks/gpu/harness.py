@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ def clocks() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         return {}
     return dict(zip(fields.split(","), done.stdout.strip().splitlines()[0].split(", "), strict=False))
+
+
+def missing_engine() -> str | None:
+    """Which packages of a run with vLLM are not installed here, in words; None where all are."""
+    missing = [name for name in ("ray", "vllm") if find_spec(name) is None]
+    return f"{' and '.join(missing)} are not installed here" if missing else None
 
 
 def timed(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:

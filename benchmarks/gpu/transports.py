@@ -7,13 +7,12 @@ The model and the steps of the `colocated` part. In its small setting, on a CPU,
 from __future__ import annotations
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from colocated import MODEL, in_turn
-from harness import Settings, settings
+from harness import Settings, missing_engine, settings
 from online import SMALL, engine_of, run, summary
 
 FIGURES = ("sync/changed_share", "time/sync_announce")
@@ -25,8 +24,7 @@ def obstacle(s: Settings) -> str | None:
         return None
     if torch.cuda.device_count() < 2:
         return f"needs two GPUs, this machine has {torch.cuda.device_count()}"
-    missing = [name for name in ("ray", "vllm") if find_spec(name) is None]
-    return f"{' and '.join(missing)} are not installed here" if missing else None
+    return missing_engine()
 
 
 def pushes(s: Settings, engine: str, transport: str) -> dict[str, Any]:
