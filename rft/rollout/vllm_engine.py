@@ -121,8 +121,12 @@ class VLLMEngine:
         if self.spec.transport == "ipc":
             info = {"packed": False}
         elif self.spec.transport in ("nccl", "sparse_nccl"):
-            packed = self.spec.transport == "nccl"
-            info |= {"master_address": link.host, "master_port": link.port, "packed": packed}
+            from rft.sync.nccl import PACKED_BYTES
+
+            # vLLM forgets the communicator that it has, and would never give its memory back.
+            await self._control("shutdown_weight_transfer", self._engine.shutdown_weight_transfer_engine())
+            info |= {"master_address": link.host, "master_port": link.port}
+            info |= {"packed": self.spec.transport == "nccl", "packed_buffer_size_bytes": PACKED_BYTES}
         else:
             info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}
         await within(

@@ -55,21 +55,25 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int | None = None) -> list[li
     return buckets
 
 
+def as_announced(manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a manifest announces. Raises ValueError where one is not the manifest's next."""
+    tensors = iter(named)
+    for wanted in manifest:
+        name, tensor = next(tensors, ("nothing", torch.empty(0)))
+        found = (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        if found != wanted:
+            raise ValueError(f"{wanted} was announced, {found} came instead")
+        yield name, tensor
+
+
 def send(group: Any, manifest: Manifest, named: Iterable[tuple[str, Tensor]]) -> int:
     """Broadcast tensors from rank 0, bucket by bucket as they come; returns the bytes sent per receiver.
 
     Raises ValueError where a tensor is not the manifest's next one.
     """
-    total, tensors = 0, iter(named)
+    total, tensors = 0, as_announced(manifest, named)
     for bucket in plan_buckets(manifest):
-        pieces = []
-        for index in bucket:
-            name, tensor = next(tensors, ("nothing", torch.empty(0)))
-            found = (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            if found != manifest[index]:
-                raise ValueError(f"{manifest[index]} was announced, {found} came instead")
-            pieces.append(tensor.detach().reshape(-1))
-        flat = torch.cat(pieces).cpu()
+        flat = torch.cat([next(tensors)[1].detach().reshape(-1) for _ in bucket]).cpu()
         _broadcast(group, flat)
         total += flat.numel() * flat.element_size()
     return total

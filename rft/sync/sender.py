@@ -164,50 +164,11 @@ class SparseSender(SparseState):
         self.carrier.close()
 
 
-def open_nccl(link: Link) -> Any:
-    """Join vLLM's workers as NCCL rank 0, with the current CUDA device. They have to join meanwhile."""
-    from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
-    return trainer_init(
-        {"master_address": link.host, "master_port": link.port, "world_size": link.world_size}
-    )
-
-
-class NcclSender:
-    """vLLM's packed NCCL broadcast, sender side."""
-
-    early = False
-
-    def __init__(self, link: Link) -> None:
-        self.group = open_nccl(link)
-
-    def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
-        return as_update(manifest)
-
-    def send(self, named: Named) -> int:
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
-
-        total = 0
-
-        def counted() -> Named:
-            nonlocal total
-            for name, tensor in named:
-                total += tensor.numel() * tensor.element_size()
-                yield name, tensor.contiguous()
-
-        packed_nccl_broadcast_producer(
-            iterator=iter(counted()), group=self.group, src=0, post_iter_func=lambda item: item[1]
-        )
-        torch.cuda.synchronize()
-        return total
-
-    def close(self) -> None:
-        self.group.destroy()
-
-
 def open_sender(spec: ChannelSpec, link: Link) -> Sender:
     """The sender of a transport."""
     if spec.transport == "nccl":
+        from rft.sync.nccl import NcclSender
+
         return NcclSender(link)
     if spec.transport == "sparse_nccl":
         from rft.sync.sparse_nccl import SparseNcclSender

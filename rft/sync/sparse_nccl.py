@@ -15,7 +15,8 @@ from torch import Tensor
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest
 from rft.sync.delta import LARGEST_INDEX, changed
-from rft.sync.sender import SparseState, open_nccl
+from rft.sync.nccl import NcclGroup
+from rft.sync.sender import SparseState
 from rft.sync.spec import Named, TransferError, Update
 
 PART_BYTES = 512 * 2**20  # of indices and values; what an engine holds of an update at once
@@ -31,10 +32,9 @@ class SparseNcclSender(SparseState):
 
     early = True
 
-    def __init__(self, link: Link, full_every: int, part_bytes: int = PART_BYTES) -> None:
+    def __init__(self, link: Link, full_every: int) -> None:
         super().__init__(full_every)
-        self.group = open_nccl(link)
-        self.part_bytes = part_bytes
+        self.group = NcclGroup(link)
         self.indices: dict[str, Tensor | None] = {}  # of what travels; None: all
 
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
@@ -73,12 +73,12 @@ class SparseNcclSender(SparseState):
         return self.known[name].numel() if where is None else where.numel()
 
     def _parts(self) -> Iterator[list[str]]:
-        """Names in order, cut where a part would be larger than `part_bytes`; a tensor is never cut."""
+        """Names in order, cut where a part would be larger than PART_BYTES; a tensor is never cut."""
         part: list[str] = []
         size = 0
         for name in self.indices:
             own = self._count(name) * (_INDEX_BYTES + self.known[name].element_size())
-            if part and size + own > self.part_bytes:
+            if part and size + own > PART_BYTES:
                 yield part
                 part, size = [], 0
             part.append(name)
@@ -96,18 +96,17 @@ class SparseNcclSender(SparseState):
 
     def send(self, named: Named) -> int:
         total = 0
-        for name, where in self.indices.items():
-            tensor = self.known[name].view(-1)
-            if where is None:
-                where, values = torch.arange(len(tensor), dtype=torch.int32, device=tensor.device), tensor
-            else:
-                values = tensor[where.long()]
-            for flat in (where, values):
-                self.group.broadcast(flat, src=0)
-                total += flat.nbytes
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with self.group.deadline():
+            for name, where in self.indices.items():
+                tensor = self.known[name].view(-1)
+                if where is None:
+                    where, values = torch.arange(len(tensor), dtype=torch.int32, device=tensor.device), tensor
+                else:
+                    values = tensor[where.long()]
+                for flat in (where, values):
+                    self.group.broadcast(flat)
+                    total += flat.nbytes
         return total
 
     def close(self) -> None:
-        self.group.destroy()
+        self.group.close()

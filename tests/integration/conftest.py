@@ -45,8 +45,10 @@ def raise_stage(
     more: dict[str, Any] | None = None,
     update: str = "keep",
     in_turn: bool = False,
+    nccl_on_cpu: str | None = None,
 ) -> Stage:
-    """`in_turn`: learner and engine act as if they shared one device, on a machine that has none to share."""
+    """`in_turn`: learner and engine act as if they shared one device, on a machine that has none to share.
+    `nccl_on_cpu`: a transport between GPUs, with what stands in for NCCL (tests/sync/nccl_on_cpu.py)."""
     plan = make_plan(
         parse_config(
             {
@@ -69,9 +71,13 @@ def raise_stage(
         )
     )
     loop = asyncio.new_event_loop()
+    if nccl_on_cpu is not None:  # the preflight refuses it on a machine without GPUs
+        plan = dataclasses.replace(plan, transport=nccl_on_cpu)
     pool = make_pool(plan)
     learner = start_learner(plan, learner_spec(plan))
     channel = make_channel(plan, learner, pool)
+    if nccl_on_cpu is not None:
+        stand_in(learner, pool)
     if in_turn:
         pool.specs = [dataclasses.replace(spec, sleeps=True) for spec in pool.specs]
         channel = ColocatedChannel(learner, pool, plan.channel_spec(), plan.config.rollout.update, 120)
@@ -79,6 +85,21 @@ def raise_stage(
     loop.run_until_complete(channel.connect())
     loop.run_until_complete(channel.push(0))
     return Stage(loop, plan, pool, learner, channel)
+
+
+def stand_in(learner: Any, pool: Any) -> None:
+    """For NCCL, in the learner's process and in those of the engines' workers."""
+    import ray
+
+    args = {"worker_extension_cls": "tests.sync.nccl_worker.Extension"}
+    pool.specs = [dataclasses.replace(spec, engine_args={**spec.engine_args, **args}) for spec in pool.specs]
+
+    def in_learner(actor: Any) -> None:
+        from tests.sync import nccl_on_cpu
+
+        nccl_on_cpu.install()
+
+    ray.get([actor.__ray_call__.remote(in_learner) for actor in learner._actors])
 
 
 def with_transport(stage: Stage, transport: str, folder: str | None = None) -> Stage:

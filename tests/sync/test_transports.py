@@ -1,4 +1,5 @@
-"""The contract of every transport that runs without a GPU, on real groups and files."""
+"""The contract of every transport, on real groups and files. Between GPUs: with gloo in NCCL's place, and
+vLLM's own engines at the receiving end (see nccl_on_cpu.py and vllm_ends.py)."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from rft.sync.spec import ChannelSpec, TransferError
 from tests.specs import engine_spec
 from tests.sync.wires import (
     HOST,
+    NCCL,
     TRANSPORTS,
     Wire,
     channel,
@@ -32,9 +34,10 @@ from tests.sync.wires import (
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", (*TRANSPORTS, *NCCL), indirect=True)
 def test_forty_shapes_arrive_bit_for_bit(transport: str, dtype: str, tmp_path: Path) -> None:
-    """Five versions, with signed zeros, infinities and NaN among the changes, on two receivers."""
+    """Five versions, with signed zeros, infinities and NaN among the changes, on two receivers. (In vLLM's
+    sparse format NaN stands for what stays; the learner sends none over any transport.)"""
     wire = Wire(channel(transport, tmp_path, dtype, full_every=4))
     weights = forty_shapes()
     for version in range(5):
@@ -44,10 +47,11 @@ def test_forty_shapes_arrive_bit_for_bit(transport: str, dtype: str, tmp_path: P
             assert same_bits(got, weights, getattr(torch, dtype)), (transport, version)
         nudge(weights, version)
         odd = weights["layer.36.weight"]
-        odd[:4] = torch.tensor([0.0, -0.0, float("inf"), float("nan")]).roll(version)
+        last = -torch.inf if transport == "sparse_nccl" else torch.nan
+        odd[:4] = torch.tensor([0.0, -0.0, torch.inf, last]).roll(version)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", (*TRANSPORTS, *NCCL), indirect=True)
 def test_an_engine_that_joins_late_gets_everything(transport: str, tmp_path: Path) -> None:
     wire = Wire(channel(transport, tmp_path), size=1)
     weights = forty_shapes()
@@ -140,7 +144,7 @@ def test_a_tensor_that_the_engine_lacks_is_named() -> None:
         load_into(model, iter([("weight", torch.zeros(3, 3))]))
 
 
-@pytest.mark.parametrize("transport", ["gloo", "sparse"])
+@pytest.mark.parametrize("transport", ["gloo", "sparse", *NCCL], indirect=True)
 def test_nobody_waits_past_the_deadline(transport: str, tmp_path: Path) -> None:
     """A sender whose receivers never come, and a receiver whose sender never sends."""
     begin = time.monotonic()
@@ -152,6 +156,16 @@ def test_nobody_waits_past_the_deadline(transport: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         list(wire.receivers[0].receive(update))
     assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("transport", ["gloo", "nccl"], indirect=True)
+def test_weights_that_were_not_announced_are_not_sent(transport: str, tmp_path: Path) -> None:
+    """An engine cuts what arrives by what was announced: anything else would be garbage there."""
+    wire = Wire(channel(transport, tmp_path), size=1)
+    weights = forty_shapes()
+    wire.announce(weights)
+    with pytest.raises(ValueError, match=r"'layer.0.weight', .* was announced, \('layer.1.weight'.* came"):
+        wire.publisher.send(list(weights.items())[1:])
 
 
 RECEIVER = """

@@ -20,10 +20,11 @@ from rft.sync.spec import ChannelSpec, Sent
 
 HOST = "127.0.0.1"
 TRANSPORTS = ("gloo", "sparse", "sparse over files", "file")
+NCCL = ("nccl", "sparse_nccl")  # to vLLM's own engines, with gloo in NCCL's place: see nccl_on_cpu.py
 
 
 def channel(transport: str, folder: Any, dtype: str = "bfloat16", **more: Any) -> ChannelSpec:
-    """The spec of one of TRANSPORTS."""
+    """The spec of one of TRANSPORTS or NCCL."""
     files = transport in ("sparse over files", "file")
     return ChannelSpec(transport.split()[0], dtype, str(folder) if files else None, **more)
 
@@ -42,24 +43,41 @@ class Wire:
     size: int = 2
     timeout_s: float = 30
     version: int = 0
-    receivers: list[Receiver] = field(default_factory=list)
+    receivers: list[Any] = field(default_factory=list)
+    publisher: Publisher = None  # type: ignore[assignment]  # one of its own
 
     def __post_init__(self) -> None:
-        self.publisher = Publisher(self.spec)
+        self.publisher = self.publisher or Publisher(self.spec)
         self.update: dict[str, Any] = {}
         self.connect()
 
     def connect(self, size: int | None = None) -> None:
-        """Form the group anew, with another number of receivers if asked."""
+        """Form the group anew, with more receivers if asked."""
         self.size = size or self.size
         host, port, world = (HOST, free_port(), 1 + self.size) if self.spec.grouped else ("", 0, 0)
         links = [Link(host, port, rank, world, self.timeout_s) for rank in range(1 + self.size)]
-        for receiver in self.receivers:
-            receiver.close()
+        ends = [*self.receivers, *[None] * (self.size - len(self.receivers))]
         opened = together(
-            lambda: self.publisher.open(links[0]), *(lambda link=link: Receiver(link) for link in links[1:])
+            lambda: self.publisher.open(links[0]),
+            *(
+                lambda link=link, end=end: self.join(link, end)
+                for link, end in zip(links[1:], ends, strict=True)
+            ),
         )
         self.receivers = opened[1:]
+
+    def join(self, link: Link, end: Any = None) -> Any:
+        """A receiving end in the group: a new one, or `end` in a new group."""
+        if self.spec.transport not in NCCL:
+            if end is not None:
+                end.close()
+            return Receiver(link)
+        from tests.sync.vllm_ends import VllmEnd
+
+        if end is None:
+            return VllmEnd(self.spec, link, forty_shapes())
+        end.join(link)
+        return end
 
     def announce(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         self.version += 1

@@ -1,0 +1,137 @@
+"""From GPU to GPU: vLLM's communicator with the deadline that NCCL lacks, and the sending end of vLLM's
+packed broadcast over it.
+
+NCCL waits for a peer that is gone until its communicator is aborted, and then says nothing. So a group is
+formed on a thread that can be left behind, and a push that takes too long is aborted from one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from threading import Event, Thread, Timer
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rft.rollout.engine import Link
+from rft.sync.broadcast import Manifest, as_announced
+from rft.sync.sender import as_update
+from rft.sync.spec import Named, TransferError, Update
+
+PACKED_BYTES = 2**30  # of tensors that travel as one; both ends of vLLM's packed broadcast have to agree
+
+
+class NcclGroup:
+    """The learner (NCCL rank 0, on the current CUDA device) and vLLM's workers, which join meanwhile.
+
+    Raises TransferError where they do not come, or a broadcast is not taken, within the link's deadline;
+    the group is of no use any more then.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.timeout_s = link.timeout_s
+        self.overdue = Event()
+        self.comm = _join(link)
+        if self.comm.disabled:  # every broadcast would do nothing, and say so to nobody
+            raise TransferError(
+                "vLLM has switched its NCCL communicator off: VLLM_DISABLE_PYNCCL is set, or NCCL's library "
+                "cannot be loaded; use sync.transport gloo"
+            )
+
+    @contextmanager
+    def deadline(self) -> Iterator[None]:
+        """All that is broadcast within has arrived at the end of the block, or it raises."""
+        torch.cuda.synchronize()  # vLLM packs on streams that do not wait for the learner's last step
+        timer = Timer(self.timeout_s, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+            torch.cuda.synchronize()
+        finally:
+            timer.cancel()
+        self._in_time()
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> None:
+        """As vLLM's, but on the current stream: by itself it makes one of its own the current one."""
+        self._in_time()
+        self.comm.broadcast(tensor, src=src, stream=torch.cuda.current_stream())
+
+    def _in_time(self) -> None:
+        if self.overdue.is_set():
+            raise TransferError(
+                f"an engine did not take its part of a push within {self.timeout_s:g} s; the group is aborted"
+            )
+
+    def _give_up(self) -> None:
+        self.overdue.set()
+        self.close()
+
+    def close(self) -> None:
+        self.comm.destroy()
+
+
+def _join(link: Link) -> Any:
+    """vLLM's communicator."""
+    from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+    place = {"master_address": link.host, "master_port": link.port, "world_size": link.world_size}
+    device = torch.accelerator.current_device_index()
+    joined: Future[Any] = Future()
+
+    def join() -> None:
+        try:
+            torch.accelerator.set_device_index(device)  # each thread has its own
+            joined.set_result(trainer_init(place))
+        except BaseException as error:
+            joined.set_exception(error)
+
+    Thread(target=join, daemon=True).start()
+    try:
+        return joined.result(link.timeout_s)
+    except TimeoutError:
+        joined.add_done_callback(lambda late: late.exception() or late.result().destroy())
+        raise TransferError(
+            f"the engines did not join NCCL's group at {link.host}:{link.port} within {link.timeout_s:g} s"
+        ) from None
+
+
+class NcclSender:
+    """vLLM's packed NCCL broadcast, sender side."""
+
+    early = False
+
+    def __init__(self, link: Link) -> None:
+        self.group = NcclGroup(link)
+        self.manifest: Manifest = []
+
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
+        self.manifest = manifest
+        return as_update(manifest)
+
+    def send(self, named: Named) -> int:
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        total = 0
+
+        def counted() -> Iterator[tuple[str, Tensor]]:
+            nonlocal total
+            for name, tensor in as_announced(self.manifest, named):
+                total += tensor.nbytes
+                yield name, tensor
+
+        with self.group.deadline():
+            packed_nccl_broadcast_producer(
+                iterator=counted(),
+                group=self.group,
+                src=0,
+                post_iter_func=lambda item: item[1],
+                buffer_size_bytes=PACKED_BYTES,
+            )
+        return total
+
+    def close(self) -> None:
+        self.group.close()
