@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rft.remote import require_here
 from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.publisher import Publisher
-from rft.sync.spec import ChannelSpec, Sent, Update
+from rft.sync.spec import ChannelSpec, Sent, TransferError, Update
 
 
 class LearnerActor(Learner):
@@ -70,7 +71,8 @@ class LearnerActor(Learner):
     def open_channel(self, link: Link) -> None:
         """Open the sending end of the channel that engines join; replaces an earlier one."""
         if self.rank == 0:
-            self.publisher.open(link)
+            with self._engines_to_blame():
+                self.publisher.open(link)
 
     def manifest(self) -> Manifest:
         """Names, dtypes and shapes of the weights, in sending order."""
@@ -93,12 +95,25 @@ class LearnerActor(Learner):
 
     def send_weights(self) -> Sent:
         """Send what was announced, in the engines' precision. Raises LearnerError for weights that are not
-        finite: no engine is to sample from them, and no checkpoint to hold them."""
+        finite: no engine is to sample from them, and no checkpoint to hold them. Raises TransferError where
+        the engines do not take them: the ranks are none the worse for it."""
         weights = iter(()) if self._early() else self._finite_weights()
-        if self.rank == 0:
-            return self.publisher.send(weights)
-        deque(weights, maxlen=0)
-        return Sent(0, 0, {})
+        try:
+            with self._engines_to_blame():
+                return self.publisher.send(weights) if self.rank == 0 else Sent(0, 0, {})
+        finally:
+            deque(weights, maxlen=0)  # takes part in gathering each, also those that are not sent any more
+
+    @staticmethod
+    @contextmanager
+    def _engines_to_blame() -> Iterator[None]:
+        """What the channel's group says of a peer that is gone is said of an engine, not of a rank."""
+        try:
+            yield
+        except (LearnerError, TransferError):
+            raise
+        except RuntimeError as error:
+            raise TransferError(f"{type(error).__name__}: {error}") from error
 
     def _early(self) -> bool:
         """Whether rank 0 reads the weights when it announces them; the other ranks read along."""

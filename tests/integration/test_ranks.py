@@ -15,7 +15,9 @@ import pytest
 from rft.batch import Batch
 from rft.learner.parallel.group import LearnerGroup
 from rft.remote import ActorDied, call
-from rft.sync.spec import ChannelSpec
+from rft.rollout.engine import Link
+from rft.sync.receiver import Receiver
+from rft.sync.spec import ChannelSpec, TransferError
 from tests.integration.conftest import rft
 from tests.parallel_ranks import spec
 
@@ -125,3 +127,43 @@ def test_an_exception_on_one_rank_ends_the_group_with_its_traceback(
     assert "in wrong" in str(caught.value.__cause__)
     with pytest.raises(ActorDied, match="learner rank 1 of 2 failed"):
         run(step(pair, batch, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_engine_that_leaves_a_push_leaves_the_ranks_whole(pair: LearnerGroup, make_groups: Any) -> None:
+    """They end the call together, and the next group gets everything."""
+    batch = Batch.build(make_groups(groups=4))
+    assert run(step(pair, batch, 0))["train/updates"] == 1
+    leaving = connected(pair)
+    run(call(pair.announce.remote(1), 60, "announce"))
+    leaving.close()
+    with pytest.raises(TransferError, match=r"(?i)connection|closed|reset|peer"):
+        run(call(pair.send_weights.remote(), 60, "send_weights"))
+    assert run(step(pair, batch, 1))["train/updates"] == 1
+    staying = connected(pair)
+    update = run(call(pair.announce.remote(2), 60, "announce"))
+
+    async def push() -> dict[str, Any]:
+        sending = asyncio.ensure_future(call(pair.send_weights.remote(), 60, "send_weights"))
+        got = await asyncio.to_thread(lambda: dict(staying.receive(update)))
+        await sending
+        return got
+
+    got = run(push())
+    assert len(got) == len(update["names"]) > 10 and all(bool(t.isfinite().all()) for t in got.values())
+
+
+def connected(group: LearnerGroup) -> Receiver:
+    """An engine's end of a channel that the ranks have opened."""
+
+    async def both() -> Receiver:
+        host, port = await call(group.reserve_address.remote(), 60, "reserve_address")
+        opening = asyncio.ensure_future(
+            call(group.open_channel.remote(Link(host, port, 0, 2, 30)), 60, "open_channel")
+        )
+        receiver = await asyncio.to_thread(Receiver, Link(host, port, 1, 2, 30))
+        await opening
+        return receiver
+
+    return run(both())

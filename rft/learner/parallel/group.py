@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rft.learner.actor import LearnerActor
 from rft.learner.spec import LearnerError, LearnerSpec
 from rft.remote import ActorDied
-from rft.sync.spec import ChannelSpec
+from rft.sync.spec import ChannelSpec, TransferError
 
 GRACE_S = 5.0  # for the other ranks to end a call that failed on one
 # What a rank says whose peer is gone: it is a victim, the culprit is another one.
@@ -166,9 +166,9 @@ def _blame(error: BaseException | None) -> int:
     """0: died. 1: failed by itself. 2: failed because another one did."""
     if isinstance(error, RayActorError):
         return 0
-    return (
-        2 if error is not None and _VICTIM.search(f"{type(_cause(error)).__name__}: {_cause(error)}") else 1
-    )
+    if error is None or isinstance(_cause(error), TransferError):  # an engine's fault, whatever it says
+        return 1
+    return 2 if _VICTIM.search(f"{type(_cause(error)).__name__}: {_cause(error)}") else 1
 
 
 def _cause(error: BaseException) -> BaseException:
