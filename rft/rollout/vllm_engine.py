@@ -51,6 +51,7 @@ class VLLMEngine:
             "generation_config": "vllm",  # the model's own sampling defaults would bend the log-probs
             "weight_transfer_config": {"backend": self.spec.transport},
             "worker_extension_cls": "rft.sync.vllm_worker.Extension",
+            "scheduler_cls": "rft.rollout.vllm_scheduler.collecting_scheduler",
             "disable_log_stats": True,
             "enable_log_requests": False,
         }

@@ -1,0 +1,118 @@
+"""vLLM's scheduler, sending a request's tokens once instead of one by one.
+
+vLLM's engine sends each sampled token to the process that asked for it, which collects them where a request
+is read only when it is finished (`RequestOutputKind.FINAL_ONLY`, as all of rft's are). Packing, sending and
+unpacking some hundred small arrays a step costs more than sampling them from a small model, so here they
+are collected in the engine. Weights change only while the engine is paused: what was collected is sent
+before a pause is complete, so that vLLM labels each token with the version that sampled it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import LogprobsLists
+
+if TYPE_CHECKING:
+    _Mixin = Scheduler
+else:
+    _Mixin = object  # which of vLLM's two schedulers is underneath is known only with its configuration
+
+_COLLECTED = ("request_id", "new_token_ids", "new_logprobs", "prefill_stats", "events", "num_nans_in_logits")
+_OTHERS = [name for name in EngineCoreOutput.__struct_fields__ if name not in _COLLECTED]
+
+
+@dataclass
+class _Held:
+    """A request's outputs that were not sent yet, in order, and the client that waits for them."""
+
+    client: int
+    outputs: list[EngineCoreOutput] = field(default_factory=list)
+
+    def merged(self) -> EngineCoreOutput:
+        """The last output, with the tokens and log-probs of all."""
+        if len(self.outputs) == 1:
+            return self.outputs[0]
+        first, last = self.outputs[0], self.outputs[-1]
+        last.new_token_ids = [token for part in self.outputs for token in part.new_token_ids]
+        logps = [part.new_logprobs for part in self.outputs if part.new_logprobs is not None]
+        if logps:
+            columns = zip(*(lists[:3] for lists in logps), strict=True)
+            last.new_logprobs = LogprobsLists(*(np.concatenate(column) for column in columns))
+        last.prefill_stats = first.prefill_stats
+        last.events = [event for part in self.outputs for event in part.events or ()] or None
+        return last
+
+
+class CollectedOutputs(_Mixin):
+    """Mixin for vLLM's schedulers. Outputs of requests read only at their end are held until then, or
+    until the engine is paused; the other requests' are sent as ever."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held: dict[str, _Held] = {}
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        sent = super().update_from_output(*args, **kwargs)
+        for client, outputs in sent.items():
+            outputs.outputs = [o for o in outputs.outputs if not self._hold(client, o)]
+            for i, output in enumerate(outputs.outputs):
+                if held := self._held.pop(output.request_id, None):
+                    held.outputs.append(output)
+                    outputs.outputs[i] = held.merged()
+        if self.pause_state is not PauseState.UNPAUSED:
+            for held in self._held.values():
+                sent.setdefault(held.client, EngineCoreOutputs()).outputs.append(held.merged())
+            self._held.clear()
+        return {client: outputs for client, outputs in sent.items() if _says_something(outputs)}
+
+    def _hold(self, client: int, output: EngineCoreOutput) -> bool:
+        """Keep `output` for later, where nobody looks at it before its request is finished."""
+        if any(getattr(output, name) is not None for name in _OTHERS):
+            return False  # it says more than tokens: that it is the last, or what no sum is made of
+        params = self.requests[output.request_id].sampling_params
+        if params is None or params.output_kind is not RequestOutputKind.FINAL_ONLY or params.stop:
+            return False  # a stop string is looked for where the tokens are read
+        self._held.setdefault(output.request_id, _Held(client)).outputs.append(output)
+        return True
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; what was held of requests that are cut off is dropped with them."""
+        ids = [request_ids] if isinstance(request_ids, str) else request_ids
+        ids = list(self._held if ids is None else ids)
+        for request_id in ids:
+            self._held.pop(request_id, None)
+        return super().finish_requests(None if request_ids is None else ids, *args, **kwargs)
+
+    def has_finished_requests(self) -> bool:
+        """Whether the engine has to take one more step without a request: here also to send what is held
+        before a pause is complete."""
+        paused = self.pause_state is not PauseState.UNPAUSED
+        return super().has_finished_requests() or (paused and bool(self._held))
+
+
+class _Synchronous(CollectedOutputs, Scheduler):
+    pass
+
+
+class _Asynchronous(CollectedOutputs, AsyncScheduler):
+    pass
+
+
+def collecting_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:
+    """The scheduler for `vllm_config`; vLLM calls it where its setting `scheduler_cls` names it."""
+    chosen = _Asynchronous if vllm_config.scheduler_config.async_scheduling else _Synchronous
+    return chosen(vllm_config=vllm_config, **kwargs)
+
+
+def _says_something(outputs: EngineCoreOutputs) -> bool:
+    """Whether there is anything to send."""
+    return bool(outputs.outputs or outputs.finished_requests or outputs.scheduler_stats)
