@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from rft.rollout.engine import InFlight
 from rft.section import Section
 
 
@@ -31,10 +32,10 @@ class RolloutConfig(Section):
     staleness: int = Field(
         0, ge=0, description="how many policy versions a rollout may lag: 0 synchronous, 1 one step off, ..."
     )
-    update: Literal["keep", "wait", "abort"] = Field(
+    update: InFlight = Field(
         "keep",
-        description="what a weight push does to completions in flight: keep them across versions, "
-        "wait for them, or abort and sample them again",
+        description="what a weight push does to completions in flight: keep them and compute their keys and "
+        "values anew, continue on those that they have, wait for them, or abort and sample them again",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="engine weights; auto: bfloat16 on GPU, float32 on CPU"

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+InFlight = Literal["keep", "continue", "wait", "abort"]
+"""What a weight push does to completions in flight: they stand still, and their keys and values are computed
+anew (`keep`) or stay (`continue`); they are finished first; or they are cut off."""
+
 
 class EngineError(RuntimeError):
     """An engine failed or did not answer in time; the message names the engine and the call."""
@@ -102,7 +106,7 @@ class RolloutEngine(Protocol):
 
     async def join(self, link: Link) -> None: ...
 
-    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None: ...
+    async def begin_update(self, in_flight: InFlight) -> None: ...
 
     async def receive(self, update: dict[str, Any]) -> None: ...
 

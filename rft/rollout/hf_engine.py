@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rft.rollout.engine import EngineSpec, Generated, Link, Request, Sampling
+from rft.rollout.engine import EngineSpec, Generated, InFlight, Link, Request, Sampling
 from rft.sync.receiver import Receiver, load_into
 
 
@@ -94,7 +94,7 @@ class HFEngine:
             self.receiver.close()
         self.receiver = await asyncio.to_thread(Receiver, link)
 
-    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
+    async def begin_update(self, in_flight: InFlight) -> None:
         """Requests run one by one, each to its end. `wait` lets those that queue come first; else they
         stay in the queue during the update."""
         if in_flight != "wait":

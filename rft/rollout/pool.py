@@ -7,12 +7,12 @@ import heapq
 import time
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
 from rft.remote import ActorDied, Overdue, call, kill_actor
-from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request
+from rft.rollout.engine import EngineError, EngineSpec, Generated, InFlight, Link, Request
 from rft.rollout.replica import Replica
 
 
@@ -160,7 +160,7 @@ class RolloutPool:
     async def join(self, links: list[Link]) -> None:
         await asyncio.gather(*(self._ask(i, "join", link) for i, link in enumerate(links)))
 
-    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
+    async def begin_update(self, in_flight: InFlight) -> None:
         drains = in_flight == "wait"  # completions in flight may take as long as any
         await self._all("begin_update", in_flight, seconds=self.generate_timeout_s if drains else None)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from rft.rollout.engine import Generated, Request
+from rft.rollout.engine import Generated, InFlight, Request
 from rft.rollout.vllm_engine import VLLMEngine
 
 
@@ -15,8 +15,8 @@ class VLLMAdapterEngine(VLLMEngine):
     No request outlives its adapter: completions in flight end or are cut off before the next one comes.
     """
 
-    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
-        assert in_flight != "keep", "the preflight refuses it for this transport"
+    async def begin_update(self, in_flight: InFlight) -> None:
+        assert in_flight in ("wait", "abort"), "the preflight refuses it for this transport"
         pause = self._engine.pause_generation(mode=in_flight, clear_cache=True)
         await (pause if in_flight == "wait" else self._control("pause", pause))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from rft.remote import within
-from rft.rollout.engine import Aborted, EngineError, EngineSpec, Generated, Link, Request, Sampling
+from rft.rollout.engine import Aborted, EngineError, EngineSpec, Generated, InFlight, Link, Request, Sampling
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 
@@ -23,6 +24,7 @@ class VLLMEngine:
         self.spec = spec
         self._engine: Any = None
         self._version = _INITIAL_VERSION
+        self._continued = False  # the last push left keys and values of the version before in place
 
     async def start(self) -> None:
         """Start vLLM. Environment variables are read by vLLM's own worker processes."""
@@ -71,7 +73,9 @@ class VLLMEngine:
     async def generate(self, request: Request) -> list[Generated]:
         """Sample `request.sampling.n` completions, in sample order."""
         params = self._params(request.sampling)
-        prompt = {"prompt_token_ids": list(request.tokens)}
+        began = self._version
+        # With the salt, no prefix is shared with requests of another version, whose keys and values differ.
+        prompt = {"prompt_token_ids": list(request.tokens), "cache_salt": str(began)}
         output = None
         sent = self._engine.generate(prompt, params, request_id=request.id, **self._request_args())
         async for latest in sent:
@@ -79,7 +83,11 @@ class VLLMEngine:
         if output is None or not output.finished:
             raise EngineError(f"vLLM ended request {request.id} without finishing it")
         ordered = sorted(output.outputs, key=lambda o: o.index)
-        return [self._generated(request.id, o) for o in ordered]
+        generated = [self._generated(request.id, o) for o in ordered]
+        if self._continued and self._version != began:
+            # Whatever sampled its last tokens, it did so on keys and values of the version that began.
+            return [replace(g, versions=((began, 0, len(g.tokens)),)) for g in generated]
+        return generated
 
     def _request_args(self) -> dict[str, Any]:
         """What else vLLM is told with every request."""
@@ -136,8 +144,10 @@ class VLLMEngine:
             self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)),
         )
 
-    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
-        pause = self._engine.pause_generation(mode=in_flight, clear_cache=True)
+    async def begin_update(self, in_flight: InFlight) -> None:
+        self._continued = in_flight == "continue"
+        mode = "keep" if self._continued else in_flight
+        pause = self._engine.pause_generation(mode=mode, clear_cache=not self._continued)
         # Draining takes as long as the completions in flight: the caller's deadline holds, not this one.
         await (pause if in_flight == "wait" else self._control("pause", pause))
         await self._control("start_weight_update", self._engine.start_weight_update())

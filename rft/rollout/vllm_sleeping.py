@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-from rft.rollout.engine import EngineError
+from rft.rollout.engine import EngineError, InFlight
 from rft.rollout.vllm_engine import VLLMEngine
 
 
@@ -27,7 +27,7 @@ class VLLMSleepingEngine(VLLMEngine):
         step's last completion has come."""
         await self._control("sleep", self._engine.sleep(level=2, mode="wait"))
 
-    async def begin_update(self, in_flight: Literal["keep", "wait", "abort"]) -> None:
+    async def begin_update(self, in_flight: InFlight) -> None:
         await self._control("wake_up", self._engine.wake_up(tags=["weights"]))
         await self._control("start_weight_update", self._engine.start_weight_update())
 

@@ -40,7 +40,7 @@ def adapter_problems(config: Config) -> list[str]:
             "the learner's base is quantised (learner.quantize), the engine's is not: adapter would sample "
             "from another base than is trained on; use auto"
         )
-    if config.rollout.update == "keep":
+    if config.rollout.update in ("keep", "continue"):
         found.append("adapter cannot change under completions in flight; set rollout.update to wait or abort")
     return found
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rft.learner.learner import LearnerError
 from rft.remote import ActorDied, call, within
-from rft.rollout.engine import EngineError, Link
+from rft.rollout.engine import EngineError, InFlight, Link
 from rft.rollout.pool import RolloutPool
 from rft.sync import files
 from rft.sync.spec import ChannelSpec, Sent
@@ -74,13 +74,13 @@ class PushChannel:
         learner: Any,
         pool: RolloutPool,
         spec: ChannelSpec,
-        in_flight: Literal["keep", "wait", "abort"],
+        in_flight: InFlight,
         timeout_s: float,
     ) -> None:
         self.learner = learner
         self.pool = pool
         self.spec = spec
-        self.in_flight: Literal["keep", "wait", "abort"] = in_flight
+        self.in_flight: InFlight = in_flight
         self.timeout_s = timeout_s
 
     async def before_start(self) -> None:

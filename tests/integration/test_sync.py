@@ -118,6 +118,36 @@ def test_a_push_in_mid_generation_keeps_the_completions(vllm_stage) -> None:
     push(vllm_stage)
 
 
+def test_a_push_that_continues_leaves_old_keys_to_old_requests_only(vllm_stage) -> None:
+    """`continue`: completions in flight count as of the version that began them; the same prompt, longer than
+    a KV block, is read anew for whoever comes later."""
+    push(vllm_stage)
+    before = vllm_stage.pool.members[0].version
+    step(vllm_stage, [sample(vllm_stage, length=140)])  # the prefix of version `before` is in the cache
+    dice = random.Random(140)
+    prompt = tuple(dice.randrange(6, 300) for _ in range(140))
+
+    async def both() -> list:
+        requests = [Request(f"on-{i}", prompt, Sampling(4, 300, stop_token_ids=(), seed=i)) for i in range(8)]
+        running = [asyncio.ensure_future(vllm_stage.pool.generate(r)) for r in requests]
+        await asyncio.sleep(0.15)
+        await vllm_stage.channel.push(before + 1)
+        unfinished = sum(not task.done() for task in running)
+        return [unfinished, *(g for part in await asyncio.gather(*running) for g in part)]
+
+    vllm_stage.channel.in_flight = "continue"
+    try:
+        unfinished, *done = vllm_stage.run(both())
+    finally:
+        vllm_stage.channel.in_flight = "keep"
+    assert unfinished > 0 and len(done) == 32
+    assert {g.versions for g in done} == {((before, 0, len(g.tokens)),) for g in done}
+    group = sample(vllm_stage, length=140)
+    assert {v for c in group.completions for v, _, _ in c.versions} == {before + 1}
+    assert 0 < step(vllm_stage, [group])["sync/logp_gap_mean"] < 1e-4
+    push(vllm_stage)
+
+
 @pytest.mark.parametrize("in_flight", ["abort", "wait"])
 def test_a_push_in_mid_generation_aborts_or_waits(vllm_stage, tmp_path: Path, in_flight: str) -> None:
     """`abort`: what was cut off is sampled again, by the new version alone. `wait`: by the old one alone."""
