@@ -1,8 +1,8 @@
 """Asynchronous against synchronous training on the demo: python benchmarks/async.py [--model FOLDER]
 
-Rollout and learner are each pinned to a core of their own. Asynchronous twice: a push lets completions in
-flight stand still (`keep`), or waits for them (`wait`). The runs take turns, as the machine's own pace
-changes in minutes: a speedup is the median over rounds. Measured from the runs' own logs: steps per minute,
+Rollout and learner are each pinned to a core of their own. Asynchronous in several ways, by what a push does
+to completions in flight (`rollout.update`). The runs take turns, as the machine's own pace changes in
+minutes: a speedup is the median over rounds. Measured from the runs' own logs: steps per minute,
 final held-out accuracy, what a checkpoint costs, how long a resume takes. Writes
 benchmarks/results/async.json. Nothing else should run meanwhile: two cores are all that it takes.
 
@@ -102,6 +102,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of each run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--staleness", type=int, default=1)
+    parser.add_argument(
+        "--updates", nargs="+", default=["keep", "continue", "wait"], help="values of rollout.update"
+    )
     args = parser.parse_args()
     more = [f"model.path={args.model}", "warm_start=null"] if args.model else []
     with tempfile.TemporaryDirectory() as temporary:
@@ -116,7 +119,7 @@ def main() -> None:
             "synchronous": ["rollout.staleness=0"],
             **{
                 f"asynchronous-{update}": [f"rollout.staleness={args.staleness}", f"rollout.update={update}"]
-                for update in ("keep", "wait")
+                for update in args.updates
             },
         }
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}

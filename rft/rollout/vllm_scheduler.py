@@ -22,9 +22,12 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists
 
 if TYPE_CHECKING:
-    _Mixin = Scheduler
+
+    class _Mixin(Scheduler):
+        """Which of vLLM's two schedulers is underneath is known only with its configuration."""
+
 else:
-    _Mixin = object  # which of vLLM's two schedulers is underneath is known only with its configuration
+    _Mixin = object
 
 _COLLECTED = ("request_id", "new_token_ids", "new_logprobs", "prefill_stats", "events", "num_nans_in_logits")
 _OTHERS = [name for name in EngineCoreOutput.__struct_fields__ if name not in _COLLECTED]
