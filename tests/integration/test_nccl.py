@@ -3,12 +3,17 @@ NCCL's place under vLLM's own protocol and loaders. tests/sync/nccl_on_cpu.py sa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from rft.remote import call
+from rft.rollout.engine import EngineError
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.test_sync import sample, step, train_and_push
 
@@ -18,17 +23,18 @@ ON_GPUS = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: the learner's and an engine's"),
 ]
-SYNC = {"full_every": 3, "measure_changes": "overall"}
+SYNC: dict[str, Any] = {"full_every": 3, "measure_changes": "overall", "timeout_s": 20}
 
 
 @pytest.fixture(
+    scope="module",
     params=[
         *(pytest.param((name, "gpu"), marks=ON_GPUS, id=name) for name in ("nccl", "sparse")),
         *(
             pytest.param((name, "cpu"), marks=pytest.mark.slow, id=f"{name} on CPU")
             for name in ("nccl", "sparse_nccl")
         ),
-    ]
+    ],
 )
 def stage(ray_here: None, tiny_folder: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
     transport, device = request.param
@@ -41,15 +47,37 @@ def stage(ray_here: None, tiny_folder: Path, request: pytest.FixtureRequest) -> 
     stage.learner.kill()
 
 
+def bound(stage: Stage) -> float:
+    """In nats, of what learner and engine may differ by on average."""
+    return 0.05 if stage.plan.device == "cuda" else 1e-4
+
+
 def test_engine_and_learner_agree_after_every_push(stage: Stage) -> None:
-    """A tied model with fused projections. Also after the engine was killed and built anew: the group forms
-    again, and the next push is full."""
+    """A tied model with fused projections; sparse: whole pushes and parts in turn."""
     assert stage.plan.transport in ("nccl", "sparse_nccl")
-    bound = 0.05 if stage.plan.device == "cuda" else 1e-4
     for _ in range(4):
-        _, report = train_and_push(stage, bound=bound)
+        _, report = train_and_push(stage, bound=bound(stage))
         assert report.bytes > 0 and report.metrics["sync/changed_share"] > 0
+
+
+def test_an_engine_killed_in_a_push_is_built_anew(stage: Stage) -> None:
+    """NCCL knows of nothing: the deadline ends the push, and with it the learner's wait. The group forms
+    again, and the next push is full."""
+    version = stage.run(call(stage.learner.policy_version.remote(), 60, "version"))
+
+    async def killed() -> None:
+        update = await stage.channel._learner("announce", version)
+        await stage.pool.begin_update("keep")
+        for child in psutil.Process(stage.pool.members[0].pid).children(recursive=True):
+            child.kill()
+        await stage.channel._transfer(version, update)
+
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"did not finish within 20 s|rollout replica 0 died"):
+        stage.run(killed())
+    assert stage.run(call(stage.learner.policy_version.remote(), 60, "version")) == version
+    assert time.monotonic() - began < SYNC["timeout_s"] + 10
     stage.run(stage.pool.rebuild(0))
     stage.run(stage.channel.connect())
-    stage.run(stage.channel.push(report.version))
-    assert step(stage, [sample(stage, length=9)])["sync/logp_gap_mean"] < bound
+    stage.run(stage.channel.push(version))
+    assert step(stage, [sample(stage, length=9)])["sync/logp_gap_mean"] < bound(stage)

@@ -52,9 +52,9 @@ class Communicator:
             try:
                 work.wait(timedelta(milliseconds=50))
                 return True
-            except RuntimeError:
-                if work.is_completed():  # gloo has noticed that a peer is gone; NCCL would not
-                    self.aborted.wait()
+            except RuntimeError:  # not yet; or gloo has noticed that a peer is gone, which NCCL would not
+                if work.is_completed():
+                    self.aborted.wait(0.05)
         return False
 
 

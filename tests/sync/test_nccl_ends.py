@@ -25,7 +25,7 @@ from tests.sync.wires import HOST, NCCL, Wire, channel, forty_shapes, free_port,
 
 pytestmark = [needs_vllm, pytest.mark.parametrize("transport", NCCL, indirect=True)]
 
-DEADLINE_S = 3.0
+DEADLINE_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +105,11 @@ def dies_sending(pipe: Connection, transport: str, port: int, broadcasts: int) -
     publisher.send(() if publisher.early else weights.items())
 
 
-@pytest.mark.parametrize("loads", [0, 1, 3])
+@pytest.mark.parametrize("loads", [0, 3])
 def test_a_receiver_killed_half_way_fails_the_push_in_time(
     transport: str, loads: int, start: Callable[..., Any]
 ) -> None:
-    """Before the first byte, with the first part, with the third. The next group gets everything."""
+    """Before the first byte, and with the third part. The next group gets everything."""
     weights, port = forty_shapes(), free_port()
     other, pipe = start(dies_receiving, port, loads)
     publisher = Publisher(channel(transport, None))
@@ -121,7 +121,7 @@ def test_a_receiver_killed_half_way_fails_the_push_in_time(
     else:
         other.join(30)
     begin = time.monotonic()
-    with pytest.raises(TransferError, match=r"did not take its part of a push within 3 s"):
+    with pytest.raises(TransferError, match="did not take its part of a push within 2 s"):
         publisher.send(() if publisher.early else weights.items())
     assert DEADLINE_S - 0.1 < time.monotonic() - begin < DEADLINE_S + 8
     other.join(10)
@@ -143,9 +143,9 @@ def test_a_sender_killed_half_way_fails_the_receiver_in_time(
     update = pipe.recv()
     end.engine.spec = replace(end.engine.spec, control_timeout_s=DEADLINE_S)
     begin = time.monotonic()
-    with pytest.raises(Overdue, match="vLLM update_weights did not finish within 3 s"):
+    with pytest.raises(Overdue, match="vLLM update_weights did not finish within 2 s"):
         list(end.receive(update))
-    assert time.monotonic() - begin < 3 * DEADLINE_S
+    assert time.monotonic() - begin < DEADLINE_S + 8
     other.join(30)
     assert other.exitcode == 9
     assert end.version == ""
