@@ -77,10 +77,12 @@ class Replica:
         await self.engine.receive(update)
 
     async def finish_update(self, version: int) -> int:
-        """Take the new weights into use; returns the version that the engine now reports."""
+        """Take the new weights into use; returns the version that the engine reports. It is asked while it
+        stands still: once it samples, an answer takes as long as a step of its own."""
         await self.engine.finish_update(version)
+        reported = await self.engine.version()
         await self.engine.resume()
-        return await self.engine.version()
+        return reported
 
     async def version(self) -> int:
         return await self.engine.version()
