@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +22,7 @@ ON_GPUS = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: the learner's and an engine's"),
 ]
-SYNC: dict[str, Any] = {"full_every": 3, "measure_changes": "overall", "timeout_s": 20}
+SYNC = {"full_every": 3, "measure_changes": "overall"}
 
 
 @pytest.fixture(
@@ -41,7 +40,9 @@ def stage(ray_here: None, tiny_folder: Path, request: pytest.FixtureRequest) -> 
     if device == "gpu":
         stage = raise_stage(tiny_folder, "vllm", more={"sync": {**SYNC, "transport": transport}})
     else:
-        stage = raise_stage(tiny_folder, "vllm", more={"sync": SYNC}, nccl_on_cpu=transport)
+        stage = raise_stage(
+            tiny_folder, "vllm", more={"sync": {**SYNC, "timeout_s": 20}}, nccl_on_cpu=transport
+        )
     yield stage
     stage.run(stage.pool.close())
     stage.learner.kill()
@@ -73,10 +74,10 @@ def test_an_engine_killed_in_a_push_is_built_anew(stage: Stage) -> None:
         await stage.channel._transfer(version, update)
 
     began = time.monotonic()
-    with pytest.raises(EngineError, match=r"did not finish within 20 s|rollout replica 0 died"):
+    with pytest.raises(EngineError, match=r"did not finish within \d+ s|rollout replica 0 died"):
         stage.run(killed())
     assert stage.run(call(stage.learner.policy_version.remote(), 60, "version")) == version
-    assert time.monotonic() - began < SYNC["timeout_s"] + 10
+    assert time.monotonic() - began < stage.channel.timeout_s + 10
     stage.run(stage.pool.rebuild(0))
     stage.run(stage.channel.connect())
     stage.run(stage.channel.push(version))

@@ -17,6 +17,7 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if name not in NCCL:
         yield name
         return
+    pytest.importorskip("vllm")
     from vllm.distributed.weight_transfer import sparse_nccl_engine
 
     from tests.sync import nccl_on_cpu, vllm_ends

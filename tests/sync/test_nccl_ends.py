@@ -20,10 +20,9 @@ from rft.rollout.engine import Link
 from rft.sync.broadcast import manifest_of
 from rft.sync.publisher import Publisher
 from rft.sync.spec import TransferError
-from tests.specs import needs_vllm
 from tests.sync.wires import HOST, NCCL, Wire, channel, forty_shapes, free_port, nudge, same_bits, together
 
-pytestmark = [needs_vllm, pytest.mark.parametrize("transport", NCCL, indirect=True)]
+pytestmark = pytest.mark.parametrize("transport", NCCL, indirect=True)
 
 DEADLINE_S = 2.0
 
