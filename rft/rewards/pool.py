@@ -20,6 +20,8 @@ from rft.rewards.worker import PROGRESS, decode
 
 MAX_HUNG_CALLS = 16
 """Of one request: calls that hang are split to find the sample that hangs, until so many have hung."""
+MAX_DEATHS_LOADING = 3
+"""Of a worker's successors: one may be killed from outside, a function that kills them all is at fault."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,19 @@ class WorkerPool:
     # -- workers -----------------------------------------------------------------------------------
 
     async def _spawn(self) -> Worker:
+        """A worker that has loaded. Raises RewardError where none can."""
+        for _ in range(MAX_DEATHS_LOADING):
+            try:
+                return await self._launch()
+            except Died as death:
+                self.counts["crashed"] += 1
+                reason = death.reason
+        raise RewardError(
+            f"{MAX_DEATHS_LOADING} reward workers in a row died while they loaded their rewards: {reason}"
+        )
+
+    async def _launch(self) -> Worker:
+        """One attempt. Raises Died where the worker is gone before it has loaded."""
         assert self._guardian is not None
         worker, sock = Worker.launch()
         self._guardian.watch(worker.process.pid)
@@ -167,9 +182,6 @@ class WorkerPool:
             raise RewardError(
                 f"a reward worker did not load {names} within start_timeout_s = {self.start_timeout_s:g} s"
             ) from None
-        except Died as death:
-            await self._end(worker)
-            raise RewardError(f"a reward worker died while it loaded its rewards: {death.reason}") from None
         except BaseException:
             await self._end(worker)
             raise

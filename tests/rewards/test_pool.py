@@ -127,6 +127,35 @@ async def test_a_worker_killed_in_mid_call_is_replaced() -> None:
         assert before[0] not in runner.pids
 
 
+FALLS = """
+import os, signal
+from pathlib import Path
+
+deaths = Path(__file__).with_suffix(".deaths")
+done = len(deaths.read_text()) if deaths.exists() else 0
+if done < {times}:
+    deaths.write_text("x" * (done + 1))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def one(prompts, completions):
+    return [1.0] * len(completions)
+"""
+
+
+async def test_a_worker_killed_while_it_loads_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "falls.py").write_text(FALLS.format(times=2))
+    async with RewardRunner(config("falls.py:one", workers=1), tmp_path) as runner:
+        assert values(await runner.score(["p"], ["a"])) == [1.0]
+        assert runner.take_metrics()["reward/workers/crashed"] == 2
+
+
+async def test_rewards_that_kill_whoever_loads_them_stop_the_start(tmp_path: Path) -> None:
+    (tmp_path / "falls.py").write_text(FALLS.format(times=99))
+    with pytest.raises(RewardError, match=r"3 reward workers in a row died while they loaded .* by SIGKILL"):
+        async with RewardRunner(config("falls.py:one", workers=1), tmp_path):
+            pass
+
+
 async def test_workers_are_recycled() -> None:
     async with RewardRunner(config("pid", workers=1, recycle_after=4), HERE) as runner:
         seen = {(await runner.score(["p"] * 2, ["a", "b"]))[0].value for _ in range(6)}
