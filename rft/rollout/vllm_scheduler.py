@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 else:
     _Mixin = object
 
+MOST_HELD = 64
+"""Outputs of one request: each weighs more while it waits here than where it is read."""
+
 _COLLECTED = ("request_id", "new_token_ids", "new_logprobs", "prefill_stats", "events", "num_nans_in_logits")
 _OTHERS = [name for name in EngineCoreOutput.__struct_fields__ if name not in _COLLECTED]
 
@@ -56,8 +59,8 @@ class _Held:
 
 
 class CollectedOutputs(_Mixin):
-    """Mixin for vLLM's schedulers. Outputs of requests read only at their end are held until then, or
-    until the engine is paused; the other requests' are sent as ever."""
+    """Mixin for vLLM's schedulers. Outputs of requests read only at their end are held until then, until they
+    are many, or until the engine is paused; the other requests' are sent as ever."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -84,7 +87,10 @@ class CollectedOutputs(_Mixin):
         params = self.requests[output.request_id].sampling_params
         if params is None or params.output_kind is not RequestOutputKind.FINAL_ONLY or params.stop:
             return False  # a stop string is looked for where the tokens are read
-        self._held.setdefault(output.request_id, _Held(client)).outputs.append(output)
+        held = self._held.setdefault(output.request_id, _Held(client)).outputs
+        if len(held) + 1 >= MOST_HELD:
+            return False
+        held.append(output)
         return True
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import LogprobsLists
 
 from rft.rollout import vllm_scheduler
-from rft.rollout.vllm_scheduler import CollectedOutputs
+from rft.rollout.vllm_scheduler import MOST_HELD, CollectedOutputs
 
 
 class Scripted:
@@ -90,6 +90,14 @@ def test_what_the_first_step_says_of_the_prompt_arrives() -> None:
     assert step(scheduler, output("a", 1, prefill_stats=stats)) == []
     (sent,) = step(scheduler, output("a", 2, finish_reason=FinishReason.LENGTH))
     assert sent.prefill_stats is stats and sent.new_token_ids == [1, 2]
+
+
+def test_a_long_completion_is_sent_in_pieces() -> None:
+    scheduler, tokens = Collecting(a=ONCE), list(range(1, 151))
+    pieces = [piece for t in tokens for piece in step(scheduler, output("a", t))]
+    assert [len(piece.new_token_ids) for piece in pieces] == [MOST_HELD, MOST_HELD]
+    pieces += step(scheduler, output("a", 151, finish_reason=FinishReason.LENGTH))
+    assert [t for piece in pieces for t in piece.new_token_ids] == [*tokens, 151]
 
 
 @pytest.mark.parametrize(
