@@ -76,8 +76,7 @@ def verify_resume(
     for name in ("whole", "resumed"):
         if (out / name).exists():
             raise ConfigError([f"--out {out}: it holds an earlier test; choose an empty folder"])
-    config = load_config(config_file, overrides)
-    every = config.checkpoint.every
+    every = load_config(config_file, overrides).checkpoint.every
     ours = [
         f"output_dir={out}",
         f"train.steps={steps}",
@@ -86,6 +85,7 @@ def verify_resume(
         "tracking.samples_kept=64",
         "tracking.trackers=[]",
     ]
+    config = load_config(config_file, [*overrides, *ours])
 
     def command(name: str) -> list[str]:
         return [config_file, *overrides, *ours, f"name={name}"]

@@ -175,7 +175,7 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
     reward = f"rewards=[{{function: '{tmp_path}/digits.py:score'}}]"
     curriculum = "train.curriculum={rest: 2}"  # the state that is hardest to bring back
     common = [*SMALL, "warm_start=null", "rollout.engine=hf", "learner.threads=1", reward, curriculum]
-    config, *overrides = command(tmp_path, *common)[1:]
+    config, *overrides = command(tmp_path, *common, "train.steps=1000")[1:]  # a part of a long run
     out = f"--out={tmp_path}/verify"
     args = ["verify-resume", config, *overrides, "--steps", "6", "--kill-at", "3", out]
     done = rft(*args, check=False, mark=tmp_path.name)
