@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.columns import Columns
@@ -35,7 +36,8 @@ SILENT_AFTER = 300.0
 def watch(
     run_dir: Path | str, *, once: bool = False, every: float = 2.0, console: Console | None = None
 ) -> None:
-    """Show a run until it ends or Ctrl-C; with `once`, one frame.
+    """Show a run until it ends or Ctrl-C; with `once`, one frame. Where nothing can be drawn over (a dumb
+    terminal, a file), a frame is added whenever the run has moved on.
 
     every: seconds between two looks at the files.
 
@@ -46,10 +48,17 @@ def watch(
     if once:
         console.print(frame(run, console.width))
         return
-    with Live(frame(run, console.width), console=console, auto_refresh=False, screen=False) as live:
+    redraws = console.is_terminal and not console.is_dumb_terminal
+    with Live(console=console, auto_refresh=False, screen=False) if redraws else nullcontext() as live:
+        shown = None
         while True:
-            live.update(frame(run, console.width), refresh=True)
-            if run.state(SILENT_AFTER).startswith(("ended", "gone")):
+            state = run.state(SILENT_AFTER)
+            if live is not None:
+                live.update(frame(run, console.width), refresh=True)
+            elif shown != (run.step, state):
+                console.print(frame(run, console.width))
+            shown = run.step, state
+            if state.startswith(("ended", "gone")):
                 return
             time.sleep(every)
             run.refresh()

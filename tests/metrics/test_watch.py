@@ -109,7 +109,12 @@ class Seen(io.StringIO):
         return super().write(text)
 
 
-def test_watching_another_process_until_it_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_watching_another_process_until_it_ends(
+    tmp_path: Path, terminal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dumb terminal cannot be drawn over; it gets one frame after the other."""
+    monkeypatch.setenv("TERM", terminal)
     command = [sys.executable, "-c", textwrap.dedent(RUNNING), str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "open\n"
