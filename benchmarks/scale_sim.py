@@ -138,6 +138,8 @@ class SimReplica:
     async def health(self, *_: Any) -> int:
         return 0
 
+    def cancel(self, request_id: str) -> None: ...
+
     async def close(self) -> None: ...
 
 

@@ -86,20 +86,21 @@ class Controller:
             if config.train.curriculum is None
             else Curriculum(size, seed, config.train.curriculum)
         )
-        self.slots = SlotBuffer(config.train.batch_size, config.rollout.staleness)
+        waits = config.rollout.late == "wait"
+        self.slots = SlotBuffer(config.train.batch_size, config.rollout.staleness, waits)
         self.guards = Guards(config.guards, config.rollout.staleness, online=True)
         parts = self.parts
         self.fleet = Fleet(parts.pool, parts.channel, config.rollout, parts.log, parts.progress)
         self.saver = Saver(self._ask_learner, self.checkpoints, config, parts.log, parts.progress)
         self.phases = Phases(parts.log, parts.progress)
-        self.redo: list[tuple[int, int]] = []  # handed out before an interruption, not yet trained on
+        self.redo: list[tuple[int, int]] = []  # handed out before and not trained on: next in turn
         self.dropped: deque[tuple[int, int, str]] = deque(maxlen=KEPT_DROPPED)  # epoch, row, reason
         self.twin = parts.twin
         generate = self.fleet.generate if self.twin is None else self.twin.route(self.fleet)
         self.gatherer = Gatherer(self.algorithm, generate, parts.rewards, self.plan.tokenizer)
         self.replay = Replay(self.algorithm.replay)
         self._wake = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Work | None] = {}  # and what they sample and score
         self._fault: BaseException | None = None
         self._reward_seconds = 0.0
         self._filtered = 0
@@ -218,7 +219,17 @@ class Controller:
             for _, row, rate in sorted(self._measured):
                 self.sampler.observe(row, rate)
         self._measured.clear()
+        self._drop_late()
         self._hand_out()
+
+    def _drop_late(self) -> None:
+        """Give up groups that the next step may not be trained on any more; their prompts go out again."""
+        late = self.slots.too_old(self.step)
+        for task in [t for t, work in self._tasks.items() if work in late]:
+            task.cancel()
+        for work in late:
+            self._drop(work, "too_old")
+            self.redo.append(work.key)
 
     def _watch(self, metrics: dict[str, float]) -> None:
         """Let the guards look at the step. Raises GuardStop where the config says to stop."""
@@ -235,8 +246,8 @@ class Controller:
     # -- rollouts ----------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
-        """Give free slots prompts, as far as the run's last step needs any; first those that an
-        interrupted run had handed out."""
+        """Give free slots prompts, as far as the run's last step needs any; first those that were handed
+        out before, by an interrupted run or in vain."""
         needed = (self.config.train.steps - self.step) * self.slots.batch
         while self.slots.free and len(self.slots.live) < needed:
             if self.redo:
@@ -246,15 +257,15 @@ class Controller:
                 key = (self.sampler.epoch, row)
             work = self.slots.lease(key, self.prompts[key[1]])
             self.slots.dispatch(work, self.step)
-            self._spawn(self._serve(work))
+            self._spawn(self._serve(work), work)
 
-    def _spawn(self, body: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, body: Coroutine[Any, Any, None], work: Work | None = None) -> None:
         task = asyncio.create_task(body)
-        self._tasks.add(task)
+        self._tasks[task] = work
         task.add_done_callback(self._served)
 
     def _served(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and task.exception() is not None and self._fault is None:
             self._fault = task.exception()
         self._wake.set()
@@ -294,10 +305,13 @@ class Controller:
         else:
             self.slots.score(work, group)
             return
+        self._drop(work, reason)
+        self._hand_out()
+
+    def _drop(self, work: Work, reason: str) -> None:
         self.slots.drop(work, reason)
         self.dropped.append((*work.key, reason))
         self.parts.log.event("group/dropped", prompt=list(work.key), reason=reason)
-        self._hand_out()
 
     async def _next_works(self) -> list[Work]:
         """Wait until a batch of scored works is there. Raises what any of the tasks raised."""
@@ -319,7 +333,7 @@ class Controller:
     async def _cancel_rollouts(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *(fleet.close() for fleet in self._fleets), return_exceptions=True)
 
     async def _ask_learner(self, method: str, *args: Any) -> Any:
         reference = getattr(self.parts.learner, method).remote(*args)

@@ -54,6 +54,7 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
             "liger needs a GPU, the learner is on cpu: write auto or chunked",
         ),
         (["learner.cores='999'"], "this machine has no core 999"),
+        (["rollout.late=drop"], "set rollout.staleness to 1 or more, or leave late out"),
     ],
 )
 def test_check_names_the_mistake(tmp_path: Path, capsys, overrides: list[str], words: str) -> None:

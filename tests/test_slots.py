@@ -63,6 +63,25 @@ def test_dropping_frees_the_slot_and_keeps_the_reason() -> None:
         slots.score(work, GROUP)
 
 
+def test_where_nobody_waits_late_groups_get_too_old_and_never_come_into_a_step() -> None:
+    slots = SlotBuffer(batch=1, staleness=1, waits=False)
+    late, young = fill(slots, version=0)
+    slots.score(young, GROUP)
+    assert slots.take(version=0) == [young]
+    slots.acknowledge()
+    (young,) = fill(slots, version=1)
+    slots.score(young, GROUP)
+    assert slots.take(version=1) == [young], "the one in flight would have to be in this step"
+    assert slots.too_old(version=1) == []
+    assert slots.too_old(version=2) == [late]
+    slots.acknowledge()
+    slots.score(late, GROUP)  # it came just now, too late
+    with pytest.raises(SlotError, match="2 versions old"):
+        slots.take(version=2)
+    slots.drop(slots.too_old(version=2)[0], "too_old")
+    assert slots.take(version=2) is None and slots.counts["dropped/too_old"] == 1
+
+
 def test_lease_beyond_capacity_is_refused() -> None:
     slots = SlotBuffer(batch=1, staleness=1)
     fill(slots, version=0)
@@ -79,11 +98,13 @@ def test_outstanding_names_what_a_resumed_run_must_hand_out_again() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(batch=st.integers(1, 4), staleness=st.integers(0, 4), seed=st.integers(0, 2**32))
-def test_age_bound_and_accounting_hold_whatever_happens(batch: int, staleness: int, seed: int) -> None:
+@given(st.integers(1, 4), st.integers(0, 4), st.booleans(), st.integers(0, 2**32))
+def test_age_bound_and_accounting_hold_whatever_happens(
+    batch: int, staleness: int, waits: bool, seed: int
+) -> None:
     """Random finishing order, drops and repeated dispatches: no group is trained on older than the
     bound, the loop never deadlocks, and everything handed out ends exactly once."""
-    slots, dice = SlotBuffer(batch, staleness), random.Random(seed)
+    slots, dice = SlotBuffer(batch, staleness, waits), random.Random(seed)
     version, handed, trained, inflight = 0, 0, 0, []
     while version < 30:
         while slots.free:
@@ -109,7 +130,12 @@ def test_age_bound_and_accounting_hold_whatever_happens(batch: int, staleness: i
             trained += len(taken)
             version += 1
             slots.acknowledge()
-    ended = slots.counts["trained"] + slots.counts["dropped/lost"]
+            late = slots.too_old(version)
+            assert not (waits and late)
+            for work in late:
+                slots.drop(work, "too_old")
+                inflight = [w for w in inflight if w is not work]
+    ended = slots.counts["trained"] + slots.counts["dropped/lost"] + slots.counts["dropped/too_old"]
     assert trained == slots.counts["trained"] == 30 * batch
     assert ended + len(slots.live) == handed
     assert all(w.state != State.trained for w in slots.live.values())

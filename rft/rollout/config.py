@@ -32,6 +32,11 @@ class RolloutConfig(Section):
     staleness: int = Field(
         0, ge=0, description="how many policy versions a rollout may lag: 0 synchronous, 1 one step off, ..."
     )
+    late: Literal["wait", "drop"] = Field(
+        "wait",
+        description="a group still in flight when it would get older than staleness allows: the learner "
+        "waits for it, or it is dropped and its prompt sampled again",
+    )
     update: InFlight = Field(
         "keep",
         description="what a weight push does to completions in flight: keep them and compute their keys and "
@@ -61,6 +66,15 @@ class RolloutConfig(Section):
         60, gt=0, description="seconds without an answer after which an engine counts as dead"
     )
     engine_args: dict[str, Any] = Field({}, description="further arguments for vLLM's AsyncEngineArgs")
+
+    @model_validator(mode="after")
+    def _late_groups_need_staleness(self) -> RolloutConfig:
+        if self.late == "drop" and self.staleness == 0:
+            raise ValueError(
+                "rollout.late drop has nothing to drop at staleness 0, where every step waits for all of its "
+                "groups; set rollout.staleness to 1 or more, or leave late out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _hf_has_no_tensor_parallel(self) -> RolloutConfig:

@@ -36,6 +36,7 @@ class Fleet:
     restarts: int = 0
     requeued: int = 0
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _recovering: set[asyncio.Task[None]] = field(default_factory=set)
     _in_a_row: int = 0
     _changing: bool = False
     _told: dict[int, float] = field(default_factory=dict)
@@ -104,11 +105,25 @@ class Fleet:
         """A step was finished: the engines work, and the count of rebuilds in a row starts anew."""
         self._in_a_row = 0
 
+    async def close(self) -> None:
+        """Mend nothing any more."""
+        recovering = list(self._recovering)
+        for task in recovering:
+            task.cancel()
+        await asyncio.gather(*recovering, return_exceptions=True)
+
     def _everyone(self) -> list[int]:
         return list(range(len(self.pool.specs)))
 
     async def _recover(self, died: ReplicaDied) -> None:
-        """Rebuild a replica that died, once, however many requests it took with it."""
+        """Rebuild a replica that died, once, however many requests it took with it. That goes on where the
+        request that noticed is cancelled meanwhile: the others need the replica too."""
+        task = asyncio.create_task(self._replace(died))
+        self._recovering.add(task)
+        task.add_done_callback(self._recovering.discard)
+        await asyncio.shield(task)
+
+    async def _replace(self, died: ReplicaDied) -> None:
         self.pool.discard(died)
         async with self.gate:
             if self.pool.is_lost(died):

@@ -49,7 +49,12 @@ class HFEngine:
             await self._open.wait()
             async with self._lock:
                 if self._open.is_set():
-                    return await asyncio.to_thread(self._sample, request)
+                    sampling = asyncio.ensure_future(asyncio.to_thread(self._sample, request))
+                    try:
+                        return await asyncio.shield(sampling)
+                    except asyncio.CancelledError:
+                        await sampling  # a thread cannot be stopped, and has the model until it ends
+                        raise
 
     @torch.inference_mode()
     def _sample(self, request: Request) -> list[Generated]:

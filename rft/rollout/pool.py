@@ -109,6 +109,9 @@ class RolloutPool:
             result: list[Generated] = await self._ask(
                 index, "generate", request, seconds=self.generate_timeout_s
             )
+        except asyncio.CancelledError:
+            member.actor.cancel.remote(request.id)  # nobody waits for it any more
+            raise
         finally:
             self._add_load(index, member, -request.sampling.n)
         return result

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 from typing import Any
 
 from rft.remote import require_here
-from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, RolloutEngine
+from rft.rollout.engine import Aborted, EngineError, EngineSpec, Generated, Link, Request, RolloutEngine
 
 
 def build_engine(spec: EngineSpec) -> RolloutEngine:
@@ -38,6 +40,7 @@ class Replica:
             os.sched_setaffinity(0, parse_cores(spec.cores))
         self.engine = build_engine(spec)
         self.load = 0
+        self.running: dict[str, asyncio.Future[list[Generated]]] = {}  # by request
 
     async def whereabouts(self) -> tuple[str, int]:
         """This process's node and id."""
@@ -52,14 +55,25 @@ class Replica:
             await self.engine.start()
         except Exception as error:
             raise EngineError(f"{self.name} could not start its engine: {error}") from error
+        gc.collect()
+        gc.freeze()  # requests are many objects: spare the collector going through the libraries' as well
 
     async def generate(self, request: Request) -> list[Generated]:
         """Complete one prompt."""
         self.load += request.sampling.n
+        self.running[request.id] = asyncio.ensure_future(self.engine.generate(request))
         try:
-            return await self.engine.generate(request)
+            return await self.running[request.id]
+        except asyncio.CancelledError:
+            raise Aborted(f"request {request.id} was cancelled") from None
         finally:
+            del self.running[request.id]
             self.load -= request.sampling.n
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request that nobody waits for; one that is not running has ended already."""
+        if request_id in self.running:
+            self.running[request_id].cancel()
 
     async def health(self, engine: bool) -> int:
         """Answer, after the engine did if it is asked too; returns the completions that it works on."""

@@ -6,7 +6,8 @@ dropped. Every prompt handed out ends exactly once, TRAINED or DROPPED(reason).
 
 Age bound: a group dispatched at version v is trained on by a policy of version at most v + staleness.
 Old groups go first; a young group may overtake one that is still in flight only as long as all groups
-left behind can still meet their bound with `batch` of them consumed per step (see `_feasible`).
+left behind can still meet their bound with `batch` of them consumed per step (see `_feasible`). Where the
+buffer does not wait for late groups, it may always, and those that got too old are to be dropped.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class SlotBuffer:
 
     batch: int
     staleness: int
+    waits: bool = True  # for groups that would get too old; else `too_old` names them
     live: dict[int, Work] = field(default_factory=dict)  # every work that holds a slot, by ticket
     counts: Counter[str] = field(default_factory=Counter)  # ended work, by state and reason
     # Works by version, kept as they move: `take` is asked once per completed group, of which there may be
@@ -108,7 +110,7 @@ class SlotBuffer:
 
     def take(self, version: int) -> list[Work] | None:
         """`batch` scored works to train policy `version` on, in ticket order; None: not yet."""
-        if self.scored < self.batch or not self._feasible(self._left(), version + 1):
+        if self.scored < self.batch or (self.waits and not self._feasible(self._left(), version + 1)):
             return None
         ready = [w for w in self.live.values() if w.state == State.scored]
         chosen = sorted(ready, key=lambda w: (w.version, w.ticket))[: self.batch]
@@ -144,6 +146,11 @@ class SlotBuffer:
             del self.live[work.ticket]
         self.counts["trained"] += len(done)
         return len(done)
+
+    def too_old(self, version: int) -> list[Work]:
+        """Works that policy `version` may not be trained on any more, in ticket order."""
+        late = (w for w in self.live.values() if w.state in (State.inflight, State.scored))
+        return sorted((w for w in late if version - w.version > self.staleness), key=lambda w: w.ticket)
 
     def outstanding(self) -> list[tuple[int, int]]:
         """Keys of the works that were handed out and have not ended, in ticket order."""

@@ -17,8 +17,7 @@ class VLLMAdapterEngine(VLLMEngine):
 
     async def begin_update(self, in_flight: InFlight) -> None:
         assert in_flight in ("wait", "abort"), "the preflight refuses it for this transport"
-        pause = self._engine.pause_generation(mode=in_flight, clear_cache=True)
-        await (pause if in_flight == "wait" else self._control("pause", pause))
+        await self._pause(in_flight, clear_cache=True)
 
     async def receive(self, update: dict[str, Any]) -> None:
         await self.collective_rpc("load_adapter", (update,))

@@ -72,10 +72,12 @@ class VLLMEngine:
 
     async def generate(self, request: Request) -> list[Generated]:
         """Sample `request.sampling.n` completions, in sample order."""
+        from vllm.inputs import tokens_input
+
         params = self._params(request.sampling)
         began = self._version
         # With the salt, no prefix is shared with requests of another version, whose keys and values differ.
-        prompt = {"prompt_token_ids": list(request.tokens), "cache_salt": str(began)}
+        prompt = tokens_input(list(request.tokens), cache_salt=str(began))
         output = None
         sent = self._engine.generate(prompt, params, request_id=request.id, **self._request_args())
         async for latest in sent:
@@ -147,10 +149,15 @@ class VLLMEngine:
     async def begin_update(self, in_flight: InFlight) -> None:
         self._continued = in_flight == "continue"
         mode = "keep" if self._continued else in_flight
-        pause = self._engine.pause_generation(mode=mode, clear_cache=not self._continued)
-        # Draining takes as long as the completions in flight: the caller's deadline holds, not this one.
-        await (pause if in_flight == "wait" else self._control("pause", pause))
+        await self._pause(mode, clear_cache=not self._continued)
         await self._control("start_weight_update", self._engine.start_weight_update())
+
+    async def _pause(self, mode: str, *, clear_cache: bool) -> None:
+        """As AsyncLLM's `pause_generation`, which then sleeps for 20 ms so that what was sampled last is read
+        before it returns: what reads it here needs no such order."""
+        pause = self._engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+        # Draining takes as long as the completions in flight: the caller's deadline holds, not this one.
+        await (pause if mode == "wait" else self._control("pause", pause))
 
     async def receive(self, update: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest

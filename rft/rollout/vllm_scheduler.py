@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +35,8 @@ MOST_HELD = 64
 """Outputs of one request: each weighs more while it waits here than where it is read."""
 
 _COLLECTED = ("request_id", "new_token_ids", "new_logprobs", "prefill_stats", "events", "num_nans_in_logits")
-_OTHERS = [name for name in EngineCoreOutput.__struct_fields__ if name not in _COLLECTED]
+_others = attrgetter(*(name for name in EngineCoreOutput.__struct_fields__ if name not in _COLLECTED))
+_is_said = partial(is_not, None)
 
 
 @dataclass
@@ -82,7 +85,7 @@ class CollectedOutputs(_Mixin):
 
     def _hold(self, client: int, output: EngineCoreOutput) -> bool:
         """Keep `output` for later, where nobody looks at it before its request is finished."""
-        if any(getattr(output, name) is not None for name in _OTHERS):
+        if any(map(_is_said, _others(output))):
             return False  # it says more than tokens: that it is the last, or what no sum is made of
         params = self.requests[output.request_id].sampling_params
         if params is None or params.output_kind is not RequestOutputKind.FINAL_ONLY or params.stop:

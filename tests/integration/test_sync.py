@@ -118,6 +118,26 @@ def test_a_push_in_mid_generation_keeps_the_completions(vllm_stage) -> None:
     push(vllm_stage)
 
 
+def test_what_nobody_waits_for_is_sampled_no_further(vllm_stage) -> None:
+    """The engine gives up a request whose caller did, and goes on with the others."""
+    pool = vllm_stage.pool
+
+    async def cancelled() -> tuple[list, int]:
+        long, short = Sampling(64, 300, seed=1), Sampling(2, 8, seed=2)
+        given_up = asyncio.ensure_future(pool.generate(Request("given up", (9, 10, 11), long)))
+        while await pool.health(0, 30) == 0:
+            await asyncio.sleep(0.01)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        assert given_up.cancelled() and pool.load(0) == 0
+        kept = await pool.generate(Request("kept", (9, 10, 11), short))
+        return kept, await pool.health(0, 30)
+
+    kept, left = vllm_stage.run(cancelled())
+    assert left == 0
+    assert len(kept) == 2 and all(0 < len(g.tokens) <= 8 for g in kept)
+
+
 def test_a_push_that_continues_leaves_old_keys_to_old_requests_only(vllm_stage) -> None:
     """`continue`: completions in flight count as of the version that began them; the same prompt, longer than
     a KV block, is read anew for whoever comes later."""

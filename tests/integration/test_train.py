@@ -184,6 +184,42 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert processes_of(f"RFT_TEST_MARK={tmp_path.name}") == [], "the killed run left processes behind"
 
 
+SLOW_ONCE = '''
+import os, time
+FLAG = os.path.join(os.path.dirname(__file__), "seen")
+def score(prompts, completions, **columns):
+    """Digits pay; the first group of all is never judged."""
+    try:
+        os.close(os.open(FLAG, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
+    time.sleep(10_000)
+'''
+
+
+@pytest.mark.timeout(300)
+def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_sampled_again(tmp_path: Path) -> None:
+    """`rollout.late: drop`: a reward that hangs on one group holds nobody up. (With `wait` it would until its
+    deadline, here far beyond this test's.)"""
+    (tmp_path / "slow.py").write_text(SLOW_ONCE)
+    rewards = {"functions": [{"function": f"{tmp_path}/slow.py:score", "timeout_s": 10_000}], "workers": 2}
+    rft(
+        *command(tmp_path, *SMALL, "warm_start=null", "rollout.engine=hf", "eval.every=0", "train.steps=5"),
+        "rollout.staleness=1",
+        "rollout.late=drop",
+        f"rewards={json.dumps(rewards)}",
+    )
+    run = tmp_path / "arithmetic"
+    events = rows(run, "events.jsonl")
+    (dropped,) = [e for e in events if e["kind"] == "group/dropped"]
+    assert dropped["reason"] == "too_old"
+    trained = [tuple(p) for e in events if e["kind"] == "group/trained" for p in e["prompts"]]
+    assert len(trained) == len(set(trained)) == 5 * 4
+    assert tuple(dropped["prompt"]) in trained
+    assert all(age <= 1 for e in events if e["kind"] == "group/trained" for age in e["ages"])
+    assert rows(run)[-1]["data/dropped/too_old"] == 1
+
+
 @pytest.mark.timeout(300)
 def test_a_reward_that_raises_stops_the_run_with_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def score(prompts, completions, **columns):\n    return 1 / 0\n")

@@ -132,7 +132,11 @@ class VllmEnd:
     async def shutdown_weight_transfer_engine(self) -> None:
         await self._on_all("shutdown_weight_transfer_engine")
 
-    async def pause_generation(self, **kwargs: Any) -> None:
+    @property
+    def engine_core(self) -> VllmEnd:
+        return self
+
+    async def pause_scheduler_async(self, **kwargs: Any) -> None:
         pass
 
     async def start_weight_update(self) -> None:
