@@ -38,7 +38,7 @@ from rft.rollout.fleet import Fleet
 from rft.rollout.gather import Gatherer
 from rft.rollout.pool import RolloutPool
 from rft.rollout.sampling import derive_seed
-from rft.rollout.slots import SlotBuffer, Work
+from rft.rollout.slots import SlotBuffer, State, Work
 from rft.saving import Saver
 from rft.sync.channel import WeightChannel
 from rft.twin import Twin, own
@@ -93,6 +93,7 @@ class Controller:
         self.fleet = Fleet(parts.pool, parts.channel, config.rollout, parts.log, parts.progress)
         self.saver = Saver(self._ask_learner, self.checkpoints, config, parts.log, parts.progress)
         self.phases = Phases(parts.log, parts.progress)
+        self._late: set[tuple[int, int]] = set()  # prompts that were handed out in vain before
         self.redo: list[tuple[int, int]] = []  # handed out before and not trained on: next in turn
         self.dropped: deque[tuple[int, int, str]] = deque(maxlen=KEPT_DROPPED)  # epoch, row, reason
         self.twin = parts.twin
@@ -223,13 +224,16 @@ class Controller:
         self._hand_out()
 
     def _drop_late(self) -> None:
-        """Give up groups that the next step may not be trained on any more; their prompts go out again."""
+        """Give up groups that the next step may not be trained on any more; each prompt gets a second try."""
         late = self.slots.too_old(self.step)
-        for task in [t for t, work in self._tasks.items() if work in late]:
+        for task in [t for t, work in self._tasks.items() if work in set(late)]:
             task.cancel()
         for work in late:
-            self._drop(work, "too_old")
-            self.redo.append(work.key)
+            again = work.key not in self._late
+            self._drop(work, "too_old", again)
+            if again:
+                self._late.add(work.key)
+                self.redo.append(work.key)
 
     def _watch(self, metrics: dict[str, float]) -> None:
         """Let the guards look at the step. Raises GuardStop where the config says to stop."""
@@ -256,7 +260,7 @@ class Controller:
                 (row,) = self.sampler.next(1)
                 key = (self.sampler.epoch, row)
             work = self.slots.lease(key, self.prompts[key[1]])
-            self.slots.dispatch(work, self.step)
+            self.slots.dispatch(work, min(fleet.held for fleet in self._fleets))
             self._spawn(self._serve(work), work)
 
     def _spawn(self, body: Coroutine[Any, Any, None], work: Work | None = None) -> None:
@@ -288,6 +292,8 @@ class Controller:
 
     def _settle(self, work: Work, group: Group) -> None:
         """A scored group enters the step, or is dropped and replaced by another prompt."""
+        if work.state is State.dropped:
+            return
         rewards = [c.reward for c in group.completions if c.reward is not None]
         if group.completions:
             self._measured.append((work.ticket, work.key[1], pass_rate(group, self._primary)))
@@ -308,10 +314,11 @@ class Controller:
         self._drop(work, reason)
         self._hand_out()
 
-    def _drop(self, work: Work, reason: str) -> None:
+    def _drop(self, work: Work, reason: str, again: bool = False) -> None:
         self.slots.drop(work, reason)
-        self.dropped.append((*work.key, reason))
-        self.parts.log.event("group/dropped", prompt=list(work.key), reason=reason)
+        if not again:
+            self.dropped.append((*work.key, reason))
+        self.parts.log.event("group/dropped", prompt=list(work.key), reason=reason, again=again)
 
     async def _next_works(self) -> list[Work]:
         """Wait until a batch of scored works is there. Raises what any of the tasks raised."""

@@ -58,7 +58,8 @@ def use_interface_of(host: str) -> None:
 async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
     """Await with a deadline. Raises Overdue."""
     try:
-        return await asyncio.wait_for(awaitable, seconds)
+        async with asyncio.timeout(seconds):  # wait_for loses a cancellation that comes with the answer
+            return await awaitable
     except TimeoutError:
         raise Overdue(f"{what} did not finish within {seconds:.0f} s") from None
 

@@ -44,6 +44,7 @@ class ActorPool:
         self.pids: list[int] = []
         self._actor: Any = None
         self._making = asyncio.Lock()
+        self._turn = asyncio.Lock()  # one call at a time: none spends its deadline behind another one
 
     async def start(self) -> None:
         """Make the actor and wait until it has loaded. Raises RewardError where it cannot."""
@@ -80,28 +81,45 @@ class ActorPool:
         columns: Mapping[str, Sequence[Any]],
     ) -> list[Score]:
         """One Score per completion. A hang is a `timeout` of the whole call, a crash an `error`."""
-        import ray
-
         if not completions:
             return []
-        await self.start()
-        wanted = self.loaded[0].columns
-        given = {k: v for k, v in columns.items() if wanted is None or k in wanted}
-        batch = self.spec.batch_size or len(completions)
-        actor = self._actor
+        given_up = asyncio.Event()
+        judging = self._judge(list(prompts), list(completions), columns, given_up)
         try:
-            reply = actor.score.remote(list(prompts), list(completions), given, batch)
-            return decode(await asyncio.wait_for(reply, self.spec.timeout_s))
-        except TimeoutError:
-            self.counts["killed"] += 1
-            await self._drop(actor)
-            detail = f"no result within timeout_s = {self.spec.timeout_s:g} s; its actor was killed"
-            return [Score(None, Outcome.timeout, detail)] * len(completions)
-        except ray.exceptions.RayActorError as error:
-            self.counts["crashed"] += 1
-            await self._drop(actor)
-            detail = f"the reward's actor died in this call: {error}"
-            return [Score(None, Outcome.error, detail)] * len(completions)
+            return await asyncio.shield(asyncio.create_task(judging))
+        except asyncio.CancelledError:
+            given_up.set()  # a call that has begun keeps its deadline: the next one waits for the actor
+            raise
+
+    async def _judge(
+        self,
+        prompts: list[Text],
+        completions: list[Text],
+        columns: Mapping[str, Sequence[Any]],
+        given_up: asyncio.Event,
+    ) -> list[Score]:
+        import ray
+
+        async with self._turn:
+            if given_up.is_set():
+                return []
+            await self.start()
+            wanted = self.loaded[0].columns
+            given = {k: v for k, v in columns.items() if wanted is None or k in wanted}
+            actor, batch = self._actor, self.spec.batch_size or len(completions)
+            try:
+                reply = actor.score.remote(prompts, completions, given, batch)
+                return decode(await asyncio.wait_for(reply, self.spec.timeout_s))
+            except TimeoutError:
+                self.counts["killed"] += 1
+                await self._drop(actor)
+                detail = f"no result within timeout_s = {self.spec.timeout_s:g} s; its actor was killed"
+                return [Score(None, Outcome.timeout, detail)] * len(completions)
+            except ray.exceptions.RayActorError as error:
+                self.counts["crashed"] += 1
+                await self._drop(actor)
+                detail = f"the reward's actor died in this call: {error}"
+                return [Score(None, Outcome.error, detail)] * len(completions)
 
     async def _drop(self, actor: Any) -> None:
         import ray

@@ -25,7 +25,8 @@ HEALTH_TOLD_EVERY = 60.0  # seconds between two signs of life in events.jsonl
 
 @dataclass
 class Fleet:
-    """The replicas of a run. `version` is the one that they hold, or are about to."""
+    """The replicas of a run. `version` is the one that they hold, or are about to; `held` is the newest that
+    all of them hold."""
 
     pool: RolloutPool
     channel: WeightChannel
@@ -33,9 +34,11 @@ class Fleet:
     log: RunLog
     progress: Progress
     version: int = 0
+    held: int = 0
     restarts: int = 0
     requeued: int = 0
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _failure: BaseException | None = None  # of a recovery that nobody may have waited for
     _recovering: set[asyncio.Task[None]] = field(default_factory=set)
     _in_a_row: int = 0
     _changing: bool = False
@@ -55,6 +58,7 @@ class Fleet:
                 await self._mend(self._everyone(), f"the weight channel did not form: {error}")
             else:
                 await self.push(version)
+            self.held = version
             for index, member in sorted(self.pool.members.items()):
                 found = {"version": version, "node": member.node, "seconds": _since(begin)}
                 self.log.event("engine/started", engine=index, **found)
@@ -88,6 +92,7 @@ class Fleet:
             report = await self._mend(self._everyone(), f"pushing version {version} failed: {error}")
         finally:
             self._changing = False
+        self.held = version
         self.log.event("version/pushed", version=report.version, seconds=report.seconds, bytes=report.bytes)
         return report
 
@@ -120,8 +125,13 @@ class Fleet:
         request that noticed is cancelled meanwhile: the others need the replica too."""
         task = asyncio.create_task(self._replace(died))
         self._recovering.add(task)
-        task.add_done_callback(self._recovering.discard)
+        task.add_done_callback(self._recovered)
         await asyncio.shield(task)
+
+    def _recovered(self, task: asyncio.Task[None]) -> None:
+        self._recovering.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = task.exception()
 
     async def _replace(self, died: ReplicaDied) -> None:
         self.pool.discard(died)
@@ -170,9 +180,12 @@ class Fleet:
     # -- health ------------------------------------------------------------------------------------
 
     async def watch_health(self) -> None:
-        """Ask every replica for a sign of life, for ever; what does not answer is killed and rebuilt."""
+        """Ask every replica for a sign of life, for ever; what does not answer is killed and rebuilt. Raises
+        what a recovery failed with."""
         while True:
             await asyncio.sleep(self.config.health_every_s)
+            if self._failure is not None:
+                raise self._failure
             await asyncio.gather(*(self._ask_health(i) for i in sorted(self.pool.members)))
 
     async def _ask_health(self, index: int) -> None:

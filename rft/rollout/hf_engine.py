@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -49,15 +50,17 @@ class HFEngine:
             await self._open.wait()
             async with self._lock:
                 if self._open.is_set():
-                    sampling = asyncio.ensure_future(asyncio.to_thread(self._sample, request))
+                    given_up = Event()
+                    sampling = asyncio.ensure_future(asyncio.to_thread(self._sample, request, given_up))
                     try:
                         return await asyncio.shield(sampling)
                     except asyncio.CancelledError:
-                        await sampling  # a thread cannot be stopped, and has the model until it ends
+                        given_up.set()
+                        await sampling  # the thread has the model until it ends
                         raise
 
     @torch.inference_mode()
-    def _sample(self, request: Request) -> list[Generated]:
+    def _sample(self, request: Request, given_up: Event) -> list[Generated]:
         s = request.sampling
         generator = torch.Generator(self.spec.device)
         if s.seed is None:
@@ -81,7 +84,7 @@ class HFEngine:
                     logps[i].append(logp)
                     if token in stop_ids or self._hits_stop_string(tokens[i], s.stop):
                         finish[i] = "stop"
-            if all(finish):
+            if all(finish) or given_up.is_set():
                 break
         return [
             Generated(tuple(t), tuple(p), f or "length", ((self._version, 0, len(t)),))

@@ -2,7 +2,7 @@
 
 There are (staleness + 1) * batch slots. A slot is taken when a prompt is handed out and freed when the
 prompt was trained on *and* every live engine acknowledged the version that came of it, or when it was
-dropped. Every prompt handed out ends exactly once, TRAINED or DROPPED(reason).
+dropped. Every work ends exactly once, TRAINED or DROPPED(reason).
 
 Age bound: a group dispatched at version v is trained on by a policy of version at most v + staleness.
 Old groups go first; a young group may overtake one that is still in flight only as long as all groups
@@ -148,7 +148,7 @@ class SlotBuffer:
         return len(done)
 
     def too_old(self, version: int) -> list[Work]:
-        """Works that policy `version` may not be trained on any more, in ticket order."""
+        """Works, in flight or left over, that policy `version` may not be trained on; in ticket order."""
         late = (w for w in self.live.values() if w.state in (State.inflight, State.scored))
         return sorted((w for w in late if version - w.version > self.staleness), key=lambda w: w.ticket)
 

@@ -153,8 +153,8 @@ class VLLMEngine:
         await self._control("start_weight_update", self._engine.start_weight_update())
 
     async def _pause(self, mode: str, *, clear_cache: bool) -> None:
-        """As AsyncLLM's `pause_generation`, which then sleeps for 20 ms so that what was sampled last is read
-        before it returns: what reads it here needs no such order."""
+        """As AsyncLLM's `pause_generation` does for models of text, but for its last 20 ms of sleep, in which
+        what was sampled last would be read: what reads it here needs no such order."""
         pause = self._engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
         # Draining takes as long as the completions in flight: the caller's deadline holds, not this one.
         await (pause if mode == "wait" else self._control("pause", pause))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,85 @@ def test_a_replica_dies_with_requests_while_pushes_go_on(stage: Stage, fleet: Fl
     assert len(versions) == 24 and set().union(*versions) <= {1, 2, 3, 4}
     assert {m.version for m in stage.pool.members.values()} == {4}
     assert fleet.requeued >= 1 and fleet.metrics()["engine/alive"] == 2
+
+
+def test_what_nobody_waits_for_is_sampled_no_further(stage: Stage, fleet: Fleet) -> None:
+    """Both replicas are given up in the middle of a long request, and free for a short one at once."""
+
+    async def seconds(cancel: bool) -> float:
+        began = time.monotonic()
+        long = [Request(f"long-{i}-{cancel}", PROMPT, Sampling(4, 400, seed=i)) for i in (0, 1)]
+        running = [asyncio.ensure_future(fleet.generate(r)) for r in long]
+        if cancel:
+            while not all([await stage.pool.health(i, 30) for i in (0, 1)]):
+                await asyncio.sleep(0.01)
+            began = time.monotonic()
+            for task in running:
+                task.cancel()
+        await asyncio.wait(running)
+        assert len(await fleet.generate(requests(1)[0])) == 2
+        return time.monotonic() - began
+
+    stage.run(push(fleet, 4))
+    whole = stage.run(seconds(cancel=False))
+    assert stage.run(seconds(cancel=True)) < whole / 2
+
+
+async def cancelled_when(fleet: Fleet, kind: str) -> None:
+    """Have a request find replica 0 dead, and cancel it once there was an event of this kind."""
+    psutil.Process(fleet.pool.members[0].pid).kill()
+    request = asyncio.ensure_future(fleet.generate(requests(1)[0]))  # the first of those without work gets it
+    while kind not in kinds(fleet):
+        await asyncio.sleep(0.01)
+    request.cancel()
+    await asyncio.wait([request])
+    assert request.cancelled()
+
+
+def test_a_recovery_outlives_the_request_that_noticed(stage: Stage, fleet: Fleet) -> None:
+    async def recovered() -> None:
+        await cancelled_when(fleet, "engine/lost")
+        while "engine/rebuilt" not in kinds(fleet):
+            await asyncio.sleep(0.05)
+
+    stage.run(push(fleet, 5))
+    stage.run(asyncio.wait_for(recovered(), 60))
+    assert sorted(stage.pool.members) == [0, 1]
+    assert {m.version for m in stage.pool.members.values()} == {5}
+
+
+def test_a_recovery_that_failed_ends_the_watch(
+    stage: Stage, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody waits for it any more: without the replica the run would wait for ever."""
+    mend = fleet._mend
+
+    async def give_up(lost: list[int], why: str) -> None:
+        fleet.log.event("engine/lost", engine=lost[0], reason=why, held=0)
+        await asyncio.sleep(0.2)
+        raise EngineError("giving up")
+
+    monkeypatch.setattr(fleet, "_mend", give_up)
+    stage.run(asyncio.wait_for(cancelled_when(fleet, "engine/lost"), 60))
+    with pytest.raises(EngineError, match="giving up"):
+        stage.run(asyncio.wait_for(fleet.watch_health(), 10))
+    stage.run(mend([0], "the test is over"))
+
+
+def test_until_a_push_has_ended_engines_hold_the_version_before(
+    stage: Stage, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is handed out meanwhile may still be sampled by it."""
+    finish, seen = stage.pool.finish_update, []
+
+    async def finish_update(version: int) -> None:
+        seen.append(fleet.held)
+        await finish(version)
+
+    stage.run(push(fleet, 5))
+    monkeypatch.setattr(stage.pool, "finish_update", finish_update)
+    stage.run(push(fleet, 6))
+    assert seen == [5] and fleet.held == 6
 
 
 def test_a_frozen_replica_is_found_by_its_health(stage: Stage, fleet: Fleet) -> None:

@@ -118,23 +118,29 @@ def test_a_push_in_mid_generation_keeps_the_completions(vllm_stage) -> None:
     push(vllm_stage)
 
 
-def test_what_nobody_waits_for_is_sampled_no_further(vllm_stage) -> None:
-    """The engine gives up a request whose caller did, and goes on with the others."""
-    pool = vllm_stage.pool
+def test_what_nobody_waits_for_is_sampled_no_further(vllm_stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gives up a request whose caller did: a push that waits for what is in flight need not wait
+    for that, and what comes later is answered."""
+    pool, channel = vllm_stage.pool, vllm_stage.channel
+    monkeypatch.setattr(channel, "in_flight", "wait")
+    version = vllm_stage.run(call(vllm_stage.learner.policy_version.remote(), 60, "version"))
+    long = Sampling(64, 400, seed=1)
 
-    async def cancelled() -> tuple[list, int]:
-        long, short = Sampling(64, 300, seed=1), Sampling(2, 8, seed=2)
-        given_up = asyncio.ensure_future(pool.generate(Request("given up", (9, 10, 11), long)))
+    async def push_amid(name: str, *, cancel: bool) -> float:
+        running = asyncio.ensure_future(pool.generate(Request(name, (9, 10, 11), long)))
         while await pool.health(0, 30) == 0:
             await asyncio.sleep(0.01)
-        given_up.cancel()
-        await asyncio.wait([given_up])
-        assert given_up.cancelled() and pool.load(0) == 0
-        kept = await pool.generate(Request("kept", (9, 10, 11), short))
-        return kept, await pool.health(0, 30)
+        if cancel:
+            running.cancel()
+        seconds: float = (await channel.push(version)).seconds
+        await asyncio.wait([running])
+        assert running.cancelled() == cancel and pool.load(0) == await pool.health(0, 30) == 0
+        return seconds
 
-    kept, left = vllm_stage.run(cancelled())
-    assert left == 0
+    waited = vllm_stage.run(push_amid("waited for", cancel=False))
+    given_up = vllm_stage.run(push_amid("given up", cancel=True))
+    assert given_up < waited / 2
+    kept = vllm_stage.run(pool.generate(Request("kept", (9, 10, 11), Sampling(2, 8, seed=2))))
     assert len(kept) == 2 and all(0 < len(g.tokens) <= 8 for g in kept)
 
 

@@ -212,7 +212,7 @@ def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_sampled_again(tmp
     run = tmp_path / "arithmetic"
     events = rows(run, "events.jsonl")
     (dropped,) = [e for e in events if e["kind"] == "group/dropped"]
-    assert dropped["reason"] == "too_old"
+    assert dropped["reason"] == "too_old" and dropped["again"]
     trained = [tuple(p) for e in events if e["kind"] == "group/trained" for p in e["prompts"]]
     assert len(trained) == len(set(trained)) == 5 * 4
     assert tuple(dropped["prompt"]) in trained

@@ -139,5 +139,14 @@ async def test_a_reward_in_a_ray_actor() -> None:
             assert hung[0].scores["h"].outcome is Outcome.timeout
             again = await runner.score(["p"], ["a"])
             assert again[0].value == 2.0
+            # A call that hangs harms nobody else, also where its caller has given it up: the others wait
+            # until it has reached its deadline, and spend nothing of their own.
+            hanging, queued = (asyncio.ensure_future(runner.score(["p"], ["hang"])) for _ in range(2))
+            await asyncio.sleep(0.3)
+            after = asyncio.ensure_future(runner.score(["p"], ["a"]))
+            hanging.cancel()
+            queued.cancel()
+            assert (await after)[0].value == 2.0
+            assert [pool.counts["killed"] for pool in runner._pools] == [0, 2]
     finally:
         ray.shutdown()
