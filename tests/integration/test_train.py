@@ -184,40 +184,52 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert processes_of(f"RFT_TEST_MARK={tmp_path.name}") == [], "the killed run left processes behind"
 
 
-SLOW_ONCE = '''
+HANGS = '''
 import os, time
-FLAG = os.path.join(os.path.dirname(__file__), "seen")
-def score(prompts, completions, **columns):
-    """Digits pay; the first group of all is never judged."""
-    try:
-        os.close(os.open(FLAG, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
-    time.sleep(10_000)
+SEEN = os.path.join(os.path.dirname(__file__), "seen")
+def score(prompts, completions, times, **columns):
+    """Digits pay; the first prompt of all is not judged the first `times` times."""
+    for i in range(times):
+        try:
+            with open(f"{SEEN}-{i}", "x") as file:
+                file.write(prompts[0])
+        except FileExistsError:
+            if open(f"{SEEN}-{i}").read() != prompts[0]:
+                break
+        else:
+            time.sleep(10_000)
+    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
 '''
 
 
 @pytest.mark.timeout(300)
-def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_sampled_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_gets_a_second_try(
+    tmp_path: Path, times: int
+) -> None:
     """`rollout.late: drop`: a reward that hangs on one group holds nobody up. (With `wait` it would until its
     deadline, here far beyond this test's.)"""
-    (tmp_path / "slow.py").write_text(SLOW_ONCE)
-    rewards = {"functions": [{"function": f"{tmp_path}/slow.py:score", "timeout_s": 10_000}], "workers": 2}
+    (tmp_path / "hangs.py").write_text(HANGS)
+    reward = {"function": f"{tmp_path}/hangs.py:score", "timeout_s": 10_000, "options": {"times": times}}
     rft(
         *command(tmp_path, *SMALL, "warm_start=null", "rollout.engine=hf", "eval.every=0", "train.steps=5"),
         "rollout.staleness=1",
         "rollout.late=drop",
-        f"rewards={json.dumps(rewards)}",
+        f"rewards={json.dumps({'functions': [reward], 'workers': 1 + times})}",
     )
     run = tmp_path / "arithmetic"
     events = rows(run, "events.jsonl")
-    (dropped,) = [e for e in events if e["kind"] == "group/dropped"]
-    assert dropped["reason"] == "too_old" and dropped["again"]
+    dropped = [e for e in events if e["kind"] == "group/dropped"]
+    assert [e["again"] for e in dropped] == [True, False][:times]
+    assert {e["reason"] for e in dropped} == {"too_old"}
+    assert len({tuple(e["prompt"]) for e in dropped}) == 1
     trained = [tuple(p) for e in events if e["kind"] == "group/trained" for p in e["prompts"]]
     assert len(trained) == len(set(trained)) == 5 * 4
-    assert tuple(dropped["prompt"]) in trained
+    assert (tuple(dropped[0]["prompt"]) in trained) == (times == 1)
     assert all(age <= 1 for e in events if e["kind"] == "group/trained" for age in e["ages"])
-    assert rows(run)[-1]["data/dropped/too_old"] == 1
+    assert rows(run)[-1]["data/dropped/too_old"] == times
+    manifest = json.loads((run / "checkpoints" / "step-00000005" / "manifest.json").read_text())
+    assert [d[2] for d in manifest["meta"]["dropped"]] == ["too_old"] * (times - 1)
 
 
 @pytest.mark.timeout(300)
