@@ -210,7 +210,12 @@ def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_gets_a_second_try
     """`rollout.late: drop`: a reward that hangs on one group holds nobody up. (With `wait` it would until its
     deadline, here far beyond this test's.)"""
     (tmp_path / "hangs.py").write_text(HANGS)
-    reward = {"function": f"{tmp_path}/hangs.py:score", "timeout_s": 10_000, "options": {"times": times}}
+    reward = {
+        "function": f"{tmp_path}/hangs.py:score",
+        "options": {"times": times},
+        "timeout_s": 10_000,
+        "batch_size": 4,  # a group is one call
+    }
     rft(
         *command(tmp_path, *SMALL, "warm_start=null", "rollout.engine=hf", "eval.every=0", "train.steps=5"),
         "rollout.staleness=1",
