@@ -225,9 +225,10 @@ class Controller:
 
     def _drop_late(self) -> None:
         """Give up groups that the next step may not be trained on any more; each prompt gets a second try."""
-        late = self.slots.too_old(self.step)
-        for task in [t for t, work in self._tasks.items() if work in set(late)]:
-            task.cancel()
+        late = dict.fromkeys(self.slots.too_old(self.step))
+        for task, work in self._tasks.items():
+            if work in late:
+                task.cancel()
         for work in late:
             again = work.key not in self._late
             self._drop(work, "too_old", again)
@@ -253,6 +254,7 @@ class Controller:
         """Give free slots prompts, as far as the run's last step needs any; first those that were handed
         out before, by an interrupted run or in vain."""
         needed = (self.config.train.steps - self.step) * self.slots.batch
+        version = min(fleet.held for fleet in self._fleets)
         while self.slots.free and len(self.slots.live) < needed:
             if self.redo:
                 key = self.redo.pop(0)
@@ -260,7 +262,7 @@ class Controller:
                 (row,) = self.sampler.next(1)
                 key = (self.sampler.epoch, row)
             work = self.slots.lease(key, self.prompts[key[1]])
-            self.slots.dispatch(work, min(fleet.held for fleet in self._fleets))
+            self.slots.dispatch(work, version)
             self._spawn(self._serve(work), work)
 
     def _spawn(self, body: Coroutine[Any, Any, None], work: Work | None = None) -> None:
