@@ -43,9 +43,10 @@ from rft.plan import Plan, make_plan
 from rft.remote import within
 from rft.rewards import RewardRunner
 from rft.rewards.types import Outcome, Score
-from rft.rollout.engine import Generated, Link, Request
+from rft.rollout.engine import Generated, Request
 from rft.rollout.pool import RolloutPool, _Member
 from rft.sync.channel import PushChannel
+from rft.sync.link import Link
 from rft.sync.spec import Sent
 
 GENERATION = 16  # completions of a group

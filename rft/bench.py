@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.config import ConfigError
-from rft.rewards.process import kill_tree
+from rft.utils.process import kill_tree
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 STOPPED = 124  # the exit code of a script that took more than twice its minutes, as of timeout(1)

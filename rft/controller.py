@@ -22,6 +22,7 @@ from rft.checkpoint import Checkpoint
 from rft.config import Config
 from rft.data import Sampler
 from rft.data.curriculum import Curriculum, pass_rate
+from rft.errors import EngineError
 from rft.evaluation import evaluate
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards, GuardStop
@@ -33,15 +34,15 @@ from rft.plan import Plan
 from rft.remote import ActorDied, call, tell_notes
 from rft.replay import Replay
 from rft.rewards import RewardError, RewardRunner
-from rft.rollout.engine import EngineError, Sampling
+from rft.rollout.engine import Sampling
 from rft.rollout.fleet import Fleet
 from rft.rollout.gather import Gatherer
 from rft.rollout.pool import RolloutPool
-from rft.rollout.sampling import derive_seed
 from rft.rollout.slots import SlotBuffer, State, Work
 from rft.saving import Saver
 from rft.sync.channel import WeightChannel
 from rft.twin import Twin, own
+from rft.utils.seeds import derive_seed
 
 
 class NoSignal(RuntimeError):

@@ -15,7 +15,8 @@ from rft.config import EvalConfig
 from rft.rewards import RewardRunner
 from rft.rewards.types import Outcome, SampleReward
 from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.sampling import as_text, completions_of, derive_seed
+from rft.rollout.sampling import as_text, completions_of
+from rft.utils.seeds import derive_seed
 
 
 class Generator(Protocol):

@@ -26,10 +26,10 @@ from rft.offline_plan import OfflineData, load_offline, offline_problems, refere
 from rft.online_plan import longest_sequence, mixes, online_problems
 from rft.rewards import check_reward
 from rft.rollout.engine import EngineSpec
-from rft.rollout.replica import parse_cores
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.choice import channel_spec, choose_transport, layout_problems
 from rft.sync.spec import ChannelSpec
+from rft.utils.cores import parse_cores
 
 Device = Literal["cpu", "cuda"]
 Engine = Literal["vllm", "hf"]

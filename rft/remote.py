@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rft.rewards.process import Guardian, kill_tree
+from rft.utils.process import Guardian, kill_tree
 
 R = TypeVar("R")
 

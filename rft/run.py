@@ -17,6 +17,7 @@ from rft import runfolder
 from rft.checkpoint import CheckpointError
 from rft.config import Config
 from rft.controller import Controller, Parts
+from rft.errors import EngineError
 from rft.learner.learner import LearnerSpec
 from rft.learner.parallel.group import LearnerGroup
 from rft.metrics import Progress, RunLog
@@ -26,7 +27,6 @@ from rft.offline_run import train_offline
 from rft.plan import Plan, threads_for
 from rft.remote import ActorDied, Overdue, call, kill, on_head_death, ray_cluster
 from rft.rewards import RewardRunner
-from rft.rollout.engine import EngineError
 from rft.rollout.fleet import Fleet
 from rft.rollout.pool import RolloutPool
 from rft.runfolder import RunFolder

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from rft.rewards.process import PR_SET_PDEATHSIG, prctl
+from rft.utils.process import PR_SET_PDEATHSIG, prctl
 
 FINAL = (0, 1, 2, 75)
 PAUSE_S = 5.0  # before a restart, times the restarts in a row

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from rft import checkpoint
 from rft.checkpoint_writer import BackgroundWriter
-from rft.learner.learner import Learner, LearnerError, LearnerSpec
+from rft.errors import LearnerError, TransferError
+from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.parallel.make import make_parallel
 from rft.learner.parallel.ranks import Meeting, Rendezvous
 from rft.learner.resting import move, resident
 from rft.remote import require_here
-from rft.rollout.engine import Link
 from rft.sync.broadcast import Manifest, manifest_of
+from rft.sync.link import Link
 from rft.sync.publisher import Publisher
-from rft.sync.spec import ChannelSpec, Sent, TransferError, Update
+from rft.sync.spec import ChannelSpec, Sent, Update
 
 
 class LearnerActor(Learner):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rft.batch import Batch
+from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_choice
 from rft.learner import objective, state
 from rft.learner.critic import Critic
@@ -22,11 +23,11 @@ from rft.learner.parallel.base import Parallel
 from rft.learner.parallel.ranks import own_part
 from rft.learner.schedule import learning_rate
 from rft.learner.scoring import load_scoring_model
-from rft.learner.spec import LearnerError, LearnerSpec, LogpGapError
+from rft.learner.spec import LearnerSpec
 from rft.learner.strategies import make_strategy
 from rft.packing import micro_batches, tree_tokens
 from rft.rng import seed_everything
-from rft.rollout.sampling import derive_seed
+from rft.utils.seeds import derive_seed
 
 
 class Learner:
@@ -38,7 +39,7 @@ class Learner:
         if spec.config.cores:
             import os
 
-            from rft.rollout.replica import parse_cores
+            from rft.utils.cores import parse_cores
 
             cores = own_part(parse_cores(spec.config.cores), self.parallel.rank, self.parallel.ranks)
             os.sched_setaffinity(0, cores)

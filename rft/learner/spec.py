@@ -10,14 +10,6 @@ from rft.algorithms.base import Algorithm
 from rft.learner.config import LearnerConfig
 
 
-class LearnerError(RuntimeError):
-    """A fault in training itself: a non-finite gradient, an impossible batch."""
-
-
-class LogpGapError(RuntimeError):
-    """Engine and learner disagree about the log-probs of fresh samples: the push did not arrive."""
-
-
 @dataclass(frozen=True)
 class LearnerSpec:
     """Everything that a learner needs; plain data, so that it travels to an actor."""

@@ -15,8 +15,8 @@ import sys
 import time
 from typing import Any
 
-from rft.rewards.process import kill_tree
 from rft.rewards.worker import HEADER, PROGRESS
+from rft.utils.process import kill_tree
 
 START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from rft.rewards.worker import main; "
 START += "main(int(sys.argv[2]), int(sys.argv[3]))"

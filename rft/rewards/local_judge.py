@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rft.rewards.judge import TEMPLATE, Judge
-from rft.rewards.process import PR_SET_PDEATHSIG, kill_tree, prctl
 from rft.rewards.types import RewardError
+from rft.utils.process import PR_SET_PDEATHSIG, kill_tree, prctl
 
 NAME = "judge"  # what the server calls its model
 

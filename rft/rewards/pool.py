@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rft.rewards.handle import Died, Hung, Worker
-from rft.rewards.process import Guardian
 from rft.rewards.types import Outcome, RewardError, Score, Text
 from rft.rewards.worker import PROGRESS, decode
+from rft.utils.process import Guardian
 
 MAX_HUNG_CALLS = 16
 """Of one request: calls that hang are split to find the sample that hangs, until so many have hung."""

@@ -21,8 +21,8 @@ from time import monotonic
 from typing import Any
 
 from rft.rewards.load import CallError, Custom, PerSample, Stateful, load_reward
-from rft.rewards.process import PR_SET_CHILD_SUBREAPER, kill_tree, prctl
 from rft.rewards.types import Outcome, Score
+from rft.utils.process import PR_SET_CHILD_SUBREAPER, kill_tree, prctl
 
 HEADER = struct.Struct("!Q")
 PROGRESS = struct.Struct("=qd")  # index within the job (-1: idle), monotonic start of the call

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from rft.sync.link import Link
+
 InFlight = Literal["keep", "continue", "wait", "abort"]
 """What a weight push does to completions in flight: they stand still, and their keys and values are computed
 anew (`keep`) or stay (`continue`); they are finished first; or they are cut off."""
-
-
-class EngineError(RuntimeError):
-    """An engine failed or did not answer in time; the message names the engine and the call."""
 
 
 class Aborted(Exception):
@@ -82,18 +80,6 @@ class EngineSpec:
     reference: str | None = None  # the frozen model that `Sampling.mixture` mixes in
     sleeps: bool = False  # while the learner has the device that the two share (vLLM only)
     engine_args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Link:
-    """Where the sender of weights listens, and which rank this engine has in the group; no host where
-    weights come without a group."""
-
-    host: str
-    port: int
-    rank_offset: int
-    world_size: int
-    timeout_s: float
 
 
 class RolloutEngine(Protocol):

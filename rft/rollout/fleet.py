@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from rft.learner.learner import LearnerError
+from rft.errors import EngineError, LearnerError
 from rft.metrics import Progress, RunLog
 from rft.remote import ActorDied, Overdue
 from rft.rollout.config import RolloutConfig
-from rft.rollout.engine import Aborted, EngineError, Generated, Request
+from rft.rollout.engine import Aborted, Generated, Request
 from rft.rollout.pool import ReplicaDied, RolloutPool
 from rft.sync.channel import PushReport, WeightChannel
 

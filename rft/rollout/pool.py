@@ -11,9 +11,11 @@ from typing import Any
 
 import ray
 
+from rft.errors import EngineError
 from rft.remote import ActorDied, Overdue, call, kill_actor
-from rft.rollout.engine import EngineError, EngineSpec, Generated, InFlight, Link, Request
+from rft.rollout.engine import EngineSpec, Generated, InFlight, Request
 from rft.rollout.replica import Replica
+from rft.sync.link import Link
 
 
 class ReplicaDied(EngineError):

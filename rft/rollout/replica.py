@@ -7,8 +7,11 @@ import gc
 import os
 from typing import Any
 
+from rft.errors import EngineError
 from rft.remote import require_here
-from rft.rollout.engine import EngineError, EngineSpec, Generated, Link, Request, RolloutEngine
+from rft.rollout.engine import EngineSpec, Generated, Request, RolloutEngine
+from rft.sync.link import Link
+from rft.utils.cores import parse_cores
 
 
 def build_engine(spec: EngineSpec) -> RolloutEngine:
@@ -119,15 +122,3 @@ class Replica:
 
     async def close(self) -> None:
         await self.engine.close()
-
-
-def parse_cores(text: str) -> set[int]:
-    """ "0-2,5" -> {0, 1, 2, 5}. Raises ValueError for anything else."""
-    cores: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        try:
-            cores |= set(range(int(first), int(last or first) + 1))
-        except ValueError:
-            raise ValueError(f'cores {text!r}: write a list such as "0" or "0-3,8"') from None
-    return cores

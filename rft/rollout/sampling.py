@@ -1,19 +1,12 @@
-"""Seeds for requests, and completions from what an engine sampled."""
+"""Completions from what an engine sampled."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from rft.batch import Completion, Prompt
 from rft.rollout.engine import Generated
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A sampling seed that depends on `parts` alone: the same rollout, sampled again, is the same."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2  # leaves room for seed + sample index in an int64
 
 
 def continued(given: tuple[int, ...], g: Generated) -> Generated:

@@ -15,7 +15,8 @@ from rft.algorithms.base import Steps
 from rft.batch import Completion
 from rft.evaluation import Judged
 from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.sampling import completions_of, continued, derive_seed
+from rft.rollout.sampling import completions_of, continued
+from rft.utils.seeds import derive_seed
 
 Generate = Callable[[Request], Awaitable[list[Generated]]]
 Judge = Callable[[list[Completion]], Awaitable[Judged]]

@@ -6,8 +6,10 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from rft.errors import EngineError
 from rft.remote import within
-from rft.rollout.engine import Aborted, EngineError, EngineSpec, Generated, InFlight, Link, Request, Sampling
+from rft.rollout.engine import Aborted, EngineSpec, Generated, InFlight, Request, Sampling
+from rft.sync.link import Link
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 

@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from rft.rollout.engine import EngineError, InFlight
+from rft.errors import EngineError
+from rft.rollout.engine import InFlight
 from rft.rollout.vllm_engine import VLLMEngine
 
 

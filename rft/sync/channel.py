@@ -19,11 +19,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rft.learner.learner import LearnerError
+from rft.errors import EngineError, LearnerError
 from rft.remote import ActorDied, call, within
-from rft.rollout.engine import EngineError, InFlight, Link
+from rft.rollout.engine import InFlight
 from rft.rollout.pool import RolloutPool
 from rft.sync import files
+from rft.sync.link import Link
 from rft.sync.spec import ChannelSpec, Sent
 
 

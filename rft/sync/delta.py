@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rft.sync.spec import TransferError
+from rft.errors import TransferError
 
 LARGEST_INDEX = 2**31 - 1  # that int32 holds
 WHOLE = -1  # in place of a count: the tensor travels whole

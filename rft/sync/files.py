@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rft.sync.spec import TransferError
+from rft.errors import TransferError
 
 
 def write(path: Path, tensors: dict[str, Tensor], version: int) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft.rollout.engine import Link
+from rft.errors import TransferError
 from rft.sync.broadcast import Manifest, as_announced
+from rft.sync.link import Link
 from rft.sync.sender import as_update
-from rft.sync.spec import Named, TransferError, Update
+from rft.sync.spec import Named, Update
 
 PACKED_BYTES = 2**30  # of tensors that travel as one; both ends of vLLM's packed broadcast have to agree
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft.rollout.engine import Link
+from rft.errors import TransferError
 from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.changes import ChangeMeter, change_metrics
+from rft.sync.link import Link
 from rft.sync.sender import AdapterSender, Sender, SparseState, open_sender
-from rft.sync.spec import ChannelSpec, Named, Sent, TransferError, Update
+from rft.sync.spec import ChannelSpec, Named, Sent, Update
 
 
 class Publisher:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft.rollout.engine import Link
+from rft.errors import TransferError
 from rft.sync import broadcast, files
 from rft.sync.delta import Delta, apply_delta, digest
-from rft.sync.spec import TransferError, Update
+from rft.sync.link import Link
+from rft.sync.spec import Update
 
 
 class Receiver:

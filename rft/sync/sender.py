@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rft.rollout.engine import Link
 from rft.sync import broadcast, files
 from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.delta import Delta, digest, make_delta
+from rft.sync.link import Link
 from rft.sync.spec import ChannelSpec, Named, Update
 
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rft.rollout.engine import Link
+from rft.errors import TransferError
 from rft.sync.broadcast import Manifest
 from rft.sync.delta import LARGEST_INDEX, changed
+from rft.sync.link import Link
 from rft.sync.nccl import NcclGroup
 from rft.sync.sender import SparseState
-from rft.sync.spec import Named, TransferError, Update
+from rft.sync.spec import Named, Update
 
 PART_BYTES = 512 * 2**20  # of indices and values; what an engine holds of an update at once
 _INDEX_BYTES = 4

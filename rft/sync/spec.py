@@ -14,10 +14,6 @@ Update = dict[str, Any]  # what is about to arrive: plain data, as vLLM's `updat
 Measure = Literal["off", "overall", "matrices"]
 
 
-class TransferError(RuntimeError):
-    """What arrived is not what was sent, or does not fit what the engine holds."""
-
-
 @dataclass(frozen=True)
 class ChannelSpec:
     """How weights travel; plain data, so that it travels too.

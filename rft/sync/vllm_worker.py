@@ -14,8 +14,8 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rft.rollout.engine import Link
 from rft.sync.adapter import load_adapter
+from rft.sync.link import Link
 from rft.sync.receiver import Receiver
 from rft.sync.spec import Update
 

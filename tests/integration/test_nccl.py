@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
+from rft.errors import EngineError
 from rft.remote import call
-from rft.rollout.engine import EngineError
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.test_sync import sample, step, train_and_push
 

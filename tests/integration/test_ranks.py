@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from rft.batch import Batch
+from rft.errors import TransferError
 from rft.learner.parallel.group import LearnerGroup
 from rft.remote import ActorDied, call
-from rft.rollout.engine import Link
+from rft.sync.link import Link
 from rft.sync.receiver import Receiver
-from rft.sync.spec import ChannelSpec, TransferError
+from rft.sync.spec import ChannelSpec
 from tests.integration.conftest import rft
 from tests.parallel_ranks import spec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.learner.learner import LogpGapError
+from rft.errors import LogpGapError
 from rft.metrics import Progress, RunLog
 from rft.metrics.config import TrackingConfig
 from rft.remote import call

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rft.errors import TransferError
 from rft.sync.changes import ChangeMeter, change_metrics
 from rft.sync.delta import WHOLE, Delta, apply_delta, digest, make_delta
-from rft.sync.spec import TransferError
 
 
 def test_a_delta_names_exactly_the_elements_whose_bits_changed() -> None:

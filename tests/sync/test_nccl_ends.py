@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from rft.errors import TransferError
 from rft.remote import Overdue
-from rft.rollout.engine import Link
 from rft.sync.broadcast import manifest_of
+from rft.sync.link import Link
 from rft.sync.publisher import Publisher
-from rft.sync.spec import TransferError
 from tests.sync.wires import HOST, NCCL, Wire, channel, forty_shapes, free_port, nudge, same_bits, together
 
 pytestmark = pytest.mark.parametrize("transport", NCCL, indirect=True)

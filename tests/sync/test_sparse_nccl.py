@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rft.errors import TransferError
 from rft.sync.broadcast import manifest_of
-from rft.sync.spec import TransferError
 from tests.sync.wires import Wire, channel, forty_shapes, nudge, same_bits
 
 pytestmark = pytest.mark.parametrize("transport", ["sparse_nccl"], indirect=True)

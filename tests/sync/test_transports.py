@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from rft.rollout.engine import EngineError, Link
+from rft.errors import EngineError, TransferError
 from rft.rollout.pool import RolloutPool, _Member
+from rft.sync.link import Link
 from rft.sync.publisher import Publisher
 from rft.sync.receiver import Receiver, load_into
-from rft.sync.spec import ChannelSpec, TransferError
+from rft.sync.spec import ChannelSpec
 from tests.specs import engine_spec
 from tests.sync.wires import (
     HOST,
@@ -170,7 +171,7 @@ def test_weights_that_were_not_announced_are_not_sent(transport: str, tmp_path: 
 
 RECEIVER = """
 import os, sys
-from rft.rollout.engine import Link
+from rft.sync.link import Link
 from rft.sync import broadcast
 from rft.sync.receiver import Receiver
 broadcast.BUCKET_BYTES = 4096
@@ -185,7 +186,7 @@ os._exit(9)
 
 SENDER = """
 import os, sys, torch
-from rft.rollout.engine import Link
+from rft.sync.link import Link
 from rft.sync import broadcast
 from rft.sync.sender import GlooSender
 broadcast.BUCKET_BYTES = 4096

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft.rollout.engine import Link
 from rft.sync.broadcast import manifest_of
+from rft.sync.link import Link
 from rft.sync.publisher import Publisher
 from rft.sync.receiver import Receiver
 from rft.sync.spec import ChannelSpec, Sent

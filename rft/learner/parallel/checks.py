@@ -10,7 +10,7 @@ import torch
 
 from rft.learner.config import LearnerConfig
 from rft.learner.strategy_config import AdapterConfig
-from rft.rollout.replica import parse_cores
+from rft.utils.cores import parse_cores
 
 if TYPE_CHECKING:
     from rft.algorithms.base import Algorithm

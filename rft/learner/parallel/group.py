@@ -19,10 +19,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rft.errors import LearnerError, TransferError
 from rft.learner.actor import LearnerActor
-from rft.learner.spec import LearnerError, LearnerSpec
+from rft.learner.spec import LearnerSpec
 from rft.remote import ActorDied
-from rft.sync.spec import ChannelSpec, TransferError
+from rft.sync.spec import ChannelSpec
 
 GRACE_S = 5.0  # for the other ranks to end a call that failed on one
 # What a rank says whose peer is gone: it is a victim, the culprit is another one.
