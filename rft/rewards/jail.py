@@ -37,8 +37,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def _load(name: str) -> Any:
-    """A neighbouring file, by path: this folder must not be on sys.path."""
-    spec = importlib.util.spec_from_file_location(f"rft_{name}", os.path.join(HERE, f"{name}.py"))
+    """A file of rft, by path: its folder must not be on sys.path."""
+    path = os.path.normpath(os.path.join(HERE, f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(f"rft_{os.path.basename(name)}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -46,7 +47,7 @@ def _load(name: str) -> Any:
     return module
 
 
-kernel, process, codetest = _load("kernel"), _load("process"), _load("codetest")
+kernel, process, codetest = _load("kernel"), _load("../utils/process"), _load("codetest")
 
 OUTPUT_KEPT = 1 << 16
 CHILD_UIDS = 1_000_000_000  # as root, every jailed process gets a user id of its own from here on
