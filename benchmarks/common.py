@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from rft.kernels.logprob_linear import product_dtype
+from rft.utils.cores import usable_cores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRELOADED = ["torch", "transformers", "rft.kernels.logprob", "rft.kernels.attention"]
@@ -48,7 +49,7 @@ def machine(*packages: str) -> dict[str, Any]:
     """Where and with what figures were measured: for every results file."""
     described: dict[str, Any] = {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_arithmetic": product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.bfloat16,
         "threads": torch.get_num_threads(),

@@ -7,7 +7,6 @@ benchmarks/results/demo.json and the learning curves in docs/images/arithmetic.p
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from common import cpu_name
 
 from rft.metrics.plots import plot_learning_curve
+from rft.utils.cores import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     runs = [Path(a) for a in argv]
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     result = {
-        "machine": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{cpu_name()}, {usable_cores()} cores",
         "problems": config["eval"]["problems"],
         "samples": config["eval"]["samples"],
         "steps": config["train"]["steps"],

@@ -29,6 +29,7 @@ from common import cpu_name, peer_versions
 from peers.make_env import run_peer
 
 from rft.tasks.arithmetic import Arithmetic
+from rft.utils.cores import usable_cores
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "examples" / "arithmetic.yaml"
@@ -112,7 +113,7 @@ def time_trl(work: Path, name: str, s: dict[str, Any], warmup: int) -> dict[str,
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     demo = yaml.safe_load(DEMO.read_text())
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     model = arguments.model or make_model(work)
     s = {
         "model": str(Path(model).absolute()),

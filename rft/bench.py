@@ -8,7 +8,6 @@ call, and measures only what is missing.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.config import ConfigError
+from rft.utils.cores import usable_cores
 from rft.utils.process import kill_tree
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -170,7 +170,7 @@ class Journal:
             return
         self.file.unlink(missing_ok=True)
         if brief:
-            machine = {"system": platform.platform(), "cores": len(os.sched_getaffinity(0))}
+            machine = {"system": platform.platform(), "cores": usable_cores()}
             found = {
                 **self.call,
                 "minutes": round(total / 60, 1),

@@ -34,6 +34,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rft.utils.cores import usable_cores
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 _WRITING, _REMOVING, _LOCK = ".writing-", ".removing-", ".lock"
@@ -193,7 +195,7 @@ def _seal(
 
 
 def _hash_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="checkpoint-hash")
+    return ThreadPoolExecutor(max_workers=min(8, usable_cores()), thread_name_prefix="checkpoint-hash")
 
 
 def _flush_and_describe(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.choice import channel_spec, choose_transport, layout_problems
 from rft.sync.spec import ChannelSpec
-from rft.utils.cores import parse_cores
+from rft.utils.cores import parse_cores, usable_cores
 
 Device = Literal["cpu", "cuda"]
 Engine = Literal["vllm", "hf"]
@@ -165,10 +165,8 @@ class Plan:
 
 
 def threads_for(threads: int | None, cores: str | None) -> int:
-    """CPU threads of a process: as asked, else as many as its cores."""
-    if threads is not None:
-        return threads
-    return len(parse_cores(cores)) if cores else len(os.sched_getaffinity(0))
+    """CPU threads of a process: as asked, else as many as it can keep busy."""
+    return usable_cores(cores) if threads is None else threads
 
 
 class _Problems(list[str]):

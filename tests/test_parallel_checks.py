@@ -32,6 +32,7 @@ def config(**changes: Any) -> Config:
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr("rft.utils.cores.cpu_quota", lambda: None)
 
 
 @pytest.mark.parametrize(

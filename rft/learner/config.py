@@ -75,6 +75,8 @@ class LearnerConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a NaN or infinite gradient stops the run, or skips the update (counted)"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads (none: all cores)")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads (none: one per core, up to a container's CPU quota)"
+    )
     cores: str | None = Field(None, description='CPU cores to pin the learner to, such as "1" or "4-7"')
     step_timeout_s: float = Field(3600, gt=0, description="seconds that one step may take")

@@ -48,7 +48,9 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(256, ge=1, description="completions that an engine decodes at once")
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="share of a GPU that vLLM may take")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a replica on CPU, in GiB")
-    threads: int | None = Field(None, ge=1, description="CPU threads per replica (none: all cores)")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per replica (none: one per core, up to a container's CPU quota)"
+    )
     cores: str | None = Field(None, description='CPU cores to pin a replica to, such as "0" or "0-3"')
     enforce_eager: bool | None = Field(
         None, description="run vLLM without graph capture (none: eager on CPU, captured on GPU)"

@@ -1,6 +1,11 @@
-"""Lists of CPU cores as they are written in a config."""
+"""CPU cores: lists of them as written in a config, and how many this process may keep busy."""
 
 from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 
 def parse_cores(text: str) -> set[int]:
@@ -13,3 +18,82 @@ def parse_cores(text: str) -> set[int]:
         except ValueError:
             raise ValueError(f'cores {text!r}: write a list such as "0" or "0-3,8"') from None
     return cores
+
+
+def usable_cores(cores: str | None = None) -> int:
+    """Count the cores that this process, or one bound to `cores`, may keep busy: at least 1.
+
+    A container's CPU quota counts: it is rounded down, because threads beyond it are stopped in the middle
+    of a product that the others then wait for.
+    """
+    count = len(parse_cores(cores)) if cores else len(os.sched_getaffinity(0))
+    quota = cpu_quota()
+    return count if quota is None else max(1, min(count, int(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Read how many CPUs the control groups (v1 and v2) allow this process; None where they set no limit.
+
+    The smallest quota from the process's own group up to the top of what is mounted counts. `root` is where
+    /proc and the mount points lie.
+    """
+    quotas = [quota for folder in _cpu_groups(root) if (quota := _quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _cpu_groups(root: Path) -> Iterator[Path]:
+    """Folders of the groups that this process belongs to and that can limit its CPUs, parents included."""
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:  # no Linux, or no /proc here: then there is no limit that could be read
+        return
+    group_of = {controllers: path for _, controllers, path in (m.split(":", 2) for m in memberships)}
+    for mount in mounts:
+        fields, _, rest = mount.partition(" - ")
+        kind, *_, options = rest.split(" ")
+        if kind == "cgroup2":
+            group = group_of.get("")
+        elif kind == "cgroup" and "cpu" in options.split(","):
+            group = next((path for names, path in group_of.items() if "cpu" in names.split(",")), None)
+        else:
+            continue
+        if group is None:
+            continue
+        inside, point = (_unescape(field) for field in fields.split(" ")[3:5])
+        top = root / point.lstrip("/")
+        folder = top / _below(group, inside)
+        yield folder
+        if folder != top:
+            yield from (parent for parent in folder.parents if parent.is_relative_to(top))
+
+
+def _below(group: str, mounted: str) -> str:
+    """A group's path below a mount that shows the groups below `mounted`; "" where it lies outside of it, as
+    in a container whose own group is mounted under a path of the host."""
+    if ".." in group.split("/"):
+        return ""
+    prefix = mounted.rstrip("/") + "/"
+    return group[len(prefix) :].strip("/") if group.startswith(prefix) else ""
+
+
+def _quota(folder: Path) -> float | None:
+    """CPUs that one group allows: `cpu.max` (v2) or `cpu.cfs_quota_us` over `cpu.cfs_period_us` (v1)."""
+    if (line := _read(folder / "cpu.max")) is not None:
+        quota, period = line.split()
+    else:
+        v1 = [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+        if v1[0] is None or v1[1] is None:
+            return None
+        quota, period = v1[0], v1[1]
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def _read(path: Path) -> str | None:
+    """A file's text; None where there is none (the topmost group has no limits)."""
+    return path.read_text().strip() if path.is_file() else None
+
+
+def _unescape(field: str) -> str:
+    r"""A path of mountinfo, in which a space is written as \040."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

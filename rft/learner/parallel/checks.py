@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rft.learner.config import LearnerConfig
 from rft.learner.strategy_config import AdapterConfig
-from rft.utils.cores import parse_cores
+from rft.utils.cores import parse_cores, usable_cores
 
 if TYPE_CHECKING:
     from rft.algorithms.base import Algorithm
@@ -107,7 +106,7 @@ def _device_problems(c: LearnerConfig, config: Config, device: str) -> list[str]
     if config.ray.address is not None:
         return found  # the cluster's devices are counted when the learner starts
     gpu = device == "cuda"
-    there = torch.cuda.device_count() if gpu else len(os.sched_getaffinity(0))
+    there = torch.cuda.device_count() if gpu else usable_cores()
     name = "GPUs" if gpu else "CPU cores"
     if c.ranks > there:
         return [
