@@ -31,7 +31,8 @@ ROUTE = "_rft_attention_route"  # where a prepared decoder keeps its route; deep
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """[T, H], in the model's dtype: the base transformer's last hidden states of a packed batch.
+    """[T, H], in the model's dtype (under autocast: in autocast's): the base transformer's last hidden states
+    of a packed batch.
 
     The head is not run: log-probs of `batch.tokens[t]` come from row `batch.source[t]`.
     Prepares the model first if `prepare_model` was not called on it.
@@ -53,7 +54,13 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
             f"{type(decoder).__name__} scales queries by their place beyond {route.max_tokens} tokens, this "
             f"packed batch has {forest.num_tokens}: lower the number of tokens per micro-batch"
         )
-    return _run(decoder, batch.tokens, forest, route)
+    hidden = _run(decoder, batch.tokens, forest, route)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        # The last norm has float32 weights, so its result is float32: whatever reads it (the head above all)
+        # would leave the compute dtype.
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return hidden
 
 
 def _run(decoder: PreTrainedModel, tokens: Tensor, forest: Forest, route: AttentionRoute) -> Tensor:

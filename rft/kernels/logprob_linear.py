@@ -7,9 +7,13 @@ There, blocks of the weight are widened to float32 on the way, which is exact an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rft.kernels.logprob_common import accumulate_dtype
 
 BLOCK_ELEMENTS = 1 << 19  # weight elements widened, or weight-gradient elements accumulated, at a time
 
@@ -23,6 +27,35 @@ def product_dtype(x: Tensor) -> torch.dtype:
         torch.float16: torch.cpu._is_amx_fp16_supported(),
     }
     return x.dtype if native[x.dtype] else torch.float32
+
+
+def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [n, H] weight^T [V, H], differentiable: [n, V] in the accumulation dtype, which is float32 for
+    operands of 16 bits."""
+    product: Tensor = _WideProduct.apply(hidden, weight)
+    return product
+
+
+class _WideProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        wide = accumulate_dtype(hidden.dtype)
+        if hidden.is_cuda and hidden.dtype != wide:
+            return torch.mm(hidden, weight.t(), out_dtype=wide)
+        return hidden.to(wide) @ weight.to(wide).t()  # a CPU has no product of 16 bits with such results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        dtype = product_dtype(hidden)
+        grad = grad.to(dtype)
+        of_hidden, of_weight = ctx.needs_input_grad
+        return (
+            (grad @ weight.to(dtype)).to(hidden.dtype) if of_hidden else None,
+            (grad.t() @ hidden.to(dtype)).to(weight.dtype) if of_weight else None,
+        )
 
 
 class Head:

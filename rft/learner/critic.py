@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states, prepare_model
+from rft.kernels.attention_route import Kernel
 
 
 class Critic(nn.Module):
@@ -16,16 +17,17 @@ class Critic(nn.Module):
 
     trunk: a causal LM that is trained with the head and shares nothing with the policy; its language
     model head is not used. None: the head reads the policy's states, and its gradient goes there too.
+    kernel: the attention of `trunk`, as in `prepare_model`.
     """
 
-    def __init__(self, hidden_size: int, trunk: Any | None = None) -> None:
+    def __init__(self, hidden_size: int, trunk: Any | None = None, kernel: Kernel = "auto") -> None:
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         if trunk is not None:
-            prepare_model(trunk)
+            prepare_model(trunk, kernel)
 
     def states(self, batch: Batch, rows: Tensor, of_policy: Tensor) -> Tensor:
         """[n, H]: what the head reads before each token at `rows` [n]; of_policy: [n, H], the policy's."""

@@ -15,6 +15,9 @@ from rft.algorithms.base import Algorithm
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states
 from rft.kernels.divergence import full_kl
+from rft.kernels.logprob import low_rank_factors
+from rft.kernels.logprob_common import LogitMap
+from rft.kernels.logprob_linear import wide_product
 from rft.learner.model import Head, head_of
 
 CELLS = 2**24  # log-probs held at once: 64 MiB in float32
@@ -22,14 +25,14 @@ CELLS = 2**24  # log-probs held at once: 64 MiB in float32
 
 def next_logps(head: Head, hidden: Tensor, temperature: float) -> Tensor:
     """[n, V] float32: log-probs over the vocabulary from hidden states [n, H]."""
-    z = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias).float()
-    if head.lora is not None:
-        a, b, scale = head.lora
-        z = z + scale * ((hidden.float() @ a.float().t()) @ b.float().t())
-    z = z * head.logit_scale
-    if head.softcap:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return torch.log_softmax(z / temperature, -1)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
+        z = wide_product(hidden, head.weight.to(hidden.dtype))
+        low, low_rank = low_rank_factors(hidden, head.lora)
+        if low is not None and low_rank is not None:
+            z = z + low @ low_rank.to(low.dtype).t()
+    if head.bias is not None:
+        z = z + head.bias.to(z.dtype)
+    return torch.log_softmax(LogitMap(temperature, head.softcap, head.logit_scale)(z), -1)
 
 
 def _chunks(n: int, vocabulary: int) -> Iterator[slice]:

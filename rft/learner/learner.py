@@ -72,7 +72,8 @@ class Learner:
         value_head = None
         if "values" in spec.algorithm.outputs:
             trunk = self.load_model(spec.model, device).train() if spec.algorithm.separate_critic else None
-            value_head = Critic(model.config.get_text_config().hidden_size, trunk).to(device)
+            width, kernel = model.config.get_text_config().hidden_size, spec.config.kernels.attention
+            value_head = Critic(width, trunk, kernel).to(device)
         return self._wrap(model, value_head)
 
     def load_model(
