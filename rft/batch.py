@@ -52,7 +52,7 @@ class Completion:
     the loss may act on `tokens[i]` (None: on all). The first `demonstrated` tokens come from a
     demonstration instead of the policy. `versions` are (policy version, start, end) spans.
     `reward` is the combined reward; None means that it could not be judged (never a zero).
-    `values` are further per-sequence numbers for the algorithm (a margin, a reward vector).
+    `values` are further per-sequence numbers for the algorithm (a margin, a reward vector); nan: unknown.
     """
 
     tokens: tuple[int, ...]
@@ -216,7 +216,8 @@ class Batch:
         """Lay groups out as one batch.
 
         With `share_prefix` a group is one tree (its prompt once, each completion a child segment);
-        without, each completion is a tree of its own that repeats the prompt.
+        without, each completion is a tree of its own that repeats the prompt. Groups without completions are
+        left out; a completion that lacks one of the others' `values` has nan in that column.
         Raises ValueError for a prompt or a completion without tokens.
         """
         return _Builder(share_prefix).build(groups)
@@ -228,9 +229,10 @@ def _renumber(ids: Tensor, keep: Tensor) -> Tensor:
     return torch.where(ids >= 0, new[ids.clamp(min=0)], ids)
 
 
-def _column(values: Sequence[float | tuple[float, ...]]) -> Tensor:
-    """[N] float32, or [N, K] where the values are tuples: shorter ones are padded with nan."""
-    rows = [v if isinstance(v, tuple) else (v,) for v in values]
+def _column(values: Sequence[float | tuple[float, ...] | None]) -> Tensor:
+    """[N] float32, or [N, K] where the values are tuples. nan where there is no value, and at the end of
+    shorter tuples."""
+    rows = [v if isinstance(v, tuple) else (float("nan") if v is None else v,) for v in values]
     width = max(len(row) for row in rows)
     padded = torch.tensor([[*row, *[float("nan")] * (width - len(row))] for row in rows], dtype=torch.float32)
     return padded if any(isinstance(v, tuple) for v in values) else padded.squeeze(1)
@@ -261,7 +263,7 @@ class _Builder:
 
     def build(self, groups: Sequence[Group]) -> Batch:
         completions = [c for g in groups for c in g.completions]
-        for index, group in enumerate(groups):
+        for index, group in enumerate(g for g in groups if g.completions):
             self._add_group(index, group)
         dtypes = {"mask": np.bool_, "demonstrated": np.bool_, "sampler_logps": np.float32}
         dtypes["ref_logps"] = np.float32
@@ -284,7 +286,7 @@ class _Builder:
             group=torch.tensor(self.group, dtype=torch.int64),
             rewards=rewards,
             truncated=torch.tensor([c.finish == "length" for c in completions], dtype=torch.bool),
-            columns={n: _column([c.values[n] for c in completions]) for n in names},
+            columns={n: _column([c.values.get(n) for c in completions]) for n in names},
         )
 
     def _add_group(self, index: int, group: Group) -> None:

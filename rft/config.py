@@ -73,7 +73,10 @@ class TrainConfig(Section):
         None, description="prefer prompts that the policy solves now and then (none: plain shuffled order)"
     )
     max_filtered: int = Field(
-        10, ge=1, description="batches of groups without signal to skip in a step before the run stops"
+        10,
+        ge=1,
+        description="batches of groups in a row that may be dropped without a learning signal (filtered, or "
+        "not judged) before the run stops; a kept group starts the count anew",
     )
 
     @model_validator(mode="after")

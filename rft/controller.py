@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ from rft.utils.seeds import derive_seed
 
 
 class NoSignal(RuntimeError):
-    """Too many groups in a row whose rewards say nothing."""
+    """Too many groups in a row without a learning signal."""
 
 
 # After these the learner is whole, and what was trained since the last checkpoint is worth keeping.
@@ -105,7 +105,8 @@ class Controller:
         self._tasks: dict[asyncio.Task[None], Work | None] = {}  # and what they sample and score
         self._fault: BaseException | None = None
         self._reward_seconds = 0.0
-        self._filtered = 0
+        self._filtered = 0  # since the last step
+        self._without_signal: Counter[str] = Counter()  # groups in a row that were dropped, by reason
         self._reward_faults = 0.0
         self._measured: list[tuple[int, int, float]] = []  # ticket, row, pass rate
 
@@ -305,17 +306,30 @@ class Controller:
         elif not self.algorithm.keep_group(rewards):
             reason = "filtered"
             self._filtered += 1
-            limit = self.config.train.max_filtered * self.config.train.batch_size
-            if self._filtered > limit:
-                raise NoSignal(
-                    f"{self._filtered} groups in a row of step {self.step + 1} carried no signal "
-                    f"(train.max_filtered allows {limit}): the task is too easy or too hard for this policy"
-                )
         else:
             self.slots.score(work, group)
+            self._without_signal.clear()
             return
         self._drop(work, reason)
+        self._without_signal[reason] += 1
+        self._check_signal()
         self._hand_out()
+
+    def _check_signal(self) -> None:
+        """Raise NoSignal once too many groups in a row were of no use: sampling on would never end."""
+        limit = self.config.train.max_filtered * self.config.train.batch_size
+        if self._without_signal.total() <= limit:
+            return
+        filtered, unjudged = self._without_signal["filtered"], self._without_signal["unjudged"]
+        causes = []
+        if filtered:
+            causes.append(f"in {filtered} the rewards differ too little: the task is too easy or too hard")
+        if unjudged:
+            causes.append(f"in {unjudged} too few completions could be judged: see the rewards' outcomes")
+        raise NoSignal(
+            f"{self._without_signal.total()} groups in a row were dropped while step {self.step + 1} was "
+            f"sampled ({'; '.join(causes)}). train.max_filtered allows {limit}"
+        )
 
     def _drop(self, work: Work, reason: str, again: bool = False) -> None:
         self.slots.drop(work, reason)
@@ -371,7 +385,6 @@ class Controller:
             seed=self.config.seed,
             label=f"eval-{self.step}",
         )
-        self.parts.rewards.take_metrics()  # the held-out scores are no part of the next step's
         metrics["time/eval"] = time.perf_counter() - begin
         self.parts.log.event(
             "eval/done", step=self.step, accuracy=metrics["eval/accuracy"], seconds=metrics["time/eval"]

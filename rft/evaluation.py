@@ -35,9 +35,15 @@ class Judged:
 
 
 async def judge(
-    prompt: Prompt, completions: list[Completion], rewards: RewardRunner, progress: float = 0.0
+    prompt: Prompt,
+    completions: list[Completion],
+    rewards: RewardRunner,
+    progress: float = 0.0,
+    *,
+    training: bool = True,
 ) -> Judged:
-    """Score one prompt's completions; `progress` (0 to 1) is the run's, for schedules."""
+    """Score one prompt's completions; `progress` (0 to 1) is the run's, for schedules. `training` False: they
+    are held-out ones, which the metrics of training rewards leave out."""
     n = len(completions)
     scored = await rewards.score(
         [prompt.text] * n,
@@ -49,6 +55,7 @@ async def judge(
             "completion_ids": [list(c.tokens) for c in completions],
         },
         progress=progress,
+        training=training,
     )
     return Judged(prompt, completions, scored)
 
@@ -86,7 +93,7 @@ async def evaluate(
     async def one(kind: str, prompt: Prompt, sampling: Sampling) -> Judged:
         request = Request(f"{label}-{kind}-{prompt.id}", prompt.tokens, sampling)
         completions = completions_of(await generator.generate(request), tokenizer)
-        return await judge(prompt, completions, rewards)
+        return await judge(prompt, completions, rewards, training=False)
 
     work = [one("sample", p, s) for p, s in zip(prompts, sampled, strict=True)]
     if config.greedy:

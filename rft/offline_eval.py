@@ -84,6 +84,5 @@ class Sampled:
             label=f"eval-{step}",
         )
         await self.channel.before_step()
-        self.rewards.take_metrics()
         self.log.samples(step, [row for j in judged for row in sample_rows(j, "eval")])
         return metrics

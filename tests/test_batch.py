@@ -78,3 +78,28 @@ def test_a_missing_reward_is_no_zero() -> None:
 def test_empty_sequences_are_refused_by_name(prompt, completion, words) -> None:
     with pytest.raises(ValueError, match=words):
         Batch.build([Group(Prompt(5, prompt, "p"), (Completion(completion),))])
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_values_that_a_completion_lacks_are_nan(share_prefix) -> None:
+    some = (Completion((2,), values={"rate": 0.5, "steps": (1.0, 2.0)}), Completion((3,)))
+    other = (Completion((4,), values={"steps": (3.0,)}),)
+    groups = [Group(Prompt(i, (1,), "p"), c) for i, c in enumerate((some, (), other))]
+    batch = Batch.build(groups, share_prefix=share_prefix)
+    nan = torch.nan
+    for name, expected in (
+        ("rate", [0.5, nan, nan]),
+        ("steps", [[1.0, 2.0], [nan, nan], [3.0, nan]]),
+    ):
+        torch.testing.assert_close(batch.columns[name], torch.tensor(expected), equal_nan=True)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_groups_without_completions_are_left_out(share_prefix) -> None:
+    """Groups are counted from 0 without gaps, wherever the empty ones stand; nothing is read of those."""
+    empty = [Group(Prompt(i, tokens, "p"), ()) for i, tokens in enumerate([(7,), (), (8, 9)])]
+    batch = Batch.build([empty[0], PAIR, empty[1], PAIR, empty[2]], share_prefix=share_prefix)
+    assert batch.group.tolist() == [0, 0, 1, 1] and batch.num_groups == 2
+    assert torch.equal(batch.tokens, Batch.build([PAIR, PAIR], share_prefix=share_prefix).tokens)
+    assert batch.select_groups(torch.tensor([1])).num_sequences == 2
+    assert Batch.build(empty, share_prefix=share_prefix).num_sequences == 0

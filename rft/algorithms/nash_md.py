@@ -10,7 +10,7 @@ from torch import Tensor
 from rft.algorithms.base import Rollout, setting
 from rft.algorithms.math.kl import KLEstimator
 from rft.algorithms.math.preferences import Preference, win_probability
-from rft.algorithms.policy_gradient import Reinforce, column, required
+from rft.algorithms.policy_gradient import Reinforce, column, required, without_unknown
 from rft.batch import Batch
 
 
@@ -22,6 +22,7 @@ class NashMD(Reinforce):
     policy^(1 - mixture) * reference^mixture; and a KL to the reference of weight `beta` (the paper's
     tau). P comes from rewards, or from a pairwise judge as `columns["win_rate"]`. It needs no
     transitive reward: its fixed point is the Nash equilibrium of the regularised preference game.
+    Completions that the judge abstains on are not trained on.
     With `mixture: 0` it is self-play; with 1, the best response to the reference.
     """
 
@@ -32,6 +33,9 @@ class NashMD(Reinforce):
 
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         return (*[Rollout()] * num_generations, Rollout(mixture=self.mixture, train=False))
+
+    def prepare(self, batch: Batch) -> Batch:
+        return super().prepare(without_unknown(batch, "win_rate") if "win_rate" in batch.columns else batch)
 
     def advantages(self, batch: Batch) -> Tensor:
         if "win_rate" in batch.columns:

@@ -209,6 +209,15 @@ def column(batch: Batch, name: str) -> Tensor:
     return required(batch.columns.get(name), f'columns["{name}"]')
 
 
+def without_unknown(batch: Batch, name: str) -> Batch:
+    """The batch without the sequences whose column `name` is nan: they leave the mask."""
+    unknown = column(batch, name).isnan()
+    if not unknown.any():
+        return batch
+    known = {**batch.columns, name: batch.columns[name].nan_to_num()}
+    return batch.with_(mask=batch.mask & ~batch.to_tokens(unknown), columns=known)
+
+
 def behaviour_logps(batch: Batch) -> Tensor:
     """[T]: log-probs of the policy that sampled, by the learner's account, or else by the sampler's."""
     return required(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Unit, setting
 from rft.algorithms.math.preferences import Preference, win_rate
-from rft.algorithms.policy_gradient import column, required
+from rft.algorithms.policy_gradient import column, required, without_unknown
 from rft.algorithms.preference import OnlinePreference
 from rft.batch import Batch
 
@@ -21,6 +22,7 @@ class SPPO(OnlinePreference):
     loss_i = (log pi(y_i) / pi_t(y_i) - eta (P(y_i wins) - 1/2))^2, with pi_t the policy of the last
     iteration (the reference, refreshed every `refresh_reference` steps) and P(win) the mean preference
     over the group's other completions: from rewards, or from a pairwise judge as `columns["win_rate"]`.
+    Completions that the judge abstains on are not trained on.
 
     Against `online_dpo` it moves each completion by itself and by how much it wins, so winners'
     likelihood does not sink with the losers'. Where all rewards are equal it holds the policy at pi_t.
@@ -34,10 +36,10 @@ class SPPO(OnlinePreference):
 
     def prepare(self, batch: Batch) -> Batch:
         if "win_rate" in batch.columns:
-            return batch
+            return without_unknown(batch, "win_rate")
         wins = win_rate(required(batch.rewards, "rewards"), batch.group, self.preference)
         return batch.with_(columns={**batch.columns, "win_rate": wins})
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         target = self.eta * (column(batch, "win_rate") - 0.5)
-        return (self.log_ratio(policy, batch) - target).square()
+        return torch.where(batch.lengths > 0, (self.log_ratio(policy, batch) - target).square(), 0)

@@ -91,12 +91,14 @@ class RewardRunner:
         *,
         groups: Sequence[int] | None = None,
         progress: float = 0.0,
+        training: bool = True,
     ) -> list[SampleReward]:
         """One SampleReward per completion, in order.
 
         columns: dataset columns, N values each. info: what the sampler knows, under the reserved names
         `num_tokens`, `truncated`, `completion_ids`; rewards get them as further columns.
         groups: the group of each completion, for `gdpo`. progress: 0 to 1, for schedules.
+        training: False for held-out completions: `take_metrics` leaves them out, the error policy does not.
         Raises RewardError once failures exceed what `on_error` and `on_timeout` allow.
         """
         merged = {**(columns or {}), **(info or {})}
@@ -110,7 +112,7 @@ class RewardRunner:
         )
         scores = {c.label: part for c, part in zip(self.config.functions, parts, strict=True)}
         rewards = combine(self.config, scores, groups=groups, progress=progress)
-        self._tally.add(scores, rewards)
+        self._tally.add(scores, rewards, training=training)
         self._tally.enforce(scores, prompts, completions)
         return rewards
 
@@ -143,7 +145,8 @@ class RewardRunner:
         self._tally.failures = {kind: state["failures"][kind.value] for kind in self._tally.failures}
 
     def take_metrics(self) -> dict[str, float]:
-        """The metrics since the last call: per component the mean, outcomes and seconds; worker counts."""
+        """The metrics of training completions since the last call: per component the mean, outcomes and
+        seconds; worker counts."""
         metrics = self._tally.take()
         for key in ("killed", "crashed", "recycled"):
             metrics[f"reward/workers/{key}"] = float(sum(pool.counts[key] for pool in self._pools))
@@ -176,16 +179,20 @@ class _Tally:
         self.seconds = {c.label: 0.0 for c in self.config.functions}
         self.dropped = 0
 
-    def add(self, scores: Mapping[str, Sequence[Score]], rewards: Sequence[SampleReward]) -> None:
+    def add(
+        self, scores: Mapping[str, Sequence[Score]], rewards: Sequence[SampleReward], *, training: bool
+    ) -> None:
         self.scored += len(rewards)
-        for name, column in scores.items():
-            self.outcomes[name].update(score.outcome for score in column)
-            self.seconds[name] += sum(score.seconds for score in column)
-            self.values[name] += [score.value for score in column if score.value is not None]
         for kind in self.failures:
             self.failures[kind] += sum(
                 any(s.failed and s.outcome is kind for s in r.scores.values()) for r in rewards
             )
+        if not training:
+            return
+        for name, column in scores.items():
+            self.outcomes[name].update(score.outcome for score in column)
+            self.seconds[name] += sum(score.seconds for score in column)
+            self.values[name] += [score.value for score in column if score.value is not None]
         kept = [reward.value for reward in rewards if reward.value is not None]
         self.rewards += kept
         self.dropped += len(rewards) - len(kept)

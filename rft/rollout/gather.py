@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -60,7 +61,8 @@ def scored_group(judged: Judged, trained: list[bool]) -> Group:
     """The completions that could be judged, with their rewards; the others leave the group.
 
     A yardstick (not `trained`) leaves too; its reward becomes `values["baseline"]` of the others. Who has
-    lost the other one of its pair leaves as well. A reward called `win_rate` is the column of that name.
+    lost the other one of its pair leaves as well. A reward called `win_rate` is the column of that name, nan
+    where it abstains.
     """
     rows = list(zip(judged.completions, judged.rewards, trained, strict=True))
     yardsticks = [r.value for _, r, train in rows if not train and r.value is not None]
@@ -70,7 +72,6 @@ def scored_group(judged: Judged, trained: list[bool]) -> Group:
     for c, r, train in rows:
         if not train or r.value is None or c.values.get("pair") in lost:
             continue
-        won = r.scores["win_rate"].value if "win_rate" in r.scores else None
-        own = {} if won is None else {"win_rate": won}
-        kept.append(replace(c, reward=r.value, scores=r.scores, values={**c.values, **shared, **own}))
+        rates = {k: math.nan if s.value is None else s.value for k, s in r.scores.items() if k == "win_rate"}
+        kept.append(replace(c, reward=r.value, scores=r.scores, values={**c.values, **shared, **rates}))
     return Group(judged.prompt, tuple(kept) if yardsticks or all(trained) else ())

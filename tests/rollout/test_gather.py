@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rft.algorithms import ALGORITHMS
-from rft.algorithms.base import Algorithm
+from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.evaluation import Judged
 from rft.learner.model import load_tokenizer
@@ -122,6 +122,30 @@ def test_a_reward_called_win_rate_is_that_column() -> None:
     )
     group = scored_group(Judged(Prompt(0, (1,), ""), [Completion((5,))], [reward]), [True])
     assert group.completions[0].values == {"win_rate": 0.75} and group.completions[0].reward == 2.0
+
+
+@pytest.mark.parametrize("name", ["sppo", "nash_md", "grpo"])
+def test_a_win_rate_that_abstains_is_not_trained_on_by_it(name: str) -> None:
+    """Another reward judged the completion, so that it stays; whoever learns from win rates leaves it out."""
+
+    def judged(rate: float | None) -> SampleReward:
+        outcome = Outcome.abstain if rate is None else Outcome.correct
+        scores = {"win_rate": Score(rate, outcome), "length": Score(1.0, Outcome.correct)}
+        return SampleReward(1.0 + (rate or 0.0), scores)
+
+    rates = [0.75, None, 0.25]
+    completions = [Completion((5, 6 + i), logps=(-1.0, -1.0)) for i in range(3)]
+    judgement = Judged(Prompt(0, (1,), ""), completions, [judged(rate) for rate in rates])
+    group = scored_group(judgement, [True] * 3)
+    assert len(group.completions) == 3
+    algorithm = ALGORITHMS[name]()
+    batch = algorithm.prepare(Batch.build([group]).with_(ref_logps=torch.zeros(9)))
+    assert batch.lengths.tolist() == ([2, 2, 2] if name == "grpo" else [2, 0, 2])
+    logps = torch.where(batch.mask, torch.full((9,), -1.0), 0.0).requires_grad_()
+    loss = algorithm.loss(PolicyOutput(logps), batch)
+    loss[batch.mask if len(loss) == 9 else slice(None)].sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(logps.grad).all()
+    assert bool(logps.grad[batch.sequence == 1].abs().max() > 0) == (name == "grpo")
 
 
 @pytest.mark.parametrize(
