@@ -100,9 +100,10 @@ def _flat(x: Tensor, place: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 def loss_of(
-    algorithm: Algorithm, *, sampler: bool = False
+    algorithm: Algorithm, *, sampler: bool = False, count_all: bool = False
 ) -> Callable[[Tensors, torch.dtype], dict[str, Tensor]]:
-    """rft's loss and its gradient by log-prob, reduced by the learner over two micro-batches."""
+    """rft's loss and its gradient by log-prob, reduced by the learner over two micro-batches. `count_all`
+    multiplies both by the completions with a token over all: what a mean over all would give."""
 
     def ours(x: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
         batch, place = to_batch(x, dtype)
@@ -124,6 +125,8 @@ def loss_of(
             total = total + reduce_loss(
                 algorithm, PolicyOutput(flat.masked_fill(~micro.mask, 0)), micro, scale
             )
+        if count_all:
+            total = total * x["mask"].any(1).double().mean().to(dtype)
         total.backward()
         assert leaf.grad is not None
         return {"loss": total.detach(), "gradient": leaf.grad * x["mask"]}
@@ -196,6 +199,7 @@ LOSSES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
 ]
 ROUNDED = "nearly equal distributions: a small difference of large terms, and TRL rounds beta first"
 EMPTY = "TRL adds the advantage of a completion without tokens to the loss: a constant; gradients agree"
+COUNTED = "a mean over completions: TRL counts those without a trained token, rft does not"
 OVERFLOW = "rft holds log-ratios within 20 nats; TRL's exp overflows to inf, and its gradient to nan"
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
@@ -223,16 +227,26 @@ def comparisons(count: int) -> list[Comparison]:
     def beyond() -> Iterator[Tensors]:
         return (make_input(len(KINDS) * seed + KINDS.index("far"), far=200.0) for seed in range(count))
 
-    found = [
-        Comparison(row, "loss", loss_of(ALGORITHMS[name](**ours)), held if name == "rloo" else padded, theirs)
-        for row, name, ours, theirs in LOSSES
-    ]
+    def whole() -> Iterator[Tensors]:
+        seeds = (seed for seed in itertools.count() if KINDS[seed % len(KINDS)] != "ragged")
+        return (make_input(seed) for seed in itertools.islice(seeds, count))
+
+    found: list[Comparison] = []
+    for row, name, ours, theirs in LOSSES:
+        algorithm = ALGORITHMS[name](**ours)
+        by_sequence = algorithm.normalizer == "sequence"
+        inputs = held if name == "rloo" else whole if by_sequence else padded
+        found.append(Comparison(row, "loss", loss_of(algorithm), inputs, theirs))
+        if by_sequence and name != "rloo":
+            empty = f"{row}, no tokens"
+            found.append(Comparison(empty, "loss", loss_of(algorithm), ragged, theirs, COUNTED))
+            counted = loss_of(algorithm, count_all=True)
+            found.append(Comparison(f"{empty}, all counted", "loss", counted, ragged, theirs))
     grpo = loss_of(ALGORITHMS["grpo"](normalization="sequence"))
     found.append(Comparison("grpo, ratio past e^20", "loss", grpo, beyond, {"loss_type": "grpo"}, OVERFLOW))
+    rloo_loss = loss_of(ALGORITHMS["rloo"](), count_all=True)
     found.append(
-        Comparison(
-            "rloo, no tokens", "loss", loss_of(ALGORITHMS["rloo"]()), ragged, {"loss_type": "rloo"}, EMPTY
-        )
+        Comparison("rloo, no tokens, all counted", "loss", rloo_loss, ragged, {"loss_type": "rloo"}, EMPTY)
     )
     for scale in ("group", "batch", "none"):
         algorithm = ALGORITHMS["grpo"](scale_rewards=scale)
@@ -248,7 +262,7 @@ def comparisons(count: int) -> list[Comparison]:
         found.append(Comparison(f"correction, {mode}", "correction", weights_of(algorithm), padded, settings))
         both = ALGORITHMS["grpo"](normalization="sequence", correction=mode, correction_cap=1.5)
         settings = {"loss_type": "grpo", "mode": mode, "cap": 1.5}
-        found.append(Comparison(f"grpo, {mode}", "loss", loss_of(both, sampler=True), padded, settings))
+        found.append(Comparison(f"grpo, {mode}", "loss", loss_of(both, sampler=True), whole, settings))
     for loss_type in ("sigmoid", "ipo"):
         dpo = loss_of(ALGORITHMS["online_dpo"](beta=0.3, loss_type=loss_type))
         settings = {"beta": 0.3, "loss_type": loss_type}

@@ -51,4 +51,10 @@ def problems(
             f"{name} is on-policy without a ratio, and each batch is stepped on {minibatches} times; "
             "write num_iterations: 1 and one minibatch"
         )
+    if "ref_logps" in needs and algorithm.refresh_reference == 1 and minibatches == 1:
+        found.append(
+            "refresh_reference: 1 with one update per step makes the reference the policy at every update: "
+            "log-ratios to it are 0, and the loss is another one; write refresh_reference: 20, or take "
+            "several updates per step (train.minibatches, train.num_iterations)"
+        )
     return found + algorithm.conflicts(num_generations)

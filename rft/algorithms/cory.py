@@ -37,16 +37,22 @@ class CORY(GRPO):
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         return (Rollout(role="pioneer"), Rollout(role="observer")) * (num_generations // 2)
 
+    def task_rewards(self, batch: Batch) -> Tensor:
+        return self._shared(super().task_rewards(batch), batch)
+
     def sequence_rewards(self, batch: Batch) -> Tensor:
+        kl = batch.sum_by_sequence(self.kl_penalty(batch))
+        return self.task_rewards(batch) - self._shared(kl, batch)
+
+    def _shared(self, x: Tensor, batch: Batch) -> Tensor:
+        """[N]: the sum of x [N] over each pair of pioneer and observer."""
         pair = column(batch, "pair").long()
-        pair = pair + batch.group * (int(pair.max()) + 1 if pair.numel() else 1)
-        return group_sum(super().sequence_rewards(batch), pair)
+        return group_sum(x, pair + batch.group * (int(pair.max()) + 1 if pair.numel() else 1))
 
     def advantages(self, batch: Batch) -> Tensor:
-        """GRPO's, with each role of each group as a group of its own."""
+        """GRPO's, with each role of each group as a separate group."""
         role = 2 * batch.group + column(batch, "observer").long()
-        shared = batch.with_(rewards=self.sequence_rewards(batch), group=role)
-        return GRPO(scale_rewards=self.scale_rewards).advantages(shared)
+        return batch.to_tokens(self.relative(self.sequence_rewards(batch), self.task_rewards(batch), role))
 
     def conflicts(self, num_generations: int) -> list[str]:
         found = super().conflicts(num_generations)

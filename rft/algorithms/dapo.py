@@ -33,8 +33,8 @@ class DAPO(GRPO):
     def keep_group(self, rewards: Sequence[float]) -> bool:
         return not self.dynamic_sampling or len(set(rewards)) > 1
 
-    def sequence_rewards(self, batch: Batch) -> Tensor:
-        rewards = super().sequence_rewards(batch)
+    def task_rewards(self, batch: Batch) -> Tensor:
+        rewards = super().task_rewards(batch)
         if not self.overlong_buffer:
             return rewards
         if "max_completion_length" not in batch.state:

@@ -32,6 +32,7 @@ class GPG(Reinforce):
         centred = rewards - group_mean(rewards, batch.group)
         if self.scale_rewards:
             centred = centred / (group_std(rewards, batch.group) + 1e-4)
-        valid = batch.num_groups - count_degenerate(rewards, batch.group)
+        task = self.task_rewards(batch)
+        valid = batch.num_groups - count_degenerate(task, batch.group)
         alpha = batch.num_groups / max(valid, 1)
-        return batch.to_tokens(alpha * centred.masked_fill(degenerate(rewards, batch.group), 0))
+        return batch.to_tokens(alpha * centred.masked_fill(degenerate(task, batch.group), 0))

@@ -21,7 +21,8 @@ class GRPO(ClippedPolicyGradient):
     group, in PPO's clipped objective.
 
     Against `ppo` there is no critic: the group's mean stands for the value. It degenerates where a
-    group's rewards are all equal: A = 0, and the group adds nothing but its KL term. The paper
+    group's rewards are all equal (before any KL): A = 0, and the group adds nothing but the KL term of
+    the loss. The paper
     averages per sequence (`normalization: sequence`), which favours short right and long wrong
     answers; the default here averages over tokens.
     """
@@ -33,10 +34,15 @@ class GRPO(ClippedPolicyGradient):
     )
 
     def advantages(self, batch: Batch) -> Tensor:
-        rewards = self.sequence_rewards(batch)
-        centred = rewards - group_mean(rewards, batch.group)
+        return batch.to_tokens(
+            self.relative(self.sequence_rewards(batch), self.task_rewards(batch), batch.group)
+        )
+
+    def relative(self, rewards: Tensor, task: Tensor, group: Tensor) -> Tensor:
+        """[N]: rewards against their group's; 0 in groups whose `task` rewards are all equal."""
+        centred = rewards - group_mean(rewards, group)
         if self.scale_rewards == "group":
-            centred = centred / (group_std(rewards, batch.group) + 1e-4)
+            centred = centred / (group_std(rewards, group) + 1e-4)
         elif self.scale_rewards == "batch" and rewards.numel() > 1:
             centred = centred / (rewards.std() + 1e-4)
-        return batch.to_tokens(centred.masked_fill(degenerate(rewards, batch.group), 0))
+        return centred.masked_fill(degenerate(task, group), 0)

@@ -28,5 +28,5 @@ class MaxRL(ClippedPolicyGradient):
     def advantages(self, batch: Batch) -> Tensor:
         rewards = self.sequence_rewards(batch)
         mean = group_mean(rewards, batch.group)
-        usable = (mean > 0) & ~degenerate(rewards, batch.group)
+        usable = (mean > 0) & ~degenerate(self.task_rewards(batch), batch.group)
         return batch.to_tokens(torch.where(usable, (rewards - mean) / mean.clamp(min=1e-8), 0))

@@ -27,4 +27,6 @@ class OPO(Reinforce):
         rewards, lengths = self.sequence_rewards(batch), batch.lengths
         total = group_sum(lengths, batch.group).clamp(min=1)
         baseline = group_sum(lengths * rewards, batch.group) / total
-        return batch.to_tokens((rewards - baseline).masked_fill(degenerate(rewards, batch.group), 0))
+        return batch.to_tokens(
+            (rewards - baseline).masked_fill(degenerate(self.task_rewards(batch), batch.group), 0)
+        )

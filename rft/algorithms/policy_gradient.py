@@ -67,10 +67,14 @@ class PolicyGradient(Algorithm):
         return self.normalization
 
     def prepare(self, batch: Batch) -> Batch:
-        batch = batch.with_(advantages=self.advantages(batch))
-        if self.mask_truncated and batch.truncated is not None:
-            batch = batch.with_(mask=batch.mask & ~batch.to_tokens(batch.truncated))
-        return batch
+        return batch.with_(advantages=self.advantages(batch), mask=self.trained(batch))
+
+    def trained(self, batch: Batch) -> Tensor:
+        """[T] bool: the tokens that stay in the mask. Statistics over tokens (whitening) are over these;
+        statistics over rewards are over all completions, as each is a sample of its prompt's reward."""
+        if not self.mask_truncated or batch.truncated is None:
+            return batch.mask
+        return batch.mask & ~batch.to_tokens(batch.truncated)
 
     def around(self, policy: PolicyOutput, batch: Batch) -> Batch:
         """The batch with the log-probs of the proximal policy as `old_logps`."""
@@ -110,10 +114,14 @@ class PolicyGradient(Algorithm):
         kl = behaviour_logps(batch) - required(batch.ref_logps, "ref_logps")
         return self.kl_weight(batch.state) * kl.masked_fill(~batch.mask, 0)
 
+    def task_rewards(self, batch: Batch) -> Tensor:
+        """[N]: rewards before any KL. Groups in which they are all equal have nothing to compare: between
+        equal rewards, the KL's sampling noise is no signal."""
+        return required(batch.rewards, "rewards")
+
     def sequence_rewards(self, batch: Batch) -> Tensor:
-        """[N]: rewards, less the KL of the whole sequence where `kl_in` is reward."""
-        rewards = required(batch.rewards, "rewards")
-        return rewards - batch.sum_by_sequence(self.kl_penalty(batch))
+        """[N]: `task_rewards`, less the KL of the whole sequence where `kl_in` is reward."""
+        return self.task_rewards(batch) - batch.sum_by_sequence(self.kl_penalty(batch))
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         """policy/kl is to the policy that sampled, policy/kl_ref to the reference (both k3)."""

@@ -40,7 +40,7 @@ class PPO(ClippedPolicyGradient):
     lam_length: float | None = setting(
         None, "alpha: the policy's lambda is 1 - 1 / (alpha * length); null: lam", gt=0
     )
-    whiten: bool = setting(True, "scale advantages to mean 0 and deviation 1 over the batch's tokens")
+    whiten: bool = setting(True, "scale advantages to mean 0 and deviation 1 over the trained tokens")
     value_coef: float = setting(0.5, "weight of the critic's loss", ge=0)
     value_clip: float | None = setting(
         0.2, "how far a value may move from the old one; null: unbounded", gt=0
@@ -80,7 +80,7 @@ class PPO(ClippedPolicyGradient):
             lam = (1 - 1 / (self.lam_length * batch.lengths.clamp(min=1))).clamp(min=0)
         values = required(batch.values, "values")
         advantages = gae(self.token_rewards(batch), values, batch, self.gamma, lam)
-        return whiten(advantages, batch.mask) if self.whiten else advantages
+        return whiten(advantages, self.trained(batch)) if self.whiten else advantages
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         warm = batch.state.get("steps", 0) >= self.critic_warmup

@@ -32,9 +32,8 @@ class Chosen(PolicyGradient):
         top = rank_in_group(rewards, batch.group) < count
         return top if self.threshold is None else top & (required(batch.rewards, "rewards") > self.threshold)
 
-    def prepare(self, batch: Batch) -> Batch:
-        batch = super().prepare(batch)
-        return batch.with_(mask=batch.mask & batch.to_tokens(self.chosen(batch)))
+    def trained(self, batch: Batch) -> Tensor:
+        return super().trained(batch) & batch.to_tokens(self.chosen(batch))
 
     def advantages(self, batch: Batch) -> Tensor:
         return batch.to_tokens(self.chosen(batch).float())
@@ -80,8 +79,8 @@ class ReinforceRej(ClippedPolicyGradient):
     """Plus and minus one, without the groups that are all right or all wrong.
 
     Xiong et al. (2025), section 3: Reinforce-Rej. Groups that are all right or all wrong are left out;
-    what remains has advantage +1 above the threshold and -1 below. The paper's point: leaving out the
-    all-wrong groups is most of what `grpo`'s normalisation achieves.
+    what remains has advantage +1 above the threshold and -1 below, less the KL where `kl_in` is reward.
+    The paper's point: leaving out the all-wrong groups is most of what `grpo`'s normalisation achieves.
     """
 
     min_generations: ClassVar[int] = 2
@@ -90,15 +89,14 @@ class ReinforceRej(ClippedPolicyGradient):
 
     def right(self, batch: Batch) -> Tensor:
         """[N] float32: 1 for right, 0 for wrong."""
-        return (self.sequence_rewards(batch) > self.threshold).float()
+        return (self.task_rewards(batch) > self.threshold).float()
 
-    def prepare(self, batch: Batch) -> Batch:
-        mixed = ~degenerate(self.right(batch), batch.group)
-        batch = super().prepare(batch)
-        return batch.with_(mask=batch.mask & batch.to_tokens(mixed))
+    def trained(self, batch: Batch) -> Tensor:
+        return super().trained(batch) & batch.to_tokens(~degenerate(self.right(batch), batch.group))
 
     def advantages(self, batch: Batch) -> Tensor:
-        return batch.to_tokens(2 * self.right(batch) - 1)
+        kl = self.task_rewards(batch) - self.sequence_rewards(batch)
+        return batch.to_tokens(2 * self.right(batch) - 1 - kl)
 
     def keep_group(self, rewards: Sequence[float]) -> bool:
         return len({r > self.threshold for r in rewards}) > 1

@@ -38,7 +38,7 @@ class ReinforcePP(ClippedPolicyGradient):
         if self.baseline == "group":
             rewards = rewards - group_mean(rewards, batch.group)
         returns = discounted(at_last_token(rewards, batch) - self.kl_penalty(batch), batch, self.gamma)
-        return whiten(returns, batch.mask)
+        return whiten(returns, self.trained(batch))
 
     def conflicts(self, num_generations: int) -> list[str]:
         found = super().conflicts(num_generations)

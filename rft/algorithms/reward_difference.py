@@ -20,9 +20,11 @@ class RewardDifference(OnlinePreference):
     """Gao et al., "REBEL" (2024), eq. 2; Deng et al., "PRDP" (2024), eq. 8 and 12.
 
     (beta * (log-ratio_i - log-ratio_j) - (r_i - r_j))^2 over all pairs of a group; the optimum is that of
-    KL-regularised reward maximisation. REBEL refreshes the reference each step (beta is its 1 / eta),
-    PRDP keeps it. Proximal clipping (PRDP): log-ratios may move by at most `clip` nats from the policy
-    that sampled; of the two squared errors, with and without, the larger one counts.
+    KL-regularised reward maximisation. REBEL refreshes the reference each iteration (beta is its 1 / eta),
+    which is many updates; PRDP keeps it (`refresh_reference: 0`). Where the reference is the policy at
+    every update, the gradient is that of `rloo`, and `clip` never binds. Proximal clipping (PRDP):
+    log-ratios may move by at most `clip` nats from the policy that sampled; of the two squared errors, with
+    and without, the larger one counts.
 
     Against `online_dpo` it uses how much better an answer is. Equal rewards pull the log-ratios together.
     """
@@ -33,7 +35,9 @@ class RewardDifference(OnlinePreference):
     clip: float | None = setting(
         None, "nats that a completion's log-ratio may move in a step; null: free", gt=0
     )
-    refresh_reference: int = setting(1, "steps after which the reference becomes the policy; 0: never", ge=0)
+    refresh_reference: int = setting(
+        20, "steps after which the reference becomes the policy; 0: never (PRDP)", ge=0
+    )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -34,7 +34,7 @@ class RLOO(ClippedPolicyGradient):
     def advantages(self, batch: Batch) -> Tensor:
         rewards = self.sequence_rewards(batch)
         centred = rewards - leave_one_out(rewards, batch.group)
-        return batch.to_tokens(centred.masked_fill(degenerate(rewards, batch.group), 0))
+        return batch.to_tokens(centred.masked_fill(degenerate(self.task_rewards(batch), batch.group), 0))
 
     def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         return sequence_ratio(log_ratio(policy, batch), batch, geometric=False)

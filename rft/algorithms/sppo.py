@@ -23,6 +23,8 @@ class SPPO(OnlinePreference):
     iteration (the reference, refreshed every `refresh_reference` steps) and P(win) the mean preference
     over the group's other completions: from rewards, or from a pairwise judge as `columns["win_rate"]`.
     Completions that the judge abstains on are not trained on.
+    The paper's iteration is a pass over the data against a fixed pi_t; where pi_t is the policy at every
+    update the log-ratio is 0, and what is left is REINFORCE on the win rate.
 
     Against `online_dpo` it moves each completion by itself and by how much it wins, so winners'
     likelihood does not sink with the losers'. Where all rewards are equal it holds the policy at pi_t.
@@ -32,7 +34,9 @@ class SPPO(OnlinePreference):
 
     eta: float = setting(1000.0, "nats of log-ratio for a sure win, times two", gt=0)
     preference: Preference = setting("compare", "P(win) from rewards: compare (1, 1/2, 0) or bradley_terry")
-    refresh_reference: int = setting(1, "steps of an iteration, after which pi_t becomes the policy", ge=0)
+    refresh_reference: int = setting(
+        20, "steps of an iteration, after which pi_t becomes the policy; 0: never", ge=0
+    )
 
     def prepare(self, batch: Batch) -> Batch:
         if "win_rate" in batch.columns:

@@ -19,20 +19,31 @@ def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tup
     """Fix what each unit of the loss counts.
 
     Returns the batch with `weight` [T] filled (token losses), and the scale of one sequence or pair
-    (sequence and pair losses). Weights of token losses, for a sequence of length L of N:
-    `token` 1 / (tokens in the batch), `sequence` 1 / (N L), `constant` 1 / (N max_completion_length).
+    (sequence and pair losses). Weights of token losses, for a sequence of L masked-in tokens:
+    `token` 1 / (tokens in the batch), `sequence` 1 / (M L), `constant` 1 / (N max_completion_length).
+    M counts the sequences with a masked-in token: those that are left out count in no average. N counts
+    all sequences: a constant that follows the mask would not be one (Dr.GRPO, Liu et al. 2025, sec. 3.2).
     """
     if algorithm.unit != "token":
-        units = batch.num_sequences if algorithm.unit == "sequence" else algorithm.pairs(batch)[0].numel()
-        return batch, 1.0 / max(units, 1)
+        return batch, 1.0 / max(int(_counted(algorithm, batch).sum()), 1)
     n = batch.num_sequences
     if algorithm.normalizer == "token":
         per_sequence = torch.full((n,), 1.0 / max(int(batch.mask.sum()), 1))
     elif algorithm.normalizer == "sequence":
-        per_sequence = 1.0 / (n * batch.lengths.clamp(min=1))
+        lengths = batch.lengths
+        per_sequence = 1.0 / (lengths.count_nonzero().clamp(min=1) * lengths.clamp(min=1))
     else:
         per_sequence = torch.full((n,), 1.0 / (n * max_completion_length))
     return batch.with_(weight=batch.to_tokens(per_sequence.to(batch.tokens.device))), 1.0
+
+
+def _counted(algorithm: Algorithm, batch: Batch) -> Tensor:
+    """[N] or [P] bool: the sequences, or pairs, with a masked-in token. The others have no gradient."""
+    trained = batch.lengths > 0
+    if algorithm.unit == "sequence":
+        return trained
+    first, second = algorithm.pairs(batch)
+    return trained[first] | trained[second]
 
 
 def reduce_loss(algorithm: Algorithm, policy: PolicyOutput, micro: Batch, scale: float) -> Tensor:
@@ -41,7 +52,7 @@ def reduce_loss(algorithm: Algorithm, policy: PolicyOutput, micro: Batch, scale:
     if algorithm.unit == "token":
         assert micro.weight is not None, "weigh() was not called on this batch"
         return (loss * micro.weight)[micro.mask].sum()
-    return loss.sum() * scale
+    return loss[_counted(algorithm, micro)].sum() * scale
 
 
 def foreseen(algorithm: Algorithm, micro: Batch, scale: float) -> Tensor | None:
