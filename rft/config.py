@@ -12,10 +12,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import (
     Field,
     SerializeAsAny,
@@ -36,6 +36,7 @@ from rft.rollout.config import RolloutConfig
 from rft.section import Section
 from rft.spelling import nearest_or_all
 from rft.sync.config import SyncConfig
+from rft.utils import yaml_files
 
 
 class ConfigError(ValueError):
@@ -171,7 +172,7 @@ class Config(Section):
     @field_validator("rewards", mode="before")
     @classmethod
     def _list_of_rewards(cls, value: Any) -> Any:
-        return {"functions": value} if isinstance(value, list) else value
+        return _list_as_functions(value)
 
     @field_serializer("algorithm")
     def _name_algorithm(self, value: Algorithm) -> dict[str, Any]:
@@ -184,6 +185,11 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """The whole tree as plain JSON-able data."""
         return self.model_dump(mode="json")
+
+
+def _list_as_functions(rewards: Any) -> Any:
+    """The section `rewards` where a plain list of functions is given for it."""
+    return {"functions": rewards} if isinstance(rewards, list) else rewards
 
 
 def algorithm_name(algorithm: Algorithm) -> str:
@@ -218,10 +224,11 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError([f"config {path}: its `base` leads back to itself"])
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
+        raw = yaml_files.read(path)
+        raw = {} if raw is None else raw
     except OSError as error:
         raise ConfigError([f"config {path}: {error.strerror or error}"]) from None
-    except yaml.YAMLError as error:
+    except yaml_files.YamlError as error:
         raise ConfigError([f"config {path} is not valid YAML: {error}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"config {path} must be a mapping of keys to values"])
@@ -253,31 +260,61 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`a.b=value` into a copy of `raw`; values are YAML. Raises ConfigError on a malformed one."""
-    result: dict[str, Any] = json.loads(json.dumps(raw, default=str))
+    """`a.b=value` into a copy of `raw`; values are YAML, a number is an index into a list.
+
+    Raises ConfigError with every override that is malformed or leads nowhere.
+    """
+    result: dict[str, Any] = deepcopy(dict(raw))
     problems = []
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            problems.append(f"override {override!r}: write key.sub=value")
-            continue
-        *parents, last = key.split(".")
-        node = result
-        for i, parent in enumerate(parents):
-            child = node.get(parent)
-            if child is None:
-                child = node[parent] = {}
-            if isinstance(child, str) and parent == "algorithm":
-                child = node[parent] = {"name": child}
-            if not isinstance(child, dict):
-                problems.append(f"override {override!r}: {'.'.join(parents[: i + 1])} is not a section")
-                break
-            node = child
-        else:
-            node[last] = yaml.safe_load(text)
+        try:
+            _apply(result, override)
+        except ValueError as error:
+            problems.append(f"override {override!r}: {error}")
     if problems:
         raise ConfigError(problems)
     return result
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Put one override into `raw`. Raises ValueError saying what is wrong with it."""
+    key, equals, text = override.partition("=")
+    keys = key.split(".")
+    if not equals or not all(part and part == part.strip() for part in keys):
+        raise ValueError("write key.sub=value, without empty parts or spaces in the key")
+    value = yaml_files.parse(text)
+    if keys[0] == "rewards" and len(keys) > 1:
+        raw["rewards"] = _list_as_functions(raw.get("rewards")) or {}
+        keys[1:1] = ["functions"] if keys[1].isdecimal() else []
+    node: Any = raw
+    for i, part in enumerate(keys[:-1]):
+        child, where = _entry(node, part, keys[:i]), ".".join(keys[: i + 1])
+        if child is None:
+            if keys[i + 1].isdecimal():
+                raise ValueError(f"{where} is not set, so it has no entry {keys[i + 1]}; give the whole list")
+            child = {}
+        if isinstance(child, str) and keys[: i + 1] == ["algorithm"]:
+            child = {"name": child}
+        if not isinstance(child, dict | list):
+            raise ValueError(f"{where} is not a section (it is {child!r:.40})")
+        node[int(part) if isinstance(node, list) else part] = child
+        node = child
+    _entry(node, keys[-1], keys[:-1])  # refuses an index that is out of range
+    node[int(keys[-1]) if isinstance(node, list) else keys[-1]] = value
+
+
+def _entry(node: dict[str, Any] | list[Any], part: str, above: Sequence[str]) -> Any:
+    """What a section or list holds under `part`; None where a section lacks it. Raises ValueError for
+    an index that the list does not have."""
+    if isinstance(node, dict):
+        return node.get(part)
+    where = ".".join(above)
+    if not part.isdecimal():
+        raise ValueError(f"{where} is a list: write the number of an entry after it, as in {where}.0")
+    if int(part) >= len(node):
+        have = f"its entries are 0 to {len(node) - 1}" if node else "it is empty"
+        raise ValueError(f"{where} has no entry {part}: {have}")
+    return node[int(part)]
 
 
 def _explain(error: Any) -> str:
@@ -324,7 +361,7 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
             yield f"{prefix}{name}", "none" if default is None else "", info.description or ""
             yield from describe_fields(child, f"{prefix}{name}.")
         else:
-            shown = "required" if required else yaml.safe_dump(default, default_flow_style=True)
+            shown = "required" if required else yaml_files.dump(default, flow=True)
             yield (
                 f"{prefix}{name}",
                 shown.removesuffix("\n").removesuffix("...").strip(),

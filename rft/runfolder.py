@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rft import checkpoint
 from rft.config import Config, ConfigError, differences, parse_config
+from rft.utils import yaml_files
 
 # What may differ between a run and its resumption: none of these changes what is learned.
 FREE = (
@@ -98,7 +97,10 @@ def _resume_from(config: Config, path: Path, folder: Path) -> RunFolder:
 
 
 def _check_same(config: Config, path: Path) -> list[str]:
-    written = yaml.safe_load((path / "config.yaml").read_text())
+    try:
+        written = yaml_files.read(path / "config.yaml")
+    except yaml_files.YamlError as error:
+        raise ConfigError([f"{path / 'config.yaml'} is damaged: {error}; choose another name"]) from None
     try:
         old = parse_config(written).to_dict()  # settings that are newer than the run have their defaults
     except ConfigError:
@@ -130,7 +132,7 @@ def _other_versions(found: checkpoint.Checkpoint) -> list[str]:
 def write_config(path: Path, config: Config) -> None:
     """Write the resolved config, atomically."""
     path.mkdir(parents=True, exist_ok=True)
-    _write(path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    _write(path / "config.yaml", yaml_files.dump(config.to_dict()))
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -141,12 +143,12 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 def read_result(path: Path) -> dict[str, Any] | None:
     """What a complete run left, or None."""
     file = path / "result.json"
-    return dict(json.loads(file.read_text())) if file.exists() else None
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
     """A frozen part of the config tree. Every field carries a one-line `description`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words_not_booleans(cls, values: Any) -> Any:
+        """YAML reads a bare `on` or `off` as true or false; a field that lists the word means the word."""
+        if not isinstance(values, Mapping):
+            return values
+        return {key: _as_word(cls.model_fields, key, value) for key, value in values.items()}
+
+
+def _as_word(fields: Mapping[str, Any], key: str, value: Any) -> Any:
+    if not isinstance(value, bool) or key not in fields:
+        return value
+    annotation, word = fields[key].annotation, "on" if value else "off"
+    kinds = (annotation, *get_args(annotation))
+    known = {choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)}
+    return word if word in known else value

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rft.metrics.log import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, parse_line
+from rft.utils import yaml_files
 
 Row = dict[str, Any]
 CONFIG_FILE = "config.yaml"
@@ -94,7 +93,7 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The resolved config as plain values; {} where the folder has none."""
-        value = yaml.safe_load(self.config_text() or "")
+        value = yaml_files.parse(self.config_text() or "")
         return value if isinstance(value, dict) else {}
 
     # -- numbers -----------------------------------------------------------------------------------

@@ -1,0 +1,99 @@
+"""Read and write YAML strictly: UTF-8 text, no key twice, plain scalars as a config means them."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class YamlError(ValueError):
+    """Text that is not YAML, or that gives one key twice; the message names the lines."""
+
+
+# YAML 1.1, which PyYAML reads, takes `1e-6` for text and `2026-11-29` for a date. In a config the first is
+# a number, and the second is a name.
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+)
+_REPLACED = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+_RESOLVERS = {
+    first: [entry for entry in entries if entry[0] not in _REPLACED]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _first in "-+.0123456789":
+    _RESOLVERS[_first].append(("tag:yaml.org,2002:float", _FLOAT))
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader; it refuses a key that is given twice, of which PyYAML drops the first."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line, identity = key.start_mark.line + 1, (key.tag, key.value)
+            if identity in lines:
+                first = lines[identity]
+                where = f"in line {first} and in line {line}" if first != line else f"both in line {line}"
+                raise YamlError(
+                    f"key {key.value!r} is given twice, {where}; keep one, with all that belongs under it"
+                )
+            lines[identity] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise YamlError(
+                f"line {node.start_mark.line + 1}: half of a surrogate pair is not a character; "
+                "write the character itself"
+            )
+        return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `_Loader` would read as a number."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+
+
+def parse(text: str) -> Any:
+    """The value of a YAML text. Raises YamlError."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark or error.context_mark
+        where = f"line {at.line + 1}, column {at.column + 1}: " if at else ""
+        raise YamlError(f"{where}{error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise YamlError(" ".join(str(error).split())) from None
+    except (ValueError, TypeError) as error:  # a scalar that looks like a number and is none; a list as a key
+        raise error if isinstance(error, YamlError) else YamlError(str(error)) from None
+
+
+def read(path: Path) -> Any:
+    """The value of a YAML file (UTF-8, with or without a byte order mark). Raises OSError, YamlError."""
+    raw = path.read_bytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return parse(raw.decode("utf-16"))
+    try:
+        return parse(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise YamlError(
+            f"line {line} is not UTF-8 text (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        ) from None
+
+
+def dump(value: Any, *, flow: bool = False) -> str:
+    """Plain data as YAML that `parse` reads back as it was; keys in their order, `flow` in one line."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow))
