@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
             lines[identity] = line
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise YamlError(
