@@ -384,6 +384,7 @@ class Controller:
             max_tokens=self.config.rollout.sampling.max_completion_length,
             seed=self.config.seed,
             label=f"eval-{self.step}",
+            progress=self.step / self.config.train.steps,
         )
         metrics["time/eval"] = time.perf_counter() - begin
         self.parts.log.event(

@@ -77,6 +77,7 @@ async def evaluate(
     max_tokens: int,
     seed: int,
     label: str,
+    progress: float = 0.0,
 ) -> tuple[dict[str, float], list[Judged]]:
     """Accuracy over `config.samples` samples per prompt, pass@k, and greedy accuracy.
 
@@ -93,7 +94,7 @@ async def evaluate(
     async def one(kind: str, prompt: Prompt, sampling: Sampling) -> Judged:
         request = Request(f"{label}-{kind}-{prompt.id}", prompt.tokens, sampling)
         completions = completions_of(await generator.generate(request), tokenizer)
-        return await judge(prompt, completions, rewards, training=False)
+        return await judge(prompt, completions, rewards, progress, training=False)
 
     work = [one("sample", p, s) for p, s in zip(prompts, sampled, strict=True)]
     if config.greedy:

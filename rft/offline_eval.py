@@ -82,6 +82,7 @@ class Sampled:
             max_tokens=config.rollout.sampling.max_completion_length,
             seed=config.seed,
             label=f"eval-{step}",
+            progress=step / config.train.steps,
         )
         await self.channel.before_step()
         self.log.samples(step, [row for j in judged for row in sample_rows(j, "eval")])

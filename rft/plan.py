@@ -210,9 +210,9 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
         wrong = vocabulary_problem(tokenizer, shape.vocab)
         problems += [wrong] if wrong else []
     if config.rewards.functions:
-        scored = train or held_out
-        columns = None if scored is None else {name for p in scored.prompts for name in p.columns}
-        problems += check_reward(config.rewards, Path.cwd(), columns)
+        sets = {"the training data": train, "the held-out data": held_out}
+        rows = {name: {p.id + 1: p.columns for p in found.prompts} for name, found in sets.items() if found}
+        problems += check_reward(config.rewards, Path.cwd(), rows=rows)
     if problems or path is None or shape is None or engine is None:
         raise ConfigError(problems)
     adapter = config.learner.adapter

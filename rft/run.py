@@ -126,7 +126,7 @@ async def _online(
 ) -> dict[str, Any]:
     config = plan.config
     pool, twin = make_pool(plan), None
-    rewards = RewardRunner(config.rewards, Path.cwd())
+    rewards = RewardRunner(config.rewards, Path.cwd(), config.train.steps)
     try:
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
         learner = start_learner(plan, learner_spec(plan))
@@ -187,9 +187,10 @@ async def _sampling(
     if plan.eval_prompts is None:
         yield None
         return
-    pool, rewards = make_pool(plan), RewardRunner(plan.config.rewards, Path.cwd())
+    config = plan.config
+    pool, rewards = make_pool(plan), RewardRunner(config.rewards, Path.cwd(), config.train.steps)
     try:
-        progress.stage(f"starting {plan.config.rollout.replicas} x {plan.engine}")
+        progress.stage(f"starting {config.rollout.replicas} x {plan.engine}")
         channel = make_channel(plan, learner, pool)
         await asyncio.gather(start_engines(channel, pool), rewards.start())
         await channel.connect()

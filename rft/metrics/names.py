@@ -53,6 +53,7 @@ METRICS: dict[str, Metric] = {
     "reward/*/timeout": Metric("the same", "scores"),
     "reward/*/error": Metric("the same", "scores"),
     "reward/*/abstain": Metric("the same", "scores"),
+    "reward/*/logged/*": Metric("mean of what a reward function gave to TRL's `log_metric`"),
     "group/degenerate": Metric("groups whose rewards are all equal: they carry no gradient", "groups"),
     "group/degenerate_share": Metric("the same as a share of the step's groups", "share"),
     "group/count": Metric("groups trained on in this step", "groups"),

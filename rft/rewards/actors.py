@@ -9,7 +9,7 @@ from typing import Any
 
 from rft.rewards.load import load_reward
 from rft.rewards.pool import Loaded, Spec
-from rft.rewards.types import Outcome, RewardError, Score, Text
+from rft.rewards.types import Outcome, RewardError, Score, Text, TrainerState
 from rft.rewards.worker import Call, decode, encode
 
 
@@ -21,14 +21,23 @@ class RewardActor:
 
     def loaded(self) -> tuple[Any, ...]:
         """What `Loaded` holds, and the process id."""
-        return self.reward.columns, self.reward.required, self.reward.per_sample, os.getpid()
+        r = self.reward
+        return r.columns, r.required, r.any_of, r.per_sample, os.getpid()
 
-    def score(self, prompts: Any, completions: Any, columns: dict[str, Any], batch: int) -> list[Any]:
-        """All scores of a call, encoded; what the function raises is an `error` of its samples."""
+    def score(
+        self,
+        prompts: Any,
+        completions: Any,
+        columns: dict[str, Any],
+        batch: int,
+        state: TrainerState | None,
+    ) -> tuple[list[Any], dict[str, list[float]]]:
+        """All scores of a call, encoded, and what `log_metric` got; what the function raises is an `error`
+        of its samples."""
         scores: list[Score] = []
         call = Call(lambda first, part: scores.extend(part), lambda index: None)
-        call.run(self.reward, prompts, completions, columns, batch)
-        return encode(scores)
+        logged = call.run(self.reward, prompts, completions, columns, batch, state)
+        return encode(scores), logged
 
 
 class ActorPool:
@@ -41,6 +50,7 @@ class ActorPool:
         self.start_timeout_s = start_timeout_s
         self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
         self.loaded: list[Loaded] = []
+        self.logged: list[dict[str, list[float]]] = [{}]
         self.pids: list[int] = []
         self._actor: Any = None
         self._making = asyncio.Lock()
@@ -79,12 +89,13 @@ class ActorPool:
         prompts: Sequence[Text],
         completions: Sequence[Text],
         columns: Mapping[str, Sequence[Any]],
+        state: TrainerState | None = None,
     ) -> list[Score]:
         """One Score per completion. A hang is a `timeout` of the whole call, a crash an `error`."""
         if not completions:
             return []
         given_up = asyncio.Event()
-        judging = self._judge(list(prompts), list(completions), columns, given_up)
+        judging = self._judge(list(prompts), list(completions), columns, state, given_up)
         try:
             return await asyncio.shield(asyncio.create_task(judging))
         except asyncio.CancelledError:
@@ -96,6 +107,7 @@ class ActorPool:
         prompts: list[Text],
         completions: list[Text],
         columns: Mapping[str, Sequence[Any]],
+        state: TrainerState | None,
         given_up: asyncio.Event,
     ) -> list[Score]:
         import ray
@@ -108,8 +120,11 @@ class ActorPool:
             given = {k: v for k, v in columns.items() if wanted is None or k in wanted}
             actor, batch = self._actor, self.spec.batch_size or len(completions)
             try:
-                reply = actor.score.remote(prompts, completions, given, batch)
-                return decode(await asyncio.wait_for(reply, self.spec.timeout_s))
+                reply = actor.score.remote(prompts, completions, given, batch, state)
+                rows, logged = await asyncio.wait_for(reply, self.spec.timeout_s)
+                for name, values in logged.items():
+                    self.logged[0].setdefault(name, []).extend(values)
+                return decode(rows)
             except TimeoutError:
                 self.counts["killed"] += 1
                 await self._drop(actor)

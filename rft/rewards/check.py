@@ -2,88 +2,116 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Collection
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rft.rewards.config import MaxFraction, RewardConfig, RewardsConfig, Schedule
-from rft.rewards.load import BUILTINS, SpecError, builtin, checked_options, signature_columns
+from rft.rewards.load import SAMPLED, SpecError, builtin, checked_options, signature_columns
+from rft.rewards.pool import Loaded, Spec, WorkerPool
+from rft.rewards.types import RewardError
 from rft.spelling import nearest
 
-PROBE = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from rft.rewards.check import probe; probe()"
-)
-
-
-def probe() -> None:
-    """Main of the checking process: loads one custom reward and prints its problem and columns as JSON."""
-    from rft.rewards.load import load_reward
-
-    spec, base_dir, options = json.loads(sys.stdin.read())
-    answer: dict[str, object] = {}
-    try:
-        reward = load_reward(spec, base_dir=base_dir, **options)
-        answer = {"columns": reward.columns, "required": reward.required}  # type: ignore[attr-defined]
-    except SpecError as error:
-        answer = {"problem": str(error)}
-    print("\n" + json.dumps(answer))
+Rows = Mapping[int, Collection[str]]
+"""By row number, counted from 1: the names of its columns."""
 
 
 def check_reward(
-    config: RewardsConfig, base_dir: Path | str = ".", columns: Collection[str] | None = None
+    config: RewardsConfig,
+    base_dir: Path | str = ".",
+    columns: Collection[str] | None = None,
+    rows: Mapping[str, Rows] | None = None,
 ) -> list[str]:
     """Problems in words, empty where all is well.
 
-    columns: the dataset's columns, where known; a reward that needs another one is a problem. Custom
-    functions are imported in a process of their own.
+    columns: the dataset's columns, where known; a reward that needs another one is a problem. rows: the
+    same row by row, for several datasets by name. Custom functions are loaded as the run would load them,
+    in worker processes.
     """
     problems = [] if config.functions else ["rewards.functions is empty: name at least one reward"]
-    for i, c in enumerate(config.functions):
+    datasets = dict(rows or {}) if columns is None else {"the dataset": {1: columns}}
+    needs = _needs(config, Path(base_dir))
+    for i, (c, need) in enumerate(zip(config.functions, needs, strict=True)):
         where = f"rewards.functions[{i}] ({c.label})"
-        try:
-            required = _required(c, Path(base_dir))
-        except SpecError as error:
-            problems.append(f"{where}: {error}")
+        if isinstance(need, str):
+            problems.append(f"{where}: {need}")
             continue
-        if columns is not None:
-            problems += [f"{where}: {problem}" for problem in _column_problems(c, required, columns)]
+        for name, dataset in datasets.items():
+            problems += [f"{where}: {problem}" for problem in _column_problems(c, need, name, dataset)]
     return problems
 
 
-def _column_problems(c: RewardConfig, required: Collection[str], columns: Collection[str]) -> list[str]:
-    have = f"the dataset has {', '.join(sorted(columns)) or 'none'}"
-    known = {*columns, *c.columns, "num_tokens", "truncated", "completion_ids"}
-    problems = [
-        f"needs the column {name!r}{nearest(name, columns)}; {have}" for name in required if name not in known
-    ]
-    for column in c.columns.values():
+def _column_problems(c: RewardConfig, need: Loaded, dataset: str, rows: Rows) -> list[str]:
+    columns = {name for row in rows.values() for name in row}
+    have = f"{dataset} has {', '.join(sorted(columns)) or 'none'}"
+    known = {*columns, *c.columns, *SAMPLED}
+    problems = []
+    lacks = [(repr(name), name) for name in need.required if name not in known]
+    if need.any_of and not set(need.any_of) & known:
+        lacks.append((" or ".join(map(repr, need.any_of)), need.any_of[0]))
+    for shown, name in lacks:
+        problems.append(
+            f"needs the column {shown}{nearest(name, columns)}; {have}. Where it has another name, say so: "
+            f"columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
+        )
+    for parameter, column in c.columns.items():
         if column not in columns:
-            problems.append(f"its `columns` name {column!r}{nearest(column, columns)}; {have}")
+            problems.append(
+                f"its `columns: {{{parameter}: {column}}}` names {column!r}{nearest(column, columns)}; {have}"
+            )
+    for column in (c.columns.get(name, name) for name in need.required):
+        without = [number for number, row in rows.items() if column not in row]
+        if column in columns and without:
+            shown = ", ".join(map(str, without[:8])) + (", ..." if len(without) > 8 else "")
+            problems.append(
+                f"needs the column {column!r}, which {len(without)} of {len(rows)} rows of {dataset} lack "
+                f"({shown}): give them one, or leave them out"
+            )
     return problems
 
 
-def _required(c: RewardConfig, base_dir: Path) -> tuple[str, ...]:
-    """The columns that a reward must have. Raises SpecError."""
-    if c.function in BUILTINS or ":" not in c.function:
+def _needs(config: RewardsConfig, base_dir: Path) -> list[Loaded | str]:
+    """What each reward says of itself once it is loaded, or why it cannot be loaded."""
+    result: dict[int, Loaded | str] = {}
+    custom = [i for i, c in enumerate(config.functions) if ":" in c.function]
+    for i, c in enumerate(config.functions):
+        if i not in custom:
+            result[i] = _builtin_needs(c)
+    if custom:  # in a loop of its own, whether or not one runs here
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: asyncio.run(_load_all(config, custom, base_dir, result))).result()
+    return [result[i] for i in range(len(config.functions))]
+
+
+def _builtin_needs(c: RewardConfig) -> Loaded | str:
+    try:
         target = builtin(c.function)
         checked_options(c.function, target, c.options, strict=True)
-        return signature_columns(target)[0]
-    command = [sys.executable, "-c", PROBE, json.dumps(sys.path)]
-    request = json.dumps([c.function, str(base_dir), c.options], default=str)
-    try:
-        done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        raise SpecError(f"{c.function} did not import within 300 s") from None
-    if done.returncode != 0:
-        raise SpecError(
-            f"{c.function} does not import (exit status {done.returncode}):\n{done.stderr.strip()}"
-        )
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
-    if "problem" in answer:
-        raise SpecError(answer["problem"])
-    return tuple(answer["required"])
+        required, optional = signature_columns(target)
+    except SpecError as error:
+        return str(error)
+    return Loaded(required + optional, required, (), True)
+
+
+async def _load_all(
+    config: RewardsConfig, custom: Sequence[int], base_dir: Path, result: dict[int, Loaded | str]
+) -> None:
+    """Load the custom functions, each in a worker that ends at once."""
+
+    async def one(i: int) -> None:
+        c = config.functions[i]
+        pool = WorkerPool([Spec(c.function, c.options, base_dir)], 1, start_timeout_s=config.start_timeout_s)
+        try:
+            await pool.start()
+            result[i] = pool.loaded[0]
+        except RewardError as error:
+            result[i] = str(error)
+        finally:
+            await pool.close()
+
+    for i in custom:  # one after another: a check is no reason to crowd the machine
+        await one(i)
 
 
 def describe(config: RewardsConfig) -> str:

@@ -8,18 +8,21 @@ import json
 import mmap
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
-import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from rft.rewards.worker import HEADER, PROGRESS
+from rft.rewards.worker import HEADER, PROGRESS, WHERE
 from rft.utils.process import kill_tree
+from rft.utils.python import SAFE_PYTHON, search_path
 
 START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from rft.rewards.worker import main; "
-START += "main(int(sys.argv[2]), int(sys.argv[3]))"
+START += "main(*map(int, sys.argv[2:]))"
+FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
 
 class Died(Exception):
@@ -41,9 +44,10 @@ class Hung(Exception):
 class Worker:
     """One process. All methods run in the event loop that started it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], board: mmap.mmap) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], board: mmap.mmap, where_fd: int) -> None:
         self.process = process
         self.board = board
+        self._where_fd = where_fd
         self.judged = 0
         self.reader: asyncio.StreamReader
         self.writer: asyncio.StreamWriter | None = None
@@ -56,22 +60,23 @@ class Worker:
     def launch(cls) -> tuple[Worker, socket.socket]:
         """Start the process; the socket is this side's end."""
         ours, theirs = socket.socketpair()
-        board_fd = os.memfd_create("rft-reward-progress")
+        board_fd, where_fd = os.memfd_create("rft-reward-progress"), os.memfd_create("rft-reward-where")
         os.ftruncate(board_fd, PROGRESS.size)
         board = mmap.mmap(board_fd, PROGRESS.size)
-        path = json.dumps([entry or os.getcwd() for entry in sys.path])
+        fds = (theirs.fileno(), board_fd, where_fd)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-c", START, path, str(theirs.fileno()), str(board_fd)],
+                [*SAFE_PYTHON, "-c", START, json.dumps(search_path()), *map(str, fds)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), board_fd),
+                stdout=2,  # what a reward prints must not end up among a command's own output
+                pass_fds=fds,
                 start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
             )
         finally:
             theirs.close()
             os.close(board_fd)
-        return cls(process, board), ours
+        return cls(process, board, where_fd), ours
 
     async def attach(self, sock: socket.socket) -> None:
         """Take the socket over."""
@@ -90,7 +95,11 @@ class Worker:
 
     async def _read(self) -> Any:
         (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
-        return pickle.loads(await self.reader.readexactly(size))
+        data = await self.reader.readexactly(size)
+        try:
+            return pickle.loads(data)
+        except Exception as error:  # whatever bytes a reward wrote to a descriptor that is not its own
+            raise Died("its connection carried something else than messages") from error
 
     async def receive(self, timeout_s: float, *, per_call: bool) -> Any:
         """The next message. Raises Died; raises Hung once a call (or the wait) exceeds `timeout_s`."""
@@ -119,6 +128,29 @@ class Worker:
             with contextlib.suppress(asyncio.CancelledError, asyncio.IncompleteReadError, ConnectionError):
                 await read
 
+    async def where(self) -> str:
+        """What the process is doing, innermost first, as `; it was at FILE, line N, in f`; "" where it does
+        not say."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, WHERE)
+        for _ in range(20):
+            begun = self._told() != ""
+            await asyncio.sleep(0.02)  # it is written line by line
+            if begun:
+                break
+        return self._told()
+
+    def _told(self) -> str:
+        """The frames of the reward's own code that the process has written down."""
+        text = os.pread(self._where_fd, 1 << 16, 0).decode("utf-8", "replace")
+        frames = [f for f in FRAME.findall(text) if not f[0].startswith((_REWARDS, "<frozen", "<string>"))]
+        return (
+            "; it was at "
+            + ", called from ".join(f"{file}, line {line}, in {name}" for file, line, name in frames[:6])
+            if frames
+            else ""
+        )
+
     def reason(self) -> str:
         """How the process ended, in words."""
         end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -126,7 +158,7 @@ class Worker:
             return "its connection closed"
         if end.si_code == os.CLD_EXITED:
             return f"it exited with status {end.si_status}"
-        return f"it was killed by {signal.Signals(end.si_status).name}"
+        return f"it was killed by {signal.Signals(end.si_status).name}{self._told()}"
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         """End the process and its children; with a grace, ask first."""
@@ -143,4 +175,8 @@ class Worker:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+            os.close(self._where_fd)
         self.board.close()
+
+
+_REWARDS = str(Path(__file__).parent)

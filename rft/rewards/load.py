@@ -12,6 +12,7 @@ constructor takes the options: its `judge` is such a function, or its `score` ta
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import importlib
 import importlib.util
@@ -19,13 +20,15 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from time import perf_counter
 from typing import Any, get_type_hints
 
-from rft.rewards.types import Outcome, RewardFunction, Score, Text, text_of
+from rft.rewards.types import Outcome, RewardFunction, Score, Text, TrainerState, text_of
 from rft.spelling import nearest
 
 BUILTINS: dict[str, str] = {
@@ -60,6 +63,11 @@ BUILTINS: dict[str, str] = {
 }
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+SAMPLED = ("num_tokens", "truncated", "completion_ids")
+"""Columns that the sampler gives."""
+PER_CALL = ("trainer_state", "log_extra", "log_metric")
+"""What TRL gives to a reward besides lists; so does rft."""
 
 
 class SpecError(ValueError):
@@ -80,7 +88,9 @@ def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> 
     if spec.startswith("verl:"):
         from rft.rewards.verl import from_verl
 
-        return Custom(spec, from_verl(resolve(spec.removeprefix("verl:"), base_dir)), options)
+        target = resolve(spec.removeprefix("verl:"), base_dir)
+        checked = checked_options(spec, target, options, strict=False)
+        return Custom(spec, from_verl(target, **checked), {})
     if ":" not in spec:
         target = builtin(spec)
         if inspect.isclass(target) and not hasattr(target, "judge"):
@@ -118,7 +128,7 @@ def resolve(spec: str, base_dir: Path | str = ".") -> Any:
 
 
 def _import_file(where: str, base_dir: Path | str) -> Any:
-    path = (Path(base_dir) / where).expanduser().resolve()
+    path = (Path(base_dir) / Path(where).expanduser()).resolve()
     if not path.is_file():
         raise SpecError(f"no file {path} (paths are relative to {Path(base_dir).resolve()})")
     name = f"rft_reward_{path.stem}_{abs(hash(str(path))):x}"
@@ -127,15 +137,15 @@ def _import_file(where: str, base_dir: Path | str) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise SpecError(f"{path} cannot be imported as Python")
-    if str(path.parent) not in sys.path:  # so that the file can import its neighbours
-        sys.path.insert(0, str(path.parent))
+    if str(path.parent) not in sys.path:  # so that the file can import its neighbours; last, so that none
+        sys.path.append(str(path.parent))  # of them stands for a module of Python or of a package
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise SpecError(f"{path} does not import:\n{_traceback(error)}") from error
+        raise SpecError(f"{path} does not import:\n{describe_error(error)}") from error
     return module
 
 
@@ -148,13 +158,28 @@ def _import_module(where: str, base_dir: Path | str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (where == error.name or where.startswith(error.name + ".")):
             raise SpecError(f"no module {error.name!r} (looked in sys.path and in {base})") from error
-        raise SpecError(f"{where} does not import:\n{_traceback(error)}") from error
-    except Exception as error:
-        raise SpecError(f"{where} does not import:\n{_traceback(error)}") from error
+        raise SpecError(f"{where} does not import:\n{describe_error(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise SpecError(f"{where} does not import:\n{describe_error(error)}") from error
 
 
-def _traceback(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error)).rstrip()
+def describe_error(error: BaseException) -> str:
+    """The traceback from the reward's own code on, cut in the middle where it is endless."""
+    told = traceback.TracebackException.from_exception(error)
+    part: traceback.TracebackException | None = told
+    while part is not None:
+        own = [f for f in part.stack if not f.filename.startswith(_MACHINERY)]
+        part.stack = traceback.StackSummary.from_list(own or list(part.stack))
+        part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
+    text = "".join(told.format()).rstrip()
+    if isinstance(error, SystemExit):
+        text += f"\n(it asked Python to exit with status {error.code!r}; a reward must return or raise)"
+    half = MAX_DETAIL // 2
+    return text if len(text) <= MAX_DETAIL else f"{text[:half]}\n[...]\n{text[-half:]}"
+
+
+MAX_DETAIL = 20_000  # characters of a failure that are kept
+_MACHINERY = (str(Path(__file__).parent), "<frozen importlib")  # frames between the user's code and rft
 
 
 def option_parameters(target: Any) -> dict[str, inspect.Parameter] | None:
@@ -174,6 +199,7 @@ def checked_options(spec: str, target: Any, options: Mapping[str, Any], *, stric
         known = None if known is None else dict(inspect.signature(target).parameters)
     result: dict[str, Any] = {}
     if known is not None:
+        known = {n: p for n, p in known.items() if p.kind not in _VARIADIC}
         missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
         if missing and (strict or inspect.isclass(target)):
             raise SpecError(f"reward {spec!r} needs the option {missing[0]!r}")
@@ -210,6 +236,19 @@ def _rows(columns: Mapping[str, Sequence[Any]], n: int, label: str) -> None:
             raise CallError(f"reward {label!r}: column {name!r} has {len(values)} values for {n} completions")
 
 
+def require_columns(reward: Any, label: str, columns: Collection[str]) -> None:
+    """Raise CallError where `columns` lack one that `reward` (what was loaded, or its `Loaded`) must have."""
+    have = ", ".join(sorted(columns)) or "none"
+    lacks = [(repr(name), name) for name in reward.required if name not in columns]
+    if reward.any_of and not set(reward.any_of) & set(columns):
+        lacks.append((" or ".join(map(repr, reward.any_of)), reward.any_of[0]))
+    for shown, name in lacks[:1]:
+        raise CallError(
+            f"reward {label!r} needs the column {shown}; the columns here: {have}. Where it has another "
+            f"name, say so: columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
+        )
+
+
 def signature_columns(target: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The columns that a built-in must have, and those that it can use."""
     if inspect.isclass(target):
@@ -231,6 +270,7 @@ class PerSample:
     """
 
     per_sample = True
+    any_of: tuple[str, ...] = ()
 
     def __init__(self, spec: str, target: Any, options: Mapping[str, Any]) -> None:
         self.spec = spec
@@ -248,10 +288,7 @@ class PerSample:
         self.function = function
 
     def _present(self, columns: Mapping[str, Sequence[Any]]) -> list[str]:
-        for name in self.required:
-            if name not in columns:
-                have = ", ".join(sorted(columns)) or "none"
-                raise CallError(f"reward {self.spec!r} needs the column {name!r}; the columns here: {have}")
+        require_columns(self, self.spec, columns)
         return [name for name in self.columns or () if name in columns]
 
     def score(
@@ -281,7 +318,7 @@ class PerSample:
             try:
                 score = function(completion=text, **row)
             except Exception as error:
-                score = Score(None, Outcome.error, _traceback(error))
+                score = Score(None, Outcome.error, describe_error(error))
             scores.append(replace(score, seconds=perf_counter() - start))
         return scores
 
@@ -295,6 +332,7 @@ class Stateful:
     """A built-in that keeps state and judges whole lists: models, judges."""
 
     per_sample = False
+    any_of: tuple[str, ...] = ()
 
     def __init__(self, spec: str, cls: Any, options: Mapping[str, Any]) -> None:
         self.spec = spec
@@ -318,8 +356,50 @@ class Stateful:
         return _values(self.spec, self.score(prompts, completions, **columns))
 
 
+class Arguments:
+    """How a user's function takes what a call offers: by name, whatever the kinds of its parameters.
+
+    required: parameters without a default. takes_all: it has `**kwargs`. names: all of its parameters.
+    """
+
+    def __init__(self, spec: str, function: Any) -> None:
+        try:
+            self.parameters = inspect.signature(function).parameters
+        except ValueError as error:  # some functions written in C
+            raise SpecError(f"{spec} has no signature that Python can read; wrap it in a function") from error
+        kinds = [p.kind for p in self.parameters.values()]
+        self.takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        named = {n: p for n, p in self.parameters.items() if p.kind not in _VARIADIC}
+        self.names = tuple(named)
+        self.required = tuple(n for n, p in named.items() if p.default is p.empty)
+
+    def call(self, function: Any, offered: Mapping[str, Any]) -> Any:
+        """Call `function` with what it takes of `offered`."""
+        by_place: list[Any] = []
+        by_name = dict(offered) if self.takes_all else {k: v for k, v in offered.items() if k in self.names}
+        for name, p in self.parameters.items():
+            if p.kind is inspect.Parameter.POSITIONAL_ONLY:
+                by_place.append(by_name.pop(name, p.default))
+        return function(*by_place, **by_name)
+
+
+_ATOMS = (str, int, float, bool, type(None), bytes)
+
+
+def private(value: Any) -> Any:
+    """A copy that shares no list or dict with `value`: what a function does to it concerns nobody else."""
+    if type(value) is list:
+        return [v if type(v) in _ATOMS else private(v) for v in value]
+    if type(value) is dict:
+        return {k: v if type(v) in _ATOMS else private(v) for k, v in value.items()}
+    return value if type(value) in _ATOMS else copy.deepcopy(value)
+
+
 class Custom:
-    """A user's function (or class, made with its options), sync or async, in TRL's convention."""
+    """A user's function (or class, made with its options), sync or async, in TRL's convention.
+
+    any_of: columns of which it needs one. state: where the run is, for `trainer_state`.
+    """
 
     per_sample = False
 
@@ -330,27 +410,29 @@ class Custom:
         self.function: Any = target(**checked) if inspect.isclass(target) else target
         if not callable(self.function):
             raise SpecError(f"{spec}: instances of this class cannot be called; give it a `__call__`")
-        parameters = inspect.signature(self.function).parameters
-        names = [n for n, p in parameters.items() if p.kind in (*_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)]
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._takes_prompts = takes_all or "prompts" in names
-        self.columns: tuple[str, ...] | None = None
-        if not takes_all:
-            self.columns = tuple(n for n in names if n not in ("prompts", "completions", *self.options))
-        if "completions" not in names and not takes_all:
+        self.arguments = Arguments(spec, self.function)
+        if "completions" not in self.arguments.names and not self.arguments.takes_all:
             raise SpecError(f"{spec} must take `completions` (and `prompts`, dataset columns, or **kwargs)")
-        self.required = tuple(
-            n
-            for n in self.columns or ()
-            if n in parameters and parameters[n].default is inspect.Parameter.empty
-        )
+        given = ("prompts", "completions", *PER_CALL, *self.options)
+        self.required = tuple(n for n in self.arguments.required if n not in given)
+        self.any_of: tuple[str, ...] = getattr(target, "any_of", ())
+        self.columns: tuple[str, ...] | None = None
+        if not self.arguments.takes_all:
+            self.columns = tuple(n for n in self.arguments.names if n not in given)
+        self.state: TrainerState | None = None
+        self._logged: dict[str, list[float]] = {}
+        self._extra: dict[str, list[Any]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Any:
-        given = columns if self.columns is None else {k: v for k, v in columns.items() if k in self.columns}
-        if self._takes_prompts:
-            given = {"prompts": prompts, **given}
-        return self.function(completions=completions, **given, **self.options)
+        require_columns(self, self.spec, columns)
+        lists = {"prompts": prompts, "completions": completions, **columns}
+        taken = (
+            lists if self.arguments.takes_all else {k: lists[k] for k in self.arguments.names if k in lists}
+        )
+        per_call = {"trainer_state": self.state, "log_extra": self._log_extra, "log_metric": self._log_metric}
+        offered = {**per_call, **{k: private(v) for k, v in taken.items()}, **self.options}
+        return self.arguments.call(self.function, offered)
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Score]:
         """One Score per completion; garbage in a place is an `error` there. Not from a running loop.
@@ -358,6 +440,7 @@ class Custom:
         Raises what the function raises, and CallError for a result of the wrong length.
         """
         start = perf_counter()
+        self._extra.clear()
         result = self(prompts, completions, **columns)
         if inspect.isawaitable(result):
             if self._loop is None:
@@ -365,27 +448,80 @@ class Custom:
             result = self._loop.run_until_complete(result)
         if hasattr(result, "tolist"):  # numpy array, torch tensor
             result = result.tolist()
-        if not isinstance(result, Sequence) or isinstance(result, str):
+        if not isinstance(result, Sequence) or isinstance(result, str | bytes):
             raise CallError(f"{self.spec} returned a {type(result).__name__}, not a list of numbers")
-        if len(result) != len(completions):
-            raise CallError(f"{self.spec} returned {len(result)} values for {len(completions)} completions")
-        share = (perf_counter() - start) / max(1, len(completions))
-        return [as_score(self.spec, value, share) for value in result]
+        values, n = list(result), len(completions)
+        if len(values) != n:
+            raise CallError(f"{self.spec} returned {len(values)} values for {n} completions")
+        share = (perf_counter() - start) / max(1, n)
+        scores = [as_score(self.spec, value, share) for value in values]
+        return [replace(s, detail=self._with_extra(s.detail, i, n)) for i, s in enumerate(scores)]
+
+    def take_logged(self) -> dict[str, list[float]]:
+        """What the function gave to `log_metric` since the last time."""
+        logged, self._logged = self._logged, {}
+        return logged
+
+    def _log_metric(self, name: str, value: Any) -> None:
+        self._logged.setdefault(str(name), []).append(float(value))
+
+    def _log_extra(self, column: str, values: Sequence[Any]) -> None:
+        self._extra[str(column)] = list(values)
+
+    def _with_extra(self, detail: str, i: int, n: int) -> str:
+        """The detail of sample `i`, with what the function gave to `log_extra` for it."""
+        for name, values in self._extra.items():
+            if len(values) != n:
+                raise CallError(
+                    f"{self.spec}: log_extra({name!r}) got {len(values)} values for {n} completions"
+                )
+            detail += f"{'; ' if detail else ''}{name}: {values[i]}"
+        return detail
 
 
 def as_score(spec: str, value: Any, seconds: float = 0.0) -> Score:
     """A custom function's return value as a Score: None abstains, what is no finite number is an error."""
-    if isinstance(value, Score):
-        return value if value.seconds else replace(value, seconds=seconds)
     if value is None:
         return Score(None, Outcome.abstain, "", seconds)
-    if hasattr(value, "item"):  # numpy or torch scalar
-        value = value.item()
-    if isinstance(value, bool | int | float) and math.isfinite(value):
-        outcome = Outcome.correct if value > 0 else Outcome.wrong
-        return Score(float(value), outcome, "", seconds)
+    if isinstance(value, Score):
+        return _sound(spec, value, seconds)
+    number = _number(value)
+    if number is not None:
+        return Score(number, Outcome.correct if number > 0 else Outcome.wrong, "", seconds)
     detail = f"{spec} returned {value!r:.200} ({type(value).__name__}): not a finite number and not None"
     return Score(None, Outcome.error, detail, seconds)
+
+
+def _number(value: Any) -> float | None:
+    """A finite float; None for all that is none."""
+    if hasattr(value, "item"):  # numpy or torch scalar
+        value = value.item()
+    if not isinstance(value, Real | Decimal):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond what a float holds
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _sound(spec: str, score: Score, seconds: float) -> Score:
+    """A Score that a custom function made, or an error that says what does not fit in it."""
+    value = None if score.value is None else _number(score.value)
+    steps = tuple(_number(step) for step in score.steps)
+    problem = ""
+    if (score.value is not None and value is None) or None in steps:
+        problem = "its value and steps must be finite numbers"
+    elif score.outcome not in set(Outcome):
+        problem = f"its outcome must be one of {', '.join(Outcome)}"
+    elif value is None and score.outcome in (Outcome.correct, Outcome.wrong, Outcome.unparseable):
+        problem = f"{score.outcome} needs a value"
+    if problem:
+        return Score(None, Outcome.error, f"{spec} returned {score!r:.200}: {problem}", seconds)
+    outcome = Outcome(score.outcome)
+    kept = tuple(step for step in steps if step is not None)
+    lost = outcome in (Outcome.error, Outcome.abstain)  # these carry no number
+    return Score(None if lost else value, outcome, str(score.detail), score.seconds or seconds, kept)
 
 
 def _values(spec: str, scores: Sequence[Score]) -> list[float | None]:

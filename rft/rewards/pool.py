@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.rewards.handle import Died, Hung, Worker
-from rft.rewards.types import Outcome, RewardError, Score, Text
+from rft.rewards.types import Outcome, RewardError, Score, Text, TrainerState
 from rft.rewards.worker import PROGRESS, decode
 from rft.utils.process import Guardian
 
@@ -37,11 +37,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker says of a function: the columns that it reads (None: all) and must have, and
-    whether it judges one sample per call."""
+    """What a worker says of a function: the columns that it reads (None: all), those that it must have, those
+    of which it needs one, and whether it judges one sample per call."""
 
     columns: tuple[str, ...] | None
     required: tuple[str, ...]
+    any_of: tuple[str, ...]
     per_sample: bool
 
 
@@ -53,6 +54,7 @@ class _Request:
     prompts: Sequence[Text]
     completions: Sequence[Text]
     columns: Mapping[str, Sequence[Any]]
+    state: TrainerState | None
     scores: list[Score | None]
     done: asyncio.Future[None]
     left: int
@@ -81,6 +83,7 @@ class WorkerPool:
         self.start_timeout_s = start_timeout_s
         self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
         self.loaded: list[Loaded] = []
+        self.logged: list[dict[str, list[float]]] = [{} for _ in specs]  # by function, what `log_metric` got
         self._workers: set[Worker] = set()
         self._jobs: asyncio.Queue[_Job]
         self._slots: list[asyncio.Task[None]] = []
@@ -110,6 +113,7 @@ class WorkerPool:
         prompts: Sequence[Text],
         completions: Sequence[Text],
         columns: Mapping[str, Sequence[Any]],
+        state: TrainerState | None = None,
     ) -> list[Score]:
         """One Score per completion, in order. A hung call is a `timeout`, a crash an `error`, both None."""
         if self._closed:
@@ -120,7 +124,7 @@ class WorkerPool:
         wanted = self.loaded[spec].columns
         given = columns if wanted is None else {k: v for k, v in columns.items() if k in wanted}
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        request = _Request(spec, prompts, completions, given, [None] * n, done, n)
+        request = _Request(spec, prompts, completions, given, state, [None] * n, done, n)
         batch = self.specs[spec].batch_size or -(-n // self.size)
         share = max(batch, -(-n // self.size)) // batch * batch
         for start in range(0, n, share):
@@ -172,22 +176,31 @@ class WorkerPool:
         self._guardian.watch(worker.process.pid)
         self._workers.add(worker)
         self.counts["started"] += 1
+        loading = self.specs[0].function
         try:
             await worker.attach(sock)
             worker.send([(s.function, dict(s.options), str(s.base_dir)) for s in self.specs])
-            kind, *rest = await worker.receive(self.start_timeout_s, per_call=False)
-        except Hung:
+            async with asyncio.timeout(self.start_timeout_s):
+                kind, *rest = await worker.receive(self.start_timeout_s, per_call=False)
+                while kind == "loading":
+                    loading = self.specs[rest[0]].function
+                    kind, *rest = await worker.receive(self.start_timeout_s, per_call=False)
+        except (Hung, TimeoutError):
+            where = await worker.where()
             await self._end(worker)
-            names = ", ".join(s.function for s in self.specs)
             raise RewardError(
-                f"a reward worker did not load {names} within start_timeout_s = {self.start_timeout_s:g} s"
+                f"a reward worker did not load {loading} within start_timeout_s = "
+                f"{self.start_timeout_s:g} s{where}"
             ) from None
+        except Died as death:
+            await self._end(worker)
+            raise Died(f"{death.reason} (while it loaded {loading})") from None
         except BaseException:
             await self._end(worker)
             raise
         if kind == "failed":
             await self._end(worker)
-            raise RewardError(f"a reward worker could not load its rewards:\n{rest[0]}")
+            raise RewardError(f"a reward worker could not load {loading}:\n{rest[0]}")
         self.loaded = [Loaded(*row) for row in rest[0]]
         return worker
 
@@ -213,7 +226,7 @@ class WorkerPool:
                 grace = 1.0
             except Hung as hang:
                 self.counts["killed"] += 1
-                self._after_hang(job, hang.index + job.start)
+                self._after_hang(job, hang.index + job.start, await worker.where())
                 grace = 0.0
             except Died as death:
                 self.counts["crashed"] += 1
@@ -227,10 +240,14 @@ class WorkerPool:
         r, part = job.request, slice(job.start, job.stop)
         columns = {name: values[part] for name, values in r.columns.items()}
         PROGRESS.pack_into(worker.board, 0, -1, time.monotonic())
-        worker.send((r.spec, r.prompts[part], r.completions[part], columns, job.batch))
+        worker.send((r.spec, r.prompts[part], r.completions[part], columns, job.batch, r.state))
         while True:
             kind, *rest = await worker.receive(self.specs[r.spec].timeout_s, per_call=True)
             if kind == "done":
+                for name, values in rest[0].items():
+                    self.logged[r.spec].setdefault(name, []).extend(values)
+                for i in range(job.start, job.stop):  # whatever happened: nobody waits for ever
+                    self._fill(r, i, [Score(None, Outcome.error, "its worker gave no score for this sample")])
                 return
             first, rows = rest
             self._fill(r, job.start + first, decode(rows))
@@ -250,12 +267,12 @@ class WorkerPool:
         per_sample = self.loaded[job.request.spec].per_sample
         return index, index + 1 if per_sample else min(index + job.batch, job.stop)
 
-    def _after_hang(self, job: _Job, index: int) -> None:
+    def _after_hang(self, job: _Job, index: int, where: str) -> None:
         start, stop = self._call_of(job, index)
         timeout = self.specs[job.request.spec].timeout_s
         job.request.hung += 1
         if stop - start == 1 or job.request.hung > MAX_HUNG_CALLS:
-            detail = f"no result within timeout_s = {timeout:g} s; its process was killed"
+            detail = f"no result within timeout_s = {timeout:g} s; its process was killed{where}"
             self._fill(job.request, start, [Score(None, Outcome.timeout, detail, timeout)] * (stop - start))
         else:
             self._split(job, start, stop)

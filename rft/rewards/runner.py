@@ -13,8 +13,9 @@ from typing import Any
 from rft.rewards.actors import ActorPool
 from rft.rewards.combine import combine
 from rft.rewards.config import ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
+from rft.rewards.load import CallError, require_columns
 from rft.rewards.pool import Spec, WorkerPool
-from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, text_of
+from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, TrainerState, text_of
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -26,11 +27,13 @@ class RewardRunner:
     `async with`. Should this process die in any way, its workers and their children go with it.
     """
 
-    def __init__(self, config: RewardsConfig, base_dir: Path | str = ".") -> None:
+    def __init__(self, config: RewardsConfig, base_dir: Path | str = ".", steps: int = 0) -> None:
+        """steps: of the whole run, for rewards that take `trainer_state`."""
         if not config.functions:
             raise ValueError("rewards.functions is empty: name at least one reward, for example `math`")
         self.config = config
         self.base_dir = Path(base_dir)
+        self.steps = steps
         local = [c for c in config.functions if c.actor is None]
         shared = [c for c in local if c.own_workers is None]
         plan = [(shared, config.workers)] if shared else []
@@ -107,8 +110,9 @@ class RewardRunner:
             if len(values) != n:
                 raise ValueError(f"{name!r} has {len(values)} values for {n} completions")
         await self.start()
+        state = TrainerState(round(progress * self.steps), self.steps)
         parts = await asyncio.gather(
-            *(self._score_one(c, prompts, completions, merged) for c in self.config.functions)
+            *(self._score_one(c, prompts, completions, merged, state) for c in self.config.functions)
         )
         scores = {c.label: part for c, part in zip(self.config.functions, parts, strict=True)}
         rewards = combine(self.config, scores, groups=groups, progress=progress)
@@ -122,17 +126,19 @@ class RewardRunner:
         prompts: Sequence[Text],
         completions: Sequence[Text],
         columns: Mapping[str, Any],
+        state: TrainerState,
     ) -> list[Score]:
         pool, index = self._place[c.label]
         renamed = dict(columns)
-        for parameter, column in c.columns.items():
-            if column not in columns:
-                raise RewardError(_missing(c, column, columns))
-            renamed[parameter] = columns[column]
-        for name in pool.loaded[index].required:
-            if name not in renamed:
-                raise RewardError(_missing(c, name, columns))
-        return await pool.score(index, prompts, completions, renamed)
+        try:
+            for parameter, column in c.columns.items():
+                if column not in columns:
+                    raise CallError(f"reward {c.label!r}: `columns` names {column!r}, which is not there")
+                renamed[parameter] = columns[column]
+            require_columns(pool.loaded[index], c.label, renamed)
+        except CallError as error:
+            raise RewardError(str(error)) from None
+        return await pool.score(index, prompts, completions, renamed, state)
 
     def state_dict(self) -> dict[str, Any]:
         """What the error policy has counted so far, as plain JSON."""
@@ -150,15 +156,11 @@ class RewardRunner:
         metrics = self._tally.take()
         for key in ("killed", "crashed", "recycled"):
             metrics[f"reward/workers/{key}"] = float(sum(pool.counts[key] for pool in self._pools))
+        for label, (pool, index) in self._place.items():
+            logged, pool.logged[index] = pool.logged[index], {}
+            for name, values in logged.items():
+                metrics[f"reward/{label}/logged/{name}"] = statistics.fmean(values)
         return metrics
-
-
-def _missing(c: RewardConfig, name: str, columns: Columns) -> str:
-    have = ", ".join(sorted(columns)) or "none"
-    return (
-        f"reward {c.label!r} needs the column {name!r}; the columns here: {have}. "
-        f"Where it has another name, say so: columns: {{{name}: <column>}}"
-    )
 
 
 class _Tally:

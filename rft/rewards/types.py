@@ -61,6 +61,14 @@ class SampleReward:
     vector: tuple[float | None, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """Where the run is, under the names of the `trainer_state` that TRL gives to rewards."""
+
+    global_step: int
+    max_steps: int
+
+
 class RewardError(RuntimeError):
     """A reward failed more often than its config allows; the message holds traceback and sample."""
 

@@ -5,39 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rft.rewards.load import Arguments, SpecError
 from rft.rewards.types import Text, text_of
 
+TRUTHS = ("ground_truth", "reward_model", "answer")
 
-def from_verl(compute_score: Callable[..., Any]) -> Callable[..., list[float | None]]:
+
+def from_verl(compute_score: Callable[..., Any], /, **options: Any) -> Callable[..., list[float | None]]:
     """`reward = from_verl(compute_score)`: verl's function in the convention of rft and TRL.
 
     The ground truth is the column `ground_truth`, or `reward_model["ground_truth"]` as in verl's
-    datasets, or `answer`; `data_source` and `extra_info` are passed where the dataset has them. A dict
-    result counts by its `score`. In a config, the prefix does the same: `verl:path.py:compute_score`.
+    datasets, or `answer`; `data_source` and `extra_info` are passed where the dataset has them. Arguments
+    go by name, as in verl. A dict result counts by its `score`. In a config, the prefix does the same:
+    `verl:path.py:compute_score`. Raises SpecError for a function that does not take `solution_str`.
     """
+    arguments = Arguments("verl's compute_score", compute_score)
+    if "solution_str" not in arguments.names and not arguments.takes_all:
+        raise SpecError(
+            f"verl's compute_score must take `solution_str`; this one takes {', '.join(arguments.names)}"
+        )
 
     def reward(
         completions: Sequence[Text], prompts: Sequence[Text] = (), **columns: Any
     ) -> list[float | None]:
-        truths = columns.get("ground_truth") or columns.get("answer")
+        n = len(completions)
+        truths = columns.get("ground_truth", columns.get("answer", [None] * n))
         if "reward_model" in columns:
             truths = [row["ground_truth"] for row in columns["reward_model"]]
-        if truths is None:
-            have = ", ".join(sorted(columns)) or "none"
-            raise ValueError(
-                "verl's compute_score needs a column `ground_truth`, `reward_model` or `answer`; "
-                f"the columns here: {have}"
-            )
-        none = [None] * len(completions)
-        rows = zip(
-            columns.get("data_source", none),
-            completions,
-            truths,
-            columns.get("extra_info", none),
-            strict=True,
-        )
-        return [_number(compute_score(source, text_of(c), truth, extra)) for source, c, truth, extra in rows]
+        given = {name: columns[name] for name in ("data_source", "extra_info") if name in columns}
+        result = []
+        for i, completion in enumerate(completions):
+            offered: dict[str, Any] = {
+                "data_source": None,
+                "extra_info": None,
+                **{k: v[i] for k, v in given.items()},
+            }
+            offered |= {"solution_str": text_of(completion), "ground_truth": truths[i], **options}
+            result.append(_number(arguments.call(compute_score, offered)))
+        return result
 
+    reward.any_of = TRUTHS if "ground_truth" in arguments.required else ()  # type: ignore[attr-defined]
     return reward
 
 

@@ -1,16 +1,22 @@
 """What runs in a worker process: it loads the reward functions once and judges chunk after chunk.
 
-Messages are length-prefixed pickles over a socket. In: the set-up, then jobs. Out: the set-up's
-result, then per job one or more `("scores", offset, [...])` and `("done",)`. Before each call the
-index of its first sample and the time are written to shared memory, so that the parent knows which
-sample hangs, and since when, without a message per sample.
+Messages are length-prefixed pickles over a socket. In: the set-up, then jobs. Out: ("loading", i) per
+function and the set-up's result, then per job one or more `("scores", offset, [...])` and `("done", logged)`.
+Before each call the index of its first sample and the time are written to shared memory, so that the
+parent knows which sample hangs, and since when, without a message per sample. On the signal `WHERE` the
+process writes what it is doing to a file in memory: Python's own handler does so even where a function
+never gives the interpreter back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import fcntl
 import os
 import pickle
 import select
+import signal
 import socket
 import struct
 import sys
@@ -20,13 +26,15 @@ from mmap import mmap
 from time import monotonic
 from typing import Any
 
-from rft.rewards.load import CallError, Custom, PerSample, Stateful, load_reward
-from rft.rewards.types import Outcome, Score
+from rft.rewards.load import CallError, Custom, PerSample, SpecError, Stateful, describe_error, load_reward
+from rft.rewards.types import Outcome, Score, TrainerState
 from rft.utils.process import PR_SET_CHILD_SUBREAPER, kill_tree, prctl
 
 HEADER = struct.Struct("!Q")
 PROGRESS = struct.Struct("=qd")  # index within the job (-1: idle), monotonic start of the call
 FLUSH_S = 0.25  # results are sent at least this often, so that a kill loses little
+WHERE = signal.SIGRTMAX
+PRIVATE_FDS = 512  # from here on: out of the way of code that closes or writes to all low descriptors
 
 
 def send(sock: socket.socket, message: Any) -> None:
@@ -70,13 +78,26 @@ class Call:
     def __init__(self, emit: Callable[[int, list[Score]], None], mark: Callable[[int], None]) -> None:
         self.emit = emit
         self.mark = mark
+        self.pid = os.getpid()
+        self.surroundings = _Surroundings()
 
-    def run(self, reward: Any, prompts: Any, completions: Any, columns: dict[str, Any], batch: int) -> None:
-        """Judge all samples, `batch` per call; per-sample functions report progress by sample."""
+    def run(
+        self,
+        reward: Any,
+        prompts: Any,
+        completions: Any,
+        columns: dict[str, Any],
+        batch: int,
+        state: TrainerState | None = None,
+    ) -> dict[str, list[float]]:
+        """Judge all samples, `batch` per call; per-sample functions report progress by sample. Returns what
+        the function gave to `log_metric`."""
         n = len(completions)
         step = batch if not isinstance(reward, PerSample) else 16
         pending: list[Score] = []
         first, sent = 0, monotonic()
+        if isinstance(reward, Custom):
+            reward.state = state
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
             given = {name: values[part] for name, values in columns.items()}
@@ -86,31 +107,69 @@ class Call:
                 first, pending, sent = part.stop, [], monotonic()
         if pending:
             self.emit(first, pending)
+        return reward.take_logged() if isinstance(reward, Custom) else {}
 
     def _part(
         self, reward: Any, prompts: Any, completions: Any, columns: dict[str, Any], start: int
     ) -> list[Score]:
+        n = len(completions)
         extra: dict[str, Any] = {}
         if isinstance(reward, PerSample):
             extra["progress"] = lambda i: self.mark(start + i)
         else:
             self.mark(start)
         try:
-            return list(reward.score(prompts, completions, **extra, **columns))
-        except Exception as error:
-            if len(completions) == 1 or isinstance(error, CallError):
-                return [Score(None, Outcome.error, _describe(error))] * len(completions)
-        scores: list[Score] = []  # one sample broke the call: find it, and keep the others
-        for i in range(len(completions)):
+            scores = list(reward.score(prompts, completions, **extra, **columns))
+            if len(scores) != n:
+                raise CallError(f"{reward.spec} gave {len(scores)} scores for {n} completions")
+            return scores
+        except BaseException as error:  # SystemExit and its like must end no worker
+            if n == 1 or isinstance(error, CallError):
+                return [Score(None, Outcome.error, describe_error(error))] * n
+        finally:
+            if os.getpid() != self.pid:  # a child that the function forked came back out of it
+                os._exit(0)
+            if isinstance(reward, Custom):
+                self.surroundings.restore()
+        scores = []  # one sample broke the call: find it, and keep the others
+        for i in range(n):
             one = {name: values[i : i + 1] for name, values in columns.items()}
             scores += self._part(reward, prompts[i : i + 1], completions[i : i + 1], one, start + i)
         return scores
 
 
-def _describe(error: BaseException) -> str:
-    import traceback
+class _Surroundings:
+    """Working folder, environment and output streams: every call finds them as the first one did."""
 
-    return "".join(traceback.format_exception(error)).rstrip()
+    def __init__(self) -> None:
+        self.folder: str | None = None
+        with contextlib.suppress(FileNotFoundError):  # the folder was deleted: nothing to go back to
+            self.folder = os.getcwd()
+        self.environment = dict(os.environ)
+
+    def restore(self) -> None:
+        if self.folder is not None and _folder() != self.folder:
+            os.chdir(self.folder)
+        if dict(os.environ) != self.environment:
+            os.environ.clear()
+            os.environ.update(self.environment)
+        if sys.stdout.closed or sys.stderr.closed:
+            open_streams()
+
+
+def open_streams() -> None:
+    """Output streams that keep their descriptors when a function closes them."""
+    sys.stdout, sys.stderr = (
+        open(fd, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
+        for fd in (1, 2)
+    )
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 def _watch(sock: socket.socket) -> None:
@@ -122,10 +181,6 @@ def _watch(sock: socket.socket) -> None:
     os._exit(1)
 
 
-def _load(specs: Sequence[tuple[str, dict[str, Any], str]]) -> list[Custom | PerSample | Stateful]:
-    return [load_reward(spec, base_dir=base, **options) for spec, options, base in specs]  # type: ignore[misc]
-
-
 def _warm(reward: Any) -> None:
     inner = getattr(reward, "inner", None) or reward.function
     warm = getattr(getattr(inner, "func", inner), "warm_up", None)  # options are bound by a partial
@@ -133,11 +188,26 @@ def _warm(reward: Any) -> None:
         warm()
 
 
-def main(socket_fd: int, progress_fd: int) -> None:
+def _out_of_the_way(fd: int) -> int:
+    """The same open file under a high number that no program started from here inherits."""
+    try:
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, PRIVATE_FDS)
+    except OSError:  # fewer descriptors are allowed
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, fd + 1)
+    os.close(fd)
+    return moved
+
+
+def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
     """Load, report, and judge until told to stop or the parent is gone."""
-    sock = socket.socket(fileno=socket_fd)
+    open_streams()
+    sock = socket.socket(fileno=_out_of_the_way(socket_fd))
+    where = _out_of_the_way(where_fd)
+    faulthandler.enable(where, all_threads=False)  # a crash in C says where, too
+    faulthandler.register(WHERE, where, all_threads=False)
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a reward starts stays below this process
     board = mmap(progress_fd, PROGRESS.size)
+    os.close(progress_fd)
 
     def mark(index: int) -> None:
         PROGRESS.pack_into(board, 0, index, monotonic())
@@ -145,22 +215,25 @@ def main(socket_fd: int, progress_fd: int) -> None:
     mark(-1)
     try:
         specs = receive(sock)
+        rewards: list[Custom | PerSample | Stateful] = []
         try:
-            rewards = _load(specs)
-            for reward in rewards:
-                _warm(reward)
-        except Exception as error:
-            send(sock, ("failed", _describe(error)))
+            for i, (spec, options, base) in enumerate(specs):
+                send(sock, ("loading", i))
+                rewards.append(load_reward(spec, base_dir=base, **options))  # type: ignore[arg-type]
+                _warm(rewards[-1])
+        except BaseException as error:  # SystemExit among them
+            send(sock, ("failed", str(error) if isinstance(error, SpecError) else describe_error(error)))
             return
         threading.Thread(target=_watch, args=(sock,), daemon=True).start()
-        send(sock, ("ready", [(r.columns, r.required, r.per_sample) for r in rewards]))
+        send(sock, ("ready", [(r.columns, r.required, r.any_of, r.per_sample) for r in rewards]))
         call = Call(lambda first, scores: send(sock, ("scores", first, encode(scores))), mark)
         while (job := receive(sock)) is not None:
-            index, prompts, completions, columns, batch = job
-            call.run(rewards[index], prompts, completions, columns, batch)
+            index, *rest = job
+            logged = call.run(rewards[index], *rest)
             mark(-1)
-            send(sock, ("done",))
+            send(sock, ("done", logged))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
     finally:
-        sys.stdout.flush()
+        with contextlib.suppress(ValueError, OSError):  # the reward closed it, or nobody reads it
+            sys.stdout.flush()
