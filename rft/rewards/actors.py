@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rft.rewards.load import load_reward
-from rft.rewards.pool import Loaded, Spec
+from rft.rewards.pool import Loaded, Logged, Spec
 from rft.rewards.types import Outcome, RewardError, Score, Text, TrainerState
 from rft.rewards.worker import Call, decode, encode
 
@@ -31,7 +31,7 @@ class RewardActor:
         columns: dict[str, Any],
         batch: int,
         state: TrainerState | None,
-    ) -> tuple[list[Any], dict[str, list[float]]]:
+    ) -> tuple[list[Any], Logged]:
         """All scores of a call, encoded, and what `log_metric` got; what the function raises is an `error`
         of its samples."""
         scores: list[Score] = []
@@ -50,7 +50,6 @@ class ActorPool:
         self.start_timeout_s = start_timeout_s
         self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
         self.loaded: list[Loaded] = []
-        self.logged: list[dict[str, list[float]]] = [{}]
         self.pids: list[int] = []
         self._actor: Any = None
         self._making = asyncio.Lock()
@@ -90,12 +89,15 @@ class ActorPool:
         completions: Sequence[Text],
         columns: Mapping[str, Sequence[Any]],
         state: TrainerState | None = None,
+        logged: Logged | None = None,
     ) -> list[Score]:
         """One Score per completion. A hang is a `timeout` of the whole call, a crash an `error`."""
         if not completions:
             return []
         given_up = asyncio.Event()
-        judging = self._judge(list(prompts), list(completions), columns, state, given_up)
+        judging = self._judge(
+            list(prompts), list(completions), columns, state, {} if logged is None else logged, given_up
+        )
         try:
             return await asyncio.shield(asyncio.create_task(judging))
         except asyncio.CancelledError:
@@ -108,6 +110,7 @@ class ActorPool:
         completions: list[Text],
         columns: Mapping[str, Sequence[Any]],
         state: TrainerState | None,
+        logged: Logged,
         given_up: asyncio.Event,
     ) -> list[Score]:
         import ray
@@ -121,9 +124,9 @@ class ActorPool:
             actor, batch = self._actor, self.spec.batch_size or len(completions)
             try:
                 reply = actor.score.remote(prompts, completions, given, batch, state)
-                rows, logged = await asyncio.wait_for(reply, self.spec.timeout_s)
-                for name, values in logged.items():
-                    self.logged[0].setdefault(name, []).extend(values)
+                rows, new = await asyncio.wait_for(reply, self.spec.timeout_s)
+                for name, values in new.items():
+                    logged.setdefault(name, []).extend(values)
                 return decode(rows)
             except TimeoutError:
                 self.counts["killed"] += 1

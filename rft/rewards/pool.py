@@ -23,6 +23,9 @@ MAX_HUNG_CALLS = 16
 MAX_DEATHS_LOADING = 3
 """Of a worker's successors: one may be killed from outside, a function that kills them all is at fault."""
 
+Logged = dict[str, list[float]]
+"""By name, what a reward function gave to `log_metric`."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -55,6 +58,7 @@ class _Request:
     completions: Sequence[Text]
     columns: Mapping[str, Sequence[Any]]
     state: TrainerState | None
+    logged: Logged
     scores: list[Score | None]
     done: asyncio.Future[None]
     left: int
@@ -83,7 +87,6 @@ class WorkerPool:
         self.start_timeout_s = start_timeout_s
         self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
         self.loaded: list[Loaded] = []
-        self.logged: list[dict[str, list[float]]] = [{} for _ in specs]  # by function, what `log_metric` got
         self._workers: set[Worker] = set()
         self._jobs: asyncio.Queue[_Job]
         self._slots: list[asyncio.Task[None]] = []
@@ -114,8 +117,10 @@ class WorkerPool:
         completions: Sequence[Text],
         columns: Mapping[str, Sequence[Any]],
         state: TrainerState | None = None,
+        logged: Logged | None = None,
     ) -> list[Score]:
-        """One Score per completion, in order. A hung call is a `timeout`, a crash an `error`, both None."""
+        """One Score per completion, in order. A hung call is a `timeout`, a crash an `error`, both None. What
+        the function gives to `log_metric` is added to `logged`."""
         if self._closed:
             raise RuntimeError("the reward pool is closed")
         n = len(completions)
@@ -124,7 +129,8 @@ class WorkerPool:
         wanted = self.loaded[spec].columns
         given = columns if wanted is None else {k: v for k, v in columns.items() if k in wanted}
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        request = _Request(spec, prompts, completions, given, state, [None] * n, done, n)
+        logged = {} if logged is None else logged
+        request = _Request(spec, prompts, completions, given, state, logged, [None] * n, done, n)
         batch = self.specs[spec].batch_size or -(-n // self.size)
         share = max(batch, -(-n // self.size)) // batch * batch
         for start in range(0, n, share):
@@ -245,7 +251,7 @@ class WorkerPool:
             kind, *rest = await worker.receive(self.specs[r.spec].timeout_s, per_call=True)
             if kind == "done":
                 for name, values in rest[0].items():
-                    self.logged[r.spec].setdefault(name, []).extend(values)
+                    r.logged.setdefault(name, []).extend(values)
                 for i in range(job.start, job.stop):  # whatever happened: nobody waits for ever
                     self._fill(r, i, [Score(None, Outcome.error, "its worker gave no score for this sample")])
                 return

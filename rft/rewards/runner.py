@@ -14,7 +14,7 @@ from rft.rewards.actors import ActorPool
 from rft.rewards.combine import combine
 from rft.rewards.config import ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
 from rft.rewards.load import CallError, require_columns
-from rft.rewards.pool import Spec, WorkerPool
+from rft.rewards.pool import Logged, Spec, WorkerPool
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, TrainerState, text_of
 
 Columns = Mapping[str, Sequence[Any]]
@@ -52,6 +52,7 @@ class RewardRunner:
                 self._place[c.label] = (actor, 0)
         self._starting: asyncio.Task[None] | None = None
         self._tally = _Tally(config)
+        self._logged: dict[str, Logged] = {c.label: {} for c in config.functions}
 
     def _spec(self, c: RewardConfig) -> Spec:
         return Spec(c.function, c.options, self.base_dir, c.call_timeout_s, c.batch_size)
@@ -111,8 +112,12 @@ class RewardRunner:
                 raise ValueError(f"{name!r} has {len(values)} values for {n} completions")
         await self.start()
         state = TrainerState(round(progress * self.steps), self.steps)
+        logged = self._logged if training else {c.label: {} for c in self.config.functions}
         parts = await asyncio.gather(
-            *(self._score_one(c, prompts, completions, merged, state) for c in self.config.functions)
+            *(
+                self._score_one(c, prompts, completions, merged, state, logged[c.label])
+                for c in self.config.functions
+            )
         )
         scores = {c.label: part for c, part in zip(self.config.functions, parts, strict=True)}
         rewards = combine(self.config, scores, groups=groups, progress=progress)
@@ -127,6 +132,7 @@ class RewardRunner:
         completions: Sequence[Text],
         columns: Mapping[str, Any],
         state: TrainerState,
+        logged: Logged,
     ) -> list[Score]:
         pool, index = self._place[c.label]
         renamed = dict(columns)
@@ -138,7 +144,7 @@ class RewardRunner:
             require_columns(pool.loaded[index], c.label, renamed)
         except CallError as error:
             raise RewardError(str(error)) from None
-        return await pool.score(index, prompts, completions, renamed, state)
+        return await pool.score(index, prompts, completions, renamed, state, logged)
 
     def state_dict(self) -> dict[str, Any]:
         """What the error policy has counted so far, as plain JSON."""
@@ -156,10 +162,10 @@ class RewardRunner:
         metrics = self._tally.take()
         for key in ("killed", "crashed", "recycled"):
             metrics[f"reward/workers/{key}"] = float(sum(pool.counts[key] for pool in self._pools))
-        for label, (pool, index) in self._place.items():
-            logged, pool.logged[index] = pool.logged[index], {}
+        for label, logged in self._logged.items():
             for name, values in logged.items():
                 metrics[f"reward/{label}/logged/{name}"] = statistics.fmean(values)
+            logged.clear()
         return metrics
 
 
