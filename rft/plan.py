@@ -20,7 +20,13 @@ from rft.config import Config, ConfigError, algorithm_name, fingerprint
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype, stop_ids
 from rft.learner.parallel.checks import describe_ranks, parallel_problems
-from rft.learner.preflight import describe_training, learner_problems, trained_parameters, vocabulary_problem
+from rft.learner.preflight import (
+    describe_training,
+    learner_problems,
+    stored_quantized_problem,
+    trained_parameters,
+    vocabulary_problem,
+)
 from rft.memory import ModelShape, learner_bytes, meta_network, replica_bytes
 from rft.offline_plan import OfflineData, load_offline, offline_problems, reference_problem
 from rft.online_plan import longest_sequence, mixes, online_problems
@@ -249,6 +255,8 @@ def _part_problems(
     out = learner_problems("learner", config.learner, network, config.algorithm)
     if config.warm_start is not None:
         out += learner_problems("warm_start.learner", config.warm_start.learner, network, None)
+    stored = stored_quantized_problem(config.learner, network, config.algorithm)
+    out += [stored] if stored else []
     out += config.learner.kernels.misfits(device)
     out += parallel_problems(config, device)
     if engine is not None:

@@ -26,6 +26,7 @@ from rft.batch import Batch
 from rft.kernels.attention_function import NAME, Layout
 from rft.kernels.attention_route import AttentionRoute, Kernel, candidates, decoder_of
 from rft.kernels.forest import Forest
+from rft.utils.quantized import evaluation_mode, is_quantized, rounding
 
 ROUTE = "_rft_attention_route"  # where a prepared decoder keeps its route; deep copies keep it too
 
@@ -134,13 +135,8 @@ def prepare_model(model: nn.Module, kernel: Kernel = "auto") -> AttentionRoute:
             f"{type(decoder).__name__} is on the meta device: load its weights before preparing it"
         )
     original = decoder.config._attn_implementation
-    training = [m for m in decoder.modules() if m.training]
-    decoder.eval()
-    try:
+    with evaluation_mode(decoder):
         route = _first_exact(decoder, routes, original)
-    finally:
-        for module in training:
-            module.training = True
     if kernel != "auto" and route.kind != "merge":
         raise ValueError(
             f"the attention of {type(decoder).__name__} cannot be replaced by the kernel {kernel} "
@@ -172,11 +168,37 @@ def _first_exact(decoder: PreTrainedModel, routes: list[AttentionRoute], origina
             except Exception as problem:  # whatever it is, this route is out, and the reason is reported
                 reasons.append(f"{route.kind}: {type(problem).__name__}: {problem}")
                 continue
-            if error <= tolerance_of(decoder):
+            if error <= (limit := tolerance_of(decoder)):
                 kept = "; ".join([*([route.reason] if route.reason else []), *reasons])
                 return route.because(kept)
-            reasons.append(f"{route.kind}: hidden states differ by {error:.1e} from separate sequences")
-    raise ValueError(f"{type(decoder).__name__} cannot be trained on: " + "; ".join(reasons))
+            reasons.append(
+                f"{route.kind}: hidden states differ by {error:.1e} of their norm from separate sequences "
+                f"(rounding explains {limit:.1e})"
+            )
+        repeated = relative_error(_one_by_one(decoder, tokens, forest), expected)
+    raise ValueError(
+        f"{type(decoder).__name__} cannot be trained on: {'; '.join(reasons)}. {_cause(decoder, repeated)}"
+    )
+
+
+def _cause(decoder: PreTrainedModel, repeated: float) -> str:
+    """Why no route is exact, as far as it can be told, and what to do. `repeated`: the difference between two
+    runs of the same sequences, one by one."""
+    if repeated > tolerance_of(decoder):
+        return (
+            f"Cause: the same sequence gives other hidden states when it is run again (by {repeated:.1e}): a "
+            "layer is random, or its weights change, with dropout off and without gradient. Take that layer "
+            "out, or use another model"
+        )
+    if any(is_quantized(m) for m in decoder.modules()):
+        return (
+            "Cause: the quantised layers compute in fewer bits than the rest of the model, and their result "
+            "depends on the shape of the batch. Leave learner.quantize out, or set learner.dtype: bfloat16"
+        )
+    return (
+        "Cause: a layer reads more than its own sequence's tokens, or fewer, in a way that is unknown here. "
+        "Use another architecture"
+    )
 
 
 def _probe(decoder: PreTrainedModel) -> tuple[Tensor, Forest]:
@@ -214,12 +236,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def tolerance_of(decoder: PreTrainedModel) -> float:
     """The relative difference of hidden states that rounding explains, by the dtypes computed in."""
-    dtypes = {p.dtype for p in decoder.parameters() if p.is_floating_point()}
-    device = decoder.device.type
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    worst = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return max(1e-4, 8 * worst)
+    return max(1e-4, 8 * rounding(decoder))
 
 
 def self_check(
@@ -247,23 +264,21 @@ def self_check(
             chosen.append(tree)
     part = batch.select(chosen)
     forest = Forest(part.segment, part.parent, part.positions)
-    training = [m for m in decoder.modules() if m.training]
-    decoder.eval()
-    try:
-        with torch.no_grad():
-            expected = sequence_hidden_states(decoder, part.tokens, forest)
-            error = relative_error(_run(decoder, part.tokens, forest, route), expected)
-    finally:
-        for module in training:
-            module.training = True
-    limit = tolerance_of(decoder) if tolerance is None else tolerance
+    with evaluation_mode(decoder), torch.no_grad():
+        expected = sequence_hidden_states(decoder, part.tokens, forest)
+        error = relative_error(_run(decoder, part.tokens, forest, route), expected)
+        limit = tolerance_of(decoder) if tolerance is None else tolerance
     if error > limit:
         message = (
             f"packed hidden states of {type(decoder).__name__} differ from those of separate sequences by "
             f"{error:.1e} of their norm, more than {limit:.1e}"
         )
         if not fall_back:
-            raise RuntimeError(message + ": do not train on them; run without sharing and packing")
+            raise RuntimeError(
+                f"{message}. Cause: with this batch's lengths a layer mixes the tokens of different "
+                "sequences, or its arithmetic is coarser than its dtype. Set learner.self_check: fall_back "
+                "to run every sequence in a padded row of its own"
+            )
         warnings.warn(
             message + ": running every sequence in a padded row of its own from now on", stacklevel=2
         )

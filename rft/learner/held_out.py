@@ -9,6 +9,7 @@ import torch
 
 from rft.batch import Batch
 from rft.learner import objective
+from rft.utils.quantized import evaluation_mode
 
 if TYPE_CHECKING:
     from rft.learner.learner import Learner
@@ -27,9 +28,7 @@ def held_out_sums(learner: Learner, batch: Batch, step: int) -> Sums:
     shown = None if algorithm.embeds else algorithm
     sums: Sums = {}
     loss = 0.0
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for trees in learner.plan(batch):
             micro = learner.micro(batch, trees)
             out = learner.policy.run(micro, algorithm.outputs, algorithm=shown, reference=learner.reference)
@@ -40,9 +39,6 @@ def held_out_sums(learner: Learner, batch: Batch, step: int) -> Sums:
             for name, values in algorithm.held_out(out, micro).items():
                 total, count = sums.get(name, (0.0, 0.0))
                 sums[name] = (total + float(values.sum(dtype=torch.float64)), count + values.numel())
-    finally:
-        for module in training:
-            module.training = True
     parts = learner.parallel.gather((loss, sums))
     merged = {name: _add(part.get(name) for _, part in parts) for _, part in parts for name in part}
     return {"loss": (sum(part for part, _ in parts) * units, units), **merged}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rft.utils.quantized import keep_row_major
+
 
 class ModelError(ValueError):
     """A model cannot be loaded or used; the message says which and why."""
@@ -55,6 +57,7 @@ def load_causal_lm(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {error}") from error
+    keep_row_major(model)
     return model if quantize is not None else model.to(device)
 
 

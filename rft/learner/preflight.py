@@ -123,6 +123,19 @@ def describe_training(config: LearnerConfig, parameters: int | None) -> str:
     return f"an adapter ({config.adapter.method}){count} on {base}, {config.optimizer}"
 
 
+def stored_quantized_problem(config: LearnerConfig, network: Any | None, algorithm: Algorithm) -> str | None:
+    """A message where the model's own weights are stored quantised: they cannot be trained, and engines that
+    hold them cannot take pushed weights. An offline run may train an adapter on them."""
+    stored = getattr(getattr(network, "config", None), "quantization_config", None)
+    if stored is None or (config.adapter is not None and not algorithm.online):
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return (
+        f"model.path: its weights are stored quantised ({getattr(method, 'value', method)}); give the "
+        "unquantised model, and set learner.quantize: nf4 with learner.adapter to hold it in 4 bits"
+    )
+
+
 def vocabulary_problem(tokenizer: Any, rows: int) -> str | None:
     """A message where the tokenizer makes tokens that the model's embedding of `rows` rows lacks."""
     largest = max(tokenizer.get_vocab().values())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rft.learner.model import ModelError
-from rft.learner.strategies.merge import full_weight
 from rft.learner.strategy_config import AdapterConfig
+from rft.utils.quantized import full_weight
 
 Settings = Callable[..., Any]
 Wrap = Callable[[Any], Any]

@@ -11,33 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rft.learner.strategies.base import Whole
+from rft.utils.quantized import full_weight, is_quantized
 
 
 def plain_name(name: str) -> str:
     """A parameter's name before peft put layers around its module."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is held in 4 or 8 bits by bitsandbytes."""
-    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
-
-
-def full_weight(module: Any) -> Tensor:
-    """A layer's weight as numbers: dequantised where it is quantised, else as it is."""
-    if not is_quantized(module):
-        weight: Tensor = module.weight.detach()
-        return weight
-    packed: Any = module.weight
-    if hasattr(
-        packed, "SCB"
-    ):  # int8: one scale a row, of which 127 is the largest; in the state once it has run
-        scale = packed.SCB if packed.SCB is not None else module.state.SCB
-        return packed.data.float() * (scale.float() / 127)[:, None]
-    from bitsandbytes.functional import dequantize_4bit
-
-    numbers: Tensor = dequantize_4bit(packed.data, packed.quant_state)
-    return numbers
 
 
 @torch.no_grad()

@@ -1,0 +1,102 @@
+"""Linear layers that bitsandbytes holds in 4 or 8 bits: their weights as numbers, and their arithmetic."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer's weight is held in 4 or 8 bits by bitsandbytes."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def full_weight(module: Any) -> Tensor:
+    """A layer's weight as numbers: dequantised where it is quantised, else as it is. The layer is left alone.
+
+    Whatever reads a quantised weight (merge, push, export, comparison) reads it here.
+    """
+    weight: Any = module.weight
+    if not is_quantized(module):
+        plain: Tensor = weight.detach()
+        return plain
+    if hasattr(weight, "SCB"):  # int8: one scale a row, of which 127 is the largest; in the state once it ran
+        scale = weight.SCB if weight.SCB is not None else module.state.SCB
+        return weight.data.float() * (scale.float() / 127)[:, None]
+    from bitsandbytes.functional import dequantize_4bit
+
+    numbers: Tensor = dequantize_4bit(*_row_major(weight.data, weight.quant_state))
+    return numbers
+
+
+def keep_row_major(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weights of a model, and undo it where it has happened.
+
+    On a CPU with AVX512-BF16 its layers repack their weight in place at the first forward in evaluation mode.
+    From then on they compute in bfloat16 and pass no gradient on, also in training mode, and what reads the
+    weight without knowing (peft, for DoRA) gets other numbers.
+    """
+    for module in model.modules():
+        if not is_quantized(module) or hasattr(module.weight, "SCB"):
+            continue
+        layer: Any = module
+        layer.support_avx512bf16_for_cpu = False
+        if layer.weight.quant_state is not None:
+            layer.weight.data, layer.weight.quant_state = _row_major(
+                layer.weight.data, layer.weight.quant_state
+            )
+            layer.quant_state = layer.weight.quant_state
+
+
+def _row_major(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """A 4-bit weight and its state in the order of rows, as it was quantised; both new where it is packed.
+
+    Packing rounds the scales to bfloat16: they stay so, and are not quantised once more.
+    """
+    if not getattr(state, "packing_format_for_cpu", False):
+        return data, state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(state)
+    state.original_nested = False  # otherwise the scales are quantised, other than they were
+    data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+    state.absmax = state.absmax.t().float().flatten()  # packed: [blocks of a row, rows]
+    return data, state
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within, dropout is off. Quantised layers keep their mode, because it decides about their arithmetic: in
+    8 bits on a CPU, activations are quantised in evaluation mode only."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in before:
+        if is_quantized(module):
+            module.training = before[module]
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def rounding(model: nn.Module) -> float:
+    """The coarsest relative rounding in a model's arithmetic: of its parameters' dtypes, autocast's, and what
+    its quantised layers compute in."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    quantized: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    dtypes |= {
+        layer.compute_dtype for layer in quantized if getattr(layer, "compute_dtype", None) is not None
+    }
+    eps = [torch.finfo(dtype).eps for dtype in dtypes]
+    if any(hasattr(q.weight, "SCB") and not (device == "cpu" and q.training) for q in quantized):
+        eps.append(1 / 127)  # activations in 8 bits
+    return max(eps)
