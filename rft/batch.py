@@ -188,8 +188,22 @@ class Batch:
         """The batch made of the given trees, in ascending order, with all ids counted anew."""
         wanted = torch.zeros(int((self.parent < 0).sum()), dtype=torch.bool)
         wanted[torch.as_tensor(list(trees), dtype=torch.int64)] = True
-        wanted = wanted.to(self.tokens.device)
-        keep_s = wanted[self.tree]
+        return self._of_segments(wanted.to(self.tokens.device)[self.tree])
+
+    def pruned(self, keep: Tensor) -> tuple[Batch, Tensor]:
+        """The batch without the segments that neither hold a token of `keep` [T] bool nor lie before one, and
+        [T'] int64, where its tokens stand in this batch. No kept token attends to what is gone."""
+        keep_s = torch.zeros_like(self.parent, dtype=torch.bool)
+        keep_s[self.segment[keep]] = True
+        above = self.parent[keep_s & (self.parent >= 0)]
+        while above.numel():
+            keep_s[above] = True
+            above = self.parent[above]
+            above = above[above >= 0]
+        return self._of_segments(keep_s), keep_s[self.segment].nonzero()[:, 0]
+
+    def _of_segments(self, keep_s: Tensor) -> Batch:
+        """The batch made of the segments [S] bool, of which each one's parent is one too."""
         keep_t = keep_s[self.segment]
         kept = self.sequence[keep_t & (self.sequence >= 0)]
         keep_n = torch.zeros(self.num_sequences, dtype=torch.bool, device=self.tokens.device)

@@ -110,9 +110,9 @@ def offline_problems(config: Config, data: OfflineData | None, positions: int) -
 
 def _uncached(algorithm: Algorithm, name: str, streaming: bool) -> list[str]:
     """Why reference log-probs of an algorithm cannot be computed beforehand."""
-    if "ref_logps" not in algorithm.needs:
+    if not algorithm.needs_reference:
         why = f"{name} reads no reference"
-    elif "kl" in algorithm.outputs:
+    elif algorithm.compares_distributions:
         why = f"{name} compares whole distributions, for which the reference has to run"
     elif streaming:
         why = "a stream is never seen as a whole"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args, get_type_hints
 
-from rft.algorithms.base import Rollout
+from rft.algorithms.base import Algorithm, Rollout
 from rft.config import Config
 from rft.rollout.group import unsupported
 
@@ -50,3 +51,22 @@ def online_problems(config: Config, demonstration: bool) -> list[str]:
                 f"({judge.options.get('separator', _SEPARATOR)!r}); give both the same"
             )
     return found
+
+
+def online_warnings(config: Config) -> list[str]:
+    """Settings that may well be meant and often are not, each as one sentence."""
+    threshold = getattr(config.algorithm, "threshold", None)
+    models = [f for f in config.rewards.functions if f.function == "reward_model" and f.weight != 0]
+    if threshold is None or not models:
+        return []
+    instead = "threshold: null" if _may_be_null(config.algorithm) else "another algorithm"
+    return [
+        f"algorithm.threshold: {threshold:g} is compared with scores of the reward {models[0].label}, "
+        f"which have no zero: all prompts may lie below it and be dropped, or all above; write {instead}, or "
+        "a threshold that was read off the model's scores"
+    ]
+
+
+def _may_be_null(algorithm: Algorithm) -> bool:
+    hints = get_type_hints(type(algorithm))
+    return type(None) in get_args(hints["threshold"])

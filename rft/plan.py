@@ -29,7 +29,7 @@ from rft.learner.preflight import (
 )
 from rft.memory import ModelShape, learner_bytes, meta_network, replica_bytes
 from rft.offline_plan import OfflineData, load_offline, offline_problems, reference_problem
-from rft.online_plan import longest_sequence, mixes, online_problems
+from rft.online_plan import longest_sequence, mixes, online_problems, online_warnings
 from rft.rewards import check_reward
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
@@ -140,6 +140,8 @@ class Plan:
         out.append(f"learner      {describe_ranks(c, self.device)}")
         out.append(f"trains       {describe_training(c.learner, self.adapter_parameters)}")
         out.append(f"memory       learner about {self.learner_bytes() / 2**30:.2f} GiB on {self.device}")
+        if c.algorithm.online:
+            out += [f"warning      {warning}" for warning in online_warnings(c)]
         return out
 
     def learner_bytes(self) -> int:
@@ -149,7 +151,7 @@ class Plan:
         return learner_bytes(
             self.shape,
             c.learner,
-            reference="ref_logps" in c.algorithm.needs and separate,
+            reference=c.algorithm.needs_reference and separate,
             device=self.device,
             adapter=self.adapter_parameters or 0,
         )
@@ -331,7 +333,7 @@ def _misfits(
     elif config.data.streaming:
         out.append("data.streaming: online training loads all of its prompts; set it to false")
     if config.model.reference is not None and shape is not None:
-        if "ref_logps" not in algorithm.needs:
+        if not algorithm.needs_reference:
             out.append(f"model.reference: {algorithm_name(algorithm)} reads no reference; leave it out")
         elif found := reference_problem(config.model.reference, shape.vocab, config.model.trust_remote_code):
             out.append(found)

@@ -29,10 +29,6 @@ class ASFT(DFT):
     )
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"ref_logps"} if self.lam else ())
-
-    @property
     def outputs(self) -> frozenset[str]:
         return frozenset({"kl"} if self.lam else ())
 

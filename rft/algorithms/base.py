@@ -142,6 +142,23 @@ class Algorithm(ABC):
         return False
 
     @property
+    def before_prepare(self) -> frozenset[str]:
+        """Those of `needs` that `prepare` reads. The others are computed after it, for what it leaves in the
+        mask."""
+        return self.needs
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether `divergence` reads the reference's distribution, for which that model runs beside the
+        policy. False: `kl` is a function of the policy's alone."""
+        return "kl" in self.outputs
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference model is kept: for its log-probs, or for its distributions."""
+        return "ref_logps" in self.needs or self.compares_distributions
+
+    @property
     def outputs(self) -> frozenset[str]:
         """`PolicyOutput` fields that the loss reads beside `logps`: `entropy`, `values`, `kl`, `scores`."""
         return frozenset()
@@ -175,6 +192,12 @@ class Algorithm(ABC):
     @abstractmethod
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         """The unreduced loss of a (micro-)batch: [T], [N] or [P], by `unit`."""
+
+    def acts_on(self, batch: Batch) -> Tensor:
+        """[T] bool: the masked-in tokens of a prepared batch at which the loss can have a gradient, for some
+        policy. Sequences without one are not trained on: at most, they are measured. They must add nothing to
+        the loss, and the loss of the others must be the same without them."""
+        return batch.mask
 
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
         """What `PolicyOutput.kl` is, where `outputs` names it: a divergence of two next-token

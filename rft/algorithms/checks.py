@@ -29,7 +29,7 @@ def problems(
             f"{name} compares completions of one prompt, and num_generations is {num_generations}; "
             f"write num_generations: {algorithm.min_generations} or more"
         )
-    if "ref_logps" in needs and not has_reference:
+    if algorithm.needs_reference and not has_reference:
         settled = " or beta: 0" if hasattr(algorithm, "kl_in") else ""
         found.append(f"{name} needs a reference model, and there is none; configure one{settled}")
     if "values" in needs and not has_critic:
@@ -51,7 +51,7 @@ def problems(
             f"{name} is on-policy without a ratio, and each batch is stepped on {minibatches} times; "
             "write num_iterations: 1 and one minibatch"
         )
-    if "ref_logps" in needs and algorithm.refresh_reference == 1 and minibatches == 1:
+    if algorithm.needs_reference and algorithm.refresh_reference == 1 and minibatches == 1:
         found.append(
             "refresh_reference: 1 with one update per step makes the reference the policy at every update: "
             "log-ratios to it are 0, and the loss is another one; write refresh_reference: 20, or take "

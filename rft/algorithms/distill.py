@@ -34,7 +34,7 @@ class Distill(Algorithm):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"ref_logps"} | ({"old_logps"} if self.estimator == "sampled" else set()))
+        return frozenset({"ref_logps", "old_logps"} if self.estimator == "sampled" else ())
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -61,8 +61,11 @@ class Distill(Algorithm):
         return -(ratio * reward * policy.logps).masked_fill(~batch.mask, 0)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        logps, teacher = policy.logps.detach(), required(batch.ref_logps, "ref_logps")
-        found = {"policy/kl_ref": sampled_kl(logps, teacher)}
-        if policy.kl is not None:
-            found["policy/divergence"] = policy.kl.detach()
-        return found
+        """policy/divergence: what is minimised (full). policy/kl_ref: k3 to the teacher (sampled), or the
+        divergence where that is the reverse KL."""
+        if self.estimator == "sampled":
+            teacher = required(batch.ref_logps, "ref_logps")
+            return {"policy/kl_ref": sampled_kl(policy.logps.detach(), teacher)}
+        divergence = required(policy.kl, "policy.kl").detach()
+        reverse = {"policy/kl_ref": divergence} if self.beta == 1 else {}
+        return {"policy/divergence": divergence, **reverse}

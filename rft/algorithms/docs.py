@@ -51,7 +51,7 @@ def _needs(cls: type[Algorithm]) -> str:
     needs = cls().needs
     words = {"rewards": "rewards", "ref_logps": "reference", "values": "critic", "old_entropy": "entropy"}
     found = [word for field, word in words.items() if field in needs]
-    if "kl" in cls().outputs:
+    if cls().compares_distributions:
         found.append("vocabulary of the reference")
     return ", ".join(found + (["demonstrations"] if cls.needs_demonstrations else []))
 

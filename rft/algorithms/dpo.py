@@ -85,6 +85,10 @@ class DPO(OfflinePreference):
     def outputs(self) -> frozenset[str]:
         return frozenset({"kl"} if self.weighting == "aligned" else ())
 
+    @property
+    def compares_distributions(self) -> bool:
+        return False
+
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
         """log sum p^2: the log of a sampled token's mean probability (for `aligned`); no reference read."""
         return torch.logsumexp(2 * logps, -1)

@@ -78,6 +78,9 @@ class KTO(Algorithm):
         columns = {"kto_z": z.expand(batch.num_sequences), "kto_weight": weight}
         return batch.with_(columns={**batch.columns, **columns})
 
+    def acts_on(self, batch: Batch) -> Tensor:
+        return batch.to_tokens(column(batch, "kto_weight") != 0)
+
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         score = batch.sum_by_sequence(policy.logps - required(batch.ref_logps, "ref_logps"))
         sign = torch.where(required(batch.rewards, "rewards") > 0.5, 1.0, -1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Unit, setting
@@ -30,6 +31,12 @@ class OnlineDPO(OnlinePreference):
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return best_and_worst(required(batch.rewards, "rewards"), batch.group)
+
+    def acts_on(self, batch: Batch) -> Tensor:
+        """The best and the worst of each group: without the others these are the best and the worst still."""
+        paired = torch.zeros(batch.num_sequences, dtype=torch.bool, device=batch.tokens.device)
+        paired[torch.cat(self.pairs(batch))] = True
+        return batch.to_tokens(paired)
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         best, worst = self.pairs(batch)

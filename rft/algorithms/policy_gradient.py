@@ -50,17 +50,28 @@ class PolicyGradient(Algorithm):
 
     @abstractmethod
     def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[T], to be maximised."""
+        """[T], to be maximised. A multiple of the advantage: where that is 0 it is 0, with its gradient; an
+        objective for which this is not so needs an `acts_on`."""
 
     @property
     def needs(self) -> frozenset[str]:
         old = {"old_logps"} if self.proximal == "recomputed" else set()
-        return frozenset({"rewards"} | old | ({"ref_logps"} if self.beta else set()))
+        return frozenset({"rewards"} | old | ({"ref_logps"} if self.beta and not self._full_kl else set()))
+
+    @property
+    def before_prepare(self) -> frozenset[str]:
+        later = set() if self.beta and self.kl_in == "reward" else {"ref_logps"}
+        if not later or self.prescored:
+            return self.needs - later
+        return self.needs - later - {"old_logps"}
+
+    @property
+    def _full_kl(self) -> bool:
+        return bool(self.beta) and self.kl_in == "loss" and self.kl_estimator == "full"
 
     @property
     def outputs(self) -> frozenset[str]:
-        full = self.beta and self.kl_in == "loss" and self.kl_estimator == "full"
-        return frozenset({"kl"} if full else set())
+        return frozenset({"kl"} if self._full_kl else set())
 
     @property
     def normalizer(self) -> Normalization:
@@ -75,6 +86,11 @@ class PolicyGradient(Algorithm):
         if not self.mask_truncated or batch.truncated is None:
             return batch.mask
         return batch.mask & ~batch.to_tokens(batch.truncated)
+
+    def acts_on(self, batch: Batch) -> Tensor:
+        if self.beta and self.kl_in == "loss":
+            return batch.mask
+        return batch.mask & (required(batch.advantages, "advantages") != 0)
 
     def around(self, policy: PolicyOutput, batch: Batch) -> Batch:
         """The batch with the log-probs of the proximal policy as `old_logps`."""
@@ -124,7 +140,8 @@ class PolicyGradient(Algorithm):
         return self.task_rewards(batch) - batch.sum_by_sequence(self.kl_penalty(batch))
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """policy/kl is to the policy that sampled, policy/kl_ref to the reference (both k3)."""
+        """policy/kl is to the policy that sampled, policy/kl_ref to the reference: both k3, the latter exact
+        where `kl_estimator` is full."""
         batch, logps = self.around(policy, batch), policy.logps.detach()
         ratio = safe_exp(logps - batch.old_logps_or(logps))
         sampler = batch.old_logps_or(logps) if batch.sampler_logps is None else batch.sampler_logps
@@ -143,6 +160,8 @@ class PolicyGradient(Algorithm):
             found["policy/masked_fraction"] = (weights == 0).float()
         if batch.ref_logps is not None:
             found["policy/kl_ref"] = sampled_kl(logps, batch.ref_logps)
+        elif policy.kl is not None and self._full_kl:
+            found["policy/kl_ref"] = policy.kl.detach()
         if policy.entropy is not None:
             found["policy/entropy"] = policy.entropy.detach()
         return found

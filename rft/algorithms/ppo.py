@@ -64,6 +64,13 @@ class PPO(ClippedPolicyGradient):
     def separate_critic(self) -> bool:
         return self.critic == "model"
 
+    @property
+    def before_prepare(self) -> frozenset[str]:
+        return super().before_prepare | (self.needs & {"old_logps"})  # from the forward that values need
+
+    def acts_on(self, batch: Batch) -> Tensor:
+        return batch.mask  # the critic learns from every token
+
     def token_rewards(self, batch: Batch) -> Tensor:
         """[T]: the completion's reward at its last token, less the KL."""
         return at_last_token(required(batch.rewards, "rewards"), batch) - self.kl_penalty(batch)

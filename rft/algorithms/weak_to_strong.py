@@ -29,6 +29,10 @@ class WeakToStrong(SFT):
     def outputs(self) -> frozenset[str]:
         return frozenset({"kl"} if self.alpha else ())
 
+    @property
+    def compares_distributions(self) -> bool:
+        return False
+
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
         """-log max p, the cross-entropy to the policy's own most likely token; reads no reference."""
         return -logps.max(-1).values

@@ -72,6 +72,11 @@ class LearnerConfig(Section):
         description="offline: run the reference at each step, or once, with its log-probs kept in a file",
     )
     entropy: bool = Field(True, description="measure the policy's entropy at every step")
+    measure_untrained: bool = Field(
+        True,
+        description="run groups whose loss has no gradient (all rewards equal) forward, for policy/kl, "
+        "policy/entropy and sync/logp_gap; false: skip them, and measure the trained ones alone",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a NaN or infinite gradient stops the run, or skips the update (counted)"
     )

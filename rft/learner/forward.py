@@ -107,8 +107,9 @@ class PolicyModel:
             found["values"] = self.value_head(seen)
         if "kl" in outputs:
             assert algorithm is not None, "kl is the divergence of an algorithm"
-            ref_hidden = None if reference is None else reference.states(batch, rows)
-            ref_head = None if reference is None else reference.head()
+            other = reference if algorithm.compares_distributions else None
+            ref_hidden = None if other is None else other.states(batch, rows)
+            ref_head = None if other is None else other.head()
             backend = self.kernels.logprob
             found["kl"] = full_divergence(
                 algorithm,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rft.algorithms.base import PolicyOutput
 from rft.batch import Batch
 from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_choice
@@ -94,7 +95,7 @@ class Learner:
         )
 
     def _load_reference(self) -> PolicyModel | None:
-        if "ref_logps" not in self.algorithm.needs:
+        if not self.algorithm.needs_reference:
             return None
         if self.spec.reference in (None, self.spec.model):
             shared = self.strategy.reference(self.policy)
@@ -159,7 +160,7 @@ class Learner:
         if not self.self_checked:
             self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
             self.self_checked = True
-        batch = self.algorithm.prepare(self.fill(self.at_step(batch, step), gap))
+        batch = self.prepare(self.at_step(batch, step), gap)
         if self.strategy.begin(lambda: self.score(batch), lambda: self._accumulate(batch, None)):
             self.parallel.discard(self.optimizer)
             self.make_optimizer()
@@ -198,13 +199,20 @@ class Learner:
         now = {"progress": progress, "max_completion_length": length, "version": float(self.version)}
         return batch.with_(state={**self.state, **now})
 
-    def fill(self, batch: Batch, gap: objective.LogpGap) -> Batch:
-        """Compute what the algorithm needs beforehand: old and reference log-probs, values, entropy."""
-        needs = self.algorithm.needs
+    def prepare(self, batch: Batch, gap: objective.LogpGap) -> Batch:
+        """The algorithm's prepared batch, with all that its loss needs computed. What `prepare` does not read
+        is computed after it, and not for what it left out of the mask."""
+        before = self.algorithm.before_prepare
+        batch = self.algorithm.prepare(self.fill(batch, before, gap))
+        return self.fill(batch, self.algorithm.needs - before, gap)
+
+    def fill(self, batch: Batch, needs: frozenset[str], gap: objective.LogpGap) -> Batch:
+        """Compute those of `needs` that a forward gives: old and reference log-probs, values, entropy."""
         several = self.spec.num_iterations * self.spec.minibatches > 1
         extra = frozenset({"values"} & needs) | frozenset({"entropy"} if "old_entropy" in needs else ())
         changes: dict[str, Any] = {}
-        if ("old_logps" in needs and (several or self.algorithm.prescored)) or extra:
+        old = "old_logps" in needs and batch.old_logps is None and (several or self.algorithm.prescored)
+        if old or extra:
             out = self.score(batch, outputs=extra)
             changes |= {"old_logps": out["logps"]}
             if "values" in extra:
@@ -213,7 +221,7 @@ class Learner:
                 changes["old_entropy"] = out["entropy"]
             gap.add(out["logps"], batch, self.version)
             self._check_gap(gap)
-        if self.reference is not None and batch.ref_logps is None:
+        if "ref_logps" in needs and self.reference is not None and batch.ref_logps is None:
             changes["ref_logps"] = self.score(batch, model=self.reference)["logps"]
         return batch.with_(**changes)
 
@@ -226,10 +234,11 @@ class Learner:
         model = model or self.policy
         names = ("logps", *sorted(outputs))
         found = {name: torch.zeros(batch.num_tokens) for name in names}
-        tree_of_token = batch.tree[batch.segment]
-        for trees in self.plan(batch):
-            out = model.run(self.micro(batch, trees), outputs)
-            where = torch.isin(tree_of_token, torch.tensor(trees, dtype=torch.int64))
+        scored, place = batch.pruned(batch.mask)
+        tree_of_token = scored.tree[scored.segment]
+        for trees in self.plan(scored) if scored.num_tokens else ():
+            out = model.run(self.micro(scored if trees else batch, trees), outputs)
+            where = place[torch.isin(tree_of_token, torch.tensor(trees, dtype=torch.int64))]
             for name in names if trees else ():
                 found[name][where] = getattr(out, name).float().cpu()
         return {name: self.parallel.sum(values) for name, values in found.items()}
@@ -251,6 +260,8 @@ class Learner:
 
     def plan(self, batch: Batch) -> list[list[int]]:
         """This rank's micro-batches of a batch, as tree ids: as many on every rank, some of them empty."""
+        if not batch.num_tokens:
+            return [[]]
         keep = self.algorithm.unit == "pair"
         size, ranks = self.spec.config.tokens_per_micro_batch, self.parallel.ranks
         width = self.policy.model.config.get_text_config().hidden_size
@@ -282,9 +293,28 @@ class Learner:
         means, total = objective.TokenMeans(), 0.0
         measured = self.spec.config.entropy and not self.algorithm.score_heads
         outputs = self.algorithm.outputs | (frozenset({"entropy"}) if measured else frozenset())
-        plan = self.plan(mini)
+
+        def note(out: PolicyOutput, micro: Batch) -> None:
+            if gap is not None:
+                gap.add(out.logps.cpu(), micro, self.version)
+            micro = micro.to(self.policy.device)
+            with torch.no_grad():
+                metrics = self.algorithm.metrics(out, micro)
+                if out.entropy is not None:
+                    metrics.setdefault("policy/entropy", out.entropy)
+                means.add(metrics, micro.mask)
+
+        trained, idle = objective.divide(self.algorithm, mini)
+        if idle.num_tokens and self.spec.config.measure_untrained:
+            for trees in self.plan(idle):
+                micro = self.micro(idle, trees)
+                with torch.no_grad():
+                    out = self.policy.run(micro, outputs, algorithm=self.algorithm, reference=self.reference)
+                if trees:
+                    note(out, micro)
+        plan = self.plan(trained)
         for trees in plan:
-            micro, last = self.micro(mini, trees), trees is plan[-1]
+            micro, last = self.micro(trained if trees else mini, trees), trees is plan[-1]
             expected = objective.foreseen(self.algorithm, micro, scale) if trees else None
             out = self.policy.run(
                 micro, outputs, algorithm=self.algorithm, reference=self.reference, expected=expected
@@ -292,18 +322,11 @@ class Learner:
             if not trees:
                 self.parallel.backward(objective.nothing(out), last=last)
                 continue
-            if gap is not None:
-                gap.add(out.logps.cpu(), micro, self.version)
-            micro = micro.to(self.policy.device)
-            loss = objective.reduce_loss(self.algorithm, out, micro, scale)
+            loss = objective.reduce_loss(self.algorithm, out, micro.to(self.policy.device), scale)
             total += float(loss.detach())
             penalty = self.strategy.penalty() if last else None
             self.parallel.backward(loss if penalty is None else loss + penalty, last=last)
-            with torch.no_grad():
-                metrics = self.algorithm.metrics(out, micro)
-                if out.entropy is not None:
-                    metrics.setdefault("policy/entropy", out.entropy)
-                means.add(metrics, micro.mask)
+            note(out, micro)
         parts = self.parallel.gather((means, total, gap))
         if gap is not None:
             gap.merge(part for _, _, part in parts)

@@ -46,6 +46,19 @@ def _counted(algorithm: Algorithm, batch: Batch) -> Tensor:
     return trained[first] | trained[second]
 
 
+def divide(algorithm: Algorithm, batch: Batch) -> tuple[Batch, Batch]:
+    """(trained, idle): a weighed batch's sequences that the loss can have a gradient at, and the others with
+    masked-in tokens (groups of equal rewards), which are there to be measured. Sequences without a
+    masked-in token are in neither. Sequences stay whole, as ratios and means may be over all their tokens."""
+    acting = batch.sum_by_sequence(algorithm.acts_on(batch).float()) > 0
+    trained = batch.to_tokens(acting)
+
+    def part(mask: Tensor) -> Batch:
+        return batch.with_(mask=mask).pruned(mask)[0]
+
+    return part(trained), part(batch.mask & ~trained)
+
+
 def reduce_loss(algorithm: Algorithm, policy: PolicyOutput, micro: Batch, scale: float) -> Tensor:
     """This micro-batch's part of the objective: a scalar with gradient."""
     loss = algorithm.loss(policy, micro)

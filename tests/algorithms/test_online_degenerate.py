@@ -193,7 +193,7 @@ def test_rollout_plans() -> None:
 
 
 def test_dynamic_sampling() -> None:
-    for rewards, dapo, rej, raft in (
+    for rewards, dapo, rej, some in (
         ([0.0, 0.0], False, False, False),
         ([1.0, 1.0], False, False, True),
         ([0.0, 1.0], True, True, True),
@@ -201,7 +201,10 @@ def test_dynamic_sampling() -> None:
     ):
         assert ALGORITHMS["dapo"]().keep_group(rewards) is dapo
         assert ALGORITHMS["reinforce_rej"]().keep_group(rewards) is rej
-        assert ALGORITHMS["raft"]().keep_group(rewards) is raft
+        for name in ("raft_pp", "expert_iteration"):
+            assert ALGORITHMS[name]().keep_group(rewards) is some
+        assert ALGORITHMS["raft"](threshold=0.0).keep_group(rewards) is some
+        assert ALGORITHMS["raft"]().keep_group(rewards)  # the best of K, whatever it is worth
         assert ALGORITHMS["grpo"]().keep_group(rewards)
     assert ALGORITHMS["dapo"](dynamic_sampling=False).keep_group([0.0, 0.0])
 

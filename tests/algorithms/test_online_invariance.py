@@ -21,6 +21,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {"beta": 0.1, "lam_length": 0.5}),
     ("rloo", {"beta": 0.1}),
     ("raft", {"top_share": 0.5}),
+    ("raft", {"top_share": 0.25, "rank": "batch"}),
     ("reward_difference", {"clip": 0.1}),
     ("distill", {"estimator": "sampled"}),
     ("per_step", {"source": "process"}),

@@ -102,7 +102,10 @@ CASES = [
     Case("max_rl", [-1.2, -1.0, 0.8], [1.0, 1.0, -1.0]),
     # b is left out of the mask: two entries remain.
     Case("raft", [1.0, 2.0], [1.0, 1.0]),
-    Case("raft", [1.0, 2.0, 3.0], [1.0, 1.0, 1.0], {"top_share": 1.0, "threshold": None}),
+    Case("raft", [1.0, 2.0, 3.0], [1.0, 1.0, 1.0], {"top_share": 1.0}),
+    Case("raft", [1.0, 2.0], [1.0, 1.0], {"top_share": 1.0, "threshold": 0.0}),
+    # Half of the batch's two completions.
+    Case("raft", [1.0, 2.0], [1.0, 1.0], {"top_share": 0.5, "rank": "batch"}),
     Case("raft_pp", [-1.2, -1.0], [1.0, 1.0]),
     Case("reinforce_rej", [-1.2, -1.0, 0.8], [1.0, 1.0, -1.0]),
     Case("expert_iteration", [1.0, 2.0], [1.0, 1.0]),
