@@ -11,7 +11,7 @@ from typing import Any
 from rft.algorithms.base import Rollout
 from rft.batch import Completion, Prompt
 from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.sampling import completions_of, continued
+from rft.rollout.sampling import completions_of, continued, decode, text_length
 
 Generate = Callable[[Request], Awaitable[list[Generated]]]
 
@@ -75,7 +75,7 @@ async def _one_kind(
     given = demonstration[: round(kind.prefix_share * len(demonstration))]
     left = sampling.max_tokens - len(given)
     if given and (len(given) == len(demonstration) or left < 1):
-        text = tokenizer.decode(list(given), skip_special_tokens=True)
+        (text,) = decode([given[: text_length(given, tokenizer)]], tokenizer)
         whole = Completion(given, text, finish="demonstration", demonstrated=len(given))
         return [replace(whole, logps=(0.0,) * len(given))] * count
     params = replace(sampling, n=count, max_tokens=left, mixture=kind.mixture)

@@ -15,7 +15,7 @@ from rft.algorithms.base import Steps
 from rft.batch import Completion
 from rft.evaluation import Judged
 from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.sampling import completions_of, continued
+from rft.rollout.sampling import completions_of, continued, decode, text_length
 from rft.utils.seeds import derive_seed
 
 Generate = Callable[[Request], Awaitable[list[Generated]]]
@@ -116,5 +116,6 @@ def _with_scores(judged: Judged, ends: Sequence[tuple[int, ...]]) -> Judged:
 
 
 def _pieces(c: Completion, tokenizer: Any) -> list[str]:
-    pieces: list[str] = tokenizer.batch_decode([[t] for t in c.tokens], skip_special_tokens=True)
-    return pieces
+    """The text of each token; of those behind the completion's text, none."""
+    length = text_length(c.tokens, tokenizer, stopped=c.finish == "stop")
+    return decode([[t] for t in c.tokens[:length]], tokenizer) + [""] * (len(c.tokens) - length)

@@ -23,6 +23,7 @@ from rft.rewards.types import Outcome, SampleReward, Score
 from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
 from rft.rollout.gather import Gatherer, scored_group
 from rft.rollout.hf_engine import HFEngine
+from rft.rollout.sampling import completions_of, continued
 from rft.rollout.steps import step_ends
 from tests.specs import engine_spec
 
@@ -177,7 +178,7 @@ def test_steps_are_valued_by_going_on_from_their_ends(world: tuple[Watched, Any,
     for start, request in branched.items():
         assert request.sampling.n == 3 and request.sampling.max_tokens == 10 - len(start)
         again = asyncio.run(HFEngine.generate(engine, request))  # the seed depends on the beginning alone
-        texts = tokenizer.batch_decode([start + g.tokens for g in again], skip_special_tokens=True)
+        texts = [c.text for c in completions_of([continued(start, g) for g in again], tokenizer)]
         expected = sum(digits(texts)) / 3
         for c in group.completions:
             for e, v in zip(c.values["step_ends"][:-1], c.values["step_values"][1:], strict=True):
