@@ -124,7 +124,7 @@ async def pool_overhead(n: int = 256, rounds: int = 20) -> dict[str, float]:
 
 
 def sandbox_speed(n: int = 30) -> dict[str, Any]:
-    from rft.rewards.sandbox import Sandbox
+    from rft.sandbox import Sandbox
 
     with Sandbox() as sandbox:
         begin = time.perf_counter()

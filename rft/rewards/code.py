@@ -1,20 +1,21 @@
 """Programs against unit tests, in a sandbox.
 
-The tests run in a process that the program cannot reach (see `rft.rewards.codetest`); what a program
+The tests run in a process that the program cannot reach (see `rft.sandbox.testing`); what a program
 prints or how it exits decides nothing but its own stdin/stdout tests.
 """
 
 from __future__ import annotations
 
 import base64
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from rft.rewards.sandbox import PROTECTIONS, Limits, Sandbox, SandboxError
 from rft.rewards.types import Outcome, Score
+from rft.sandbox import PROTECTIONS, Backend, Limits, Sandbox, SandboxError
 
 Scoring = Literal["all", "fraction"]
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -47,9 +48,12 @@ def same_output(got: str, want: str, tolerance: float = 0.0) -> bool:
 
 def _near(a: str, b: str, tolerance: float) -> bool:
     try:
-        return abs(float(a) - float(b)) <= tolerance * max(1.0, abs(float(b)))
+        got, want = float(a), float(b)
     except ValueError:
         return a == b
+    if not (math.isfinite(got) and math.isfinite(want)):  # a tolerance relative to infinity takes everything
+        return got == want or (math.isnan(got) and math.isnan(want))
+    return abs(got - want) <= tolerance * max(1.0, abs(want))
 
 
 def stdio_cases(tests: Any) -> list[tuple[str, str]] | None:
@@ -72,10 +76,15 @@ class _Runner:
     """A sandbox, limits, and the score of what came out."""
 
     def __init__(
-        self, limits: Limits, scoring: Scoring, readable: Sequence[str], require: Sequence[str]
+        self,
+        limits: Limits,
+        scoring: Scoring,
+        readable: Sequence[str],
+        require: Sequence[str],
+        backend: Backend,
     ) -> None:
         self.limits, self.scoring = limits, scoring
-        self.sandbox = Sandbox(readable, require)
+        self.sandbox = Sandbox(readable, require, backend)
 
     def scored(self, passed: int, total: int, detail: str, broken: str = "") -> Score:
         """All or nothing, or the fraction; a program out of its time is a `timeout` worth 0."""
@@ -123,7 +132,8 @@ class Code:
         or runs out of time in assert tests earns 0 in either.
     timeout_s: wall time of one program with its asserts, or of one stdin/stdout pair; cpu_s: its CPU
         time; memory_mb, processes: of all that it starts. readable: further folders that it may read.
-    require: protections without which this reward refuses to start; all by default.
+    require: protections without which this reward refuses to start; all by default. sandbox: `bubblewrap`,
+        `native` (namespaces made by rft), `landlock`, or `auto`: the first of them that works here.
     tolerance: relative, for numbers in stdout.
     Raises SandboxError where this machine lacks a required protection.
     """
@@ -139,10 +149,11 @@ class Code:
         tolerance: float = 0.0,
         readable: Sequence[str] = (),
         require: Sequence[str] = PROTECTIONS,
+        sandbox: Backend = "auto",
         verbose: bool = True,
     ) -> None:
         limits = Limits(wall_s=timeout_s, cpu_s=cpu_s, memory=memory_mb << 20, processes=processes)
-        self.runner = _Runner(limits, scoring, readable, require)
+        self.runner = _Runner(limits, scoring, readable, require, sandbox)
         self.tolerance = tolerance
         if verbose:
             print(self.runner.sandbox.describe(), file=sys.stderr)
@@ -219,6 +230,7 @@ class TranslatedCode:
         tolerance: float = 0.0,
         readable: Sequence[str] = (),
         require: Sequence[str] = PROTECTIONS,
+        sandbox: Backend = "auto",
     ) -> None:
         self.build, self.command, self.file = LANGUAGES[language]
         limits = Limits(
@@ -230,7 +242,7 @@ class TranslatedCode:
             address_space=language not in ("javascript", "java"),
         )
         self.tolerance = tolerance
-        self.runner = _Runner(limits, scoring, readable, require)
+        self.runner = _Runner(limits, scoring, readable, require, sandbox)
         tool = (self.build or self.command)[0]
         if self.runner.sandbox.run(argv=["sh", "-c", f"command -v {tool}"], limits=limits).code != 0:
             raise SandboxError(f"{language} needs {tool!r}, which is not installed below /usr")

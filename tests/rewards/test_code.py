@@ -16,7 +16,7 @@ from real_data import read_rows
 
 from rft.rewards import Outcome, RewardConfig, RewardRunner, RewardsConfig, load_reward
 from rft.rewards.code import extract_code, stdio_cases
-from rft.rewards.sandbox import PROTECTIONS, Limits, Sandbox, SandboxError
+from rft.sandbox import PROTECTIONS, Limits, Sandbox, SandboxError
 
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = ["assert add(1, 2) == 3", "assert add(5, 5) == 10"]
@@ -95,7 +95,7 @@ def test_objects_exceptions_and_mutation_cross_the_boundary(code: Any) -> None:
         "try:\n    bad()\n    assert 1 == 2\nexcept KeyError:\n    pass\n"
     )
     score = code.score([""], [program], tests=[tests])[0]
-    assert (score.value, score.detail) == (1.0, "4 of 4 tests passed")
+    assert (score.value, score.detail) == (1.0, "5 of 5 tests passed")
 
 
 def test_stdin_stdout_pairs(code: Any) -> None:
@@ -209,7 +209,7 @@ def test_the_environment_is_not_visible(monkeypatch: pytest.MonkeyPatch) -> None
             "    try: seen += open(path).read()\n    except OSError: pass\n"
             "print('hush' in seen, len(glob.glob('/proc/[0-9]*')))"
         )
-        assert _probe(sandbox, program) == "False 1"
+        assert _probe(sandbox, program) == "False 2"
 
 
 def test_no_socket_reaches_the_host(sandbox: Sandbox) -> None:
@@ -255,7 +255,7 @@ def _others_can_run(path: str) -> bool:
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
 def test_the_sandbox_works_without_root(tmp_path: Path) -> None:
     code = (
-        "from rft.rewards.sandbox import Sandbox\nwith Sandbox() as s:\n"
+        "from rft.sandbox import Sandbox\nwith Sandbox() as s:\n"
         f"    print(s.test({ADD!r}, {TESTS!r}).passed)\n"
         "    print(s.run('import os; os.fork(); print(os.getuid())').code)\n"
         '    print(s.run(\'open("/etc/x", "w")\').code)\n'
@@ -320,7 +320,7 @@ def test_hostile_sources_are_what_they_say() -> None:
 def test_without_namespaces_the_rest_protects_and_the_gap_is_named() -> None:
     """A process that can make no namespace: refused by default, and what is left out is said."""
     code = (
-        "from rft.rewards.sandbox import Sandbox, SandboxError\n"
+        "from rft.sandbox import Sandbox, SandboxError\n"
         "try:\n    Sandbox()\nexcept SandboxError as error:\n    print('processes' in str(error))\n"
         "with Sandbox(require=['files', 'network', 'signals']) as s:\n"
         f"    print(s.test({ADD!r}, {TESTS!r}).passed, 'Landlock' in s.protections['files'])\n"

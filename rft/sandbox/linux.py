@@ -1,7 +1,6 @@
-"""The protections that a Linux process can put on itself: namespaces, seccomp, Landlock, limits.
+"""Protections that a Linux process puts on itself: namespaces, mounts, privileges, limits, Landlock.
 
-Standard library only: this file runs in the sandbox's own process, isolated from the rest of rft.
-Everything that fails raises OSError; what to do without a feature is decided by the caller.
+Everything that fails raises OSError; the caller decides what to do without a feature.
 """
 
 from __future__ import annotations
@@ -11,18 +10,22 @@ import ctypes
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Sequence
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC = 2, 4, 4096, 16384
 MS_PRIVATE = 1 << 18
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP = 1, 4, 22, 24
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 4, 24, 36
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
+
+SCRATCH = "/box"  # the folder that a program may write to; /tmp is a link to it
 
 SYSTEM_PATHS: tuple[str, ...] = (
     "/usr",
@@ -51,6 +54,25 @@ def prctl(option: int, a: int = 0, b: int = 0) -> None:
 
 def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
+
+
+def fork_into(namespaces: int) -> int:
+    """Fork, as `os.fork`, into new namespaces (CLONE_NEW* flags; 0: none). For processes of one thread.
+
+    `unshare` and a fork would take one process more, as the process that unshares is not in the new one.
+    """
+    api = ctypes.pythonapi
+    number = {"x86_64": 56, "aarch64": 220}[platform.machine()]
+    api.PyOS_BeforeFork()
+    pid = int(_libc_with_gil.syscall(number, ctypes.c_ulong(namespaces | signal.SIGCHLD), 0, 0, 0, 0))
+    failed = ctypes.get_errno()
+    if pid == 0:
+        api.PyOS_AfterFork_Child()
+        return 0
+    api.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(failed, f"clone: {os.strerror(failed)}")
+    return pid
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
@@ -82,15 +104,18 @@ def enter_namespaces() -> None:
     mount("none", "/", None, MS_REC | MS_PRIVATE)
 
 
-def build_root(root: str, readable: Sequence[str]) -> None:
-    """Make `root` the file system: the given paths read-only, a few devices, nothing else."""
+def build_root(readable: Sequence[str]) -> None:
+    """Make a new root file system: the given paths read-only, a few devices, an empty `SCRATCH`."""
+    root = _mount_point(readable)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in (*SYSTEM_PATHS, *readable):
         _bind(root, path, read_only=True)
     for path in DEVICES:
         _bind(root, path, read_only=False)
-    for path in ("/proc", "/tmp", "/old"):
+    for path in ("/proc", SCRATCH, "/old"):
         os.makedirs(root + path, exist_ok=True)
+    if not os.path.lexists(root + "/tmp"):  # it is a folder where a readable path lies below /tmp
+        os.symlink(SCRATCH, root + "/tmp")
     mount("/proc", root + "/proc", None, MS_BIND | MS_REC)
     os.chdir(root)
     number = {"x86_64": 155, "aarch64": 41}[platform.machine()]
@@ -99,6 +124,16 @@ def build_root(root: str, readable: Sequence[str]) -> None:
     _check(_libc.umount2(b"/old", 2), "umount")
     os.rmdir("/old")
     set_read_only("/", recursive=False)
+
+
+def _mount_point(readable: Sequence[str]) -> str:
+    """A folder that hides nothing that is needed when the new root is mounted on it."""
+    needed = [os.path.realpath(path) + "/" for path in (*readable, *SYSTEM_PATHS)]
+    for folder in ("/mnt", "/media", "/srv", "/opt", "/tmp", "/var", "/home", "/root"):
+        real = os.path.realpath(folder)
+        if os.path.isdir(real) and not any(path.startswith(real + "/") for path in needed):
+            return real
+    raise OSError("no folder is free to mount the sandbox's root on (tried /mnt, /media, /srv, /opt, /tmp)")
 
 
 def _bind(root: str, path: str, *, read_only: bool) -> None:
@@ -141,7 +176,6 @@ def drop_privileges(uid: int | None) -> None:
         prctl(PR_CAP_AMBIENT, 4)  # clear all
     _check(_libc.capset(header, bytes(24)), "capset")
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    prctl(PR_SET_DUMPABLE, 0)
 
 
 def limit(memory: int, cpu_s: int, file_bytes: int, processes: int, *, address_space: bool) -> None:
@@ -161,86 +195,6 @@ def limit(memory: int, cpu_s: int, file_bytes: int, processes: int, *, address_s
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
-
-
-# -- seccomp -----------------------------------------------------------------------------------------
-
-_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# name: (x86_64, aarch64)
-_DENIED = {
-    "socket": (41, 198),
-    "connect": (42, 203),
-    "bind": (49, 200),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount_setattr": (442, 442),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "kexec_load": (246, 104),
-    "reboot": (169, 142),
-    "swapon": (167, 224),
-    "open_by_handle_at": (304, 265),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-    "clock_settime": (227, 112),
-    "settimeofday": (164, 170),
-    "sethostname": (170, 161),
-}
-_SIGNALS = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "pidfd_send_signal": (424, 424)}
-_CLONE, _CLONE3 = (56, 220), (435, 435)
-_NAMESPACE_FLAGS = 0x7E020000  # of clone(2)
-_ALLOW, _EPERM, _ENOSYS, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
-
-
-def filter_syscalls(*, signals: bool) -> None:
-    """Install the seccomp filter. signals: False forbids sending signals to others at all."""
-    machine = platform.machine()
-    column = {"x86_64": 0, "aarch64": 1}[machine]
-    denied = {**_DENIED, **({} if signals else _SIGNALS)}
-    code: list[tuple[int, int, int, int]] = [
-        (0x20, 0, 0, 4),  # load the architecture
-        (0x15, 1, 0, _ARCH[machine]),
-        (0x06, 0, 0, _KILL),
-        (0x20, 0, 0, 0),  # load the number
-        (0x35, 0, 1, 0x40000000),  # x32 system calls
-        (0x06, 0, 0, _EPERM),
-        (0x15, 0, 1, _CLONE3[column]),  # its flags are out of reach: libc falls back to clone
-        (0x06, 0, 0, _ENOSYS),
-    ]
-    for number in denied.values():
-        code += [(0x15, 0, 1, number[column]), (0x06, 0, 0, _EPERM)]
-    code += [
-        (0x15, 0, 3, _CLONE[column]),
-        (0x20, 0, 0, 16),  # its flags
-        (0x45, 0, 1, _NAMESPACE_FLAGS),
-        (0x06, 0, 0, _EPERM),
-        (0x06, 0, 0, _ALLOW),
-    ]
-    program = b"".join(struct.pack("=HBBI", *line) for line in code)
-    buffer = ctypes.create_string_buffer(program)
-    header = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
-    address = ctypes.create_string_buffer(header)
-    prctl(PR_SET_SECCOMP, 2, ctypes.addressof(address))
 
 
 # -- Landlock ----------------------------------------------------------------------------------------
@@ -279,7 +233,9 @@ def landlock(readable: Sequence[str], writable: str) -> None:
     os.close(ruleset)
 
 
-def readable_prefixes() -> list[str]:
-    """The folders that this Python needs."""
-    found = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix)} | {sys.prefix}
-    return sorted(p for p in found if not p.startswith("/usr") and p != "/")
+def python_paths() -> list[str]:
+    """The folders that this Python needs, with the packages that it can import."""
+    paths = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix)} | {sys.prefix}
+    paths |= {p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")}
+    paths = {p for p in paths if not p.startswith("/usr/") and p not in ("/", "/usr")}
+    return sorted(p for p in paths if not any(p.startswith(q + "/") for q in paths))

@@ -1,0 +1,195 @@
+"""A memory limit by control group, version 1 or 2, where this process may make one.
+
+The trusted side makes the groups and hands an open folder to the process that is to enter: inside the sandbox
+there is no /sys. Version 2 was tested on fixtures of its files only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from dataclasses import dataclass, field
+
+PREFIX = "rft-sandbox-"
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Where this process's memory group lies, and which version of cgroups it is."""
+
+    version: int
+    folder: str
+
+
+def find_hierarchy(proc: str = "/proc", root: str = "") -> Hierarchy | None:
+    """Find the memory controller of this process from /proc; None where there is none.
+
+    root: put before paths of the file system, for tests.
+    """
+    try:
+        with open(f"{proc}/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+        with open(f"{proc}/self/mountinfo") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return None
+    for version, controllers in ((1, "memory"), (2, "")):
+        path = next((p for _, names, p in groups if controllers in names.split(",")), None)
+        if path is None:
+            continue
+        for fields in mounts:
+            kind, _, options = fields[fields.index("-") + 1 :][:3]
+            if kind != ("cgroup" if version == 1 else "cgroup2"):
+                continue
+            if version == 1 and "memory" not in options.split(","):
+                continue
+            shown, point = fields[3], fields[4]  # which part of the hierarchy is mounted, and where
+            inside = os.path.relpath(path, shown) if path.startswith(shown.rstrip("/") + "/") else "."
+            folder = os.path.normpath(root + os.path.join(point, inside))
+            if version == 2 and "memory" not in _words(folder, "cgroup.controllers"):
+                continue
+            if os.path.isdir(folder):
+                return Hierarchy(version, folder)
+    return None
+
+
+def _words(folder: str, name: str) -> list[str]:
+    try:
+        with open(f"{folder}/{name}") as file:
+            return file.read().split()
+    except OSError:
+        return []
+
+
+def write_file(folder: int, name: str, value: str) -> None:
+    """Write a file of the group whose folder is open at `folder`. Raises OSError."""
+    fd = os.open(name, os.O_WRONLY, dir_fd=folder)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def enter(folder: int) -> None:
+    """Move the calling process into the group whose folder is open at `folder`. Raises OSError."""
+    write_file(folder, "cgroup.procs", "0")
+
+
+@dataclass
+class Group:
+    """One control group, for one process with all that it starts. Made by `Groups`."""
+
+    version: int
+    name: str
+    fd: int
+    kills_before: int = 0
+
+    def limit(self, memory: int) -> None:
+        """Set the limit in bytes, swap included. Raises OSError."""
+        if self.version == 1:
+            with contextlib.suppress(OSError):  # raising both limits: the sum has to go first
+                self._write("memory.memsw.limit_in_bytes", str(memory))
+            self._write("memory.limit_in_bytes", str(memory))
+            with contextlib.suppress(OSError):  # a kernel that does not account for swap
+                self._write("memory.memsw.limit_in_bytes", str(memory))
+        else:
+            self._write("memory.max", str(memory))
+            with contextlib.suppress(OSError):
+                self._write("memory.swap.max", "0")
+        self.kills_before = self._kills()
+
+    def exceeded(self) -> bool:
+        """Whether the kernel has killed a process of the group for its memory since `limit`."""
+        return self._kills() > self.kills_before
+
+    def _kills(self) -> int:
+        name = "memory.oom_control" if self.version == 1 else "memory.events"
+        for line in self._read(name).splitlines():
+            key, _, value = line.partition(" ")
+            if key == "oom_kill":
+                return int(value)
+        return 0
+
+    def _write(self, name: str, value: str) -> None:
+        write_file(self.fd, name, value)
+
+    def _read(self, name: str) -> str:
+        fd = os.open(name, os.O_RDONLY, dir_fd=self.fd)
+        try:
+            return os.read(fd, 1 << 16).decode()
+        finally:
+            os.close(fd)
+
+
+@dataclass
+class Groups:
+    """The groups of one sandbox, reused from request to request."""
+
+    hierarchy: Hierarchy
+    fd: int
+    owner: int
+    free: list[Group] = field(default_factory=list)
+    made: list[Group] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, owner: int, hierarchy: Hierarchy | None = None) -> Groups | None:
+        """Open the parent group and try a limit; None where this process may not make groups.
+
+        owner: the process id whose end makes the groups garbage, which a later sandbox removes.
+        """
+        hierarchy = hierarchy or find_hierarchy()
+        if hierarchy is None:
+            return None
+        _remove_leftovers(hierarchy.folder)
+        try:
+            fd = os.open(hierarchy.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        groups = cls(hierarchy, fd, owner)
+        if hierarchy.version == 2:
+            with contextlib.suppress(OSError):  # refused where the group has processes, unless it is the root
+                write_file(fd, "cgroup.subtree_control", "+memory")
+        try:
+            group = groups.take()
+            group.limit(1 << 30)
+        except OSError:
+            groups.close()
+            return None
+        groups.give_back(group)
+        return groups
+
+    def take(self) -> Group:
+        """A group without processes. Raises OSError."""
+        if self.free:
+            return self.free.pop()
+        name = f"{PREFIX}{self.owner}-{secrets.token_hex(4)}"
+        os.mkdir(name, 0o755, dir_fd=self.fd)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        group = Group(self.hierarchy.version, name, fd)
+        self.made.append(group)
+        return group
+
+    def give_back(self, group: Group) -> None:
+        self.free.append(group)
+
+    def close(self) -> None:
+        """Remove all groups."""
+        for group in self.made:
+            os.close(group.fd)
+            with contextlib.suppress(OSError):  # still busy: the next sandbox removes it
+                os.rmdir(group.name, dir_fd=self.fd)
+        os.close(self.fd)
+
+
+def _remove_leftovers(folder: str) -> None:
+    """Remove the empty groups of sandboxes that were killed."""
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(PREFIX)]
+    except OSError:
+        return
+    for name in names:
+        owner = name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not os.path.exists(f"/proc/{owner}"):
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(folder, name))

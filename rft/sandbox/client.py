@@ -1,0 +1,630 @@
+"""The trusted side: starts the zygote, hands it programs, reads what comes back, and keeps nothing."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import random
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from . import linux
+from .cgroup import Group, Groups
+
+PROTECTIONS = ("network", "files", "signals", "system calls", "processes", "memory", "time", "output")
+Backend = Literal["auto", "bubblewrap", "native", "landlock"]
+HERE = os.path.dirname(os.path.abspath(__file__))
+_F_ADD_SEALS, _ALL_SEALS = 1033, 1 | 2 | 4 | 8  # no seal, shrink, grow or write any more
+_GRACE_S = 30.0  # past the wall time, for a machine that is busy
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself does not work, or lacks a required protection. Never the program's fault."""
+
+
+class TestsError(ValueError):
+    """The tests cannot be run, whatever the program is: the dataset's fault."""
+
+    __test__ = False  # not a class of tests, whatever pytest thinks
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use, with all that it starts.
+
+    wall_s, cpu_s: seconds. memory: bytes in memory. processes: processes and threads. file: bytes of one file;
+    scratch: of all. output: bytes of stdout and of stderr. address_space: whether `memory` bounds the address
+    space of each process too; off for runtimes that reserve far more than they use (node, java).
+    """
+
+    wall_s: float = 10.0
+    cpu_s: int = 5
+    memory: int = 512 << 20
+    processes: int = 16
+    file: int = 16 << 20
+    scratch: int = 64 << 20
+    output: int = 1 << 16
+    address_space: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a program ended: its exit `code`, or the `signal` that killed it.
+
+    broken: the limit that it exceeded, else empty. error: of a session, the traceback of this call.
+    """
+
+    code: int | None
+    signal: int | None
+    broken: str
+    stdout: str
+    stderr: str
+    cpu_s: float
+    wall_s: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """How tests went. problem: what ended them early; broken: the limit that was exceeded."""
+
+    __test__ = False
+
+    passed: int
+    total: int
+    failures: tuple[str, ...]
+    problem: str
+    broken: str
+    stderr: str
+    wall_s: float
+
+
+class Sandbox:
+    """A zygote and the requests to it. One request at a time; sessions may stay open beside them.
+
+    readable: further folders that programs may read. require: protections without which nothing runs.
+    backend: `bubblewrap`, `native` namespaces, `landlock`, or `auto`: the first of them that works here.
+    Raises SandboxError where a required protection or the named backend is not to be had on this machine.
+    """
+
+    def __init__(
+        self,
+        readable: Sequence[str] = (),
+        require: Collection[str] = PROTECTIONS,
+        backend: Backend = "auto",
+    ) -> None:
+        unknown = set(require) - set(PROTECTIONS)
+        if unknown:
+            raise SandboxError(f"no protection {min(unknown)!r}; there are: {', '.join(PROTECTIONS)}")
+        self._readable = [os.path.abspath(os.path.expanduser(path)) for path in readable]
+        self._require = require
+        self._wanted: Backend = backend
+        self._process: subprocess.Popen[bytes] | None = None
+        self._first_user = random.SystemRandom().randrange(1_000_000_000, 2_000_000_000)
+        self._users = 0
+        self._groups = Groups.open(os.getpid())
+        self.protections: dict[str, str] = {}
+        self.backend = ""
+        self.notes: list[str] = []
+        self._start()
+
+    # -- the zygote ----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Start the zygote with the first backend that works."""
+        self.notes = []
+        if self._wanted == "auto":
+            choices = ["bubblewrap"] if shutil.which("bwrap") else []
+            choices += ["native", "landlock"]
+        else:
+            choices = [self._wanted]
+        for backend in choices:
+            hello = self._try(backend)
+            if hello is None:
+                continue
+            if backend != "landlock" and not hello["namespaces"] and self._wanted == "auto":
+                self._note(f"{backend}: {hello['why']}")
+                self._end_process()
+                continue
+            self._check(backend, hello)
+            return
+        raise SandboxError(f"no sandbox starts on this machine: {'; '.join(self.notes)}")
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _try(self, backend: str) -> dict[str, Any] | None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        owner = os.pidfd_open(os.getpid())
+        options = json.dumps({"backend": backend, "readable": self._readable})
+        command = [sys.executable, "-I", HERE, str(theirs.fileno()), str(owner), options]
+        if backend == "bubblewrap":
+            command = _bubblewrap(self._readable) + command
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env={"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"},
+                pass_fds=[theirs.fileno(), owner],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd="/",
+            )
+        except OSError as error:
+            self._note(f"{backend}: {error}")
+            return None
+        finally:
+            theirs.close()
+            os.close(owner)
+        self._socket = ours
+        ready, _, _ = select.select([ours], [], [], 60.0)
+        data = ours.recv(1 << 20) if ready else b""
+        if not data:
+            self._process.kill()
+            assert self._process.stderr is not None
+            said = self._process.stderr.read().decode("utf-8", "replace").strip()[-400:]
+            self._note(f"{backend} does not start: {said or 'no answer within 60 s'}")
+            self._end_process()
+            return None
+        return json.loads(data)
+
+    def _check(self, backend: str, hello: Mapping[str, Any]) -> None:
+        self.backend = backend
+        self.protections = dict(hello["protections"])
+        if self._groups is not None:
+            self.protections["memory"] = (
+                f"control group (version {self._groups.hierarchy.version}), RLIMIT_AS"
+            )
+        if hello["why"]:
+            self._note(hello["why"])
+        if hello["hidden"]:
+            self.close()
+            raise SandboxError(
+                f"programs in the sandbox would not find the packages in {', '.join(hello['hidden'])}: "
+                "name the folder in `readable`"
+            )
+        missing = [name for name in self._require if not self.protections[name]]
+        if self._wanted not in ("auto", "landlock") and not hello["namespaces"]:
+            missing = missing or ["files"]
+        if missing:
+            self.close()
+            why = f" ({'; '.join(self.notes)})" if self.notes else ""
+            raise SandboxError(
+                f"this machine cannot protect: {', '.join(missing)}{why}. Allow user namespaces (for a "
+                f"container: a seccomp profile that permits unshare), or name what you do without: "
+                f"require: {sorted(set(self._require) - set(missing))}"
+            )
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self._socket.close()
+            self._process.kill()
+            self._process.wait()
+            if self._process.stderr is not None:
+                self._process.stderr.close()
+            self._process = None
+
+    def close(self) -> None:
+        """End the zygote; everything that runs in the sandbox ends with it."""
+        self._end_process()
+        if self._groups is not None:
+            self._groups.close()
+            self._groups = None
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def describe(self) -> str:
+        """Which protections are on, by what, and what this machine lacks, in one line."""
+        on = "; ".join(f"{k}: {v or 'OFF'}" for k, v in self.protections.items())
+        return f"sandbox ({self.backend}): {on}" + (f" [{'; '.join(self.notes)}]" if self.notes else "")
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    def _spawn(self, role: str, limits: Limits, fds: Mapping[str, int]) -> _Running:
+        """Start one process. The given descriptors are the process's; they are closed here."""
+        if self._process is None or self._process.poll() is not None:
+            self._end_process()
+            self._start()
+        self._users = (self._users + 1) % 1_000_000
+        group = None
+        if self._groups is not None:
+            group = self._groups.take()
+            group.limit(limits.memory)
+        status, status_w = os.pipe()
+        control, control_w = os.pipe()
+        theirs = {**fds, "status": status_w, "control": control}
+        sent = theirs if group is None else {**theirs, "cgroup": group.fd}
+        header = {
+            "role": role,
+            "user": self._first_user + self._users,
+            "fds": list(sent),
+            "limits": {
+                "wall_s": limits.wall_s,
+                "cpu_s": limits.cpu_s,
+                "memory": limits.memory,
+                "processes": limits.processes,
+                "file": limits.file,
+                "scratch": limits.scratch,
+                "address_space": limits.address_space,
+                "cgroup": group is not None,
+            },
+        }
+        try:
+            socket.send_fds(self._socket, [json.dumps(header).encode()], list(sent.values()))
+        except OSError as error:
+            os.close(status)
+            os.close(control_w)
+            raise SandboxError(f"the sandbox's zygote has ended: {error}") from error
+        finally:
+            for fd in theirs.values():
+                os.close(fd)
+        return _Running(self, status, control_w, group, limits)
+
+    def _done_with(self, group: Group | None) -> None:
+        if group is not None and self._groups is not None:
+            self._groups.give_back(group)
+
+    def run(
+        self,
+        program: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        stdin: str = "",
+        limits: Limits = Limits(),
+        *,
+        argv: Sequence[str] | None = None,
+    ) -> Result:
+        """Run a Python program as `__main__`, or a command, in an empty scratch folder with `files`."""
+        payload: dict[str, Any] = {"files": _encoded(files or {})}
+        payload |= {"argv": list(argv)} if argv is not None else {"program": program}
+        out, out_w = os.pipe()
+        err, err_w = os.pipe()
+        fds = {
+            "payload": _memory_file(json.dumps(payload).encode()),
+            "stdin": _memory_file(stdin.encode("utf-8", "surrogatepass")),
+            "stdout": out_w,
+            "stderr": err_w,
+        }
+        running = self._spawn("main", limits, fds)
+        outputs = _collect([running], {out: "stdout", err: "stderr"}, limits.output)
+        return running.result(outputs)
+
+    def test(
+        self,
+        program: str,
+        tests: Sequence[str],
+        *,
+        names: Sequence[str] = (),
+        limits: Limits = Limits(),
+    ) -> TestResult:
+        """Run Python tests against a program's names, in two processes.
+
+        tests: sources; what counts as a test is said in `testing.py`. names: builtin names that mean the
+        program's function in the tests, for example `sum`. Raises TestsError for tests that cannot be run.
+        """
+        link, link_w = socket.socketpair()
+        report, report_w = os.pipe()
+        err, err_w = os.pipe()
+        source = _memory_file(json.dumps({"program": program}).encode())
+        checks = _memory_file(json.dumps({"tests": list(tests), "names": list(names)}).encode())
+        a = self._spawn("serve", limits, {"payload": source, "link": link.detach(), "stderr": err_w})
+        b = self._spawn("test", limits, {"payload": checks, "link": link_w.detach(), "report": report_w})
+        outputs = _collect([b, a], {report: "report", err: "stderr"}, max(limits.output, 1 << 16))
+        ran, tested = a.result(outputs), b.result(outputs)
+        broken = ran.broken or tested.broken
+        if broken == "stopped":  # the tests were through, and the program was not
+            broken = tested.broken
+        found: dict[str, Any] = {
+            "passed": 0,
+            "total": 0,
+            "failures": [],
+            "problem": "no result",
+            "invalid": "",
+        }
+        if outputs["report"]:
+            found = json.loads(outputs["report"])
+        if found["invalid"]:
+            raise TestsError(found["invalid"])
+        if broken:
+            found["problem"] = f"it exceeded its limit: {broken}"
+        return TestResult(
+            passed=found["passed"],
+            total=found["total"],
+            failures=tuple(found["failures"]),
+            problem=found["problem"],
+            broken=broken,
+            stderr=ran.stderr,
+            wall_s=max(ran.wall_s, tested.wall_s),
+        )
+
+    def session(self, files: Mapping[str, bytes] | None = None, limits: Limits = Limits()) -> Session:
+        """Open a Python session that keeps its state from call to call, for example as a model's tool.
+
+        limits: `wall_s` bounds one call, the others the whole session.
+        """
+        return Session(self, files or {}, limits)
+
+
+class _Running:
+    """One process in the sandbox, as the trusted side sees it."""
+
+    def __init__(
+        self, sandbox: Sandbox, status: int, control: int, group: Group | None, limits: Limits
+    ) -> None:
+        self.sandbox, self.status, self.control = sandbox, status, control
+        self.group, self.limits = group, limits
+        self.said = b""
+        self.broken = ""
+
+    def stop(self, broken: str = "") -> None:
+        """Have it ended, with all that it has started."""
+        self.broken = self.broken or broken
+        if self.control >= 0:
+            os.close(self.control)
+            self.control = -1
+
+    def read_status(self) -> bool:
+        """Read a part of how it ended; False once it, and all that it has started, are gone."""
+        part = os.read(self.status, 4096)
+        self.said += part
+        return bool(part)
+
+    def finish(self) -> None:
+        self.stop()
+        os.close(self.status)
+        if self.group is not None and not self.broken and self.group.exceeded():
+            self.broken = "memory"
+        self.sandbox._done_with(self.group)
+        self.group = None
+
+    def result(self, outputs: Mapping[str, str], error: str = "") -> Result:
+        """What is known after the end. Raises SandboxError where the sandbox failed."""
+        try:
+            ended = json.loads(self.said) if self.said else {"failed": "the process could not be started"}
+        except ValueError:
+            ended = {"failed": self.said.decode("utf-8", "replace")}
+        if "failed" in ended:
+            raise SandboxError(f"the sandbox failed:\n{ended['failed']}")
+        return Result(
+            code=ended.get("code"),
+            signal=ended.get("signal"),
+            broken=self.broken or ended["broken"],
+            stdout=outputs.get("stdout", ""),
+            stderr=outputs.get("stderr", ""),
+            cpu_s=ended["cpu_s"],
+            wall_s=ended["wall_s"],
+            error=error,
+        )
+
+
+def _collect(processes: Sequence[_Running], pipes: Mapping[int, str], most: int) -> dict[str, str]:
+    """Wait for the end of all processes and read their pipes, at most `most` bytes of each.
+
+    When the first process has ended, the others are stopped.
+    """
+    kept: dict[str, bytearray] = {name: bytearray() for name in pipes.values()}
+    poll = select.poll()
+    waiting = {process.status: process for process in processes}
+    for fd in (*pipes, *waiting):
+        poll.register(fd, select.POLLIN | select.POLLHUP)
+    end = time.monotonic() + max(process.limits.wall_s for process in processes) + _GRACE_S
+    while waiting:
+        left = end - time.monotonic()
+        if left <= 0:  # init watches the wall time: this is the case only where the machine stands still
+            for process in waiting.values():
+                process.stop("wall time")
+            end = time.monotonic() + _GRACE_S
+        for fd, _ in poll.poll(max(0.0, left) * 1000 + 1):
+            if fd in waiting:
+                if not waiting[fd].read_status():
+                    poll.unregister(fd)
+                    ended = waiting.pop(fd)
+                    ended.finish()
+                    if ended is processes[0]:
+                        for process in waiting.values():
+                            process.stop()
+                continue
+            data = os.read(fd, 1 << 16)
+            if not data:
+                poll.unregister(fd)
+                continue
+            _keep(kept[pipes[fd]], data, most, processes)
+    for fd, name in pipes.items():
+        os.set_blocking(fd, False)
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(fd, 1 << 16):
+                _keep(kept[name], data, most, processes)
+        os.close(fd)
+    return {name: bytes(data[:most]).decode("utf-8", "replace") for name, data in kept.items()}
+
+
+def _keep(kept: bytearray, data: bytes, most: int, processes: Sequence[_Running]) -> None:
+    kept += data
+    if len(kept) > most:
+        del kept[most + 1 :]
+        for process in processes:
+            process.stop("output")
+
+
+class Session:
+    """A Python process that executes one source after the other. Use as a context manager, or `close` it."""
+
+    def __init__(self, sandbox: Sandbox, files: Mapping[str, bytes], limits: Limits) -> None:
+        self._limits = limits
+        link, theirs = socket.socketpair()
+        self._link = link
+        out, out_w = os.pipe()
+        err, err_w = os.pipe()
+        self._pipes = {out: "stdout", err: "stderr"}
+        whole = Limits(**{**vars(limits), "wall_s": 1e9})
+        fds = {"payload": _memory_file(json.dumps({"files": _encoded(files)}).encode())}
+        fds |= {"link": theirs.detach(), "stdout": out_w, "stderr": err_w}
+        self._running: _Running | None = sandbox._spawn("session", whole, fds)
+        self._ended = ""
+
+    def run(self, code: str) -> Result:
+        """Execute a source in the session's namespace; a last expression is printed, as in an interpreter.
+
+        `error` of the result is the traceback of what it raised; `broken` is set where it ended the session.
+        Raises SandboxError once the session has ended.
+        """
+        running = self._running
+        if running is None:
+            raise SandboxError(f"the session has ended: {self._ended}")
+        started = time.monotonic()
+        message = json.dumps({"code": code}).encode() + b"\n"
+        answer, outputs = self._exchange(running, message, started + self._limits.wall_s)
+        wall_s = time.monotonic() - started
+        if answer is not None:
+            return Result(0, None, "", outputs["stdout"], outputs["stderr"], 0.0, wall_s, answer)
+        result = running.result(outputs)
+        self._ended = (
+            result.broken or f"it ended with {result.code if result.signal is None else result.signal}"
+        )
+        self._release()
+        return result
+
+    def _exchange(self, running: _Running, message: bytes, end: float) -> tuple[str | None, dict[str, str]]:
+        """Send a source and read until its answer: the error text, or None where the process ended."""
+        kept = {name: bytearray() for name in self._pipes.values()}
+        reply = bytearray()
+        self._link.setblocking(False)
+        poll = select.poll()
+        for fd in (*self._pipes, running.status):
+            poll.register(fd, select.POLLIN | select.POLLHUP)
+        poll.register(self._link, select.POLLIN | select.POLLOUT)
+        alive = True
+        while alive and not reply.endswith(b"\n"):
+            left = end - time.monotonic()
+            if left <= 0:
+                running.stop("wall time")
+                end = time.monotonic() + _GRACE_S
+            for fd, what in poll.poll(max(0.0, left) * 1000 + 1):
+                if fd == running.status:
+                    alive = running.read_status()
+                elif fd == self._link.fileno():
+                    message = self._talk(poll, what, message, reply)
+                else:
+                    _keep_or_end(poll, fd, kept[self._pipes[fd]], self._limits.output, running)
+        for fd, name in self._pipes.items():
+            os.set_blocking(fd, False)
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(fd, 1 << 16):
+                    _keep(kept[name], data, self._limits.output, [running])
+            os.set_blocking(fd, True)
+        texts = {n: bytes(d[: self._limits.output]).decode("utf-8", "replace") for n, d in kept.items()}
+        if not alive:
+            running.finish()
+            return None, texts
+        return str(json.loads(reply)["error"]), texts
+
+    def _talk(self, poll: select.poll, what: int, message: bytes, reply: bytearray) -> bytes:
+        """Send what is left of the message, or read; returns what is left."""
+        if what & select.POLLOUT and message:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+                message = message[self._link.send(message) :]
+        if not message:
+            poll.modify(self._link, select.POLLIN)
+        if what & select.POLLIN:
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                data = self._link.recv(1 << 16)
+                reply += data
+                if not data:
+                    poll.unregister(self._link)
+        elif what & (select.POLLHUP | select.POLLERR):
+            poll.unregister(self._link)
+        return message
+
+    def _release(self) -> None:
+        self._running = None
+        self._link.close()
+        for fd in self._pipes:
+            os.close(fd)
+
+    def close(self) -> None:
+        """End the session and all that it has started."""
+        running = self._running
+        if running is None:
+            return
+        self._ended = "it was closed"
+        running.stop()
+        while running.read_status():
+            pass
+        running.finish()
+        self._release()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _keep_or_end(poll: select.poll, fd: int, kept: bytearray, most: int, running: _Running) -> None:
+    data = os.read(fd, 1 << 16)
+    if not data:
+        poll.unregister(fd)
+        return
+    _keep(kept, data, most, [running])
+
+
+def _encoded(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: base64.b64encode(content).decode() for name, content in files.items()}
+
+
+def _memory_file(data: bytes) -> int:
+    """A sealed file in memory, at its beginning: its receiver can read it and cannot make it grow."""
+    fd = os.memfd_create("rft-sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(os.dup(fd), "wb") as file:
+        file.write(data)
+    fcntl.fcntl(fd, _F_ADD_SEALS, _ALL_SEALS)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _bubblewrap(readable: Sequence[str]) -> list[str]:
+    """The bwrap command in front of the zygote's: its root file system and outer namespaces.
+
+    The capabilities are the zygote's, for the namespaces of each request; a program gets none of them.
+    """
+    command = [
+        "bwrap",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--unshare-pid",
+        "--cap-add",
+        "ALL",
+    ]
+    if os.getuid() != 0:
+        command += ["--unshare-user"]
+    paths = [*linux.SYSTEM_PATHS, *linux.python_paths(), HERE, *readable]
+    parents = {str(parent) for path in (*paths, *linux.DEVICES) for parent in Path(path).parents}
+    for folder in sorted(parents - {"/"} - {path for path in paths if os.path.islink(path)}):
+        command += ["--perms", "0755", "--dir", folder]  # by itself it makes parents that only root can enter
+    for path in paths:
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path), path]
+        elif os.path.exists(path):
+            command += ["--ro-bind", path, path]
+    for device in linux.DEVICES:
+        command += ["--dev-bind", device, device]
+    command += ["--proc", "/proc", "--dir", linux.SCRATCH]
+    if "/tmp" not in parents:
+        command += ["--symlink", linux.SCRATCH, "/tmp"]
+    return [*command, "--chdir", "/", "--remount-ro", "/", "--"]

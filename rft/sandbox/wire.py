@@ -1,0 +1,313 @@
+"""Plain data and calls between a program and its tests, which run in two processes.
+
+Values of exact builtin types travel by value. Any other object stays with its owner and travels as a
+reference; the other side sees a `Proxy`. Either side may call back while it waits for an answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import builtins
+import datetime
+import functools
+import json
+import os
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+LONGEST_LINE = 64 << 20
+_CONTAINERS: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+_TEXTS: dict[str, Callable[[str], Any]] = {
+    "Fraction": Fraction,
+    "Decimal": Decimal,
+    "date": datetime.date.fromisoformat,
+    "datetime": datetime.datetime.fromisoformat,
+    "time": datetime.time.fromisoformat,
+}
+
+
+class Gone(BaseException):
+    """The other side has ended. Not an Exception: tests that expect one must not take this for it."""
+
+
+class CannotPass(BaseException):
+    """Tests handed a value to the program that cannot travel: the tests' fault, never the program's."""
+
+
+class Link:
+    """Lines of JSON over a socket, and the objects that were lent to the other side."""
+
+    def __init__(self, fd: int, proxy: type[Proxy]) -> None:
+        self._input = os.fdopen(fd, "rb", closefd=False)
+        self._output = os.fdopen(fd, "wb", buffering=0, closefd=False)
+        self._proxy = proxy
+        self.lent: dict[int, Any] = {}
+
+    def write(self, message: Any) -> None:
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        while data:
+            data = data[self._output.write(data) :]
+
+    def read(self) -> Any:
+        """The next message. Raises Gone at the end, or where the other side does not speak the protocol."""
+        line = self._input.readline(LONGEST_LINE)
+        if not line.endswith(b"\n"):
+            raise Gone("the program ended before it answered")
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError):
+            raise Gone("the program answered with something that is no message") from None
+
+    def pack(self, value: Any) -> Any:
+        """Turn a value into JSON data; an object that is not plain data is lent."""
+        kind = type(value)
+        if value is None or kind in (bool, str):
+            return value
+        if kind is int:
+            return value if abs(value) < 1 << 53 else {"int": hex(value)}
+        if kind is float:
+            return {"float": value.hex()}
+        if kind is list:
+            return [self.pack(v) for v in value]
+        if kind in (tuple, set, frozenset):
+            return {kind.__name__: [self.pack(v) for v in value]}
+        if kind is dict:
+            return {"dict": [[self.pack(k), self.pack(v)] for k, v in value.items()]}
+        if kind in (bytes, bytearray):
+            return {kind.__name__: base64.b64encode(value).decode()}
+        if kind is complex:
+            return {"complex": [value.real.hex(), value.imag.hex()]}
+        if kind is range:
+            return {"range": [value.start, value.stop, value.step]}
+        if kind in (Fraction, Decimal):
+            return {kind.__name__: str(value)}
+        if kind in (datetime.date, datetime.datetime, datetime.time):
+            return {kind.__name__: value.isoformat()}
+        if isinstance(value, Proxy):
+            return {"yours": value._id}
+        for base in (
+            bool,
+            int,
+            float,
+            str,
+            tuple,
+            list,
+            dict,
+            set,
+            frozenset,
+        ):  # Counter, IntEnum, named tuples
+            if isinstance(value, base):
+                return self.pack(base(value))
+        if kind.__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+            return self.pack(value.item())
+        return self.lend(value)
+
+    def lend(self, value: Any) -> Any:
+        self.lent[id(value)] = value
+        return {"lent": id(value), "type": type(value).__name__}
+
+    def unpack(self, data: Any) -> Any:
+        """Turn what `pack` made on the other side into a value."""
+        if isinstance(data, list):
+            return [self.unpack(v) for v in data]
+        if not isinstance(data, dict):
+            return data
+        kind, value = next(iter(data.items()))
+        if kind in _CONTAINERS:
+            return _CONTAINERS[kind](self.unpack(v) for v in value)
+        if kind == "dict":
+            return {self.unpack(k): self.unpack(v) for k, v in value}
+        if kind == "int":
+            return int(value, 16)
+        if kind == "float":
+            return float.fromhex(value)
+        if kind == "complex":
+            return complex(float.fromhex(value[0]), float.fromhex(value[1]))
+        if kind in ("bytes", "bytearray"):
+            return (bytes if kind == "bytes" else bytearray)(base64.b64decode(value))
+        if kind == "range":
+            return range(*value)
+        if kind in _TEXTS:
+            return _TEXTS[kind](value)
+        if kind == "yours":
+            return self.lent[value]
+        if kind == "lent":
+            return self._proxy(self, value, str(data.get("type", "object")))
+        raise ValueError(f"unknown data {kind!r}")
+
+    def ask(self, operation: str, *args: Any) -> dict[str, Any]:
+        """Have the other side do something; serves its calls until the answer comes."""
+        self.write({"do": [operation, *args]})
+        return self.wait()
+
+    def wait(self) -> dict[str, Any]:
+        """Serve the other side until it answers."""
+        while True:
+            message = self.read()
+            if not isinstance(message, dict):
+                raise Gone("the program answered with something that is no message")
+            if "do" not in message:
+                return message
+            self.write(self.answer(message["do"]))
+
+    def answer(self, request: list[Any]) -> dict[str, Any]:
+        """Do what the other side asks for; what it raises becomes an answer as well."""
+        try:
+            operation, *args = request
+            return self.perform(operation, args)
+        except (Gone, CannotPass):
+            raise
+        except BaseException as error:
+            return describe_exception(error)
+
+    def perform(self, operation: str, args: list[Any]) -> dict[str, Any]:
+        if operation not in OPERATIONS:
+            raise ValueError(f"unknown operation {operation!r}")
+        target = self.lent[args[0]]
+        given = [self.unpack(v) for v in args[1:]]
+        if operation == "call":
+            result = target(*given[0], **given[1])
+            return {"ok": self.pack(result), "args": self.pack(given[0])}
+        return {"ok": self.pack(OPERATIONS[operation](target, *given))}
+
+
+def _isinstance(target: Any, value: Any) -> bool:
+    return isinstance(value, target)
+
+
+def _iterate(target: Any) -> list[Any] | None:
+    """All items, or None for an iterator, which is advanced item by item: it may have no end."""
+    iterator = iter(target)
+    if iterator is target:
+        return None
+    items = []
+    for item in iterator:
+        items.append(item)
+        if len(items) > 1_000_000:
+            raise ValueError("more than a million items")
+    return items
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": lambda: None,  # answered by `perform`: it also reports what became of the arguments
+    "get": getattr,
+    "set": setattr,
+    "item": lambda target, key: target[key],
+    "set_item": lambda target, key, value: target.__setitem__(key, value),
+    "iterate": _iterate,
+    "next": next,
+    "len": len,
+    "str": str,
+    "repr": repr,
+    "bool": bool,
+    "enter": lambda target: target.__enter__(),
+    "exit": lambda target: target.__exit__(None, None, None),
+    "isinstance": _isinstance,
+}
+
+
+class Proxy:
+    """An object of the other side. Equal to nothing but itself; it never learns what it is compared with."""
+
+    def __init__(self, link: Link, number: int, kind: str) -> None:
+        self.__dict__.update(_link=link, _id=number, _kind=kind)
+
+    def _ask(self, operation: str, *args: Any) -> Any:
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Proxy) and other._id == self._id
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._ask("get", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("set", name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ask("item", key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._ask("set_item", key, value)
+
+    def __iter__(self) -> Any:
+        items = self._ask("iterate")
+        return self if items is None else iter(items)
+
+    def __next__(self) -> Any:
+        return self._ask("next")
+
+    def __len__(self) -> int:
+        return int(self._ask("len"))
+
+    def __bool__(self) -> bool:
+        return self._ask("bool") is True
+
+    def __str__(self) -> str:
+        return str(self._ask("str"))
+
+    def __repr__(self) -> str:
+        return str(self._ask("repr"))
+
+    def __enter__(self) -> Any:
+        return self._ask("enter")
+
+    def __exit__(self, *error: object) -> None:
+        self._ask("exit")
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, Proxy) and self._ask("isinstance", value) is True
+
+
+# -- exceptions --------------------------------------------------------------------------------------
+
+# Raised through tests, these would end a loop, a generator or an event loop as if nothing had happened.
+CONTROL_FLOW = ("StopIteration", "StopAsyncIteration", "GeneratorExit", "CancelledError")
+
+
+def describe_exception(error: BaseException) -> dict[str, Any]:
+    """An exception as an answer: the names of its class and bases down to a builtin one, and its text."""
+    names = [kind.__name__ for kind in type(error).__mro__ if issubclass(kind, BaseException)]
+    try:
+        text = str(error)[:500]
+    except BaseException:  # an exception whose __str__ raises
+        text = ""
+    return {"error": names, "text": text}
+
+
+@functools.lru_cache(maxsize=256)
+def exception_class(names: tuple[str, ...]) -> type[BaseException]:
+    """The class of that name on this side: the builtin one, or one that is made with the same bases.
+
+    Equal names give the same class, so that `except` finds a class that the program defined.
+    """
+    name, *bases = names
+    known = getattr(builtins, name, None)
+    if name in CONTROL_FLOW:
+        return type(
+            name, (RuntimeError,), {"__doc__": "Raised by the program; wrapped, so that it ends nothing."}
+        )
+    if isinstance(known, type) and issubclass(known, BaseException):
+        return known
+    if not bases:
+        return type(name, (Exception,), {})
+    base = exception_class(tuple(bases))
+    return type(name, (base if issubclass(base, Exception) else Exception,), {})
+
+
+def to_exception(answer: dict[str, Any]) -> BaseException:
+    """The exception of an answer of `describe_exception`."""
+    names = answer["error"] if isinstance(answer["error"], list) else [answer["error"]]
+    kind = exception_class(tuple(str(name) for name in names[:20]) or ("Exception",))
+    text = str(answer.get("text", ""))
+    try:
+        return kind(text)
+    except TypeError:  # one that needs more arguments, such as UnicodeDecodeError
+        return type(kind.__name__, (ValueError if issubclass(kind, ValueError) else RuntimeError,), {})(text)

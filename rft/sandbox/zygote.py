@@ -1,0 +1,505 @@
+"""The process that sandboxed processes are forked from: a fork takes a millisecond, a fresh Python thirty.
+
+It shuts itself in first, then forks once per request and forgets the request. It never sees a program, a test
+or an output: those lie in files in memory that only the process concerned reads, and results go through pipes
+to the trusted side. So there is nothing of an earlier request in the memory that a program inherits.
+
+    trusted side (client.py)
+      └ zygote           namespaces of files, network, IPC
+          └ init         pid 1 of one request: limits, watch, end of all that the program has started
+              └ program  the only process that runs anything untrusted
+
+A request is one JSON line `{"role", "limits", "user", "fds"}` with file descriptors attached, named by `fds`.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from . import cgroup, linux, program, seccomp, testing
+
+# Imported before the forks, so that programs find them loaded.
+PRELOADED = "bisect collections copy datetime functools hashlib heapq itertools math operator random re"
+for _name in [*PRELOADED.split(), "statistics", "string", "typing"]:
+    importlib.import_module(_name)
+
+LOOK_EVERY_S = 0.05
+REQUEST_NAMESPACES = linux.CLONE_NEWPID | linux.CLONE_NEWNS | linux.CLONE_NEWIPC
+ROLES: dict[str, Callable[[dict[str, int]], int]] = {
+    "main": lambda fds: program.run_main(program.read_payload(fds["payload"])),
+    "serve": lambda fds: program.serve(program.read_payload(fds["payload"]), fds["link"]),
+    "test": lambda fds: testing.run_tests(program.read_payload(fds["payload"]), fds["link"], fds["report"]),
+    "session": lambda fds: program.interact(fds["link"]),
+}
+
+
+@dataclass
+class Protections:
+    """What protects on this machine."""
+
+    namespaces: bool
+    landlock: int  # the kernel's version of it; 0: none
+    filter: seccomp.Filter | None
+    own_user: bool  # every request runs as a user of its own
+    readable: list[str]
+    backend: str
+    why: str  # why there are no namespaces, or no seccomp
+
+    def describe(self) -> dict[str, str]:
+        """Each protection and what provides it; empty where nothing does."""
+        ns = self.namespaces
+        calls = f"seccomp ({self.filter.compiler})" if self.filter else ""
+        landlock = f"Landlock {self.landlock}" if self.landlock else ""
+        return {
+            "network": "network namespace, seccomp" if ns and calls else "seccomp" if calls else "",
+            "files": f"mount namespace ({self.backend})" if ns else landlock,
+            "signals": "pid namespace" if ns else "seccomp" if calls else "",
+            "system calls": calls,
+            "processes": "RLIMIT_NPROC" if self.own_user or os.getuid() != 0 else "",
+            "memory": "RLIMIT_AS, sum of the processes",
+            "time": "RLIMIT_CPU, wall clock",
+            "output": "RLIMIT_FSIZE, pipe limit",
+        }
+
+
+def shut_in(backend: str, readable: list[str]) -> Protections:
+    """Enter the outer namespaces where that is wanted and possible, and find out what else there is.
+
+    backend: `bubblewrap` (this process was started by it, inside), `native`, or `landlock`.
+    """
+    readable = [*linux.python_paths(), *readable]
+    namespaces, why = True, ""
+    if backend == "native":
+        why = _in_child(lambda: _enter(readable), "namespaces")
+        if not why:
+            linux.enter_namespaces()
+            linux.build_root(readable)
+    elif backend == "bubblewrap":
+        why = _in_child(_inner_namespaces, "namespaces inside of bubblewrap")
+    namespaces = backend != "landlock" and not why
+    filter_: seccomp.Filter | None = None
+    try:
+        filter_ = seccomp.build_filter(signals=namespaces)
+        refused = _in_child(lambda: _try_filter(filter_), "seccomp")
+        if refused:
+            filter_, why = None, why or refused
+    except OSError as error:
+        why = why or f"seccomp: {error.strerror}"
+    own_user = os.getuid() == 0 and (namespaces or _others_can_read())
+    own_user = own_user and not _in_child(lambda: linux.drop_privileges(1_000_000_000), "another user")
+    return Protections(namespaces, linux.landlock_abi(), filter_, own_user, readable, backend, why)
+
+
+def _enter(readable: list[str]) -> None:
+    linux.enter_namespaces()
+    linux.build_root(readable)
+    _inner_namespaces()
+
+
+def _inner_namespaces() -> None:
+    """What every request does, once, to find out whether it works."""
+    pid = linux.fork_into(REQUEST_NAMESPACES)
+    if pid == 0:
+        try:
+            _mounts({"scratch": 1 << 20})
+            os._exit(0)
+        except OSError as error:
+            os._exit(error.errno or 255)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def _try_filter(filter_: seccomp.Filter | None) -> None:
+    assert filter_ is not None
+    linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+    seccomp.install(filter_)
+
+
+def _in_child(attempt: Callable[[], None], name: str) -> str:
+    """Try in a child, as a failure half-way cannot be undone. Returns why it failed; empty if it works."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            attempt()
+            os._exit(0)
+        except OSError as error:
+            os._exit(error.errno or 255)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(255)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return "" if code == 0 else f"{name}: {os.strerror(code)}"
+
+
+def _hidden(protections: Protections, path: str) -> bool:
+    """Whether a program could not list a folder that this process could before it shut itself in."""
+
+    def look() -> None:
+        if protections.own_user:
+            linux.drop_privileges(1_000_000_000)
+        os.listdir(path)
+
+    return bool(_in_child(look, path))
+
+
+def _others_can_read() -> bool:
+    """Without a mount namespace: can an unprivileged user reach this Python?"""
+    path = os.path.realpath(os.__file__)
+    while path != "/":
+        if not os.stat(path).st_mode & 0o005:
+            return False
+        path = os.path.dirname(path)
+    return True
+
+
+def _mounts(limits: dict[str, Any]) -> None:
+    """In a request's mount namespace: its processes only in /proc, and an empty scratch folder."""
+    flags = linux.MS_NOSUID | linux.MS_NODEV
+    linux.mount("proc", "/proc", "proc", flags)
+    size = f"size={limits['scratch']},mode=1777,nr_inodes=4096"
+    linux.mount("tmpfs", linux.SCRATCH, "tmpfs", flags, size)
+
+
+# -- one request -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    """What to run, under which limits, as which user id, on which file descriptors.
+
+    fds: `status` (how it ended, as JSON), `control` (closed by the trusted side to end it), and by role
+    `payload`, `link`, `report`, `stdin`, `stdout`, `stderr`, `cgroup`.
+    """
+
+    role: str
+    limits: dict[str, Any]
+    user: int
+    fds: dict[str, int]
+
+
+def _report(request: Request, outcome: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # the trusted side has gone
+        os.write(request.fds["status"], json.dumps(outcome).encode())
+
+
+def init(protections: Protections, request: Request, owner: int) -> NoReturn:
+    """Pid 1 of the request, trusted: starts the program, watches it, and ends everything with itself."""
+    scratch = linux.SCRATCH
+    try:
+        os.setsid()
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        linux.prctl(linux.PR_SET_DUMPABLE, 0)  # closes /proc/1/mem to a program of the same user
+        if protections.namespaces:
+            _mounts(request.limits)
+        else:
+            linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+            scratch = tempfile.mkdtemp(prefix="rft-sandbox-")
+        started = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _inside(protections, request, scratch)
+        child = os.pidfd_open(pid)
+        for name, fd in request.fds.items():
+            if name not in ("status", "control"):
+                os.close(fd)
+        children = Children(pid)
+        broken = _watch(protections, request, child, owner, started, children)
+        if broken:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if not protections.namespaces:
+            _kill_descendants()
+            shutil.rmtree(scratch, ignore_errors=True)
+        code = children.wait_for_program()
+        cpu_s = children.cpu_s
+        if (
+            not broken
+            and code in (-signal.SIGKILL, -signal.SIGXCPU)
+            and cpu_s >= request.limits["cpu_s"] - 0.5
+        ):
+            broken = "CPU time"
+        ended = {"signal": -code} if code < 0 else {"code": code}
+        wall_s = time.monotonic() - started
+        _report(request, {**ended, "broken": broken, "cpu_s": cpu_s, "wall_s": wall_s})
+    except BaseException:
+        _report(request, {"failed": traceback.format_exc()})
+    os._exit(0)
+
+
+class Children:
+    """The processes that pid 1 has to reap: the program, and orphans, which would count as processes."""
+
+    def __init__(self, program: int) -> None:
+        self.program = program
+        self.code: int | None = None
+        self.cpu_s = 0.0
+
+    def reap(self, options: int = os.WNOHANG) -> bool:
+        """Reap one that has ended; False where there is none."""
+        try:
+            pid, status, usage = os.wait4(-1, options)
+        except ChildProcessError:
+            return False
+        self.cpu_s += usage.ru_utime + usage.ru_stime
+        if pid == self.program:
+            self.code = os.waitstatus_to_exitcode(status)
+        return pid != 0
+
+    def wait_for_program(self) -> int:
+        while self.code is None:
+            self.reap(0)
+        return self.code
+
+
+def _watch(
+    protections: Protections,
+    request: Request,
+    child: int,
+    owner: int,
+    started: float,
+    children: Children,
+) -> str:
+    """Wait for the program's end; returns the limit that it broke before, if it did."""
+    limits = request.limits
+    poll = select.poll()
+    for fd in (child, owner, request.fds["control"]):
+        poll.register(fd, select.POLLIN | select.POLLHUP)
+    end, look = started + limits["wall_s"], started + LOOK_EVERY_S
+    while True:
+        now = time.monotonic()
+        if now >= end:
+            return "wall time"
+        if now >= look:
+            while children.reap():
+                pass
+            memory, cpu_s = usage_of(_processes(protections), counted=not limits["cgroup"])
+            if memory > limits["memory"]:
+                return "memory"
+            if cpu_s + children.cpu_s > limits["cpu_s"]:
+                return "CPU time"
+            look = time.monotonic() + LOOK_EVERY_S
+        ready = {fd for fd, _ in poll.poll(max(0.0, min(look, end) - time.monotonic()) * 1000 + 1)}
+        if child in ready:
+            return ""
+        if ready:
+            return "stopped"
+
+
+def _processes(protections: Protections) -> list[int]:
+    """The processes of the request, without pid 1."""
+    if not protections.namespaces:
+        return descendants(os.getpid())
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+
+
+def usage_of(pids: list[int], *, counted: bool) -> tuple[int, float]:
+    """Bytes that processes hold, and CPU seconds that they have used.
+
+    Memory is counted where no control group does it: private pages, whole shared maps (their pages may be
+    out of sight of every page table) and, for each socket, the buffer that it may fill.
+    """
+    memory, ticks = 0, 0
+    shared: dict[str, int] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                ticks += sum(map(int, file.read().rpartition(b")")[2].split()[11:15]))
+            if not counted:
+                continue
+            with open(f"/proc/{pid}/status") as status:
+                for line in status:
+                    if line.startswith("RssAnon:"):
+                        memory += int(line.split()[1]) << 10
+            if not os.access(f"/proc/{pid}/fd", os.R_OK | os.X_OK):
+                memory += _shared_memory(pid)  # without privileges: what its page tables hold
+                continue
+            with open(f"/proc/{pid}/maps") as maps:
+                for line in maps:
+                    if " rw-s " in line and "/dev/zero" in line:
+                        span, _, _, _, inode, *_ = line.split()
+                        first, _, last = span.partition("-")
+                        shared[inode] = max(shared.get(inode, 0), int(last, 16) - int(first, 16))
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:"):
+                    memory += SOCKET_BUFFER
+    return memory + sum(shared.values()), ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _shared_memory(pid: int) -> int:
+    with open(f"/proc/{pid}/status") as status:
+        return sum(int(line.split()[1]) << 10 for line in status if line.startswith("RssShmem:"))
+
+
+def _socket_buffer() -> int:
+    """Bytes of kernel memory behind a socket whose send buffer is full: twice its size, for the overhead."""
+    try:
+        with open("/proc/sys/net/core/wmem_default") as file:
+            return 2 * int(file.read())
+    except (OSError, ValueError):  # hidden in some containers
+        return 2 * 212_992
+
+
+SOCKET_BUFFER = _socket_buffer()
+
+
+def descendants(pid: int) -> list[int]:
+    """The living processes below `pid`."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
+                parents[int(entry)] = int(file.read().rpartition(b")")[2].split()[1])
+    below = {pid}
+    while True:
+        more = {p for p, parent in parents.items() if parent in below} - below
+        if not more:
+            return sorted(below - {pid})
+        below |= more
+
+
+def _kill_descendants() -> None:
+    """Without a namespace: stop all that the program has started, then kill it. Orphans come to this process."""
+    stopped: set[int] = set()
+    while wave := set(descendants(os.getpid())) - stopped:
+        for pid in wave:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGSTOP)
+        stopped |= wave
+    for pid in stopped:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+# -- the program's process ---------------------------------------------------------------------------
+
+
+def _inside(protections: Protections, request: Request, scratch: str) -> NoReturn:
+    code = 70
+    try:
+        _own_descriptors(request)
+        os.environ.clear()
+        os.environ.update(PATH="/usr/local/bin:/usr/bin:/bin", HOME=scratch, TMPDIR=scratch, LANG="C.UTF-8")
+        tempfile.tempdir = None
+        _confine(protections, request, scratch)
+        code = ROLES[request.role](request.fds)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code & 0xFF if isinstance(code, int) else 1)
+
+
+def _own_descriptors(request: Request) -> None:
+    """Enter the control group, put the standard streams in place and close what is not this process's."""
+    fds = request.fds
+    if "cgroup" in fds:
+        cgroup.enter(fds["cgroup"])
+    null = os.open("/dev/null", os.O_RDWR)
+    for target, name in enumerate(("stdin", "stdout", "stderr")):
+        os.dup2(fds.pop(name, null), target)
+    kept = sorted(fds[name] for name in ("payload", "link", "report") if name in fds)
+    low = 3
+    for fd in (*kept, 65_536):
+        if fd > low:
+            os.closerange(low, fd)
+        low = fd + 1
+
+
+def _confine(protections: Protections, request: Request, scratch: str) -> None:
+    """Every protection, and then no way back."""
+    limits = request.limits
+    os.chdir(scratch)
+    processes = limits["processes"]
+    if not protections.namespaces and protections.own_user:
+        os.chown(scratch, request.user, request.user)
+    elif not protections.own_user and not protections.namespaces:
+        processes += _threads_of(os.getuid())  # the limit counts everything that this user runs
+    linux.limit(
+        limits["memory"], limits["cpu_s"], limits["file"], processes, address_space=limits["address_space"]
+    )
+    linux.drop_privileges(request.user if protections.own_user else None)
+    if protections.namespaces:
+        linux.prctl(linux.PR_SET_DUMPABLE, 1)  # or init, without privileges, could not count its memory
+    if not protections.namespaces and protections.landlock:
+        linux.landlock(protections.readable, scratch)
+    if protections.filter is not None:
+        seccomp.install(protections.filter)
+
+
+def _threads_of(uid: int) -> int:
+    total = 0
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{entry}").st_uid == uid:
+                    total += len(os.listdir(f"/proc/{entry}/task"))
+    return total
+
+
+# -- serving -----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Serve requests on the socket at `argv[1]` until it closes or the owner, at `argv[2]`, ends."""
+    sock, owner = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    options = json.loads(sys.argv[3])
+    before = [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
+    protections = shut_in(options["backend"], options["readable"])
+    hidden = [path for path in before if _hidden(protections, path)]
+    hello = {"protections": protections.describe(), "why": protections.why, "hidden": hidden}
+    sock.sendall(json.dumps({**hello, "namespaces": protections.namespaces}).encode() + b"\n")
+    gc.freeze()  # a collection in a child would touch, and so copy, every page
+    poll = select.poll()
+    for fd in (sock.fileno(), owner):
+        poll.register(fd, select.POLLIN | select.POLLHUP)
+    statuses: dict[int, int] = {}  # pidfd of an init -> its request's `status`, which must outlive it
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        for pidfd in ready & statuses.keys():
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # by now all processes of the request are gone
+            poll.unregister(pidfd)
+            os.close(pidfd)
+            os.close(statuses.pop(pidfd))
+        if owner in ready:
+            return
+        if sock.fileno() not in ready:
+            continue
+        data, fds, _, _ = socket.recv_fds(sock, 1 << 16, 16)
+        if not data:
+            return
+        message = json.loads(data)
+        names = dict(zip(message["fds"], fds, strict=True))
+        request = Request(message["role"], message["limits"], message["user"], names)
+        pid = linux.fork_into(REQUEST_NAMESPACES if protections.namespaces else 0)
+        if pid == 0:
+            for fd in (sock.fileno(), *statuses, *statuses.values()):
+                os.close(fd)
+            init(protections, request, owner)
+        pidfd = os.pidfd_open(pid)
+        poll.register(pidfd, select.POLLIN)
+        statuses[pidfd] = names.pop("status")
+        for fd in names.values():
+            os.close(fd)
