@@ -76,6 +76,19 @@ def enter(folder: int) -> None:
     write_file(folder, "cgroup.procs", "0")
 
 
+def kills(folder: int) -> int:
+    """How many processes of the group the kernel has killed for its memory."""
+    for name in ("memory.events", "memory.oom_control"):  # of version 2, of version 1
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(name, os.O_RDONLY, dir_fd=folder)
+            try:
+                lines = os.read(fd, 1 << 16).decode().splitlines()
+            finally:
+                os.close(fd)
+            return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0
+
+
 @dataclass
 class Group:
     """One control group, for one process with all that it starts. Made by `Groups`."""
@@ -83,7 +96,6 @@ class Group:
     version: int
     name: str
     fd: int
-    kills_before: int = 0
 
     def limit(self, memory: int) -> None:
         """Set the limit in bytes, swap included. Raises OSError."""
@@ -97,29 +109,9 @@ class Group:
             self._write("memory.max", str(memory))
             with contextlib.suppress(OSError):
                 self._write("memory.swap.max", "0")
-        self.kills_before = self._kills()
-
-    def exceeded(self) -> bool:
-        """Whether the kernel has killed a process of the group for its memory since `limit`."""
-        return self._kills() > self.kills_before
-
-    def _kills(self) -> int:
-        name = "memory.oom_control" if self.version == 1 else "memory.events"
-        for line in self._read(name).splitlines():
-            key, _, value = line.partition(" ")
-            if key == "oom_kill":
-                return int(value)
-        return 0
 
     def _write(self, name: str, value: str) -> None:
         write_file(self.fd, name, value)
-
-    def _read(self, name: str) -> str:
-        fd = os.open(name, os.O_RDONLY, dir_fd=self.fd)
-        try:
-            return os.read(fd, 1 << 16).decode()
-        finally:
-            os.close(fd)
 
 
 @dataclass

@@ -43,9 +43,9 @@ class TestsError(ValueError):
 class Limits:
     """What a program may use, with all that it starts.
 
-    wall_s, cpu_s: seconds. memory: bytes in memory. processes: processes and threads. file: bytes of one file;
-    scratch: of all. output: bytes of stdout and of stderr. address_space: whether `memory` bounds the address
-    space of each process too; off for runtimes that reserve far more than they use (node, java).
+    wall_s, cpu_s: seconds. memory: bytes in memory. processes: processes and threads. file: bytes of one
+    file; scratch: of all files. output: bytes of stdout and of stderr. address_space: whether `memory` bounds
+    the address space of each process too; off for runtimes that reserve far more than they use (node, java).
     """
 
     wall_s: float = 10.0
@@ -151,7 +151,11 @@ class Sandbox:
         options = json.dumps({"backend": backend, "readable": self._readable})
         command = [sys.executable, "-I", HERE, str(theirs.fileno()), str(owner), options]
         if backend == "bubblewrap":
-            command = _bubblewrap(self._readable) + command
+            bwrap = shutil.which("bwrap")
+            if bwrap is None:
+                self._note("bubblewrap (bwrap) is not installed")
+                return None
+            command = [bwrap, *_bubblewrap(self._readable), *command]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -262,7 +266,6 @@ class Sandbox:
                 "file": limits.file,
                 "scratch": limits.scratch,
                 "address_space": limits.address_space,
-                "cgroup": group is not None,
             },
         }
         try:
@@ -387,15 +390,13 @@ class _Running:
     def finish(self) -> None:
         self.stop()
         os.close(self.status)
-        if self.group is not None and not self.broken and self.group.exceeded():
-            self.broken = "memory"
         self.sandbox._done_with(self.group)
         self.group = None
 
     def result(self, outputs: Mapping[str, str], error: str = "") -> Result:
         """What is known after the end. Raises SandboxError where the sandbox failed."""
         try:
-            ended = json.loads(self.said) if self.said else {"failed": "the process could not be started"}
+            ended: dict[str, Any] = json.loads(self.said or '{"failed": "the process could not be started"}')
         except ValueError:
             ended = {"failed": self.said.decode("utf-8", "replace")}
         if "failed" in ended:
@@ -598,7 +599,7 @@ def _memory_file(data: bytes) -> int:
 
 
 def _bubblewrap(readable: Sequence[str]) -> list[str]:
-    """The bwrap command in front of the zygote's: its root file system and outer namespaces.
+    """The options of bwrap for the zygote: its root file system and outer namespaces.
 
     The capabilities are the zygote's, for the namespaces of each request; a program gets none of them.
     """

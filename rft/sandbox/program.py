@@ -108,12 +108,13 @@ def serve(payload: dict[str, Any], fd: int) -> int:
     return 1
 
 
-def interact(fd: int) -> int:
+def interact(payload: dict[str, Any], fd: int) -> int:
     """Execute the sources that arrive, one after the other, in one namespace.
 
     As in an interactive interpreter, the value of a last expression is printed. An answer is
     `{"error": traceback or ""}`.
     """
+    write_files(payload["files"])
     _text_streams()
     link = Link(fd, Proxy)
     names: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}

@@ -1,4 +1,4 @@
-"""The system calls that a sandboxed process may not make, each with its reason, and the filter that forbids them.
+"""The system calls that a sandboxed process may not make, each with its reason, and the filter for them.
 
 The filter is compiled by libseccomp where that library is installed, and otherwise from the numbers below.
 """

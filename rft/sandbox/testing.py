@@ -78,8 +78,9 @@ class TestsLink(Link):
         super().__init__(fd, ProgramObject)
 
     def pack(self, value: Any) -> Any:
-        if callable(value) and getattr(builtins, getattr(value, "__name__", ""), None) is value:
-            return {"builtin": value.__name__}
+        name = getattr(value, "__name__", "") if callable(value) else ""
+        if name and getattr(builtins, name, None) is value:
+            return {"builtin": name}
         return super().pack(value)
 
     def perform(self, operation: str, args: list[Any]) -> dict[str, Any]:
@@ -198,8 +199,8 @@ def run_tests(payload: dict[str, Any], fd: int, report_fd: int) -> int:
     try:
         loaded = link.read()
         if "error" in loaded:
-            error = to_exception(loaded)
-            raise Gone(f"the program does not load: {type(error).__name__}: {error}")
+            cause = to_exception(loaded)
+            raise Gone(f"the program does not load: {type(cause).__name__}: {cause}")
         names = Names(link, set(payload["names"]))
         for steps in sources:
             _run_source(steps, names, report)
@@ -224,9 +225,7 @@ def _run_source(steps: list[Step], names: Names, report: Report) -> None:
                 ) from None
             report.failures.append(f"{step.text}: {error}"[:300])
         except BaseException as error:
-            report.failures.append(
-                f"{step.text}: {type(error).__name__}: {_text(error)}"[:300]
-            )
+            report.failures.append(f"{step.text}: {type(error).__name__}: {_text(error)}"[:300])
             if not step.test:
                 if not any(later.test for later in steps[position:]):
                     report.total += 1  # nothing else would show that the source did not run to its end

@@ -19,6 +19,8 @@ from typing import Any
 
 LONGEST_LINE = 64 << 20
 _CONTAINERS: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+# Named tuples, Counter, IntEnum: what they are a subclass of is what travels.
+_BASES: tuple[Any, ...] = (bool, int, float, str, tuple, list, dict, set, frozenset)
 _TEXTS: dict[str, Callable[[str], Any]] = {
     "Fraction": Fraction,
     "Decimal": Decimal,

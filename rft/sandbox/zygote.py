@@ -45,7 +45,7 @@ ROLES: dict[str, Callable[[dict[str, int]], int]] = {
     "main": lambda fds: program.run_main(program.read_payload(fds["payload"])),
     "serve": lambda fds: program.serve(program.read_payload(fds["payload"]), fds["link"]),
     "test": lambda fds: testing.run_tests(program.read_payload(fds["payload"]), fds["link"], fds["report"]),
-    "session": lambda fds: program.interact(fds["link"]),
+    "session": lambda fds: program.interact(program.read_payload(fds["payload"]), fds["link"]),
 }
 
 
@@ -205,23 +205,24 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
     scratch = linux.SCRATCH
     try:
         os.setsid()
-        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         linux.prctl(linux.PR_SET_DUMPABLE, 0)  # closes /proc/1/mem to a program of the same user
         if protections.namespaces:
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
             _mounts(request.limits)
         else:
             linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
             scratch = tempfile.mkdtemp(prefix="rft-sandbox-")
+        killed = _kills(request)
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
             _inside(protections, request, scratch)
         child = os.pidfd_open(pid)
         for name, fd in request.fds.items():
-            if name not in ("status", "control"):
+            if name not in ("status", "control", "cgroup"):
                 os.close(fd)
         children = Children(pid)
-        broken = _watch(protections, request, child, owner, started, children)
+        broken = _watch(protections, request, child, owner, started, children, killed)
         if broken:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -230,6 +231,8 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
             shutil.rmtree(scratch, ignore_errors=True)
         code = children.wait_for_program()
         cpu_s = children.cpu_s
+        if not broken and _kills(request) > killed:
+            broken = "memory"
         if (
             not broken
             and code in (-signal.SIGKILL, -signal.SIGXCPU)
@@ -242,6 +245,10 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
     except BaseException:
         _report(request, {"failed": traceback.format_exc()})
     os._exit(0)
+
+
+def _kills(request: Request) -> int:
+    return cgroup.kills(request.fds["cgroup"]) if "cgroup" in request.fds else 0
 
 
 class Children:
@@ -276,6 +283,7 @@ def _watch(
     owner: int,
     started: float,
     children: Children,
+    killed: int,
 ) -> str:
     """Wait for the program's end; returns the limit that it broke before, if it did."""
     limits = request.limits
@@ -290,8 +298,8 @@ def _watch(
         if now >= look:
             while children.reap():
                 pass
-            memory, cpu_s = usage_of(_processes(protections), counted=not limits["cgroup"])
-            if memory > limits["memory"]:
+            memory, cpu_s = usage_of(_processes(protections), counted="cgroup" not in request.fds)
+            if memory > limits["memory"] or _kills(request) > killed:
                 return "memory"
             if cpu_s + children.cpu_s > limits["cpu_s"]:
                 return "CPU time"
@@ -376,7 +384,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def _kill_descendants() -> None:
-    """Without a namespace: stop all that the program has started, then kill it. Orphans come to this process."""
+    """Without a namespace: stop all that the program has started, then kill it. Orphans are adopted here."""
     stopped: set[int] = set()
     while wave := set(descendants(os.getpid())) - stopped:
         for pid in wave:
