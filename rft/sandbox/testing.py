@@ -225,7 +225,9 @@ def _run_source(steps: list[Step], names: Names, report: Report) -> None:
                 ) from None
             report.failures.append(f"{step.text}: {error}"[:300])
         except BaseException as error:
-            report.failures.append(f"{step.text}: {type(error).__name__}: {_text(error)}"[:300])
+            text = _text(error)
+            why = "" if type(error) is AssertionError and not text else f": {type(error).__name__}: {text}"
+            report.failures.append(f"{step.text}{why}"[:300])
             if not step.test:
                 if not any(later.test for later in steps[position:]):
                     report.total += 1  # nothing else would show that the source did not run to its end

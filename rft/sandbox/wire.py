@@ -89,17 +89,7 @@ class Link:
             return {kind.__name__: value.isoformat()}
         if isinstance(value, Proxy):
             return {"yours": value._id}
-        for base in (
-            bool,
-            int,
-            float,
-            str,
-            tuple,
-            list,
-            dict,
-            set,
-            frozenset,
-        ):  # Counter, IntEnum, named tuples
+        for base in _BASES:
             if isinstance(value, base):
                 return self.pack(base(value))
         if kind.__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
