@@ -11,6 +11,7 @@ from rft.rewards.config import MaxFraction, RewardConfig, RewardsConfig, Schedul
 from rft.rewards.load import SAMPLED, SpecError, builtin, checked_options, signature_columns
 from rft.rewards.pool import Loaded, Spec, WorkerPool
 from rft.rewards.types import RewardError
+from rft.sandbox import Sandbox
 from rft.spelling import nearest
 
 Rows = Mapping[int, Collection[str]]
@@ -114,6 +115,18 @@ async def _load_all(
         await one(i)
 
 
+def protection(c: RewardConfig) -> str:
+    """What protects this machine from the programs that a reward runs; empty for one that runs none.
+
+    Raises SandboxError where a protection that the reward requires is not to be had here.
+    """
+    if c.function not in ("code", "translated_code"):
+        return ""
+    options = {k: c.options[k] for k in ("readable", "require") if k in c.options}
+    with Sandbox(**options, backend=c.options.get("sandbox", "auto")) as sandbox:
+        return sandbox.describe()
+
+
 def describe(config: RewardsConfig) -> str:
     """A few lines: what is rewarded, how it is combined, what happens on failure."""
     lines = []
@@ -127,6 +140,8 @@ def describe(config: RewardsConfig) -> str:
         name = "" if c.label == c.function else f"{c.label} = "
         options = "".join(f", {k}={v!r}" for k, v in c.options.items())
         lines.append(f"{name}{c.function} ({role}, timeout {c.call_timeout_s:g} s{options})")
+        if protected := protection(c):
+            lines.append(f"  {protected}")
     on = [config.on_error, config.on_timeout]
     error, timeout = (f"at most {p.max_fraction:.2%}" if isinstance(p, MaxFraction) else p for p in on)
     lines.append(f"combine: {config.combine}; on error: {error}; on timeout: {timeout}")

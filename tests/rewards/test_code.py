@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -284,6 +287,39 @@ async def test_the_worker_pool_keeps_its_size(sandbox: Sandbox) -> None:
         assert set(runner.pids) == before
         assert len(before) == 2
     assert _jailed() == set()
+
+
+async def test_a_program_does_not_outlive_its_killed_worker(sandbox: Sandbox) -> None:
+    """Nor the runner, though it has cleared its parent-death signal."""
+    config = RewardsConfig(
+        functions=[
+            RewardConfig(function="code", timeout_s=90, options={"timeout_s": 80.0, "verbose": False})
+        ],
+        on_error="drop",
+        on_timeout="drop",
+        workers=1,
+    )
+    program = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ntime.sleep(70)"
+    before = _jailed_pids()
+    async with RewardRunner(config) as runner:
+        scoring = asyncio.create_task(runner.score(["p"], [program], {"tests": [["assert f(1) == 2"]]}))
+        while not (jailed := _jailed_pids() - before):
+            await asyncio.sleep(0.05)
+        os.kill(next(iter(runner.pids)), signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while jailed & _jailed_pids() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        assert not jailed & _jailed_pids()
+        scoring.cancel()
+
+
+def _jailed_pids() -> set[int]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid >= 1_000_000_000:
+                found.add(int(entry.name))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every Python example of docs/rewards.md runs and prints what the page says."""
+"""Every Python example of docs/rewards.md and docs/sandbox.md runs and prints what the page says."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "docs" / "rewards.md").read_text(), re.DOTALL | re.MULTILINE
-)
+BLOCKS = [
+    block
+    for page in ("rewards.md", "sandbox.md")
+    for block in re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE
+    )
+]
 
 
 def test_the_page_has_an_example_for_each_family() -> None:
