@@ -1,25 +1,17 @@
-"""Text to tokens: chat templates, and which tokens of a conversation the assistant wrote."""
+"""Text to tokens: chat templates, and what in them opens and ends a turn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from rft.data.config import DataConfig
-from rft.data.errors import DataError
+from rft.data.errors import DataError, RowProblem
+from rft.data.messages import Messages, Text
 
-Messages = list[dict[str, Any]]
-Text = str | Messages
 Piece = tuple[str, bool]  # (text, written by the assistant)
-
-
-def is_messages(value: Any) -> bool:
-    """Whether a value is a non-empty list of chat messages."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-    )
+_ASKED, _ANSWERED = "rft-asks", "rft-answers"  # contents of messages by which a template is examined
 
 
 class Renderer:
@@ -37,73 +29,174 @@ class Renderer:
                 "`chat_template: never` to train on plain text"
             )
         self.chat = has_template and config.chat_template != "never"
-        self.template = str(tokenizer.chat_template) if self.chat else ""
         # What may end an assistant's turn: special tokens, as text.
         special = set(tokenizer.all_special_tokens) | set(_added_tokens(tokenizer))
         self.closers = tuple(sorted(special))
 
     # -- prompts -----------------------------------------------------------------------------------
 
-    def prompt(self, text: Text, number: int = 0) -> tuple[str, list[int]]:
-        """A prompt as (rendered text, token ids), ready for the response to follow."""
-        messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
-        if isinstance(text, list) and not self.chat:
-            why = "`chat_template` is `never`" if self._has_template else "the tokenizer has no chat template"
-            raise DataError(f"the prompt is a list of messages, but {why}", row=number + 1, column="prompt")
+    def prompt(self, text: Text, tools: list[Any] | None = None) -> tuple[str, list[int]]:
+        """A prompt as (rendered text, token ids), ready for the response to follow. Raises RowProblem."""
         if not self.chat:
-            rendered = f"{self.config.system}\n\n{text}" if self.config.system else str(text)
+            if isinstance(text, list) or tools:
+                what = "the prompt is a list of messages" if isinstance(text, list) else "`tools` are given"
+                has = bool(getattr(self.tokenizer, "chat_template", None))
+                why = "`chat_template` is `never`" if has else "the tokenizer has no chat template"
+                raise RowProblem(f"{what}, but {why}")
+            rendered = f"{self.config.system}\n\n{text}" if self.config.system else text
             return rendered, self.encode(rendered)
-        rendered = self.render(self.with_system(messages), generate=True)
+        if isinstance(text, str) and self.is_rendered(text):
+            rendered = self._as_rendered(text)
+        else:
+            rendered = self._rendered_prompt(self.as_messages(text), tools)
         return rendered, self.encode(rendered)
 
+    def as_messages(self, prompt: Text) -> Messages:
+        """A prompt as messages, behind the config's system message, without tokens that end a turn."""
+        messages = prompt if isinstance(prompt, list) else [_said("user", prompt)]
+        if self.config.system is not None and messages[0]["role"] != "system":
+            messages = [_said("system", self.config.system), *messages]
+        return [{**m, "content": self.without_end(m["content"])} for m in messages]
+
+    def _rendered_prompt(self, messages: Messages, tools: list[Any] | None) -> str:
+        self.check_tools(messages, tools)
+        if messages[-1]["role"] != "assistant":
+            return self.render(messages, tools, generate=True)
+        return self.render(messages, tools, unfinished=True)
+
+    def _as_rendered(self, text: str) -> str:
+        if self.config.system is not None:
+            raise RowProblem("the prompt is already rendered, so `system` cannot be added; leave it out")
+        bos = self.tokenizer.bos_token
+        lacks = bos and self._empty_prompt[0].startswith(bos) and not text.startswith(bos)
+        return f"{bos}{text}" if lacks else text
+
+    def is_rendered(self, text: Text) -> bool:
+        """Whether a prompt has been through the chat template already: it holds the template's own marks."""
+        if not self.chat or not isinstance(text, str):
+            return False
+        before, after = self._empty_prompt
+        text = self.without_end(text)  # an end token alone is not a rendering
+        marks = {c for c in self.closers if c in before or c in after} - {self.tokenizer.bos_token}
+        if any(mark in text for mark in marks):
+            return True
+        opening, ending = before.strip(), after.strip()
+        return bool(opening and ending) and opening in text and text.rstrip().endswith(ending)
+
+    @cached_property
+    def _empty_prompt(self) -> tuple[str, str]:
+        """What the template puts before and after the text of a prompt."""
+        try:
+            before, _, after = self.render([_said("user", _ASKED)], generate=True).partition(_ASKED)
+        except RowProblem:
+            return "", ""
+        return before, after
+
+    @cached_property
+    def turn_end(self) -> str | None:
+        """What the template writes after an assistant's words, up to the special token that ends the turn:
+        a token that closes it, or else the one that opens the next turn. None: no special token follows."""
+        if not self.chat:
+            return None
+        turn = [_said("user", _ASKED), _said("assistant", _ANSWERED)]
+        for messages in (turn, [*turn, _said("user", _ASKED)]):
+            try:
+                rest = self.render(messages).rpartition(_ANSWERED)[2]
+            except RowProblem:
+                return None
+            if end := self.closing(rest):
+                return rest[:end]
+        return None
+
+    def closing(self, rest: str) -> int:
+        """Length of the beginning of `rest` that ends a turn (spaces, then a special token); 0: none does."""
+        bare = rest.lstrip()
+        found = [closer for closer in self.closers if bare.startswith(closer)]
+        return len(rest) - len(bare) + len(max(found, key=len)) if found else 0
+
     @property
-    def _has_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
+    def end(self) -> str:
+        """What follows an assistant's words where it ends its turn."""
+        return self.turn_end or self.tokenizer.eos_token or ""
 
-    def with_system(self, messages: Messages) -> Messages:
-        """The messages behind the config's system message, unless they bring their own."""
-        if self.config.system is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self.config.system}, *messages]
+    def without_end(self, text: str) -> str:
+        """A text without the tokens that end a turn, which are put behind it anyway."""
+        ends = tuple(end for end in (self.end.strip(), self.tokenizer.eos_token) if end)
+        while (bare := text.rstrip()).endswith(ends):
+            text = bare.removesuffix(next(end for end in ends if bare.endswith(end)))
+        return text
 
-    def render(self, messages: Messages, *, generate: bool = False) -> str:
-        """Messages as the template writes them. Raises DataError with the template's own complaint."""
+    # -- the template ------------------------------------------------------------------------------
+
+    def render(
+        self,
+        messages: Messages,
+        tools: list[Any] | None = None,
+        *,
+        generate: bool = False,
+        unfinished: bool = False,
+    ) -> str:
+        """Messages as the template writes them; `generate` opens the assistant's next turn, `unfinished`
+        leaves the last turn open. Raises RowProblem with the template's own complaint."""
         from jinja2 import TemplateError
 
-        prefill = generate and messages[-1]["role"] == "assistant"
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
+                    tools=tools,
                     tokenize=False,
-                    add_generation_prompt=generate and not prefill,
-                    continue_final_message=prefill,
+                    add_generation_prompt=generate,
+                    continue_final_message=unfinished,
                     **self.config.chat_template_options,
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(m["role"] for m in messages)
-            raise DataError(f"the chat template refuses these messages (roles: {roles}): {error}") from None
+            raise RowProblem(f"the chat template refuses these messages (roles: {roles}): {error}") from None
 
-    def generation_spans(self, messages: Messages) -> list[tuple[int, int]]:
+    @cached_property
+    def template(self) -> str:
+        """The text of the chat template; of several, the one that plain conversations use."""
+        return str(self.tokenizer.get_chat_template()) if self.chat else ""
+
+    def check_tools(self, messages: Messages, tools: list[Any] | None) -> None:
+        """Raises RowProblem where the template leaves out the tools, or a message's calls of them."""
+        if tools and self.render(messages, tools) == self.render(messages):
+            raise RowProblem("the chat template leaves out `tools`; use a model whose template writes them")
+        if any("tool_calls" in m for m in messages):
+            bare = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
+            if self.render(messages, tools) == self.render(bare, tools):
+                raise RowProblem(
+                    "the chat template leaves out `tool_calls`; use a model whose template writes them"
+                )
+
+    def generation_spans(self, messages: Messages, tools: list[Any] | None) -> list[tuple[int, int]]:
         """Where in the rendered text the template's `generation` marks stand, as (start, end)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.config.chat_template_options}
         spans: Any = render_jinja_template(
             conversations=[messages],
+            tools=tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
             **options,
         )[1][0]
         return [(int(start), int(end)) for start, end in spans]
 
+    # -- tokens ------------------------------------------------------------------------------------
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text from its start. A rendered chat brings its own special tokens; plain
-        text gets the tokenizer's (a BOS), but no end token: something is to follow."""
+        text gets the tokenizer's (a BOS, unless it has one), but no end token: something is to follow."""
         ids = list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        if not self.chat and ids and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
+        if self.chat:
+            return ids
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos] and text.startswith(self.tokenizer.bos_token):
+            del ids[0]
+        if ids and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
             ids.pop()
         return ids
 
@@ -129,5 +222,9 @@ class Renderer:
         return so_far[len(ids) :], mask
 
 
-def _added_tokens(tokenizer: Any) -> list[str]:
-    return [str(token) for token in getattr(tokenizer, "get_added_vocab", dict)()]
+def _said(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _added_tokens(tokenizer: Any) -> Mapping[str, int]:
+    return getattr(tokenizer, "get_added_vocab", dict)()

@@ -20,6 +20,10 @@ class DataError(ValueError):
         super().__init__(f"{', '.join(where)}: {problem}" if where else problem)
 
 
+class RowProblem(ValueError):
+    """A row that cannot be used, and why."""
+
+
 def missing_column(column: str, existing: Iterable[str], source: str, row: int | None = None) -> DataError:
     """The error for a column that a row lacks: names the columns that exist, and the nearest."""
     names = [str(name) for name in existing]
@@ -54,12 +58,17 @@ class BadRows:
     def __bool__(self) -> bool:
         return bool(self.rows)
 
-    def error(self, remedy: str) -> DataError:
-        """One error that lists each reason with its row numbers (the first eight) and the remedy."""
+    def lines(self) -> list[str]:
+        """Each reason with the numbers of its rows (the first eight)."""
         lines = []
         for reason, rows in self.rows.items():
             shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-            lines.append(f"  {len(rows)} row{'s' * (len(rows) > 1)} ({shown}): {reason}")
+            lines.append(f"{len(rows)} row{'s' * (len(rows) > 1)} ({shown}): {reason}")
+        return lines
+
+    def error(self, remedy: str) -> DataError:
+        """One error that lists each reason with its row numbers (the first eight) and the remedy."""
+        lines = [f"  {line}" for line in self.lines()]
         total = sum(self.counts.values())
         first = min(min(rows) for rows in self.rows.values())
         text = f"{total} bad row{'s' * (total > 1)}\n" + "\n".join(lines) + f"\n{remedy}"

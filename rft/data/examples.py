@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rft.data.chat import Text, is_messages
-from rft.data.errors import missing_column
+from rft.data.errors import RowProblem, missing_column
+from rft.data.messages import Text, read_messages, read_text
 from rft.data.rows import Row
 
 GroupKind = Literal["sft", "preference", "pairwise", "unpaired", "ranked", "scored", "steps"]
 PAIR_TEMPLATE = "{prompt}\n\nCandidate A: {a}\n\nCandidate B: {b}"  # what a pairwise reward model reads
+CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold a whole conversation
 MAX_STEPS = 64  # steps that a process-supervised solution may have
-
-
-class RowProblem(ValueError):
-    """A row that cannot be used, and why."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,15 @@ def read_example(row: Row, kind: GroupKind, source: str, number: int) -> Example
         return row[name]
 
     if kind == "sft":
-        if "messages" in row and "completion" not in row:
-            return Example(None, [row["messages"]], [1.0])
+        conversation = next((name for name in CONVERSATIONS if name in row), None)
+        if conversation and "completion" not in row:
+            return Example(None, [read_messages(row[conversation], conversation)], [1.0])
         return Example(column("prompt"), [column("completion")], [1.0])
     if kind == "preference":
-        chosen, rejected = column("chosen"), column("rejected")
+        chosen, rejected = read_text(column("chosen"), "chosen"), read_text(column("rejected"), "rejected")
         if chosen == rejected:
             raise RowProblem("`chosen` and `rejected` are equal")
-        return _split_pair(row.get("prompt"), chosen, rejected)
+        return _split_pair(row.get("prompt", row.get("conversations")), chosen, rejected)
     if kind == "pairwise":
         return _both_orders(read_example(row, "preference", source, number))
     if kind == "unpaired":
@@ -62,21 +61,23 @@ def read_example(row: Row, kind: GroupKind, source: str, number: int) -> Example
     return _steps(column("prompt"), column("completions"), column("labels"))
 
 
-def _split_pair(prompt: Any, chosen: Any, rejected: Any) -> Example:
+def _split_pair(prompt: Any, chosen: Text, rejected: Text) -> Example:
     """The pair with its prompt, found as the common beginning where it is not given."""
-    whole = is_messages(chosen) and is_messages(rejected) and chosen[0]["role"] != "assistant"
-    if whole:  # conversations that repeat the prompt
-        same = 0
-        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
-            same += 1
-        if not same:
-            raise RowProblem("`chosen` and `rejected` have no common beginning, and there is no `prompt`")
-        return Example(chosen[:same], [chosen[same:], rejected[same:]], [1.0, 0.0])
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise RowProblem("`chosen` and `rejected` must both be strings, or both be message lists")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        if chosen[0]["role"] != "assistant":  # conversations that repeat the prompt
+            same = 0
+            while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+                same += 1
+            if not same:
+                raise RowProblem("`chosen` and `rejected` have no common beginning, and there is no `prompt`")
+            return Example(chosen[:same], [chosen[same:], rejected[same:]], [1.0, 0.0])
+        if prompt is None:
+            raise RowProblem("`chosen` and `rejected` begin with the assistant, and there is no `prompt`")
     if prompt is not None:
         return Example(prompt, [chosen, rejected], [1.0, 0.0])
-    if not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise RowProblem("`chosen` and `rejected` must both be strings, or both be message lists")
-    common = common_text(chosen, rejected)
+    common = common_text(str(chosen), str(rejected))
     if not common:
         raise RowProblem("`chosen` and `rejected` have no common beginning, and there is no `prompt`")
     return Example(common, [chosen[len(common) :], rejected[len(common) :]], [1.0, 0.0])
@@ -93,16 +94,29 @@ def _both_orders(pair: Example) -> Example:
 
 
 def common_text(a: str, b: str) -> str:
-    """The common beginning of two texts, up to and without the space before the first word that
-    differs (a line break stays with the beginning)."""
+    """The common beginning of two texts, cut between words so that neither rest is empty, and without the
+    space before the first word that differs (a line break stays with the beginning)."""
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1
-    while n and not (a[n - 1 : n].isspace() or a[n : n + 1].isspace() or b[n : n + 1].isspace()):
+    while n and not (a[n:].strip() and b[n:].strip() and _between_words(a, n) and _between_words(b, n)):
         n -= 1
     while n and a[n - 1] == " ":
         n -= 1
     return a[:n]
+
+
+def _between_words(text: str, n: int) -> bool:
+    """Whether a text may be cut before its character `n`: at a space, or beside a character of a script that
+    is written without spaces; never before a mark that belongs to the character in front of it."""
+    before, after = text[n - 1], text[n]
+    if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after):
+        return False
+    return before.isspace() or after.isspace() or _wide(before) or _wide(after)
+
+
+def _wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF" and unicodedata.category(character) != "Sk"
 
 
 def _label(value: Any) -> float:

@@ -8,24 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rft.batch import Completion, Group, Prompt
-from rft.data.chat import Piece, Renderer, Text, is_messages
+from rft.data.chat import Piece, Renderer
 from rft.data.config import DataConfig
-from rft.data.conversation import CannotTell, pieces
-from rft.data.errors import BadRows, missing_column
-from rft.data.examples import Example, GroupKind, RowProblem, read_example
-from rft.data.prompts import fill_template, with_source_prefix
+from rft.data.conversation import continuation, pieces
+from rft.data.errors import BadRows, RowProblem, missing_column
+from rft.data.examples import CONVERSATIONS, Example, GroupKind, read_example
+from rft.data.messages import Messages, Text, read_text, read_tools
+from rft.data.prompts import RENDERED, fill_template, with_source_prefix
 from rft.data.rows import Row, Split, load_rows
 
 
 @dataclass(frozen=True)
 class GroupSet(Sequence[Group]):
     """The groups of a split. `skipped` counts the rows left out, by reason; `truncated` counts the
-    completions that were cut to fit."""
+    completions that were cut to fit; `notes` are warnings about rows that were used."""
 
     groups: list[Group]
     skipped: Mapping[str, int] = field(default_factory=dict)
     truncated: int = 0
     source: str = ""
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -39,7 +41,8 @@ class GroupSet(Sequence[Group]):
     def __str__(self) -> str:
         left = "".join(f"; {count} skipped: {reason}" for reason, count in self.skipped.items())
         cut = f"; {self.truncated} completions cut" if self.truncated else ""
-        return f"{len(self.groups)} groups from {self.source}{left}{cut}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{len(self.groups)} groups from {self.source}{left}{cut}{notes}"
 
 
 def load_groups(
@@ -69,7 +72,7 @@ def load_groups(
     if not groups:
         raise maker.bad.error("no row is left") if maker.bad else maker.long.error("no row is left")
     skipped = {**maker.bad.counts, **maker.long.counts}
-    return GroupSet(groups, skipped, maker.truncated, rows.source)
+    return GroupSet(groups, skipped, maker.truncated, rows.source, maker.notes.lines())
 
 
 class GroupMaker:
@@ -82,21 +85,21 @@ class GroupMaker:
         self.max_length = max_length or config.max_length
         self.render = Renderer(config, tokenizer)
         self.eos: str = tokenizer.eos_token
-        self.bad, self.long = BadRows(source), BadRows(source)
+        self.bad, self.long, self.notes = BadRows(source), BadRows(source), BadRows(source)
         self.truncated = 0
 
     def make(self, row: Row, number: int) -> Group | None:
         """The group of a row, or None where the row is bad or too long (noted in `bad`, `long`)."""
         try:
             return self._make(row, number)
-        except (RowProblem, CannotTell) as problem:
+        except RowProblem as problem:
             self.bad.add(str(problem), number + 1)
         return None
 
     def check(self) -> None:
         """Raise DataError for what was noted, unless the config says to skip it."""
         if self.bad and self.config.bad_rows != "skip":
-            raise self.bad.error("mend or remove them, or set `bad_rows: skip` to leave them out")
+            raise self.bad.error("fix or remove them, or set `bad_rows: skip` to leave them out")
         if self.long and self.config.overlong == "reject":
             raise self.long.error(
                 "raise the limit, or set `overlong: skip` to leave them out, `truncate` to cut completions"
@@ -135,60 +138,69 @@ class GroupMaker:
         if fitted is None:
             return None
         seen = example.prompt if example.prompt is not None else prompt[0]
-        columns = {k: v for k, v in row.items() if k not in ("prompt", "messages", "chosen", "rejected")}
+        used = ("prompt", "chosen", "rejected", *CONVERSATIONS)
+        columns = {k: v for k, v in row.items() if k not in used}
         return Group(Prompt(number, tuple(prompt[1]), seen, columns), tuple(fitted))
 
     def _pieces(self, example: Example, response: Any, row: Row, number: int) -> list[Piece]:
         """[prompt piece, then the response's pieces]."""
+        tools = read_tools(row.get("tools"))
         if example.prompt is None:
-            return self._conversation(with_source_prefix(response, row, self.config, self.source, number))
+            messages = with_source_prefix(response, row, self.config, self.source, number)
+            return self._conversation(messages, tools)
         prompt = fill_template(row, self.config, self.source, number, example.prompt)
         if not prompt:
             raise RowProblem("the prompt is empty")
-        if not isinstance(prompt, str) and not is_messages(prompt):
-            raise RowProblem(f"`prompt` must be a string or a list of messages, not {prompt!r:.40}")
+        if self.render.is_rendered(prompt):
+            self.notes.add(RENDERED, number + 1)
         if self.kind == "steps":
             steps = [step if step.endswith("\n") else step + "\n" for step in response]
-            return [(self.render.prompt(prompt, number)[0], False), *[(step, True) for step in steps]]
+            return [(self.render.prompt(prompt, tools)[0], False), *[(step, True) for step in steps]]
         if self.kind == "pairwise":
             return [(str(prompt), False), (response + self.eos, True)]
-        return self._answered(prompt, response, number)
+        return self._answered(prompt, read_text(response, "response"), tools)
 
-    def _answered(self, prompt: Text, response: Any, number: int) -> list[Piece]:
+    def _answered(self, prompt: Text, response: Text, tools: list[Any] | None) -> list[Piece]:
         """A prompt and its response, which is a string or messages that begin with the assistant."""
+        plain = not self.render.chat or self.render.is_rendered(prompt)
+        if plain and isinstance(response, list):
+            if not self.render.chat or len(response) > 1:
+                why = "no chat template is used" if not self.render.chat else "the prompt is rendered text"
+                raise RowProblem(f"a response is a list of messages, but {why}")
+            response = str(response[0]["content"])
         if isinstance(response, str):
+            response = self.render.without_end(response)
             if not response.strip():
                 raise RowProblem("a response is empty")
-            if not self.render.chat:
-                end = "" if response.endswith(self.eos) else self.eos
-                return [(self.render.prompt(prompt, number)[0], False), (response + end, True)]
+            if plain:
+                return [(self.render.prompt(prompt, tools)[0], False), (response + self.render.end, True)]
             response = [{"role": "assistant", "content": response}]
-        if not is_messages(response):
-            raise RowProblem(f"a response must be a string or a list of messages, not {response!r:.40}")
-        if not self.render.chat:
-            raise RowProblem("a response is a list of messages, but no chat template is used")
-        before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        before = self.render.with_system(before)
-        return self._trained_pieces([*before, *response], len(before))
+        before = self.render.as_messages(prompt)
+        if before[-1]["role"] == "assistant" and len(response) == 1:
+            return continuation(self.render, before, self.render.without_end(response[0]["content"]), tools)
+        return self._trained_pieces([*before, *response], len(before), tools)
 
-    def _conversation(self, messages: Any) -> list[Piece]:
-        if not is_messages(messages):
-            raise RowProblem("`messages` must be a list of {role, content} messages")
+    def _conversation(self, messages: Text, tools: list[Any] | None) -> list[Piece]:
+        assert isinstance(messages, list)  # `read_example` makes them so
         if not self.render.chat:
             raise RowProblem("`messages` need a tokenizer with a chat template")
-        return self._trained_pieces(self.render.with_system(messages), 0)
+        return self._trained_pieces(self.render.as_messages(messages), 0, tools)
 
-    def _trained_pieces(self, messages: list[dict[str, Any]], first: int) -> list[Piece]:
-        turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
+    def _trained_pieces(self, messages: Messages, first: int, tools: list[Any] | None) -> list[Piece]:
+        """The pieces of a conversation whose assistant turns from message `first` on have a loss."""
+        written = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
+        turns = [i for i in written if _weight(messages[i], i) > 0]
+        messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+        messages = [{**m, "content": self.render.without_end(m["content"])} for m in messages]
         if not turns:
-            raise RowProblem("there is no assistant message to learn from")
+            why = "; each has weight 0" if written else ""
+            raise RowProblem(f"there is no assistant message to learn from{why}")
         if turns[0] == 0:
             raise RowProblem("the conversation begins with the assistant: there is no prompt")
-        for i in turns:
-            content = messages[i].get("content")
-            if not messages[i].get("tool_calls") and (not isinstance(content, str) or not content.strip()):
-                raise RowProblem("a response is empty")
-        return pieces(self.render, messages, turns if self.config.train_on == "all" else turns[-1:])
+        if any(not messages[i].get("tool_calls") and not messages[i]["content"].strip() for i in turns):
+            raise RowProblem("a response is empty")
+        self.render.check_tools(messages, tools)
+        return pieces(self.render, messages, turns if self.config.train_on == "all" else turns[-1:], tools)
 
     def _step_ends(self, prompt: tuple[str, list[int]], steps: Sequence[Piece]) -> list[bool]:
         """True at the last token of each step."""
@@ -242,6 +254,14 @@ class GroupMaker:
             return None
         self.truncated += sum(len(c.tokens) > room for c in completions)
         return out
+
+
+def _weight(message: Mapping[str, Any], index: int) -> float:
+    """The weight of a message in the loss: 1, or 0 where it is only read."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise RowProblem(f"message {index + 1} has weight {weight!r:.20}; it must be 0 or 1")
+    return float(weight)
 
 
 def cut(c: Completion, room: int) -> Completion:

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rft.batch import Prompt
-from rft.data.chat import Renderer, is_messages
+from rft.data.chat import Renderer
 from rft.data.config import DataConfig
-from rft.data.errors import BadRows, DataError, missing_column
+from rft.data.errors import BadRows, DataError, RowProblem, missing_column
+from rft.data.messages import Text, read_text, read_tools
 from rft.data.rows import Row, Rows, Split, load_rows
 
+RENDERED = "already rendered with the chat template, which is not put around them again"
 RESERVED = ("prompt", "prompts", "completions")  # what rewards get from the run, under these names
 
 
 @dataclass(frozen=True)
 class PromptSet:
     """The prompts of a split. `skipped` counts the rows left out, by reason; `rows` says which
-    (numbers counted from 1)."""
+    (numbers counted from 1); `notes` are warnings about rows that were used."""
 
     prompts: list[Prompt]
     skipped: Mapping[str, int] = field(default_factory=dict)
     rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
     source: str = ""
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __str__(self) -> str:
         left = "".join(f"; {count} skipped: {reason}" for reason, count in self.skipped.items())
-        return f"{len(self.prompts)} prompts from {self.source}{left}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{len(self.prompts)} prompts from {self.source}{left}{notes}"
 
 
 def load_prompts(
@@ -45,59 +50,76 @@ def load_prompts(
     rows = load_rows(config, split)
     limit = max_prompt_length or config.max_prompt_length
     render = Renderer(config, tokenizer)
-    too_long, empty = BadRows(rows.source), BadRows(rows.source)
+    too_long, bad, notes = BadRows(rows.source), BadRows(rows.source), BadRows(rows.source)
     prompts = []
     for index, row in enumerate(rows):
         number = rows.numbers[index]
         if split == "test" and config.eval_source is not None:
             row = {**row, "source": config.eval_source}
-        text = prompt_of(row, config, rows, number)
-        if not text:
-            empty.add("the prompt is empty", number + 1)
+        try:
+            text = prompt_of(row, config, rows, number)
+            if not text:
+                raise RowProblem("the prompt is empty")
+            tokens = render.prompt(text, read_tools(row.get("tools")))[1]
+        except RowProblem as problem:
+            bad.add(str(problem), number + 1)
             continue
-        tokens = render.prompt(text, number)[1]
+        if render.is_rendered(text):
+            notes.add(RENDERED, number + 1)
         if limit is not None and len(tokens) > limit:
             too_long.add(f"the prompt is longer than max_prompt_length={limit} tokens", number + 1)
             continue
         columns = {name: value for name, value in row.items() if name not in RESERVED}
         prompts.append(Prompt(id=number, tokens=tuple(tokens), text=text, columns=columns))
-    if empty:
-        raise empty.error("give these rows a prompt, or remove them")
+    if bad:
+        raise bad.error("fix these rows, or remove them")
     if too_long and config.overlong != "skip":
         raise too_long.error("raise max_prompt_length, or set `overlong: skip` to leave them out")
     if not prompts:
         raise too_long.error("every row is too long: raise max_prompt_length")
-    return PromptSet(prompts, too_long.counts, too_long.rows, rows.source)
+    return PromptSet(prompts, too_long.counts, too_long.rows, rows.source, notes.lines())
 
 
-def prompt_of(row: Row, config: DataConfig, rows: Rows, number: int) -> str | list[dict[str, Any]]:
-    """A row's prompt: the `prompt` column, or the `template` filled in, behind its source's prefix."""
+def prompt_of(row: Row, config: DataConfig, rows: Rows, number: int) -> Text:
+    """A row's prompt: the `prompt` column, or the `template` filled in, behind its source's prefix.
+
+    Raises DataError for a missing column, RowProblem for a value that is no prompt.
+    """
     if config.template is None and "prompt" not in row:
         raise missing_column("prompt", row, rows.source, number + 1)
-    text = fill_template(row, config, rows.source, number, row.get("prompt"))
-    if not isinstance(text, str) and not is_messages(text):
-        raise DataError(
-            f"must be a string or a list of {{role, content}} messages, not {text!r:.80}",
-            source=rows.source,
-            row=number + 1,
-            column="prompt",
-        )
-    return text
+    return fill_template(row, config, rows.source, number, row.get("prompt"))
 
 
-def fill_template(row: Row, config: DataConfig, source: str, number: int, prompt: Any) -> Any:
+def fill_template(row: Row, config: DataConfig, source: str, number: int, prompt: Any) -> Text:
     """`prompt`, or in its place the `template` filled in from the row; behind the source's prefix."""
-    if config.template is not None:
+    if config.template is None:
+        text = read_text(prompt, "prompt")
+    else:
         try:
-            prompt = config.template.format_map({**row, "prompt": prompt} if prompt is not None else row)
+            columns = {**row, "prompt": prompt} if prompt is not None else row
+            text = _TextFormatter().vformat(config.template, (), columns)
         except KeyError as error:
             raise missing_column(str(error.args[0]), row, source, number + 1) from None
-        except (ValueError, IndexError, AttributeError) as error:
+        except RowProblem:
+            raise
+        except (ValueError, IndexError, AttributeError, TypeError) as error:
             raise DataError(f"`template` is malformed: {error}; write {{{{ for a brace") from None
-    return with_source_prefix(prompt, row, config, source, number)
+    return with_source_prefix(text, row, config, source, number)
 
 
-def with_source_prefix(text: Any, row: Row, config: DataConfig, source: str, number: int) -> Any:
+class _TextFormatter(string.Formatter):
+    """`str.format` that refuses what has no text: null, and lists and objects (messages, say)."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None or isinstance(value, list | tuple | Mapping):
+            kind = "an object" if isinstance(value, Mapping) else "a list"
+            shown = "null" if value is None else kind
+            raise RowProblem(f"`template` needs text, and `{field_name}` is {shown}")
+        return value, first
+
+
+def with_source_prefix(text: Text, row: Row, config: DataConfig, source: str, number: int) -> Text:
     """Put the prefix of the row's source class before its (first user) text."""
     if not config.sources:
         return text
@@ -114,8 +136,6 @@ def with_source_prefix(text: Any, row: Row, config: DataConfig, source: str, num
     prefix = config.sources[row["source"]].prefix
     if isinstance(text, str):
         return prefix + text
-    if not is_messages(text):
-        return text  # the caller says what is wrong with it
     messages = [dict(message) for message in text]
     for message in messages:
         if message["role"] == "user":

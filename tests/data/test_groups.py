@@ -217,13 +217,13 @@ def test_bad_rows_come_in_one_message_with_their_numbers(tmp_path: Path, plain: 
     [
         ("sft", {"prompt": "a", "completion": ""}, "a response is empty"),
         ("sft", {"prompt": "", "completion": "b"}, "the prompt is empty"),
-        ("sft", {"prompt": "a", "completion": 3}, "string or a list of messages"),
+        ("sft", {"prompt": "a", "completion": 3}, "must be a string or a list of"),
         ("sft", {"prompt": 3, "completion": "b"}, "`prompt` must be a string"),
         ("sft", {"prompt": "a", "answer": "b"}, "column 'completion': no such column"),
         ("sft", {"messages": TURNS}, "need a tokenizer with a chat template"),
         ("preference", {"prompt": "a", "chosen": "b"}, "column 'rejected': no such column"),
         ("preference", {"chosen": "b", "rejected": "c"}, "no common beginning"),
-        ("preference", {"chosen": ["b"], "rejected": "c"}, "must both be strings"),
+        ("preference", {"chosen": ["b"], "rejected": "c"}, "`chosen` must be a string or a list of"),
         ("unpaired", {"prompt": "a", "completion": "b", "label": "good"}, "must be true or false"),
         ("ranked", {"prompt": "a", "completions": ["b"]}, "at least two"),
         ("ranked", {"prompt": "a", "completions": ["b", "c"], "scores": [1]}, "2 `completions`, but 1"),
@@ -245,7 +245,10 @@ def test_rows_that_cannot_be_used(tmp_path: Path, plain: Any, kind: str, row: An
         (TURNS[:1], "no assistant message"),
         (TURNS[1:], "begins with the assistant"),
         ([TURNS[0], said("assistant", "")], "a response is empty"),
-        ([TURNS[0], {"role": "assistant", "content": None}], "a response is empty"),
+        (
+            [TURNS[0], {"role": "assistant", "content": None}],
+            r"message 2 \(assistant\) of `messages` has no content",
+        ),
         ("text", "must be a list of"),
     ],
 )

@@ -195,7 +195,9 @@ def test_messages_need_a_chat_template(tmp_path: Path, chat: Any, plain: Any) ->
     rows = [{"prompt": [{"role": "user", "content": "hi"}]}]
     c = DataConfig(path=str(write(tmp_path, rows)))
     assert load_prompts(c, chat).prompts[0].text == rows[0]["prompt"]
-    with pytest.raises(DataError, match=r"row 1.*list of messages, but the tokenizer has no chat template"):
+    with pytest.raises(
+        DataError, match=r"(?s)1 row \(1\).*list of messages, but the tokenizer has no chat template"
+    ):
         load_prompts(c, plain)
 
 
