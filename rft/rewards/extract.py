@@ -3,14 +3,15 @@ r"""Finding the final answer in a completion.
 The ways, tried in this order by default; the first that finds something decides:
 
 1. `boxed`   the last `\boxed{...}` (or `\fbox{...}`), braces balanced, nested boxes unwrapped; boxes with
-             nothing but a comma, "and" or "or" between them are one answer
-2. `tag`     the last `<answer>...</answer>`
+             nothing but space, commas, "and", "or" or a name (`x = \boxed{2}, y = \boxed{5}`) between them are one
+             answer
+2. `tag`     the last `<answer>...</answer>`; a sentence in it ("The answer is 5.") by the way `phrase`
 3. `hash`    what follows the last `####` on its line (GSM8K)
 4. `phrase`  what follows the last "the answer is", "final answer:", "answer:", to the end of the sentence
 5. `number`  the last number in the text
 
-Text up to a closing `</think>` is never searched. A box or tag that is opened and never closed is a
-cut-off answer: then nothing is found, rather than something else by a weaker way.
+Text up to a closing `</think>` is never searched. A thought, box or tag that is opened and never closed is a
+cut-off answer, and an empty last box is none: then nothing is found, rather than something else by a weaker way.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ WAYS: tuple[Way, ...] = ("boxed", "tag", "hash", "phrase", "number")
 
 
 class Found(NamedTuple):
-    """An extracted answer; `way` says how, `text` is None where the answer was cut off."""
+    """An extracted answer; `way` says how, `text` is None where the answer was cut off or left empty."""
 
     text: str | None
-    way: Way
+    way: Way | Literal["think"]
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _TOKEN = re.compile(r"[^\s$\\.,;]+")
-_JOINT = re.compile(r"[\s$,;]*(?:and|or)?[\s$]*", re.IGNORECASE)
+_GAP = r"(?:[\s$,;&]|\\[,;:!() \[\]\\]|\\q?quad(?![a-zA-Z]))"
+_JOINT = re.compile(
+    rf"{_GAP}*+(?:(?:\\(?:text|mbox|mathrm)\s?\{{\s*)?(?:and|or)(?:\s*\}})?)?{_GAP}*+"
+    rf"(?P<name>[a-zA-Z](?:_\{{?\w{{1,3}}\}}?)?\s?=)?{_GAP}*+",
+    re.IGNORECASE,
+)
+_NAMED_BOX = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z](?:_\{?\w{1,3}\}?)?)\s?=\s?\$?\s?$")
 _PHRASE = re.compile(
     r"(?:the\s+(?:final\s+|correct\s+)?(?:answer|result|solution)\s*(?:is|equals|=|:)"
     r"|(?:final\s+)?answer\W{0,3}:)[\s:*]*",
@@ -66,37 +73,52 @@ def closing(text: str, start: int) -> int:
 def _boxed(text: str) -> Found | None:
     if "\\boxed" not in text and "\\fbox" not in text:
         return None
-    answers: list[str] = []
-    covered = 0
+    boxes: list[tuple[int, int, str]] = []  # of the boxes that are not in another one: start, end, content
     for match in _BOX.finditer(text):
-        if match.start() < covered:
-            continue  # nested in the box before
+        if boxes and match.start() < boxes[-1][1]:
+            continue
         at = match.end()
         if text[at : at + 1] == "{":
             end = closing(text, at)
             if end < 0:
                 return Found(None, "boxed")  # cut off: what came before was not final
-            inner = _unwrap(text[at + 1 : end].strip())
+            boxes.append((match.start(), end + 1, _unboxed(text[at + 1 : end].strip())))
         else:  # \boxed 5
             token = _TOKEN.match(text, at)
-            inner, end = (token.group(), token.end()) if token else ("", at)
-        if inner:
-            if answers and not _JOINT.fullmatch(text, covered, match.start()):
-                answers.clear()
-            if inner not in answers:
-                answers.append(inner)
-        covered = end + 1 if text[end : end + 1] == "}" else end
-    return Found(", ".join(answers), "boxed") if answers else None
+            boxes.append((match.start(), token.end() if token else at, token.group() if token else ""))
+    if not boxes or not boxes[-1][2]:
+        return Found(None, "boxed") if boxes else None
+    return Found(_joined(text, boxes), "boxed")
 
 
-def _unwrap(inner: str) -> str:
-    """The content of boxes within a box."""
-    while (match := _BOX.match(inner)) and inner[match.end() : match.end() + 1] == "{":
-        end = closing(inner, match.end())
-        if end != len(inner) - 1:
+def _joined(text: str, boxes: list[tuple[int, int, str]]) -> str:
+    """The content of the last box, and of those before it that nothing but a joint separates."""
+    answers = [boxes[-1][2]]
+    first = len(boxes) - 1
+    named = False
+    while first > 0:
+        joint = _JOINT.fullmatch(text, boxes[first - 1][1], boxes[first][0])
+        if joint is None or not boxes[first - 1][2]:
             break
-        inner = inner[match.end() + 1 : end].strip()
-    return inner
+        if joint["name"]:
+            answers[0], named = f"{joint['name']} {answers[0]}", True
+        first -= 1
+        answers.insert(0, boxes[first][2])
+    if named and (name := _NAMED_BOX.search(text, max(0, boxes[first][0] - 20), boxes[first][0])):
+        answers[0] = f"{name[1]} = {answers[0]}"
+    return ", ".join(dict.fromkeys(answers))
+
+
+def _unboxed(inner: str) -> str:
+    """The content of a box, without the boxes in it."""
+    if inner.count("\\boxed") + inner.count("\\fbox") > 20:
+        return inner  # no answer
+    while (match := _BOX.search(inner)) is not None:
+        at = match.end()
+        end = closing(inner, at) if inner[at : at + 1] == "{" else -1
+        content = inner[at + 1 : end] if end >= 0 else ""
+        inner = inner[: match.start()] + content + inner[end + 1 if end >= 0 else at :]
+    return inner.strip()
 
 
 def _tag(text: str) -> Found | None:
@@ -107,7 +129,10 @@ def _tag(text: str) -> Found | None:
     if end < 0:
         return Found(None, "tag")
     inner = text[start + len("<answer>") : end].strip()
-    return Found(inner, "tag") if inner else None
+    sentence = _phrase(inner) if inner else None
+    if sentence is not None and sentence.text:
+        inner = sentence.text
+    return Found(inner or None, "tag")
 
 
 def _hash(text: str) -> Found | None:
@@ -154,6 +179,8 @@ def extract(text: str, ways: Sequence[Way] = WAYS) -> Found | None:
     end = text.rfind("</think>")
     if end >= 0:
         text = text[end + len("</think>") :]
+    if "<think>" in text:
+        return Found(None, "think")  # cut off in thought
     for way in ways:
         found = _FIND[way](text)
         if found is not None:

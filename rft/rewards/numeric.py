@@ -1,142 +1,456 @@
-r"""Identity of expressions by evaluation: exact enough, and a thousand times faster than algebra.
+r"""Equality of expressions by evaluation: exact in the rationals, else at growing precision.
 
-Reads the LaTeX and plain text of everyday answers (`3\sqrt{13}`, `2k+2`, `(a+5)(b+2)`, `1+274i`) and
-evaluates both sides at fixed points. They are equal if they agree to 1e-9 at real and complex points,
-different if they are apart at a point where both are real and well-behaved; anything else is left to
-algebra.
+Reads the LaTeX (see `rft.rewards.notation`) and plain text of everyday answers: `3\sqrt{13}`, `2k+2`,
+`(a+5)(b+2)`, `1+274i`, `\log_2 8`, `\binom{5}{2}`, `2005!`. Rational arithmetic is exact, so that `2^{64}-1` is
+not `2^{64}`. A difference that is not rational counts as zero only if it vanishes as the precision grows: there is
+no tolerance, absolute or relative. Expressions with variables are compared at fixed points.
+
+Time is bounded by the size of what is computed: digits, exponents, factorials and nesting beyond the
+limits below make an expression undecided, and an undecided expression equals only its own text.
 """
 
 from __future__ import annotations
 
-import cmath
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from functools import lru_cache
+from typing import Any
+
+from rft.rewards.notation import FUNCTIONS, GREEK
+
+MAX_TOKENS = 400
+MAX_DEPTH = 40  # brackets within brackets
+MAX_BITS = 200_000  # of an exact number
+MAX_MAGNITUDE = 10**12  # of an exponent's logarithm, or of an angle
+MAX_FACTORIAL = 10_000
+PRECISIONS = (30, 80, 250, 1000)  # decimal digits; the last two only where digits were lost
 
 _TOKEN = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+|\\[a-zA-Z]+|[a-zA-Z]+|\S)")
-_FUNCTIONS: dict[str, Callable[[complex], complex]] = {
-    "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
-    "cot": lambda z: 1 / cmath.tan(z),
-    "sec": lambda z: 1 / cmath.cos(z),
-    "csc": lambda z: 1 / cmath.sin(z),
-    "arcsin": cmath.asin,
-    "arccos": cmath.acos,
-    "arctan": cmath.atan,
-    "sinh": cmath.sinh,
-    "cosh": cmath.cosh,
-    "tanh": cmath.tanh,
-    "ln": cmath.log,
-    "exp": cmath.exp,
-}
-_GREEK = {"alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega", "varphi"}
-_SAME, _APART, _MAX_TOKENS = 1e-9, 1e-6, 400
-Point = Mapping[str, complex]
-Node = Callable[[Point], complex]
+_PLAIN_NAMES = FUNCTIONS | {"pi"}
+_OPENING = {"(": ")", "{": "}", "[": "]"}
+
+Value = Any  # Fraction, or a real or complex number of mpmath
+Point = Mapping[str, Value]
+Node = Callable[[Point], Value]
 
 
 class Unreadable(Exception):
     """The text is not an expression that this file knows."""
 
 
-def same_by_value(gold: str, answer: str) -> bool | None:
-    """True or False where evaluation decides; None where it does not."""
-    try:
-        a, b = _parse(gold), _parse(answer)
-    except (Unreadable, RecursionError):
-        return None
-    if (a.right is None) != (b.right is None):
-        return None
-    names = sorted(a.names | b.names)
-    verdicts = [_compare_at(a, b, point) for point in _points(names)]
-    if a.right is not None:
-        return _same_equation(a, b, names)
-    if all(v is True for v in verdicts):
-        return True
-    return False if verdicts[0] is False or verdicts[1] is False else None
+class Undecided(Exception):
+    """The expression has no value here, or one that is too large to compute."""
 
 
 class Expression:
-    """A parsed expression, or the two sides of an equation."""
+    """A parsed expression. `at` gives its value, at the precision that is set."""
 
-    def __init__(self, left: Node, right: Node | None, names: frozenset[str]) -> None:
-        self.left, self.right, self.names = left, right, names
+    def __init__(self, node: Node, names: frozenset[str]) -> None:
+        self.node, self.names = node, names
 
-    def at(self, point: Point) -> complex | None:
-        """Its value (for an equation left - right); None where it has none."""
+    def at(self, point: Point) -> Value:
+        """The value at a point. Raises Undecided."""
         try:
-            value = self.left(point)
-            if self.right is not None:
-                value -= self.right(point)
-        except (ZeroDivisionError, OverflowError, ValueError):
-            return None
-        return value if cmath.isfinite(value) else None
+            value = self.node(point)
+        except (ArithmeticError, ValueError, RecursionError, MemoryError, TypeError):
+            raise Undecided from None
+        if not isinstance(value, Fraction) and not _mp().isfinite(value):
+            raise Undecided
+        return value
 
 
-def _points(names: list[str]) -> list[Point]:
-    """Two real positive points, then a complex one with a negative real part."""
-    seeds = ((0.6180339887, 0.0), (1.3247179572, 0.0), (-0.7548776662, 0.5698402910))
-    return [
-        {n: complex(re_ * (1 + 0.1713 * i), im * (1 + 0.2319 * i)) for i, n in enumerate(names)}
-        for re_, im in seeds
-    ]
+def parse(text: str) -> Expression | None:
+    """The expression of a text; None where it cannot be read."""
+    return _parse(text)
 
 
-def _compare_at(a: Expression, b: Expression, point: Point) -> bool | None:
-    x, y = a.at(point), b.at(point)
-    if x is None or y is None:
+def exact_value(expression: Expression) -> Fraction | None:
+    """The value of a constant that is rational by exact arithmetic."""
+    if expression.names:
         return None
-    scale = max(1e-12, abs(x), abs(y))
-    gap = abs(x - y)
-    if gap <= _SAME * scale or gap < 1e-14:
-        return True
-    return False if gap >= _APART * scale else None
+    try:
+        value = expression.at({})
+    except Undecided:
+        return None
+    return value if isinstance(value, Fraction) else None
 
 
-def _same_equation(a: Expression, b: Expression, names: list[str]) -> bool | None:
-    """left - right are multiples of each other."""
-    ratios = []
-    for point in _points(names):
-        x, y = a.at(point), b.at(point)
-        if x is None or y is None or abs(y) < 1e-9 or abs(x) < 1e-9:
+def real_value(expression: Expression, digits: int) -> Fraction | None:
+    """The value of a real constant to at least `digits` digits, as a fraction."""
+    if expression.names:
+        return None
+    mp = _mp()
+    with mp.workdps(digits + 15):
+        try:
+            value = expression.at({})
+        except Undecided:
             return None
-        ratios.append(x / y)
-    gap = max(abs(r - ratios[0]) for r in ratios) / abs(ratios[0])
-    return True if gap <= _SAME else None  # other shapes of the same curve are for algebra
+        if isinstance(value, Fraction):
+            return value
+        if mp.im(value) != 0 and abs(mp.im(value)) > abs(value) * mp.mpf(10) ** -(digits + 5):
+            return None
+        real = mp.re(value)
+        if real == 0 or abs(mp.mag(real)) > 4 * digits + 4096:
+            return Fraction(0) if real == 0 else None
+        sign, mantissa, exponent, _ = real._mpf_
+        return (-1) ** sign * mantissa * Fraction(2) ** exponent
+
+
+def same_value(a: Expression, b: Expression) -> bool | None:
+    """Whether two expressions have the same value everywhere; None where evaluation does not decide.
+
+    At two positive points, then at one where roots and logarithms take other branches.
+    """
+    names = sorted(a.names | b.names)
+    try:
+        for point in _positive_points(names):
+            if not _vanishes(lambda p=point: (a.at(p), b.at(p))):
+                return False
+        if not names:
+            return True
+        other = _vanishes(lambda: (a.at(_other_point(names, a, b)), b.at(_other_point(names, a, b))))
+    except Undecided:
+        return None
+    return True if other else None
+
+
+def same_relation(a: Expression, b: Expression) -> int | None:
+    """For a = 0 and b = 0: the sign of the constant ratio a / b; 0 if they are not multiples of each other."""
+    names = sorted(a.names | b.names)
+    if not names:
+        return None
+    first, *others = [*_positive_points(names), {n: -v for n, v in _positive_points(names)[0].items()}]
+    try:
+        for point in others:
+            if not _vanishes(lambda p=point: (a.at(first) * b.at(p), a.at(p) * b.at(first))):
+                return 0
+        ratio = _times(a.at(first), _power(b.at(first), Fraction(-1)))
+    except (Undecided, ZeroDivisionError):
+        return None
+    ratio = ratio if isinstance(ratio, Fraction) else _mp().re(ratio)
+    return 1 if ratio > 0 else -1 if ratio < 0 else None
+
+
+def same_curve(a: Expression, b: Expression) -> bool | None:
+    """Whether a = 0 and b = 0 have the same solutions; None where this does not decide.
+
+    Multiples have. Else each one that is linear in a name is solved for it, and the other one must hold there.
+    """
+    ratio = same_relation(a, b)
+    if ratio:
+        return True
+    found = [_holds_where_solved(a, b), _holds_where_solved(b, a)]
+    if False in found:
+        return False
+    if found == [True, True]:
+        return True
+    return False if found == [None, None] and ratio == 0 and _is_exact(a) and _is_exact(b) else None
+
+
+def _is_exact(equation: Expression) -> bool:
+    try:
+        return all(isinstance(equation.at(p), Fraction) for p in _positive_points(sorted(equation.names)))
+    except Undecided:
+        return False
+
+
+def _holds_where_solved(solved: Expression, other: Expression) -> bool | None:
+    """Whether `other` vanishes where `solved` does, where that is linear in one of its names."""
+    names = sorted(solved.names | other.names)
+    for name in sorted(solved.names):
+        try:
+            verdicts = [_holds_at(solved, other, name, point) for point in _positive_points(names)]
+        except (Undecided, ArithmeticError):
+            continue
+        if None not in verdicts:
+            return all(verdicts)
+    return None
+
+
+def _holds_at(solved: Expression, other: Expression, name: str, point: Point) -> bool | None:
+    def line() -> tuple[Value, Value, Value]:
+        one, two, three = (solved.at({**point, name: Fraction(k)}) for k in (1, 2, 3))
+        return one, two, three
+
+    def curvature() -> tuple[Value, Value]:
+        one, two, three = line()
+        return _plus(one, three), _times(Fraction(2), two)
+
+    def there() -> tuple[Value, Value]:
+        one, two, _ = line()
+        slope = _plus(two, -one)
+        root = _plus(Fraction(1), -_divided(one, slope))
+        return other.at({**point, name: root}), Fraction(0)
+
+    if not _vanishes(curvature) or _vanishes(lambda: line()[:2]):
+        return None
+    return _vanishes(there)
+
+
+def _positive_points(names: list[str]) -> list[dict[str, Value]]:
+    if not names:
+        return [{}]
+    return [{n: Fraction(seed + 171 * i, 1009 + i) for i, n in enumerate(names)} for seed in (631, 1339)]
+
+
+def _other_point(names: list[str], a: Expression, b: Expression) -> dict[str, Value]:
+    """Negative and rational where both stay rational there, else complex with a negative real part."""
+    point = {n: Fraction(-743 - 149 * i, 1013 + i) for i, n in enumerate(names)}
+    try:
+        if isinstance(a.at(point), Fraction) and isinstance(b.at(point), Fraction):
+            return point
+    except Undecided:
+        pass
+    mp = _mp()
+    return {n: mp.mpc(-0.75 - 0.125 * i, 0.5625 + 0.25 * i) for i, n in enumerate(names)}
+
+
+def _vanishes(pair: Callable[[], tuple[Value, Value]]) -> bool:
+    """Whether the difference of two values is zero: exactly, or more so the higher the precision.
+
+    A true difference stays as the precision grows; what is left of a zero shrinks with it.
+    """
+    mp = _mp()
+    before: Any = None
+    last = 0
+    for digits in PRECISIONS:
+        _lost[0] = False
+        with mp.workdps(digits):
+            x, y = pair()
+            if isinstance(x, Fraction) and isinstance(y, Fraction):
+                return x == y
+            gap = abs(_inexact(x) - _inexact(y))
+            if not mp.isfinite(gap):
+                raise Undecided
+            if before is not None:
+                if not _lost[0] and (gap == 0 or gap < before * mp.mpf(10) ** (-0.7 * (digits - last))):
+                    return True
+                if gap > before * mp.mpf("1e-9") and before > 0:
+                    return False
+            before, last = gap, digits
+    if _lost[0]:
+        raise Undecided
+    return False
+
+
+# -- arithmetic --------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _mp() -> Any:
+    import mpmath
+
+    return mpmath.MPContext()  # not the global one: its precision is ours
+
+
+def _inexact(value: Value) -> Any:
+    if isinstance(value, Fraction):
+        return _mp().mpf(value.numerator) / value.denominator
+    return value
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
+        raise Undecided
+    return value
+
+
+_lost = [False]  # whether a sum lost a term below its precision
+
+
+def _plus(a: Value, b: Value) -> Value:
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return _bounded(a + b)
+    a, b = _inexact(a), _inexact(b)
+    mp = _mp()
+    if a != 0 and b != 0 and abs(mp.mag(a) - mp.mag(b)) > mp.prec - 16:
+        _lost[0] = True
+    return a + b
+
+
+def _times(a: Value, b: Value) -> Value:
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return _bounded(a * b)
+    return _inexact(a) * _inexact(b)
+
+
+def _power(a: Value, b: Value) -> Value:
+    if isinstance(b, Fraction) and isinstance(a, Fraction):
+        exact = _exact_power(a, b)
+        if exact is not None:
+            return exact
+    mp = _mp()
+    a = _inexact(a)
+    if isinstance(b, Fraction) and b.denominator == 1 and abs(b.numerator) < 2**40:
+        return a ** int(b)
+    if a == 0:
+        if mp.re(_inexact(b)) > 0:
+            return Fraction(0)
+        raise Undecided
+    return _exp(mp.log(a) * _inexact(b))
+
+
+def _exact_power(a: Fraction, b: Fraction) -> Fraction | None:
+    """The rational power where it is one of moderate size."""
+    if a == 0:
+        if b <= 0:
+            raise Undecided  # 0^0, 1/0
+        return a
+    if b.denominator > 1:
+        root = _exact_root(a, b.denominator)
+        if root is None:
+            return None
+        a, b = root, Fraction(b.numerator)
+    n = int(b)
+    if abs(a) == 1:
+        return a if n % 2 else Fraction(1)
+    if abs(n) * (a.numerator.bit_length() + a.denominator.bit_length()) > MAX_BITS:
+        return None
+    return a**n
+
+
+def _exact_root(a: Fraction, degree: int) -> Fraction | None:
+    if a < 0 or degree > 64 or a.numerator.bit_length() + a.denominator.bit_length() > 4096:
+        return None
+    top, bottom = _integer_root(a.numerator, degree), _integer_root(a.denominator, degree)
+    return Fraction(top, bottom) if top**degree == a.numerator and bottom**degree == a.denominator else None
+
+
+def _integer_root(n: int, degree: int) -> int:
+    """The largest integer whose power is at most n, by bisection."""
+    if degree == 2:
+        return math.isqrt(n)
+    low, high = 0, 1 << (n.bit_length() // degree + 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if middle**degree <= n else (low, middle - 1)
+    return low
+
+
+def _exp(z: Any) -> Any:
+    if abs(z) > MAX_MAGNITUDE:
+        raise Undecided  # a tower of powers
+    return _mp().exp(z)
+
+
+def _root(a: Value, degree: Value) -> Value:
+    if degree == 0:
+        raise Undecided
+    if isinstance(a, Fraction) and isinstance(degree, Fraction) and a < 0 and degree.numerator % 2 and degree.denominator == 1:
+        return _times(Fraction(-1), _power(-a, 1 / degree))  # the real root
+    return _power(a, _divided(Fraction(1), degree))
+
+
+def _divided(a: Value, b: Value) -> Value:
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return _bounded(a / b)
+    return _inexact(a) / _inexact(b)
+
+
+def _factorial(n: Value) -> Value:
+    if isinstance(n, Fraction) and n.denominator == 1:
+        if n < 0:
+            raise Undecided
+        if n <= MAX_FACTORIAL:
+            return Fraction(math.factorial(int(n)))
+    if abs(_inexact(n)) > 10**9:
+        raise Undecided
+    return _mp().gamma(_inexact(n) + 1)
+
+
+def _binomial(n: Value, k: Value) -> Value:
+    if isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1:
+        if 0 <= n <= MAX_FACTORIAL and k >= 0:
+            return Fraction(math.comb(int(n), int(k)))
+        raise Undecided
+    if max(abs(_inexact(n)), abs(_inexact(k))) > 10**6:
+        raise Undecided
+    return _mp().binomial(_inexact(n), _inexact(k))
+
+
+def _absolute(x: Value) -> Value:
+    return abs(x)
+
+
+def _rounded(direction: str) -> Callable[[Value], Value]:
+    def apply(x: Value) -> Value:
+        if isinstance(x, Fraction):
+            return Fraction(math.floor(x) if direction == "floor" else math.ceil(x))
+        if _mp().im(x) != 0 or abs(x) > 10**20:
+            raise Undecided
+        return Fraction(int(_mp().floor(x) if direction == "floor" else _mp().ceil(x)))
+
+    return apply
+
+
+_MP_NAMES = {
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "arccot": "acot",
+    "arcsec": "asec",
+    "arccsc": "acsc",
+    "arcsinh": "asinh",
+    "arccosh": "acosh",
+    "arctanh": "atanh",
+    "ln": "log",
+    "lg": "log10",
+}
+_INVERSES = {n: "a" + n for n in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")}
+
+
+def _function(name: str, x: Value) -> Value:
+    mp = _mp()
+    z = _inexact(x)
+    if name == "exp":
+        return _exp(z)
+    if name in ("log", "ln", "lg"):
+        if z == 0:
+            raise Undecided
+        return mp.log(z) if name == "ln" else mp.log(z) / mp.ln10
+    if abs(z) > MAX_MAGNITUDE:
+        raise Undecided
+    if name == "cis":
+        return mp.cos(z) + mp.mpc(0, 1) * mp.sin(z)
+    if name == "arccot" and mp.im(z) == 0:
+        return mp.pi / 2 - mp.atan(z)
+    return getattr(mp, _MP_NAMES.get(name, name))(z)
 
 
 # -- parsing -----------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8192)
-def _parse(text: str) -> Expression:
-    if text.count("=") > 1 or len(text) > 1000:
-        raise Unreadable
-    left, equals, right = text.partition("=")
-    first = _Parser(left)
-    second = _Parser(right) if equals else None
-    names = first.names | (second.names if second else set())
-    return Expression(first.node, second.node if second else None, frozenset(names))
+def _parse(text: str) -> Expression | None:
+    if len(text) > 1000:
+        return None
+    try:
+        parser = _Parser(text)
+    except (Unreadable, RecursionError):
+        return None
+    return Expression(parser.node, frozenset(parser.names))
 
 
 class _Parser:
     """Recursive descent; builds closures that are evaluated at points."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = _TOKEN.findall(text)
-        if not self.tokens or len(self.tokens) > _MAX_TOKENS:
+        self.tokens = list(_tokens(text))
+        if not self.tokens or len(self.tokens) > MAX_TOKENS:
             raise Unreadable
-        self.tokens = [t for token in self.tokens for t in _letters(token)]
         self.at = 0
+        self.depth = 0
+        self.bars = 0  # absolute values that are open
         self.names: set[str] = set()
-        self.node = self._sum()
+        self.node = self._stacked()
         if self.at != len(self.tokens):
             raise Unreadable
 
-    def _peek(self) -> str:
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+    def _peek(self, ahead: int = 0) -> str:
+        at = self.at + ahead
+        return self.tokens[at] if at < len(self.tokens) else ""
 
     def _take(self, wanted: str = "") -> str:
         token = self._peek()
@@ -146,144 +460,310 @@ class _Parser:
         return token
 
     def _sum(self) -> Node:
-        node = self._product()
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable
+        terms = [self._product()]
         while self._peek() in ("+", "-"):
-            node = _binary(self._take(), node, self._product())
+            negative = self._take() == "-"
+            term = self._product()
+            terms.append(_negated(term) if negative else term)
+        self.depth -= 1
+        return terms[0] if len(terms) == 1 else _folded(_plus, terms)
+
+    def _stacked(self) -> Node:
+        """A sum, or two of them over each other."""
+        node = self._sum()
+        if self._peek() in (r"\over", r"\choose"):
+            operation = _divided if self._take() == r"\over" else _binomial
+            node = _binary(operation, node, self._sum())
         return node
 
     def _product(self) -> Node:
-        node = self._signed()
+        factors = [self._signed()]
         while True:
             token = self._peek()
             if token in ("*", "/", r"\cdot", r"\times", r"\div"):
                 self._take()
-                node = _binary("/" if token in ("/", r"\div") else "*", node, self._signed())
-            elif token and (_alnum(token) or token[0] == "." or token in ("(", "{") or token[0] == "\\"):
-                if _digits(token[0]) and _digits(self.tokens[self.at - 1][-1]):
+                factor = self._signed()
+                factors.append(_inverted(factor) if token in ("/", r"\div") else factor)
+            elif self._starts_factor(token):
+                if token[0].isdigit() and self.tokens[self.at - 1][-1].isdigit():
                     raise Unreadable  # two numbers side by side
-                node = _binary("*", node, self._power())
+                factors.append(self._power())
             else:
-                return node
+                return factors[0] if len(factors) == 1 else _folded(_times, factors)
+
+    def _starts_factor(self, token: str) -> bool:
+        if not token or token in (r"\over", r"\choose", r"\rfloor", r"\rceil"):
+            return False
+        if token == "|":
+            return self.bars == 0
+        return token[0].isalnum() or token[0] in ".({[" or token[0] == "\\"
 
     def _signed(self) -> Node:
-        if self._peek() in ("-", "+"):
-            sign = self._take()
-            inner = self._signed()
-            return inner if sign == "+" else lambda p: -inner(p)
-        return self._power()
+        signs = 0
+        negative = False
+        while self._peek() in ("-", "+"):
+            negative ^= self._take() == "-"
+            signs += 1
+            if signs > 4:
+                raise Unreadable
+        node = self._power()
+        return _negated(node) if negative else node
 
     def _power(self) -> Node:
-        base = self._atom()
-        while self._peek() == "^":
+        base = self._postfixed(self._atom())
+        if self._peek() == "^":
             self._take()
-            base = _binary("^", base, self._argument(signed=True))
+            exponent = self._exponent()
+            return self._postfixed(_binary(_power, base, exponent))
         return base
 
-    def _argument(self, *, signed: bool = False) -> Node:
-        """What belongs to `^`, `\\frac`, `\\sqrt`: a group in braces, or one token."""
+    def _exponent(self) -> Node:
+        """What is raised; powers of powers are read from the right."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable
+        if self._peek() in ("-", "+"):
+            negative = self._take() == "-"
+            inner = self._exponent()
+            self.depth -= 1
+            return _negated(inner) if negative else inner
+        node = self._group("{", "}") if self._peek() == "{" else self._postfixed(self._atom())
+        if self._peek() == "^":
+            self._take()
+            node = _binary(_power, node, self._exponent())
+        self.depth -= 1
+        return node
+
+    def _postfixed(self, node: Node) -> Node:
+        while self._peek() in ("!", "%", r"\degree"):
+            token = self._take()
+            if token == "!":
+                if self._peek() == "!":
+                    raise Unreadable  # a double factorial
+                node = _unary(_factorial, node)
+            elif token == "%":
+                node = _binary(_divided, node, lambda p: Fraction(100))
+            else:
+                node = _binary(_times, node, lambda p: _mp().pi / 180)
+        return node
+
+    def _argument(self) -> Node:
+        r"""What belongs to `\frac`, `\binom`: a group in braces, or one digit or letter."""
         if self._peek() == "{":
             return self._group("{", "}")
-        if signed and self._peek() in ("-", "+"):
-            return self._signed()
         token = self._peek()
-        if _digits(token) and len(token) > 1 and not signed:  # \frac12
+        if token.isdigit() and len(token) > 1:  # \frac12
             self.tokens[self.at : self.at + 1] = [token[0], token[1:]]
         return self._atom()
 
     def _group(self, opening: str, closing: str) -> Node:
         self._take(opening)
-        node = self._sum()
+        bars, self.bars = self.bars, 0
+        node = self._stacked()
+        self.bars = bars
         self._take(closing)
         return node
 
     def _atom(self) -> Node:
         token = self._peek()
-        if token in ("(", "{", "["):
-            return self._group(token, {"(": ")", "{": "}", "[": "]"}[token])
+        if token in _OPENING:
+            return self._group(token, _OPENING[token])
+        if token == "|":
+            return self._absolute()
         self._take()
-        if _digits(token[0]) or (token[0] == "." and len(token) > 1):
-            number = complex(float(token))
-            if _digits(token) and self._peek() == r"\frac" and self._mixed():
-                self._take()
-                return _binary("+", lambda p: number, _binary("/", self._argument(), self._argument()))
-            return lambda p: number
-        name = token.lstrip("\\")
-        if name == "frac" and token[0] == "\\":
-            return _binary("/", self._argument(), self._argument())
-        if name == "sqrt":
-            return self._root()
-        if name in _FUNCTIONS:
-            return self._function(_FUNCTIONS[name])
-        if name in ("pi", "e", "i"):
-            constant = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}[name]
-            return lambda p: constant
-        if (len(token) == 1 and token.isascii() and token.isalpha()) or (token[0] == "\\" and name in _GREEK):
-            self.names.add(name)
-            return lambda p: p[name]
+        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+            return self._number(token)
+        if token[0] == "\\":
+            return self._command(token[1:])
+        if token in _PLAIN_NAMES:
+            return self._command(token)
+        if len(token) == 1 and token.isalpha():
+            return self._name(token)
         raise Unreadable
 
-    def _mixed(self) -> bool:
-        """At a fraction of two plain numbers: after a whole number it is added (1 4/5)."""
-        following = self.tokens[self.at + 1 : self.at + 7]
-        return (
-            following[::3] == ["{", "{"]
-            and _digits(following[1])
-            and following[4:5] != [""]
-            and (_digits(following[4]) and following[5:] == ["}"])
-        )
+    def _absolute(self) -> Node:
+        self._take("|")
+        self.bars += 1
+        node = self._sum()
+        self.bars -= 1
+        self._take("|")
+        return _unary(_absolute, node)
 
-    def _root(self) -> Node:
-        if self._peek() != "[":
-            inner = self._group("(", ")") if self._peek() == "(" else self._argument()
-            return lambda p: cmath.sqrt(inner(p))
-        degree = self._group("[", "]")
-        inner = self._argument()
-        return lambda p: _root(inner(p), degree(p))
+    def _number(self, token: str) -> Node:
+        number = Fraction(token if token[-1] != "." else token[:-1])
+        if token.isdigit() and self._peek() == r"\frac" and (part := self._proper_fraction()) is not None:
+            number += part
+        return lambda p: number
 
-    def _function(self, function: Callable[[complex], complex]) -> Node:
-        exponent: Node | None = None
-        if self._peek() == "^":
+    def _proper_fraction(self) -> Fraction | None:
+        """A fraction of two plain numbers below one: after a whole number it is added (1 4/5)."""
+        t = self.tokens[self.at + 1 : self.at + 7]
+        numbers = t[1:5:3] if t[:1] == ["{"] and len(t) == 6 and t[2:4] == ["}", "{"] and t[5] == "}" else []
+        length = 7
+        if not numbers and t and t[0].isdigit() and len(t[0]) == 2:  # 1\frac45
+            numbers, length = [t[0][0], t[0][1]], 2
+        if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[1]) <= int(numbers[0]):
+            return None
+        self.at += length
+        return Fraction(int(numbers[0]), int(numbers[1]))
+
+    def _command(self, name: str) -> Node:
+        if name == "frac":
+            return _binary(_divided, self._argument(), self._argument())
+        if name == "binom":
+            return _binary(_binomial, self._argument(), self._argument())
+        if name == "sqrt":
+            return self._square_root()
+        if name in ("lfloor", "lceil"):
+            node = self._sum()
+            self._take(r"\rfloor" if name == "lfloor" else r"\rceil")
+            return _unary(_rounded(name[1:]), node)
+        if name == "pi":
+            return lambda p: +_mp().pi
+        if name in FUNCTIONS:
+            return self._applied(name)
+        if name in GREEK:
+            return self._name(name)
+        raise Unreadable
+
+    def _name(self, name: str) -> Node:
+        if self._peek() == "_":
             self._take()
-            exponent = self._argument(signed=True)
-        inner = self._power()  # \sin 2x would be ambiguous: one factor only
-        if self._peek() and (_alnum(self._peek()) or self._peek()[0] == "\\"):
+            if self._peek() == "{":
+                end = self.tokens.index("}", self.at) if "}" in self.tokens[self.at :] else -1
+                index = "".join(self.tokens[self.at + 1 : end])
+                if end < 0 or not index.isalnum():
+                    raise Unreadable
+                self.at = end + 1
+            else:
+                index = self._take()
+                if not index.isalnum():
+                    raise Unreadable
+            name = f"{name}_{index}"
+        elif name == "e":
+            return lambda p: +_mp().e
+        elif name == "i":
+            return lambda p: _mp().mpc(0, 1)
+        self.names.add(name)
+        return lambda p: p[name]
+
+    def _square_root(self) -> Node:
+        degree: Node = lambda p: Fraction(2)  # noqa: E731
+        if self._peek() == "[":
+            degree = self._group("[", "]")
+        inner = self._group("(", ")") if self._peek() == "(" else self._group("{", "}") if self._peek() == "{" else self._atom()
+        return _binary(_root, inner, degree)
+
+    def _applied(self, name: str) -> Node:
+        r"""`\sin^2 x`, `\tan^{-1} 2`, `\log_2 8`, `\sin 2x`: the factors that follow are the argument."""
+        base: Node | None = None
+        exponent: Node | None = None
+        for _ in range(2):
+            if self._peek() == "_" and name == "log" and base is None:
+                self._take()
+                base = self._argument_of_log()
+            elif self._peek() == "^" and exponent is None:
+                self._take()
+                if self._peek() == "{" and self.tokens[self.at : self.at + 4] == ["{", "-", "1", "}"] and name in _INVERSES:
+                    self.at += 4
+                    name = "arc" + name
+                else:
+                    exponent = self._exponent()
+        inner = self._function_argument()
+        node = _unary(lambda x: _function(name, x), inner)
+        if base is not None:
+            node = _binary(_logarithm, inner, base)
+        return node if exponent is None else _binary(_power, node, exponent)
+
+    def _argument_of_log(self) -> Node:
+        """A base: a group, or one token (`\\log_2 8`, `\\log_28` is base 2)."""
+        token = self._peek()
+        if token.isdigit() and len(token) > 1 and self._peek(1) not in ("(", "{", "\\", "|"):
+            following = self._peek(1)
+            if not following or not (following[0].isalpha() or following[0] == "\\"):
+                return self._argument()
+        return self._group("{", "}") if token == "{" else self._atom()
+
+    def _function_argument(self) -> Node:
+        if self._peek() in ("(", "{", "["):
+            token = self._peek()
+            return self._group(token, _OPENING[token])
+        if self._peek() == "|":
+            return self._absolute()
+        negative = self._peek() == "-"
+        if negative:
+            self._take()
+        factors = [self._power()]
+        while (token := self._peek()) and self._plain_factor(token):
+            if token[0].isdigit() and self.tokens[self.at - 1][-1].isdigit():
+                raise Unreadable
+            factors.append(self._power())
+        node = factors[0] if len(factors) == 1 else _folded(_times, factors)
+        return _negated(node) if negative else node
+
+    def _plain_factor(self, token: str) -> bool:
+        """A number, a letter, a root or a fraction: `\\sin 2x` takes it, `\\sin x \\cos x` and `\\sin x(y)` do not."""
+        if token in _PLAIN_NAMES:
+            return token == "pi"
+        if token[0] == "\\":
+            name = token[1:]
+            return name in GREEK or name in ("pi", "frac", "sqrt")
+        return token[0].isalnum()
+
+
+def _tokens(text: str) -> Iterator[str]:
+    for token in _TOKEN.findall(text):
+        if token.isascii() and token.isalpha() and len(token) > 1 and token not in _PLAIN_NAMES:
+            yield from _letters(token)
+        elif token.isascii():
+            yield token
+        else:
             raise Unreadable
-        if exponent is None:
-            return lambda p: function(inner(p))
-        power = exponent
-        return lambda p: function(inner(p)) ** power(p)
-
-
-def _digits(token: str) -> bool:
-    return token.isascii() and token.isdigit()
-
-
-def _alnum(token: str) -> bool:
-    return token[0].isascii() and token[0].isalnum()
 
 
 def _letters(token: str) -> list[str]:
-    """A run of letters as single variables, unless it names a function."""
-    if not token.isalpha() or token in _FUNCTIONS or token in ("pi", "sqrt"):
-        return [token]
+    """A run of letters as variables, with a function's name or pi where it starts the run (`sinx`, `pix`)."""
+    for name in ("arcsin", "arccos", "arctan", "sqrt", "sin", "cos", "tan", "log", "ln"):
+        if token.startswith(name) and len(token) - len(name) <= 2:
+            return [name, *token[len(name) :]]
     if len(token) > 3:
         raise Unreadable  # a word
-    return list(token)
+    return ["pi", *token[2:]] if token.startswith("pi") else list(token)
 
 
-def _root(value: complex, degree: complex) -> complex:
-    if value.imag == 0 and value.real < 0 and degree.imag == 0 and degree.real % 2 == 1:
-        return complex(-((-value.real) ** (1 / degree.real)))
-    return value ** (1 / degree)
+def _logarithm(x: Value, base: Value) -> Value:
+    x, base = _inexact(x), _inexact(base)
+    if x == 0 or base in (0, 1):
+        raise Undecided
+    return _mp().log(x) / _mp().log(base)
 
 
-def _binary(op: str, a: Node, b: Node) -> Node:
-    if op == "+":
-        return lambda p: a(p) + b(p)
-    if op == "-":
-        return lambda p: a(p) - b(p)
-    if op == "*":
-        return lambda p: a(p) * b(p)
-    if op == "/":
-        return lambda p: a(p) / b(p)
-    return lambda p: a(p) ** b(p)
+def _unary(operation: Callable[[Value], Value], a: Node) -> Node:
+    return lambda p: operation(a(p))
+
+
+def _binary(operation: Callable[[Value, Value], Value], a: Node, b: Node) -> Node:
+    return lambda p: operation(a(p), b(p))
+
+
+def _negated(a: Node) -> Node:
+    return lambda p: -a(p)
+
+
+def _inverted(a: Node) -> Node:
+    return lambda p: _divided(Fraction(1), a(p))
+
+
+def _folded(operation: Callable[[Value, Value], Value], nodes: list[Node]) -> Node:
+    """All nodes joined from the left, without a closure for each."""
+
+    def evaluate(p: Point) -> Value:
+        value = nodes[0](p)
+        for node in nodes[1:]:
+            value = operation(value, node(p))
+        return value
+
+    return evaluate

@@ -1,4 +1,7 @@
-"""Algebra for the math reward: `math-verify`, without its time-outs and with its errors told apart."""
+"""Algebra for the math reward: `math-verify`, without its time-outs, its rounding, and its guesses.
+
+Only what `rft.rewards.numeric` cannot read comes here: sums, integrals, limits, curves of other shapes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 for _name in ("math_verify.parser", "math_verify.grader", "latex2sympy2_extended"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)  # they warn that they have no limit: the caller has
 
+MAX_LENGTH = 300
 _CONFIG = [
     LatexExtractionConfig(
         normalization_config=NormalizationConfig(
@@ -21,21 +25,27 @@ _CONFIG = [
     ),
     ExprExtractionConfig(),
 ]
+_PROSE = re.compile(r"\\words|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[?'\"@#`]|[^\x00-\x7f]|\d \d")
+_EXPLOSIVE = re.compile(r"\d{5,}|\^\s*\{?\s*-?\d{3,}|\^[^+\-,=]{0,20}\^|\d{3,}\s*\)?\s*!|!\s*!")
 
 
 def same_expression(gold: str, answer: str) -> bool:
-    """Whether two expressions are equal. False where one of them cannot be read.
+    """Whether two expressions in plain LaTeX are equal. False where one of them cannot be read.
 
     Takes as long as sympy takes: the caller limits the time (math-verify's own limit works by an
-    alarm signal, which threads do not have, and ends in `False`, as if the answer were wrong).
+    alarm signal, which threads do not have, and ends in `False`, as if the answer were wrong). Prose, of which
+    math-verify would read a part, and powers and factorials that sympy would write out are refused.
     """
+    for text in (gold, answer):
+        if len(text) > MAX_LENGTH or _PROSE.search(text) or _EXPLOSIVE.search(text):
+            return False
     want, got = _parsed(gold), _parsed(answer)
     if not want or not got:
         return False
-    return bool(verify(want, got, timeout_seconds=None))
+    return bool(verify(want, got, float_rounding=12, numeric_precision=30, timeout_seconds=None))
 
 
 def _parsed(text: str) -> list[Any]:
     if not re.search(r"[\w\\]", text):
         return []
-    return parse(f"${text}$", _CONFIG, parsing_timeout=None)
+    return parse(f"${text.replace(chr(92) + 'degree', '^' + chr(92) + 'circ')}$", _CONFIG, parsing_timeout=None)
