@@ -30,7 +30,7 @@ from rft.learner.preflight import (
 from rft.memory import ModelShape, learner_bytes, meta_network, replica_bytes
 from rft.offline_plan import OfflineData, load_offline, offline_problems, reference_problem
 from rft.online_plan import longest_sequence, mixes, online_problems, online_warnings
-from rft.rewards import check_reward
+from rft.rewards import check_reward, check_values
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.choice import channel_spec, choose_transport, layout_problems
@@ -221,6 +221,9 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
         sets = {"the training data": train, "the held-out data": held_out}
         rows = {name: {p.id + 1: p.columns for p in found.prompts} for name, found in sets.items() if found}
         problems += check_reward(config.rewards, Path.cwd(), rows=rows)
+        for name, found in sets.items():
+            if found:
+                problems += check_values(config.rewards, found.source, rows[name].items())
     if problems or path is None or shape is None or engine is None:
         raise ConfigError(problems)
     adapter = config.learner.adapter

@@ -8,7 +8,7 @@ from rft.rewards.load import BUILTINS, load_reward
 from rft.rewards.types import Outcome, RewardError, RewardFunction, SampleReward, Score
 
 if TYPE_CHECKING:
-    from rft.rewards.check import check_reward, describe
+    from rft.rewards.check import check_reward, check_values, describe
     from rft.rewards.config import RewardConfig, RewardsConfig
     from rft.rewards.runner import RewardRunner
 
@@ -23,6 +23,7 @@ __all__ = [
     "SampleReward",
     "Score",
     "check_reward",
+    "check_values",
     "describe",
     "load_reward",
 ]
@@ -32,6 +33,7 @@ _LAZY = {  # imported on first use: worker processes start faster without them
     "RewardsConfig": "config",
     "RewardRunner": "runner",
     "check_reward": "check",
+    "check_values": "check",
     "describe": "check",
 }
 

@@ -1,6 +1,6 @@
-r"""Final answers as small values: numbers, expressions, sequences, named values, sets of reals, choices, times.
+r"""Final answers as small values: numbers, expressions, sequences, names, sets of reals, choices, times.
 
-`read` takes LaTeX and plain text. What it cannot take apart is an `Expr`, which `rft.rewards.equal` compares by value.
+`read` takes LaTeX and plain text. The rest is an `Expr`, which `rft.rewards.equal` compares by value.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
-from rft.rewards.notation import FUNCTIONS, GREEK, plain_tex
+from rft.rewards.notation import FUNCTIONS, GREEK, plain_tex, words_of
 from rft.rewards.numeric import parse, real_value, same_value
 from rft.rewards.units import Tail, Unit, leading_currency, split_tail
 
@@ -180,27 +181,42 @@ _NAME = re.compile(rf"({_VARIABLE})\s*(?:_\s*\{{?\s*(\w+)\s*\}}?)?'?")
 _FUNCTION_NAME = re.compile(rf"({_VARIABLE}(?:\^\{{-1\}})?)\s*\(\s*{_VARIABLE}(?:\s*,\s*{_VARIABLE})*\s*\)")
 _WORDY_NAME = re.compile(
     r"(?:(?:m\s*)?\\(?:angle|overline|triangle|widehat)\s*\{?\s*[A-Z]{1,4}\s*\}?|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,6}\]"
-    r"|[A-Za-z]\([^()=]{1,20}\)|(?:\\words\{[^{}]*\}|[A-Za-z]{3,})(?:[ ](?:\\words\{[^{}]*\}|[A-Za-z]+)){0,5})"
+    r"|[A-Za-z]\([^()=]{1,20}\)"
+    r"|(?:\\words\{[^{}]*\}|[A-Za-z]{3,})(?:[ ](?:\\words\{[^{}]*\}|[A-Za-z]+)){0,5})"
 )
 _WORDS = re.compile(r"(?:No|no|NO|[A-Za-z]{3,})(?:[ '-]+[A-Za-z]+)*")
-_LETTER = re.compile(r"\(?\s*([A-J])\s*[).:]?|(?:[Oo]ption|[Cc]hoice|[Aa]nswer:?)\s*\(?([A-J])\)?|\(([a-j])\)|([a-j])\)")
-_LETTER_FIRST = re.compile(r"(?:[Oo]ption\s+)?(?:\(\s*([A-J])\s*\)\s*[:.]?|([A-J])\s*[).:])\s*(?![\^*/=+_(!])(\S.*)")
+_LETTER = re.compile(
+    r"\(?\s*([A-J])\s*[).:]?|(?:[Oo]ption|[Cc]hoice|[Aa]nswer:?)\s*\(?([A-J])\)?|\(([a-j])\)|([a-j])\)"
+)
+_LETTER_FIRST = re.compile(
+    r"(?:[Oo]ption\s+)?(?:\(\s*([A-J])\s*\)\s*[:.]?|([A-J])\s*[).:])\s*(?![\^*/=+_(!])(\S.*)"
+)
 _LETTER_LAST = re.compile(r"(\S.*?)\s+\(([A-J])\)")
 _LETTER_AGAIN = re.compile(r"\([A-J]\)|(?<![A-Za-z\\])[A-J][).:]")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:\\words\{)?\s*([AaPp])\.?\s*[Mm]\.?\s*\}?")
-_BARE_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\s*(?:\\words\{)?\s*(?:hours|hrs|o'clock|h)\s*\}?)?")
+_BARE_CLOCK = re.compile(
+    r"(\d{1,2}):(\d{2})(?::(\d{2}))?(?:\s*(?:\\words\{)?\s*(?:hours|hrs|o'clock|h)\s*\}?)?"
+)
 _NUMERAL = re.compile(r"\(?([-+]?[0-9A-Fa-f]+)\)?_\{?(?:(\d{1,2})|\\words\{\s*([a-z]+)\s*\}|([a-z]{3,}))\}?")
 _BASES = {
     word: base
     for base, word in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), 2
+        words_of(
+            "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+        ),
+        2,
     )
 } | {"bin": 2, "oct": 8, "dec": 10, "hex": 16}
 _MODULUS = re.compile(
     r"(.*?)\s*(?:\\pmod|\\bmod|\\mod|\(\s*\\?(?:mod|bmod|words\{\s*mod\s*\})|(?<![a-zA-Z\\])mod(?![a-zA-Z])|\\words\{\s*mod\s*\})"
     r"\s*\{?\s*\(?(\d{1,30})\)?\s*\}?\s*\)?"
 )
-_MATRIX = re.compile(r"(.*?)\\begin\{([bpvBV]?(?:small)?matrix|array)\}(?:\{[clr| ]*\})?(.*)\\end\{\2\}(.*)", re.DOTALL)
+_MATRIX = re.compile(
+    r"(.*?)\\begin\{([bpvBV]?(?:small)?matrix|array)\}(?:\{[clr| ]*\})?(.*)\\end\{\2\}(.*)", re.DOTALL
+)
+_SYSTEM = re.compile(
+    r"(?:\\\{)?\s*\\begin\{(cases|aligned|align\*?|gathered|split)\}(.*)\\end\{\1\}", re.DOTALL
+)
 _ROW_END = re.compile(r"\\\\(?:\[[^\]]*\])?")
 _QUALIFIER = re.compile(
     r"[,;]?\s*(?:\\words\{\s*(?:where|for|with)\s*\}|where|for|with)?\s*\(?\s*(?<![a-zA-Z\\])(?:[a-z](?:\s*,\s*[a-z])*)\s*"
@@ -209,15 +225,26 @@ _QUALIFIER = re.compile(
 _BUILDER = re.compile(r"\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?[:|]\s*(.+)")
 _MEMBER = re.compile(r"([a-zA-Z](?:_\{?\w+\}?)?|\([a-z](?:,\s*[a-z])+\))\s*\\in\s*(?![a-zA-Z])(.+)")
 _EQUIVALENT = re.compile(rf"{_VARIABLE}\s*\\equiv\s*(.+)")
-_ABOUT = re.compile(r"(?:\\approx|\\sim|(?:\\words\{\s*)?(?:approximately|approx\.?|about|exactly|roughly)(?:\s*\})?)\s*(.+)")
+_ABOUT = re.compile(
+    r"(?:\\approx|\\sim|(?:\\words\{\s*)?(?:approximately|approx\.?|about|exactly|roughly)(?:\s*\})?)\s*(.+)"
+)
 _INTRODUCED = re.compile(
-    r"(?:\\words\{\s*)?(?:[Tt]he\s+)?(?:[Ff]inal\s+)?[Aa]nswer(?:\s+is|\s*:)+\s*(?:\})?\s*:?\s*(.+)", re.DOTALL
+    r"(?:\\words\{\s*)?(?:[Tt]he\s+)?(?:[Ff]inal\s+)?[Aa]nswer(?:\s+is|\s*:)+\s*(?:\})?\s*:?\s*(.+)",
+    re.DOTALL,
 )
 _COMPARISONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", "=": "="}
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 _OPEN, _CLOSE = "([{", ")]}"
 _EMPTY = frozenset(
-    ("empty set", "the empty set", "no solution", "no solutions", "no real solution", "no real solutions", "none")
+    (
+        "empty set",
+        "the empty set",
+        "no solution",
+        "no solutions",
+        "no real solution",
+        "no real solutions",
+        "none",
+    )
 )
 _ALL_REALS = frozenset(("all real numbers", "all reals", "the real numbers", "real numbers", "all real"))
 _WORD_FORMS = {
@@ -355,9 +382,11 @@ def expanded_fractions(text: str) -> str:
 
 
 def _infinity(text: str, depth: int) -> Value | None:
-    bare = text.replace(" ", "").removeprefix("+")
+    bare = re.sub(r"\\words\{\s*(\w+)\s*\}", r"\1", text).replace(" ", "").removeprefix("+")
     sign = -1 if bare.startswith("-") else 1
-    return Infinity(sign) if bare.removeprefix("-") in (r"\infty", "inf", "oo", "Infinity", "infinity") else None
+    return (
+        Infinity(sign) if bare.removeprefix("-") in (r"\infty", "inf", "oo", "Infinity", "infinity") else None
+    )
 
 
 def _words(text: str, depth: int) -> Value | None:
@@ -365,7 +394,9 @@ def _words(text: str, depth: int) -> Value | None:
     inner = re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text)
     inner = " ".join(inner.split()).strip(" .,")
     wrapped = inner != text
-    if not (_WORDS.fullmatch(inner) or (wrapped and re.fullmatch(r"[A-Za-z]{2,}(?:[ '-]+[A-Za-z]+)*", inner))):
+    if not (
+        _WORDS.fullmatch(inner) or (wrapped and re.fullmatch(r"[A-Za-z]{2,}(?:[ '-]+[A-Za-z]+)*", inner))
+    ):
         return None
     if not wrapped and (inner in FUNCTIONS or any(w in FUNCTIONS or w in GREEK for w in inner.split())):
         return None
@@ -378,8 +409,8 @@ def _words(text: str, depth: int) -> Value | None:
         return Items("{}", ())
     if low in _ALL_REALS:
         return Reals((Piece(Infinity(-1), False, Infinity(1), False),))
-    if "and" in low.split() or "or" in low.split() or "mod" in low.split() or "to" in low.split():
-        return None
+    if {"and", "or", "mod", "to"} & set(low.split()):
+        return _read(inner, depth) if wrapped else None
     if not wrapped and re.fullmatch(r"[b-df-hj-np-tv-z]{3}", inner):
         return None  # xyz: a product
     return Words(_WORD_FORMS.get(low, re.sub(r"^(?:the|an|a) (?=\w)", "", low)))
@@ -416,7 +447,7 @@ def _clock(text: str, depth: int) -> Value | None:
 
 def _ratio(text: str, depth: int) -> Value | None:
     text = re.sub(r"^(\d+)\s*(?:\\words\{\s*to\s*\}|to)\s*(\d+)$", r"\1:\2", text)
-    if ":" not in text or "{" in text and "\\{" in text:
+    if ":" not in text or ("{" in text and "\\{" in text):
         return None
     parts = _split(text, ":")
     if len(parts) < 2 or not all(parts) or any(re.search(r"[=<>,]|\\words", p) for p in parts):
@@ -476,7 +507,11 @@ def _matrix(text: str, depth: int) -> Value | None:
 def _unqualified(text: str, depth: int) -> Value | None:
     r"""`\pi n, n \in \mathbb{Z}` without its last part."""
     match = _QUALIFIER.search(text) if r"\mathbb" in text else None
-    return _read(text[: match.start()], depth) if match and match.start() > 0 and match[0][0] in ",; (\\wf" else None
+    return (
+        _read(text[: match.start()], depth)
+        if match and match.start() > 0 and match[0][0] in ",; (\\wf"
+        else None
+    )
 
 
 def _about(text: str, depth: int) -> Value | None:
@@ -493,12 +528,21 @@ def _intervals_from_outside(text: str, depth: int) -> Value | None:
     parts = _split(text[1:-1], ",;")
     if len(parts) != 2 or not all(parts):
         return None
-    return Items(("(" if text[0] == "]" else "[") + (")" if text[-1] == "[" else "]"), tuple(_read(p, depth) for p in parts))
+    return Items(
+        ("(" if text[0] == "]" else "[") + (")" if text[-1] == "[" else "]"),
+        tuple(_read(p, depth) for p in parts),
+    )
 
 
 def _union(text: str, depth: int) -> Value | None:
     if text in (r"\mathbb{R}", r"\mathbb R"):
         return Reals((Piece(Infinity(-1), False, Infinity(1), False),))
+    if match := re.fullmatch(r"\\mathbb\{R\}(?:\^\{?([-+])\}?|_\{?([<>])\s*0\}?)", text):
+        zero = Number(Fraction(0))
+        positive = (match[1] or match[2]) in "+>"
+        return Reals(
+            (Piece(zero, False, Infinity(1), False) if positive else Piece(Infinity(-1), False, zero, False),)
+        )
     if match := re.fullmatch(r"\\mathbb\{R\}\s*(?:\\setminus|-|/)\s*\\\{(.*)\\\}", text):
         return _all_but([_read(p, depth) for p in _split(match[1], ",;")])
     if r"\cup" not in text or "=" in text or r"\in " in text:
@@ -535,7 +579,7 @@ def _all_but(points: list[Value], name: str = "") -> Value | None:
         placed.append((real, value))
     placed.sort(key=lambda pair: pair[0])
     ends: list[Value] = [Infinity(-1), *(value for _, value in placed), Infinity(1)]
-    return Reals(tuple(Piece(a, False, b, False) for a, b in zip(ends, ends[1:], strict=False)), name)
+    return Reals(tuple(Piece(a, False, b, False) for a, b in pairwise(ends)), name)
 
 
 def _bracketed(text: str, depth: int) -> Value | None:
@@ -600,7 +644,8 @@ def _listed(text: str) -> tuple[list[str], list[str]]:
         else:
             at += 1
     parts.append(text[start:].strip())
-    kept, kept_joints = [parts[0]], []
+    kept = [parts[0]]
+    kept_joints: list[str] = []
     for joint, part in zip(joints, parts[1:], strict=True):
         if not kept[-1] and len(kept) > 1:  # ", and"
             kept.pop()
@@ -608,6 +653,14 @@ def _listed(text: str) -> tuple[list[str], list[str]]:
         kept.append(part)
         kept_joints.append(joint)
     return kept, kept_joints
+
+
+def _system(text: str, depth: int) -> Value | None:
+    """The lines of a system of equations."""
+    match = _SYSTEM.fullmatch(text) if r"\begin" in text else None
+    if match is None or r"\words" in match[2] or r"\begin" in match[2]:
+        return None
+    return _read(_ROW_END.sub(", ", match[2].replace("&", " ")).strip(" ,"), depth)
 
 
 def _list(text: str, depth: int) -> Value | None:
@@ -628,7 +681,9 @@ def _list(text: str, depth: int) -> Value | None:
     first = values[0]
     if isinstance(first, Named) and len(first.pairs) == 1 and not any(isinstance(v, Named) for v in values):
         return Named(((first.pairs[0][0], Items("list", _flat([first.pairs[0][1], *values[1:]]))),))
-    if isinstance(first, Named) and all(isinstance(v, Items) and len(v.items) == len(first.pairs) for v in values[1:]):
+    if isinstance(first, Named) and all(
+        isinstance(v, Items) and len(v.items) == len(first.pairs) for v in values[1:]
+    ):
         return Items("list", (Items("()", tuple(v for _, v in first.pairs)), *values[1:]))
     return Items("list", _flat(values))
 
@@ -646,7 +701,7 @@ def _mapping(values: list[Named]) -> Value:
 
 
 def _combined(values: list[Reals], either: bool) -> Value | None:
-    """Inequalities in one variable joined by or; by and or a comma: the intersection of a lower and an upper bound."""
+    """Inequalities joined by or, a union; by and or a comma, the part between two bounds."""
     names = {v.name for v in values}
     if len(names) > 1:
         return Items("list", tuple(values))
@@ -811,7 +866,9 @@ def _counted(text: str, depth: int) -> Value | None:
         return None
     _, tail, unit = parts
     n = tail.multiple
-    return Number(number.value * n, number.percent or tail.percent, number.digits, number.step * n, unit, tail.letter)
+    return Number(
+        number.value * n, number.percent or tail.percent, number.digits, number.step * n, unit, tail.letter
+    )
 
 
 def _quantity(text: str, depth: int) -> Value | None:
@@ -862,6 +919,7 @@ _READERS = (
     _about,
     _matrix,
     _residue,
+    _system,
     _unqualified,
     _counted,
     _intervals_from_outside,
@@ -887,7 +945,11 @@ def show(value: Value) -> str:
     """LaTeX of a number or expression."""
     if isinstance(value, Number):
         f = value.value
-        text = str(abs(f.numerator)) if f.denominator == 1 else rf"\frac{{{abs(f.numerator)}}}{{{f.denominator}}}"
+        text = (
+            str(abs(f.numerator))
+            if f.denominator == 1
+            else rf"\frac{{{abs(f.numerator)}}}{{{f.denominator}}}"
+        )
         return f"-{text}" if f < 0 else text
     if isinstance(value, Expr):
         return value.text

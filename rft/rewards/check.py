@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from rft.data.errors import BadRows
 from rft.rewards.config import MaxFraction, RewardConfig, RewardsConfig, Schedule
-from rft.rewards.load import SAMPLED, SpecError, builtin, checked_options, signature_columns
+from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_options, signature_columns
 from rft.rewards.pool import Loaded, Spec, WorkerPool
 from rft.rewards.types import RewardError
 from rft.sandbox import Sandbox
@@ -41,6 +43,28 @@ def check_reward(
         for name, dataset in datasets.items():
             problems += [f"{where}: {problem}" for problem in _column_problems(c, need, name, dataset)]
     return problems
+
+
+def check_values(
+    config: RewardsConfig, source: str, rows: Iterable[tuple[int, Mapping[str, Any]]]
+) -> list[str]:
+    """Problems with the values of the columns that built-ins read, such as a gold answer that is null.
+
+    rows: (number, columns); numbers are counted from 1. One problem for each reward, with the rows.
+    """
+    checks = []
+    for i, c in enumerate(config.functions):
+        target = builtin(c.function) if c.function in BUILTINS else None
+        for name, check in getattr(target, "column_checks", {}).items():
+            label = f"rewards.functions[{i}] ({c.label})"
+            checks.append((label, c.columns.get(name, name), check, BadRows(source)))
+    if checks:
+        for number, columns in rows:
+            for _, column, check, bad in checks:
+                if column in columns and (problem := check(columns[column])) is not None:
+                    bad.add(f"column {column!r}: {problem}", number)
+    remedy = "write an answer (a text, a number, or a list of acceptable ones), or leave the rows out"
+    return [f"{label}: {bad.error(remedy)}" for label, _, _, bad in checks if bad]
 
 
 def _column_problems(c: RewardConfig, need: Loaded, dataset: str, rows: Rows) -> list[str]:

@@ -1,33 +1,37 @@
-r"""Are two final answers the same? Exact where that suffices, by value where it does not, by sympy in the end.
+r"""Are two final answers the same? Exact where that suffices, else by value, and by sympy in the end.
 
 Both answers are read into values (`rft.rewards.answers`), and compared piece by piece. The rules:
 
-- Integers and fractions are equal only exactly; nothing is rounded, and nothing is small enough to be zero.
-- A decimal of at least 6 significant digits equals a number that is not whole if it is that number rounded or
-  cut off at its last digit: 0.166667 is 1/6, 0.1667 is not, and 3.000001 is not 3. So does a number in the
-  notation of floating point (15 digits and more) whose first 12 digits are the other decimal: 0.30000000000000004
-  is 0.3. Repeating decimals are exact.
-- A percent sign may be left out, or stand for 1/100 (50 %, 50, 1/2). A unit, currency or noun may be left out;
-  two known units are converted, and differ if they measure different things (5 cents is $0.05, and not $5).
-- Lists without brackets and sets have no order; tuples, intervals and matrices do. A list equals a single value
-  only if all that it lists equals that value.
-- `x = 5` stands for 5, but not for `y = 5`; `x = 3, y = 2` is a mapping, and equals the tuple of its values in the
-  alphabetical order of the names. Equations are equal if they are multiples of each other, or if one is the other
-  solved for a name; an equation that is still to be solved is no solution.
+- Integers and fractions are equal only exactly; nothing is rounded, and nothing is small enough to be
+  zero.
+- A decimal of at least 6 significant digits equals a number that is not whole if it is that number
+  rounded or cut off at its last digit: 0.166667 is 1/6, 0.1667 is not, and 3.000001 is not 3. A decimal
+  with the digits of a float (15 or more) equals the decimal that it rounds to at 12 digits:
+  0.30000000000000004 is 0.3. Repeating decimals are exact.
+- A percent sign may be left out, or stand for 1/100 (50 %, 50, 1/2). A unit, currency or noun may be
+  left out; two known units are converted, and differ if they measure different things: 5 cents are
+  $0.05, not $5.
+- Lists without brackets and sets have no order; tuples, intervals and matrices do. A list equals a
+  single value only if it writes that value in several ways.
+- `x = 5` stands for 5, but not for `y = 5`. `x = 3, y = 2` is a mapping, and equals the tuple of its
+  values in the alphabetical order of the names. Equations are equal if they have the same solutions; an
+  equation that is still to be solved (`2x = 10`) is no solution.
 - Inequalities in one variable, intervals, unions and set builders are sets of reals.
-- `(B) 12` is both B and 12. A numeral's base may be left out, not changed. `3 \pmod 5` is 3. Times are no ratios.
-- Expressions are equal if they have the same value, however they are written: 2+3 is 5. (An answer that only
-  repeats the question is for `rft.rewards.math` to refuse.)
-- What has no value (0/0, a tower of powers too high to compute) equals only what is written in the same way.
+- `(B) 12` is both B and 12. A numeral's base may be left out, not changed. `3 \pmod 5` is 3. Times are
+  no ratios.
+- Expressions are equal if they have the same value, however they are written: 2+3 is 5. (An answer that
+  only repeats the question is refused by `rft.rewards.math`.)
+- What has no value (0/0, a tower of powers too high to compute) equals only what is written in the same
+  way.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rft.rewards.answers import (
     INTEGER,
@@ -56,6 +60,7 @@ from rft.rewards.answers import (
 )
 from rft.rewards.notation import plain_tex
 from rft.rewards.numeric import exact_value, parse, real_value, same_curve, same_relation, same_value
+from rft.rewards.units import Unit
 
 MAX_LENGTH = 2000  # characters; longer answers are no answers
 MIN_DIGITS = 6  # of a decimal that may be a rounded number
@@ -87,8 +92,10 @@ def equal(gold: str, answer: str) -> Verdict:
     quick = equal_numbers(gold, answer)
     if quick is not None:
         return quick
+    if gold == answer:
+        return Verdict(bool(gold), "exact")
     if max(len(gold), len(answer)) > MAX_LENGTH:
-        return Verdict(gold == answer, "exact")
+        return Verdict(False, "exact")
     want, got = read(gold), read(answer)
     same = _same(want, got)
     if not same and _GROUPED.search(gold + " " + answer):
@@ -118,10 +125,10 @@ def _same(a: Value, b: Value) -> bool | None:
         return False
     if a == b:
         return True
-    for kinds, compare in _COMPARED:
-        if isinstance(a, kinds):
+    for kind, compare in _COMPARED:
+        if isinstance(a, kind):
             return compare(a, b)
-        if isinstance(b, kinds):
+        if isinstance(b, kind):
             return compare(b, a)
     return _same_leaf(a, b)
 
@@ -257,7 +264,13 @@ def _same_clock(a: Clock, b: Value) -> bool | None:
     if isinstance(b, Number):
         if a.minute == a.second == 0 and a.half:
             return b.unit is None and a.hour == b.value
-        return not a.half and not a.second and a.minute > 0 and Fraction(a.hour, a.minute) == b.value and b.digits == 0
+        return (
+            not a.half
+            and not a.second
+            and a.minute > 0
+            and Fraction(a.hour, a.minute) == b.value
+            and b.digits == 0
+        )
     return False
 
 
@@ -288,7 +301,11 @@ def _same_residue(a: Residue, b: Value) -> bool | None:
         if a.modulus != b.modulus:
             return False
         x, y = a.value, b.value
-        if isinstance(x, Number) and isinstance(y, Number) and x.value.denominator == y.value.denominator == 1:
+        if (
+            isinstance(x, Number)
+            and isinstance(y, Number)
+            and x.value.denominator == y.value.denominator == 1
+        ):
             return a.modulus > 0 and (x.value - y.value) % a.modulus == 0
         return _same(x, y)
     return _same(a.value, b)
@@ -330,8 +347,12 @@ def _same_items(a: Items, b: Value) -> bool | None:
         if a.kind == "{}" and len(a.items) == 1:
             return _same(a.items[0], b)
         if a.kind == "list":
-            every = _all([_same(x, b) for x in a.items])  # one answer, written in several ways
-            return every if every or isinstance(b, Number) else False if every is False else None
+            if len(set(a.items)) == 1:
+                return False  # 5,5 is no 5
+            if all(isinstance(v, Choice) and v.rest is None for v in a.items) and isinstance(b, Expr | Words):
+                letters = "".join(v.letter for v in a.items if isinstance(v, Choice))
+                return sorted(letters) == sorted(b.text.upper())
+            return _all([_same(x, b) for x in a.items])  # one answer, written in several ways
         if a.kind in ("row", "matrix", "det") and isinstance(b, Expr):
             return None
         return None if isinstance(b, Expr) and _unreadable(b) else False
@@ -377,13 +398,13 @@ def _same_unordered(a: Sequence[Value], b: Sequence[Value]) -> bool | None:
     return _matched(list(a), list(b), _same)
 
 
-def _matched(a: list, b: list, same: object) -> bool | None:
+def _matched(a: list[Any], b: list[Any], same: Callable[[Any, Any], bool | None]) -> bool | None:
     """Whether every item of `a` has its own in `b`."""
     left, unknown = list(b), False
     for x in a:
         verdicts: list[bool | None] = []
         for i, y in enumerate(left):
-            verdicts.append(same(x, y))  # type: ignore[operator]
+            verdicts.append(same(x, y))
             if verdicts[-1]:
                 del left[i]
                 break
@@ -402,7 +423,7 @@ def _any(verdicts: list[bool | None]) -> bool | None:
     return True if True in verdicts else None if None in verdicts else False
 
 
-_COMPARED = (
+_COMPARED: tuple[tuple[type, Callable[[Any, Value], bool | None]], ...] = (
     (Approximate, _same_approximate),
     (Choice, _same_choice),
     (Named, _same_named),
@@ -435,7 +456,7 @@ def _same_leaf(a: Value, b: Value) -> bool | None:
 
 def _same_number(a: Number, b: Number) -> bool:
     scale = _conversion(a, b)
-    if scale is None:
+    if scale is None or (a.percent and b.unit is not None) or (b.percent and a.unit is not None):
         return False
     if scale != 1:
         b = Number(b.value * scale, b.percent, b.digits, b.step * scale)
@@ -447,12 +468,23 @@ def _same_number(a: Number, b: Number) -> bool:
     return False
 
 
+_POUND = Unit((("mass", 1),), Fraction(45359237, 100_000_000))
+_DEGREE, _RADIAN = {"angle": 1}, {"radian": 1}
+
+
 def _conversion(a: Number | Expr, b: Number | Expr) -> Fraction | None:
     """What b's number is multiplied by to be in a's unit; None where the units measure different things."""
     if a.unit is None or b.unit is None:
         return Fraction(1)
     x, y = dict(a.unit.dimension), dict(b.unit.dimension)
-    if x != y and {"money"} & x.keys() & y.keys() and x.get("money") == y.get("money") and 1 in (len(x), len(y)):
+    if {"pound", "mass"} == x.keys() | y.keys() and _POUND in (a.unit, b.unit):
+        return Fraction(1)  # five pounds
+    if (
+        x != y
+        and {"money"} & x.keys() & y.keys()
+        and x.get("money") == y.get("money")
+        and 1 in (len(x), len(y))
+    ):
         return Fraction(1)  # dollars, dollars a day
     return b.unit.factor / a.unit.factor if x == y else None
 
@@ -461,7 +493,11 @@ def _close(a: Number, b: Number) -> bool:
     if a.value == b.value:
         return True
     for decimal, other in ((a, b), (b, a)):
-        if decimal.digits > other.digits and decimal.digits >= FLOAT_DIGITS and _is_noise(decimal, other.value):
+        if (
+            decimal.digits > other.digits
+            and decimal.digits >= FLOAT_DIGITS
+            and _is_noise(decimal, other.value)
+        ):
             return True
         precise = not other.digits or other.digits > decimal.digits
         if decimal.digits >= MIN_DIGITS and precise and _is_rounded(decimal, other.value):
@@ -486,6 +522,13 @@ def _is_noise(decimal: Number, value: Fraction) -> bool:
 
 
 def _same_quantity(a: Number | Expr, b: Number | Expr) -> bool | None:
+    for angle, other in ((a, b), (b, a)):
+        if (
+            angle.unit
+            and other.unit
+            and (dict(angle.unit.dimension), dict(other.unit.dimension)) == (_DEGREE, _RADIAN)
+        ):
+            return _same_expression(Expr(rf"({show(angle)})\degree"), other, Fraction(1))
     letters = [v for v in (a, b) if isinstance(v, Number) and v.letter]
     scale = _conversion(a, b)
     if scale is None:
@@ -495,7 +538,7 @@ def _same_quantity(a: Number | Expr, b: Number | Expr) -> bool | None:
         return same
     if not same and (a.unit is None) != (b.unit is None):
         with_unit, other = (a, b) if a.unit is not None else (b, a)
-        if dict(with_unit.unit.dimension) == {"angle": 1} and r"\pi" in show(other):  # type: ignore[union-attr]
+        if dict(with_unit.unit.dimension) == _DEGREE and r"\pi" in show(other):  # type: ignore[union-attr]
             return _same_expression(Expr(rf"({show(with_unit)})\degree"), other, Fraction(1))
     if not same and isinstance(a, Number) != isinstance(b, Number):
         number, other = (a, b) if isinstance(a, Number) else (b, a)
@@ -528,8 +571,7 @@ def _same_texts(a: str, b: str) -> bool | None:
     x, y = parse(a), parse(b)
     if x is None or y is None:
         return None
-    same = same_value(x, y)
-    return False if same is None and not (x.names or y.names) else same
+    return same_value(x, y)
 
 
 def _unreadable(value: Expr) -> bool:

@@ -3,15 +3,15 @@ r"""Finding the final answer in a completion.
 The ways, tried in this order by default; the first that finds something decides:
 
 1. `boxed`   the last `\boxed{...}` (or `\fbox{...}`), braces balanced, nested boxes unwrapped; boxes with
-             nothing but space, commas, "and", "or" or a name (`x = \boxed{2}, y = \boxed{5}`) between them are one
-             answer
+             nothing but space, commas, "and", "or" or a name between them (`x = \boxed{2}, y = \boxed{5}`)
+             are one answer
 2. `tag`     the last `<answer>...</answer>`; a sentence in it ("The answer is 5.") by the way `phrase`
 3. `hash`    what follows the last `####` on its line (GSM8K)
 4. `phrase`  what follows the last "the answer is", "final answer:", "answer:", to the end of the sentence
 5. `number`  the last number in the text
 
 Text up to a closing `</think>` is never searched. A thought, box or tag that is opened and never closed is a
-cut-off answer, and an empty last box is none: then nothing is found, rather than something else by a weaker way.
+cut-off answer, and an empty last box is none: then nothing is found, rather than something by a weaker way.
 """
 
 from __future__ import annotations

@@ -10,13 +10,24 @@ from __future__ import annotations
 import re
 import unicodedata
 
+
+def words_of(text: str) -> list[str]:
+    """The words of a table that is written as text."""
+    return text.split()
+
+
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth arcsinh arccosh "
-    "arctanh asin acos atan ln log lg exp sqrt cis".split()
+    words_of(
+        "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth "
+        "arcsinh arccosh arctanh asin acos atan ln log lg exp sqrt cis"
+    )
 )
 GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma "
-    "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega".split()
+    words_of(
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
+        "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi "
+        "Omega"
+    )
 )
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent"}
 
@@ -76,8 +87,11 @@ _GREEK_LETTERS = {
     char: rf"\{name} "
     for char, name in zip(
         "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩϕϵϑ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi "
-        "psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega phi epsilon theta".split(),
+        words_of(
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
+            "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega phi epsilon "
+            "theta"
+        ),
         strict=True,
     )
 } | {"π": r"\pi ", "Π": r"\Pi "}
@@ -89,15 +103,19 @@ _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\\pi|\\[a-z]+)?")
 
 _GROUPED = re.compile(r"(?<=\d)(?:\\[,;:!]\s*|\\ |~|\\thinspace\s*|\u2009)(?=\d{3}(?!\d))")
 _BRACED_GROUP = re.compile(r"(?<=\d)\{,\}(?:\\!)?(?=\d{3}(?!\d))")
+_LINE_END = re.compile(r"\\\\(?:\[[^\]]*\])?")
 _BRACED_POINT = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _SPACING = re.compile(
-    r"(?<!\\)\\[,;: ]|\\(?:q?quad|displaystyle|textstyle|scriptstyle|limits|nolimits|thinspace|enspace|,)(?![a-zA-Z])"
+    r"(?<!\\)\\[,;: ]"
+    r"|\\(?:q?quad|displaystyle|textstyle|scriptstyle|limits|nolimits|thinspace|enspace)(?![a-zA-Z])"
     r"|~|\\[hv]space\*?\{[^{}]*\}|\\h?phantom\{[^{}]*\}|\\(?:text)?color\{\w*\}"
 )
 _SIZES = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*(\.)?")
 _FRACS = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _BINOMS = re.compile(r"\\[dt]binom(?![a-zA-Z])")
-_DEGREES = re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\degrees?(?![a-zA-Z])|\\textdegree(?![a-zA-Z])")
+_DEGREES = re.compile(
+    r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\degrees?(?![a-zA-Z])|\\textdegree(?![a-zA-Z])"
+)
 _COMMANDS = {
     "leq": r"\le ",
     "leqslant": r"\le ",
@@ -232,6 +250,9 @@ def _from_tex(text: str) -> str:
     text = _GROUPED.sub("", text)
     if "{,}" in text:
         text = _BRACED_POINT.sub(".", _BRACED_GROUP.sub(",", text))
+    text = text.replace("{.}", ".").replace("{:}", ":").replace("{=}", "=").replace("{-}", "-")
+    if r"\\" in text and r"\begin" not in text:
+        text = _LINE_END.sub(", ", text)
     text = re.sub(r"(?<!\\)\\!\s*", "", text)
     text = _SPACING.sub(" ", text)
     text = _SIZES.sub("", text)
@@ -258,6 +279,6 @@ def _unstyled(match: re.Match[str]) -> str:
         return f" {bare.lower()} "
     if len(bare) == 1 and bare.isalpha() and match[1] not in ("text", "mbox", "hbox", "textrm"):
         return f" {bare} "
-    if any(c.isalpha() for c in bare) and not any(c.isdigit() or c in "()\\|=<>{}" for c in bare):
+    if any(c.isalpha() for c in bare) and not any(c.isdigit() or c in "()\\|=<>{}," for c in bare):
         return rf"\words{{{content}}}"
     return f" {content} "

@@ -1,10 +1,10 @@
 r"""Equality of expressions by evaluation: exact in the rationals, else at growing precision.
 
-Reads the LaTeX (see `rft.rewards.notation`) and plain text of everyday answers: `3\sqrt{13}`, `2k+2`,
-`(a+5)(b+2)`, `1+274i`, `\log_2 8`, `\binom{5}{2}`, `2005!`. Rational arithmetic is exact, so that `2^{64}-1` is
-not `2^{64}`. A difference that is not rational counts as zero only if it vanishes as the precision grows: there is
-no tolerance, absolute or relative. Expressions with variables are compared at fixed points.
-
+Reads the plain LaTeX (see `rft.rewards.notation`) of everyday answers: `3\sqrt{13}`, `2k+2`,
+`(a+5)(b+2)`, `1+274i`, `\log_2 8`, `\binom{5}{2}`, `2005!`. Rational arithmetic is exact, so that
+`2^{64}-1` is not `2^{64}`. A difference that is not rational counts as zero only if it vanishes as the
+precision grows: there is no tolerance, absolute or relative. Expressions with variables are compared at
+fixed points.
 Time is bounded by the size of what is computed: digits, exponents, factorials and nesting beyond the
 limits below make an expression undecided, and an undecided expression equals only its own text.
 """
@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from rft.rewards.notation import FUNCTIONS, GREEK
@@ -99,32 +99,43 @@ def real_value(expression: Expression, digits: int) -> Fraction | None:
 
 
 def same_value(a: Expression, b: Expression) -> bool | None:
-    """Whether two expressions have the same value everywhere; None where evaluation does not decide.
+    """Whether two expressions have the same value at two positive points; without a value there they are not.
 
-    At two positive points, then at one where roots and logarithms take other branches.
+    None where they differ only at a third point, at which roots and logarithms take other branches.
     """
     names = sorted(a.names | b.names)
     try:
         for point in _positive_points(names):
-            if not _vanishes(lambda p=point: (a.at(p), b.at(p))):
+            if not _vanishes(partial(_both, a, b, point)):
                 return False
-        if not names:
-            return True
-        other = _vanishes(lambda: (a.at(_other_point(names, a, b)), b.at(_other_point(names, a, b))))
+    except Undecided:
+        return False
+    if not names:
+        return True
+    point = _other_point(names, a, b)
+    try:
+        return True if _vanishes(partial(_both, a, b, point)) else None
     except Undecided:
         return None
-    return True if other else None
+
+
+def _both(a: Expression, b: Expression, point: Point) -> tuple[Value, Value]:
+    return a.at(point), b.at(point)
+
+
+def _crossed(a: Expression, b: Expression, p: Point, q: Point) -> tuple[Value, Value]:
+    return _times(a.at(p), b.at(q)), _times(a.at(q), b.at(p))
 
 
 def same_relation(a: Expression, b: Expression) -> int | None:
-    """For a = 0 and b = 0: the sign of the constant ratio a / b; 0 if they are not multiples of each other."""
+    """For a = 0 and b = 0: the sign of the constant ratio a / b; 0 if they are no multiples."""
     names = sorted(a.names | b.names)
     if not names:
         return None
     first, *others = [*_positive_points(names), {n: -v for n, v in _positive_points(names)[0].items()}]
     try:
         for point in others:
-            if not _vanishes(lambda p=point: (a.at(first) * b.at(p), a.at(p) * b.at(first))):
+            if not _vanishes(partial(_crossed, a, b, first, point)):
                 return 0
         ratio = _times(a.at(first), _power(b.at(first), Fraction(-1)))
     except (Undecided, ZeroDivisionError):
@@ -136,7 +147,7 @@ def same_relation(a: Expression, b: Expression) -> int | None:
 def same_curve(a: Expression, b: Expression) -> bool | None:
     """Whether a = 0 and b = 0 have the same solutions; None where this does not decide.
 
-    Multiples have. Else each one that is linear in a name is solved for it, and the other one must hold there.
+    Multiples have. Else each one that is linear in a name is solved for it; the other must hold there.
     """
     ratio = same_relation(a, b)
     if ratio:
@@ -338,7 +349,13 @@ def _exp(z: Any) -> Any:
 def _root(a: Value, degree: Value) -> Value:
     if degree == 0:
         raise Undecided
-    if isinstance(a, Fraction) and isinstance(degree, Fraction) and a < 0 and degree.numerator % 2 and degree.denominator == 1:
+    if (
+        isinstance(a, Fraction)
+        and isinstance(degree, Fraction)
+        and a < 0
+        and degree.numerator % 2
+        and degree.denominator == 1
+    ):
         return _times(Fraction(-1), _power(-a, 1 / degree))  # the real root
     return _power(a, _divided(Fraction(1), degree))
 
@@ -424,11 +441,11 @@ def _function(name: str, x: Value) -> Value:
 
 @lru_cache(maxsize=8192)
 def _parse(text: str) -> Expression | None:
-    if len(text) > 1000:
+    if len(text) > 4300:  # the digits that Python converts
         return None
     try:
         parser = _Parser(text)
-    except (Unreadable, RecursionError):
+    except (Unreadable, RecursionError, ValueError):
         return None
     return Expression(parser.node, frozenset(parser.names))
 
@@ -654,7 +671,13 @@ class _Parser:
         degree: Node = lambda p: Fraction(2)  # noqa: E731
         if self._peek() == "[":
             degree = self._group("[", "]")
-        inner = self._group("(", ")") if self._peek() == "(" else self._group("{", "}") if self._peek() == "{" else self._atom()
+        inner = (
+            self._group("(", ")")
+            if self._peek() == "("
+            else self._group("{", "}")
+            if self._peek() == "{"
+            else self._atom()
+        )
         return _binary(_root, inner, degree)
 
     def _applied(self, name: str) -> Node:
@@ -667,7 +690,11 @@ class _Parser:
                 base = self._argument_of_log()
             elif self._peek() == "^" and exponent is None:
                 self._take()
-                if self._peek() == "{" and self.tokens[self.at : self.at + 4] == ["{", "-", "1", "}"] and name in _INVERSES:
+                if (
+                    self._peek() == "{"
+                    and self.tokens[self.at : self.at + 4] == ["{", "-", "1", "}"]
+                    and name in _INVERSES
+                ):
                     self.at += 4
                     name = "arc" + name
                 else:
@@ -705,7 +732,7 @@ class _Parser:
         return _negated(node) if negative else node
 
     def _plain_factor(self, token: str) -> bool:
-        """A number, a letter, a root or a fraction: `\\sin 2x` takes it, `\\sin x \\cos x` and `\\sin x(y)` do not."""
+        r"""A number, letter, root or fraction: `\sin 2x` takes it; `\sin x \cos x`, `\sin x(y)` do not."""
         if token in _PLAIN_NAMES:
             return token == "pi"
         if token[0] == "\\":

@@ -26,6 +26,11 @@ _CONFIG = [
     ExprExtractionConfig(),
 ]
 _PROSE = re.compile(r"\\words|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[?'\"@#`]|[^\x00-\x7f]|\d \d")
+_BROKEN = re.compile(
+    r"^\s*(?:[<>=*/^,;!]|\\(?:le|ge|ne|cdot|times)(?![a-z]))"
+    r"|(?:[-+*/^<>=,;(\[{\\]|\\(?:cdot|times|le|ge|ne))\s*$|\.\.|\{\s*\}|\(\s*\)|\[\s*\]"
+)
+_LIMITS = re.compile(r"\\(?:sum|int|prod|lim|cup|cap|bigcup|bigcap)(?![a-z])|[<>]|\\(?:le|ge)")
 _EXPLOSIVE = re.compile(r"\d{5,}|\^\s*\{?\s*-?\d{3,}|\^[^+\-,=]{0,20}\^|\d{3,}\s*\)?\s*!|!\s*!")
 
 
@@ -33,12 +38,14 @@ def same_expression(gold: str, answer: str) -> bool:
     """Whether two expressions in plain LaTeX are equal. False where one of them cannot be read.
 
     Takes as long as sympy takes: the caller limits the time (math-verify's own limit works by an
-    alarm signal, which threads do not have, and ends in `False`, as if the answer were wrong). Prose, of which
-    math-verify would read a part, and powers and factorials that sympy would write out are refused.
+    alarm signal, which threads do not have, and ends in `False`, as if the answer were wrong). Prose, of
+    which math-verify would read a part, and powers and factorials that sympy would write out are refused.
     """
     for text in (gold, answer):
-        if len(text) > MAX_LENGTH or _PROSE.search(text) or _EXPLOSIVE.search(text):
+        if len(text) > MAX_LENGTH or _PROSE.search(text) or _BROKEN.search(text) or _EXPLOSIVE.search(text):
             return False
+        if r"\infty" in text and not _LIMITS.search(text):
+            return False  # arithmetic with infinity has no value
     want, got = _parsed(gold), _parsed(answer)
     if not want or not got:
         return False
@@ -48,4 +55,6 @@ def same_expression(gold: str, answer: str) -> bool:
 def _parsed(text: str) -> list[Any]:
     if not re.search(r"[\w\\]", text):
         return []
-    return parse(f"${text.replace(chr(92) + 'degree', '^' + chr(92) + 'circ')}$", _CONFIG, parsing_timeout=None)
+    return parse(
+        f"${text.replace(chr(92) + 'degree', '^' + chr(92) + 'circ')}$", _CONFIG, parsing_timeout=None
+    )

@@ -74,6 +74,13 @@ def json_schema(
 # -- matching ----------------------------------------------------------------------------------------
 
 
+def text_problem(answer: Any) -> str | None:
+    """Why a column `answer` holds no text to compare with; None where it does."""
+    if answer is None or isinstance(answer, dict | list | tuple):
+        return f"the answer is {'null' if answer is None else f'a {type(answer).__name__}'}, not a text"
+    return None if str(answer).strip() else "the answer is empty"
+
+
 def _final(completion: str) -> str:
     """What the completion answers: in `<answer>`, in a box, or all of it after `</think>`."""
     from rft.rewards.extract import extract
@@ -136,6 +143,10 @@ def rouge_l(completion: str, answer: str, *, threshold: float = 0.5) -> Score:
         for j, other in enumerate(want, 1):
             diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
     return graded(2 * row[-1] / (len(got) + len(want)), threshold=threshold)
+
+
+for _matching in (exact_match, choice, class_label, f1, rouge_l):
+    _matching.column_checks = {"answer": text_problem}  # type: ignore[attr-defined]
 
 
 # -- length and repetition ---------------------------------------------------------------------------

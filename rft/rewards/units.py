@@ -1,7 +1,7 @@
 r"""Units, currencies and nouns behind a number: `12 km`, `5\text{ cents}`, `15 \text{ cm}^2`, `18 apples`.
 
-A known unit is a dimension and a factor, so that `1.5 h` is `90 min` and 5 cents are not 5 dollars. Any other noun
-says nothing and is dropped.
+A known unit is a dimension and a factor: `1.5 h` is `90 min`, and 5 cents are not 5 dollars. Any other
+noun is dropped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rft.rewards.notation import FUNCTIONS, GREEK
+from rft.rewards.notation import FUNCTIONS, GREEK, words_of
 
 Dimension = tuple[tuple[str, int], ...]
 
@@ -65,6 +65,7 @@ def _table() -> dict[str, tuple[str, Fraction]]:
         pound 1 GBP
         yuan 1 yuan RMB CNY
         angle 1 degree degrees deg
+        radian 1 radian radians rad
         temperature_C 1 celsius Celsius
         temperature_F 1 fahrenheit Fahrenheit
         temperature_K 1 K kelvin kelvins
@@ -99,7 +100,13 @@ def _table() -> dict[str, tuple[str, Fraction]]:
 
 _UNITS = _table()
 _LOWER = {name.lower(): unit for name, unit in _UNITS.items() if len(name) > 2}
-_SPEEDS = {"mph": ("mile", "hour"), "kph": ("km", "hour"), "kmh": ("km", "hour"), "mps": ("m", "s"), "fps": ("ft", "s")}
+_SPEEDS = {
+    "mph": ("mile", "hour"),
+    "kph": ("km", "hour"),
+    "kmh": ("km", "hour"),
+    "mps": ("m", "s"),
+    "fps": ("ft", "s"),
+}
 _AREAS = {"acre": Fraction(316160658, 78125), "hectare": Fraction(10_000), "ha": Fraction(10_000)}
 _MULTIPLES = {
     "dozen": 12,
@@ -110,11 +117,14 @@ _MULTIPLES = {
     "trillion": 10**12,
 }
 _MEANINGFUL = frozenset(
-    "or and not plus minus times than over mod modulo remainder factorial squared cubed least most if but through "
-    "to from between where when is are equals equal point negative positive either neither below above no none "
-    "infinity infinite undefined false true with without except other others only more less fewer many half quarter "
-    "third thirds base root sqrt power inverse so because since hence thus however wait maybe perhaps possibly "
-    "answer answers solution solutions would could might also then therefore".split()
+    words_of(
+        "or and not plus minus times than over mod modulo remainder factorial squared cubed least "
+        "most if but through to from between where when is are equals equal point negative positive "
+        "either neither below above no none infinity infinite undefined false true with without "
+        "except other others only more less fewer many half quarter third thirds base root sqrt power "
+        "inverse so because since hence thus however wait maybe perhaps possibly answer answers "
+        "solution solutions would could might also then therefore"
+    )
 )
 _PIECE = re.compile(
     r"\s+|\\words\{[^{}]*\}|\\(?:dollar|euro|cent|pound|yen|rupee|degree)(?![a-zA-Z])|\\(?:cdot|times|Omega)(?![a-zA-Z])"
@@ -123,7 +133,14 @@ _PIECE = re.compile(
 _TAIL = re.compile(
     r"\s+|\\words\{[^{}]*\}|\\(?:dollar|euro|cent|pound|yen|rupee|degree|cdot|Omega)\s*|\^\{?-?\d\}?|[a-zA-Z]+\.?|/|%"
 )
-_CURRENCY_WORDS = {"dollar": "dollar", "euro": "euro", "cent": "cent", "pound": "GBP", "yen": "yen", "rupee": "rupee"}
+_CURRENCY_WORDS = {
+    "dollar": "dollar",
+    "euro": "euro",
+    "cent": "cent",
+    "pound": "GBP",
+    "yen": "yen",
+    "rupee": "rupee",
+}
 _LEADING = re.compile(
     r"([-+]?)\s*(?:\\(dollar|euro|pound|yen|rupee)(?![a-zA-Z])|(?:\\words\{\s*)?(US\s*\\dollar|USD|EUR|GBP|INR|JPY|CNY|Rs\.?)(?:\s*\})?)\s*(?=[-+\d.\\])"
 )
@@ -153,7 +170,7 @@ def leading_currency(text: str) -> tuple[str, Unit | None]:
 def split_tail(text: str) -> tuple[str, Tail] | None:
     """The number in front and what follows it; None where there is nothing of that kind.
 
-    The longest run of units and nouns at the end counts; in front of it stands a digit, a bracket or a percent sign.
+    The longest run of units and nouns at the end counts, after a digit, a bracket or a percent sign.
     """
     cut = _cut(text)
     if cut is None:
@@ -180,7 +197,11 @@ def _cut(text: str) -> int | None:
     if start is None or not text[start:].strip():
         return None
     before = text[:start].rstrip()
-    return start if before and (before[-1].isdigit() or before[-1] in ")}%.!]" or before.endswith(r"\pi")) else None
+    return (
+        start
+        if before and (before[-1].isdigit() or before[-1] in ")}%.!]" or before.endswith(r"\pi"))
+        else None
+    )
 
 
 def _skip(text: str, at: int) -> int:
@@ -198,6 +219,8 @@ def _meaning(tail: str, *, attached: bool) -> Tail | None:
     if words[:1] in (["%"], ["percent"], ["pct"]) or words[:2] == ["per", "cent"]:
         rest = words[2:] if words[0] == "per" else words[1:]
         return Tail(percent=True) if not rest or _is_noun(rest) else None
+    if len(words) > 12:
+        return None
     multiple = 1
     while words and words[0].lower() in _MULTIPLES:
         multiple *= _MULTIPLES[words.pop(0).lower()]
@@ -222,6 +245,8 @@ def _meaning(tail: str, *, attached: bool) -> Tail | None:
 def _words(piece: str) -> list[str]:
     if piece.startswith("\\words{"):
         return re.findall(r"[A-Za-z]+|\^\{?-?\d\}?|/|%|\S", piece[7:-1].replace("-", " "))
+    if piece in (r"\cdot", r"\times"):
+        return ["*"]
     if piece.startswith("\\"):
         return [_CURRENCY_WORDS.get(piece[1:], piece[1:])]
     return [piece.rstrip(".") if piece != "." else piece]
@@ -261,11 +286,11 @@ def _unit(words: list[str]) -> tuple[Unit | None, int]:
         if low in ("square", "sq", "cubic", "cu") and at + 1 < len(words):
             pending, at = (2 if low.startswith("sq") else 3), at + 1
             continue
-        if word in ("cdot", "times", "a", "an", "each") and powers and at + 1 < len(words):
+        if word in ("*", "a", "an") and powers and at + 1 < len(words):
             sign, at = (-1 if word in ("a", "an") else sign), at + 1
             continue
         found = _known(word)
-        if found is None:
+        if found is None or "angle" in powers:
             break
         dimensions, scale = found
         power, at = pending, at + 1
