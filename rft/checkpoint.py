@@ -283,6 +283,12 @@ def latest(root: Path) -> Checkpoint | None:
     return scan(root)[0]
 
 
+def newest_step(root: Path) -> int | None:
+    """The step of the newest checkpoint under `root`, by manifests and sizes; None: there is none."""
+    sound = [(order, path) for order, path, reason in _candidates(root) if reason is None]
+    return int(_read_manifest(max(sound)[1])["step"]) if sound else None
+
+
 def scan(root: Path) -> tuple[Checkpoint | None, list[Rejected]]:
     """The last good checkpoint and the folders that were passed over on the way to it, with reasons.
 

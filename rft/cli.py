@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import shutil
@@ -14,19 +13,34 @@ from pathlib import Path
 from rft import __version__
 
 _EXIT_CODES = (
-    "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on request with a checkpoint saved, "
+    "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on request (the message names the checkpoint), "
     "76 a part of the machine failed: the same command goes on from the last checkpoint"
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    args = _arguments(argv)
+    if not args.stoppable:
+        return _run(args)
+    from rft.utils.signals import StopSignals
+
+    with StopSignals(until_exit=argv is None) as args.signals:  # before the imports, which take seconds
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from rft.config import ConfigError
+    from rft.errors import RunStopped
 
     try:
-        args = _arguments(argv)
         code: int = args.run(args)
         return code
+    except RunStopped as stopped:
+        from rft.utils.signals import STOPPED, print_stop
+
+        print_stop(f"{stopped} ({args.signals.reason}): nothing was saved")
+        return STOPPED
     except BrokenPipeError:  # `rft config | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -75,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=text, description=text, epilog=_EXIT_CODES, add_help=name != "train"
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, stoppable=name in ("train", "eval"))
         if config:
             sub.add_argument("config", help="YAML file")
             sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config overrides")
@@ -128,15 +142,15 @@ def _train(args: argparse.Namespace) -> int:
     if args.restarts > 0:
         from rft.supervise import supervise
 
-        resume = [] if args.resume == "auto" else ["--resume", args.resume]
-        return supervise([args.config, *args.overrides, *resume], config.run_dir, args.restarts)
+        args.signals.release()  # the parent waits for signals and its child in one place
+        return supervise([args.config, *args.overrides], config.run_dir, args.restarts, args.resume)
     folder = runfolder.claim(config, args.resume)
     for note in folder.notes:
         print(f"rft: {note}", file=sys.stderr)
     if folder.finished is not None:
         print(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}", file=sys.stderr)
         return 0
-    return run.train(make_plan(config), folder)
+    return run.train(make_plan(config), folder, args.signals)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -175,12 +189,15 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    import asyncio
+
     from rft.config import load_config
     from rft.plan import make_plan
     from rft.standalone import evaluate_model
 
     config = load_config(args.config, args.overrides)
-    metrics = asyncio.run(evaluate_model(make_plan(config, model=args.model, evaluate=True)))
+    plan = make_plan(config, model=args.model, evaluate=True)
+    metrics = asyncio.run(evaluate_model(plan, args.signals))
     print(json.dumps(metrics, indent=2))
     return 0
 

@@ -79,6 +79,12 @@ class TrainConfig(Section):
         description="batches of groups in a row that may be dropped without a learning signal (filtered, or "
         "not judged) before the run stops; a kept group starts the count anew",
     )
+    stop_grace_s: float = Field(
+        600,
+        gt=0,
+        description="seconds that a requested stop (a signal) may take to finish the step and save; past "
+        "them the run ends at once, and its last complete checkpoint stands",
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:

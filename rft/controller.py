@@ -22,16 +22,15 @@ from rft.checkpoint import Checkpoint
 from rft.config import Config
 from rft.data import Sampler
 from rft.data.curriculum import Curriculum, pass_rate
-from rft.errors import EngineError
+from rft.errors import EngineError, RunStopped
 from rft.evaluation import evaluate
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards, GuardStop
 from rft.metrics.log import METRICS_FILE, read_jsonl
 from rft.metrics.phases import Phases
-from rft.offline import RunStopped
 from rft.packing import shares_prefix
 from rft.plan import Plan
-from rft.remote import ActorDied, call, tell_notes
+from rft.remote import ActorDied, call, tell_notes, unless_stopped
 from rft.replay import Replay
 from rft.rewards import RewardError, RewardRunner
 from rft.rollout.engine import Sampling
@@ -127,14 +126,10 @@ class Controller:
     async def run(self, resume: Checkpoint | None) -> dict[str, float]:
         """Train to the end; returns the last evaluation. Raises RunStopped after a requested stop."""
         last: dict[str, float] = {}
-        if resume is not None:
-            await self._restore(resume)
-        for fleet in self._fleets:
-            await fleet.open(self.step)
-            self._spawn(fleet.watch_health())
+        await unless_stopped(self._open(resume), self.stop)
         try:
             if self.step == 0:
-                last = await self._log_start()
+                last = await unless_stopped(self._log_start(), self.stop)
             self._hand_out()
             while self.step < self.config.train.steps:
                 self._check_stop()
@@ -144,13 +139,22 @@ class Controller:
             await self._save(final=True)
             return last
         except SAVE_ON:
-            await self._save(final=True)
+            if self.step:  # before the first step there is nothing to save
+                await self._save(final=True)
             raise
         except ActorDied as error:  # replicas are mended: this was the learner
             self.parts.log.event("fault/learner", part="learner", what=str(error), action="the run ends")
             raise
         finally:
             await self._cancel_rollouts()
+
+    async def _open(self, resume: Checkpoint | None) -> None:
+        """Restore the run, give the engines its version and watch their health."""
+        if resume is not None:
+            await self._restore(resume)
+        for fleet in self._fleets:
+            await fleet.open(self.step)
+            self._spawn(fleet.watch_health())
 
     async def _log_start(self) -> dict[str, float]:
         """Step 0: the untrained policy."""
@@ -340,9 +344,9 @@ class Controller:
     async def _next_works(self) -> list[Work]:
         """Wait until a batch of scored works is there. Raises what any of the tasks raised."""
         while True:
+            self._check_stop()  # first: a signal to every process may kill reward workers as well
             if self._fault is not None:
                 raise self._fault
-            self._check_stop()
             done = min(self.slots.scored, self.slots.batch)
             self.parts.progress.phase("rollout", done, self.slots.batch)
             works = self.slots.take(self.step)
@@ -372,9 +376,7 @@ class Controller:
         if held_out is None:
             return {}
         begin = time.perf_counter()
-        if self.stop.is_set():
-            return {}
-        metrics, judged = await evaluate(
+        evaluating = evaluate(
             self.fleet,
             self.parts.rewards,
             self.plan.tokenizer,
@@ -386,6 +388,10 @@ class Controller:
             label=f"eval-{self.step}",
             progress=self.step / self.config.train.steps,
         )
+        try:
+            metrics, judged = await unless_stopped(evaluating, self.stop)
+        except RunStopped:
+            return {}  # the loop saves and ends
         metrics["time/eval"] = time.perf_counter() - begin
         self.parts.log.event(
             "eval/done", step=self.step, accuracy=metrics["eval/accuracy"], seconds=metrics["time/eval"]
@@ -429,7 +435,7 @@ class Controller:
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
-            raise RunStopped(self.step)
+            raise RunStopped(self.step or None)
 
     @property
     def _primary(self) -> str:

@@ -1,4 +1,4 @@
-"""Faults of a running job, shared by the rollout, the learner and the weight sync."""
+"""How a running job ends early: its faults, and a requested stop."""
 
 from __future__ import annotations
 
@@ -17,3 +17,13 @@ class LogpGapError(RuntimeError):
 
 class TransferError(RuntimeError):
     """The received weights are not the ones that were sent, or do not fit the engine's."""
+
+
+class RunStopped(Exception):
+    """The run was asked to stop, after `step` finished steps (None: before the first one could begin).
+    `stage` is empty for the run itself."""
+
+    def __init__(self, step: int | None, stage: str = "") -> None:
+        where = "before the first step" if step is None else f"at step {step}"
+        super().__init__(f"stopped {where}{stage and f' of the {stage}'}")
+        self.step, self.stage = step, stage

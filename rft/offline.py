@@ -12,17 +12,10 @@ from typing import Any
 from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
 from rft.data import GroupSource
+from rft.errors import RunStopped
 from rft.metrics import Progress, RunLog
 from rft.offline_eval import HeldOut
-from rft.remote import call, tell_notes
-
-
-class RunStopped(Exception):
-    """The run was asked to stop; a checkpoint of `step` is saved. `stage` is empty for the run itself."""
-
-    def __init__(self, step: int, stage: str = "") -> None:
-        super().__init__(f"stopped at step {step}{stage and f' of the {stage}'}")
-        self.step, self.stage = step, stage
+from rft.remote import call, tell_notes, unless_stopped
 
 
 @dataclass
@@ -60,30 +53,40 @@ class OfflineLoop:
         """Train to the end; returns the last evaluation, or the last step's metrics where there is none.
         Raises RunStopped on a requested stop."""
         if resume is not None:
-            self.step = await self._ask("restore", str(resume.path))
+            self.step = await unless_stopped(self._ask("restore", str(resume.path)), self.stop)
             self.source.load_state_dict(resume.meta["data"])
             self.saved_at = self.step
         last: dict[str, float] = {}
         if self.step == 0 and self.held_out is not None:
-            last = await self._evaluate()
+            last = await unless_stopped(self._evaluate(), self.stop)
             self._tell(last)
         batch = self._next_batch()
         while self.step < self.steps:
-            if self.stop.is_set():
-                await self._save()
-                raise RunStopped(self.step, self.stage)
+            await self._check_stop()
             metrics, batch = await self._one_step(batch)
             if self.held_out is not None and self.held_out.due(self.step, self.steps):
-                last = await self._evaluate()
+                last = await self._evaluate_unless_stopped()
                 metrics |= last
             elif self.held_out is None:
                 last = metrics
             self._tell(metrics)
             if self.save_every and self.step % self.save_every == 0:
                 await self._save()  # after the log: a kill in between repeats the step, its line is set aside
+        await self._check_stop()
+        if self.held_out is not None and not last:  # the last evaluation was interrupted
+            last = await self._evaluate_unless_stopped()
+            await self._check_stop()
         if self.save_last:
             await self._save()
         return last
+
+    async def _check_stop(self) -> None:
+        """Save and raise RunStopped where a stop is asked for; before the first step nothing is saved."""
+        if not self.stop.is_set():
+            return
+        if self.step:
+            await self._save()
+        raise RunStopped(self.step or None, self.stage)
 
     async def _one_step(self, batch: Batch) -> tuple[dict[str, float], Batch]:
         """Train on a batch; returns the metrics and the next batch, laid out in the meantime."""
@@ -127,6 +130,13 @@ class OfflineLoop:
                 "eval/done", step=self.step, loss=metrics["eval/loss"], seconds=metrics["time/eval"], **shown
             )
         return metrics
+
+    async def _evaluate_unless_stopped(self) -> dict[str, float]:
+        """As `_evaluate`; {} where a stop is asked for meanwhile."""
+        try:
+            return await unless_stopped(self._evaluate(), self.stop)
+        except RunStopped:
+            return {}
 
     async def _save(self) -> None:
         """Save once per step. The batch that waits was not trained on: a resumed run draws it again."""

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from rft.errors import RunStopped
 from rft.utils.process import Guardian, kill_tree
 
 R = TypeVar("R")
@@ -62,6 +63,22 @@ async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
             return await awaitable
     except TimeoutError:
         raise Overdue(f"{what} did not finish within {seconds:.0f} s") from None
+
+
+async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:
+    """Await `work`, or raise RunStopped as soon as a stop is asked for. For what takes minutes and leaves
+    nothing to save: a start, an evaluation, an export."""
+    doing, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((doing, asked), return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set() and not doing.done():
+            raise RunStopped(None)
+        return doing.result()
+    finally:
+        asked.cancel()
+        if not doing.done():
+            doing.cancel()
+            await asyncio.wait((asyncio.gather(doing, return_exceptions=True),), timeout=5)
 
 
 async def call(reference: Any, seconds: float, what: str) -> Any:

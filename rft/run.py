@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
+import shutil
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rft import runfolder
+from ray.exceptions import RayError
+
+from rft import checkpoint, runfolder
 from rft.checkpoint import CheckpointError
 from rft.config import Config
 from rft.controller import Controller, Parts
-from rft.errors import EngineError
+from rft.errors import EngineError, RunStopped, TransferError
 from rft.learner.learner import LearnerSpec
 from rft.learner.parallel.group import LearnerGroup
 from rft.metrics import Progress, RunLog
-from rft.offline import RunStopped
 from rft.offline_eval import Sampled
 from rft.offline_run import train_offline
 from rft.plan import Plan, threads_for
-from rft.remote import ActorDied, Overdue, call, kill, on_head_death, ray_cluster
-from rft.rewards import RewardRunner
+from rft.remote import ActorDied, Overdue, call, kill, on_head_death, ray_cluster, unless_stopped
+from rft.rewards import RewardError, RewardRunner
 from rft.rollout.fleet import Fleet
 from rft.rollout.pool import RolloutPool
 from rft.runfolder import RunFolder
@@ -34,36 +36,19 @@ from rft.sync import files
 from rft.sync.channel import PushChannel
 from rft.sync.ipc import ColocatedChannel
 from rft.twin import Twin
-from rft.warm_start import warm_start
+from rft.utils.signals import SAME_REQUEST_S, STOPPED, StopSignals, print_stop
+from rft.warm_start import WARM_START_FOLDER, warm_start
 
-R = TypeVar("R")
+DONE, FAILED, USER_ERROR, FAULT = 0, 1, 2, 76
+# What the death of another process looks like here: a stop signal may have reached that one as well.
+_OF_ANOTHER_PROCESS = (ActorDied, EngineError, Overdue, RayError, RewardError, TransferError)
 
-DONE, FAILED, USER_ERROR, STOPPED, FAULT = 0, 1, 2, 75, 76
 
-
-def train(plan: Plan, folder: RunFolder) -> int:
+def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
     """Carry out a plan in a claimed folder; returns the exit code."""
-    runfolder.write_config(folder.path, plan.config)
     config = plan.config
+    runfolder.write_config(folder.path, config)
     progress = Progress(config.train.steps, config.name, display=config.tracking.display)
-    with progress:
-        progress.stage("starting Ray")
-        try:
-            with ray_cluster(config.ray.address, config.ray.object_store_gib):
-                return asyncio.run(_train(plan, folder, progress))
-        except RunStopped as stopped:
-            progress.note(f"{stopped} with a checkpoint saved; the same command goes on from there")
-            return STOPPED
-
-
-async def _train(plan: Plan, folder: RunFolder, progress: Progress) -> int:
-    config = plan.config
-    stop = asyncio.Event()
-    _on_signals(stop, progress)
-    if config.warm_start is not None:
-        progress.stage("warm start")
-        start = partial(start_learner, plan)
-        plan = plan.with_model(await warm_start(plan, start, progress, folder.path, stop))
     log = RunLog(
         folder.path,
         config.train.steps,
@@ -71,54 +56,123 @@ async def _train(plan: Plan, folder: RunFolder, progress: Progress) -> int:
         resumed_at=folder.resumed_at,
         config=config.to_dict(),
     )
-    on_head_death(lambda name: _end_with_ray(name, log, progress))
+    ending = Ending(folder, log, progress, signals)
     reason = "failed"
     try:
-        body = _online if config.algorithm.online else _offline
-        result = await body(plan, folder, progress, log, stop)
-        runfolder.write_result(folder.path, {"steps": config.train.steps, **result})
-        reason = "done"
-    except RunStopped as stopped:
-        reason = "stopped"
-        log.event("run/stopped", step=stopped.step)
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        log.event("run/failed", error=reason, traceback=traceback.format_exc())
-        raise
+        with progress:
+            signals.handle(at_once=ending.at_once)
+            progress.stage("starting Ray")
+            try:
+                with ray_cluster(config.ray.address, config.ray.object_store_gib):
+                    asyncio.run(_train(plan, folder, progress, log, signals))
+                reason = "done"
+                progress.note(f"done: {folder.path}")
+                return DONE
+            except RunStopped as stopped:
+                reason = "stopped"
+                return ending.stopped(stopped)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                log.event("run/failed", error=reason, traceback=traceback.format_exc())
+                if isinstance(error, _OF_ANOTHER_PROCESS) and signals.asked(within=1.0):
+                    return ending.stopped(RunStopped(max(log.last_step, 0) or None), reason)
+                raise
     finally:
         log.close(reason)
         files.remove(plan.channel_spec().folder)
-    progress.note(f"done: {folder.path}")
-    return DONE
 
 
-def _end_with_ray(name: str, log: RunLog, progress: Progress) -> None:
+async def _train(
+    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, signals: StopSignals
+) -> None:
+    config = plan.config
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    seconds = config.train.stop_grace_s
+
+    def tell(reason: str) -> None:
+        progress.note(
+            f"{reason}: finishing the step and saving a checkpoint, within {seconds:g} s "
+            f"(a signal more than {SAME_REQUEST_S:g} s from now: stop at once)"
+        )
+        log.event("run/stopping", signal=reason)
+        stop.set()
+
+    def request(reason: str) -> float:
+        loop.call_soon_threadsafe(tell, reason)
+        return seconds
+
+    signals.handle(request=request)
+    try:
+        if config.warm_start is not None:
+            progress.stage("warm start")
+            start = partial(start_learner, plan)
+            plan = plan.with_model(await warm_start(plan, start, progress, folder.path, stop))
+        on_head_death(lambda name: _end_with_ray(name, log, progress, signals))
+        body = _online if config.algorithm.online else _offline
+        result = await body(plan, folder, progress, log, stop)
+        runfolder.write_result(folder.path, {"steps": config.train.steps, **result})
+        signals.exit_code = DONE
+    finally:
+        signals.handle(request=lambda reason: seconds)  # only the parts are left to be ended
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run that was asked to stop says what became of it."""
+
+    folder: RunFolder
+    log: RunLog
+    progress: Progress
+    signals: StopSignals
+
+    def stopped(self, stopped: RunStopped, error: str = "") -> int:
+        """Tell of a tidy stop; `error`: what failed meanwhile. Returns the exit code."""
+        saved = self._newest(stopped.stage)
+        self.log.event("run/stopped", step=stopped.step, signal=self.signals.reason, saved=saved, error=error)
+        if saved is not None and saved == stopped.step:
+            stands = "with a checkpoint saved; the same command goes on from there"
+        else:
+            stands = _standing(saved)
+        failed = f"; meanwhile: {error}" if error else ""
+        self.progress.note(f"{stopped} {stands} (reason: {self.signals.reason}{failed})")
+        return STOPPED
+
+    def at_once(self, reason: str) -> None:
+        """Tell of an end that waits for nothing, just before it."""
+        if self.signals.exit_code == DONE:
+            print_stop(f"the run is complete; its processes are ended at once ({reason})")
+            return
+        saved = self._newest("") or self._newest("warm start")
+        step = max(self.log.last_step, 0)
+        print_stop(f"stopped at once ({reason}): what was in progress is lost, {_standing(saved)}")
+        self.log.event("run/stopped", step=step, signal=reason, saved=saved)
+        self.log.close("stopped")
+
+    def _newest(self, stage: str) -> int | None:
+        return checkpoint.newest_step(
+            self.folder.path / WARM_START_FOLDER if stage else self.folder.checkpoints
+        )
+
+
+def _standing(saved: int | None) -> str:
+    if saved is None:
+        return "and nothing was saved: the same command starts over"
+    return f"and the checkpoint of step {saved} stands; the same command goes on from there"
+
+
+def _end_with_ray(name: str, log: RunLog, progress: Progress, signals: StopSignals) -> None:
     """Without its head Ray can neither be asked nor shut down: say so, kill what is left, and go."""
     import psutil
 
     what = f"Ray's {name} died; every actor is lost with it"
     log.event("fault/ray", part=name, what=what, action="the run ends; the last checkpoint is sound")
+    code = STOPPED if signals.asked(within=1.0) else FAULT  # a signal to every process may have ended it
     log.close(what)
     progress.close()
-    print(f"rft: failed: {what}", file=sys.stderr, flush=True)
+    print(f"rft: {signals.reason or 'failed'}: {what}", file=sys.stderr, flush=True)
     for process in psutil.Process().children(recursive=True):
         kill(process.pid)
-    os._exit(FAULT)
-
-
-def _on_signals(stop: asyncio.Event, progress: Progress) -> None:
-    """The first Ctrl-C or SIGTERM asks for a checkpoint and an end; a second one is not waited for."""
-
-    def ask(name: str) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        progress.note(f"{name}: finishing the step and saving a checkpoint (again: stop at once)")
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ask, number.name)
+    os._exit(code)
 
 
 async def _online(
@@ -141,9 +195,9 @@ async def _online(
         controller = Controller(plan, parts, folder.checkpoints, stop=stop)
         result = await controller.run(folder.resume)
         await channel.before_step()
-        await call(learner.export.remote(str(folder.path / "model")), 600, "exporting the final model")
+        await unless_stopped(export(learner, folder.path / "model"), stop)
         if twin is not None:
-            await twin.export(folder.path / "model-second")
+            await unless_stopped(export(twin.learner, folder.path / "model-second"), stop)
             await twin.fleet.channel.close()
         await channel.close()
         return result
@@ -173,15 +227,24 @@ async def _offline(
 ) -> dict[str, Any]:
     progress.stage("starting the learner")
     learner = start_learner(plan, learner_spec(plan))
-    async with _sampling(plan, learner, log, progress) as generate:
+    async with _sampling(plan, learner, log, progress, stop) as generate:
         result = await train_offline(plan, folder, learner, progress, log, stop, generate)
-    await call(learner.export.remote(str(folder.path / "model")), 600, "exporting the final model")
+    await unless_stopped(export(learner, folder.path / "model"), stop)
     return result
+
+
+async def export(learner: Any, folder: Path) -> None:
+    """Write the final model; the folder appears by a rename, complete."""
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was interrupted
+    await call(learner.export.remote(str(temporary)), 600, "exporting the final model")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that went on after its end
+    temporary.rename(folder)
 
 
 @asynccontextmanager
 async def _sampling(
-    plan: Plan, learner: Any, log: RunLog, progress: Progress
+    plan: Plan, learner: Any, log: RunLog, progress: Progress, stop: asyncio.Event
 ) -> AsyncIterator[Sampled | None]:
     """Engines and rewards for the evaluation of an offline run; None where it asks for none."""
     if plan.eval_prompts is None:
@@ -192,26 +255,14 @@ async def _sampling(
     try:
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine}")
         channel = make_channel(plan, learner, pool)
-        await asyncio.gather(start_engines(channel, pool), rewards.start())
-        await channel.connect()
+        await unless_stopped(asyncio.gather(start_engines(channel, pool), rewards.start()), stop)
+        await unless_stopped(channel.connect(), stop)
         await channel.before_step()
         yield Sampled(plan, pool, channel, rewards, log)
         await channel.close()
     finally:
         await rewards.close()
         await pool.close()
-
-
-async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:
-    """Await `work`, or raise RunStopped as soon as a stop is asked for: a start can take minutes, and
-    there is nothing to save yet."""
-    doing, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    await asyncio.wait((doing, asked), return_when=asyncio.FIRST_COMPLETED)
-    asked.cancel()
-    if not doing.done():
-        doing.cancel()
-        raise RunStopped(0)
-    return doing.result()
 
 
 # -- the parts -----------------------------------------------------------------------------------------
@@ -285,8 +336,6 @@ def make_channel(plan: Plan, learner: Any, pool: RolloutPool) -> PushChannel:
 def report_failure(error: BaseException) -> int:
     """Tell a failure on stderr, with its traceback; returns the exit code: FAULT where a part of the
     machine failed, so that the same command may well succeed, FAILED for all else."""
-    from ray.exceptions import RayError
-
     traceback.print_exception(error, file=sys.stderr)
     print(f"rft: failed: {type(error).__name__}: {error}", file=sys.stderr)
     of_the_machine = ActorDied | EngineError | Overdue | CheckpointError | RayError

@@ -20,7 +20,7 @@ from rft.utils import yaml_files
 
 # What may differ between a run and its resumption: none of these changes what is learned.
 FREE = (
-    "train.steps", "checkpoint.", "tracking.", "guards.", "ray.", "eval.", "output_dir",
+    "train.steps", "train.stop_grace_s", "checkpoint.", "tracking.", "guards.", "ray.", "eval.", "output_dir",
     "rollout.replicas", "rollout.threads", "rollout.cores", "rollout.kv_cache_gib",
     "rollout.gpu_memory_utilization", "rollout.start_timeout_s", "rollout.control_timeout_s",
     "rollout.generate_timeout_s", "rollout.max_restarts", "rollout.max_num_seqs",

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from rft.config import ConfigError, load_config
 from rft.evaluation import evaluate
 from rft.learner.learner import Learner
 from rft.plan import Plan, make_plan
-from rft.remote import ray_cluster
+from rft.remote import ray_cluster, unless_stopped
 from rft.rewards import RewardRunner
 from rft.run import learner_spec, make_pool
+from rft.utils.signals import StopSignals
 from rft.warm_start import warm_start_folder
 
+END_S = 30.0  # for ending the engines after a stop signal
 
-async def evaluate_model(plan: Plan) -> dict[str, float]:
-    """The `eval/...` metrics of the plan's model. Raises ConfigError where there is nothing to evaluate."""
+
+async def evaluate_model(plan: Plan, signals: StopSignals) -> dict[str, float]:
+    """The `eval/...` metrics of the plan's model. Raises ConfigError where there is nothing to evaluate, and
+    RunStopped on a stop signal."""
     config = plan.config
     if plan.eval_prompts is None or not config.rewards.functions:
         raise ConfigError(["eval: a config with rewards and eval.every above 0 is needed"])
     with ray_cluster(config.ray.address, config.ray.object_store_gib):
         pool = make_pool(plan)
         rewards = RewardRunner(config.rewards, Path.cwd())
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def request(reason: str) -> float:
+            loop.call_soon_threadsafe(stop.set)
+            return END_S
+
+        signals.handle(request=request)
         try:
-            await pool.start()
-            metrics, _ = await evaluate(
+            await unless_stopped(pool.start(), stop)
+            evaluating = evaluate(
                 pool,
                 rewards,
                 plan.tokenizer,
@@ -35,8 +47,10 @@ async def evaluate_model(plan: Plan) -> dict[str, float]:
                 seed=config.seed,
                 label="eval",
             )
+            metrics, _ = await unless_stopped(evaluating, stop)
             return metrics
         finally:
+            signals.handle(request=lambda reason: END_S)
             await rewards.close()
             await pool.close()
 

@@ -1,8 +1,8 @@
 """`rft train --restarts N`: a parent that starts the run again where a fault of the machine ended it.
 
-The run is a child process of its own, since a dead Ray head takes its driver along. What starts again is
-what `--resume auto` would resume: ends by a signal, and the exit code of a fault. A mistake of the user, a
-guard's stop and a requested stop are final.
+The run is a child process in a session of its own, since a dead Ray head takes its driver along. What starts
+again is what `--resume auto` would resume: ends by a signal, and the exit code of a fault. A mistake of the
+user, a guard's stop and a requested stop are final. Stop signals are forwarded.
 """
 
 from __future__ import annotations
@@ -11,62 +11,92 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from rft.utils.process import PR_SET_PDEATHSIG, prctl
+from rft.utils.signals import STOPPED, describe, print_stop, to_catch
 
-FINAL = (0, 1, 2, 75)
+FINAL = (0, 1, 2, STOPPED)
 PAUSE_S = 5.0  # before a restart, times the restarts in a row
 
 
-def supervise(arguments: Sequence[str], run_dir: Path, restarts: int) -> int:
+def supervise(arguments: Sequence[str], run_dir: Path, restarts: int, resume: str = "auto") -> int:
     """Run `rft train ARGUMENTS` until it ends for good; returns its exit code.
 
-    restarts: how many in a row without a new checkpoint are allowed.
+    restarts: how many in a row without a new checkpoint are allowed. resume: as `--resume`, for the first
+    start; a restart goes on from what this command has reached.
     """
-    failures, newest = 0, _newest(run_dir)
-    stopping: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
+    return _Supervisor(list(arguments), run_dir, restarts, resume).run()
 
-    def forward(number: int, _: FrameType | None) -> None:
-        stopping.append(number)
-        if child is not None and child.poll() is None:
-            child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
-    while True:
-        # A session of its own: Ctrl-C reaches the child once, through `forward`.
-        child = subprocess.Popen(
-            [sys.executable, "-m", "rft.cli", "train", *arguments],
+class _Supervisor:
+    def __init__(self, arguments: list[str], run_dir: Path, restarts: int, resume: str) -> None:
+        self.arguments, self.run_dir, self.restarts, self.resume = arguments, run_dir, restarts, resume
+        self.foreign = (run_dir / "config.yaml").exists()  # a run that this command did not begin
+        self.before = self._checkpoints()  # those that were there at the first start
+        self.signals = to_catch()
+        self.stopping = False
+
+    def run(self) -> int:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self.signals, signal.SIGCHLD})
+        try:
+            return self._run()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _run(self) -> int:
+        failures, newest = 0, self.before
+        while True:
+            code = self._wait(self._start())
+            if code in FINAL or self.stopping:
+                return code if code >= 0 else 128 - code
+            reached = self._checkpoints()
+            failures, newest = (1 if reached - newest else failures + 1), newest | reached
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if failures > self.restarts:
+                print_stop(f"{how}; {self.restarts} restarts brought no new checkpoint: giving up")
+                return code if code >= 0 else 128 - code
+            print_stop(f"the run ended ({how}); restart {failures} of {self.restarts}")
+            info = signal.sigtimedwait(self.signals, PAUSE_S * failures)
+            if info is not None:
+                print_stop(
+                    f"stopped before the restart ({describe(info)}); the same command goes on from there"
+                )
+                return STOPPED
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """Start the run. It inherits the blocked stop signals, so that none is lost until it catches them.
+        In another session: Ctrl-C reaches it once, from here."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "rft.cli", "train", *self.arguments, "--resume", self._resume()],
             start_new_session=True,
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+            preexec_fn=_prepare_child,
         )
-        code = child.wait()
-        if code in FINAL or stopping:
-            return code if code >= 0 else 128 - code
-        reached = _newest(run_dir)
-        failures, newest = (1 if reached != newest else failures + 1), reached
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if failures > restarts:
-            print(f"rft: {how}; {restarts} restarts brought no new checkpoint: giving up", file=sys.stderr)
-            return code if code >= 0 else 128 - code
-        print(f"rft: the run ended ({how}); restart {failures} of {restarts}", file=sys.stderr, flush=True)
-        _wait(PAUSE_S * failures, stopping)
-        if stopping:
-            return code if code >= 0 else 128 - code
+
+    def _resume(self) -> str:
+        """`--resume` of the next start. A path holds until this command has saved something newer; `never`
+        until it has made the run's folder."""
+        if self.resume == "never":
+            return "never" if self.foreign or not (self.run_dir / "config.yaml").exists() else "auto"
+        return self.resume if self._checkpoints() <= self.before else "auto"
+
+    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        """The child's exit code; forwards stop signals."""
+        while (code := child.poll()) is None:
+            info = signal.sigwaitinfo({*self.signals, signal.SIGCHLD})
+            if info.si_signo != signal.SIGCHLD:
+                self.stopping = True
+                print_stop(f"{describe(info)}: forwarded to the run (process {child.pid})")
+                child.send_signal(info.si_signo)
+        return code
+
+    def _checkpoints(self) -> set[str]:
+        """The names of the run's checkpoints."""
+        folder = self.run_dir / "checkpoints"
+        return {name for name in os.listdir(folder) if name.startswith("step-")} if folder.is_dir() else set()
 
 
-def _newest(run_dir: Path) -> tuple[str, ...]:
-    """The names of the run's checkpoints: they change with every new one."""
-    folder = run_dir / "checkpoints"
-    return tuple(sorted(os.listdir(folder))) if folder.is_dir() else ()
-
-
-def _wait(seconds: float, stopping: Sequence[int]) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not stopping:
-        time.sleep(0.1)
+def _prepare_child() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

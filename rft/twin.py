@@ -76,10 +76,6 @@ class Twin:
         await self._ask("restore", str(max(found, key=lambda c: c.order).path))
         self.saved_at = step
 
-    async def export(self, folder: Path) -> None:
-        """Write its final model."""
-        await self._ask("export", str(folder))
-
     async def _ask(self, method: str, *args: Any) -> Any:
         answer = getattr(self.learner, method).remote(*args)
         return await call(answer, self.config.learner.step_timeout_s, f"{method} on the second learner")

@@ -19,6 +19,8 @@ from rft.plan import Plan, threads_for
 from rft.remote import call
 from rft.tasks import source
 
+WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage that is not finished
+
 
 def warm_start_folder(config: Config, model: str) -> Path:
     """Where the warm start of this config is (or will be) kept."""
@@ -73,7 +75,7 @@ async def warm_start(
     stage = config.warm_start
     assert stage is not None
     folder = warm_start_folder(config, plan.model)
-    partial = run / "warm-start"
+    partial = run / WARM_START_FOLDER
     if (folder / "config.json").exists():
         shutil.rmtree(partial, ignore_errors=True)
         progress.note(f"warm start: found in {folder}")
@@ -96,6 +98,7 @@ async def warm_start(
         )
         await loop.run(checkpoint.latest(partial))
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    # A stop waits for it: this is what saves the stage.
     await call(learner.export.remote(str(temporary)), 600, "exporting the warm start")
     if folder.exists():
         shutil.rmtree(temporary)  # another run was faster

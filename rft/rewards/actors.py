@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ from rft.rewards.load import load_reward
 from rft.rewards.pool import Loaded, Logged, Spec
 from rft.rewards.types import Outcome, RewardError, Score, Text, TrainerState
 from rft.rewards.worker import Call, decode, encode
+from rft.utils.signals import STOP_SIGNALS
 
 
 class RewardActor:
     """The actor's side: one reward function, loaded once."""
 
     def __init__(self, function: str, options: dict[str, Any], base_dir: str) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # for what the reward starts; see worker.py
         self.reward: Any = load_reward(function, base_dir=base_dir, **options)
 
     def loaded(self) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 from rft.rewards.judge import TEMPLATE, Judge
 from rft.rewards.types import RewardError
 from rft.utils.process import PR_SET_PDEATHSIG, kill_tree, prctl
+from rft.utils.signals import restore_defaults
 
 NAME = "judge"  # what the server calls its model
 
@@ -87,7 +88,7 @@ class VLLMServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={"VLLM_NO_USAGE_STATS": "1", **os.environ},
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=_prepare_server,
         )
         self._end = weakref.finalize(self, _stop, self.process)  # at exit, too
         self._wait(model, start_timeout_s)
@@ -121,6 +122,11 @@ def _flag(key: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", str(value)]
+
+
+def _prepare_server() -> None:
+    restore_defaults()
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

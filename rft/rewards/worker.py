@@ -29,6 +29,7 @@ from typing import Any
 from rft.rewards.load import CallError, Custom, PerSample, SpecError, Stateful, describe_error, load_reward
 from rft.rewards.types import Outcome, Score, TrainerState
 from rft.utils.process import PR_SET_CHILD_SUBREAPER, kill_tree, prctl
+from rft.utils.signals import restore_defaults
 
 HEADER = struct.Struct("!Q")
 PROGRESS = struct.Struct("=qd")  # index within the job (-1: idle), monotonic start of the call
@@ -205,6 +206,7 @@ def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
     where = _out_of_the_way(where_fd)
     faulthandler.enable(where, all_threads=False)  # a crash in C says where, too
     faulthandler.register(WHERE, where, all_threads=False)
+    restore_defaults()  # a reward, and what it starts, may send and expect the signals that stop a run
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a reward starts stays below this process
     board = mmap(progress_fd, PROGRESS.size)
     os.close(progress_fd)

@@ -196,8 +196,12 @@ class RolloutPool:
         await self._all("call_workers", method, args)
 
     async def close(self) -> None:
-        """Stop every engine; what does not stop in time is killed with its processes."""
-        for index in list(self.members):
+        """Stop every engine; what does not stop in time is killed with its processes, and what has not
+        started yet at once."""
+        for index, member in list(self.members.items()):
+            if not member.serving:
+                self.kill(index)
+                continue
             try:
                 await self._ask(index, "close", seconds=10)
             except EngineError:

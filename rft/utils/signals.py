@@ -1,0 +1,160 @@
+"""Stop signals: heard by one thread, and blocked in every process that a run starts. Standard library only.
+
+    with StopSignals() as signals:
+        signals.handle(request=ask_the_loop, at_once=write_the_reason)
+
+A signal sent to a process group, or by a job scheduler to every process of a job step, reaches Ray's
+processes and the engines too. They inherit the blocked mask, so that they live until the checkpoint is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn, Self
+
+from rft.utils.process import kill_tree
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 75  # the exit code of a requested stop
+SAME_REQUEST_S = 5.0
+"""A job step delivers a signal to each process and the parent forwards it: all that is one request."""
+RECORD_S = 5.0  # for writing the reason of an immediate end: a hung file system must not prevent the end
+
+
+def to_catch() -> set[signal.Signals]:
+    """The stop signals that count here: SIGHUP does not where it is ignored (`nohup`)."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return {number for number in STOP_SIGNALS if not (ignored and number is signal.SIGHUP)}
+
+
+def restore_defaults() -> None:
+    """Give this process the default stop signals back, for programs of the user, which may send and expect
+    them. Call it in the main thread, or between fork and exec."""
+    for number in to_catch():
+        signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def describe(info: signal.struct_siginfo) -> str:
+    """A received signal in words: its name, and who sent it."""
+    name, pid = signal.Signals(info.si_signo).name, info.si_pid
+    if pid <= 0:  # the kernel (a terminal), or a process of another container
+        return name
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+        return f"{name} from process {pid} ({file.read().strip()})"
+    return f"{name} from process {pid}"
+
+
+def print_stop(text: str) -> None:
+    """Say on stderr why the process ends."""
+    print(f"rft: {text}", file=sys.stderr, flush=True)
+
+
+class StopSignals:
+    """Catches the stop signals of this process while the block lasts, on a thread that nothing else blocks.
+
+    The first signal calls `request(reason)`, which returns the seconds that a tidy end may take; past them
+    the process ends at once, and so it does on a signal later than SAME_REQUEST_S. Until `handle` was called
+    the first signal ends it at once, too: there is nothing to finish yet. Ending at once calls
+    `at_once(reason)`, kills all child processes, and exits with `exit_code`.
+
+    until_exit: leave the signals blocked at the end, for a process that is about to exit: no late signal
+        changes its exit code.
+    """
+
+    def __init__(self, *, until_exit: bool = False) -> None:
+        self.until_exit = until_exit
+        self.exit_code = STOPPED
+        self.reason = ""  # of the first request; empty until there is one
+        self._asked = threading.Event()
+        self._request: Callable[[str], float] = lambda reason: 0.0
+        self._at_once: Callable[[str], None] = _nothing_was_saved
+        self._switching = threading.Lock()
+        self._closing = False
+        self._first = 0.0
+
+    def __enter__(self) -> Self:
+        self._signals = to_catch()
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        self._thread = threading.Thread(target=self._listen, name="rft-stop-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+        if not self.until_exit:
+            while signal.sigtimedwait(self._signals, 0) is not None:
+                pass  # a repetition of the request that has been obeyed
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def release(self) -> None:
+        """Stop listening. The signals stay blocked, for a caller that waits for them itself."""
+        if not self._closing:
+            self._closing = True
+            assert self._thread.ident is not None
+            signal.pthread_kill(self._thread.ident, signal.SIGTERM)
+            self._thread.join()
+
+    def handle(
+        self,
+        *,
+        request: Callable[[str], float] | None = None,
+        at_once: Callable[[str], None] | None = None,
+    ) -> None:
+        """Change what a signal does. Both are called on the listening thread."""
+        with self._switching:
+            self._request = request or self._request
+            self._at_once = at_once or self._at_once
+
+    def asked(self, within: float = 0.0) -> bool:
+        """Whether a stop was requested; waits `within` seconds for it, since the processes of a job step get
+        one signal each, in any order."""
+        return self._asked.wait(within)
+
+    def _listen(self) -> None:
+        deadline: float | None = None
+        while True:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            info = (
+                signal.sigwaitinfo(self._signals)
+                if left is None
+                else signal.sigtimedwait(self._signals, left)
+            )
+            if self._closing:
+                return
+            now = time.monotonic()
+            with self._switching:
+                if info is None:
+                    self._end("the time for finishing the step and saving (train.stop_grace_s) is over")
+                if not self.reason:
+                    self.reason, self._first = describe(info), now
+                    self._asked.set()
+                    seconds = self._request(self.reason)
+                    if seconds <= 0:
+                        self._end("")
+                    deadline = now + seconds
+                elif now - self._first > SAME_REQUEST_S:
+                    self._end(f"asked again by {describe(info)}")
+
+    def _end(self, why: str) -> NoReturn:
+        reason = f"{self.reason}; {why}" if why else self.reason
+        record = threading.Thread(target=self._at_once, args=(reason,), daemon=True)
+        record.start()
+        record.join(RECORD_S)
+        kill_tree(os.getpid())
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(self.exit_code)
+
+
+def _nothing_was_saved(reason: str) -> None:
+    print_stop(f"stopped before the run began ({reason}): nothing was saved")

@@ -1,0 +1,299 @@
+"""Stop signals: which signal, sent to whom, at which moment. Every run ends with code 75, keeps what it has
+reached, says why it ended, and leaves no process behind.
+
+The whole matrix is slow: `pytest -m slow tests/integration/test_signals.py` writes its table to the file that
+RFT_SIGNAL_TABLE names. A few cells are part of the default run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rft import checkpoint
+from rft.metrics.log import read_jsonl
+from tests.integration.conftest import ENV, ROOT, pids_of, processes_of
+
+SLOW_STEP = 150  # passes over the batch: a step of several seconds on one core
+REWARD = '''
+import os, time
+def score(prompts, completions, seconds=0, **columns):
+    """Digits pay."""
+    open(os.path.join(os.path.dirname(__file__), "judging"), "a").close()
+    time.sleep(seconds)
+    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
+'''
+BASE: dict[str, Any] = {
+    "name": "run",
+    "model": {"path": "tiny", "options": {"hidden_size": 64, "layers": 2, "heads": 2}},
+    "data": {"kind": "arithmetic", "limit": 64},
+    "train": {"steps": 1_000_000, "batch_size": 4},
+    "learner": {"threads": 1, "learning_rate": 1e-5},
+    "eval": {"every": 0},
+    "checkpoint": {"every": 0},
+    "tracking": {"trackers": []},
+}
+ONLINE = {
+    "algorithm": "grpo",
+    "train": {"num_generations": 2},
+    "rollout": {
+        "engine": "hf",
+        "threads": 1,
+        "sampling": {"max_prompt_length": 64, "max_completion_length": 8},
+    },
+}
+
+
+@dataclass
+class Run:
+    """A training run in `folder`/runs/run, in a session as its own, as a job scheduler starts it."""
+
+    folder: Path
+    changes: dict[str, Any]
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "digits.py").write_text(REWARD)
+        (self.folder / "run.yaml").write_text(yaml.safe_dump(self.changes))
+        self.err = (self.folder / "stderr").open("w")
+        self.process = subprocess.Popen(
+            [*self.prefix, sys.executable, "-m", "rft.cli", *self._command()],
+            cwd=ROOT,
+            env={**ENV, "RFT_TEST_MARK": self.folder.name, **self.environment},
+            stdout=subprocess.DEVNULL,
+            stderr=self.err,
+            start_new_session=True,
+        )
+
+    def _command(self) -> list[str]:
+        command = self.arguments or ("train",)
+        return [command[0], str(self.folder / "run.yaml"), f"output_dir={self.folder}/runs", *command[1:]]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "runs" / "run"
+
+    def told(self) -> str:
+        return (self.folder / "stderr").read_text(errors="replace")
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [e for e in read_jsonl(self.path / "events.jsonl") if e["kind"] == kind]
+
+    def steps(self) -> int:
+        return max((row["step"] for row in read_jsonl(self.path / "metrics.jsonl")), default=-1)
+
+    def wait(self, what: str, ready: Callable[[], Any], seconds: float = 240, pause: float = 0.05) -> None:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert self.process.poll() is None, f"ended before: {what}\n{self.told()[-3000:]}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.told()[-3000:]}"
+            time.sleep(pause)
+
+    def listens(self) -> bool:
+        """Whether the process has blocked SIGTERM: its thread waits for it."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        mask = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
+        return bool(mask & 1 << (signal.SIGTERM - 1))
+
+    def send(self, number: signal.Signals, target: str) -> None:
+        if target == "process":
+            self.process.send_signal(number)
+        elif target == "group":
+            os.killpg(self.process.pid, number)
+        else:  # a job step: every process, whatever its group or session
+            for pid in pids_of(self.mark):
+                try:
+                    os.kill(pid, number)
+                except ProcessLookupError:
+                    continue
+
+    @property
+    def mark(self) -> str:
+        return f"RFT_TEST_MARK={self.folder.name}"
+
+    def end(self, seconds: float = 180) -> int:
+        return self.process.wait(seconds)
+
+    def left_behind(self) -> list[str]:
+        deadline = time.monotonic() + 10
+        while (left := processes_of(self.mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+    def clean_up(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.err.close()
+        for pid in pids_of(self.mark):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def assert_stopped(self, number: signal.Signals) -> str:
+        """What every stopped run owes; returns what it kept, for the table."""
+        code, told = self.end(), self.told()
+        assert self.left_behind() == [], told[-3000:]
+        assert "Traceback" not in told, told[-4000:]
+        if code == 0:  # the last model was written before the signal came
+            assert (self.path / "result.json").exists()
+            return "complete (0)"
+        assert code == 75, f"{code}\n{told[-3000:]}"
+        assert number.name in told
+        saved = checkpoint.newest_step(self.path / "checkpoints")
+        if (self.path / "events.jsonl").exists():
+            stopped = self.events("run/stopped")[-1]
+            assert number.name in stopped["signal"]
+            assert stopped["saved"] == saved or "warm start" in told
+            assert self.events("run/closed")[-1]["reason"] == "stopped"
+        if saved is not None:
+            assert saved == self.steps() and f"stopped at step {saved} with a checkpoint saved" in told
+            return f"step {saved}"
+        stage = checkpoint.newest_step(self.path / "warm-start")
+        if stage is not None:
+            assert f"stopped at step {stage} of the warm start with a checkpoint saved" in told
+            return f"warm start, step {stage}"
+        assert "nothing was saved" in told and "with a checkpoint saved" not in told
+        assert self.steps() <= 0
+        return "nothing"
+
+
+def merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts laid over each other."""
+    result: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            old = result.get(key)
+            result[key] = merged(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return result
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to send the signal: what the config must be like, and how to see that it is time."""
+
+    ready: Callable[[Run], Any]
+    changes: dict[str, Any] = field(default_factory=dict)
+    pause: float = 0.05
+
+
+def stage(text: str) -> Callable[[Run], bool]:
+    return lambda run: text in run.told()
+
+
+WARM = {"warm_start": {"steps": 100_000, "batch_size": 8, "learner": {"threads": 1}}}
+EVAL = {"eval": {"every": 1, "problems": 4000, "samples": 4}, "data": {"limit": 5000}}
+EXPORT = {"train": {"steps": 2}, "model": {"options": {"hidden_size": 512, "layers": 8, "heads": 8}}}
+MOMENTS: dict[str, dict[str, Moment]] = {
+    "online": {
+        "imports": Moment(lambda run: run.listens(), pause=0.001),
+        "Ray starts": Moment(stage("starting Ray")),
+        "engines start": Moment(stage("starting 1 x")),
+        "warm start": Moment(stage("warm start: step 3/"), {**WARM, "tracking": {"display": "plain"}}),
+        "evaluation": Moment(lambda run: run.events("engine/started"), EVAL),
+        "reward": Moment(
+            lambda run: (run.folder / "judging").exists(),
+            {"rewards": [{"function": "digits.py:score", "options": {"seconds": 5}}]},
+        ),
+        "short steps": Moment(lambda run: run.steps() >= 3),
+        "long step": Moment(
+            lambda run: any(e["phase"] == "train" and e["step"] == 1 for e in run.events("phase/started")),
+            {"train": {"num_iterations": SLOW_STEP}},
+        ),
+        "checkpoint": Moment(
+            lambda run: list((run.path / "checkpoints").glob(".writing-*")),
+            {"checkpoint": {"every": 1}, **{k: EXPORT[k] for k in ("model",)}},
+            0.002,
+        ),
+        "export": Moment(lambda run: (run.path / ".writing-model").exists(), EXPORT, 0.002),
+    },
+    "offline": {
+        "imports": Moment(lambda run: run.listens(), pause=0.001),
+        "Ray starts": Moment(stage("starting Ray")),
+        "learner starts": Moment(stage("starting the learner")),
+        "evaluation": Moment(lambda run: run.steps() >= 1, EVAL),
+        "short steps": Moment(lambda run: run.steps() >= 3),
+        "long step": Moment(lambda run: run.steps() >= 1, {"train": {"num_iterations": SLOW_STEP}}),
+        "checkpoint": Moment(
+            lambda run: list((run.path / "checkpoints").glob(".writing-*")),
+            {"checkpoint": {"every": 1}, **{k: EXPORT[k] for k in ("model",)}},
+            0.002,
+        ),
+        "export": Moment(lambda run: (run.path / ".writing-model").exists(), EXPORT, 0.002),
+    },
+}
+SIGNALS = ("TERM", "INT", "HUP", "USR1", "USR2")
+TARGETS = ("process", "group", "every")
+
+
+def cells() -> Iterator[tuple[str, str, str, str]]:
+    """Every pair of signal, target and moment is in some cell, though not every triple."""
+    for kind, moments in MOMENTS.items():
+        for i, moment in enumerate(moments):
+            for j, target in enumerate(TARGETS):
+                yield kind, moment, SIGNALS[(i + 2 * j) % len(SIGNALS)], target
+
+
+def start(folder: Path, kind: str, moment: Moment, engine: str = "hf", **more: Any) -> Run:
+    mode = ONLINE if kind == "online" else {"algorithm": "sft"}
+    rewards = [{"function": f"{folder}/digits.py:score"}]
+    changes = merged(BASE, mode, {"rewards": rewards} if kind == "online" else {}, moment.changes, more)
+    for reward in changes.get("rewards", ()):
+        reward["function"] = f"{folder}/digits.py:score"
+    if kind == "online":
+        changes["rollout"] = {**changes["rollout"], "engine": engine}
+    if "warm_start" in changes:
+        changes["warm_start"] = {**changes["warm_start"], "cache": f"{folder}/cache"}
+    return Run(folder, changes)
+
+
+def stop(folder: Path, kind: str, name: str, sign: str, target: str, engine: str = "hf") -> str:
+    """Carry a cell out; returns what the run kept and its seconds from the signal to its end."""
+    moment, number = MOMENTS[kind][name], signal.Signals[f"SIG{sign}"]
+    run = start(folder, kind, moment, engine)
+    try:
+        run.wait(name, lambda: moment.ready(run), pause=moment.pause)
+        run.send(number, target)
+        begun = time.monotonic()
+        kept = run.assert_stopped(number)
+        return f"{kept}, {time.monotonic() - begun:.0f} s"
+    finally:
+        run.clean_up()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("kind", "moment", "sign", "target"), list(cells()))
+def test_matrix(tmp_path: Path, kind: str, moment: str, sign: str, target: str) -> None:
+    kept = stop(tmp_path, kind, moment, sign, target)
+    if table := os.environ.get("RFT_SIGNAL_TABLE"):
+        with open(table, "a") as file:
+            file.write(json.dumps([kind, moment, sign, target, kept]) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("moment", "sign", "target"),
+    [("engines start", "TERM", "group"), ("short steps", "USR1", "every"), ("long step", "HUP", "group")],
+)
+def test_matrix_with_vllm(tmp_path: Path, moment: str, sign: str, target: str) -> None:
+    kept = stop(tmp_path, "online", moment, sign, target, "vllm")
+    if table := os.environ.get("RFT_SIGNAL_TABLE"):
+        with open(table, "a") as file:
+            file.write(json.dumps(["online, vLLM", moment, sign, target, kept]) + "\n")
