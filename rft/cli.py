@@ -144,13 +144,14 @@ def _train(args: argparse.Namespace) -> int:
 
         args.signals.release()  # the parent waits for signals and its child in one place
         return supervise([args.config, *args.overrides], config.run_dir, args.restarts, args.resume)
-    folder = runfolder.claim(config, args.resume)
-    for note in folder.notes:
-        print(f"rft: {note}", file=sys.stderr)
-    if folder.finished is not None:
-        print(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}", file=sys.stderr)
-        return 0
-    return run.train(make_plan(config), folder, args.signals)
+    with runfolder.hold(config) as warning:
+        folder = runfolder.claim(config, args.resume)
+        for note in filter(None, (warning, *folder.notes)):
+            print(f"rft: {note}", file=sys.stderr)
+        if folder.finished is not None:
+            print(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}", file=sys.stderr)
+            return 0
+        return run.train(make_plan(config), folder, args.signals)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from rft.learner.preflight import (
 from rft.memory import ModelShape, learner_bytes, meta_network, replica_bytes
 from rft.offline_plan import OfflineData, load_offline, offline_problems, reference_problem
 from rft.online_plan import longest_sequence, mixes, online_problems, online_warnings
+from rft.places import socket_problems, unwritable_folders
 from rft.rewards import check_reward, check_values
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
@@ -189,9 +190,12 @@ class _Problems(list[str]):
             return None
 
 
-def make_plan(config: Config, *, model: str | None = None, evaluate: bool = False) -> Plan:
+def make_plan(
+    config: Config, *, model: str | None = None, evaluate: bool = False, starts: bool = True
+) -> Plan:
     """Resolve a config; `model` overrides its model's path, `evaluate` prepares for sampling on held-out
-    prompts whatever the algorithm. Raises ConfigError with all problems."""
+    prompts whatever the algorithm, `starts` False: Ray and engines will not be started. Raises ConfigError
+    with all problems."""
     problems = _Problems()
     attempt = problems.attempt
     sampled = config.algorithm.online or config.eval.generate or evaluate
@@ -211,6 +215,9 @@ def make_plan(config: Config, *, model: str | None = None, evaluate: bool = Fals
             offline = attempt("data", lambda: load_offline(config, tokenizer))
         if sampled and config.eval.every:
             held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
+    if starts:
+        problems += socket_problems(config, vllm=sampled and engine == "vllm")
+        problems += [] if evaluate else unwritable_folders(config)
     problems += _misfits(config, shape, engine, train, offline)
     network = meta_network(path, trusted) if path and shape is not None else None
     problems += _part_problems(config, device, engine, shape, network)

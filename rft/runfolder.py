@@ -4,18 +4,24 @@ runs/NAME/config.yaml      the resolved config
          metrics.jsonl, samples.jsonl, events.jsonl, tensorboard/
          checkpoints/step-*/    model/   (the final policy, a Hugging Face folder)
          result.json        written last: the run is complete
+         run.lock            while a process trains the run: which one
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rft import checkpoint
 from rft.config import Config, ConfigError, differences, parse_config
+from rft.learner.schedule import learning_rate
+from rft.rewards.config import Schedule
+from rft.runlock import LOCK_FILE, RunLock
 from rft.utils import yaml_files
 
 # What may differ between a run and its resumption: none of these changes what is learned.
@@ -54,21 +60,48 @@ class RunFolder:
         return -1 if self.interrupted else None
 
 
+@contextmanager
+def hold(config: Config) -> Iterator[str]:
+    """Keep other processes from training this run while the block lasts; yields a note for the user, or "".
+
+    Raises ConfigError where one does, where the folder is another thing, or where it cannot be written. A
+    complete run is not written to and needs no lock.
+    """
+    path = _own_folder(config)
+    if _is_complete(config, read_result(path)):
+        yield ""
+        return
+    lock = RunLock(path)
+    try:
+        yield lock.note
+    finally:
+        lock.release()
+
+
+def _own_folder(config: Config) -> Path:
+    """The run's folder. Raises ConfigError where there is something else."""
+    path = config.run_dir.absolute()  # the learner, which writes into it, has another working folder
+    if path.exists() and not path.is_dir():
+        raise ConfigError([f"output_dir/name: {path} is a file"])
+    there = {p.name for p in path.iterdir()} if path.exists() else set()
+    if there - {LOCK_FILE} and "config.yaml" not in there:
+        raise ConfigError(
+            [f"output folder {path} is not empty and is no run's: choose another name or output_dir"]
+        )
+    return path
+
+
+def _is_complete(config: Config, result: dict[str, Any] | None) -> bool:
+    return result is not None and result["steps"] >= config.train.steps
+
+
 def claim(config: Config, resume: str) -> RunFolder:
     """Find out whether to start, resume or refuse. `resume`: auto, never, or a checkpoint's folder.
 
     Raises ConfigError where the folder belongs to another run, or the config differs in what matters.
     """
-    path = config.run_dir.absolute()  # the learner, which writes into it, has another working folder
-    config_file = path / "config.yaml"
-    if path.exists() and not path.is_dir():
-        raise ConfigError([f"output_dir/name: {path} is a file"])
-    foreign = path.exists() and any(path.iterdir()) and not config_file.exists()
-    if foreign:
-        raise ConfigError(
-            [f"output folder {path} is not empty and is no run's: choose another name or output_dir"]
-        )
-    existing = config_file.exists()
+    path = _own_folder(config)
+    existing = (path / "config.yaml").exists()
     if resume not in ("auto", "never"):
         return _resume_from(config, path, Path(resume))
     if not existing:
@@ -79,11 +112,12 @@ def claim(config: Config, resume: str) -> RunFolder:
         )
     notes = _check_same(config, path)
     finished = read_result(path)
-    if finished is not None and finished["steps"] >= config.train.steps:
+    if _is_complete(config, finished):
         return RunFolder(path, None, tuple(notes), finished)
     best, rejected = checkpoint.scan(path / "checkpoints")
     notes += [f"checkpoint passed over: {r}" for r in rejected]
-    notes += [] if best is None else _other_versions(best)
+    if best is not None:
+        notes += [*_other_versions(best), *_other_length(config, path, best.step)]
     return RunFolder(path, best, tuple(notes), interrupted=True)
 
 
@@ -120,6 +154,31 @@ def _check_same(config: Config, path: Path) -> list[str]:
             ]
         )
     return [f"{key}: {a!r} -> {b!r}" for key, a, b in changed]
+
+
+def _other_length(config: Config, path: Path, step: int) -> list[str]:
+    """What another number of steps changes besides the end: all that is a share of the whole run."""
+    old = yaml_files.read(path / "config.yaml")["train"]["steps"]
+    if old == config.train.steps or step >= config.train.steps:
+        return []
+    learner, new = config.learner, config.train.steps
+    now = learning_rate(learner, step, new)
+    if learner.schedule == "constant":
+        notes = [f"learning rate: constant, it goes on with {now:.3g}"]
+    else:
+        before = learning_rate(learner, min(step, old - 1), old)
+        notes = [
+            f"learning rate: the {learner.schedule} schedule now spans {new} steps instead of {old}: step "
+            f"{step + 1} is taken with {now:.3g} (by the old schedule {before:.3g}), and the last one with "
+            f"{learning_rate(learner, new - 1, new):.3g}"
+        ]
+    moving = [c.label for c in config.rewards.functions if isinstance(c.weight, Schedule)]
+    if moving:
+        notes.append(
+            f"reward weights that move with the run's progress ({', '.join(moving)}): it is now "
+            f"{step / new:.0%} instead of {min(step / old, 1):.0%}"
+        )
+    return notes
 
 
 def _other_versions(found: checkpoint.Checkpoint) -> list[str]:

@@ -60,7 +60,7 @@ def export_checkpoint(config: Path, checkpoint: Path, out: Path) -> None:
 
     Raises ConfigError where the base or the data that the run's config names are no longer there.
     """
-    plan = make_plan(load_config(config))
+    plan = make_plan(load_config(config), starts=False)
     if plan.config.warm_start is not None:
         plan = plan.with_model(str(warm_start_folder(plan.config, plan.model)))
     learner = Learner(learner_spec(plan))

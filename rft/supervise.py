@@ -17,6 +17,7 @@ from pathlib import Path
 from rft.utils.process import PR_SET_PDEATHSIG, prctl
 from rft.utils.signals import STOPPED, describe, print_stop, to_catch
 
+COMMAND = (sys.executable, "-m", "rft.cli", "train")
 FINAL = (0, 1, 2, STOPPED)
 PAUSE_S = 5.0  # before a restart, times the restarts in a row
 
@@ -69,7 +70,7 @@ class _Supervisor:
         """Start the run. It inherits the blocked stop signals, so that none is lost until it catches them.
         In another session: Ctrl-C reaches it once, from here."""
         return subprocess.Popen(
-            [sys.executable, "-m", "rft.cli", "train", *self.arguments, "--resume", self._resume()],
+            [*COMMAND, *self.arguments, "--resume", self._resume()],
             start_new_session=True,
             preexec_fn=_prepare_child,
         )

@@ -30,7 +30,11 @@ def test_differences_are_listed_or_refused(tmp_path: Path) -> None:
     begun(tmp_path)
     found = runfolder.claim(config(tmp_path, checkpoint={"every": 5}, train={"steps": 9}), "auto")
     assert found.resumed_at == 7
-    assert set(found.notes) == {"checkpoint.every: 50 -> 5", "train.steps: 100 -> 9"}
+    assert set(found.notes) == {
+        "checkpoint.every: 50 -> 5",
+        "train.steps: 100 -> 9",
+        "learning rate: constant, it goes on with 1e-06",
+    }
     with pytest.raises(ConfigError, match=r"(?s)differ in what is learned.*seed: was 1, now 2"):
         runfolder.claim(config(tmp_path, seed=2), "auto")
 
@@ -51,3 +55,39 @@ def test_other_library_versions_are_told(tmp_path: Path, monkeypatch: pytest.Mon
         begun(tmp_path)
     (note,) = runfolder.claim(config(tmp_path), "auto").notes
     assert note.startswith("torch: version 1.0 -> 2") and note.endswith("since the checkpoint")
+
+
+def extended(folder: Path, **more: object) -> tuple[str, ...]:
+    """The notes of a finished run of 10 steps that is to take 20."""
+    old = config(folder, train={"steps": 10}, **more)
+    run = folder / "r"
+    runfolder.write_config(run, old)
+    checkpoint.save(run / "checkpoints", 10, write_one, keep=1, meta={})
+    runfolder.write_result(run, {"steps": 10})
+    assert runfolder.claim(old, "auto").finished is not None
+    return runfolder.claim(config(folder, train={"steps": 20}, **more), "auto").notes
+
+
+def write_one(into: Path) -> None:
+    (into / "a").write_text("a")
+
+
+def test_more_steps_say_what_the_learning_rate_does(tmp_path: Path) -> None:
+    learner = {"learning_rate": 1.0, "schedule": "linear"}
+    notes = extended(tmp_path / "linear", learner=learner)
+    assert (
+        "learning rate: the linear schedule now spans 20 steps instead of 10: step 11 is taken with 0.474 "
+        "(by the old schedule 0), and the last one with 0"
+    ) in notes
+    notes = extended(tmp_path / "constant", learner={"learning_rate": 0.5})
+    assert "learning rate: constant, it goes on with 0.5" in notes
+    weight = {"start": 1.0, "end": 0.0}
+    notes = extended(tmp_path / "weights", algorithm="grpo", rewards=[{"function": "math", "weight": weight}])
+    assert "reward weights that move with the run's progress (math): it is now 50% instead of 100%" in notes
+
+
+def test_a_lock_alone_is_no_other_run(tmp_path: Path) -> None:
+    """A process that was killed before it wrote its config leaves its lock file only."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.lock").write_text("{}")
+    assert runfolder.claim(config(tmp_path), "auto").resumed_at is None

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from rft.utils.process import kill_tree
 
@@ -45,7 +45,7 @@ def restore_defaults() -> None:
 def describe(info: signal.struct_siginfo) -> str:
     """A received signal in words: its name, and who sent it."""
     name, pid = signal.Signals(info.si_signo).name, info.si_pid
-    if pid <= 0:  # the kernel (a terminal), or a process of another container
+    if pid in (0, os.getpid()):  # the kernel (a terminal), another container, or passed on in this process
         return name
     with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
         return f"{name} from process {pid} ({file.read().strip()})"
@@ -83,9 +83,17 @@ class StopSignals:
     def __enter__(self) -> Self:
         self._signals = to_catch()
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        self._handlers: dict[signal.Signals, Any] = {}
         self._thread = threading.Thread(target=self._listen, name="rft-stop-signals", daemon=True)
         self._thread.start()
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:  # for threads that are older than the mask, where there are any
+                self._handlers[number] = signal.signal(number, self._pass_on)
         return self
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        assert self._thread.ident is not None
+        signal.pthread_kill(self._thread.ident, number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -94,6 +102,8 @@ class StopSignals:
         if not self.until_exit:
             while signal.sigtimedwait(self._signals, 0) is not None:
                 pass  # a repetition of the request that has been obeyed
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def release(self) -> None:

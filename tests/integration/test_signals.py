@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -61,9 +62,7 @@ class Run:
 
     folder: Path
     changes: dict[str, Any]
-    arguments: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-    prefix: tuple[str, ...] = ()
+    arguments: tuple[str, ...]
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -71,17 +70,17 @@ class Run:
         (self.folder / "run.yaml").write_text(yaml.safe_dump(self.changes))
         self.err = (self.folder / "stderr").open("w")
         self.process = subprocess.Popen(
-            [*self.prefix, sys.executable, "-m", "rft.cli", *self._command()],
+            [sys.executable, "-m", "rft.cli", *self._command()],
             cwd=ROOT,
-            env={**ENV, "RFT_TEST_MARK": self.folder.name, **self.environment},
+            env={**ENV, "RFT_TEST_MARK": self.folder.name},
             stdout=subprocess.DEVNULL,
             stderr=self.err,
             start_new_session=True,
         )
 
     def _command(self) -> list[str]:
-        command = self.arguments or ("train",)
-        return [command[0], str(self.folder / "run.yaml"), f"output_dir={self.folder}/runs", *command[1:]]
+        command, *options = self.arguments
+        return [command, str(self.folder / "run.yaml"), f"output_dir={self.folder}/runs", *options]
 
     @property
     def path(self) -> Path:
@@ -108,6 +107,17 @@ class Run:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         mask = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
         return bool(mask & 1 << (signal.SIGTERM - 1))
+
+    def busy(self, name: str) -> bool:
+        """Whether a process of this name has worked for ten seconds: it has loaded."""
+        for pid in pids_of(self.mark):
+            try:
+                process = psutil.Process(pid)
+                if " ".join(process.cmdline()).startswith(name):
+                    return bool(process.cpu_times().user > 10)
+            except psutil.NoSuchProcess:
+                continue
+        return False
 
     def send(self, number: signal.Signals, target: str) -> None:
         if target == "process":
@@ -249,7 +259,14 @@ def cells() -> Iterator[tuple[str, str, str, str]]:
                 yield kind, moment, SIGNALS[(i + 2 * j) % len(SIGNALS)], target
 
 
-def start(folder: Path, kind: str, moment: Moment, engine: str = "hf", **more: Any) -> Run:
+def start(
+    folder: Path,
+    kind: str,
+    moment: Moment,
+    engine: str = "hf",
+    arguments: tuple[str, ...] = ("train",),
+    **more: Any,
+) -> Run:
     mode = ONLINE if kind == "online" else {"algorithm": "sft"}
     rewards = [{"function": f"{folder}/digits.py:score"}]
     changes = merged(BASE, mode, {"rewards": rewards} if kind == "online" else {}, moment.changes, more)
@@ -259,7 +276,7 @@ def start(folder: Path, kind: str, moment: Moment, engine: str = "hf", **more: A
         changes["rollout"] = {**changes["rollout"], "engine": engine}
     if "warm_start" in changes:
         changes["warm_start"] = {**changes["warm_start"], "cache": f"{folder}/cache"}
-    return Run(folder, changes)
+    return Run(folder, changes, arguments)
 
 
 def stop(folder: Path, kind: str, name: str, sign: str, target: str, engine: str = "hf") -> str:
@@ -297,3 +314,90 @@ def test_matrix_with_vllm(tmp_path: Path, moment: str, sign: str, target: str) -
     if table := os.environ.get("RFT_SIGNAL_TABLE"):
         with open(table, "a") as file:
             file.write(json.dumps(["online, vLLM", moment, sign, target, kept]) + "\n")
+
+
+@pytest.mark.timeout(300)
+def test_the_group_is_told_to_end_while_a_step_takes_long(tmp_path: Path) -> None:
+    """Ray and the engines live until the step is finished and saved."""
+    assert stop(tmp_path, "online", "long step", "TERM", "group").startswith("step 2")
+
+
+@pytest.mark.timeout(300)
+def test_every_process_gets_the_signal_of_an_offline_run(tmp_path: Path) -> None:
+    """As a job step sends it, also to the parent of `--restarts`, which forwards it: that is one request."""
+    moment = MOMENTS["offline"]["short steps"]
+    run = start(tmp_path, "offline", moment, arguments=("train", "--restarts", "3"))
+    try:
+        run.wait("some steps", lambda: moment.ready(run))
+        run.send(signal.SIGUSR1, "every")
+        assert run.assert_stopped(signal.SIGUSR1).startswith("step ")
+        assert "forwarded to the run" in run.told() and "restart 1" not in run.told()
+    finally:
+        run.clean_up()
+
+
+@pytest.mark.timeout(300)
+def test_a_step_longer_than_the_grace_is_given_up(tmp_path: Path) -> None:
+    """The last complete checkpoint stands, and nothing is left of the step in progress."""
+    moment = MOMENTS["offline"]["long step"]
+    changes = {"train": {"num_iterations": 10 * SLOW_STEP, "stop_grace_s": 0.5}}
+    run = start(tmp_path, "offline", moment, **changes)
+    try:
+        run.wait("the step", lambda: run.busy("ray::LearnerActor"))
+        run.send(signal.SIGTERM, "group")
+        code, told = run.end(), run.told()
+        assert code == 75, told[-3000:]
+        assert "train.stop_grace_s" in told and "nothing was saved" in told
+        assert run.left_behind() == []
+        assert "train.stop_grace_s" in run.events("run/stopped")[-1]["signal"]
+    finally:
+        run.clean_up()
+
+
+@pytest.mark.timeout(300)
+def test_an_evaluation_ends_with_the_same_code(tmp_path: Path) -> None:
+    run = start(tmp_path, "online", Moment(Run.listens, EVAL), arguments=("eval",))
+    try:
+        run.wait("the engine", lambda: run.busy("ray::Replica"))
+        run.send(signal.SIGHUP, "group")
+        code, told = run.end(), run.told()
+        assert code == 75 and "SIGHUP" in told and "nothing was saved" in told, told[-3000:]
+        assert run.left_behind() == []
+    finally:
+        run.clean_up()
+
+
+@pytest.mark.timeout(300)
+def test_a_second_start_of_a_run_is_refused(tmp_path: Path) -> None:
+    """While the first one still starts, and while it trains; not once it was killed."""
+    first = start(tmp_path, "offline", MOMENTS["offline"]["short steps"])
+    again = [
+        sys.executable,
+        "-m",
+        "rft.cli",
+        "train",
+        str(tmp_path / "run.yaml"),
+        f"output_dir={tmp_path}/runs",
+    ]
+    try:
+        for ready in (lambda: (first.path / "run.lock").exists(), lambda: first.steps() >= 1):
+            first.wait("the first start", ready)
+            done = subprocess.run(again, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 2, done.stderr
+            assert f"being trained already, by process {first.process.pid} on " in done.stderr
+        assert first.process.poll() is None
+        before = first.steps()
+        first.process.kill()
+        first.process.wait()
+        done = subprocess.run(
+            [*again, f"train.steps={before + 2}", "checkpoint.every=0"],
+            cwd=ROOT,
+            env=ENV,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not (first.path / "run.lock").exists()
+    finally:
+        first.clean_up()

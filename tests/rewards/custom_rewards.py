@@ -29,6 +29,20 @@ async def in_time(completions: list[str], **kwargs: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
+def ends_a_program(completions: list[str], **kwargs: Any) -> list[float]:
+    """Whether a program ends on the signal that the completion names."""
+    rewards = []
+    for name in completions:
+        program = subprocess.Popen(["sleep", "30"])
+        program.send_signal(signal.Signals[name])
+        try:
+            rewards.append(float(program.wait(5) == -signal.Signals[name]))
+        except subprocess.TimeoutExpired:
+            program.kill()
+            rewards.append(0.0)
+    return rewards
+
+
 class Counter:
     """A reward with state, made once per worker."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from rft.rewards import Outcome, RewardConfig, RewardError, RewardRunner, RewardsConfig, SampleReward
+from rft.utils.signals import StopSignals
 
 HERE = Path(__file__).parent
 
@@ -71,6 +72,13 @@ async def test_plain_functions_columns_options_async_and_classes() -> None:
     assert values(await score("Counter", ["a"], workers=1, options={"start": 4})) == [5.0]
     verl = await score("verl:custom_rewards.py:compute_score", ["4", "5"], {"ground_truth": ["4", "4"]})
     assert values(verl) == [1.0, 0.0]
+
+
+async def test_stop_signals_are_the_default_ones_in_a_worker() -> None:
+    """Though the run blocks them: a reward may end its programs with them."""
+    with StopSignals():
+        rewards = await score("ends_a_program", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+    assert values(rewards) == [1.0] * 5
 
 
 async def test_a_hang_is_a_timeout_and_takes_its_children_along() -> None:
