@@ -24,7 +24,7 @@ SETUP = @test -n "$(PYTHON)" || { echo "[setup] FAILED: no Python 3.11 or 3.12 f
 TEST_EXTRAS = dev,deepspeed,quant
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format bench bench-gpu clean
+.PHONY: help demo test test-numerics test-slow test-gpu lint format bench bench-gpu clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,11 @@ test: ## install what is needed, with the test extras, then run the test suite (
 	@echo "[test] pytest $(SHARED) $(ARGS)"
 	@$(BIN)/pytest $(SHARED) $(ARGS) || { code=$$?; \
 		echo "[test] FAILED with exit code $$code. Remedy: the failures above; one again: $(VENV)/bin/pytest FILE::TEST -x" >&2; exit $$code; }
+
+test-numerics: ## the tests that compare arithmetic; ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY emulate weaker processors
+	$(SETUP) --extras $(TEST_EXTRAS)
+	@$(BIN)/pytest $(SHARED) -m "numerics and not gpu and not slow" $(ARGS) || { code=$$?; \
+		echo "[test-numerics] FAILED with exit code $$code. Remedy: the failures above; the same environment again, with FILE::TEST" >&2; exit $$code; }
 
 test-slow: ## the long tests: faults in live runs, restarts, clusters, vLLM with adapters
 	$(SETUP) --extras $(TEST_EXTRAS)

@@ -25,6 +25,8 @@ from rft.learner.model import Head
 from tests.kernels.architectures import build
 from tests.test_learner import spec
 
+pytestmark = pytest.mark.numerics
+
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 BF16 = torch.bfloat16
 # Three layers and the head: a dozen roundings of 2^-9 to what a token's logit is made of.

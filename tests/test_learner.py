@@ -16,6 +16,8 @@ from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.schedule import learning_rate
 from tests.specs import learner_spec
 
+pytestmark = pytest.mark.numerics
+
 
 class Watched(Learner):
     """A learner that keeps each update's gradient."""

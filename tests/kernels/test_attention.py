@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from architectures import build
 from attention_helpers import assert_same_gradients, forest_batch, gradients, packed_logps, separate_logps
 
+pytestmark = pytest.mark.numerics
+
 
 def forest_of(lengths: list[int], parents: list[int]) -> Forest:
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -116,7 +118,9 @@ def test_merge_in_bfloat16_is_as_close_as_masks_are() -> None:
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     merged, masked = merged_attention(q, k, v, forest, 0.3), masked_attention(q, k, v, forest, 0.3)
     assert merged.dtype == torch.bfloat16
-    assert float((merged - exact).abs().max()) <= 1.5 * float((masked - exact).abs().max())
+    # Probabilities, values and the result are rounded once each, by at most the largest value's rounding.
+    unit = 3 * torch.finfo(torch.bfloat16).eps / 2 * float(v.abs().max())
+    assert float((merged - exact).abs().max()) <= max(1.5 * float((masked - exact).abs().max()), unit)
 
 
 def test_equal_lengths_need_no_copies() -> None:

@@ -22,6 +22,9 @@ from rft.kernels.logprob_chunked import unpack_support
 from rft.kernels.topk import sampled_support, topk_logps
 from rft.learner.distribution import full_divergence, next_logps
 from rft.learner.model import Head
+from tests.kernels.rounding import tolerance
+
+pytestmark = pytest.mark.numerics
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -47,7 +50,6 @@ def heads(dtype: torch.dtype, frozen: bool = False) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("direction", ["reverse", "forward", "js"])
 def test_agrees_with_the_reference(direction: Any, options: str, dtype: torch.dtype, frozen: bool) -> None:
@@ -58,9 +60,10 @@ def test_agrees_with_the_reference(direction: Any, options: str, dtype: torch.dt
         out = full_kl(x[0], x[1], x[2], x[3], direction, beta=0.3, backend=backend, **extra)
         (out * torch.linspace(-1, 2, 9)).sum().backward()
         found.append([out, *(p.grad for p in x if p.grad is not None)])
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    slope = extra.get("logit_scale", 1.0) / extra.get("temperature", 1.0)
+    policy, teacher = tolerance(dtype, x[0], x[1], slope, 1.0), tolerance(dtype, x[2], x[3], slope, 1.0)
     for a, b in zip(*found, strict=True):
-        assert ((a - b).norm() / b.norm()).item() < tolerance
+        assert ((a - b).norm() / b.norm()).item() < policy + teacher
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -142,17 +145,19 @@ def test_bad_input_is_named() -> None:
         sampled_support(h, w, top_p=0.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_topk_and_the_students_log_probs(dtype: torch.dtype) -> None:
     h, w, _, _ = heads(dtype)
     logps, ids, lse = topk_logps(h, w, 5, temperature=0.8, softcap=3.0)
     z = 3 * torch.tanh((h.double() @ w.double().t()) / 3) / 0.8
     wanted, wanted_ids = z.log_softmax(1).topk(5, dim=1)
-    assert torch.equal(ids, wanted_ids)
-    assert torch.allclose(logps.double(), wanted, atol=1e-5)
-    assert torch.allclose(lse.double(), z.logsumexp(1), atol=1e-5)
+    exact, nats = z.log_softmax(1), tolerance(dtype, h, w, 1 / 0.8)  # a log-prob's error is its logits'
+    if dtype.itemsize > 2:
+        assert torch.equal(ids, wanted_ids)
+    assert (exact.gather(1, ids) - wanted).abs().max() < nats, "tokens of equal probability may change places"
+    assert torch.allclose(logps.double(), exact.gather(1, ids), rtol=0, atol=nats)
+    assert torch.allclose(lse.double(), z.logsumexp(1), rtol=0, atol=nats)
     student = token_logps(h, w, ids, temperature=0.8, softcap=3.0)
-    assert torch.allclose(student, logps, atol=1e-5)
+    assert torch.allclose(student, logps, rtol=0, atol=nats)
 
 
 @pytest.mark.parametrize(

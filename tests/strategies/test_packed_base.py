@@ -24,6 +24,8 @@ from tests.strategies.test_qlora import plain, quantized
 from tests.test_bad_input import run
 from tests.test_learner import spec
 
+pytestmark = pytest.mark.numerics
+
 bnb = pytest.importorskip("bitsandbytes")
 
 SCALE = torch.finfo(torch.bfloat16).eps / 2  # packing rounds each scale to bfloat16

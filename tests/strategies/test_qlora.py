@@ -17,6 +17,8 @@ from rft.learner.strategy_config import AdapterConfig
 from rft.tasks.tiny import build_tiny
 from tests.test_learner import spec
 
+pytestmark = pytest.mark.numerics
+
 pytest.importorskip("bitsandbytes")
 
 
