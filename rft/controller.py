@@ -136,6 +136,9 @@ class Controller:
                 last = await self._one_step() or last
             last = last or await self._evaluate()
             self._check_stop()
+            for fleet in self._fleets:
+                async with fleet.gate:
+                    await fleet.prove()  # the last version: its evaluation is part of the result
             await self._save(final=True)
             return last
         except SAVE_ON:

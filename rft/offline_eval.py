@@ -84,6 +84,7 @@ class Sampled:
             label=f"eval-{step}",
             progress=step / config.train.steps,
         )
+        await self.channel.proved()
         await self.channel.before_step()
         self.log.samples(step, [row for j in judged for row in sample_rows(j, "eval")])
         return metrics

@@ -35,6 +35,7 @@ from rft.rewards import check_reward, check_values
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.choice import channel_spec, choose_transport, layout_problems
+from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
 from rft.utils.cores import parse_cores, usable_cores
 
@@ -109,6 +110,15 @@ class Plan:
             (1e-3 if exact else 0.05) if mean is None else mean,
             (0.02 if exact else None) if largest is None else largest,
         )
+
+    def proof_spec(self) -> ProofSpec | None:
+        """How each push is proven; None where engines see sequences of one token only."""
+        data = self.train_prompts or self.eval_prompts
+        limit = min(longest_sequence(self.config), self.shape.max_positions) - 1  # vLLM samples one more
+        if data is None or limit < 2:
+            return None
+        tokens = fixed_tokens(data.prompts, self.config.seed, limit)
+        return ProofSpec(tokens, self.config.sync.prove_every, *self.gap_bounds())
 
     def lines(self) -> list[str]:
         """The plan in words."""

@@ -330,7 +330,7 @@ def make_channel(plan: Plan, learner: Any, pool: RolloutPool) -> PushChannel:
     """The way of the weights from the learner to the replicas, not connected yet."""
     config, spec = plan.config, plan.channel_spec()
     kind = ColocatedChannel if spec.colocated else PushChannel
-    return kind(learner, pool, spec, config.rollout.update, config.sync.timeout_s)
+    return kind(learner, pool, spec, config.rollout.update, config.sync.timeout_s, plan.proof_spec())
 
 
 def report_failure(error: BaseException) -> int:

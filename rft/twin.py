@@ -52,9 +52,12 @@ class Twin:
     async def step(self, batch: Batch, step: int) -> dict[str, float]:
         """Train on a batch and push what came of it; returns the metrics as `copy/...`."""
         async with self.fleet.gate:
+            await self.fleet.before_step()
             metrics = await self._ask("step", batch, step)
             await self.fleet.push(step + 1)
         self.fleet.progressed()
+        if self.fleet.proof is not None:
+            metrics |= self.fleet.proof.metrics
         await tell_notes(self._ask, self.fleet.progress.note)
         return {f"copy/{name}": value for name, value in metrics.items()}
 

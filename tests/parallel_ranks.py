@@ -74,10 +74,11 @@ def work(model: Path, root: Path, kind: str, parallel: Parallel | None) -> None:
     (folder / "state").mkdir(parents=True, exist_ok=True)
     own = spec(model, gradient_checkpointing=parallel is not None, **trains(kind))
     learner = Learner(own, parallel)
-    result: dict[str, Any] = {"metrics": [], "weights": []}
+    result: dict[str, Any] = {"metrics": [], "weights": [], "scores": []}
     for step in range(STEPS):
         result["metrics"].append(learner.step(batch(step), step))
-        result["weights"].append(weights(learner))
+        result["scores"].append(torch.tensor(learner.score_tokens(range(6, 200))))
+        result["weights"].append(weights(learner))  # after a forward without backward
         if step == 1:
             learner.write_state(folder / "state")
     learner.export(str(folder / "model"))

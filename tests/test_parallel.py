@@ -51,6 +51,7 @@ def test_two_ranks_give_the_weights_and_metrics_of_one(runs: Path, kind: str) ->
     one, two = result(runs, ranks.alone(kind)), result(runs, kind)
     for step in range(ranks.STEPS):
         same(one["weights"][step], two["weights"][step])
+        assert (one["scores"][step] - two["scores"][step]).abs().max() < 1e-4
         first, second = one["metrics"][step], two["metrics"][step]
         assert first.keys() == second.keys()
         for name in first:

@@ -85,6 +85,7 @@ class LearnerActor(Learner):
         """What `send_weights` is about to bring to the engines. An early publisher (sparse, files) reads
         the weights here, any other one in `send_weights`: once per push."""
         if self.publisher.spec.transport == "adapter":
+            self.parallel.settle()
             found = self.strategy.adapter(self.parallel.whole)
             return self.publisher.announce_adapter(version, *found) if self.rank == 0 else {}
         weights = self._finite_weights() if self._early() else iter(())

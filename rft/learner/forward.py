@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -121,6 +122,12 @@ class PolicyModel:
                 "auto" if backend == "triton" or backend == "liger" else backend,
             )
         return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
+
+    def at_temperature(self, temperature: float) -> PolicyModel:
+        """The same network, whose log-probs are those of another temperature."""
+        other = copy(self)
+        other.temperature = temperature
+        return other
 
     def self_check(self, batch: Batch, *, fall_back: bool) -> float:
         """The largest relative difference of packed hidden states from those of separate sequences, on part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput
-from rft.batch import Batch
+from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_choice
 from rft.learner import objective, state
@@ -183,8 +183,7 @@ class Learner:
             **metrics,
             **_advantage_metrics(batch),
             **self.algorithm.report(batch),
-            "sync/logp_gap": gap.largest,
-            "sync/logp_gap_mean": gap.mean,
+            **gap.metrics,
             "train/learning_rate": lr,
             "train/tokens": float(batch.num_tokens),
             "train/loss_tokens": float(batch.mask.sum()),
@@ -242,6 +241,15 @@ class Learner:
             for name in names if trees else ():
                 found[name][where] = getattr(out, name).float().cpu()
         return {name: self.parallel.sum(values) for name, values in found.items()}
+
+    def score_tokens(self, tokens: Sequence[int]) -> list[float]:
+        """The policy's log-probs of `tokens[1:]`, each after those before it, at temperature 1 (which engines
+        score prompts at). Collective."""
+        group = Group(Prompt(0, tuple(tokens[:1]), ""), (Completion(tuple(tokens[1:])),))
+        batch = Batch.build([group])
+        scored = self.score(batch, model=self.policy.at_temperature(1.0))
+        logps: list[float] = scored["logps"][batch.mask].tolist()
+        return logps
 
     def score_reference(self, batch: Batch) -> Tensor:
         """[T] float32: the reference's log-probs, for a cache; the reference is loaded where it is not."""
@@ -370,6 +378,7 @@ class Learner:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The plain policy's parameters under their Hugging Face names, tied ones once, adapters merged in
         one layer at a time."""
+        self.parallel.settle()
         return self.strategy.weights(self.policy.model, self.parallel.whole)
 
     def export(self, folder: str) -> str:

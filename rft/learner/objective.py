@@ -145,6 +145,11 @@ class LogpGap:
     def mean(self) -> float:
         return self.total / max(self.tokens, 1)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Nothing where nothing was compared."""
+        return {"sync/logp_gap": self.largest, "sync/logp_gap_mean": self.mean} if self.tokens else {}
+
 
 def merge_means(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     """The plain mean of several updates' metrics."""

@@ -19,6 +19,7 @@ from rft.rollout.config import RolloutConfig
 from rft.rollout.engine import Aborted, Generated, Request
 from rft.rollout.pool import ReplicaDied, RolloutPool
 from rft.sync.channel import PushReport, WeightChannel
+from rft.sync.proof import Proof
 
 HEALTH_TOLD_EVERY = 60.0  # seconds between two signs of life in events.jsonl
 
@@ -37,6 +38,7 @@ class Fleet:
     held: int = 0
     restarts: int = 0
     requeued: int = 0
+    proof: Proof | None = None  # of the version that the last step began with
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
     _failure: BaseException | None = None  # of a recovery that nobody may have waited for
     _recovering: set[asyncio.Task[None]] = field(default_factory=set)
@@ -96,8 +98,25 @@ class Fleet:
         self.log.event("version/pushed", version=report.version, seconds=report.seconds, bytes=report.bytes)
         return report
 
+    async def prove(self) -> None:
+        """Wait for the proof of the last push, where one is due. Call it with the gate held.
+
+        Raises LogpGapError where a replica computes with other weights than the learner.
+        """
+        while True:
+            try:
+                self.proof = await self.channel.proved()
+                break
+            except ReplicaDied as died:  # its successor is proven instead
+                self.pool.discard(died)
+                await self._mend([died.index], died.why)
+        if self.proof is not None:
+            gaps = {str(index): gap.largest for index, gap in sorted(self.proof.gaps.items())}
+            self.log.event("version/proved", version=self.proof.version, tokens=self.proof.tokens, gaps=gaps)
+
     async def before_step(self) -> None:
-        """Have the learner's device free for it. Call it with the gate held."""
+        """Have the last push proven, and the learner's device free for it. Call it with the gate held."""
+        await self.prove()
         try:
             await self.channel.before_step()
         except (ActorDied, LearnerError):
@@ -210,6 +229,7 @@ class Fleet:
             "engine/alive": float(sum(m.serving for _, m in members)),
             "engine/restarts": float(self.restarts),
             "rollout/requeued": float(self.requeued),
+            **({} if self.proof is None else self.proof.metrics),
         }
         for index, member in members:
             found[f"engine/{index}/version"] = float(member.version)

@@ -92,6 +92,22 @@ class HFEngine:
             for t, p, f in zip(tokens, logps, finish, strict=True)
         ]
 
+    async def score(self, tokens: tuple[int, ...]) -> list[float]:
+        """Score between two requests; those that queue come after it."""
+        self._open.clear()
+        try:
+            async with self._lock:
+                return await asyncio.to_thread(self._score, tokens)
+        finally:
+            self._open.set()
+
+    @torch.inference_mode()
+    def _score(self, tokens: tuple[int, ...]) -> list[float]:
+        ids = torch.tensor([tokens], device=self.spec.device)
+        logps = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        found: list[float] = logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        return found
+
     def _hits_stop_string(self, tokens: list[int], stop: Iterable[str]) -> bool:
         if not stop:
             return False

@@ -129,6 +129,13 @@ class RolloutPool:
             self._serving.clear()
             await self._serving.wait()
 
+    async def score(self, tokens: tuple[int, ...]) -> dict[int, list[float]]:
+        """The log-probs of `tokens[1:]`, each after those before it, by every replica with the weights that
+        it holds."""
+        indices = sorted(self.members)
+        found = await self._all("score", tokens, seconds=self.generate_timeout_s)
+        return dict(zip(indices, found, strict=True))
+
     def is_lost(self, died: ReplicaDied) -> bool:
         """False where the replica that died was replaced in the meantime."""
         return died.index not in self.members or self.members[died.index].serial == died.serial

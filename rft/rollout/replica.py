@@ -73,6 +73,10 @@ class Replica:
             del self.running[request.id]
             self.load -= request.sampling.n
 
+    async def score(self, tokens: tuple[int, ...]) -> list[float]:
+        """The log-probs of `tokens[1:]` under the weights that the engine holds."""
+        return await self.engine.score(tokens)
+
     async def cancel(self, request_id: str) -> None:
         """End a request that nobody waits for; one that is not running has ended already."""
         if request_id in self.running:

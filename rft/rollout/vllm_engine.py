@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from rft.errors import EngineError
@@ -26,6 +27,7 @@ class VLLMEngine:
         self.spec = spec
         self._engine: Any = None
         self._version = _INITIAL_VERSION
+        self._scored = count()
         self._continued = False  # the last push left keys and values of the version before in place
 
     async def start(self) -> None:
@@ -56,6 +58,7 @@ class VLLMEngine:
             "weight_transfer_config": {"backend": self.spec.transport},
             "worker_extension_cls": "rft.sync.vllm_worker.Extension",
             "scheduler_cls": "rft.rollout.vllm_scheduler.collecting_scheduler",
+            "scheduling_policy": "priority",  # by arrival, but for `score`
             "disable_log_stats": True,
             "enable_log_requests": False,
         }
@@ -92,6 +95,23 @@ class VLLMEngine:
             # Whatever sampled its last tokens, it did so on keys and values of the version that began.
             return [replace(g, versions=((began, 0, len(g.tokens)),)) for g in generated]
         return generated
+
+    async def score(self, tokens: tuple[int, ...]) -> list[float]:
+        """Score ahead of the requests that wait. vLLM reads no prefix cache for log-probs of a prompt."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        name = f"score-{self._version}-{next(self._scored)}"
+        prompt = tokens_input(list(tokens), cache_salt=name)
+        args = {**self._request_args(), "priority": -1}
+        output = None
+        async for latest in self._engine.generate(prompt, params, request_id=name, **args):
+            output = latest
+        if output is None or output.prompt_logprobs is None:
+            raise EngineError(f"vLLM ended request {name} without the prompt's log-probs")
+        rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
+        return [row[token].logprob for token, row in rows]
 
     def _request_args(self) -> dict[str, Any]:
         """What else vLLM is told with every request."""

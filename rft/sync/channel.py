@@ -1,12 +1,14 @@
 """The weight channel: pushes policy version v from the learner to every engine.
 
 Two invariants: no engine samples between `begin_update` and `finish_update`, and `push` returns only
-when every live engine reports the version that was sent. That the *numbers* arrived is proven by the
-learner, which compares the log-probs of the next fresh samples with its own.
+when every live engine reports the version that was sent. That the *numbers* arrived is proven while engines
+sample again: every engine and the learner score the same fixed tokens with that version, and `proved`
+compares them before the learner moves on.
 
     channel = PushChannel(learner, pool, spec, "keep", timeout_s)
     await channel.connect()          # again after a replica was rebuilt
     report = await channel.push(7)
+    proof = await channel.proved()   # before the learner's next update
 
 One class serves all transports: they differ in the learner's sender (`sender.py`) and the engines'
 receiver (`receiver.py`, `vllm_worker.py`), which understand each other's announcements.
@@ -25,6 +27,7 @@ from rft.rollout.engine import InFlight
 from rft.rollout.pool import RolloutPool
 from rft.sync import files
 from rft.sync.link import Link
+from rft.sync.proof import Gap, Proof, ProofSpec
 from rft.sync.spec import ChannelSpec, Sent
 
 
@@ -64,6 +67,8 @@ class WeightChannel(Protocol):
 
     async def push(self, version: int) -> PushReport: ...
 
+    async def proved(self) -> Proof | None: ...
+
     async def close(self) -> None: ...
 
 
@@ -77,12 +82,16 @@ class PushChannel:
         spec: ChannelSpec,
         in_flight: InFlight,
         timeout_s: float,
+        proof: ProofSpec | None = None,
     ) -> None:
         self.learner = learner
         self.pool = pool
         self.spec = spec
         self.in_flight: InFlight = in_flight
         self.timeout_s = timeout_s
+        self.proof = proof
+        self._unproven = True  # nothing was proven since the engines joined
+        self._proving: asyncio.Task[Proof] | None = None
 
     async def before_start(self) -> None:
         """Learner and engines have devices of their own."""
@@ -91,7 +100,10 @@ class PushChannel:
         """As `before_start`."""
 
     async def connect(self) -> None:
-        """Form the group anew: learner rank 0, then each replica's workers. The next push is full."""
+        """Form the group anew: learner rank 0, then each replica's workers. The next push is full, and
+        proven."""
+        self._drop_proof()
+        self._unproven = True
         host, port = await self._learner("reserve_address") if self.spec.grouped else ("", 0)
         world = self.pool.world_size
         links, offset = [], 1
@@ -108,11 +120,13 @@ class PushChannel:
         """Raises EngineError when the transfer failed: every engine has to be rebuilt then. Raises
         ActorDied when the learner is gone."""
         start = time.perf_counter()
+        self._drop_proof()
         update = await self._learner("announce", version)
         announced = time.perf_counter() - start
         await self.pool.begin_update(self.in_flight)
         sent = await self._transfer(version, update)
         await self.pool.finish_update(version)
+        self._begin_proof(version)
         return PushReport(
             version, sent.bytes, time.perf_counter() - start, announced, sent.tensors, sent.metrics
         )
@@ -129,8 +143,42 @@ class PushChannel:
         assert isinstance(sent, Sent)
         return sent
 
+    def _begin_proof(self, version: int) -> None:
+        """Have both sides score the fixed tokens, while engines sample.
+
+        The learner is asked here, ahead of any call that changes its weights or moves them off the device.
+        """
+        if self.proof is None or not (self._unproven or version % self.proof.every == 0):
+            return
+        ours = self.learner.score_tokens.remote(self.proof.tokens)
+        self._proving = asyncio.create_task(self._prove(self.proof, version, ours))
+        # A dropped proof is not awaited: without this, asyncio logs its exception as unhandled.
+        self._proving.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _prove(self, spec: ProofSpec, version: int, ours: Any) -> Proof:
+        begin = time.perf_counter()
+        answer = call(ours, self.timeout_s, "scoring the fixed tokens on the learner")
+        learner, engines = await asyncio.gather(answer, self.pool.score(spec.tokens))
+        gaps = {index: Gap.between(learner, logps) for index, logps in engines.items()}
+        proof = Proof(version, len(learner), gaps, time.perf_counter() - begin)
+        proof.check(spec)
+        self._unproven = False
+        return proof
+
+    async def proved(self) -> Proof | None:
+        """The proof of the last push, once; None where none was due. Raises LogpGapError where a replica's
+        log-probs are not the learner's, ReplicaDied where a replica did not live to show them."""
+        task, self._proving = self._proving, None
+        return None if task is None else await task
+
+    def _drop_proof(self) -> None:
+        if self._proving is not None:
+            self._proving.cancel()
+            self._proving = None
+
     async def close(self) -> None:
         """Remove the files that the last versions are in."""
+        self._drop_proof()
         files.remove(self.spec.folder)
 
     async def _learner(self, method: str, *args: Any) -> Any:

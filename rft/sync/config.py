@@ -32,15 +32,23 @@ class SyncConfig(Section):
         description="measure the share of weights that a step changed in bfloat16: off, overall, or "
         "matrices (each one); keeps 2 bytes a parameter in host memory",
     )
+    prove_every: int = Field(
+        1,
+        ge=1,
+        description="every n-th version is proven to have arrived: engines and learner score the same fixed "
+        "tokens, and the run stops where they differ by more than the two bounds below; the first push and "
+        "those to rebuilt engines always are",
+    )
     max_logp_gap: float | None = Field(
         None,
         ge=0,
-        description="largest |learner - engine| log-prob of a fresh token before the run stops "
+        description="largest |learner - engine| log-prob of a fresh or fixed token before the run stops "
         "(none: 0.02 where both run in float32, unbounded otherwise)",
     )
     max_logp_gap_mean: float | None = Field(
         None,
         ge=0,
-        description="the same for the mean over a step's fresh tokens (none: 0.001 in float32, else 0.05)",
+        description="the same for the mean over a step's fresh tokens, or a proof's fixed ones "
+        "(none: 0.001 in float32, else 0.05)",
     )
     timeout_s: float = Field(120, gt=0, description="seconds that a push or a rendezvous may take")

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def raise_stage(
         stand_in(learner, pool)
     if in_turn:
         pool.specs = [dataclasses.replace(spec, sleeps=True) for spec in pool.specs]
-        channel = ColocatedChannel(learner, pool, plan.channel_spec(), plan.config.rollout.update, 120)
+        how = (plan.channel_spec(), plan.config.rollout.update, 120, plan.proof_spec())
+        channel = ColocatedChannel(learner, pool, *how)
     loop.run_until_complete(start_engines(channel, pool))
     loop.run_until_complete(channel.connect())
     loop.run_until_complete(channel.push(0))
@@ -109,7 +110,7 @@ def with_transport(stage: Stage, transport: str, folder: str | None = None) -> S
     config = stage.plan.config.model_copy(update={"sync": sync})
     plan = dataclasses.replace(stage.plan, config=config, transport=transport)
     learner = start_learner(plan, learner_spec(plan))
-    channel = PushChannel(learner, stage.pool, plan.channel_spec(), "keep", 60)
+    channel = PushChannel(learner, stage.pool, plan.channel_spec(), "keep", 60, plan.proof_spec())
     return Stage(stage.loop, plan, stage.pool, learner, channel)
 
 
@@ -121,13 +122,18 @@ def vllm_stage(ray_here: None, tiny_folder: Path) -> Iterator[Stage]:
 
 
 def rft(
-    *args: str, timeout: float = 240, check: bool = True, mark: str | None = None
+    *args: str,
+    timeout: float = 240,
+    check: bool = True,
+    mark: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does; `mark` is for `processes_of` to find what it leaves behind."""
+    marked = {} if mark is None else {"RFT_TEST_MARK": mark}
     done = subprocess.run(
         [sys.executable, "-m", "rft.cli", *args],
         cwd=ROOT,
-        env=ENV if mark is None else {**ENV, "RFT_TEST_MARK": mark},
+        env={**ENV, **marked, **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

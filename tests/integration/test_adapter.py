@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import Stage, raise_stage
-from tests.integration.test_sync import sample, train_and_push
+from tests.integration.test_sync import assert_proven, sample, train_and_push
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def test_vllm_samples_from_the_adapter_that_was_sent(adapter_stage: Stage) -> No
     for _ in range(3):
         _, report = train_and_push(adapter_stage)
         weights = report.bytes
+        assert_proven(adapter_stage, report.version)
         generated = sample(adapter_stage, length=6).completions[0]
         assert generated.versions == ((report.version, 0, len(generated.tokens)),)
     assert 0 < weights < 4 * adapter_stage.plan.shape.parameters  # the factors alone, not the model

@@ -14,7 +14,7 @@ from rft.metrics.config import TrackingConfig
 from rft.remote import call
 from rft.rollout.fleet import Fleet
 from tests.integration.conftest import Stage, raise_stage
-from tests.integration.test_sync import sample, step, train_and_push
+from tests.integration.test_sync import assert_proven, sample, step, train_and_push
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -61,10 +61,12 @@ def test_sleep_train_wake_push_generate(in_turn: Stage, monkeypatch: pytest.Monk
         "learner send_weights",
         "engine receive",
         "engine finish_update",
+        "engine score",  # waits for the KV cache; the learner has scored before it rests
         "learner rest",
         "engine wake",  # its KV cache, and requests again
     ]
     assert trained["sync/logp_gap"] < 1e-3
+    assert_proven(in_turn, 1)
     figures = [f"memory/device/{turn}" for turn in ("train", "push", "rollout")]
     assert all(pushed[name] > 2**20 for name in (*figures, "memory/learner_peak"))
     assert 0 < pushed["time/switch"] < 60 and pushed["sync/version"] == 1

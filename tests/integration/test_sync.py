@@ -42,6 +42,14 @@ def push(stage) -> None:
     stage.run(stage.channel.push(version))
 
 
+def assert_proven(stage, version: int, bound: float = 1e-3) -> None:
+    """Every replica scored the fixed tokens, more than a KV block of 128, as the learner does."""
+    proof = stage.run(stage.channel.proved())
+    assert proof.version == version and set(proof.gaps) == set(stage.pool.members)
+    assert proof.tokens > 128
+    assert all(0 < gap.mean <= gap.largest < bound for gap in proof.gaps.values())
+
+
 def train_and_push(stage, bound: float = 1e-4) -> tuple[dict[str, float], PushReport]:
     """A step on prompts of 5 and 140 tokens, whose samples fit the learner within `bound` nats on average,
     and the push of what came of it."""
@@ -62,6 +70,7 @@ def test_engine_and_learner_agree_after_every_push(vllm_stage, share: bool) -> N
         assert 0 < metrics["sync/logp_gap_mean"] < 1e-4
         assert metrics["sync/logp_gap"] < 1e-3
         push(vllm_stage)
+        assert_proven(vllm_stage, vllm_stage.pool.members[0].version)
 
 
 def test_every_completion_carries_the_version_that_sampled_it(vllm_stage) -> None:
@@ -80,6 +89,8 @@ def test_without_the_tied_head_repair_the_run_is_stopped(vllm_stage) -> None:
     vllm_stage.run(vllm_stage.pool.call_workers("set_repack_tied_head", False))
     push(vllm_stage)
     stale = sample(vllm_stage, length=20)
+    with pytest.raises(LogpGapError, match=r"disagree at policy version \d+ .*replica 0: mean gap"):
+        vllm_stage.run(vllm_stage.channel.proved())
     with pytest.raises(LogpGapError, match=r"disagree at policy version \d+: mean gap .* allowed 0.001"):
         step(vllm_stage, [stale])
     vllm_stage.run(vllm_stage.pool.call_workers("set_repack_tied_head", True))
@@ -244,6 +255,7 @@ def test_vllm_takes_the_other_transports_as_exactly(vllm_stage, transport: str, 
         other.run(other.channel.push(0))
         for _ in range(2):
             _, report = train_and_push(other)
+            assert_proven(other, report.version)
             assert report.metrics["sync/changed_share"] > 0 and report.bytes > 0
         assert step(other, [sample(other, length=9)])["sync/logp_gap"] < 1e-3
         other.run(other.channel.close())

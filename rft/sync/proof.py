@@ -1,0 +1,92 @@
+"""Prove that pushed weights arrived: learner and engines score the same fixed tokens with them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rft.batch import Prompt
+from rft.errors import LogpGapError
+from rft.utils.seeds import derive_seed
+
+PROOF_TOKENS = 192  # more than one KV block, which holds 128 tokens on CPU
+
+
+@dataclass(frozen=True)
+class ProofSpec:
+    """What is scored, how often, and how far engine and learner may differ (nats; None: any distance).
+
+    Every `every`-th version is proven, and always the first push to a new set of engines.
+    """
+
+    tokens: tuple[int, ...]
+    every: int
+    max_gap_mean: float | None
+    max_gap: float | None
+
+
+class Gap(NamedTuple):
+    """|learner's log-prob - engine's| over the fixed tokens, in nats."""
+
+    mean: float
+    largest: float
+
+    @staticmethod
+    def between(ours: Sequence[float], theirs: Sequence[float]) -> Gap:
+        """A NaN on either side is an infinite gap. Raises ValueError for other numbers of tokens."""
+        gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        gaps = [float("inf") if gap != gap else gap for gap in gaps]
+        return Gap(sum(gaps) / len(gaps), max(gaps))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One version, and how far each replica's log-probs are from the learner's."""
+
+    version: int
+    tokens: int
+    gaps: Mapping[int, Gap]
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The gaps of the worst replica."""
+        return {
+            "sync/proof_gap": max(gap.largest for gap in self.gaps.values()),
+            "sync/proof_gap_mean": max(gap.mean for gap in self.gaps.values()),
+            "time/proof": self.seconds,
+        }
+
+    def check(self, spec: ProofSpec) -> None:
+        """Raises LogpGapError that names every replica whose gap exceeds a bound."""
+        found = []
+        for index, gap in sorted(self.gaps.items()):
+            for what, value, bound in (
+                ("mean", gap.mean, spec.max_gap_mean),
+                ("largest", gap.largest, spec.max_gap),
+            ):
+                if bound is not None and value > bound:
+                    found.append(f"replica {index}: {what} gap {value:.4g}, allowed {bound:.4g}")
+                    break
+        if found:
+            raise LogpGapError(
+                f"rollout engine and learner disagree at policy version {self.version} about the log-probs "
+                f"of {self.tokens} fixed tokens ({'; '.join(found)}). Version {self.version} did not arrive "
+                "as it was sent, or the two compute differently (sync.max_logp_gap and "
+                "sync.max_logp_gap_mean set the bounds)."
+            )
+
+
+def fixed_tokens(prompts: Sequence[Prompt], seed: int, limit: int) -> tuple[int, ...]:
+    """PROOF_TOKENS tokens, at most `limit`: prompts of the data in a seeded order, one after another."""
+    size, order = min(PROOF_TOKENS, limit), list(range(len(prompts)))
+    random.Random(derive_seed(seed, "proof")).shuffle(order)
+    tokens: list[int] = []
+    while len(tokens) < size:
+        for index in order:
+            tokens += prompts[index].tokens
+            if len(tokens) >= size:
+                break
+    return tuple(tokens[:size])
