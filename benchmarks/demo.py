@@ -33,7 +33,7 @@ def summarise(run: Path) -> dict[str, Any]:
         "after": last["eval/accuracy"],
         "greedy_before": first["eval/greedy_accuracy"],
         "greedy_after": last["eval/greedy_accuracy"],
-        "largest_gap": max(r["sync/logp_gap"] for r in steps),
+        "largest_gap": max((r["sync/logp_gap"] for r in steps if "sync/logp_gap" in r), default=None),
         "step_seconds": statistics.median(r["time/step"] for r in steps),
     }
 

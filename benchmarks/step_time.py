@@ -95,7 +95,7 @@ def time_rft(work: Path, name: str, s: dict[str, Any], warmup: int) -> dict[str,
     return {
         "seconds": step_times([m["time/wall"] for m in steps], warmup),
         "length": statistics.fmean(m["completion/length_mean"] for m in steps),
-        "gap": max(m["sync/logp_gap"] for m in steps),
+        "gap": max((m["sync/logp_gap"] for m in steps if "sync/logp_gap" in m), default=None),
         "parts": {
             part: statistics.median(m[f"time/{part}"] for m in steps[warmup:])
             for part in ("rollout", "reward", "train", "sync", "step")

@@ -64,7 +64,7 @@ def summary(rows: list[dict[str, Any]], *more: str) -> dict[str, Any]:
     return {
         "curve": [[m["step"], m["eval/accuracy"]] for m in rows if "eval/accuracy" in m],
         "medians": {n: statistics.median(m[n] for m in counted if n in m) for n in names if n in counted[0]},
-        "largest_gap": max(m["sync/logp_gap"] for m in steps),
+        "largest_gap": max((m["sync/logp_gap"] for m in steps if "sync/logp_gap" in m), default=None),
     }
 
 

@@ -255,8 +255,14 @@ def _diversity(axes: Axes, run: Run) -> bool:
 
 
 def _gap(axes: Axes, run: Run) -> bool:
-    drawn = _lines(axes, run, {"sync/logp_gap": "largest", "sync/logp_gap_mean": "mean"})
-    if drawn and all(v > 0 for n in ("sync/logp_gap", "sync/logp_gap_mean") for v in run.series(n)[1]):
+    names = {
+        "sync/proof_gap": "fixed tokens, largest",
+        "sync/proof_gap_mean": "fixed tokens, mean",
+        "sync/logp_gap": "fresh samples, largest",
+        "sync/logp_gap_mean": "fresh samples, mean",
+    }
+    drawn = _lines(axes, run, names)
+    if drawn and all(v > 0 for n in names for v in run.series(n)[1]):
         axes.set_yscale("log")
     return drawn
 

@@ -157,9 +157,19 @@ METRICS: dict[str, Metric] = {
     "engine/restarts": Metric("engines rebuilt so far", "engines"),
     # -- weights to the engines
     "sync/logp_gap": Metric(
-        "largest difference between the engine's log-prob of a sampled token and the learner's", "nats"
+        "largest difference between the engine's log-prob of a token and the learner's, over the tokens that "
+        "the version in training sampled; absent where a step has none",
+        "nats",
     ),
     "sync/logp_gap_mean": Metric("mean of that difference over tokens", "nats"),
+    "sync/proof_gap": Metric(
+        "largest difference between a replica's log-prob of a fixed token and the learner's, for the version "
+        "that the step began with",
+        "nats",
+    ),
+    "sync/proof_gap_mean": Metric(
+        "mean of that difference over the fixed tokens, of the worst replica", "nats"
+    ),
     "sync/bytes": Metric("bytes pushed to each engine after this step", "bytes"),
     "sync/version": Metric("policy version that all engines acknowledged", "version"),
     "sync/tensors": Metric("tensors pushed to each engine after this step", "tensors"),
@@ -176,6 +186,7 @@ METRICS: dict[str, Metric] = {
     "time/train": Metric("forward, backward, optimizer", "s"),
     "time/sync": Metric("pushing weights and waiting for all engines", "s"),
     "time/sync_announce": Metric("part of time/sync before the engines stand still: reading, writing", "s"),
+    "time/proof": Metric("from the push to the proof that it arrived, while engines sample", "s"),
     "time/switch": Metric("falling asleep and waking of learner and engine (sync.transport: ipc)", "s"),
     "time/sync_measure": Metric("part of time/sync spent on measuring what changed", "s"),
     "time/eval": Metric("held-out evaluation", "s"),
@@ -206,6 +217,7 @@ EVENTS: dict[str, str] = {
     "run/failed": "ended by an error: step, error",
     "phase/started": "a part of a step (rollout, train, sync) began: phase, step",
     "phase/ended": "it ended: phase, step, seconds",
+    "version/proved": "every replica scores fixed tokens as the learner does: version, tokens, gaps (largest by replica)",
     "version/pushed": "weights reached the engines: version, seconds, bytes, engines",
     "group/trained": "a step's groups were trained on: step, prompts ([epoch, row] each), ages",
     "group/dropped": "a group is not trained on: prompt ([epoch, row]), reason, again (true: a second try)",
@@ -247,13 +259,14 @@ def is_documented_event(kind: str) -> bool:
 
 def is_reproducible(name: str) -> bool:
     """True if two equal runs in synchronous mode must write the same number: all but times, memory, counts
-    of faults, and bytes pushed (a resumed run starts with a full push)."""
+    of faults, bytes pushed and proofs (a resumed run starts with a full push, and proves it)."""
     places = (
         "time/",
         "throughput/",
         "memory/",
         "engine/",
         "sync/bytes",
+        "sync/proof",
         "reward/workers/",
         "rollout/requeued",
     )

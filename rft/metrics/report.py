@@ -101,9 +101,10 @@ def facts(run: Run) -> list[Fact]:
     speed = run.series("throughput/tokens_per_s")[1]
     if speed:
         found.append(Fact("tokens a second", f"{sum(speed) / len(speed):,.0f}", "mean over steps"))
-    gaps = run.series("sync/logp_gap")[1]
-    if gaps:
-        found.append(Fact("log-prob gap", f"{max(gaps):.1e}", "largest, nats"))
+    for name, label in (("sync/proof_gap", "proof of pushes"), ("sync/logp_gap", "log-prob gap")):
+        gaps = run.series(name)[1]
+        if gaps:
+            found.append(Fact(label, f"{max(gaps):.1e}", "largest, nats"))
     resumes, faults = len(run.resumes()), len(run.faults())
     found.append(
         Fact(

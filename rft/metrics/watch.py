@@ -25,6 +25,7 @@ SHOWN = (
     ("entropy", "policy/entropy", "{:.3f}", "magenta"),
     ("KL to sampler", "policy/kl", "{:.2g}", "blue"),
     ("length", "completion/length_mean", "{:.1f}", "yellow"),
+    ("proof of pushes", "sync/proof_gap", "{:.1e}", "white"),
     ("log-prob gap", "sync/logp_gap", "{:.1e}", "white"),
     ("tokens/s", "throughput/tokens_per_s", "{:,.0f}", "white"),
 )
