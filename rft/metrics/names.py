@@ -217,7 +217,7 @@ EVENTS: dict[str, str] = {
     "run/failed": "ended by an error: step, error",
     "phase/started": "a part of a step (rollout, train, sync) began: phase, step",
     "phase/ended": "it ended: phase, step, seconds",
-    "version/proved": "every replica scores fixed tokens as the learner does: version, tokens, gaps (largest by replica)",
+    "version/proved": "every replica scores fixed tokens as the learner does: version, tokens, gaps",
     "version/pushed": "weights reached the engines: version, seconds, bytes, engines",
     "group/trained": "a step's groups were trained on: step, prompts ([epoch, row] each), ages",
     "group/dropped": "a group is not trained on: prompt ([epoch, row]), reason, again (true: a second try)",
