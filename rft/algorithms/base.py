@@ -231,7 +231,7 @@ class Algorithm(ABC):
         return dict(state)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """Unreduced diagnostics [T], averaged over masked-in tokens of the whole batch."""
+        """Unreduced diagnostics [T], averaged over masked-in tokens of the whole batch; NaN: not measured."""
         return {}
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:

@@ -140,19 +140,18 @@ class PolicyGradient(Algorithm):
         return self.task_rewards(batch) - batch.sum_by_sequence(self.kl_penalty(batch))
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """policy/kl is to the policy that sampled, policy/kl_ref to the reference: both k3, the latter exact
-        where `kl_estimator` is full."""
+        """policy/kl is to the policy that sampled (NaN on a demonstration, which none did), policy/kl_ref to
+        the reference: both k3, the latter exact where `kl_estimator` is full."""
         batch, logps = self.around(policy, batch), policy.logps.detach()
         ratio = safe_exp(logps - batch.old_logps_or(logps))
-        sampler = batch.old_logps_or(logps) if batch.sampler_logps is None else batch.sampler_logps
-        kl = sampled_kl(logps, sampler)
-        if batch.demonstrated is not None:
-            kl = kl.masked_fill(batch.demonstrated, 0)
-        found = {"policy/kl": kl, "policy/ratio": ratio, "policy/ratio_spread": (ratio - 1).abs()}
+        found = {"policy/ratio": ratio, "policy/ratio_spread": (ratio - 1).abs()}
+        given = torch.zeros_like(batch.mask) if batch.demonstrated is None else batch.demonstrated
+        sampler = batch.old_logps if batch.sampler_logps is None else batch.sampler_logps
+        if sampler is not None:
+            found["policy/kl"] = sampled_kl(logps, sampler).masked_fill(given, torch.nan)
         if batch.sampler_logps is not None:
-            mismatch = sampled_kl(batch.old_logps_or(logps), sampler)
-            given = batch.demonstrated
-            found["policy/mismatch_kl"] = mismatch if given is None else mismatch.masked_fill(given, 0)
+            mismatch = sampled_kl(batch.old_logps_or(logps), batch.sampler_logps)
+            found["policy/mismatch_kl"] = mismatch.masked_fill(given, torch.nan)
         if self.correction != "none" and batch.sampler_logps is not None:
             weights = self.weights(policy, batch)
             found["policy/correction"] = weights

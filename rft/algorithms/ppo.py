@@ -110,7 +110,7 @@ class PPO(ClippedPolicyGradient):
     def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
         state = dict(state)
         state["steps"] = state.get("steps", 0) + 1
-        if self.kl_target is not None and self.beta:
+        if self.kl_target is not None and self.beta and "policy/kl_ref" in metrics:
             error = min(max(metrics["policy/kl_ref"] / self.kl_target - 1, -0.2), 0.2)
             state["kl_weight"] = self.kl_weight(state) * (1 + 0.1 * error)
         return state

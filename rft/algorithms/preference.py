@@ -41,7 +41,6 @@ class OnlinePreference(Algorithm):
     def report(self, batch: Batch) -> dict[str, float]:
         """group/degenerate: how many groups have all rewards equal; group/degenerate_share: of all."""
         count = count_degenerate(required(batch.rewards, "rewards"), batch.group)
-        return {
-            "group/degenerate": float(count),
-            "group/degenerate_share": count / max(batch.num_groups, 1),
-        }
+        if not batch.num_groups:
+            return {}
+        return {"group/degenerate": float(count), "group/degenerate_share": count / batch.num_groups}

@@ -353,7 +353,8 @@ class Learner:
                 f"the gradient norm is {norm} at policy version {self.version}; nothing was updated. "
                 "Lower learner.learning_rate, or set learner.on_nonfinite: skip to drop such updates."
             )
-        return {"train/grad_norm": norm if finite else 0.0, "train/skipped": float(not finite)}
+        measured = {"train/grad_norm": norm} if finite else {}
+        return {**measured, "train/skipped": float(not finite)}
 
     def _check_gap(self, gap: objective.LogpGap) -> None:
         if self.spec.expects_fresh and not gap.tokens:
@@ -417,4 +418,6 @@ def _advantage_metrics(batch: Batch) -> dict[str, float]:
     if batch.advantages is None:
         return {}
     a = batch.advantages[batch.mask]
+    if not a.numel():
+        return {}
     return {"policy/advantage_mean": float(a.mean()), "policy/advantage_std": float(a.std(unbiased=False))}

@@ -5,6 +5,7 @@ Micro-batching, packing, accumulation and data parallelism then only reorder a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -92,28 +93,33 @@ def nothing(policy: PolicyOutput) -> Tensor:
 
 @dataclass
 class TokenMeans:
-    """Means over masked-in tokens, collected over micro-batches."""
+    """Means over masked-in tokens, collected over micro-batches. Each metric counts the tokens that it was
+    measured on: those with another value than NaN. One that was measured nowhere has no mean."""
 
     sums: dict[str, float] = field(default_factory=dict)
-    tokens: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, metrics: Mapping[str, Tensor], mask: Tensor) -> None:
-        self.tokens += int(mask.sum())
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()[mask].sum(dtype=torch.float64))
+            values = value.detach()[mask]
+            values = values[~values.isnan()]
+            self._add(name, float(values.sum(dtype=torch.float64)), values.numel())
+
+    def _add(self, name: str, total: float, count: int) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0) + count
 
     @staticmethod
     def merged(parts: Iterable[TokenMeans]) -> TokenMeans:
         """The sums of several ranks as one."""
         whole = TokenMeans()
         for part in parts:
-            whole.tokens += part.tokens
             for name, total in part.sums.items():
-                whole.sums[name] = whole.sums.get(name, 0.0) + total
+                whole._add(name, total, part.counts[name])
         return whole
 
     def means(self) -> dict[str, float]:
-        return {name: total / max(self.tokens, 1) for name, total in self.sums.items()}
+        return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
 
 
 @dataclass
@@ -143,7 +149,8 @@ class LogpGap:
 
     @property
     def mean(self) -> float:
-        return self.total / max(self.tokens, 1)
+        """NaN where nothing was compared."""
+        return self.total / self.tokens if self.tokens else math.nan
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -152,6 +159,7 @@ class LogpGap:
 
 
 def merge_means(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The plain mean of several updates' metrics."""
+    """The plain mean of several updates' metrics, of each over the updates that have it."""
     rows = list(parts)
-    return {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else {})}
+    values = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
+    return {name: sum(found) / len(found) for name, found in values.items()}
