@@ -60,13 +60,13 @@ SUPERVISED = (
 )
 # A critic on the policy's trunk, at the policy's learning rate, against the example's model of its own.
 VALUE_HEAD = (
-    "algorithm={name: ppo, lam: 1.0, critic_warmup: 5, value_clip: null}",
+    "algorithm={name: ppo, critic: head, critic_rate: 1.0, critic_warmup: 5}",
     "learner.learning_rate=3.0e-4",
     "train.minibatches=2",
 )
 # At the others' learning rate, so that all have the same chance to settle on a format.
 FAST = (
-    "algorithm={name: ppo, lam: 1.0, critic: model, critic_rate: 10, critic_warmup: 5, value_clip: null}",
+    "algorithm={name: ppo, critic_rate: 10, critic_warmup: 5}",
     "learner.learning_rate=3.0e-4",
 )
 STYLES = (

@@ -104,6 +104,7 @@ class Batch:
     ref_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32, frozen reference
     old_entropy: Tensor | None = field(default=None, metadata=_T)  # [T] float32, before the step
     values: Tensor | None = field(default=None, metadata=_T)  # [T] float32, critic before the step
+    end_values: Tensor | None = field(default=None, metadata=_T)  # [T] float32, see `PolicyOutput`
     returns: Tensor | None = field(default=None, metadata=_T)  # [T] float32
     advantages: Tensor | None = field(default=None, metadata=_T)  # [T] float32
     weight: Tensor | None = field(default=None, metadata=_T)  # [T] float32, share of the step's objective

@@ -306,8 +306,9 @@ class Controller:
         if work.state is State.dropped:
             return
         rewards = [c.reward for c in group.completions if c.reward is not None]
-        if group.completions:
-            self._measured.append((work.ticket, work.key[1], pass_rate(group, self._primary)))
+        rate = pass_rate(group, self._primary)
+        if rate is not None:
+            self._measured.append((work.ticket, work.key[1], rate))
         if len(rewards) < max(self.algorithm.min_generations, 1):
             reason = "unjudged"
         elif not self.algorithm.keep_group(rewards):

@@ -92,6 +92,7 @@ def learner_bytes(
     config: LearnerConfig,
     *,
     reference: bool,
+    critic: bool = False,
     device: str = "cpu",
     adapter: int = 0,
     tokens: int | None = None,
@@ -100,14 +101,15 @@ def learner_bytes(
 
     What is always there: the weights in float32 with Adam's moments; with an adapter of `adapter` parameters
     the base in the precision computed in (or quantised), and weights and moments of the adapter alone; a
-    reference of its own, if `reference` says so. On top of it comes the largest of three moments:
+    reference of its own, if `reference` says so; a critic in float32 with its moments, if `critic` does. On
+    top of it comes the largest of three moments:
 
     - the backward pass begins: all activations are there, and no gradient is;
     - it ends: of the activations the first layer's, and all gradients. In between, layer by layer, the one
       falls and the other rises, so that neither the sum of the two is reached nor anything above both ends;
     - the optimizer's step: all gradients, and the working copies of Adam.
 
-    CPU offload, sharding over ranks, a critic and mixtures of experts are not counted.
+    CPU offload, sharding over ranks, a critic's activations and mixtures of experts are not counted.
     """
     width = resolve_dtype(config.dtype, device).itemsize
     full = config.adapter is None
@@ -116,6 +118,7 @@ def learner_bytes(
     if not full:
         small = QUANTIZED[config.quantize] if config.quantize else width
         held += shape.linear * small + (shape.parameters - shape.linear) * width
+    held += shape.parameters * (4 + MOMENTS[config.optimizer]) if critic else 0
     count = tokens or config.tokens_per_micro_batch
     layer = count * _kept(shape, width, full)
     between = count * shape.hidden * 4  # what one layer hands to the next
@@ -124,7 +127,7 @@ def learner_bytes(
         begins = max(shape.layers * between + layer, copies)
     else:
         begins = shape.layers * layer + copies
-    gradients = 4 * trained
+    gradients = 4 * (trained + (shape.parameters if critic else 0))
     ends = gradients + (between + layer if config.gradient_checkpointing else layer)
     working = _head_bytes(shape, count, width) + count * width * (3 * shape.intermediate + 2 * shape.hidden)
     if config.quantize:  # one matrix at a time is made whole

@@ -18,6 +18,7 @@ import torch
 from rft.algorithms.checks import problems as algorithm_problems
 from rft.config import Config, ConfigError, algorithm_name, fingerprint
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
+from rft.data.demonstrations import any_demonstration
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype, stop_ids
 from rft.learner.parallel.checks import describe_ranks, parallel_problems
 from rft.learner.preflight import (
@@ -163,6 +164,7 @@ class Plan:
             self.shape,
             c.learner,
             reference=c.algorithm.needs_reference and separate,
+            critic="values" in c.algorithm.outputs and c.algorithm.separate_critic,
             device=self.device,
             adapter=self.adapter_parameters or 0,
         )
@@ -335,6 +337,12 @@ def _misfits(
     out = []
     t, r, algorithm = config.train, config.rollout, config.algorithm
     demonstrated = train is not None and any(p.columns.get("completion") for p in train.prompts)
+    if train is not None and algorithm.online and algorithm.uses_demonstrations:
+        try:
+            demonstrated = any_demonstration(train.prompts)
+        except DataError as error:
+            out.append(f"data: {error}")
+            demonstrated = True
     lacks = algorithm_problems(
         algorithm,
         num_generations=t.num_generations,

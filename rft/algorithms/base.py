@@ -29,7 +29,10 @@ class PolicyOutput:
 
     logps: [T] float32, log-prob of `batch.tokens[t]`; 0 where the mask is False.
     entropy, values, kl: [T] float32, present when the algorithm's `outputs` names them: the
-        policy's entropy, the critic's value, the full-vocabulary divergence to the reference.
+        policy's entropy (without gradient), the critic's value, the full-vocabulary divergence to the
+        reference.
+    end_values: [T] float32, where it is asked for: at the last token of a sequence that ran into the length
+        limit, the critic's value of the state after it; 0 elsewhere.
     scores: [T, K] float32, the K outputs of a reward head that has read token t (and not, as a value,
         the tokens before it); present when `outputs` names it, for reward models.
     """
@@ -39,6 +42,7 @@ class PolicyOutput:
     values: Tensor | None = None
     kl: Tensor | None = None
     scores: Tensor | None = None
+    end_values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,12 @@ class Rollout:
     greedy: the most likely token every time, instead of sampling.
     train: False for a completion that only serves as a yardstick: it is scored, but takes no part in
         the batch; its reward stands in `columns["baseline"]` [N] of the others of its group.
-    prefix_share: the share of the demonstration's tokens that the completion starts with; the policy
-        goes on from there. 1: the whole demonstration, nothing is sampled. Given tokens are marked
-        in `Batch.demonstrated`, and in the mask.
+    prefix_share: the share of a demonstration's tokens that the completion starts with; the policy
+        goes on from there, with at least two tokens left to it. 1: the whole demonstration, nothing is
+        sampled. Given tokens are marked in `Batch.demonstrated`, and in the mask. Of several demonstrations
+        each completion gets one at random.
+    prefix_least: where given, the share is drawn for each completion, uniformly between this and
+        `prefix_share`. Draws depend on the prompt's seed alone.
     mixture: the sampling distribution is policy^(1 - mixture) * reference^mixture, per token.
     role: "observer" samples after the prompt and the answer of the "pioneer" before it in the plan;
         `columns["observer"]` [N] is 1 for observers, and `columns["pair"]` [N] counts the pairs of a group.
@@ -59,6 +66,7 @@ class Rollout:
     greedy: bool = False
     train: bool = True
     prefix_share: float = 0.0
+    prefix_least: float | None = None
     mixture: float = 0.0
     role: Literal["", "pioneer", "observer"] = ""
 
@@ -132,7 +140,8 @@ class Algorithm(ABC):
     @property
     def needs(self) -> frozenset[str]:
         """Batch fields to fill in before the step: of `old_logps`, `ref_logps`, `old_entropy`,
-        `values`, `rewards`. `old_logps` is only computed where a batch is stepped on several times."""
+        `values`, `end_values`, `rewards`. `old_logps` is only computed where a batch is stepped on several
+        times."""
         return frozenset()
 
     @property
@@ -159,6 +168,11 @@ class Algorithm(ABC):
         return "ref_logps" in self.needs or self.compares_distributions
 
     @property
+    def uses_demonstrations(self) -> bool:
+        """Whether demonstrated completions take part, where prompts have them."""
+        return self.needs_demonstrations
+
+    @property
     def outputs(self) -> frozenset[str]:
         """`PolicyOutput` fields that the loss reads beside `logps`: `entropy`, `values`, `kl`, `scores`."""
         return frozenset()
@@ -166,6 +180,10 @@ class Algorithm(ABC):
     @property
     def separate_critic(self) -> bool:
         """Whether the critic is a model of its own, instead of a head on the policy's trunk."""
+        return False
+
+    def critic_only(self, state: Mapping[str, float]) -> bool:
+        """Whether a step with this `Batch.state` trains the critic and nothing else."""
         return False
 
     @property

@@ -34,8 +34,7 @@ def problems(
         found.append(f"{name} needs a reference model, and there is none; configure one{settled}")
     if "values" in needs and not has_critic:
         found.append(f"{name} needs a critic, and there is none; configure a value head or a critic model")
-    wants_demonstrations = algorithm.needs_demonstrations or getattr(algorithm, "demonstration_share", 0) > 0
-    if wants_demonstrations and not has_demonstrations:
+    if algorithm.uses_demonstrations and not has_demonstrations:
         found.append(f"{name} needs demonstrations, and the data have none; name their column")
     if "rewards" in needs and not has_rewards:
         found.append(f"{name} needs a reward, and there is none; name at least one under rewards")

@@ -40,6 +40,10 @@ class Distill(Algorithm):
     def outputs(self) -> frozenset[str]:
         return frozenset({"kl"} if self.estimator == "full" else set())
 
+    @property
+    def uses_demonstrations(self) -> bool:
+        return self.demonstration_share > 0
+
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
         return jensen_shannon(logps, reference, self.beta)
 

@@ -23,7 +23,9 @@ class LUFFY(DrGRPO):
     The group is the policy's completions and one demonstration, with advantages over all of them. On
     the demonstration's tokens the ratio is p / (p + gamma) with p the policy's probability (its
     author's is taken as 1), not clipped: tokens that the policy finds unlikely get more of the gradient
-    than p alone would give. The parallel counterpart of `prefix_rft`; without demonstrations it is `dr_grpo`.
+    than p alone would give. Of several demonstrations each place takes one at random, and
+    `train.curriculum` counts none of them as solved by the policy. The parallel counterpart of
+    `prefix_rft`; without demonstrations it is `dr_grpo`.
     """
 
     needs_demonstrations: ClassVar[bool] = True

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rft.algorithms.base import Algorithm, Normalization, PolicyOutput, setting
 from rft.algorithms.math.groups import count_degenerate
-from rft.algorithms.math.kl import KLEstimator, safe_exp, sampled_kl
+from rft.algorithms.math.kl import KLEstimator, full_kl, safe_exp, sampled_kl
 from rft.algorithms.math.ratios import (
     Correction,
     Proximal,
@@ -28,7 +28,8 @@ from rft.batch import Batch
 
 @dataclass(frozen=True)
 class PolicyGradient(Algorithm):
-    """loss = - correction * objective + beta * KL(policy || reference), per token."""
+    """loss = - correction * objective + beta * KL(policy || reference) - entropy_coef * entropy, per token.
+    Demonstrated tokens have no entropy term."""
 
     beta: float = setting(0.0, "weight of the KL to the reference; 0: no reference is needed", ge=0)
     kl_in: Literal["loss", "reward"] = setting(
@@ -41,6 +42,11 @@ class PolicyGradient(Algorithm):
     correction_floor: float = setting(0.0, "lower bound, for the masking corrections", ge=0)
     proximal: Proximal = setting(
         "recomputed", "what the clip is around: recomputed, interpolated, or sampler"
+    )
+    entropy_coef: float = setting(
+        0.0,
+        "weight of the policy's entropy, which the loss then raises; costs a second pass of the head",
+        ge=0,
     )
     mask_truncated: bool = setting(False, "leave completions that ran into the length limit out of the loss")
 
@@ -71,7 +77,20 @@ class PolicyGradient(Algorithm):
 
     @property
     def outputs(self) -> frozenset[str]:
-        return frozenset({"kl"} if self._full_kl else set())
+        return frozenset({"kl"} if self._full_kl or self.entropy_coef else set())
+
+    @property
+    def compares_distributions(self) -> bool:
+        return self._full_kl
+
+    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+        """KL(policy || reference); with an entropy coefficient, minus the entropy: reads no reference."""
+        return (logps.exp() * logps).sum(-1) if self.entropy_coef else full_kl(logps, reference)
+
+    @property
+    def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
+        plain = type(self).divergence is PolicyGradient.divergence
+        return ("reverse", 0.5) if plain and not self.entropy_coef else None
 
     @property
     def normalizer(self) -> Normalization:
@@ -88,7 +107,7 @@ class PolicyGradient(Algorithm):
         return batch.mask & ~batch.to_tokens(batch.truncated)
 
     def acts_on(self, batch: Batch) -> Tensor:
-        if self.beta and self.kl_in == "loss":
+        if self.entropy_coef or (self.beta and self.kl_in == "loss"):
             return batch.mask
         return batch.mask & (required(batch.advantages, "advantages") != 0)
 
@@ -106,7 +125,21 @@ class PolicyGradient(Algorithm):
         loss = -self.weights(policy, batch) * self.objective(policy, batch)
         if self.beta and self.kl_in == "loss":
             loss = loss + self.kl_weight(batch.state) * self.kl(policy, batch)
+        if self.entropy_coef:
+            minus_entropy = required(policy.kl, "policy.kl")
+            if batch.demonstrated is not None:
+                minus_entropy = minus_entropy.masked_fill(batch.demonstrated, 0)
+            loss = loss + self.entropy_coef * minus_entropy
         return loss.masked_fill(~batch.mask, 0)
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
+        if self.entropy_coef and self._full_kl:
+            found.append(
+                "entropy_coef and kl_estimator: full both read the vocabulary in the loss, and there is one "
+                "such reading; write kl_estimator: k3, or entropy_coef: 0"
+            )
+        return found
 
     def weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         """[T], detached: old policy against sampler."""

@@ -114,7 +114,9 @@ class Curriculum:
         self.rates = {row: rate for row, _, _, rate in state["rows"] if rate is not None}
 
 
-def pass_rate(group: Group, primary: str) -> float:
-    """The share of a group's completions that the reward named `primary` found correct."""
-    found = [c.scores[primary].outcome == Outcome.correct for c in group.completions]
-    return sum(found) / len(found)
+def pass_rate(group: Group, primary: str) -> float | None:
+    """The share of a group's completions that the reward named `primary` found correct. Completions that
+    began with a demonstration count nowhere: they do not say how often the policy solves the prompt. None:
+    there is no other one."""
+    own = [c for c in group.completions if not c.demonstrated]
+    return sum(c.scores[primary].outcome == Outcome.correct for c in own) / len(own) if own else None

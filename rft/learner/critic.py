@@ -16,7 +16,8 @@ class Critic(nn.Module):
     """A linear head that starts at 0, on the policy's hidden states or on those of `trunk`.
 
     trunk: a causal LM that is trained with the head and shares nothing with the policy; its language
-    model head is not used. None: the head reads the policy's states, and its gradient goes there too.
+    model head is not used. None: the head reads the policy's states, and its gradient goes there too, but
+        for steps that train the critic only.
     kernel: the attention of `trunk`, as in `prepare_model`.
     """
 
@@ -29,11 +30,11 @@ class Critic(nn.Module):
         if trunk is not None:
             prepare_model(trunk, kernel)
 
-    def states(self, batch: Batch, rows: Tensor, of_policy: Tensor) -> Tensor:
-        """[n, H]: what the head reads before each token at `rows` [n]; of_policy: [n, H], the policy's."""
+    def states(self, batch: Batch, of_policy: Tensor) -> Tensor:
+        """[T, H]: what the head reads, the state after each token; of_policy: [T, H], the policy's."""
         if self.trunk is None:
             return of_policy
-        found: Tensor = hidden_states(self.trunk, batch)[batch.source[rows]]
+        found: Tensor = hidden_states(self.trunk, batch)
         return found
 
     def forward(self, states: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rft.algorithms.base import Algorithm, PolicyOutput
+from rft.algorithms.math.sequences import last_tokens
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states, prepare_model, self_check
 from rft.kernels.config import KernelsConfig
@@ -101,11 +102,17 @@ class PolicyModel:
         found["logps"], entropy = self._head(hidden, batch.tokens[rows], "entropy" in outputs, known)
         if entropy is not None:
             found["entropy"] = entropy
-        if "values" in outputs:
+        if outputs & {"values", "end_values"}:
             assert self.value_head is not None, "the algorithm reads values, but no value head was made"
+            alone = algorithm is not None and algorithm.critic_only(batch.state)
             with self._autocast():
-                seen = self.value_head.states(batch, rows, hidden)
-            found["values"] = self.value_head(seen)
+                seen = self.value_head.states(batch, states.detach() if alone else states)
+            found["values"] = self.value_head(seen[batch.source[rows]])
+            if "end_values" in outputs:
+                ends = _cut_off(batch)
+                found["end_values"] = torch.zeros_like(found["values"]).index_put(
+                    (torch.searchsorted(rows, ends),), self.value_head(seen[ends])
+                )
         if "kl" in outputs:
             assert algorithm is not None, "kl is the divergence of an algorithm"
             other = reference if algorithm.compares_distributions else None
@@ -121,7 +128,11 @@ class PolicyModel:
                 self.temperature,
                 "auto" if backend == "triton" or backend == "liger" else backend,
             )
-        return {name: _spread(values, rows, batch.num_tokens) for name, values in found.items()}
+        return {
+            name: _spread(values, rows, batch.num_tokens)
+            for name, values in found.items()
+            if name in outputs or name in ("logps", "entropy")
+        }
 
     def at_temperature(self, temperature: float) -> PolicyModel:
         """The same network, whose log-probs are those of another temperature."""
@@ -188,6 +199,13 @@ class PolicyModel:
         yield from (p for p in self.model.parameters() if p.requires_grad)
         if self.value_head is not None:
             yield from self.value_head.trained()
+
+
+def _cut_off(batch: Batch) -> Tensor:
+    """[E] int64: the last masked-in token of each sequence that ran into the length limit."""
+    last = last_tokens(batch)
+    chosen = last >= 0 if batch.truncated is None else batch.truncated & (last >= 0)
+    return last[chosen] if batch.truncated is not None else last[:0]
 
 
 def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:

@@ -125,7 +125,8 @@ class Learner:
         extra: list[dict[str, Any]] = []
         if self.policy.value_head is not None:
             critic = list(self.policy.value_head.trained())
-            extra.append({"params": critic, "weight_decay": 0.0, "scale": self.algorithm.critic_rate})
+            rate = self.algorithm.critic_rate
+            extra.append({"params": critic, "weight_decay": 0.0, "scale": rate, "critic": True})
         self.optimizer: Any = self.parallel.optimizer(
             self.policy, lambda: self.strategy.optimizer(self.policy.model, extra)
         )
@@ -165,8 +166,9 @@ class Learner:
             self.parallel.discard(self.optimizer)
             self.make_optimizer()
         lr = learning_rate(spec.config, step, spec.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
+        alone = self.algorithm.critic_only(batch.state)
+        for group in self.optimizer.param_groups:  # a rate of 0 stops weight decay too
+            group["lr"] = lr * group.get("scale", 1.0) if group.get("critic") or not alone else 0.0
         updates: list[dict[str, float]] = []
         for iteration in range(spec.num_iterations):
             for mini in self._minibatches(batch, step, iteration):
@@ -208,14 +210,14 @@ class Learner:
     def fill(self, batch: Batch, needs: frozenset[str], gap: objective.LogpGap) -> Batch:
         """Compute those of `needs` that a forward gives: old and reference log-probs, values, entropy."""
         several = self.spec.num_iterations * self.spec.minibatches > 1
-        extra = frozenset({"values"} & needs) | frozenset({"entropy"} if "old_entropy" in needs else ())
+        extra = needs & {"values", "end_values"}
+        extra |= frozenset({"entropy"} if "old_entropy" in needs else ())
         changes: dict[str, Any] = {}
         old = "old_logps" in needs and batch.old_logps is None and (several or self.algorithm.prescored)
         if old or extra:
             out = self.score(batch, outputs=extra)
             changes |= {"old_logps": out["logps"]}
-            if "values" in extra:
-                changes["values"] = out["values"]
+            changes |= {name: out[name] for name in ("values", "end_values") if name in extra}
             if "entropy" in extra:
                 changes["old_entropy"] = out["entropy"]
             gap.add(out["logps"], batch, self.version)

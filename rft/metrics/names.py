@@ -99,7 +99,7 @@ METRICS: dict[str, Metric] = {
     "policy/divergence": Metric("full divergence of the policy from the teacher", "nats/token"),
     "policy/kl_coefficient": Metric("weight of the KL term in this step"),
     "policy/entropy": Metric("entropy of the policy, mean over sampled tokens", "nats/token"),
-    "policy/entropy_*": Metric("entropy bonus or target of this step"),
+    "policy/entropy_*": Metric("weight or target of the entropy at this step"),
     "policy/clip_fraction": Metric("share of tokens whose ratio the clip cut off", "share"),
     "policy/clip_fraction_*": Metric("the same for the lower or the upper bound alone", "share"),
     "policy/ratio": Metric("ratio of the policy to the behaviour policy, mean over tokens"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from rft.algorithms.base import Algorithm
 from rft.batch import Completion, Group, Prompt
+from rft.data.demonstrations import demonstrations_of
 from rft.evaluation import Judged, judge
 from rft.rewards import RewardRunner
 from rft.rollout.engine import Generated, Request, Sampling
@@ -36,7 +37,11 @@ class Gatherer:
         sampling: of ordinary completions; `n` is the group's size. name: unique among the requests in
         flight. step: finished steps. progress: the share of the run that is done, 0 to 1.
         """
-        demonstration = bool(prompt.columns.get("completion"))
+        demonstration = (
+            bool(demonstrations_of(prompt))
+            if self.algorithm.uses_demonstrations
+            else bool(prompt.columns.get("completion"))
+        )
         plan = self.algorithm.rollouts(sampling.n, progress=progress, demonstration=demonstration)
         pioneer, observer = (self.algorithm.copy_of(step, observer=seen) for seen in (False, True))
         sampled = await sample_group(

@@ -4,12 +4,14 @@ continuations of a demonstration's prefix, or an observer's answers to a pioneer
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rft.algorithms.base import Rollout
 from rft.batch import Completion, Prompt
+from rft.data.demonstrations import demonstrations_of
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.sampling import completions_of, continued, decode, text_length
 
@@ -59,26 +61,63 @@ async def sample_group(
     group = _Group(generate, name, prompt, sampling, tokenizer, copies)
     if any(r.role for r in plan):
         return Sampled(await _sample_pairs(group, plan), [r.train for r in plan])
-    demonstration = demonstration_tokens(prompt, tokenizer) if any(r.prefix_share for r in plan) else ()
-    kinds = list(dict.fromkeys(plan))
+    demonstrations = []
+    if any(r.prefix_share for r in plan):
+        ends = (tokenizer.eos_token_id,)
+        demonstrations = [
+            (*tokenizer.encode(text, add_special_tokens=False), *ends) for text in demonstrations_of(prompt)
+        ]
+    places = [
+        _kind(rollout, demonstrations, sampling.max_tokens, random.Random(f"{sampling.seed}/{place}"))
+        for place, rollout in enumerate(plan)
+    ]
+    kinds = list(dict.fromkeys(places))
     parts = await asyncio.gather(
-        *(_one_kind(group, kind, plan.count(kind), i, demonstration) for i, kind in enumerate(kinds))
+        *(_one_kind(group, kind, places.count(kind), i) for i, kind in enumerate(kinds))
     )
     queues = {kind: iter(part) for kind, part in zip(kinds, parts, strict=True)}
-    return Sampled([next(queues[r]) for r in plan], [r.train for r in plan])
+    return Sampled([next(queues[kind]) for kind in places], [r.train for r in plan])
 
 
-async def _one_kind(
-    group: _Group, kind: Rollout, count: int, index: int, demonstration: tuple[int, ...] = ()
-) -> list[Completion]:
-    sampling, tokenizer = group.sampling, group.tokenizer
-    given = demonstration[: round(kind.prefix_share * len(demonstration))]
-    left = sampling.max_tokens - len(given)
-    if given and (len(given) == len(demonstration) or left < 1):
+@dataclass(frozen=True)
+class _Kind:
+    """What the completions of one request have in common. `given` is what they start with; `whole` says
+    that they end with it too."""
+
+    greedy: bool = False
+    mixture: float = 0.0
+    train: bool = True
+    given: tuple[int, ...] = ()
+    whole: bool = False
+
+
+def _kind(
+    rollout: Rollout, demonstrations: Sequence[tuple[int, ...]], limit: int, dice: random.Random
+) -> _Kind:
+    """The kind of one place in the plan, with what is random about it drawn. limit: tokens of a completion.
+
+    A prefix leaves two tokens of its demonstration, and of the limit, at least: the last one ends the answer,
+    and a policy that is to be judged by its continuation must have one to write.
+    """
+    kind = _Kind(rollout.greedy, rollout.mixture, rollout.train)
+    if not rollout.prefix_share or not demonstrations:
+        return kind
+    tokens, share = dice.choice(demonstrations), rollout.prefix_share
+    if share == 1:
+        return replace(kind, given=tokens, whole=True)
+    if rollout.prefix_least is not None:
+        share = dice.uniform(rollout.prefix_least, share)
+    count = min(round(share * len(tokens)), len(tokens) - 2, limit - 2)
+    return replace(kind, given=tokens[: max(count, 0)])
+
+
+async def _one_kind(group: _Group, kind: _Kind, count: int, index: int) -> list[Completion]:
+    sampling, tokenizer, given = group.sampling, group.tokenizer, kind.given
+    if kind.whole:
         (text,) = decode([given[: text_length(given, tokenizer)]], tokenizer)
         whole = Completion(given, text, finish="demonstration", demonstrated=len(given))
         return [replace(whole, logps=(0.0,) * len(given))] * count
-    params = replace(sampling, n=count, max_tokens=left, mixture=kind.mixture)
+    params = replace(sampling, n=count, max_tokens=sampling.max_tokens - len(given), mixture=kind.mixture)
     if kind.greedy:
         params = replace(params, n=1, temperature=0.0, seed=None)
     elif sampling.seed is not None:
@@ -95,7 +134,7 @@ async def _one_kind(
 async def _sample_pairs(group: _Group, plan: Sequence[Rollout]) -> list[Completion]:
     """Pioneers answer the prompt; then an observer each, who has read its pioneer's answer."""
     count = len(plan) // 2
-    pioneers = await _one_kind(group, plan[0], count, 0)
+    pioneers = await _one_kind(group, _Kind(), count, 0)
     observers = await asyncio.gather(*(_observe(group, pioneers[i], i) for i in range(count)))
     return [
         replace(
@@ -124,11 +163,3 @@ async def _observe(group: _Group, pioneer: Completion, index: int) -> Completion
     versions = tuple((v, a + len(read), b + len(read)) for v, a, b in own.versions)
     logps = (0.0,) * len(read) + (own.logps or ())
     return replace(own, tokens=read + own.tokens, logps=logps, mask=mask, versions=versions)
-
-
-def demonstration_tokens(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
-    """The demonstrated completion (column `completion`) with its end token; () where there is none."""
-    text = prompt.columns.get("completion")
-    if not text:
-        return ()
-    return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)

@@ -134,14 +134,18 @@ def test_truncated_completions_can_be_left_out() -> None:
 
 
 def test_only_unsure_prefix_tokens_take_part() -> None:
-    """20 % of ten prefix tokens: the two with the highest entropy. The continuation is untouched."""
-    hybrid = completion(range(10, 22), 1.0, demonstrated=10)
-    batch = Batch.build([group(0, hybrid, completion((30,), 0.0))])
-    entropy = {10 + i: float((i * 7) % 10) for i in range(12)}
+    """20 % of ten prefix tokens: the two with the highest entropy, of either. The others have no
+    advantage, and stay in the mask; continuations are untouched."""
+    hybrids = [completion(range(10, 18), 1.0, demonstrated=6), completion(range(20, 26), 1.0, demonstrated=4)]
+    batch = Batch.build([group(0, *hybrids, completion((30,), 0.0))])
+    entropy = {t: float((t * 7) % 23) for t in (*range(10, 18), *range(20, 26))}
     batch = fill(batch, {"old_entropy": {**entropy, 30: 0.0}})
     prepared = ALGORITHMS["prefix_rft"]().prepare(batch)
-    best = sorted(range(10), key=lambda i: -entropy[10 + i])[:2]
-    assert prepared.tokens[prepared.mask].tolist() == [*sorted(10 + i for i in best), 20, 21, 30]
+    assert torch.equal(prepared.mask, batch.mask)
+    prefix = [*range(10, 16), *range(20, 24)]
+    best = sorted(prefix, key=lambda t: -entropy[t])[:2]
+    acting = prepared.tokens[prepared.advantages != 0].tolist()
+    assert acting == sorted([*best, 16, 17, 24, 25, 30])
 
 
 def test_degenerate_groups_are_counted() -> None:
@@ -182,9 +186,11 @@ def test_rollout_plans() -> None:
 
     assert plan("grpo") == [type(plan("grpo")[0])()] * 4
     assert [r.greedy for r in plan("remax")] == [False] * 4 + [True] and not plan("remax")[-1].train
-    assert [r.prefix_share for r in plan("prefix_rft")] == pytest.approx([0.95, 0, 0, 0])
-    assert [r.prefix_share for r in plan("prefix_rft", 0.5)] == pytest.approx([0.5, 0, 0, 0])
-    assert [r.prefix_share for r in plan("prefix_rft", 1.0, hybrids=2)] == pytest.approx([0.05, 0.05, 0, 0])
+    for progress, least in ((0.0, 0.95), (0.5, 0.5), (1.0, 0.05)):  # the upper end stays
+        hybrid, *others = plan("prefix_rft", progress)
+        assert (hybrid.prefix_share, hybrid.prefix_least) == (0.95, pytest.approx(least))
+        assert [r.prefix_share for r in others] == [0, 0, 0]
+    assert [r.prefix_share for r in plan("prefix_rft", hybrids=2)] == [0.95, 0.95, 0, 0]
     assert [r.prefix_share for r in plan("prefix_rft", demonstration=False)] == [0, 0, 0, 0]
     assert [r.prefix_share for r in plan("luffy")] == [1.0, 0, 0, 0]
     assert [r.prefix_share for r in plan("distill", demonstration_share=0.5)] == [1.0, 1.0, 0, 0]
@@ -229,6 +235,9 @@ def test_no_problems_where_nothing_is_missing(name: str) -> None:
         ("luffy", {}, {"has_demonstrations": False}, "needs demonstrations"),
         ("distill", {"demonstration_share": 0.5}, {"has_demonstrations": False}, "needs demonstrations"),
         ("prefix_rft", {"hybrids": 4}, {}, "at most 3"),
+        ("prefix_rft", {"share_from": 0.5, "share_to": 0.6}, {}, "at most 0.5"),
+        ("prefix_rft", {"prefix_clip": False, "prefix_epsilon": 0.1}, {}, "leave one of them out"),
+        ("grpo", {"entropy_coef": 0.1, "beta": 0.1, "kl_estimator": "full"}, {}, "kl_estimator: k3"),
         ("luffy", {"demonstrations": 4}, {}, "at most 3"),
         ("cory", {}, {"num_generations": 5}, "num_generations: 6"),
         ("reinforce_pp", {"baseline": "group"}, {"num_generations": 1}, "baseline: none"),

@@ -110,9 +110,13 @@ CASES = [
     Case("reinforce_rej", [-1.2, -1.0, 0.8], [1.0, 1.0, -1.0]),
     Case("expert_iteration", [1.0, 2.0], [1.0, 1.0]),
     # Its only prefix token is the top 20 % (rounded up) of one: plain Dr.GRPO. Of a prefix of two, a0 has
-    # the higher entropy (0.3 against 0.2) and a1 is left out.
+    # the higher entropy (0.3 against 0.2), and a1 has no advantage.
     Case("prefix_rft", [-0.6, -0.5, 0.4], [0.5, 0.5, -0.5], demonstrated=1),
-    Case("prefix_rft", [-0.6, 0.4], [0.5, -0.5], demonstrated=2),
+    Case("prefix_rft", [-0.6, 0.0, 0.4], [0.5, 0.0, -0.5], demonstrated=2),
+    # a0 is a prefix token, with its ratio of 1.5 unclipped, and in a range of its own; b keeps its range.
+    Case("prefix_rft", [-0.75, -0.5, 0.4], None, {"prefix_clip": False}, demonstrated=1),
+    Case("prefix_rft", [-0.65, -0.5, 0.4], None, {"prefix_epsilon": 0.3}, demonstrated=1),
+    Case("prefix_rft", [-0.7, -0.5, 0.4], None, {"prefix_epsilon_high": 0.4}, demonstrated=1),
     # p / (p + 0.1) at p = e^-1 and e^-2; b as in Dr.GRPO.
     Case(
         "luffy",
@@ -150,13 +154,15 @@ CASES = [
     Case("distill", [0.4, 0.5, 0.6]),
     # -ratio (log teacher - log p) log p: -(1.5 * -0.1 * -1), -(-0.2 * -2), -(0.5 * 0.3 * -3).
     Case("distill", [-0.15, -0.4, 0.45], None, {"estimator": "sampled"}, gradcheck=False),
+    # The entropy coefficient 0.1, with `kl` for minus the entropy (0.4, 0.5, 0.6).
+    Case("grpo", [-1.2 * A + 0.04, -A + 0.05, 0.8 * A + 0.06], None, {"entropy_coef": 0.1}),
     # lam = 1: A = return - V = 1 - 0.5, 1 - 0.6, 0 - 0.4. Objective 1.2 * 0.5, 0.4, -0.8 * 0.4. Critic:
     # 0.5 * half of (0.7 - 1)^2, (0.6 - 1)^2, (0.2 - 0)^2.
     Case(
         "ppo",
         [-0.6 + 0.0225, -0.4 + 0.04, 0.32 + 0.01],
         [0.5, 0.4, -0.4],
-        {"lam": 1.0, "whiten": False, "value_clip": None},
+        {"whiten": False},
     ),
     # lam = 0.5: deltas 0 + 0.6 - 0.5 = 0.1, 1 - 0.6 = 0.4, -0.4. A(a0) = 0.1 + 0.5 * 0.4 = 0.3. The critic's
     # lam = 1 keeps its returns at 1, 1, 0. Value clip 0.1: a0 may reach 0.6 only: error 0.16, b0 0.3: 0.09.
@@ -182,21 +188,23 @@ CASES = [
             0.8 * (17 / 30) / W,
         ],
         None,
-        {"lam": 1.0, "value_coef": 0.0},
+        {"value_coef": 0.0},
     ),
     # Warming up, only the critic learns.
     Case(
         "ppo",
         [0.25 * 0.09, 0.25 * 0.16, 0.25 * 0.04],
         None,
-        {"critic_warmup": 1, "lam": 1.0, "value_clip": None},
+        {"critic_warmup": 101},
     ),
 ]
 
 
 def prepared(case: Case) -> tuple[Any, Batch]:
     algorithm = ALGORITHMS[case.name](**case.settings)
-    batch = hand_batch(case.demonstrated).with_(state={"progress": 0.5, "max_completion_length": 2.0})
+    batch = hand_batch(case.demonstrated).with_(
+        state={"progress": 0.5, "max_completion_length": 2.0, "steps": 100.0}
+    )
     return algorithm, algorithm.prepare(batch)
 
 

@@ -38,8 +38,12 @@ def spread(batch: Batch, table: Mapping[int, float] | Tensor, dtype: torch.dtype
 
 
 def fill(batch: Batch, tables: Mapping[str, Any]) -> Batch:
-    """Fill token fields of a batch by token id."""
-    return batch.with_(**{name: spread(batch, tables[name]) for name in TOKEN_FIELDS if name in tables})
+    """Fill token fields of a batch by token id. No completion was cut off: where there are values, those of
+    the ends are 0."""
+    ends = {"end_values": torch.zeros(batch.num_tokens)} if "values" in tables else {}
+    return batch.with_(
+        **{name: spread(batch, tables[name]) for name in TOKEN_FIELDS if name in tables}, **ends
+    )
 
 
 def chosen(x: Tensor, batch: Batch) -> Tensor:
@@ -156,7 +160,7 @@ def objective(
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient by token id), with the learner's reduction over the given micro-batches."""
     batch = algorithm.prepare(
-        fill(batch, tables).with_(state={"progress": 0.5, "max_completion_length": 8.0})
+        fill(batch, tables).with_(state={"progress": 0.5, "max_completion_length": 8.0, "steps": 100.0})
     )
     batch, scale = weigh(algorithm, batch, max_completion_length=8)
     leaf = tables["logps"].clone().requires_grad_()

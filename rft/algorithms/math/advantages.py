@@ -54,14 +54,22 @@ def next_values(values: Tensor, batch: Batch) -> Tensor:
     return values.new_zeros(batch.num_tokens).index_put((grid[real],), shifted[real])
 
 
-def gae(rewards: Tensor, values: Tensor, batch: Batch, gamma: float, lam: float | Tensor) -> Tensor:
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    batch: Batch,
+    gamma: float,
+    lam: float | Tensor,
+    ends: Tensor | float = 0.0,
+) -> Tensor:
     """Generalised advantage estimates [T] (Schulman et al. 2016, eq. 16).
 
     rewards, values: [T] float32; values[t] is the critic's value of the state before tokens[t].
-    lam: a number, or one per sequence [N]. With delta_t = r_t + gamma V_{t+1} - V_t, the advantage is
-    the sum of (gamma lam)^k delta_{t+k}.
+    lam: a number, or one per sequence [N]. ends [T]: at the last token of a sequence that was cut off, the
+    value of the state after it, where it would have gone on; 0 elsewhere. With
+    delta_t = r_t + gamma V_{t+1} - V_t, the advantage is the sum of (gamma lam)^k delta_{t+k}.
     """
-    delta = rewards + gamma * next_values(values, batch) - values
+    delta = rewards + gamma * (next_values(values, batch) + ends) - values
     return discounted(delta.masked_fill(~batch.mask, 0), batch, gamma * lam)
 
 
