@@ -19,9 +19,9 @@ def unwritable_folders(config: Config) -> list[str]:
     """The problems of the folders that a training run writes into."""
     written = {"output_dir": config.run_dir}
     if config.warm_start is not None:
-        written["warm_start.cache"] = Path(config.warm_start.cache)
+        written["warm_start.cache"] = Path(config.warm_start.cache).expanduser()
     if config.sync.folder is not None:
-        written["sync.folder"] = Path(config.sync.folder)
+        written["sync.folder"] = Path(config.sync.folder).expanduser()
     return [
         not_writable(key, folder, error)
         for key, folder in written.items()

@@ -56,7 +56,8 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
         resumed_at=folder.resumed_at,
         config=config.to_dict(),
     )
-    ending = Ending(folder, log, progress, signals)
+    weights = plan.channel_spec().folder
+    ending = Ending(folder, log, progress, signals, weights)
     reason = "failed"
     try:
         with progress:
@@ -79,7 +80,7 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
                 raise
     finally:
         log.close(reason)
-        files.remove(plan.channel_spec().folder)
+        files.remove(weights)
 
 
 async def _train(
@@ -124,6 +125,7 @@ class Ending:
     log: RunLog
     progress: Progress
     signals: StopSignals
+    weights: str | None  # folder of weights in transfer, often in shared memory
 
     def stopped(self, stopped: RunStopped, error: str = "") -> int:
         """Tell of a tidy stop; `error`: what failed meanwhile. Returns the exit code."""
@@ -147,6 +149,7 @@ class Ending:
         print_stop(f"stopped at once ({reason}): what was in progress is lost, {_standing(saved)}")
         self.log.event("run/stopped", step=step, signal=reason, saved=saved)
         self.log.close("stopped")
+        files.remove(self.weights)
 
     def _newest(self, stage: str) -> int | None:
         return checkpoint.newest_step(

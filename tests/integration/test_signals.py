@@ -35,24 +35,12 @@ def score(prompts, completions, seconds=0, **columns):
     time.sleep(seconds)
     return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
 '''
+CASES = {kind: ROOT / "tests" / "cases" / f"signal_{kind}.yaml" for kind in ("online", "offline")}
 BASE: dict[str, Any] = {
     "name": "run",
-    "model": {"path": "tiny", "options": {"hidden_size": 64, "layers": 2, "heads": 2}},
-    "data": {"kind": "arithmetic", "limit": 64},
-    "train": {"steps": 1_000_000, "batch_size": 4},
-    "learner": {"threads": 1, "learning_rate": 1e-5},
-    "eval": {"every": 0},
-    "checkpoint": {"every": 0},
+    "model": {"options": {"hidden_size": 64, "layers": 2, "heads": 2}},
+    "learner": {"learning_rate": 1e-5},
     "tracking": {"trackers": []},
-}
-ONLINE = {
-    "algorithm": "grpo",
-    "train": {"num_generations": 2},
-    "rollout": {
-        "engine": "hf",
-        "threads": 1,
-        "sampling": {"max_prompt_length": 64, "max_completion_length": 8},
-    },
 }
 
 
@@ -267,13 +255,11 @@ def start(
     arguments: tuple[str, ...] = ("train",),
     **more: Any,
 ) -> Run:
-    mode = ONLINE if kind == "online" else {"algorithm": "sft"}
-    rewards = [{"function": f"{folder}/digits.py:score"}]
-    changes = merged(BASE, mode, {"rewards": rewards} if kind == "online" else {}, moment.changes, more)
-    for reward in changes.get("rewards", ()):
-        reward["function"] = f"{folder}/digits.py:score"
+    changes = merged(yaml.safe_load(CASES[kind].read_text()), BASE, moment.changes, more)
     if kind == "online":
-        changes["rollout"] = {**changes["rollout"], "engine": engine}
+        (reward,) = changes["rewards"]
+        changes["rewards"] = [{**reward, "function": f"{folder}/digits.py:score"}]
+        changes["rollout"]["engine"] = engine
     if "warm_start" in changes:
         changes["warm_start"] = {**changes["warm_start"], "cache": f"{folder}/cache"}
     return Run(folder, changes, arguments)
@@ -284,7 +270,7 @@ def stop(folder: Path, kind: str, name: str, sign: str, target: str, engine: str
     moment, number = MOMENTS[kind][name], signal.Signals[f"SIG{sign}"]
     run = start(folder, kind, moment, engine)
     try:
-        run.wait(name, lambda: moment.ready(run), pause=moment.pause)
+        run.wait(name, lambda: moment.ready(run), 240 if engine == "hf" else 540, moment.pause)
         run.send(number, target)
         begun = time.monotonic()
         kept = run.assert_stopped(number)
