@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rft.utils.process import PR_SET_PDEATHSIG, prctl
+from rft.utils.process import die_with_parent
 from rft.utils.signals import STOPPED, describe, print_stop, to_catch
 
 COMMAND = (sys.executable, "-m", "rft.cli", "train")
@@ -100,4 +100,4 @@ class _Supervisor:
 
 def _prepare_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()

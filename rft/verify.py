@@ -24,6 +24,7 @@ from rft import checkpoint
 from rft.config import Config, ConfigError, load_config
 from rft.metrics.history import Run
 from rft.metrics.names import is_reproducible
+from rft.utils.process import die_with_parent
 
 Say = Callable[[str], None]
 START_S = 1800.0  # a run that has not reached its next step by then hangs
@@ -140,7 +141,7 @@ def _train(arguments: Sequence[str]) -> list[str]:
 
 
 def _run_to_end(arguments: Sequence[str]) -> None:
-    done = subprocess.run(_train(arguments), capture_output=True, text=True)
+    done = subprocess.run(_train(arguments), capture_output=True, text=True, preexec_fn=die_with_parent)
     if done.returncode:
         raise RuntimeError(f"`rft train` ended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
 
@@ -148,7 +149,7 @@ def _run_to_end(arguments: Sequence[str]) -> None:
 def _run_and_kill(arguments: Sequence[str], folder: Path, step: int) -> None:
     """Start a run and SIGKILL it as soon as its metrics show `step`."""
     with (folder.parent / "killed.log").open("w+") as log:
-        process = subprocess.Popen(_train(arguments), stdout=log, stderr=log)
+        process = subprocess.Popen(_train(arguments), stdout=log, stderr=log, preexec_fn=die_with_parent)
         try:
             seen, since = -1, time.monotonic()
             while seen < step:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rft.config import ConfigError, load_config
 from rft.plan import Plan, make_plan
@@ -119,3 +122,27 @@ def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path: Path) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "'Qwen/Qwen2.5-7B-Instruct' is no folder here and not in the hub's local cache" in done.stderr
     assert "run `hf download Qwen/Qwen2.5-7B-Instruct`" in done.stderr
+
+
+def test_the_times_of_a_preemption_fit() -> None:
+    """A minute is left between the end of the grace and SIGKILL, in every cluster example."""
+    for name in ("preempt.sbatch", "rft.sbatch"):
+        script = (EXAMPLES / "cluster" / name).read_text()
+        (warned,) = re.findall(r"^#SBATCH --signal=(?:B:)?TERM@(\d+)$", script, re.M)
+        (grace,) = re.findall(r"train\.stop_grace_s=(\d+)", script)
+        assert int(warned) - int(grace) == 60, name
+        assert "-eq 75 ]" in script and "scontrol requeue" in script
+        subprocess.run(["bash", "-n", EXAMPLES / "cluster" / name], check=True)
+    job = yaml.safe_load((EXAMPLES / "cluster" / "job.yaml").read_text())["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    settings = dict(argument.split("=") for argument in container["args"])
+    assert pod["terminationGracePeriodSeconds"] - int(settings["train.stop_grace_s"]) == 60
+    assert container["command"][0] == "rft", "a shell would keep the signal to itself"
+    codes = {
+        code: rule["action"]
+        for rule in job["podFailurePolicy"]["rules"]
+        for code in rule.get("onExitCodes", {"values": []})["values"]
+    }
+    assert codes == {75: "Ignore", 76: "Count", 1: "FailJob", 2: "FailJob"}
+    load_config(EXAMPLES / "gsm8k_qwen.yaml", container["args"])

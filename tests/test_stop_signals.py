@@ -164,3 +164,22 @@ def test_a_sender_in_another_container_is_no_process_here(tmp_path: Path) -> Non
         si_signo, si_pid = signal.SIGINT, 0
 
     assert signals.describe(Info()) == "SIGINT"  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_verified_ends_with_whoever_verifies_it(tmp_path: Path) -> None:
+    """SIGTERM to `rft verify-resume` alone: its run does not go on without it."""
+    process = program(
+        "from rft import verify\n"
+        f"verify._train = lambda arguments: ['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']\n"
+        "say('ready'); verify._run_to_end([])"
+    )
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+    child = int((tmp_path / "pid").read_text())
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the run goes on"
+        time.sleep(0.05)

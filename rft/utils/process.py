@@ -19,6 +19,11 @@ def prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
+def die_with_parent() -> None:
+    """Have this process killed when its parent ends, for `preexec_fn`."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _processes() -> dict[int, tuple[int, int]]:
     """pid -> (parent, session) of every process."""
     table = {}
