@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from rft.errors import RunStopped
 from rft.utils.process import Guardian, kill_tree
+from rft.utils.python import safe_workers
 
 R = TypeVar("R")
 
@@ -117,7 +118,7 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     import ray
 
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **safe_workers())
         try:
             yield
         finally:
@@ -129,6 +130,7 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=int(object_store_gib * 2**30),
+        **safe_workers(),
     )
     guardian, watched = Guardian(), _family()  # Ray's agents outlive a driver that was killed by a minute
     for process in watched:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rft.utils.process import die_with_parent
+from rft.utils.python import SAFE_PYTHON
 from rft.utils.signals import STOPPED, describe, print_stop, to_catch
 
-COMMAND = (sys.executable, "-m", "rft.cli", "train")
+COMMAND = (*SAFE_PYTHON, "-m", "rft.cli", "train")
 FINAL = (0, 1, 2, STOPPED)
 PAUSE_S = 5.0  # before a restart, times the restarts in a row
 

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from rft.config import Config, ConfigError, load_config
 from rft.metrics.history import Run
 from rft.metrics.names import is_reproducible
 from rft.utils.process import die_with_parent
+from rft.utils.python import SAFE_PYTHON
 
 Say = Callable[[str], None]
 START_S = 1800.0  # a run that has not reached its next step by then hangs
@@ -137,7 +137,7 @@ def compare(
 
 
 def _train(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "rft.cli", "train", *arguments]
+    return [*SAFE_PYTHON, "-m", "rft.cli", "train", *arguments]
 
 
 def _run_to_end(arguments: Sequence[str]) -> None:

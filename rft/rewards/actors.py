@@ -20,6 +20,7 @@ class RewardActor:
 
     def __init__(self, function: str, options: dict[str, Any], base_dir: str) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # for what the reward starts; see worker.py
+        os.environ.pop("PYTHONSAFEPATH", None)  # for rft's processes, not for those that a reward starts
         self.reward: Any = load_reward(function, base_dir=base_dir, **options)
 
     def loaded(self) -> tuple[Any, ...]:

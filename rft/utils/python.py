@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 SAFE_PYTHON = (sys.executable, "-P")
 """The interpreter, without the script's or the working folder in front of its search path."""
@@ -20,3 +22,34 @@ def search_path() -> list[str]:
     entries = [entry or os.getcwd() for entry in sys.path]
     entries = list(dict.fromkeys(entries))
     return [e for e in entries if e not in late] + [e for e in entries if e in late]
+
+
+def safe_workers() -> dict[str, Any]:
+    """Arguments of `ray.init` that make Ray's workers look for modules in the working folder last.
+
+    Ray puts the driver's working folder, and its script's, in front of their search path.
+    """
+    from ray.job_config import JobConfig
+
+    def working_folder_last() -> None:  # local, so that it travels by value: rft itself may be in that folder
+        import os
+        import sys
+
+        here = os.getcwd()
+        sys.path[:] = [e for e in sys.path if (e or here) != here] + [here]
+
+    job = JobConfig()
+    job._py_driver_sys_path = _Fixed()
+    # The variable, too: it reaches the processes that a worker starts, such as vLLM's.
+    environment = {"PYTHONSAFEPATH": "1"}
+    return {
+        "job_config": job,
+        "runtime_env": {"env_vars": environment, "worker_process_setup_hook": working_folder_last},
+    }
+
+
+class _Fixed(list[str]):
+    """A list that ignores what is added to it."""
+
+    def extend(self, _: Iterable[str]) -> None:
+        return
