@@ -152,7 +152,9 @@ class WarmStartConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: str = Field("run", pattern=r"^[\w.\-]+$", description="name of the run, and of its folder")
+    name: str = Field(
+        "run", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", description="name of the run, and of its folder"
+    )
     output_dir: str = Field("runs", description="where run folders are")
     seed: int = Field(1, ge=0, description="seed of the model, the data order and the sampling")
     algorithm: SerializeAsAny[Algorithm] = Field(description="name and settings of the algorithm")

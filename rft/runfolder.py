@@ -135,6 +135,8 @@ def _check_same(config: Config, path: Path) -> list[str]:
         written = yaml_files.read(path / "config.yaml")
     except yaml_files.YamlError as error:
         raise ConfigError([f"{path / 'config.yaml'} is damaged: {error}; choose another name"]) from None
+    if not isinstance(written, dict):
+        raise ConfigError([f"{path / 'config.yaml'} is damaged: it holds no settings; choose another name"])
     try:
         old = parse_config(written).to_dict()  # settings that are newer than the run have their defaults
     except ConfigError:
@@ -200,9 +202,20 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """What a complete run left, or None."""
+    """What a complete run left, or None. Raises ConfigError where the file is damaged."""
     file = path / "result.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        result = error
+    if not isinstance(result, dict) or not isinstance(result.get("steps"), int):
+        why = f": {result}" if isinstance(result, Exception) else ""
+        raise ConfigError(
+            [f"{file} is damaged{why}; remove it, and the run goes on from its last checkpoint"]
+        )
+    return result
 
 
 def _write(path: Path, text: str) -> None:

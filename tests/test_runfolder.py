@@ -91,3 +91,60 @@ def test_a_lock_alone_is_no_other_run(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "run.lock").write_text("{}")
     assert runfolder.claim(config(tmp_path), "auto").resumed_at is None
+
+
+def damaged_cases() -> dict[str, object]:
+    """What may happen to a run folder, each by a function of the run's path."""
+
+    def newest(run: Path) -> Path:
+        return max((run / "checkpoints").glob("step-*"))
+
+    def write(name: str, data: bytes) -> object:
+        return lambda run: (run / name).write_bytes(data)
+
+    def manifest(data: bytes) -> object:
+        return lambda run: (newest(run) / "manifest.json").write_bytes(data)
+
+    return {
+        "config cut": write("config.yaml", b"a: [1, {"),
+        "config empty": write("config.yaml", b""),
+        "config is a list": write("config.yaml", b"- 1"),
+        "config not UTF-8": write("config.yaml", b"name: \xff\xfe"),
+        "config with a tag": write("config.yaml", b'a: !!python/object/apply:os.system ["false"]'),
+        "config with itself inside": write("config.yaml", b"a: &a [*a]"),
+        "config deep": write("config.yaml", b"[" * 20_000),
+        "result cut": write("result.json", b'{"steps": '),
+        "result is a list": write("result.json", b"[]"),
+        "result without steps": write("result.json", b"{}"),
+        "result deep": write("result.json", b"[" * 200_000),
+        "manifest deep": manifest(b"[" * 200_000),
+        "manifest empty": manifest(b""),
+        "manifest is a list": manifest(b"[1, 2]"),
+        "manifest binary": manifest(b"\xff\xfe\0\0"),
+        "file cut": lambda run: (newest(run) / "a").write_text(""),
+        "file gone": lambda run: (newest(run) / "a").unlink(),
+        "file is a folder": lambda run: ((newest(run) / "a").unlink(), (newest(run) / "a").mkdir()),
+    }
+
+
+@pytest.mark.parametrize("case", damaged_cases())
+def test_a_damaged_run_folder_is_one_message_or_an_older_checkpoint(tmp_path: Path, case: str) -> None:
+    run = tmp_path / "r"
+    runfolder.write_config(run, config(tmp_path))
+    for step in (3, 7):
+        checkpoint.save(run / "checkpoints", step, lambda into: (into / "a").write_text("a"), keep=2, meta={})
+    damaged_cases()[case](run)  # type: ignore[operator]
+    if case.startswith(("config", "result")):
+        with pytest.raises(ConfigError, match=r"is damaged") as caught:
+            runfolder.claim(config(tmp_path), "auto")
+        assert case.split()[0] in str(caught.value)
+    else:
+        claimed = runfolder.claim(config(tmp_path), "auto")
+        assert claimed.resumed_at == 3
+        assert any("passed over" in note for note in claimed.notes)
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", "", "a/b", "a b"])
+def test_a_run_name_is_a_folder_of_its_own(name: str) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        parse_config({"algorithm": "sft", "name": name})

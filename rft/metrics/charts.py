@@ -139,7 +139,7 @@ def _accuracy(axes: Axes, run: Run) -> bool:
     axes.plot(steps, value, color=GREEN, marker="o", markersize=3, label="sampled, 95 % interval")
     _line(axes, run, "eval/greedy_accuracy", BLUE, "greedy", noisy=False)
     for name, color in zip(
-        sorted(n for n in run.names() if n.startswith("eval/pass@")), COLORS[1:], strict=False
+        sorted(n for n in run.names() if re.fullmatch(r"eval/pass@\d+", n)), COLORS[1:], strict=False
     ):
         _line(axes, run, name, color, name.removeprefix("eval/"), noisy=False)
     _as_share(axes)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 import os
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,47 @@ class NoRun(FileNotFoundError):
     """The folder is not that of a run."""
 
 
-class Tail:
-    """The whole lines of a growing file. A line that is still being written is left for next time."""
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
-    def __init__(self, path: Path) -> None:
+
+def metrics_row(row: Row) -> Row | None:
+    """A line of metrics.jsonl: `step`, `time/wall` and what else is a number (or null); else None."""
+    step = row.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not _number(row.get("time/wall")):
+        return None
+    return {k: v for k, v in row.items() if v is None or _number(v)}
+
+
+def event_row(row: Row) -> Row | None:
+    """A line of events.jsonl with the fields that readers rely on; else None."""
+    if not isinstance(row.get("kind"), str) or not _number(row.get("time")):
+        return None
+    opened = row["kind"] == "run/opened"
+    if opened and not all(isinstance(row.get(key), int) for key in ("pid", "total_steps")):
+        return None
+    return row
+
+
+def sample_row(row: Row) -> Row | None:
+    """A line of samples.jsonl with the fields that readers rely on; else None."""
+    reward = row.get("reward")
+    if not isinstance(row.get("step"), int) or not isinstance(row.get("split"), str):
+        return None
+    return row if reward is None or _number(reward) else None
+
+
+class Tail:
+    """The whole lines of a growing file. A line that is still being written is left for next time.
+
+    usable: the row as readers may rely on it, None for one that they cannot use; `odd` counts those.
+    """
+
+    def __init__(self, path: Path, usable: Callable[[Row], Row | None]) -> None:
         self.path = path
         self.rows: list[Row] = []
+        self.odd = 0
+        self._usable = usable
         self._offset, self._inode = 0, -1
 
     def refresh(self) -> None:
@@ -38,13 +74,19 @@ class Tail:
         with file:
             stat = os.fstat(file.fileno())
             if stat.st_ino != self._inode or stat.st_size < self._offset:
-                self.rows, self._offset, self._inode = [], 0, stat.st_ino
+                self.rows, self.odd, self._offset, self._inode = [], 0, 0, stat.st_ino
             file.seek(self._offset)
             data = file.read()
         end = data.rfind(b"\n") + 1
         self._offset += end
         lines = data[:end].decode("utf-8", errors="replace").split("\n")
-        self.rows.extend(row for line in lines if line and (row := parse_line(line)) is not None)
+        for line in filter(None, lines):
+            parsed = parse_line(line)
+            row = None if parsed is None else self._usable(parsed)
+            if row is None:
+                self.odd += 1
+            else:
+                self.rows.append(row)
 
 
 class Run:
@@ -55,9 +97,9 @@ class Run:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._metrics, self._events, self._samples = (
-            Tail(self.path / name) for name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE)
-        )
+        self._metrics = Tail(self.path / METRICS_FILE, metrics_row)
+        self._events = Tail(self.path / EVENTS_FILE, event_row)
+        self._samples = Tail(self.path / SAMPLES_FILE, sample_row)
         if not (self._metrics.path.exists() or self._events.path.exists()):
             raise NoRun(
                 f"{self.path} is no run folder: it has neither {METRICS_FILE} nor {EVENTS_FILE}. "
@@ -86,14 +128,23 @@ class Run:
     def samples(self) -> list[Row]:
         return self._samples.rows
 
+    def odd_lines(self) -> str:
+        """How many lines of which file could not be used, in words; empty where all could."""
+        tails = (self._metrics, self._events, self._samples)
+        counts = [f"{tail.odd} of {tail.path.name}" for tail in tails if tail.odd]
+        return f"lines left out as damaged: {', '.join(counts)}" if counts else ""
+
     def config_text(self) -> str | None:
         """The resolved config as it was written; None where the folder has none."""
         path = self.path / CONFIG_FILE
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
 
     def config(self) -> dict[str, Any]:
-        """The resolved config as plain values; {} where the folder has none."""
-        value = yaml_files.parse(self.config_text() or "")
+        """The resolved config as plain values; {} where the folder has none, or one that is damaged."""
+        try:
+            value = yaml_files.parse(self.config_text() or "")
+        except yaml_files.YamlError:
+            return {}
         return value if isinstance(value, dict) else {}
 
     # -- numbers -----------------------------------------------------------------------------------

@@ -251,10 +251,10 @@ def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, 
 
 
 def parse_line(line: str) -> dict[str, Any] | None:
-    """A line's object, or None where the line is torn (a process died, or is still writing)."""
+    """A line's object, or None where the line is torn (a process died, or is still writing) or no JSON."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

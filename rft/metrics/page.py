@@ -112,7 +112,7 @@ PAGE = (
     <div class="tag"><span>step {{ row.step }}</span>
     {% if row.reward is number %}<span>reward {{ "%.3g" | format(row.reward) }}</span>{% endif %}
     <span class="{{ row | outcome }}">{{ row | outcome }}</span>
-    {% if row.finish %}<span>{{ row.finish }}</span>{% endif %}</div>
+    {% if row.finish %}<span>{{ row.finish | text }}</span>{% endif %}</div>
     <pre>{{ row.completion | text }}</pre>
   {% else %}
     <div class="tag">nothing kept</div>
@@ -128,6 +128,10 @@ PAGE = (
 {% else %}
 <p class="soft">No completions were kept (tracking.samples_kept).</p>
 {% endfor %}
+
+{% if odd_lines %}
+<p class="warn small">{{ odd_lines }}</p>
+{% endif %}
 
 <h2>Config</h2>
 {% if config %}

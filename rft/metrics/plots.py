@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from rft.metrics.history import Run
+from rft.utils.terminal import printable
 
 Numbers = NDArray[np.float64]
 
@@ -102,12 +103,17 @@ def plot_learning_curve(run_dirs: Sequence[Path | str], out_png: Path | str) -> 
     return out
 
 
+def name_of(run: Run) -> str:
+    """A run's name as a label: a dollar sign would begin a formula."""
+    return printable(run.name).replace("$", r"\$")
+
+
 def _learning_line(axes: Axes, run: Run, name: str, color: str) -> None:
     steps, values = run.series(name)
     if not values:
         return
     if name == "eval/accuracy":
-        label = f"{run.name}: {values[0]:.0%} → {values[-1]:.0%}"
+        label = f"{name_of(run)}: {values[0]:.0%} → {values[-1]:.0%}"
         axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=label)
     else:
-        curve(axes, steps, values, color, run.name)
+        curve(axes, steps, values, color, name_of(run))

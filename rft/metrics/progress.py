@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rft.metrics.config import Display
+from rft.utils.terminal import printable, say
 
 PHASES = {
     "time/rollout": ("rollout", "cyan"),
@@ -188,7 +189,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays: a warning, a checkpoint, a fault."""
         if self._display != "off":
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """End the display; its last frame stays. A second call does nothing."""
@@ -207,7 +208,7 @@ class Progress:
     # -- how it looks ------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        say(text, self._stream)
 
     def _render(self) -> RenderableType:
         return render(self.state, self._console.width, self._spinner)
@@ -245,7 +246,9 @@ def render(state: State, width: int, spinner: Spinner) -> RenderableType:
     times = phase_bar(state.metrics, inner)
     if times.plain:
         parts.append(times)
-    return Panel(Group(*parts), title=f"[bold]{state.title}", title_align="left", border_style="dim")
+    return Panel(
+        Group(*parts), title=Text(printable(state.title), "bold"), title_align="left", border_style="dim"
+    )
 
 
 def _bar(total: int, completed: int, width: int) -> ProgressBar:

@@ -18,6 +18,7 @@ from rft.metrics.page import PAGE
 from rft.metrics.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from rft.metrics.progress import duration
 from rft.metrics.tell import as_text, outcome_of, told_events
+from rft.utils.terminal import printable
 
 MAX_PAIRS = 8
 UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"))
@@ -51,8 +52,9 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"text": as_text, "outcome": outcome_of}
     html = environment.from_string(PAGE).render(
-        name=run.name,
-        state=run.state(),
+        name=printable(run.name),
+        state=printable(run.state()),
+        odd_lines=run.odd_lines(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         algorithm=_algorithm(run),
         facts=facts(run),
@@ -60,7 +62,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
         timeline=timeline(run),
         events=told_events(run),
         pairs=before_and_after(run.samples),
-        config=run.config_text(),
+        config=as_text(run.config_text()),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
@@ -73,7 +75,7 @@ def _algorithm(run: Run) -> str:
     model = config.get("model")
     name = algorithm.get("name", "") if isinstance(algorithm, dict) else ""
     of = model.get("path") or model.get("name") or "" if isinstance(model, dict) else ""
-    return " · ".join(str(part) for part in (name, of) if part)
+    return " · ".join(printable(str(part)) for part in (name, of) if part)
 
 
 # -- the head --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 from rft.metrics.history import Row, Run
 from rft.metrics.progress import duration
+from rft.utils.terminal import printable
 
 # Events for the list under the time line, most urgent first, with the class that colours them.
 TOLD = {
@@ -30,7 +31,7 @@ MAX_EVENTS = 200
 
 
 def told_events(run: Run) -> list[dict[str, str]]:
-    """The events worth telling, in order; the latest `MAX_EVENTS` where there are more."""
+    """The events worth telling, in order, printable; the latest `MAX_EVENTS` where there are more."""
     start = run.events[0]["time"] if run.events else 0.0
     rows = []
     for event in run.of_kind(*TOLD):
@@ -43,9 +44,9 @@ def told_events(run: Run) -> list[dict[str, str]]:
             {
                 "at": duration(event["time"] - start),
                 "step": f"{run.step_at(event):.0f}",
-                "kind": kind,
+                "kind": printable(kind),
                 "tone": tone,
-                "text": f"{text} ({rest})" if text and rest else text or rest,
+                "text": printable(f"{text} ({rest})" if text and rest else str(text or rest)),
             }
         )
     return rows[-MAX_EVENTS:]
@@ -56,11 +57,11 @@ def outcome_of(row: Row) -> str:
     outcome = row.get("outcome")
     if isinstance(outcome, dict):
         outcome = next(iter(outcome.values()), None)
-    return str(outcome or "")
+    return printable(str(outcome or ""))
 
 
 def as_text(value: Any) -> str:
-    """A prompt or completion to read: text as it is, chat messages as `role: content` lines."""
-    if isinstance(value, list):
-        return "\n".join(f"{m.get('role', '?')}: {as_text(m.get('content'))}" for m in value)
-    return "" if value is None else str(value)
+    """A prompt or completion to read, printable: text, or chat messages as `role: content` lines."""
+    if isinstance(value, list) and all(isinstance(m, dict) for m in value):
+        return "\n".join(f"{printable(str(m.get('role', '?')))}: {as_text(m.get('content'))}" for m in value)
+    return "" if value is None else printable(str(value))

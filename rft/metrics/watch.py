@@ -18,6 +18,7 @@ from rich.text import Text
 from rft.metrics.history import Row, Run
 from rft.metrics.progress import duration, phase_bar, sparkline
 from rft.metrics.tell import as_text, outcome_of, told_events
+from rft.utils.terminal import printable
 
 SHOWN = (
     ("reward", "reward/mean", "{:.3f}", "cyan"),
@@ -81,6 +82,8 @@ def frame(run: Run, width: int) -> RenderableType:
         parts.append(_panel("events", _events(events)))
     if run.samples:
         parts.append(_panel("last samples", _samples(run.samples[-LAST_SAMPLES:])))
+    if run.odd_lines():
+        parts.append(Text(run.odd_lines(), "yellow"))
     return Group(*parts)
 
 
@@ -93,7 +96,9 @@ def _head(run: Run) -> Text:
     color = (
         "green" if state in ("running", "ended: done") else "yellow" if state == "ended: stopped" else "red"
     )
-    text = Text.assemble((run.name, "bold"), "  ", (state, color), f"  step {run.step}/{run.total_steps}")
+    text = Text.assemble(
+        (printable(run.name), "bold"), "  ", (printable(state), color), f"  step {run.step}/{run.total_steps}"
+    )
     left = seconds_left(run)
     if state == "running" and left is not None:
         text.append(f"  {duration(left)} left", style="dim")
@@ -112,6 +117,8 @@ def seconds_left(run: Run) -> float | None:
     if len(recent) < 2:
         return None
     first, last = recent[0], recent[-1]
+    if last["step"] <= first["step"]:
+        return None
     pace = (last["time/wall"] - first["time/wall"]) / (last["step"] - first["step"])
     return float(pace * (run.total_steps - run.step))
 
@@ -166,7 +173,8 @@ def _engines(run: Run) -> Panel | None:
         lost = event["kind"] == "engine/lost"
         ago = duration(max(0.0, time.time() - event["time"]))
         state = Text("lost", "red") if lost else Text("alive", "green")
-        table.add_row(name, state, str(event.get("version", "")), f"{ago} ago")
+        version = Text(printable(str(event.get("version", ""))))
+        table.add_row(Text(printable(name)), state, version, f"{ago} ago")
     return _panel("engines", table)
 
 
@@ -188,7 +196,8 @@ def _samples(rows: list[Row]) -> Group:
     for row in rows:
         reward = row.get("reward")
         shown = "no reward" if reward is None else f"reward {reward:.3g}"
-        parts.append(Text(f"step {row['step']} · {row['split']} · {shown} · {outcome_of(row)}", "dim"))
+        head = f"step {row['step']} · {printable(row['split'])} · {shown} · {outcome_of(row)}"
+        parts.append(Text(head, "dim"))
         parts.append(Text(_shorten(as_text(row.get("prompt"))), "bold"))
         parts.append(Text(_shorten(as_text(row.get("completion")))))
     return Group(*parts)

@@ -13,8 +13,9 @@ from rft.rewards.config import MaxFraction, RewardConfig, RewardsConfig, Schedul
 from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_options, signature_columns
 from rft.rewards.pool import Loaded, Spec, WorkerPool
 from rft.rewards.types import RewardError
-from rft.sandbox import Sandbox
+from rft.sandbox import Sandbox, SandboxError
 from rft.spelling import nearest
+from rft.utils.urls import has_credentials, without_credentials
 
 Rows = Mapping[int, Collection[str]]
 """By row number, counted from 1: the names of its columns."""
@@ -114,8 +115,11 @@ def _builtin_needs(c: RewardConfig) -> Loaded | str:
         target = builtin(c.function)
         checked_options(c.function, target, c.options, strict=True)
         required, optional = signature_columns(target)
-    except SpecError as error:
+        protection(c)
+    except (SpecError, SandboxError) as error:
         return str(error)
+    if has_credentials(str(c.options.get("base_url", ""))):
+        return CREDENTIALS
     return Loaded(required + optional, required, (), True)
 
 
@@ -137,6 +141,12 @@ async def _load_all(
 
     for i in custom:  # one after another: a check is no reason to crowd the machine
         await one(i)
+
+
+CREDENTIALS = (
+    "base_url holds a user name or password, which logs and config.yaml would show: leave it out of the URL, "
+    "and put the key into the environment variable that `api_key_env` names"
+)
 
 
 def protection(c: RewardConfig) -> str:
@@ -162,7 +172,7 @@ def describe(config: RewardsConfig) -> str:
             shown = f"{weight:g}"
         role = f"gate at {c.threshold:g}" if c.gate else f"weight {shown}"
         name = "" if c.label == c.function else f"{c.label} = "
-        options = "".join(f", {k}={v!r}" for k, v in c.options.items())
+        options = without_credentials("".join(f", {k}={v!r}" for k, v in c.options.items()))
         lines.append(f"{name}{c.function} ({role}, timeout {c.call_timeout_s:g} s{options})")
         if protected := protection(c):
             lines.append(f"  {protected}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.rewards.types import Outcome, Score, Text, graded, text_of
+from rft.utils.urls import has_credentials, without_credentials
 
 TEMPLATE = """You judge an answer to a request.
 {principle}
@@ -107,6 +108,11 @@ class Judge:
         cache: str | None = None,
         schema: bool = True,
     ) -> None:
+        if has_credentials(base_url):
+            raise ValueError(
+                f"{without_credentials(base_url)} holds a user name or password, which logs would show: put "
+                "the key into the environment variable that `api_key_env` names"
+            )
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.identity = self.url  # whose verdicts the cached ones are
         self.template, self.principle = template, principle
@@ -225,7 +231,7 @@ def read_verdict(reply: str, scale: float) -> tuple[float, str]:
     for candidate in (reply, *re.findall(r"\{[^{}]*\}", reply)[::-1]):
         try:
             data = json.loads(candidate, strict=False)  # models put line breaks into strings
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         score = data.get("score") if isinstance(data, dict) else None
         if isinstance(score, int | float) and not isinstance(score, bool):

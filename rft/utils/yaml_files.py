@@ -60,16 +60,52 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
+def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many values a node stands for, its aliases written out. Raises YamlError beyond the bound."""
+    known = counted.get(id(node))
+    line = node.start_mark.line + 1
+    if known == 0:
+        raise YamlError(
+            f"line {line}: the value contains itself (an alias to what it stands in); write it out"
+        )
+    if known is not None:
+        return known
+    counted[id(node)] = 0  # being counted
+    total = 1
+    if isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            for part in item if isinstance(item, tuple) else (item,):
+                total += _count_values(part, counted)
+    if total > MOST_VALUES:
+        raise YamlError(
+            f"line {line}: its aliases (*name), written out, hold more than {MOST_VALUES:,} values; "
+            "write less of them"
+        )
+    counted[id(node)] = total
+    return total
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes the text that `_Loader` would read as a number."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
 
+MOST_VALUES = 1_000_000
+
+
 def parse(text: str) -> Any:
-    """The value of a YAML text. Raises YamlError."""
+    """The value of a YAML text. Raises YamlError, also where aliases make it larger than `MOST_VALUES`."""
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count_values(node, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
         where = f"line {at.line + 1}, column {at.column + 1}: " if at else ""

@@ -112,3 +112,31 @@ def test_plain_words_and_numbers_are_read_as_meant(tmp_path: Path) -> None:
     assert config.learner.learning_rate == 1e-6 and config.data.options == {"noise": 0.05}
     strings = {"name": "1e5", "date": "2026-11-29", "word": "off", "text": "größer"}
     assert yaml_files.parse(yaml_files.dump(strings)) == strings
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "\n".join(
+                ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
+            ),
+            r"aliases \(\*name\), written out, hold more than 1,000,000 values",
+        ),
+        ("a: &a [*a]", "line 1: the value contains itself"),
+        ("a: &a {b: {c: *a}}", "line 1: the value contains itself"),
+        ("[" * 20_000, "recursion"),
+        ("a: {" * 20_000, "recursion"),
+    ],
+)
+def test_yaml_that_grows_without_bound_is_refused(text: str, words: str) -> None:
+    with pytest.raises(yaml_files.YamlError, match=words):
+        yaml_files.parse(text)
+
+
+def test_aliases_within_the_bound_are_read() -> None:
+    assert yaml_files.parse("a: &a {x: 1}\nb: *a\nc: [*a, *a]") == {
+        "a": {"x": 1},
+        "b": {"x": 1},
+        "c": [{"x": 1}] * 2,
+    }

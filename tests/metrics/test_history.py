@@ -41,7 +41,7 @@ def test_an_event_without_a_step_is_placed_by_its_time(run_dir: Path) -> None:
 
 def test_a_tail_reads_whole_lines_once(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    tail = Tail(path)
+    tail = Tail(path, lambda row: row)
     tail.refresh()
     assert tail.rows == []
     path.write_text('{"step": 1}\n{"step"')
