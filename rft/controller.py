@@ -18,11 +18,11 @@ from typing import Any
 from rft import step_metrics
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch, Group
-from rft.checkpoint import Checkpoint
+from rft.checkpoint import Checkpoint, CheckpointError
 from rft.config import Config
 from rft.data import Sampler
 from rft.data.curriculum import Curriculum, pass_rate
-from rft.errors import EngineError, RunStopped
+from rft.errors import BrokenWeights, EngineError, LearnerError, LogpGapError, RunStopped
 from rft.evaluation import evaluate
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards, GuardStop
@@ -30,7 +30,7 @@ from rft.metrics.log import METRICS_FILE, read_jsonl
 from rft.metrics.phases import Phases
 from rft.packing import shares_prefix
 from rft.plan import Plan
-from rft.remote import ActorDied, call, tell_notes, unless_stopped
+from rft.remote import ActorDied, Overdue, call, tell_notes, unless_stopped
 from rft.replay import Replay
 from rft.rewards import RewardError, RewardRunner
 from rft.rollout.engine import Sampling
@@ -49,7 +49,7 @@ class NoSignal(RuntimeError):
 
 
 # After these the learner is whole, and what was trained since the last checkpoint is worth keeping.
-SAVE_ON = (RunStopped, GuardStop, RewardError, NoSignal, EngineError)
+SAVE_ON = (RunStopped, GuardStop, RewardError, NoSignal, EngineError, LearnerError, LogpGapError)
 KEPT_DROPPED = 100_000  # dropped prompts that a checkpoint names, the newest ones
 
 
@@ -141,9 +141,12 @@ class Controller:
                     await fleet.prove()  # the last version: its evaluation is part of the result
             await self._save(final=True)
             return last
-        except SAVE_ON:
+        except RunStopped:
             if self.step:  # before the first step there is nothing to save
                 await self._save(final=True)
+            raise
+        except SAVE_ON as error:
+            await self._save_before_the_end(error)
             raise
         except ActorDied as error:  # replicas are mended: this was the learner
             self.parts.log.event("fault/learner", part="learner", what=str(error), action="the run ends")
@@ -181,8 +184,7 @@ class Controller:
         batch = self._build(groups if self.twin is None else own(groups, 0))
         async with self.fleet.gate:
             with self.phases("train", self.step):
-                await self.fleet.before_step()
-                trained = await self._ask_learner("step", batch, self.step)
+                trained = await self._train(works, batch)
             self.step += 1
             with self.phases("sync", self.step):
                 report = await self.fleet.push(self.step)
@@ -218,6 +220,18 @@ class Controller:
         await self.saver.poll()
         self._watch(metrics)
         return evaluation
+
+    async def _train(self, works: list[Work], batch: Batch) -> dict[str, float]:
+        """The learner's step on works that were taken for it. Until it is done they are not trained on: a
+        checkpoint that is saved because the step failed still names them."""
+        try:
+            await self.fleet.before_step()
+            metrics: dict[str, float] = await self._ask_learner("step", batch, self.step)
+        except BaseException:
+            self.slots.put_back(works)
+            self.replay.take_back()
+            raise
+        return metrics
 
     def _end_step(self, works: list[Work], ages: list[int]) -> None:
         """Free the slots of a step that all engines have the outcome of, and start on the next prompts
@@ -419,6 +433,26 @@ class Controller:
         if self.twin is not None:
             await self.twin.save(self.step)
         await self.saver.save(self.step, meta, final=final)
+
+    async def _save_before_the_end(self, error: Exception) -> None:
+        """Keep the steps since the last checkpoint where `error` has left the learner whole. A failure to
+        save is told and does not take the error's place."""
+        if not self.step:
+            saved = "no step is finished, so there is nothing to save"
+        elif isinstance(error, BrokenWeights):
+            saved = "no checkpoint is saved: its weights are broken"
+        elif self.twin is not None and self.twin.version != self.step:
+            saved = "no checkpoint is saved: the second copy has not finished this step"
+        else:
+            try:
+                await self._save(final=True)
+                saved = f"a checkpoint of step {self.step} is saved"
+            except (BrokenWeights, CheckpointError, ActorDied, Overdue) as failure:
+                saved = f"no checkpoint is saved: {failure}"
+        if isinstance(error, LearnerError | LogpGapError):
+            action = f"{saved}; the run ends"
+            self.parts.log.event("fault/learner", part="learner", what=str(error), action=action)
+        self.parts.progress.note(f"{type(error).__name__} after step {self.step}; {saved}")
 
     async def _restore(self, found: Checkpoint) -> None:
         await self.parts.channel.before_step()

@@ -11,6 +11,10 @@ class LearnerError(RuntimeError):
     """A fault in training itself: a non-finite gradient, an impossible batch."""
 
 
+class BrokenWeights(LearnerError):
+    """The learner's weights are not finite: there is nothing left in it that is worth saving or sending."""
+
+
 class LogpGapError(RuntimeError):
     """Engine and learner disagree about the log-probs of the same tokens: the push did not arrive."""
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rft.batch import Batch, Group
-from rft.checkpoint import Checkpoint
+from rft.checkpoint import Checkpoint, CheckpointError
 from rft.data import GroupSource
-from rft.errors import RunStopped
+from rft.errors import BrokenWeights, EngineError, LearnerError, LogpGapError, RunStopped
 from rft.metrics import Progress, RunLog
 from rft.offline_eval import HeldOut
-from rft.remote import call, tell_notes, unless_stopped
+from rft.remote import ActorDied, Overdue, call, tell_notes, unless_stopped
+from rft.rewards.types import RewardError
 
 
 @dataclass
@@ -47,7 +48,8 @@ class OfflineLoop:
 
     def __post_init__(self) -> None:
         self.saved_at = -1
-        self.trained = self.source.state_dict()  # where the source was before the batch that waits
+        self.upcoming = self.source.state_dict()  # of the source, before the batch that was laid out last
+        self.trained = self.upcoming  # and before the first batch that was not trained on
 
     async def run(self, resume: Checkpoint | None = None) -> dict[str, float]:
         """Train to the end; returns the last evaluation, or the last step's metrics where there is none.
@@ -60,7 +62,16 @@ class OfflineLoop:
         if self.step == 0 and self.held_out is not None:
             last = await unless_stopped(self._evaluate(), self.stop)
             self._tell(last)
+        try:
+            return await self._train(last)
+        except (LearnerError, LogpGapError, EngineError, RewardError) as error:
+            await self._save_before_the_end(error)
+            raise
+
+    async def _train(self, last: dict[str, float]) -> dict[str, float]:
+        """The steps that are left; returns as `run` does. `last`: the evaluation before them."""
         batch = self._next_batch()
+        self.trained = self.upcoming
         while self.step < self.steps:
             await self._check_stop()
             metrics, batch = await self._one_step(batch)
@@ -98,13 +109,14 @@ class OfflineLoop:
         metrics: dict[str, float] = await running
         await tell_notes(self._ask, self.progress.note)
         self.step += 1
+        self.trained = self.upcoming
         metrics["time/step"] = time.perf_counter() - begin
         metrics["throughput/tokens_per_s"] = float(batch.mask.sum()) / metrics["time/step"]
         metrics["data/epoch"] = passes
         return metrics, upcoming
 
     def _next_batch(self) -> Batch:
-        self.trained = self.source.state_dict()
+        self.upcoming = self.source.state_dict()
         groups = self.source.next(self.batch_size)
         if self.arrange is not None:
             groups = self.arrange(groups)
@@ -149,6 +161,21 @@ class OfflineLoop:
         if self.log is not None:
             seconds = time.perf_counter() - begin
             self.log.event("checkpoint/saved", step=self.step, path=path, seconds=seconds)
+
+    async def _save_before_the_end(self, error: Exception) -> None:
+        """Keep the steps since the last checkpoint where `error` has left the learner whole. A failure to
+        save is told and does not take the error's place."""
+        saved = f"a checkpoint of step {self.step} is saved"
+        try:
+            if isinstance(error, BrokenWeights):
+                raise error
+            await self._save()
+        except (BrokenWeights, CheckpointError, ActorDied, Overdue) as failure:
+            saved = f"no checkpoint is saved: {failure}"
+        if self.log is not None and isinstance(error, LearnerError | LogpGapError):
+            action = f"{saved}; the run ends"
+            self.log.event("fault/learner", part="learner", what=str(error), action=action)
+        self.progress.note(f"{type(error).__name__} after step {self.step}; {saved}")
 
     async def _ask(self, method: str, *args: Any) -> Any:
         reference = getattr(self.learner, method).remote(*args)

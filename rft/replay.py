@@ -15,12 +15,18 @@ class Replay:
 
     def __init__(self, steps: int) -> None:
         self.past: deque[list[Group]] = deque(maxlen=steps)
+        self._before = self.past.copy()
 
     def mix(self, groups: Sequence[Group]) -> list[Group]:
         """This step's groups, then those of the steps before it, the oldest first; remembers this step's."""
         mixed = [*groups, *(group for step in self.past for group in step)]
+        self._before = self.past.copy()
         self.past.append(list(groups))
         return mixed
+
+    def take_back(self) -> None:
+        """Forget the groups of the last `mix`: no step was taken on them."""
+        self.past = self._before
 
     def state_dict(self) -> list[Any]:
         """What is remembered, as plain JSON; prompts by their id."""

@@ -40,6 +40,7 @@ class Twin:
     config: Config
     root: Path
     saved_at: int = -1
+    version: int = 0  # finished steps
 
     def route(self, first: Fleet) -> Callable[[Request], Awaitable[list[Generated]]]:
         """A generator that asks the engines of the copy that a request is for."""
@@ -54,6 +55,7 @@ class Twin:
         async with self.fleet.gate:
             await self.fleet.before_step()
             metrics = await self._ask("step", batch, step)
+            self.version = step + 1
             await self.fleet.push(step + 1)
         self.fleet.progressed()
         if self.fleet.proof is not None:
@@ -77,7 +79,7 @@ class Twin:
                 "start anew with another name"
             )
         await self._ask("restore", str(max(found, key=lambda c: c.order).path))
-        self.saved_at = step
+        self.saved_at = self.version = step
 
     async def _ask(self, method: str, *args: Any) -> Any:
         answer = getattr(self.learner, method).remote(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,4 +113,48 @@ def rank(rank: int, place: Rendezvous, model: str, root: str) -> None:
     join(place, rank, 2, "cpu")
     for kind in KINDS:
         work(Path(model), Path(root), kind, parallel_of(kind))
+    torch.distributed.barrier()
+
+
+def masked_groups(seed: int, cut_off: Callable[[int, int], bool]) -> list[Group]:
+    """Three groups of four; `cut_off(group, k)` says which completions ran into the length limit."""
+    dice = random.Random(seed)
+    tokens = lambda n: tuple(dice.randrange(6, 300) for _ in range(n))  # noqa: E731
+    groups = []
+    for g in range(3):
+        completions = []
+        for k in range(4):
+            n, finish = dice.randint(2, 9), "length" if cut_off(g, k) else "stop"
+            own = {"logps": (-3.0,) * n, "versions": ((seed, 0, n),), "finish": finish}
+            completions.append(Completion(tokens(n), reward=float(k % 2), **own))
+        groups.append(Group(Prompt(g, tokens(4), "text"), tuple(completions)))
+    return groups
+
+
+MASKED = {
+    "none": lambda g, k: False,
+    "all": lambda g, k: True,
+    "but one": lambda g, k: (g, k) != (2, 3),  # all other micro-batches, and a rank, have nothing to train on
+}
+
+
+def masked_steps(model: Path, parallel: Parallel | None) -> list[dict[str, Any]]:
+    """Metrics and weights of three steps of which the second has nothing to train on."""
+    own = spec(model, tokens_per_micro_batch=1, weight_decay=0.1)
+    algorithm = ALGORITHMS["grpo"](beta=0.1, mask_truncated=True)
+    learner = Learner(replace(own, algorithm=algorithm, expects_fresh=True), parallel)
+    steps = []
+    for i, kind in enumerate(("none", "all", "but one")):
+        metrics = learner.step(Batch.build(masked_groups(i, MASKED[kind])), i)
+        steps.append({"metrics": metrics, "weights": weights(learner)})
+    return steps
+
+
+def masked_rank(rank: int, place: Rendezvous, model: str, root: str, kinds: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    join(place, rank, 2, "cpu")
+    for kind in kinds:
+        steps = masked_steps(Path(model), parallel_of(kind))
+        if rank == 0:
+            torch.save(steps, Path(root) / f"{kind}.pt")
     torch.distributed.barrier()

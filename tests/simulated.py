@@ -145,6 +145,10 @@ class Run:
     learner: SimLearner
     folder: Path
 
+    @property
+    def staleness(self) -> int:
+        return self.controller.config.rollout.staleness
+
     def rows(self) -> list[dict[str, Any]]:
         return read_jsonl(self.folder / "metrics.jsonl")
 

@@ -14,6 +14,7 @@ import torch
 from rft import checkpoint
 from rft.batch import Batch
 from rft.config import parse_config
+from rft.errors import LearnerError
 from rft.learner.actor import LearnerActor
 from rft.local import LocalActor
 from rft.metrics import Progress, RunLog
@@ -297,3 +298,58 @@ def test_dropped_groups_of_a_cut_cache_file_are_noticed(tiny_folder: Path, tmp_p
     save_file({"logps": torch.arange(tokens - 1, dtype=torch.float32)}, file)
     (filled,) = attach([replace(first, completions=(masked, first.completions[1]))], file)
     assert filled.completions[0].ref_logps is not None and filled.completions[0].ref_logps[0] == 0.0
+
+
+def failing_from(learner: LearnerActor, step: int, error: Exception) -> LearnerActor:
+    """A learner whose step `step` fails."""
+    right = learner.step
+
+    def fails(batch: Any, at: int) -> dict[str, float]:
+        if at == step:
+            raise error
+        return right(batch, at)
+
+    learner.step = fails  # type: ignore[method-assign]
+    return learner
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_step_that_fails_is_saved_up_to_it_and_drawn_again(
+    tiny_folder: Path, tmp_path: Path, streaming: bool
+) -> None:
+    """The gradient of step 4 is not finite: the weights after step 3 are saved, and the resumed run trains on
+    the batch that failed, as the run that never failed does."""
+
+    def make() -> Plan:
+        plan = plan_of(tiny_folder, tmp_path, checkpoint={"every": 0, "keep": 9})
+        data = {**plan.config.data.model_dump(), "streaming": True, "shuffle_buffer": 7}
+        return plan_of(tiny_folder, tmp_path, data=data, checkpoint={"every": 0}) if streaming else plan
+
+    whole = Run(make(), "whole")
+    whole.carry_out()
+    first = Run(make(), "cut")
+    failing_from(first.learner, 3, LearnerError("the gradient norm is nan"))
+    with pytest.raises(LearnerError, match="norm is nan"):
+        first.carry_out()
+    events = [json.loads(line) for line in (first.path / "events.jsonl").read_text().splitlines()]
+    (told,) = [e for e in events if e["kind"] == "fault/learner"]
+    assert "a checkpoint of step 3 is saved" in told["action"]
+    second = Run(make(), "cut", resume=True)
+    assert second.folder.resumed_at == 3
+    second.carry_out()
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A weight decay beyond float32 makes the weights infinite in one update: no push finds that offline."""
+    learner = {"learning_rate": 1e37, "weight_decay": 1e3, "threads": 1, "max_grad_norm": None}
+    checkpoints = {"every": 1, "keep": 1}
+    run = Run(
+        plan_of(tiny_folder, tmp_path, learner=learner, checkpoint=checkpoints, eval={"every": 0}), "run"
+    )
+    with pytest.raises(LearnerError, match=r"weights of version \d+ are not finite, first"):
+        run.carry_out()
+    found = checkpoint.latest(run.path / "checkpoints")
+    assert found is None or found.step < run.learner.version

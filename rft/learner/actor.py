@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rft import checkpoint
 from rft.checkpoint_writer import BackgroundWriter
-from rft.errors import LearnerError, TransferError
+from rft.errors import BrokenWeights, LearnerError, TransferError
 from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.parallel.make import make_parallel
 from rft.learner.parallel.ranks import Meeting, Rendezvous
@@ -124,7 +124,7 @@ class LearnerActor(Learner):
     def _finite_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.weights():
             if not bool(torch.isfinite(tensor).all()):
-                raise LearnerError(
+                raise BrokenWeights(
                     f"the weights of version {self.version} are not finite, first {name}: not pushed, not "
                     "saved. Lower learner.learning_rate and go on from the last checkpoint, which is older."
                 )

@@ -55,6 +55,8 @@ class Learner:
         self.make_optimizer()
         self.version = 0
         self.state: dict[str, float] = {}
+        self.updates_made = 0  # of the step at hand
+        self.notes: list[str] = []
         self.self_checked = spec.config.self_check == "off"
         if self.parallel.rank:  # the same weights on all ranks, but not the same dropout
             seed_everything(derive_seed(spec.seed, self.parallel.rank))
@@ -143,26 +145,33 @@ class Learner:
         }
 
     def take_notes(self) -> list[str]:
-        """Lines for the user since the last call: which kernels this rank chose by measuring them."""
-        return logprob_choice.take_lines()
+        """Lines for the user since the last call: which kernels this rank chose by measuring them, and steps
+        without an update."""
+        notes, self.notes = self.notes, []
+        return logprob_choice.take_lines() + notes
 
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
         """Train on a batch (all inner epochs and mini-batches); returns the step's metrics.
 
-        The policy's version rises by one. Raises LogpGapError before anything is updated when the
-        batch's fresh samples do not fit the learner's own log-probs, LearnerError on a non-finite
-        gradient.
+        The policy's version rises by one. Where nothing is trained on (every completion was cut off and
+        `mask_truncated` leaves those out), weights, optimizer and algorithm state stay as they are; of
+        several mini-batches, those without a trained token are passed over.
+
+        Raises LogpGapError before anything is updated when the batch's fresh samples do not fit the learner's
+        own log-probs, LearnerError on a non-finite gradient.
         """
         start = time.perf_counter()
         spec = self.spec
         gap = objective.LogpGap()
+        self._check_fresh(batch)
         if not self.self_checked:
             self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
             self.self_checked = True
         batch = self.prepare(self.at_step(batch, step), gap)
-        if self.strategy.begin(lambda: self.score(batch), lambda: self._accumulate(batch, None)):
+        trained = objective.has_units(self.algorithm, batch)
+        if trained and self.strategy.begin(lambda: self.score(batch), lambda: self._accumulate(batch, None)):
             self.parallel.discard(self.optimizer)
             self.make_optimizer()
         lr = learning_rate(spec.config, step, spec.total_steps)
@@ -170,13 +179,20 @@ class Learner:
         for group in self.optimizer.param_groups:  # a rate of 0 stops weight decay too
             group["lr"] = lr * group.get("scale", 1.0) if group.get("critic") or not alone else 0.0
         updates: list[dict[str, float]] = []
-        for iteration in range(spec.num_iterations):
+        self.updates_made = 0
+        for iteration in range(spec.num_iterations if trained else 0):
             for mini in self._minibatches(batch, step, iteration):
+                if not objective.has_units(self.algorithm, mini):
+                    continue
                 first = not updates and batch.old_logps is None
                 updates.append(self._update(mini, gap if first else None))
+                self.updates_made += 1
         self.version += 1
         metrics = objective.merge_means(updates)
-        self.state = self.algorithm.next_state(self.state, metrics)
+        if updates:
+            self.state = self.algorithm.next_state(self.state, metrics)
+        else:
+            self.notes.append(_why_nothing_was_trained(batch, step))
         every = self.algorithm.refresh_reference
         if self.reference is not None and every and self.version % every == 0:
             self.parallel.settle()
@@ -351,18 +367,29 @@ class Learner:
         bound = self.spec.config.max_grad_norm
         norm, finite = self.parallel.update(self.strategy.trained(self.policy), self.optimizer, bound)
         if not finite and self.spec.config.on_nonfinite == "stop":
+            made = self.updates_made
+            kept = f"the step's {made} earlier updates stand" if made else "nothing was updated"
             raise LearnerError(
-                f"the gradient norm is {norm} at policy version {self.version}; nothing was updated. "
+                f"the gradient norm is {norm} at policy version {self.version}; {kept}. "
                 "Lower learner.learning_rate, or set learner.on_nonfinite: skip to drop such updates."
             )
         measured = {"train/grad_norm": norm} if finite else {}
         return {**measured, "train/skipped": float(not finite)}
 
-    def _check_gap(self, gap: objective.LogpGap) -> None:
-        if self.spec.expects_fresh and not gap.tokens:
+    def _check_fresh(self, batch: Batch) -> None:
+        """Raise LogpGapError where completions were sampled, none of them by the current version. Asked of
+        the batch as it was received: what `prepare` leaves of it to train on is another matter."""
+        if not self.spec.expects_fresh or batch.version is None:
+            return
+        sampled = batch.mask if batch.demonstrated is None else batch.mask & ~batch.demonstrated
+        versions = batch.version[sampled]
+        if versions.numel() and not bool((versions == self.version).any()):
             raise LogpGapError(
-                f"no token of this batch was sampled by policy version {self.version}: the engines are stale"
+                f"no token of this batch was sampled by policy version {self.version}: the engines are stale "
+                f"(their newest version is {int(versions.max())})"
             )
+
+    def _check_gap(self, gap: objective.LogpGap) -> None:
         for what, found, bound in (
             ("mean", gap.mean, self.spec.max_gap_mean),
             ("largest", gap.largest, self.spec.max_gap),
@@ -416,8 +443,19 @@ class Learner:
         state.restore(self, folder)
 
 
+def _why_nothing_was_trained(batch: Batch, step: int) -> str:
+    cut_off = batch.truncated is not None and bool(batch.truncated.all())
+    if batch.mask.any():
+        why = "no two rewards of a group differ, so there is no pair"
+    elif cut_off:
+        why = f"all {batch.num_sequences} completions ran into the length limit, which the loss leaves out"
+    else:
+        why = "the loss leaves out every token of the batch"
+    return f"step {step + 1} changes no weights: {why}"
+
+
 def _advantage_metrics(batch: Batch) -> dict[str, float]:
-    if batch.advantages is None:
+    if batch.advantages is None or not batch.mask.any():
         return {}
     a = batch.advantages[batch.mask]
     if not a.numel():

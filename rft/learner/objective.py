@@ -60,6 +60,12 @@ def divide(algorithm: Algorithm, batch: Batch) -> tuple[Batch, Batch]:
     return part(trained), part(batch.mask & ~trained)
 
 
+def has_units(algorithm: Algorithm, batch: Batch) -> bool:
+    """Whether anything of a prepared batch is trained on: a token that the mask leaves, and a pair where the
+    loss is about pairs. Without, no update may be made: moments and weight decay would move the weights."""
+    return bool(batch.mask.any() if algorithm.unit == "token" else _counted(algorithm, batch).any())
+
+
 def reduce_loss(algorithm: Algorithm, policy: PolicyOutput, micro: Batch, scale: float) -> Tensor:
     """This micro-batch's part of the objective: a scalar with gradient."""
     loss = algorithm.loss(policy, micro)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from rft.errors import BrokenWeights
 from rft.learner.model import load_tokenizer
 from rft.rng import rng_state, set_rng_state
 
@@ -37,6 +39,13 @@ def capture(learner: Learner) -> Writer:
         "rng": parallel.gather(rng_state()),
     }
 
+    if parallel.rank == 0:
+        parameters = {name for name, _ in model.named_parameters()}  # buffers may hold infinities
+        trained = (
+            {name: w for name, w in weights.items() if name in parameters} if part is None else rest["part"]
+        )
+        _require_finite(learner.version, {**trained, **(rest["value_head"] or {})})
+
     def write(folder: Path) -> None:
         if part is None:
             model.save_pretrained(folder / "model", state_dict=weights)
@@ -45,6 +54,17 @@ def capture(learner: Learner) -> Writer:
         torch.save(rest, folder / "learner.pt")
 
     return write
+
+
+def _require_finite(version: int, trained: Mapping[str, Tensor]) -> None:
+    """Raise BrokenWeights rather than let a checkpoint of weights that are not finite take the place of an
+    older, sound one."""
+    for name, tensor in trained.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BrokenWeights(
+                f"the weights of version {version} are not finite, first {name}: not saved. Lower "
+                "learner.learning_rate and go on from the last checkpoint, which is older."
+            )
 
 
 def restore(learner: Learner, folder: Path) -> None:

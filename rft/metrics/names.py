@@ -120,7 +120,10 @@ METRICS: dict[str, Metric] = {
     "train/tokens": Metric("tokens that went through the learner in this step", "tokens"),
     "train/loss_tokens": Metric("tokens that the loss acted on in this step", "tokens"),
     "train/micro_batches": Metric("micro-batches that the step was split into", "micro-batches"),
-    "train/updates": Metric("optimizer updates in this step (inner epochs times mini-batches)", "updates"),
+    "train/updates": Metric(
+        "optimizer updates in this step: inner epochs times mini-batches, less those without a trained token",
+        "updates",
+    ),
     "train/skipped": Metric("updates left out because the gradient was not finite", "updates"),
     "train/update_sparsity": Metric("share of parameters that the step left exactly as they were", "share"),
     "train/accuracy": Metric("share of pairs or tokens that the model gets right (offline)", "share"),

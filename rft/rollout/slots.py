@@ -120,6 +120,12 @@ class SlotBuffer:
             self._move(work, State.trained)
         return sorted(chosen, key=lambda w: w.ticket)
 
+    def put_back(self, works: list[Work]) -> None:
+        """Works that were taken and not trained on after all, since the step failed: scored, as before."""
+        for work in works:
+            self._expect(work, State.trained)
+            self._move(work, State.scored)
+
     def _left(self) -> Counter[int]:
         """Works by version that stay behind once the `batch` oldest scored ones are taken."""
         left, wanted = Counter(self._inflight), self.batch

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft.errors import TransferError
+from rft.errors import BrokenWeights
 from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.changes import ChangeMeter, change_metrics
 from rft.sync.link import Link
@@ -54,7 +54,7 @@ class Publisher:
         payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         broken = [name for name, tensor in payload.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
-            raise TransferError(f"the adapter of version {version} is not finite, first {broken[0]}")
+            raise BrokenWeights(f"the adapter of version {version} is not finite, first {broken[0]}")
         self.tensors, sender = len(payload), self._open_sender()
         assert isinstance(sender, AdapterSender)
         update = sender.announce(version, manifest_of(payload.items()), payload.items())
