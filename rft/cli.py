@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rft import __version__
+from rft.utils.paths import path_argument
 
 _EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on request (the message names the checkpoint), "
@@ -91,13 +92,17 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(run=run, stoppable=name in ("train", "eval"))
         if config:
-            sub.add_argument("config", help="YAML file")
+            sub.add_argument("config", type=path_argument, help="YAML file")
             sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config overrides")
         return sub
 
     train = command("train", _train, "train as the config says")
     train.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH", help="go on from the run's last checkpoint"
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        type=path_argument,
+        help="go on from the run's last checkpoint",
     )
     train.add_argument(
         "--restarts", type=int, default=0, metavar="N",
@@ -107,20 +112,22 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify-resume", _verify, "run, kill, resume, and compare with an uninterrupted run")
     verify.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the run")
     verify.add_argument("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
-    verify.add_argument("--out", help="folder for the two runs (default: a temporary one)")
+    verify.add_argument(
+        "--out", type=path_argument, help="folder for the two runs (default: a temporary one)"
+    )
     command("check", _check, "resolve everything and print the plan, without training")
     evaluate = command("eval", _eval, "held-out accuracy and pass@k of a model, as JSON on stdout")
-    evaluate.add_argument("--model", help="model folder or hub name (default: the config's)")
+    evaluate.add_argument("--model", type=path_argument, help="model folder or hub name (none: the config's)")
     show = command("config", _config, "every config key with its default and meaning", config=False)
     show.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
     export = command("export", _export, "the run's final model as a Hugging Face folder", config=False)
-    export.add_argument("run_dir", help="run folder")
-    export.add_argument("out", help="folder to write")
+    export.add_argument("run_dir", type=path_argument, help="run folder")
+    export.add_argument("out", type=path_argument, help="folder to write")
     report = command("report", _report, "write one HTML page about a run", config=False)
-    report.add_argument("run_dir", help="run folder")
-    report.add_argument("--out", help="file to write (default: RUN/report.html)")
+    report.add_argument("run_dir", type=path_argument, help="run folder")
+    report.add_argument("--out", type=path_argument, help="file to write (default: RUN/report.html)")
     watch = command("watch", _watch, "a live view of a running job, from its folder", config=False)
-    watch.add_argument("run_dir", help="run folder")
+    watch.add_argument("run_dir", type=path_argument, help="run folder")
     watch.add_argument("--once", action="store_true", help="show one frame and end")
     bench = command("bench", _bench, "run the benchmarks of this checkout", config=False)
     bench.add_argument("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")

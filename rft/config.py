@@ -37,6 +37,7 @@ from rft.section import Section
 from rft.spelling import nearest_or_all
 from rft.sync.config import SyncConfig
 from rft.utils import yaml_files
+from rft.utils.paths import PathText, expand
 
 
 class ConfigError(ValueError):
@@ -50,14 +51,16 @@ class ConfigError(ValueError):
 class ModelConfig(Section):
     """The policy."""
 
-    path: str = Field(
+    path: PathText = Field(
         "tiny", description="Hugging Face folder or hub name; `tiny`: a small model made on the spot"
     )
-    reference: str | None = Field(
+    reference: PathText | None = Field(
         None,
         description="folder or hub name of the reference model (none: the model that the run starts from)",
     )
-    tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer (none: the model's)")
+    tokenizer: PathText | None = Field(
+        None, description="folder or hub name of the tokenizer (none: the model's)"
+    )
     options: dict[str, Any] = Field({}, description="sizes of the `tiny` model (see rft.tasks.tiny)")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -146,7 +149,7 @@ class WarmStartConfig(Section):
     batch_size: int = Field(64, ge=1, description="demonstrations per step")
     data: DataConfig | None = Field(None, description="demonstrations (none: the run's own data)")
     learner: LearnerConfig = Field(LearnerConfig(learning_rate=1e-3), description="optimizer of this stage")
-    cache: str = Field("runs/.cache", description="folder where finished warm starts are kept")
+    cache: PathText = Field("runs/.cache", description="folder where finished warm starts are kept")
 
 
 class Config(Section):
@@ -155,7 +158,7 @@ class Config(Section):
     name: str = Field(
         "run", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", description="name of the run, and of its folder"
     )
-    output_dir: str = Field("runs", description="where run folders are")
+    output_dir: PathText = Field("runs", description="where run folders are")
     seed: int = Field(1, ge=0, description="seed of the model, the data order and the sampling")
     algorithm: SerializeAsAny[Algorithm] = Field(description="name and settings of the algorithm")
     model: ModelConfig = Field(ModelConfig(), description="the policy")
@@ -245,7 +248,11 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise ConfigError([f"config {path}: base must be the path of one YAML file, got {base!r}"])
-    return _laid_over(_read(path.parent / base, (*above, path.resolve())), raw)
+    try:
+        below = path.parent / expand(base)
+    except ValueError as error:
+        raise ConfigError([f"config {path}: base: {error}"]) from None
+    return _laid_over(_read(below, (*above, path.resolve())), raw)
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

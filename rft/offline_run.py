@@ -73,7 +73,7 @@ async def _with_reference(plan: Plan, learner: Any, groups: Sequence[Group], sha
     config = plan.config
     dtype = str(resolve_dtype(config.learner.dtype, plan.device))
     cache = Path(config.output_dir) / ".cache"
-    file = reference.cache_file(cache, groups, config.model.reference or plan.model, dtype)
+    file = reference.cache_file(cache, groups, plan.reference_path or plan.model, dtype)
 
     async def score(batch: Batch) -> Tensor:
         found: Tensor = await _ask(plan, learner, "score_reference", batch)

@@ -18,8 +18,9 @@ import torch
 from rft.algorithms.checks import problems as algorithm_problems
 from rft.config import Config, ConfigError, algorithm_name, fingerprint
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
+from rft.data.chat import Renderer
 from rft.data.demonstrations import any_demonstration
-from rft.learner.model import ModelError, load_tokenizer, resolve_dtype, stop_ids
+from rft.learner.model import ModelError, load_tokenizer, resolve_dtype
 from rft.learner.parallel.checks import describe_ranks, parallel_problems
 from rft.learner.preflight import (
     describe_training,
@@ -28,6 +29,7 @@ from rft.learner.preflight import (
     trained_parameters,
     vocabulary_problem,
 )
+from rft.learner.stops import stop_ids, unstopped_turns
 from rft.memory import ModelShape, learner_bytes, meta_network, replica_bytes
 from rft.offline_plan import OfflineData, load_offline, offline_problems, reference_problem
 from rft.online_plan import longest_sequence, mixes, online_problems, online_warnings
@@ -39,6 +41,7 @@ from rft.sync.choice import channel_spec, choose_transport, layout_problems
 from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
 from rft.utils.cores import parse_cores, usable_cores
+from rft.utils.paths import expand
 
 Device = Literal["cpu", "cuda"]
 Engine = Literal["vllm", "hf"]
@@ -56,7 +59,7 @@ class Plan:
     device: Device
     engine: Engine
     transport: str
-    stop_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]  # token ids that end a completion
     train_prompts: PromptSet | None
     eval_prompts: PromptSet | None
     offline: OfflineData | None = None  # offline training
@@ -65,6 +68,17 @@ class Plan:
     def with_model(self, folder: str) -> Plan:
         """The same plan from other weights of the same shape (a finished warm start)."""
         return replace(self, model=folder)
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Folder or hub name of the tokenizer, for processes with another working folder."""
+        return absolute_if_local(self.config.model.tokenizer or self.model)
+
+    @property
+    def reference_path(self) -> str | None:
+        """Folder or hub name of the reference; None: the model that the run starts from."""
+        reference = self.config.model.reference
+        return None if reference is None else absolute_if_local(reference)
 
     def engine_spec(self) -> EngineSpec:
         """What each rollout replica is built from."""
@@ -87,9 +101,10 @@ class Plan:
             transport=self.transport,
             sleeps=self.channel_spec().colocated,
             control_timeout_s=c.control_timeout_s,
-            stop_token_ids=(*self.stop_ids, *c.sampling.stop_token_ids),
+            stop_token_ids=self.stop_ids,
+            tokenizer=self.tokenizer_path,
             trust_remote_code=self.config.model.trust_remote_code,
-            reference=(self.config.model.reference or self.model) if mixes(self.config) else None,
+            reference=(self.reference_path or self.model) if mixes(self.config) else None,
             engine_args=(adapter_args(self.config) if self.transport == "adapter" else {}) | c.engine_args,
         )
 
@@ -129,6 +144,7 @@ class Plan:
             f"algorithm    {algorithm_name(c.algorithm)}: {t.steps} steps",
             f"model        {self.model}: {self.shape.parameters:,} parameters, "
             f"vocabulary {self.shape.vocab:,}",
+            f"stop tokens  {self._stop_tokens()}",
         ]
         if c.warm_start:
             out.append(
@@ -156,10 +172,13 @@ class Plan:
             out += [f"warning      {warning}" for warning in online_warnings(c)]
         return out
 
+    def _stop_tokens(self) -> str:
+        return ", ".join(f"{self.tokenizer.decode([i])!r} ({i})" for i in self.stop_ids) or "none"
+
     def learner_bytes(self) -> int:
         """Predicted peak bytes of the learner, in one process."""
         c = self.config
-        separate = c.model.reference not in (None, self.model) or c.learner.adapter is None
+        separate = self.reference_path not in (None, self.model) or c.learner.adapter is None
         return learner_bytes(
             self.shape,
             c.learner,
@@ -214,7 +233,7 @@ def make_plan(
     device = _device(config, problems)
     engine: Engine | None = attempt("rollout.engine", lambda: _engine(config)) if sampled else "hf"
     trusted = config.model.trust_remote_code
-    shape = tokenizer = train = held_out = offline = None
+    shape = tokenizer = train = held_out = offline = stops = None
     if path := attempt("model", lambda: resolve_model(config, model)):
         shape = attempt("model.path", lambda: ModelShape.of(path, config.model))
         named = config.model.tokenizer or path
@@ -227,6 +246,10 @@ def make_plan(
             offline = attempt("data", lambda: load_offline(config, tokenizer))
         if sampled and config.eval.every:
             held_out = attempt("data (held-out)", lambda: _eval_prompts(config, tokenizer, limit))
+        if path and shape is not None and (train or offline):  # the data are read, so the template works
+            stops = attempt("model", lambda: _stop_ids(config, path, tokenizer))
+        if offline is not None and stops is not None and not config.algorithm.score_heads:
+            problems += unstopped_turns(offline.sample, stops, tokenizer)
     if starts:
         problems += socket_problems(config, vllm=sampled and engine == "vllm")
         problems += [] if evaluate else unwritable_folders(config)
@@ -243,7 +266,7 @@ def make_plan(
         for name, found in sets.items():
             if found:
                 problems += check_values(config.rewards, found.source, rows[name].items())
-    if problems or path is None or shape is None or engine is None:
+    if problems or path is None or shape is None or engine is None or stops is None:
         raise ConfigError(problems)
     adapter = config.learner.adapter
     return Plan(
@@ -254,7 +277,7 @@ def make_plan(
         device=device,
         engine=engine,
         transport=choose_transport(config, device, engine),
-        stop_ids=stop_ids(path),
+        stop_ids=stops,
         train_prompts=train,
         eval_prompts=held_out,
         offline=offline,
@@ -294,14 +317,26 @@ def _eval_prompts(config: Config, tokenizer: Any, limit: int) -> PromptSet:
     return replace(found, prompts=found.prompts[: config.eval.problems])
 
 
+def _stop_ids(config: Config, path: str, tokenizer: Any) -> tuple[int, ...]:
+    turn_end = Renderer(config.data, tokenizer).turn_end
+    known = stop_ids(path, tokenizer, turn_end, trust_remote_code=config.model.trust_remote_code)
+    return tuple(sorted({*known, *config.rollout.sampling.stop_token_ids}))
+
+
+def absolute_if_local(path: str) -> str:
+    """A folder as an absolute path: workers have other working folders. A hub name stays as it is."""
+    local = path.startswith((".", "/")) or Path(path).exists()
+    return str(Path(path).absolute()) if local else path
+
+
 def resolve_model(config: Config, model: str | None = None) -> str:
     """The folder or hub name of the policy; `tiny` is built in the cache first."""
     path = model or config.model.path
     if path != "tiny":
-        local = path.startswith((".", "/", "~")) or Path(path).exists()
-        if local and not (Path(path).expanduser() / "config.json").exists():
-            raise ModelError(f"{path!r} is no model folder: it has no config.json")
-        return str(Path(path).expanduser().absolute()) if local else path  # workers have other folders
+        resolved = absolute_if_local(expand(path))
+        if Path(resolved).is_absolute() and not (Path(resolved) / "config.json").exists():
+            raise ModelError(f"{path!r} is not a model folder: it has no config.json")
+        return resolved
     from rft.tasks import source
     from rft.tasks.tiny import build_tiny
 

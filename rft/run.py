@@ -277,7 +277,7 @@ def learner_spec(plan: Plan) -> LearnerSpec:
     mean, largest = plan.gap_bounds()
     return LearnerSpec(
         model=plan.model,
-        tokenizer=config.model.tokenizer or plan.model,
+        tokenizer=plan.tokenizer_path,
         algorithm=config.algorithm,
         config=config.learner,
         device=plan.device,
@@ -292,7 +292,8 @@ def learner_spec(plan: Plan) -> LearnerSpec:
         max_gap=largest,
         expects_fresh=config.algorithm.online and config.rollout.staleness == 0,
         trust_remote_code=config.model.trust_remote_code,
-        reference=config.model.reference,
+        reference=plan.reference_path,
+        stop_token_ids=plan.stop_ids,
         reference_cached=config.learner.reference_logps == "cached",
         texts=reward_texts(config),
     )

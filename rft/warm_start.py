@@ -45,7 +45,8 @@ def _spec(plan: Plan, stage: WarmStartConfig) -> LearnerSpec:
     config = plan.config
     return LearnerSpec(
         model=plan.model,
-        tokenizer=config.model.tokenizer or plan.model,
+        tokenizer=plan.tokenizer_path,
+        stop_token_ids=plan.stop_ids,
         algorithm=SFT(),
         config=stage.learner,
         device=plan.device,

@@ -23,7 +23,7 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
     [
         (["trian.steps=3"], "trian: unknown key; did you mean 'train'?"),
         (["data={path: nowhere.jsonl}"], "nowhere.jsonl"),
-        (["model.path=./nowhere"], "'./nowhere' is no model folder: it has no config.json"),
+        (["model.path=./nowhere"], "'./nowhere' is not a model folder: it has no config.json"),
         (["rewards=[{function: 'nowhere.py:score'}]"], "nowhere.py"),
         (["rewards=[{function: mth}]"], "did you mean 'math'"),
         (["rewards=[]"], "needs a reward"),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rft.section import Section
+from rft.utils.paths import PathText
 
 Kind = Literal["arithmetic", "arithmetic_hard", "arithmetic_pairs", "reasoning_gym", "file", "hub"]
 _ARITHMETIC: tuple[Kind, ...] = ("arithmetic", "arithmetic_hard", "arithmetic_pairs")
@@ -42,10 +43,12 @@ class DataConfig(Section):
         description="arithmetic, arithmetic_hard, arithmetic_pairs, reasoning_gym, file or hub; "
         "inferred when unset",
     )
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="JSONL/JSON/Parquet/Arrow file, a folder of them, or a hub dataset's name"
     )
-    eval_path: str | None = Field(None, description="like `path`, for evaluation; unset: the same as `path`")
+    eval_path: PathText | None = Field(
+        None, description="like `path`, for evaluation; unset: the same as `path`"
+    )
     split: str = Field("train", description="split to train on (a folder's files are matched by this name)")
     eval_split: str = Field("test", description="split to evaluate on")
     holdout: int = Field(0, ge=0, description="rows set aside for evaluation where there is no test split")
@@ -138,6 +141,6 @@ class DataConfig(Section):
         if self.kind is not None:
             return self.kind
         if self.path is not None:
-            local = self.path.startswith((".", "/", "~")) or self.path.endswith(SUFFIXES)
+            local = self.path.startswith((".", "/")) or self.path.endswith(SUFFIXES)
             return "file" if local or Path(self.path).exists() else "hub"
         return "reasoning_gym" if self.task else "arithmetic"

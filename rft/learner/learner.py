@@ -85,7 +85,10 @@ class Learner:
         """The trained network: a language model, or, for an algorithm with score heads, a reward model."""
         spec = self.spec
         if not spec.algorithm.score_heads:
-            return load_causal_lm(path, dtype, device, spec.trust_remote_code, quantize)
+            model = load_causal_lm(path, dtype, device, spec.trust_remote_code, quantize)
+            if spec.stop_token_ids and model.generation_config is not None:
+                model.generation_config.eos_token_id = list(spec.stop_token_ids)
+            return model
         return load_scoring_model(
             path,
             spec.algorithm.score_heads,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,20 +114,6 @@ def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
 def _softcap(config: Any) -> float | None:
     value = getattr(config, "final_logit_softcapping", None)
     return float(value) if value else None
-
-
-def stop_ids(path: str) -> tuple[int, ...]:
-    """Token ids that end a completion: the tokenizer's and the generation config's."""
-    from transformers import GenerationConfig
-
-    ids: set[int] = set()
-    eos = load_tokenizer(path).eos_token_id
-    if eos is not None:
-        ids.add(int(eos))
-    if (Path(path) / "generation_config.json").exists():
-        more = GenerationConfig.from_pretrained(path).eos_token_id
-        ids |= set(more if isinstance(more, list) else [more] if more is not None else [])
-    return tuple(sorted(ids))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -32,4 +32,5 @@ class LearnerSpec:
     trust_remote_code: bool = False
     reference: str | None = None  # the model that the reference is; None: `model`
     reference_cached: bool = False  # batches bring `ref_logps`: the reference is not kept in memory
+    stop_token_ids: tuple[int, ...] = ()  # what ends a completion, for the exported generation config
     texts: Mapping[str, Any] | None = None  # a reward model's config says so how its texts were rendered

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rft.section import Section
+from rft.utils.paths import PathText
 
 
 class AdapterConfig(Section):
@@ -56,8 +57,12 @@ class SubnetworkConfig(Section):
     (Mukherjee et al. 2025, arXiv 2505.11711)."""
 
     name: Literal["subnetwork"] = Field("subnetwork", description="sparse training by a mask")
-    mask: str = Field(description="safetensors file of the mask; made from `tuned` where it does not exist")
-    tuned: str | None = Field(None, description="model folder of the first run, compared with model.path")
+    mask: PathText = Field(
+        description="safetensors file of the mask; made from `tuned` where it does not exist"
+    )
+    tuned: PathText | None = Field(
+        None, description="model folder of the first run, compared with model.path"
+    )
     tolerance: float = Field(
         1e-5, ge=0, description="an element belongs to the mask if it changed by more (in bfloat16 numbers)"
     )

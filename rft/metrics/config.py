@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from rft.section import Section
+from rft.utils.paths import PathText
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Display = Literal["auto", "live", "plain", "off"]
@@ -24,7 +25,7 @@ class TrackingConfig(Section):
     wandb_mode: Literal["offline", "online"] = Field(
         "offline", description="W&B mode; offline writes into the run folder, to be sent with `wandb sync`"
     )
-    mlflow_uri: str | None = Field(
+    mlflow_uri: PathText | None = Field(
         None, description="MLflow tracking URI; none: a file store in the run folder (RUN/mlflow)"
     )
     sample_every: int = Field(

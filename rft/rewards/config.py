@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rft.section import Section
+from rft.utils.paths import PathText, expand
 
 
 class MaxFraction(Section):
@@ -17,6 +18,8 @@ class MaxFraction(Section):
 
 SLOW = ("judge", "local_judge", "reward_model", "pairwise_model", "process_reward_model", "process")
 """Built-ins that take whole batches and long."""
+
+_PATH_OPTIONS = {"model", "tokenizer", "cache", "readable"}
 
 ErrorPolicy = Literal["stop", "drop"] | MaxFraction
 
@@ -49,7 +52,7 @@ class ActorConfig(Section):
 class RewardConfig(Section):
     """One reward function."""
 
-    function: str = Field(
+    function: PathText = Field(
         description="built-in name (`math`), `file.py:function` or `package.module:function`"
     )
     name: str | None = Field(None, description="its name in metrics; by default the function's name")
@@ -64,6 +67,18 @@ class RewardConfig(Section):
     actor: ActorConfig | None = Field(None, description="run in a Ray actor instead of a worker process")
     columns: dict[str, str] = Field({}, description="parameter name -> dataset column, where they differ")
     options: dict[str, Any] = Field({}, description="the function's own options")
+
+    @model_validator(mode="after")
+    def _expanded(self) -> RewardConfig:
+        """Expand the built-ins' options that are paths; a user's own function gets its options as given."""
+        if ":" not in self.function:
+            for name in _PATH_OPTIONS & self.options.keys():
+                value = self.options[name]
+                if isinstance(value, str):
+                    self.options[name] = expand(value)
+                elif isinstance(value, list):
+                    self.options[name] = [expand(str(path)) for path in value]
+        return self
 
     @property
     def own_workers(self) -> int | None:

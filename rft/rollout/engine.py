@@ -76,6 +76,7 @@ class EngineSpec:
     transport: str
     control_timeout_s: float
     stop_token_ids: tuple[int, ...]
+    tokenizer: str | None = None  # folder or hub name (None: the model's)
     trust_remote_code: bool = False
     reference: str | None = None  # the frozen model that `Sampling.mixture` mixes in
     sleeps: bool = False  # while the learner has the device that the two share (vLLM only)

@@ -43,7 +43,9 @@ class HFEngine:
         if self.spec.needs_text:
             from transformers import AutoTokenizer
 
-            self.tokenizer = AutoTokenizer.from_pretrained(self.spec.model)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self.spec.tokenizer or self.spec.model, trust_remote_code=self.spec.trust_remote_code
+            )
 
     async def generate(self, request: Request) -> list[Generated]:
         """Sample `request.sampling.n` completions, in sample order."""

@@ -44,6 +44,7 @@ class VLLMEngine:
 
         args: dict[str, Any] = {
             "model": self.spec.model,
+            "tokenizer": self.spec.tokenizer or self.spec.model,
             "dtype": self.spec.dtype,
             "seed": self.spec.seed,
             "max_model_len": self.spec.max_model_len,

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rft.section import Section
 from rft.sync.spec import Measure
+from rft.utils.paths import PathText
 
 
 class SyncConfig(Section):
@@ -19,7 +20,7 @@ class SyncConfig(Section):
         "elements only, between GPUs over NCCL), file (for engines elsewhere), adapter (LoRA alone, not "
         "merged), or auto: gloo on CPU, ipc on a machine with one GPU, else nccl",
     )
-    folder: str | None = Field(
+    folder: PathText | None = Field(
         None,
         description="folder that every node sees, for transport file (none: shared memory of this machine) "
         "and, where given, for sparse",

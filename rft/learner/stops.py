@@ -1,0 +1,73 @@
+"""Which tokens end a completion: one answer for both engines, the training data and the exported model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rft.batch import Completion, Group
+from rft.learner.model import ModelError
+
+
+def stop_ids(
+    model: str, tokenizer: Any, turn_end: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[int, ...]:
+    """Token ids that end a completion of `model`, a folder or a hub name: those of its generation config and
+    its config, the tokenizer's end token, and the token with which the chat template ends a turn.
+
+    turn_end: what the template writes after the assistant's words, up to that token; None: no chat template.
+    """
+    from transformers import AutoConfig
+
+    ids = {*_listed(tokenizer.eos_token_id), *_listed(_generation_eos(model))}
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    # A config.json that names no end token gets its class's default, which may be any word of this tokenizer.
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ids |= special & {*_listed(config.eos_token_id), *_listed(config.get_text_config().eos_token_id)}
+    if turn_end is not None:
+        ids.add(tokenizer(turn_end, add_special_tokens=False)["input_ids"][-1])
+    return tuple(sorted(ids))
+
+
+def _generation_eos(model: str) -> Any:
+    """`eos_token_id` of the model's generation config; None where it comes without one."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        model,
+        "generation_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return None
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from None
+
+
+def _listed(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
+
+
+def unstopped_turns(groups: Sequence[Group], stops: Sequence[int], tokenizer: Any) -> list[str]:
+    """A message for every token that ends a trained turn of some group and is not a stop token: a model
+    that learned it would sample on behind it."""
+    ends = {token for g in groups for c in g.completions for token in _turn_ends(c)}
+    return [
+        f"data: a trained turn ends with {tokenizer.decode([token])!r} (token {token}), which is not a stop "
+        f"token ({', '.join(map(str, stops)) or 'there is none'}); name it under "
+        "rollout.sampling.stop_token_ids, or end turns with a token that is"
+        for token in sorted(ends - set(stops))
+    ]
+
+
+def _turn_ends(c: Completion) -> list[int]:
+    """The last token of each run of tokens that has a loss; of a completion that was cut there is none."""
+    if c.finish == "length":
+        return []
+    mask = (*(c.mask or [True] * len(c.tokens)), False)
+    return [token for i, token in enumerate(c.tokens) if mask[i] and not mask[i + 1]]

@@ -1,0 +1,44 @@
+"""Paths as users type them: `~` and environment variables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+
+
+def expand(path: str) -> str:
+    """A path with `~`, `$NAME` and `${NAME}` replaced. Raises ValueError where a variable is not set, or a
+    user not known."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(f"the environment variable {name} in {path!r} is not set")
+        return os.environ[name]
+
+    expanded = _VARIABLE.sub(value, path)
+    if not expanded.startswith("~"):
+        return expanded
+    try:
+        return str(Path(expanded).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{path!r} cannot be resolved: {error}") from None
+
+
+def path_argument(text: str) -> str:
+    """`expand` for a command's argument: argparse shows the message and ends with exit code 2."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+PathText = Annotated[str, AfterValidator(expand)]
+"""A config field that holds a path, or a name that may be a path."""
