@@ -685,6 +685,8 @@ def _list(text: str, depth: int) -> Value | None:
         isinstance(v, Items) and len(v.items) == len(first.pairs) for v in values[1:]
     ):
         return Items("list", (Items("()", tuple(v for _, v in first.pairs)), *values[1:]))
+    if len(set(values)) == 1 and len({spaceless(part) for part in parts}) > 1:
+        return first  # one answer, written in several ways
     return Items("list", _flat(values))
 
 

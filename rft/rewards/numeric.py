@@ -5,6 +5,7 @@ Reads the plain LaTeX (see `rft.rewards.notation`) of everyday answers: `3\sqrt{
 `2^{64}-1` is not `2^{64}`. A difference that is not rational counts as zero only if it vanishes as the
 precision grows: there is no tolerance, absolute or relative. Expressions with variables are compared at
 fixed points.
+
 Time is bounded by the size of what is computed: digits, exponents, factorials and nesting beyond the
 limits below make an expression undecided, and an undecided expression equals only its own text.
 """
@@ -157,7 +158,7 @@ def same_curve(a: Expression, b: Expression) -> bool | None:
         return False
     if found == [True, True]:
         return True
-    return False if found == [None, None] and ratio == 0 and _is_exact(a) and _is_exact(b) else None
+    return False if ratio == 0 and _is_exact(a) and _is_exact(b) else None
 
 
 def _is_exact(equation: Expression) -> bool:
