@@ -114,7 +114,7 @@ def combine(
             SampleReward(
                 value=None if failed else total,
                 scores=dict(zip(names, row, strict=True)),
-                vector=None if failed else tuple(s.value for s in row),
+                vector=None if failed or total is None else tuple(s.value for s in row),
             )
         )
     return result

@@ -1,4 +1,4 @@
-"""`rft reward SPEC FILE.jsonl`: score a file, and see what a reward would have said in a run."""
+"""`rft reward SPEC FILE`: score a file, and see what a reward would have said in a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from rft.rewards.check import check_reward
 from rft.rewards.config import RewardConfig, RewardsConfig
@@ -40,7 +38,12 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser("rft reward", description=__doc__)
     p.add_argument("spec", metavar="SPEC", help="math, file.py:function, package.module:function, ...")
-    p.add_argument("file", metavar="FILE.jsonl", type=Path, help="rows with prompt, completion, columns")
+    p.add_argument(
+        "file",
+        metavar="FILE",
+        help="rows with prompt, completion, columns: JSON lines, a JSON array, either gzipped, Parquet, "
+        "Arrow, or a folder of them",
+    )
     p.add_argument("options", nargs="*", metavar="key=value", help="options of the reward (values as JSON)")
     p.add_argument("--explain", action="store_true", help="show what was extracted and why it was judged so")
     p.add_argument("--completion", default="completion", metavar="COLUMN", help="column with the completions")
@@ -58,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 1 where any call failed, or 2 for bad input."""
     args = parser().parse_intermixed_args(argv)
     try:
-        rows = read_rows(args.file, args.prompt, args.completion, args.label, args.limit)
         config = _config(args)
-    except (InputError, ValidationError) as error:
+        rows = read_rows(args.file, args.prompt, args.completion, args.label, args.limit)
+    except ValueError as error:  # InputError, DataError and pydantic's ValidationError
         print(f"rft reward: {error}", file=sys.stderr)
         return 2
     problems = check_reward(config, Path.cwd(), rows.columns)
@@ -102,32 +105,31 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def read_rows(path: Path, prompt: str, completion: str, label: str, limit: int | None = None) -> Rows:
-    """The rows of a JSONL file. Raises InputError with the line for what cannot be used."""
-    if not path.is_file():
-        raise InputError(f"no file {path}")
-    rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(row, dict) or completion not in row:
-                have = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+def read_rows(path: str | Path, prompt: str, completion: str, label: str, limit: int | None = None) -> Rows:
+    """The rows of a file or folder as a run reads them. Raises InputError and DataError with the row
+    for what cannot be used."""
+    from rft.data import DataConfig  # here: it brings torch
+    from rft.data.messages import is_messages
+    from rft.data.rows import load_rows
+
+    source = load_rows(DataConfig(kind="file", path=str(path), limit=limit))
+    rows = list(source)
+    for number, row in zip(source.numbers, rows, strict=True):
+        if completion not in row:
+            have = ", ".join(map(str, row))
+            raise InputError(
+                f"{source.source}, row {number + 1}: no {completion!r} (found: {have}); name it by "
+                "--completion"
+            )
+        for column, value in ((completion, row[completion]), (prompt, row.get(prompt) or "")):
+            if not isinstance(value, str) and not is_messages(value):
                 raise InputError(
-                    f"{path}:{number}: no {completion!r} (found: {have}); name it by --completion"
+                    f"{source.source}, row {number + 1}, column {column!r}: must be a text or a list of "
+                    f"messages, not {value!r:.80}"
                 )
-            rows.append(row)
-            if len(rows) == limit:
-                break
-    if not rows:
-        raise InputError(f"{path} has no rows")
     names = {name for row in rows for name in row} - {prompt, completion, label}
     return Rows(
-        prompts=[row.get(prompt, "") for row in rows],
+        prompts=[row.get(prompt) or "" for row in rows],
         completions=[row[completion] for row in rows],
         columns={name: [row.get(name) for row in rows] for name in sorted(names)},
         labels=[row.get(label) for row in rows] if any(label in row for row in rows) else None,

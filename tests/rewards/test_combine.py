@@ -114,3 +114,28 @@ def test_configs_that_make_no_sense(changes: dict[str, Any], words: str) -> None
     with pytest.raises(ValidationError) as caught:
         two(**changes)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("combine_by", "expected"),
+    [("sum", [2.0 * 0.75 + 1.0, 1.0, None]), ("product", [0.75, 1.0, None]), ("min", [0.75, 1.0, None])],
+)
+def test_a_pairwise_reward_that_abstains_leaves_its_weight_out(
+    combine_by: str, expected: list[float | None]
+) -> None:
+    """The third completion has nobody to be compared with, and the other reward abstains too: it has no
+    value, never a zero."""
+    config = RewardsConfig.model_validate(
+        {
+            "functions": [
+                {"function": "pairwise_model", "name": "win_rate", "weight": 2.0},
+                {"function": "format"},
+            ],
+            "combine": combine_by,
+        }
+    )
+    won, none = Score(0.75, Outcome.correct), Score(None, Outcome.abstain)
+    one = Score(1.0, Outcome.correct)
+    rewards = combine(config, {"win_rate": [won, none, none], "format": [one, one, none]})
+    assert [r.value for r in rewards] == expected
+    assert [r.vector for r in rewards] == [(0.75, 1.0), (None, 1.0), None]

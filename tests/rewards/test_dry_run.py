@@ -59,8 +59,8 @@ def test_options_and_columns_come_from_the_command_line(
         (["mth"], ROWS, "did you mean 'math'"),
         (["math", "extracton=1"], ROWS, "did you mean 'extraction'"),
         (["math"], [{"completion": "x"}], "needs the column 'answer'"),
-        (["math"], [{"text": "x"}], "f.jsonl:1: no 'completion' (found: text)"),
-        (["math"], [], "has no rows"),
+        (["math"], [{"text": "x"}], "f.jsonl, row 1: no 'completion' (found: text)"),
+        (["math"], [], "the dataset is empty"),
     ],
 )
 def test_mistakes_exit_2(
@@ -75,7 +75,7 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path = tmp_path / "f.jsonl"
     path.write_text('{"completion": "a"}\n{oops\n')
     assert main(["math", str(path)]) == 2
-    assert "f.jsonl:2: not JSON" in capsys.readouterr().err
+    assert "malformed JSON in line 2" in capsys.readouterr().err
 
 
 def test_the_preflight_names_every_problem(tmp_path: Path) -> None:
