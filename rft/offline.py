@@ -25,6 +25,7 @@ class OfflineLoop:
 
     `arrange` rearranges each step's groups before they are laid out (the algorithm's own).
     `save_every` 0: a checkpoint only on a stop and, with `save_last`, at the end.
+    `preview`: sequences that the learner sees before the first step, beside those of its batch.
     `log` None: nothing is written (a warm start).
     """
 
@@ -39,6 +40,7 @@ class OfflineLoop:
     arrange: Callable[[list[Group]], list[Group]] | None = None
     held_out: HeldOut | None = None
     log: RunLog | None = None
+    preview: int = 0
     save_every: int = 0
     save_last: bool = True
     keep: int = 1
@@ -72,6 +74,8 @@ class OfflineLoop:
         """The steps that are left; returns as `run` does. `last`: the evaluation before them."""
         batch = self._next_batch()
         self.trained = self.upcoming
+        if self.step == 0 and self.preview:
+            await self._show(batch.num_sequences)
         while self.step < self.steps:
             await self._check_stop()
             metrics, batch = await self._one_step(batch)
@@ -98,6 +102,17 @@ class OfflineLoop:
         if self.step:
             await self._save()
         raise RunStopped(self.step or None, self.stage)
+
+    async def _show(self, seen: int) -> None:
+        """Show the learner the batches that come next: `preview` sequences with the `seen` ones, or one pass
+        over the data. They are drawn again when it is their turn."""
+        waiting, here = self.upcoming, self.source.state_dict()
+        while seen < self.preview and self.source.epochs < 1:
+            batch = self._next_batch()
+            await self._ask("preview", batch)
+            seen += batch.num_sequences
+        self.source.load_state_dict(here)
+        self.upcoming = waiting
 
     async def _one_step(self, batch: Batch) -> tuple[dict[str, float], Batch]:
         """Train on a batch; returns the metrics and the next batch, laid out in the meantime."""

@@ -13,6 +13,7 @@ from rft import reference
 from rft.batch import Batch, Group
 from rft.data import GroupSampler
 from rft.learner.model import resolve_dtype
+from rft.learner.strategies.data_init import samples
 from rft.metrics import Progress, RunLog
 from rft.offline import OfflineLoop
 from rft.offline_eval import Generate, HeldOut
@@ -60,6 +61,7 @@ async def train_offline(
         checkpoints=folder.checkpoints,
         arrange=config.algorithm.arrange,
         held_out=held_out,
+        preview=samples(config.learner),
         log=log,
         save_every=config.checkpoint.every,
         keep=config.checkpoint.keep,

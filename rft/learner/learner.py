@@ -57,6 +57,7 @@ class Learner:
         self.state: dict[str, float] = {}
         self.updates_made = 0  # of the step at hand
         self.notes: list[str] = []
+        self.previewed: list[Batch] = []
         self.self_checked = spec.config.self_check == "off"
         if self.parallel.rank:  # the same weights on all ranks, but not the same dropout
             seed_everything(derive_seed(spec.seed, self.parallel.rank))
@@ -174,9 +175,12 @@ class Learner:
             self.self_checked = True
         batch = self.prepare(self.at_step(batch, step), gap)
         trained = objective.has_units(self.algorithm, batch)
-        if trained and self.strategy.begin(lambda: self.score(batch), lambda: self._accumulate(batch, None)):
+        if trained and self.strategy.begin(
+            lambda: self._look_at(batch), lambda: self._accumulate(batch, None)
+        ):
             self.parallel.discard(self.optimizer)
             self.make_optimizer()
+            self.previewed.clear()
         lr = learning_rate(spec.config, step, spec.total_steps)
         alone = self.algorithm.critic_only(batch.state)
         for group in self.optimizer.param_groups:  # a rate of 0 stops weight decay too
@@ -211,6 +215,15 @@ class Learner:
             "train/updates": float(len(updates)),
             "time/train": time.perf_counter() - start,
         }
+
+    def preview(self, batch: Batch) -> None:
+        """Show a batch of later steps to an adapter that begins as the data say; the first step makes it."""
+        self.previewed.append(batch)
+
+    def _look_at(self, batch: Batch) -> None:
+        """Run the first batch, and those previewed, forward: an adapter is made of what its layers read."""
+        for one in (batch, *self.previewed):
+            self.score(one)
 
     def at_step(self, batch: Batch, step: int) -> Batch:
         """The batch with the algorithm's state and the place in the run."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rft.learner.config import LearnerConfig
 from rft.learner.model import ModelError
 from rft.learner.strategy_config import AdapterConfig
 from rft.utils.quantized import full_weight
@@ -69,7 +70,8 @@ def _targets(base: Any, settings: Settings) -> dict[str, Any]:
 
 
 def corda(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
-    """CorDA: by the covariance of the activations (Yang et al. 2024, arXiv 2406.05223)."""
+    """CorDA: by the covariance of the activations (Yang et al. 2024, arXiv 2406.05223), by default in its
+    instruction-previewed mode (section 3.3)."""
     from peft.tuners.lora.corda import preprocess_corda
 
     made = settings(**_targets(base, settings))
@@ -88,6 +90,13 @@ def lora_ga(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: R
 
 
 MAKERS = {"eva": eva, "corda": corda, "lora_ga": lora_ga}  # those that need the first batch
+# Sequences that those by activations look at, where the data are known beforehand: CorDA's authors take 256.
+SAMPLES = {"eva": 256, "corda": 256}
+
+
+def samples(config: LearnerConfig) -> int:
+    """How many sequences an adapter is made of, where it begins as the data say."""
+    return 0 if config.adapter is None else SAMPLES.get(config.adapter.method, 0)
 
 
 @torch.no_grad()

@@ -48,7 +48,9 @@ REFUSED: dict[str, str] = {
 
 _DATA_DRIVEN: dict[str, dict[str, Any]] = {
     "eva": {"rho": 1.0},
-    "corda": {"corda_method": "kpm"},
+    # Previewing the task, by its own batches. kpm keeps what the given samples need untouched: it wants
+    # samples of other knowledge, and of the task's would leave out just the directions that it needs.
+    "corda": {"corda_method": "ipm"},
     "lora_ga": {},
 }
 
