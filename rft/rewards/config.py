@@ -112,6 +112,12 @@ class RewardsConfig(Section):
     clip: tuple[float, float] | None = Field(None, description="lowest and highest combined reward")
     workers: int = Field(2, description="worker processes of the shared pool", ge=1)
     recycle_after: int = Field(20_000, description="a worker is replaced after this many judgements", ge=1)
+    worker_memory_gib: float | None = Field(
+        8.0,
+        description="GiB of memory that a worker process may hold, with all that it starts, before it is replaced "
+        "(none: no limit; judges and models have none)",
+        gt=0,
+    )
     start_timeout_s: float = Field(
         120.0, description="seconds for a worker to start and load its rewards", gt=0
     )

@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from rft.rewards.worker import HEADER, PROGRESS, WHERE
+from rft.utils.keeper import TOO_MUCH_MEMORY, WORKER
 from rft.utils.process import kill_tree
 from rft.utils.python import SAFE_PYTHON, search_path
 
-START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from rft.rewards.worker import main; "
-START += "main(*map(int, sys.argv[2:]))"
+START = (
+    "import mmap, json, sys; sys.path[:] = json.loads(sys.argv[1]); fds = [int(a) for a in sys.argv[4:]]; "
+    "from rft.utils.keeper import fork_worker; "
+    "fork_worker(mmap.mmap(fds[1], 0), int(sys.argv[2]), int(sys.argv[3]) or None); "
+    "from rft.rewards.worker import main; main(*fds)"
+)
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
 
@@ -44,8 +49,11 @@ class Hung(Exception):
 class Worker:
     """One process. All methods run in the event loop that started it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], board: mmap.mmap, where_fd: int) -> None:
-        self.process = process
+    def __init__(
+        self, process: subprocess.Popen[bytes], board: mmap.mmap, where_fd: int, memory: int | None
+    ) -> None:
+        self.process = process  # the worker's keeper; it ends as the worker does
+        self.memory = memory
         self.board = board
         self._where_fd = where_fd
         self.judged = 0
@@ -57,16 +65,22 @@ class Worker:
         loop.add_reader(self._pidfd, self._on_exit)
 
     @classmethod
-    def launch(cls) -> tuple[Worker, socket.socket]:
-        """Start the process; the socket is this side's end."""
+    def launch(cls, memory: int | None = None) -> tuple[Worker, socket.socket]:
+        """Start the process; the socket is this side's end. memory: bytes that it may hold."""
         ours, theirs = socket.socketpair()
         board_fd, where_fd = os.memfd_create("rft-reward-progress"), os.memfd_create("rft-reward-where")
-        os.ftruncate(board_fd, PROGRESS.size)
-        board = mmap.mmap(board_fd, PROGRESS.size)
+        os.ftruncate(board_fd, PROGRESS.size + WORKER.size)
+        board = mmap.mmap(board_fd, PROGRESS.size + WORKER.size)
         fds = (theirs.fileno(), board_fd, where_fd)
         try:
             process = subprocess.Popen(
-                [*SAFE_PYTHON, "-c", START, json.dumps(search_path()), *map(str, fds)],
+                [
+                    *SAFE_PYTHON,
+                    "-c",
+                    START,
+                    json.dumps(search_path()),
+                    *map(str, (PROGRESS.size, memory or 0, *fds)),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a reward prints must not end up among a command's own output
                 pass_fds=fds,
@@ -76,7 +90,12 @@ class Worker:
         finally:
             theirs.close()
             os.close(board_fd)
-        return cls(process, board, where_fd), ours
+        return cls(process, board, where_fd, memory), ours
+
+    @property
+    def pid(self) -> int:
+        """The process that runs the rewards, once it has started; until then its keeper."""
+        return int(WORKER.unpack_from(self.board, PROGRESS.size)[0]) or self.process.pid
 
     async def attach(self, sock: socket.socket) -> None:
         """Take the socket over."""
@@ -132,7 +151,7 @@ class Worker:
         """What the process is doing, innermost first, as `; it was at FILE, line N, in f`; "" where it does
         not say."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, WHERE)
+            os.kill(self.pid, WHERE)
         for _ in range(20):
             begun = self._told() != ""
             await asyncio.sleep(0.02)  # it is written line by line
@@ -156,6 +175,9 @@ class Worker:
         end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if end is None:  # not reaped here: the process id must stay its own until its tree is gone
             return "its connection closed"
+        if end.si_code == os.CLD_EXITED and end.si_status == TOO_MUCH_MEMORY and self.memory is not None:
+            allowed = f"rewards.worker_memory_gib = {self.memory / 2**30:g}"
+            return f"it held more memory, with all that it has started, than {allowed} allows"
         if end.si_code == os.CLD_EXITED:
             return f"it exited with status {end.si_status}"
         return f"it was killed by {signal.Signals(end.si_status).name}{self._told()}"

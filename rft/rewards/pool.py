@@ -79,9 +79,15 @@ class WorkerPool:
     """Workers that all load the same reward functions."""
 
     def __init__(
-        self, specs: Sequence[Spec], workers: int, recycle_after: int = 20_000, start_timeout_s: float = 120.0
+        self,
+        specs: Sequence[Spec],
+        workers: int,
+        recycle_after: int = 20_000,
+        start_timeout_s: float = 120.0,
+        memory: int | None = None,
     ) -> None:
         self.specs = list(specs)
+        self.memory = memory  # bytes that a worker may hold
         self.size = workers
         self.recycle_after = recycle_after
         self.start_timeout_s = start_timeout_s
@@ -108,7 +114,7 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         """The process ids of the living workers."""
-        return [w.process.pid for w in self._workers if not w.exited.done()]
+        return [w.pid for w in self._workers if not w.exited.done()]
 
     async def score(
         self,
@@ -178,7 +184,7 @@ class WorkerPool:
     async def _launch(self) -> Worker:
         """One attempt. Raises Died where the worker is gone before it has loaded."""
         assert self._guardian is not None
-        worker, sock = Worker.launch()
+        worker, sock = Worker.launch(self.memory)
         self._guardian.watch(worker.process.pid)
         self._workers.add(worker)
         self.counts["started"] += 1

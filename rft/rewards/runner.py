@@ -12,7 +12,7 @@ from typing import Any
 
 from rft.rewards.actors import ActorPool
 from rft.rewards.combine import combine
-from rft.rewards.config import ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
+from rft.rewards.config import SLOW, ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
 from rft.rewards.load import CallError, require_columns
 from rft.rewards.pool import Logged, Spec, WorkerPool
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, TrainerState, text_of
@@ -42,7 +42,9 @@ class RewardRunner:
         self._place: dict[str, tuple[WorkerPool | ActorPool, int]] = {}
         for configs, workers in plan:
             specs = [self._spec(c) for c in configs]
-            pool = WorkerPool(specs, workers, config.recycle_after, config.start_timeout_s)
+            bounded = config.worker_memory_gib is not None and configs[0].function not in SLOW
+            memory = int(config.worker_memory_gib * 2**30) if bounded else None
+            pool = WorkerPool(specs, workers, config.recycle_after, config.start_timeout_s, memory)
             self._pools.append(pool)
             self._place.update({c.label: (pool, i) for i, c in enumerate(configs)})
         for c in config.functions:

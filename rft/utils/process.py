@@ -49,25 +49,15 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def threads_of(uid: int) -> int:
-    """How many threads a user runs: what RLIMIT_NPROC counts."""
+def memory_below(pid: int) -> int:
+    """Bytes in memory of the processes below `pid`, without files; what two of them share counts twice."""
     total = 0
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                if os.stat(f"/proc/{entry}").st_uid == uid:
-                    total += len(os.listdir(f"/proc/{entry}/task"))
-    return total
-
-
-def private_memory(pid: int) -> int:
-    """Bytes that the processes below `pid` hold in memory and share with no file."""
-    pages = 0
     for p in descendants(pid):
-        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{p}/statm") as file:
-            fields = file.read().split()
-            pages += int(fields[1]) - int(fields[2])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{p}/status") as file:
+            for line in file:
+                if line.startswith(("RssAnon:", "RssShmem:")):
+                    total += int(line.split()[1]) << 10
+    return total
 
 
 def kill_tree(pid: int) -> None:

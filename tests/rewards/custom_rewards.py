@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -126,3 +127,39 @@ def compute_score(
 ) -> dict[str, float]:
     """verl's signature."""
     return {"score": float(solution_str == ground_truth), "length": len(solution_str)}
+
+
+def _daemon(seconds: str = "987.65") -> None:
+    """Start a process that leaves the worker's session and parent."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execvp("sleep", ["sleep", seconds])
+        os._exit(0)
+
+
+def daemonises(completions: list[str], **kwargs: Any) -> list[float]:
+    """Leaves a daemon; on "crash", "exit" and "kill" the worker ends after that."""
+    _daemon()
+    time.sleep(0.2)
+    if "crash" in completions:
+        ctypes.string_at(0)
+    if "exit" in completions:
+        os._exit(0)
+    if "kill" in completions:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [1.0] * len(completions)
+
+
+HELD: list[bytearray] = []
+
+
+def holds_memory(completions: list[str], **kwargs: Any) -> list[float]:
+    """Holds so many MiB, itself or in a child."""
+    for completion in completions:
+        where, _, mib = completion.partition(" ")
+        if where == "child" and os.fork() != 0:
+            time.sleep(60)
+        HELD.append(bytearray(b"x") * (int(mib) << 20))
+        time.sleep(60 if int(mib) > 500 else 0)
+    return [1.0] * len(completions)

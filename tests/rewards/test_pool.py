@@ -283,3 +283,26 @@ async def test_a_reward_that_does_not_load_stops_the_start() -> None:
 async def test_outcome_of_an_empty_call() -> None:
     assert await score("length", []) == []
     assert Outcome("correct") is Outcome.correct
+
+
+@pytest.mark.parametrize("end", ["", "exit", "kill", "crash"])
+async def test_a_daemon_of_a_reward_ends_with_its_worker(end: str) -> None:
+    """Also where the worker was killed, or ended itself, before anybody could look for it."""
+    async with RewardRunner(config("daemonises", workers=1), HERE) as runner:
+        (reward,) = await runner.score(["p"], [end])
+        assert reward.value == (None if end else 1.0)
+        if not end:
+            assert len(sleepers()) == 1
+    deadline = time.monotonic() + 20
+    while sleepers() and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert sleepers() == []
+
+
+@pytest.mark.parametrize("where", ["worker", "child"])
+async def test_a_worker_that_holds_too_much_memory_is_replaced_and_says_so(where: str) -> None:
+    settings = config("holds_memory", workers=1, worker_memory_gib=0.5, timeout_s=50, batch_size=1)
+    async with RewardRunner(settings, HERE) as runner:
+        rewards = await runner.score(["p"] * 3, ["worker 1", f"{where} 700", "worker 1"])
+    assert values(rewards) == [1.0, None, 1.0]
+    assert "rewards.worker_memory_gib = 0.5" in rewards[1].scores["r"].detail
