@@ -114,8 +114,8 @@ class RewardsConfig(Section):
     recycle_after: int = Field(20_000, description="a worker is replaced after this many judgements", ge=1)
     worker_memory_gib: float | None = Field(
         8.0,
-        description="GiB of memory that a worker process may hold, with all that it starts, before it is replaced "
-        "(none: no limit; judges and models have none)",
+        description="memory that a worker process may hold, in GiB, before it is replaced (none: no limit; "
+        "judges and models have none)",
         gt=0,
     )
     start_timeout_s: float = Field(
