@@ -42,8 +42,8 @@ class RewardRunner:
         self._place: dict[str, tuple[WorkerPool | ActorPool, int]] = {}
         for configs, workers in plan:
             specs = [self._spec(c) for c in configs]
-            bounded = config.worker_memory_gib is not None and configs[0].function not in SLOW
-            memory = int(config.worker_memory_gib * 2**30) if bounded else None
+            gib = None if configs[0].function in SLOW else config.worker_memory_gib
+            memory = None if gib is None else int(gib * 2**30)
             pool = WorkerPool(specs, workers, config.recycle_after, config.start_timeout_s, memory)
             self._pools.append(pool)
             self._place.update({c.label: (pool, i) for i, c in enumerate(configs)})
