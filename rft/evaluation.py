@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -109,6 +110,8 @@ async def evaluate(
     metrics["eval/length_mean"] = sum(len(c.tokens) for c in completions) / len(completions)
     metrics["eval/truncated"] = sum(c.finish == "length" for c in completions) / len(completions)
     metrics["eval/problems"] = float(len(prompts))
+    outcomes = Counter(str(r.scores[primary].outcome) for j in by_sample for r in j.rewards)
+    metrics |= {f"eval/outcome/{k}": v / len(completions) for k, v in sorted(outcomes.items())}
     return metrics, by_sample
 
 

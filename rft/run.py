@@ -56,6 +56,8 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
         resumed_at=folder.resumed_at,
         config=config.to_dict(),
     )
+    for rejected in folder.rejected:
+        log.event("checkpoint/rejected", reason=rejected)
     weights = plan.channel_spec().folder
     ending = Ending(folder, log, progress, signals, weights)
     reason = "failed"

@@ -47,6 +47,7 @@ class RunFolder:
     notes: tuple[str, ...] = ()
     finished: dict[str, Any] | None = None
     interrupted: bool = False
+    rejected: tuple[str, ...] = ()  # checkpoints that were passed over, and why
 
     @property
     def checkpoints(self) -> Path:
@@ -118,7 +119,7 @@ def claim(config: Config, resume: str) -> RunFolder:
     notes += [f"checkpoint passed over: {r}" for r in rejected]
     if best is not None:
         notes += [*_other_versions(best), *_other_length(config, path, best.step)]
-    return RunFolder(path, best, tuple(notes), interrupted=True)
+    return RunFolder(path, best, tuple(notes), interrupted=True, rejected=tuple(rejected))
 
 
 def _resume_from(config: Config, path: Path, folder: Path) -> RunFolder:

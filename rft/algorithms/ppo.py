@@ -138,6 +138,8 @@ class PPO(ClippedPolicyGradient):
         values, returns = required(batch.values, "values"), required(batch.returns, "returns")
         explained = explained_variance(values, returns, batch.mask)
         found = {} if math.isnan(explained) else {"critic/explained_variance": explained}
+        if self.kl_target is not None:
+            found["policy/kl_coefficient"] = self.kl_weight(batch.state)
         return {**super().report(batch), **found}
 
     def conflicts(self, num_generations: int) -> list[str]:

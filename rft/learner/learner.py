@@ -54,6 +54,7 @@ class Learner:
         self.reference = None if spec.reference_cached else self._load_reference()
         self.make_optimizer()
         self.version = 0
+        self.scoring_seconds = 0.0  # of the step that runs
         self.state: dict[str, float] = {}
         self.updates_made = 0  # of the step at hand
         self.notes: list[str] = []
@@ -167,6 +168,7 @@ class Learner:
         own log-probs, LearnerError on a non-finite gradient.
         """
         start = time.perf_counter()
+        self.scoring_seconds = 0.0
         spec = self.spec
         gap = objective.LogpGap()
         self._check_fresh(batch)
@@ -204,6 +206,8 @@ class Learner:
         if self.reference is not None and every and self.version % every == 0:
             self.parallel.settle()
             self.reference.follow(self.policy)
+        seconds = time.perf_counter() - start
+        scoring = {"time/reference": self.scoring_seconds} if self.scoring_seconds else {}
         return {
             **metrics,
             **_advantage_metrics(batch),
@@ -213,7 +217,9 @@ class Learner:
             "train/tokens": float(batch.num_tokens),
             "train/loss_tokens": float(batch.mask.sum()),
             "train/updates": float(len(updates)),
-            "time/train": time.perf_counter() - start,
+            "throughput/train_tokens_per_s": batch.num_tokens / (seconds - self.scoring_seconds),
+            "time/train": seconds - self.scoring_seconds,
+            **scoring,
         }
 
     def preview(self, batch: Batch) -> None:
@@ -264,6 +270,7 @@ class Learner:
     ) -> dict[str, Tensor]:
         """Log-probs (and `outputs`) of a batch under the policy or another model, without gradient,
         on CPU: {"logps": [T] float32, ...}."""
+        begin = time.perf_counter()
         model = model or self.policy
         names = ("logps", *sorted(outputs))
         found = {name: torch.zeros(batch.num_tokens) for name in names}
@@ -274,7 +281,9 @@ class Learner:
             where = place[torch.isin(tree_of_token, torch.tensor(trees, dtype=torch.int64))]
             for name in names if trees else ():
                 found[name][where] = getattr(out, name).float().cpu()
-        return {name: self.parallel.sum(values) for name, values in found.items()}
+        whole = {name: self.parallel.sum(values) for name, values in found.items()}
+        self.scoring_seconds += time.perf_counter() - begin
+        return whole
 
     def score_tokens(self, tokens: Sequence[int]) -> list[float]:
         """The policy's log-probs of `tokens[1:]`, each after those before it, at temperature 1 (which engines

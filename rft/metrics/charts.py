@@ -237,8 +237,9 @@ def _age(axes: Axes, run: Run) -> bool:
     return _lines(axes, run, {"rollout/age_mean": "mean", "rollout/age_max": "oldest"})
 
 
-def _sparsity(axes: Axes, run: Run) -> bool:
-    drawn = _line(axes, run, "train/update_sparsity", ORANGE)
+def _changed(axes: Axes, run: Run) -> bool:
+    names = {"": "all", "_min": "least changed matrix", "_max": "most changed matrix"}
+    drawn = _lines(axes, run, {f"sync/changed_share{part}": label for part, label in names.items()})
     _as_share(axes)
     return drawn
 
@@ -286,7 +287,7 @@ CHARTS: tuple[tuple[str, str, Callable[[Axes, Run], bool]], ...] = (
     ("Loss", "Of the whole batch. Around zero for policy gradients: it is no measure of learning.",
      _single("train/loss", BLUE)),
     ("Gradient norm", "Before clipping.", _single("train/grad_norm", ORANGE)),
-    ("Update sparsity", "Share of parameters that a step left exactly as they were.", _sparsity),
+    ("Changed weights", "Share whose bfloat16 bits a step changed (sync.measure_changes).", _changed),
     ("Where the time goes", "Seconds a step. Parts that overlap are counted in each.", _time),
     ("Throughput", "Tokens a second.", _single("throughput/tokens_per_s", TEAL)),
     ("Staleness", "Policy versions between sampling and training.", _age),

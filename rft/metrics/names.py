@@ -22,7 +22,6 @@ METRICS: dict[str, Metric] = {
     "step": Metric("optimizer steps done when the line was written; 0 is the untrained model", "steps"),
     "data/epoch": Metric("passes over the training prompts so far", "epochs"),
     "data/prompts": Metric("prompts handed out so far", "prompts"),
-    "data/skipped": Metric("prompts left out so far because they are longer than the limit", "prompts"),
     "data/dropped": Metric("groups dropped so far", "groups"),
     "data/measured": Metric("prompts with a measured pass rate (train.curriculum)", "prompts"),
     "data/pass_rate": Metric("mean of their pass rates", "share"),
@@ -35,7 +34,6 @@ METRICS: dict[str, Metric] = {
     "reward/outcome/*": Metric(
         "share of scores with this outcome: correct, wrong, unparseable, timeout, error, abstain", "share"
     ),
-    "reward/errors": Metric("scores that ended in an error or a timeout so far", "scores"),
     "reward/dropped": Metric(
         "completions that no reward could judge, and that left their group", "completions"
     ),
@@ -58,8 +56,6 @@ METRICS: dict[str, Metric] = {
     "group/degenerate_share": Metric("the same as a share of the step's groups", "share"),
     "group/count": Metric("groups trained on in this step", "groups"),
     "group/filtered": Metric("groups without signal that were left out and refilled", "groups"),
-    "group/pass_rate": Metric("mean share of correct completions in a group", "share"),
-    "group/pass@*": Metric("share of groups with at least one correct completion among k", "share"),
     # -- held-out evaluation
     "eval/accuracy": Metric("share of correct held-out completions, sampled", "share"),
     "eval/accuracy_stderr": Metric("standard error of eval/accuracy over problems", "share"),
@@ -83,7 +79,6 @@ METRICS: dict[str, Metric] = {
     "eval/score_error": Metric("mean distance of a predicted score from the given one, held-out"),
     "eval/step_accuracy": Metric("share of held-out steps that a process reward model labels right", "share"),
     "eval/examples": Metric("held-out examples evaluated (offline training)", "rows"),
-    "eval/*/accuracy": Metric("share of correct completions on one named evaluation set", "share"),
     # -- preferences and reward models (offline training)
     "preference/accuracy": Metric(
         "share of the step's pairs whose preferred one is ahead in reward", "share"
@@ -97,22 +92,17 @@ METRICS: dict[str, Metric] = {
     "policy/kl": Metric("divergence of the policy from the one that sampled, k3 estimate", "nats/token"),
     "policy/kl_ref": Metric("divergence of the policy from the reference, k3 estimate", "nats/token"),
     "policy/divergence": Metric("full divergence of the policy from the teacher", "nats/token"),
-    "policy/kl_coefficient": Metric("weight of the KL term in this step"),
+    "policy/kl_coefficient": Metric("weight of the KL term in this step, where it adapts (`kl_target`)"),
     "policy/entropy": Metric("entropy of the policy, mean over sampled tokens", "nats/token"),
-    "policy/entropy_*": Metric("weight or target of the entropy at this step"),
     "policy/clip_fraction": Metric("share of tokens whose ratio the clip cut off", "share"),
-    "policy/clip_fraction_*": Metric("the same for the lower or the upper bound alone", "share"),
     "policy/ratio": Metric("ratio of the policy to the behaviour policy, mean over tokens"),
     "policy/ratio_spread": Metric("distance of that ratio from 1, mean over tokens"),
-    "policy/ratio_max": Metric("largest ratio of the policy to the behaviour policy"),
-    "policy/ratio_min": Metric("smallest ratio of the policy to the behaviour policy"),
     "policy/advantage_mean": Metric("mean advantage over tokens"),
     "policy/advantage_std": Metric("standard deviation of the advantage over tokens"),
     "policy/mismatch_kl": Metric("divergence of the learner's log-probs from the sampler's", "nats/token"),
     "policy/correction": Metric("importance weight against the sampler, mean over tokens"),
     "policy/corrected_away": Metric("share of tokens whose importance weight was cut or set to 0", "share"),
     "policy/masked_fraction": Metric("share of tokens left out by off-policy correction", "share"),
-    "algorithm/*": Metric("a diagnostic of the algorithm, see its docstring"),
     # -- learner
     "train/loss": Metric("loss of the whole batch, by the algorithm's normalisation"),
     "train/grad_norm": Metric("norm of the gradient before clipping"),
@@ -125,11 +115,8 @@ METRICS: dict[str, Metric] = {
         "updates",
     ),
     "train/skipped": Metric("updates left out because the gradient was not finite", "updates"),
-    "train/update_sparsity": Metric("share of parameters that the step left exactly as they were", "share"),
-    "train/accuracy": Metric("share of pairs or tokens that the model gets right (offline)", "share"),
-    "train/perplexity": Metric("exponential of the mean loss per token (offline training)"),
-    "train/padding": Metric("share of positions in the micro-batches that hold no token", "share"),
-    "critic/*": Metric("a number of the critic: loss, explained_variance, clip_fraction"),
+    "critic/loss": Metric("loss of the critic, mean over tokens"),
+    "critic/explained_variance": Metric("share of the returns' variance that the critic predicts"),
     "copy/*": Metric("a number of the learner of the second copy of the model, where two are trained"),
     # -- completions
     "completion/length_mean": Metric("mean length of the completions", "tokens"),
@@ -142,7 +129,6 @@ METRICS: dict[str, Metric] = {
         "share of completions that also answer another prompt, word for word", "share"
     ),
     "completion/distinct_*": Metric("distinct n-grams as a share of all: diversity of the output", "share"),
-    "completion/turns_mean": Metric("mean number of turns (multi-turn tasks)", "turns"),
     # -- rollout
     "rollout/age_mean": Metric("mean age of trained completions: policy version minus theirs", "versions"),
     "rollout/age_max": Metric("largest age of a trained completion", "versions"),
@@ -152,11 +138,9 @@ METRICS: dict[str, Metric] = {
     "rollout/waiting": Metric("free or waiting slots when the step ended", "slots"),
     "rollout/requeued": Metric("prompts sent out a second time after a fault, so far", "prompts"),
     "rollout/versions_mean": Metric("mean number of policy versions that a completion spans", "versions"),
-    "rollout/prefix_hits": Metric("share of prompt tokens found in the engines' prefix cache", "share"),
     "engine/alive": Metric("engines that answer", "engines"),
     "engine/*/version": Metric("policy version that an engine holds", "version"),
     "engine/*/silence": Metric("seconds since an engine's last sign of life", "s"),
-    "engine/*/tokens_per_s": Metric("tokens an engine sampled per second", "tokens/s"),
     "engine/restarts": Metric("engines rebuilt so far", "engines"),
     # -- weights to the engines
     "sync/logp_gap": Metric(
@@ -185,7 +169,7 @@ METRICS: dict[str, Metric] = {
     "time/step": Metric("whole step", "s"),
     "time/rollout": Metric("waiting for completions", "s"),
     "time/reward": Metric("waiting for rewards", "s"),
-    "time/reference": Metric("reference, critic or old log-probs", "s"),
+    "time/reference": Metric("scoring before the updates: reference and old log-probs, values", "s"),
     "time/train": Metric("forward, backward, optimizer", "s"),
     "time/sync": Metric("pushing weights and waiting for all engines", "s"),
     "time/sync_announce": Metric("part of time/sync before the engines stand still: reading, writing", "s"),
@@ -194,13 +178,9 @@ METRICS: dict[str, Metric] = {
     "time/sync_measure": Metric("part of time/sync spent on measuring what changed", "s"),
     "time/eval": Metric("held-out evaluation", "s"),
     "time/checkpoint": Metric("time that the checkpoint held the step up", "s"),
-    "time/data": Metric("reading and packing data", "s"),
-    "time/idle/*": Metric("time in this step that a part (learner, engines) waited for work", "s"),
     "throughput/tokens_per_s": Metric("sampled and trained completion tokens per second of step", "tokens/s"),
-    "throughput/rollout_tokens_per_s": Metric("sampled tokens per second of rollout", "tokens/s"),
-    "throughput/train_tokens_per_s": Metric("learner's tokens per second of training", "tokens/s"),
+    "throughput/train_tokens_per_s": Metric("the learner's tokens per second of time/train", "tokens/s"),
     "throughput/samples_per_s": Metric("completions per second of step", "completions/s"),
-    "throughput/mfu": Metric("model FLOPs that the learner used, as a share of the device's peak", "share"),
     # -- memory
     "memory/device/*": Metric(
         "bytes in use on the GPU that learner and engine share, by both, after the switch to train, to push "
@@ -208,7 +188,6 @@ METRICS: dict[str, Metric] = {
         "bytes",
     ),
     "memory/learner_peak": Metric("most that the learner held on that GPU since the last push", "bytes"),
-    "memory/*": Metric("memory of a part: learner_rss, learner_gpu_peak, controller_rss, shared", "bytes"),
 }
 
 EVENTS: dict[str, str] = {
@@ -226,7 +205,7 @@ EVENTS: dict[str, str] = {
     "group/dropped": "a group is not trained on: prompt ([epoch, row]), reason, again (true: a second try)",
     "group/requeued": "a request was sent out again: request, reason",
     "checkpoint/saved": "a checkpoint is complete: step, path, seconds, held (seconds that training waited)",
-    "checkpoint/rejected": "a checkpoint did not pass its hashes: path, reason",
+    "checkpoint/rejected": "a resume passed over a checkpoint: reason (which one, and why)",
     "checkpoint/restored": "the run went on from it: step, path",
     "eval/done": "a held-out evaluation ended: step, accuracy (offline: loss), seconds",
     "fault/*": "a part failed: part, what, action (what happens next), and the work it held",
@@ -237,8 +216,6 @@ EVENTS: dict[str, str] = {
     "guard/*": "a guard spoke: step, value, limit, message, action (warn or stop)",
     "metric/non_finite": "metrics were NaN or infinite and were written as null: step, values",
     "metric/repeated": "the step that a run resumed at was logged again; its line was there: step",
-    "reward/error": "a reward function raised: function, step, traceback, sample",
-    "note": "a remark for the reader: text",
 }
 
 

@@ -13,7 +13,6 @@ from rft.utils.terminal import printable
 TOLD = {
     "fault/": "bad",
     "run/failed": "bad",
-    "reward/error": "bad",
     "checkpoint/rejected": "bad",
     "engine/lost": "bad",
     "guard/": "warn",
@@ -24,7 +23,6 @@ TOLD = {
     "engine/rebuilt": "info",
     "run/opened": "info",
     "run/closed": "info",
-    "note": "info",
 }
 HIDDEN = ("time", "clock", "kind", "step", "pid")
 MAX_EVENTS = 200

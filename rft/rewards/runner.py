@@ -216,6 +216,7 @@ class _Tally:
             count = sum(self.outcomes[name].values())
             if values:
                 metrics[f"reward/{name}/mean"] = statistics.fmean(values)
+                metrics[f"reward/{name}/std"] = statistics.pstdev(values)
             if count:
                 metrics[f"reward/{name}/seconds_per_call"] = self.seconds[name] / count
             for outcome in Outcome:

@@ -11,7 +11,7 @@ from rft.metrics.log import read_jsonl
 from tests.integration.conftest import ROOT, rft
 from tests.specs import needs_vllm
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 def settings(tmp: Path, *more: str) -> list[str]:
@@ -59,7 +59,7 @@ def test_without_the_tied_head_repair_an_asynchronous_run_is_stopped(
     that replica alone."""
     env = {"RFT_TEST_UNREPAIRED": str(tmp_path / "taken"), "PYTHONPATH": str(ROOT)}
     extension = "rollout.engine_args={worker_extension_cls: tests.integration.unrepaired.Extension}"
-    done = rft(*settings(tmp_path, "rollout.engine=vllm", extension), check=False, timeout=400, env=env)
+    done = rft(*settings(tmp_path, "rollout.engine=vllm", extension), check=False, timeout=900, env=env)
     assert done.returncode == 1, done.stderr[-3000:]
     (message,) = set(re.findall(r"LogpGapError: (rollout engine .*)", done.stderr))
     assert re.search(r"disagree at policy version 1 .*\(replica [01]: mean gap \S+, allowed 0.001\)", message)

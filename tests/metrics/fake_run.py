@@ -42,7 +42,7 @@ def numbers(step: int, total: int = TOTAL, seed: int = 0) -> dict[str, float]:
         "group/degenerate_share": 0.5 * step / total,
         "train/loss": rng.gauss(0, 0.01),
         "train/grad_norm": 0.4 + 0.1 * rng.random(),
-        "train/update_sparsity": 0.8 + 0.1 * rng.random(),
+        "sync/changed_share": 0.1 + 0.1 * rng.random(),
         "sync/logp_gap": 1e-6 * (1 + rng.random()),
         "sync/logp_gap_mean": 1e-7 * (1 + rng.random()),
         "time/rollout": 0.5 + 0.1 * rng.random(),

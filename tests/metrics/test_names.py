@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import tokenize
+from fnmatch import fnmatchcase
 from pathlib import Path
-from types import CodeType
 
 import pytest
 
@@ -14,6 +14,7 @@ from rft.metrics.names import EVENTS, METRICS, is_reproducible
 
 ROOT = Path(__file__).parents[2]
 FIRST_PARTS = {name.split("/")[0] for name in METRICS if "/" in name}
+EVENT_PARTS = {kind.split("/")[0] for kind in EVENTS}
 
 
 def test_the_page_is_what_the_tables_say() -> None:
@@ -24,7 +25,7 @@ def test_the_page_is_what_the_tables_say() -> None:
 @pytest.mark.parametrize(
     "name",
     ["step", "reward/mean", "reward/outcome/correct", "reward/math/mean", "eval/pass@8", "rollout/age/3",
-     "policy/kl", "sync/logp_gap", "time/rollout", "memory/learner_rss"],
+     "policy/kl", "sync/logp_gap", "time/rollout", "memory/device/push"],
 )  # fmt: skip
 def test_known_names_are_documented(name: str) -> None:
     assert is_documented(name)
@@ -54,31 +55,96 @@ def test_times_are_not_compared_between_runs() -> None:
     assert not is_reproducible("time/step") and not is_reproducible("throughput/tokens_per_s")
 
 
-def _strings(constants: Iterable[object]) -> Iterator[str]:
-    """Strings in the constants of compiled code. Not by `ast.parse`: beside other threads it fails now and
-    then in CPython 3.11 (AST constructor recursion depth mismatch)."""
-    for constant in constants:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, CodeType):
-            yield from _strings(constant.co_consts)
-        elif isinstance(constant, tuple | frozenset):
-            yield from _strings(constant)
+# Modules that read what a run wrote; all others write it.
+READERS = {
+    "names", "docs", "charts", "plots", "report", "watch", "progress", "history", "tell", "page", "guards",
+    "trackers", "config",
+}  # fmt: skip
+
+# Names that are put together: the words that a template's last `*` stands for are strings of these modules.
+WORDS = {
+    "eval/*": ("algorithms", "learner/held_out.py"),
+    "data/*": ("rollout/slots.py",),
+    "reward/*/*": ("rewards/types.py",),
+    "reward/workers/*": ("rewards/runner.py",),
+    "memory/device/*": ("sync/ipc.py",),
+}
 
 
-def _written_names(path: Path) -> set[str]:
-    """String literals of a module that look like metrics: a first part of the table, a slash, a word."""
-    words = _strings(compile(path.read_text(), path, "exec").co_consts)
-    return {w for w in words if re.fullmatch(r"[a-z]+/[\w@/]*\w", w) and w.split("/")[0] in FIRST_PARTS}
+def _literals(path: Path) -> set[str]:
+    """The strings of a module, a `*` in the place of whatever an f-string fills in.
+
+    Not by `ast.parse`: beside other threads it fails now and then in CPython 3.11 (AST constructor recursion
+    depth mismatch).
+    """
+    found = set()
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.STRING:
+                text = re.sub(r"^[rbfu]*", "", token.string, flags=re.IGNORECASE).strip("\"'")
+                found.add(re.sub(r"\{[^{}]*(\{[^{}]*\}[^{}]*)*\}", "*", text))
+    return found
+
+
+def _modules(*places: str) -> list[Path]:
+    paths = [ROOT / "rft" / place for place in places]
+    return [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+
+
+def _written() -> dict[str, set[Path]]:
+    """What the code writes, as names or patterns of names, with the modules that do."""
+    found: dict[str, set[Path]] = {}
+    for path in _modules("."):
+        if path.parent.name == "metrics" and path.stem in READERS:
+            continue
+        for text in _literals(path):
+            if (
+                re.fullmatch(r"[a-z]+/[\w@/*]*[\w*]", text)
+                and text.split("/")[0] in FIRST_PARTS | EVENT_PARTS
+            ):
+                found.setdefault(text, set()).add(path)
+    return found
+
+
+def _put_together(template: str) -> set[str]:
+    """The names that a template stands for; itself where its holes stay open."""
+    if template not in WORDS:
+        return {template}
+    words = {word for path in _modules(*WORDS[template]) for word in _literals(path)}
+    return {template[:-1] + word for word in words if re.fullmatch(r"[\w/*]+", word)}
 
 
 def test_every_name_in_the_code_is_documented() -> None:
-    modules = [path for path in (ROOT / "rft").rglob("*.py") if "metrics" not in path.parts]
-    assert modules
+    written = _written()
+    assert len(written) > 100
     unknown = {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in modules
-        for name in _written_names(path)
-        if not (is_documented(name) or is_documented_event(name))
+        f"{sorted(str(p.relative_to(ROOT)) for p in paths)}: {name}"
+        for name, paths in written.items()
+        if name not in WORDS and not (is_documented(name) or is_documented_event(name))
     }
     assert not unknown, f"add these to rft/metrics/names.py: {sorted(unknown)}"
+
+
+def test_every_documented_name_is_written_by_some_code() -> None:
+    written = {name for template in _written() for name in _put_together(template)}
+    written |= {"step"}  # by RunLog.log, beside the metrics
+    lacking = [
+        name
+        for name in (*METRICS, *EVENTS)
+        if not any(name == other or fnmatchcase(other, name) for other in written)
+    ]
+    assert not lacking, f"nothing writes these: delete them from rft/metrics/names.py: {lacking}"
+
+
+def test_what_displays_read_is_documented() -> None:
+    """A chart of a name that is gone would stay empty for ever."""
+    readers = [path for path in _modules("metrics") if path.stem in READERS - {"names", "docs"}]
+    parts = FIRST_PARTS - {"data"}
+    read = {
+        f"{path.name}: {text}"
+        for path in readers
+        for text in _literals(path)
+        if re.fullmatch(r"[a-z]+/[\w@]*\w", text) and text.split("/")[0] in parts
+        if not (is_documented(text) or is_documented_event(text))
+    }
+    assert not read, f"nothing writes these: {sorted(read)}"

@@ -83,7 +83,7 @@ def test_every_chart_that_the_run_has_numbers_for(charts: list[Chart], html: str
     titles = [chart.title for chart in charts]
     assert titles == [
         "Reward", "Held-out accuracy", "Outcomes", "KL divergence", "Entropy", "Completion length",
-        "Output diversity", "Shares", "Loss", "Gradient norm", "Update sparsity", "Where the time goes",
+        "Output diversity", "Shares", "Loss", "Gradient norm", "Changed weights", "Where the time goes",
         "Throughput", "Staleness", "Proof of the push",
     ]  # fmt: skip
     assert Page(html).tags["svg"] == len(titles) + 1  # and the time line
