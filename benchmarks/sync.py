@@ -47,7 +47,7 @@ def config(transport: str, dtype: str, steps: int, work: Path) -> dict[str, Any]
             "sampling": {"max_prompt_length": 64, "max_completion_length": 8},
         },
         "learner": {"learning_rate": 1e-6, "threads": 1},
-        "sync": {"transport": transport},
+        "sync": {"transport": transport, "measure_changes": "overall"},
         "eval": {"every": 0},
         "checkpoint": {"every": 0},
     }

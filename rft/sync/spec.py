@@ -27,7 +27,7 @@ class ChannelSpec:
     wire_dtype: str
     folder: str | None = None
     full_every: int = 20
-    measure: Measure = "overall"
+    measure: Measure = "off"
 
     @property
     def colocated(self) -> bool:

@@ -66,6 +66,7 @@ def raise_stage(
                 },
                 "learner": {"learning_rate": 1e-2, "threads": 1},
                 "eval": {"every": 0},
+                "sync": {"measure_changes": "overall"},
                 **(more or {}),
             }
         )

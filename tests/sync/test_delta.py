@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from rft.errors import TransferError
+from rft.sync.broadcast import manifest_of
 from rft.sync.changes import ChangeMeter, change_metrics
+from rft.sync.config import SyncConfig
 from rft.sync.delta import WHOLE, Delta, apply_delta, digest, make_delta
+from rft.sync.link import Link
+from rft.sync.publisher import Publisher
+from rft.sync.spec import ChannelSpec, Measure
 
 
 def test_a_delta_names_exactly_the_elements_whose_bits_changed() -> None:
@@ -82,3 +89,19 @@ def test_changes_are_counted_in_bfloat16() -> None:
         "sync/changed_share_max",
     }
     assert change_metrics(*counted, "off") == {}
+
+
+@pytest.mark.parametrize("measure", ["off", "overall"])
+def test_by_default_no_push_copies_the_weights_to_measure_them(tmp_path: Path, measure: Measure) -> None:
+    """What it costs is measured only where it is asked for."""
+    assert SyncConfig().measure_changes == ChannelSpec("file", "float32").measure == "off"
+    publisher = Publisher(ChannelSpec("file", "float32", str(tmp_path), measure=measure))
+    publisher.open(Link("", 0, 0, 1, 5))
+    weights = {"a": torch.ones(3)}
+    for version in (0, 1):
+        publisher.announce(version, manifest_of(weights.items()), weights.items())
+        sent = publisher.send(())
+        weights = {"a": torch.tensor([1.0, 2.0, 1.0])}
+    publisher.close()
+    assert (publisher.meter is None) == (measure == "off")
+    assert bool(sent.metrics) == (measure == "overall")
