@@ -57,7 +57,7 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
         config=config.to_dict(),
     )
     for rejected in folder.rejected:
-        log.event("checkpoint/rejected", reason=rejected)
+        log.event("checkpoint/rejected", path=str(rejected.path), reason=rejected.reason)
     weights = plan.channel_spec().folder
     ending = Ending(folder, log, progress, signals, weights)
     reason = "failed"

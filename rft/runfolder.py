@@ -47,7 +47,7 @@ class RunFolder:
     notes: tuple[str, ...] = ()
     finished: dict[str, Any] | None = None
     interrupted: bool = False
-    rejected: tuple[str, ...] = ()  # checkpoints that were passed over, and why
+    rejected: tuple[checkpoint.Rejected, ...] = ()  # checkpoints that were passed over
 
     @property
     def checkpoints(self) -> Path:

@@ -205,7 +205,7 @@ EVENTS: dict[str, str] = {
     "group/dropped": "a group is not trained on: prompt ([epoch, row]), reason, again (true: a second try)",
     "group/requeued": "a request was sent out again: request, reason",
     "checkpoint/saved": "a checkpoint is complete: step, path, seconds, held (seconds that training waited)",
-    "checkpoint/rejected": "a resume passed over a checkpoint: reason (which one, and why)",
+    "checkpoint/rejected": "a resume passed over a damaged checkpoint: path, reason",
     "checkpoint/restored": "the run went on from it: step, path",
     "eval/done": "a held-out evaluation ended: step, accuracy (offline: loss), seconds",
     "fault/*": "a part failed: part, what, action (what happens next), and the work it held",
