@@ -139,6 +139,7 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
         yield
     finally:
         family = _family()  # asked while their parents still live
+        _kill_instead_of_terminate()
         ray.shutdown()
         _reap(family)
         for process in watched:
@@ -167,11 +168,22 @@ def on_head_death(act: Callable[[str], None]) -> None:
             loop.add_reader(descriptor, ended, descriptor, process.name())
 
 
+def _kill_instead_of_terminate() -> None:
+    """Have Ray's shutdown kill the processes of its head: it sends SIGTERM, which they block, and waits a
+    second for each of them."""
+    import ray
+
+    node: Any = ray._private.worker._global_node
+    for processes in node.all_processes.values() if node is not None else ():
+        for info in processes:
+            info.process.terminate = info.process.kill
+
+
 def _reap(family: list[Any]) -> None:
-    """Wait for processes that Ray was told to end; kill those that do not."""
+    """Kill what is left of Ray, whose shutdown has ended all that had something to finish."""
     import psutil
 
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=0.2)
     for process in alive:
         kill(process.pid)
     psutil.wait_procs(alive, timeout=5)

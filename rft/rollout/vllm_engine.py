@@ -209,7 +209,7 @@ class VLLMEngine:
 
     async def close(self) -> None:
         if self._engine is not None:
-            self._engine.shutdown()
+            self._engine.shutdown(timeout=0.0)  # kill: it would wait for SIGTERM, which is blocked there
             self._engine = None
 
     async def _control(self, what: str, awaitable: Any) -> Any:
