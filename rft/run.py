@@ -131,6 +131,8 @@ class Ending:
 
     def stopped(self, stopped: RunStopped, error: str = "") -> int:
         """Tell of a tidy stop; `error`: what failed meanwhile. Returns the exit code."""
+        if stopped.step is None and not stopped.stage and self.log.last_step > 0:
+            stopped = RunStopped(self.log.last_step)  # in the export, or while a resumed run started
         saved = self._newest(stopped.stage)
         self.log.event("run/stopped", step=stopped.step, signal=self.signals.reason, saved=saved, error=error)
         if saved is not None and saved == stopped.step:

@@ -12,6 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rft import checkpoint
+from rft.errors import RunStopped
+from rft.metrics import Progress, RunLog
+from rft.metrics.config import TrackingConfig
+from rft.metrics.log import read_jsonl
+from rft.run import Ending
+from rft.runfolder import RunFolder
 from rft.utils import signals
 from rft.utils.signals import STOP_SIGNALS, StopSignals
 from tests.integration.conftest import ROOT
@@ -183,3 +190,32 @@ def test_a_run_that_is_verified_ends_with_whoever_verifies_it(tmp_path: Path) ->
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the run goes on"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("logged", "saved", "stopped", "told"),
+    [
+        (-1, None, RunStopped(None), "stopped before the first step and nothing was saved: the same command"),
+        (2, 2, RunStopped(None), "stopped at step 2 with a checkpoint saved; the same command"),
+        (3, 2, RunStopped(3), "stopped at step 3 and the checkpoint of step 2 stands; the same command"),
+        (0, None, RunStopped(None, "warm start"), "before the first step of the warm start and nothing"),
+    ],
+)
+def test_a_stop_says_what_stands(
+    tmp_path: Path, logged: int, saved: int | None, stopped: RunStopped, told: str
+) -> None:
+    """Also in the export, or while a resumed run starts: then it has steps without having made any."""
+    folder = RunFolder(tmp_path, None)
+    if saved is not None:
+        checkpoint.save(folder.checkpoints, saved, lambda into: (into / "a").touch(), keep=1, meta={})
+    log = RunLog(tmp_path, 9, TrackingConfig(trackers=[]))
+    for step in range(logged + 1):
+        log.log(step, {})
+    notes: list[str] = []
+    with Progress(9, "run", display="off") as progress:
+        progress.note = notes.append  # type: ignore[method-assign]
+        assert Ending(folder, log, progress, StopSignals(), None).stopped(stopped) == 75
+    assert told in notes[0]
+    event = read_jsonl(tmp_path / "events.jsonl")[-1]
+    assert event["kind"] == "run/stopped" and event["saved"] == saved
+    log.close()
