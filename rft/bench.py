@@ -138,7 +138,7 @@ class Journal:
         results.mkdir(exist_ok=True)
         self.seconds: dict[str, float] = {}
         if not fresh and self.file.is_file():
-            found = json.loads(self.file.read_text())
+            found = json.loads(self.file.read_text(encoding="utf-8"))
             self.seconds = found["seconds"] if found["call"] == call else {}
 
     def run(self, command: Sequence[str], folder: Path, minutes: float | None) -> bool:
@@ -182,7 +182,7 @@ class Journal:
     @staticmethod
     def _write(file: Path, found: dict[str, Any]) -> None:
         unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps(found, indent=1) + "\n")
+        unfinished.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(file)
 
 

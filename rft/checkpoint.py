@@ -230,7 +230,7 @@ def _free_name(root: Path, step: int) -> Path:
 @contextmanager
 def _only_writer(root: Path) -> Iterator[None]:
     """Hold the root's lock. It is a POSIX record lock: gone with the process, not inherited by forks."""
-    with _in_process, (root / _LOCK).open("a") as file:
+    with _in_process, (root / _LOCK).open("a", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ _EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    _print_any_text()
     args = _arguments(argv)
     if not args.stoppable:
         return _run(args)
@@ -58,6 +60,15 @@ def _run(args: argparse.Namespace) -> int:
         from rft.run import report_failure
 
         return report_failure(error)
+
+
+def _print_any_text() -> None:
+    """Escape the characters that the locale's encoding lacks, here; let Python processes started from here
+    (engines, learner, reward workers) use UTF-8 whatever the locale is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

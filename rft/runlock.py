@@ -151,7 +151,7 @@ def read_owner(path: Path) -> dict[str, Any]:
     """The owner that a lock file names; {} where it names none (yet). For other processes than the owner:
     closing the file would give its lock up."""
     try:
-        owner = json.loads(path.read_text())
+        owner = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) and {"pid", "host", "since"} <= owner.keys() else {}
@@ -167,14 +167,16 @@ def not_writable(key: str, folder: Path, error: OSError) -> str:
 
 def _place() -> str:
     """This machine since its start, and this container: within it a pid means one process."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _start_of(pid: int) -> int | None:
     """When a process began, in ticks since the start of the machine; None where there is no such process."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
     except OSError:
         return None
     return None if fields[0] == "Z" else int(fields[19])

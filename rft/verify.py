@@ -148,7 +148,7 @@ def _run_to_end(arguments: Sequence[str]) -> None:
 
 def _run_and_kill(arguments: Sequence[str], folder: Path, step: int) -> None:
     """Start a run and SIGKILL it as soon as its metrics show `step`."""
-    with (folder.parent / "killed.log").open("w+") as log:
+    with (folder.parent / "killed.log").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(_train(arguments), stdout=log, stderr=log, preexec_fn=die_with_parent)
         try:
             seen, since = -1, time.monotonic()

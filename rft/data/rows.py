@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +10,7 @@ from typing import Any, Literal
 
 from rft.data.config import SUFFIXES, DataConfig
 from rft.data.errors import DataError, missing_column
+from rft.data.files import TableRows, read_file, read_json
 
 Split = Literal["train", "test"]
 Row = dict[str, Any]
@@ -154,12 +153,11 @@ def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
     if config.resolved_kind == "hub":
         return load_hub(config, path, name), f"{path} ({name})"
     files = find_files(path, name)
-    is_json = files[0].name.endswith((".json", ".jsonl", ".gz"))
-    if len(files) == 1 and is_json:
-        return read_json(files[0]), str(files[0])
-    if is_json:
-        return [row for file in files for row in read_json(file)], f"{path} ({name})"
-    return _read_table(files, path), f"{path} ({name})"
+    if len(files) == 1:
+        return read_file(files[0]), str(files[0])
+    if files[0].name.endswith((".parquet", ".arrow")):
+        return TableRows(files), f"{path} ({name})"
+    return [row for file in files for row in read_json(file)], f"{path} ({name})"
 
 
 def find_files(path: str, split: str) -> list[Path]:
@@ -197,62 +195,6 @@ def find_files(path: str, split: str) -> list[Path]:
 def _known_split(file: Path, root: Path) -> bool:
     first = str(file.relative_to(root).parts[0])
     return re.match(r"(train|test|validation|valid|dev|eval)([-_.]|$)", first) is not None
-
-
-def read_json(file: Path) -> list[Any]:
-    """The rows of a JSON array, or of JSON lines (blank lines are passed over), gzipped or not.
-
-    Raises DataError that names the malformed line.
-    """
-    is_lines = ".jsonl" in file.name
-    try:
-        with (
-            gzip.open(file, "rt", encoding="utf-8")
-            if file.suffix == ".gz"
-            else file.open(encoding="utf-8") as f
-        ):
-            if not is_lines:
-                rows = json.load(f)
-                if not isinstance(rows, list):
-                    raise DataError(
-                        "a .json file must hold a list of rows; else name it .jsonl", source=str(file)
-                    )
-                return rows
-            return [parse_line(line, n, str(file)) for n, line in enumerate(f, 1) if line.strip()]
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"malformed JSON in line {error.lineno}: {error.msg}", source=str(file), row=error.lineno
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text (byte {error.start})", source=str(file)) from None
-    except gzip.BadGzipFile as error:
-        raise DataError(f"not a gzip file: {error}", source=str(file)) from None
-
-
-def parse_line(line: str, number: int, source: str) -> Any:
-    """One JSON line; `number` is its line number, counted from 1."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"malformed JSON in line {number}, at character {error.pos + 1}: {error.msg}",
-            source=source,
-            row=number,
-        ) from None
-
-
-def _read_table(files: Sequence[Path], path: str) -> Sequence[Any]:
-    """Parquet and Arrow files (and what `Dataset.save_to_disk` wrote), memory-mapped."""
-    import datasets
-    import pyarrow as pa
-
-    names = [str(f) for f in files]
-    try:
-        if names[0].endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=names, split="train")
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
-    except (pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"cannot be read: {error.__cause__ or error}", source=path) from error
 
 
 def load_hub(config: DataConfig, path: str, split: str, *, streaming: bool = False) -> Any:

@@ -7,6 +7,7 @@ state is where the block begins and how much of it was used. A resume reads that
 
 from __future__ import annotations
 
+import codecs
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,9 @@ from rft.batch import Group
 from rft.data.config import DataConfig
 from rft.data.errors import DataError
 from rft.data.examples import GroupKind
+from rft.data.files import decode, parse_line
 from rft.data.groups import GroupMaker
-from rft.data.rows import Row, Split, data_source, find_files, load_hub, load_rows, map_columns, parse_line
+from rft.data.rows import Row, Split, data_source, find_files, load_hub, load_rows, map_columns
 
 
 class Reader(ABC):
@@ -56,11 +58,15 @@ class LineReader(Reader):
 
     def __next__(self) -> Any:
         while self.file < len(self.files):
+            source = str(self.files[self.file])
             for line in self._lines():
                 self.byte += len(line)
                 self.line += 1
-                if line.strip():
-                    return parse_line(line.decode("utf-8"), self.line, str(self.files[self.file]))
+                text = line.removeprefix(codecs.BOM_UTF8) if self.line == 1 else line
+                if text.lstrip().startswith(b"[") and self.line == 1:
+                    raise DataError("a JSON array cannot be streamed; set `streaming: false`", source=source)
+                if text.strip():
+                    return parse_line(decode(text, self.line, source), self.line, source)
             self.file, self.byte, self.line = self.file + 1, 0, 0
         raise StopIteration
 

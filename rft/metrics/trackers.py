@@ -89,11 +89,11 @@ class WeightsAndBiases:
         module = import_module("wandb")
         identity = run_dir / "wandb_id"
         if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = module.init(
             project=tracking.project,
             name=tracking.run_name or run_dir.name,
-            id=identity.read_text().strip(),
+            id=identity.read_text(encoding="utf-8").strip(),
             dir=str(run_dir),
             mode=tracking.wandb_mode,
             config=dict(config),
@@ -123,14 +123,14 @@ class MLflow:
         self._client = module.tracking.MlflowClient(tracking_uri=uri)
         identity = run_dir / "mlflow_id"
         if resumed_at is not None and identity.exists():
-            self._id = identity.read_text().strip()
+            self._id = identity.read_text(encoding="utf-8").strip()
             self._client.update_run(self._id, status="RUNNING")
             return
         found = self._client.get_experiment_by_name(tracking.project)
         experiment = found.experiment_id if found else self._client.create_experiment(tracking.project)
         run = self._client.create_run(experiment, run_name=tracking.run_name or run_dir.name)
         self._id = run.info.run_id
-        identity.write_text(self._id)
+        identity.write_text(self._id, encoding="utf-8")
         for name, value in flatten(config).items():
             self._client.log_param(self._id, name, str(value)[:6000])  # MLflow's own limit
 

@@ -161,7 +161,7 @@ class _Surroundings:
 def open_streams() -> None:
     """Output streams that keep their descriptors when a function closes them."""
     sys.stdout, sys.stderr = (
-        open(fd, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
+        open(fd, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         for fd in (1, 2)
     )
 

@@ -17,7 +17,7 @@ TASKS: dict[str, type] = {
 def source() -> list[str]:
     """The text of the code that rows and tiny models depend on: part of the key of what is cached."""
     return [
-        (Path(__file__).parent / name).read_text()
+        (Path(__file__).parent / name).read_text(encoding="utf-8")
         for name in ("arithmetic.py", "config.py", "pairs.py", "tiny.py")
     ]
 

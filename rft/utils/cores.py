@@ -44,8 +44,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 def _cpu_groups(root: Path) -> Iterator[Path]:
     """Folders of the groups that this process belongs to and that can limit its CPUs, parents included."""
     try:
-        memberships = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+        memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux, or no /proc here: then there is no limit that could be read
         return
     group_of = {controllers: path for _, controllers, path in (m.split(":", 2) for m in memberships)}
@@ -91,7 +91,7 @@ def _quota(folder: Path) -> float | None:
 
 def _read(path: Path) -> str | None:
     """A file's text; None where there is none (the topmost group has no limits)."""
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def _unescape(field: str) -> str:

@@ -53,7 +53,7 @@ def memory_below(pid: int) -> int:
     """Bytes in memory of the processes below `pid`, without files; what two of them share counts twice."""
     total = 0
     for p in descendants(pid):
-        with contextlib.suppress(OSError, ValueError), open(f"/proc/{p}/status") as file:
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{p}/status", encoding="utf-8") as file:
             for line in file:
                 if line.startswith(("RssAnon:", "RssShmem:")):
                     total += int(line.split()[1]) << 10

@@ -47,7 +47,7 @@ def describe(info: signal.struct_siginfo) -> str:
     name, pid = signal.Signals(info.si_signo).name, info.si_pid
     if pid in (0, os.getpid()):  # the kernel (a terminal), another container, or passed on in this process
         return name
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
         return f"{name} from process {pid} ({file.read().strip()})"
     return f"{name} from process {pid}"
 

@@ -249,7 +249,7 @@ class Adapter(Strategy):
         )
         settings |= {"base_model_name_or_path": self.spec.model, "inference_mode": True}
         text = json.dumps(settings, indent=2, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-        (folder / "adapter_config.json").write_text(text)
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
     def _parameters(self) -> dict[str, Tensor]:
         """Everything that the adapter added: parameters and buffers by their names in the model."""

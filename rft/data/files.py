@@ -1,0 +1,197 @@
+"""Rows out of files: JSON in its forms, gzipped or not, Parquet and Arrow, without a cache beside them.
+
+Whatever is wrong with a file is a DataError that names it, and the row where there is one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rft.data.errors import DataError
+
+_BLOCK = 1000  # rows of a table that are turned into Python objects at a time
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_file(file: Path) -> Sequence[Any]:
+    """The rows of a data file, by its name's ending: JSON at once, tables as they are asked for."""
+    is_table = file.name.endswith((".parquet", ".arrow"))
+    return TableRows([file]) if is_table else read_json(file)
+
+
+def read_json(file: Path) -> list[Any]:
+    """The rows of a JSON array or of JSON lines, gzipped or not, whatever the file's name says of that.
+
+    Blank lines are passed over. Raises DataError that names the malformed line.
+    """
+    source, number = str(file), 0
+    rows: list[Any] = []
+    try:
+        with file.open("rb") as raw:
+            zipped = file.suffix == ".gz" or raw.read(2) == b"\x1f\x8b"
+            empty = not raw.seek(0, 2)
+        with gzip.open(file, "rb") if zipped and not empty else file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not line.strip():
+                    continue
+                if not rows and (line.lstrip().startswith(b"[") or ".jsonl" not in file.name):
+                    return _whole(line + stream.read(), number, source)
+                rows.append(parse_line(decode(line, number, source), number, source))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        what = "is cut off" if isinstance(error, EOFError) else f"is damaged ({error})"
+        raise DataError(
+            f"the gzip data {what} after line {number}; copy the file again", source=source, row=number + 1
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", source=source) from None
+    return rows
+
+
+def _whole(raw: bytes, first: int, source: str) -> list[Any]:
+    """The rows of a text that is a JSON array, or else JSON lines, and begins in line `first`."""
+    lines = [decode(line, n, source) for n, line in enumerate(raw.splitlines(keepends=True), first)]
+    text = "".join(lines)
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data" and not text.lstrip().startswith("["):
+            return [parse_line(line, n, source) for n, line in enumerate(lines, first) if line.strip()]
+        number = first - 1 + getattr(error, "lineno", 1)
+        what = getattr(error, "msg", error)
+        raise DataError(f"malformed JSON in line {number}: {what}", source=source, row=number) from None
+    if not isinstance(rows, list):
+        raise DataError("a .json file must hold a list of rows; else name it .jsonl", source=source)
+    if _SURROGATE.search(text):
+        for number, row in enumerate(rows, 1):
+            _refuse_surrogates(row, number, source)
+    return rows
+
+
+def decode(raw: bytes, number: int, source: str) -> str:
+    """A line's text; `number` is its number, counted from 1. Raises DataError where it is not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"line {number} is not UTF-8 text (byte 0x{raw[error.start]:02x}); save the file as UTF-8",
+            source=source,
+            row=number,
+        ) from None
+
+
+def parse_line(line: str, number: int, source: str) -> Any:
+    """One JSON line; `number` is its line number, counted from 1."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        at = f", at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        what = getattr(error, "msg", error)
+        raise DataError(f"malformed JSON in line {number}{at}: {what}", source=source, row=number) from None
+    if _SURROGATE.search(line):
+        _refuse_surrogates(value, number, source)
+    return value
+
+
+def _refuse_surrogates(value: Any, number: int, source: str) -> None:
+    """Half of a surrogate pair is in JSON, but not in Unicode text: tokenizers fail on it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise DataError(
+            f"holds half of a surrogate pair ({half}), which is not a character; remove it",
+            source=source,
+            row=number,
+        ) from None
+
+
+class TableRows(Sequence[Any]):
+    """Rows of Parquet and Arrow files as plain dicts, read part by part as they are asked for.
+
+    Raises DataError with the file and the row, when a damaged part is read.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._parts: list[tuple[Path, int]] = []  # (file, row group or record batch)
+        self._ends: list[int] = []
+        for file in files:
+            for index, rows in enumerate(_guarded(file, len(self) + 1, lambda f=file: _part_sizes(f))):
+                self._parts.append((file, index))
+                self._ends.append(len(self) + rows)
+        self._loaded: tuple[int, Any] = (-1, None)
+        self._block: tuple[int, list[Any]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = bisect.bisect_right(self._ends, index)
+        begin = self._ends[part - 1] if part else 0
+        block = begin + (index - begin) // _BLOCK * _BLOCK
+        if self._block[0] != block:
+            file, number = self._parts[part]
+            if self._loaded[0] != part:
+                self._loaded = part, _guarded(file, begin + 1, lambda: _part(file, number))
+            table = self._loaded[1]
+            rows = _guarded(file, block + 1, lambda: table.slice(block - begin, _BLOCK).to_pylist())
+            self._block = block, rows
+        return self._block[1][index - block]
+
+
+def _guarded(file: Path, row: int, read: Any) -> Any:
+    """What `read` returns. Raises DataError that names the file and the first row that it reads."""
+    import pyarrow as pa
+
+    try:
+        return read()
+    except (pa.ArrowException, OSError, ValueError) as error:  # also text that is not UTF-8
+        why = str(error).splitlines()[0]
+        raise DataError(
+            f"cannot be read, the file is damaged or cut off: {why}", source=str(file), row=row
+        ) from None
+
+
+def _part_sizes(file: Path) -> list[int]:
+    if file.name.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(file) as opened:
+            return [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
+    return [batch.num_rows for batch in _batches(file)]
+
+
+def _part(file: Path, number: int) -> Any:
+    if file.name.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(file) as opened:
+            return opened.read_row_group(number)
+    batch = _batches(file)[number]
+    batch.validate(full=True)  # a damaged offset would be read from memory that is not the file's
+    return batch
+
+
+def _batches(file: Path) -> list[Any]:
+    """The record batches of an Arrow file or stream (`Dataset.save_to_disk` writes streams), mapped."""
+    import pyarrow as pa
+
+    source = pa.memory_map(str(file))
+    if source.read(6) == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    source.seek(0)
+    return list(pa.ipc.open_stream(source))
