@@ -353,7 +353,7 @@ def test_an_evaluation_ends_with_the_same_code(tmp_path: Path) -> None:
         run.clean_up()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_second_start_of_a_run_is_refused(tmp_path: Path) -> None:
     """While the first one still starts, and while it trains; not once it was killed."""
     first = start(tmp_path, "offline", MOMENTS["offline"]["short steps"])
