@@ -1,0 +1,100 @@
+"""What the proof of a push costs the learner: `python benchmarks/proof.py`.
+
+The learner scores the fixed tokens and takes a step in turn, in one process on one thread, so that a busy
+machine slows both; the share is the median of the rounds. The engines' part, 192 tokens of prefill, overlaps
+with generation and is not counted.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rft.algorithms import ALGORITHMS
+from rft.batch import Batch, Completion, Group, Prompt
+from rft.learner.config import LearnerConfig
+from rft.learner.learner import Learner, LearnerSpec
+from rft.sync.proof import PROOF_TOKENS
+from rft.tasks.tiny import build_tiny
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import write_result
+
+# name: (options of the tiny model, prompts, completions of each, tokens of a prompt, of a completion, rounds)
+SIZES: dict[str, tuple[dict[str, Any], int, int, int, int, int]] = {
+    "demo": ({}, 32, 8, 40, 20, 5),
+    "smollm2": (
+        {"hidden_size": 576, "layers": 30, "heads": 9, "intermediate_size": 1536}, 8, 8, 99, 43, 2,
+    ),
+}  # fmt: skip
+
+
+def measure(folder: Path, size: str) -> dict[str, Any]:
+    """Seconds of scoring and of a step, and their ratio."""
+    options, prompts, each, asked, answered, rounds = SIZES[size]
+    build_tiny(folder, seed=1, **options)
+    dice = random.Random(1)
+    tokens = lambda n: tuple(dice.randrange(6, 250) for _ in range(n))  # noqa: E731
+    groups = [
+        Group(
+            Prompt(i, tokens(asked), ""),
+            tuple(
+                Completion(tokens(answered), logps=(-2.0,) * answered, reward=float(k % 2))
+                for k in range(each)
+            ),
+        )
+        for i in range(prompts)
+    ]
+    batch = Batch.build(groups, share_prefix=True)
+    learner = Learner(
+        LearnerSpec(
+            model=str(folder),
+            tokenizer=str(folder),
+            algorithm=ALGORITHMS["grpo"](),
+            config=LearnerConfig(threads=1),
+            device="cpu",
+            threads=1,
+            seed=1,
+            total_steps=100,
+            num_iterations=1,
+            minibatches=1,
+            max_completion_length=answered,
+            temperature=1.0,
+            max_gap_mean=None,
+            max_gap=None,
+        )
+    )
+    fixed, scores, steps = tokens(PROOF_TOKENS), [], []
+    learner.step(batch, 0)
+    learner.score_tokens(fixed)
+    for round_ in range(rounds):
+        begin = time.perf_counter()
+        learner.score_tokens(fixed)
+        middle = time.perf_counter()
+        learner.step(batch, round_ + 1)
+        scores.append(middle - begin)
+        steps.append(time.perf_counter() - middle)
+    return {
+        "size": size,
+        "parameters": learner.parameters,
+        "tokens_of_a_step": batch.num_tokens,
+        "score_seconds": statistics.median(scores),
+        "step_seconds": statistics.median(steps),
+        "share_of_the_learners_step": statistics.median(a / b for a, b in zip(scores, steps, strict=True)),
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [measure(Path(folder) / str(i), size) for i, size in enumerate(sys.argv[1:] or SIZES)]
+    file = Path(__file__).parent / "results" / "proof-cpu.json"
+    write_result(file, {"proof_tokens": PROOF_TOKENS, "runs": runs}, "torch", "transformers")
+
+
+if __name__ == "__main__":
+    main()
