@@ -40,9 +40,16 @@ SECTIONS = {
     ),
 }
 # What a reader should know about a line of the table, learnt from looking at the run.
+_SHARED = "minutes of a shared machine: not comparable with the others"
 REMARKS: dict[tuple[str, str], str] = {
+    ("online", "ppo"): _SHARED,
+    ("online", "raft"): f"no prompt was without a right answer, so a threshold changes nothing; {_SHARED}",
+    ("online", "sppo"): _SHARED,
+    ("online", "reward_difference"): _SHARED,
+    ("hard", "prefix_rft"): "measured when the share fell from 95 % to 5 % instead of being drawn",
     ("online", "ppo_head"): "a head on the policy's trunk, at its learning rate, is too slow for 60 steps",
-    ("online", "prefix_rft"): "the data come with clean demonstrations; its held-out problems are others",
+    ("online", "prefix_rft"): "the data come with clean demonstrations; its held-out problems are others; "
+    + _SHARED,
     ("online", "luffy"): "the data come with clean demonstrations; its held-out problems are others",
     ("online", "nash_md"): "half the prompts per step: the plain engine samples",
     ("online", "cory"): "the first of the two copies, answering alone",
