@@ -198,6 +198,7 @@ LOSSES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("rloo", "rloo", {}, {"loss_type": "rloo"}),
 ]
 ROUNDED = "nearly equal distributions: a small difference of large terms, and TRL rounds beta first"
+COUNTED_PAIRS = "a mean over pairs: TRL counts those without any trained token, rft does not"
 EMPTY = "TRL adds the advantage of a completion without tokens to the loss: a constant; gradients agree"
 COUNTED = "a mean over completions: TRL counts those without a trained token, rft does not"
 OVERFLOW = "rft holds log-ratios within 20 nats; TRL's exp overflows to inf, and its gradient to nan"
@@ -211,7 +212,11 @@ def comparisons(count: int) -> list[Comparison]:
         return (make_input(seed) for seed in range(count))
 
     def pairs() -> Iterator[Tensors]:
-        return (make_input(seed, size=2) for seed in range(count))
+        seeds = (seed for seed in itertools.count() if KINDS[seed % len(KINDS)] != "ragged")
+        return (make_input(seed, size=2) for seed in itertools.islice(seeds, count))
+
+    def ragged_pairs() -> Iterator[Tensors]:
+        return (make_input(len(KINDS) * seed + KINDS.index("ragged"), size=2) for seed in range(count))
 
     def logits() -> Iterator[Tensors]:
         return (make_logits(seed) for seed in range(count))
@@ -267,6 +272,8 @@ def comparisons(count: int) -> list[Comparison]:
         dpo = loss_of(ALGORITHMS["online_dpo"](beta=0.3, loss_type=loss_type))
         settings = {"beta": 0.3, "loss_type": loss_type}
         found.append(Comparison(f"online_dpo, {loss_type}", "online_dpo", dpo, pairs, settings))
+        empty = f"online_dpo, {loss_type}, no tokens"
+        found.append(Comparison(empty, "online_dpo", dpo, ragged_pairs, settings, COUNTED_PAIRS))
     for beta in (0.0, 0.1, 0.5, 0.9, 1.0):
         reason = ROUNDED if 0 < beta < 1 else ""
         ours = distillation_of(beta)
