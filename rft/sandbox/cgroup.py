@@ -28,9 +28,9 @@ def find_hierarchy(proc: str = "/proc", root: str = "") -> Hierarchy | None:
     root: put before paths of the file system, for tests.
     """
     try:
-        with open(f"{proc}/self/cgroup") as file:
+        with open(f"{proc}/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
             groups = [line.rstrip("\n").split(":", 2) for line in file]
-        with open(f"{proc}/self/mountinfo") as file:
+        with open(f"{proc}/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             mounts = [line.split() for line in file]
     except OSError:
         return None
@@ -56,7 +56,7 @@ def find_hierarchy(proc: str = "/proc", root: str = "") -> Hierarchy | None:
 
 def _words(folder: str, name: str) -> list[str]:
     try:
-        with open(f"{folder}/{name}") as file:
+        with open(f"{folder}/{name}", encoding="utf-8") as file:
             return file.read().split()
     except OSError:
         return []

@@ -99,7 +99,7 @@ def enter_namespaces() -> None:
             ("uid_map", f"{uid} {uid} 1"),
             ("gid_map", f"{gid} {gid} 1"),
         ):
-            with open(f"/proc/self/{name}", "w") as file:
+            with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
                 file.write(value)
     mount("none", "/", None, MS_REC | MS_PRIVATE)
 
@@ -146,7 +146,7 @@ def _bind(root: str, path: str, *, read_only: bool) -> None:
     if os.path.isdir(path):
         os.mkdir(root + path)
     else:
-        open(root + path, "w").close()
+        open(root + path, "wb").close()
     mount(path, root + path, None, MS_BIND | MS_REC)
     if read_only:
         set_read_only(root + path, recursive=True)

@@ -332,14 +332,15 @@ def usage_of(pids: list[int], *, counted: bool) -> tuple[int, float]:
                 ticks += sum(map(int, file.read().rpartition(b")")[2].split()[11:15]))
             if not counted:
                 continue
-            with open(f"/proc/{pid}/status") as status:
+            # A name that is not UTF-8 must not hide what a program holds: it chooses its own, and its files.
+            with open(f"/proc/{pid}/status", encoding="utf-8", errors="surrogateescape") as status:
                 for line in status:
                     if line.startswith("RssAnon:"):
                         memory += int(line.split()[1]) << 10
             if not os.access(f"/proc/{pid}/fd", os.R_OK | os.X_OK):
                 memory += _shared_memory(pid)  # without privileges: what its page tables hold
                 continue
-            with open(f"/proc/{pid}/maps") as maps:
+            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
                 for line in maps:
                     if " rw-s " in line and "/dev/zero" in line:
                         span, _, _, _, inode, *_ = line.split()
@@ -352,14 +353,14 @@ def usage_of(pids: list[int], *, counted: bool) -> tuple[int, float]:
 
 
 def _shared_memory(pid: int) -> int:
-    with open(f"/proc/{pid}/status") as status:
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="surrogateescape") as status:
         return sum(int(line.split()[1]) << 10 for line in status if line.startswith("RssShmem:"))
 
 
 def _socket_buffer() -> int:
     """Bytes of kernel memory behind a socket whose send buffer is full: twice its size, for the overhead."""
     try:
-        with open("/proc/sys/net/core/wmem_default") as file:
+        with open("/proc/sys/net/core/wmem_default", encoding="utf-8") as file:
             return 2 * int(file.read())
     except (OSError, ValueError):  # hidden in some containers
         return 2 * 212_992

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rft.sandbox import cgroup, seccomp
+from rft.sandbox import cgroup, seccomp, zygote
 
 PROBE = """
 import ctypes, errno, os, sys
@@ -155,3 +155,20 @@ def test_leftover_groups_of_dead_owners_are_removed(tmp_path: Path) -> None:
     (tmp_path / f"{cgroup.PREFIX}{os.getpid()}-bb").mkdir()
     cgroup._remove_leftovers(str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == [f"{cgroup.PREFIX}{os.getpid()}-bb"]
+
+
+def test_a_process_whose_name_is_not_utf_8_is_counted() -> None:
+    code = (
+        "import ctypes, sys\n"
+        "ctypes.CDLL(None).prctl(15, b'\\xff\\xfe', 0, 0, 0)\n"  # PR_SET_NAME
+        "held = bytearray(b'x' * (64 << 20))\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        memory, _ = zygote.usage_of([process.pid], counted=True)
+        process.communicate(b"")
+    assert memory > 64 << 20
