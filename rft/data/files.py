@@ -52,8 +52,13 @@ def read_json(file: Path) -> list[Any]:
             f"the gzip data {what} after line {number}; copy the file again", source=source, row=number + 1
         ) from None
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", source=source) from None
+        raise unreadable(file, error) from None
     return rows
+
+
+def unreadable(file: Path, error: OSError) -> DataError:
+    """The error for a file that cannot be opened or read."""
+    return DataError(f"cannot be read: {error.strerror or error}", source=str(file))
 
 
 def _whole(raw: bytes, first: int, source: str) -> list[Any]:
@@ -117,16 +122,19 @@ def _refuse_surrogates(value: Any, number: int, source: str) -> None:
 class TableRows(Sequence[Any]):
     """Rows of Parquet and Arrow files as plain dicts, read part by part as they are asked for.
 
-    Raises DataError with the file and the row, when a damaged part is read.
+    Raises DataError with the file and its row, when a damaged part is read.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._parts: list[tuple[Path, int]] = []  # (file, row group or record batch)
+        self._parts: list[tuple[Path, int, int]] = []  # (file, row group or record batch, rows before it)
         self._ends: list[int] = []
         for file in files:
-            for index, rows in enumerate(_guarded(file, len(self) + 1, lambda f=file: _part_sizes(f))):
-                self._parts.append((file, index))
+            before = 0
+            for index, rows in enumerate(_guarded(file, 1, lambda f=file: _Table(f).sizes())):
+                self._parts.append((file, index, before))
                 self._ends.append(len(self) + rows)
+                before += rows
+        self._opened: tuple[Path | None, Any] = (None, None)
         self._loaded: tuple[int, Any] = (-1, None)
         self._block: tuple[int, list[Any]] = (-1, [])
 
@@ -143,13 +151,20 @@ class TableRows(Sequence[Any]):
         begin = self._ends[part - 1] if part else 0
         block = begin + (index - begin) // _BLOCK * _BLOCK
         if self._block[0] != block:
-            file, number = self._parts[part]
+            file, number, before = self._parts[part]
             if self._loaded[0] != part:
-                self._loaded = part, _guarded(file, begin + 1, lambda: _part(file, number))
-            table = self._loaded[1]
-            rows = _guarded(file, block + 1, lambda: table.slice(block - begin, _BLOCK).to_pylist())
+                self._loaded = part, _guarded(file, before + 1, lambda: self._table(file).part(number))
+            table, first = self._loaded[1], block - begin
+            rows = _guarded(file, before + first + 1, lambda: table.slice(first, _BLOCK).to_pylist())
             self._block = block, rows
         return self._block[1][index - block]
+
+    def _table(self, file: Path) -> _Table:
+        """The file, opened; the one before it is closed."""
+        if self._opened[0] != file:
+            self._opened = file, _Table(file)
+        table: _Table = self._opened[1]
+        return table
 
 
 def _guarded(file: Path, row: int, read: Any) -> Any:
@@ -159,30 +174,37 @@ def _guarded(file: Path, row: int, read: Any) -> Any:
     try:
         return read()
     except (pa.ArrowException, OSError, ValueError) as error:  # also text that is not UTF-8
-        why = str(error).splitlines()[0]
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"cannot be read, the file is damaged or cut off: {why}", source=str(file), row=row
         ) from None
 
 
-def _part_sizes(file: Path) -> list[int]:
-    if file.name.endswith(".parquet"):
-        import pyarrow.parquet as pq
+class _Table:
+    """An open Parquet or Arrow file, in parts. Raises pyarrow's errors, OSError and ValueError."""
 
-        with pq.ParquetFile(file) as opened:
-            return [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
-    return [batch.num_rows for batch in _batches(file)]
+    def __init__(self, file: Path) -> None:
+        self.parquet, self.batches = None, []
+        if file.name.endswith(".parquet"):
+            import pyarrow.parquet as pq
 
+            self.parquet = pq.ParquetFile(file)
+        else:
+            self.batches = _batches(file)
 
-def _part(file: Path, number: int) -> Any:
-    if file.name.endswith(".parquet"):
-        import pyarrow.parquet as pq
+    def sizes(self) -> list[int]:
+        """The number of rows of each part."""
+        if self.parquet is None:
+            return [batch.num_rows for batch in self.batches]
+        metadata = self.parquet.metadata
+        return [metadata.row_group(g).num_rows for g in range(self.parquet.num_row_groups)]
 
-        with pq.ParquetFile(file) as opened:
-            return opened.read_row_group(number)
-    batch = _batches(file)[number]
-    batch.validate(full=True)  # a damaged offset would be read from memory that is not the file's
-    return batch
+    def part(self, number: int) -> Any:
+        if self.parquet is not None:
+            return self.parquet.read_row_group(number)
+        batch = self.batches[number]
+        batch.validate(full=True)  # a damaged offset would be read from memory that is not the file's
+        return batch
 
 
 def _batches(file: Path) -> list[Any]:

@@ -20,7 +20,7 @@ from rft.batch import Group
 from rft.data.config import DataConfig
 from rft.data.errors import DataError
 from rft.data.examples import GroupKind
-from rft.data.files import decode, parse_line
+from rft.data.files import TableRows, decode, parse_line, unreadable
 from rft.data.groups import GroupMaker
 from rft.data.rows import Row, Split, data_source, find_files, load_hub, load_rows, map_columns
 
@@ -71,17 +71,41 @@ class LineReader(Reader):
         raise StopIteration
 
     def _lines(self) -> Any:
-        with self.files[self.file].open("rb") as f:
-            f.seek(self.byte)
-            while line := f.readline():
-                yield line
+        file = self.files[self.file]
+        try:
+            with file.open("rb") as f:
+                f.seek(self.byte)
+                while line := f.readline():
+                    yield line
+        except OSError as error:
+            raise unreadable(file, error) from None
 
 
 class TableReader(Reader):
-    """Rows of a `datasets.IterableDataset` (Parquet, Arrow, the hub), which keeps its own state."""
+    """Rows of Parquet and Arrow files, one part (row group, record batch) in memory; the state is the row."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.rows = TableRows(files)
+        self.restore(None)
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        self.row = state["row"] if state else 0
+
+    def state(self) -> dict[str, Any]:
+        return {"row": self.row}
+
+    def __next__(self) -> Any:
+        if self.row >= len(self.rows):
+            raise StopIteration
+        self.row += 1
+        return self.rows[self.row - 1]
+
+
+class HubReader(Reader):
+    """Rows of a `datasets.IterableDataset`, which keeps its own state. Raises DataError if a read fails."""
+
+    def __init__(self, dataset: Any, source: str) -> None:
+        self.dataset, self.source = dataset, source
         self.start = deepcopy(dataset.state_dict())
         self.restore(None)
 
@@ -95,7 +119,10 @@ class TableReader(Reader):
         return {"dataset": deepcopy(self.unread or self.dataset.state_dict())}
 
     def __next__(self) -> Any:
-        row = next(self.rows)
+        try:
+            row = next(self.rows)
+        except (OSError, ValueError) as error:  # the network, or a damaged file
+            raise DataError(f"cannot be read: {type(error).__name__}: {error}", source=self.source) from error
         self.unread = None
         return row
 
@@ -104,19 +131,16 @@ def open_reader(config: DataConfig, split: Split) -> tuple[Reader, str]:
     """The reader of a split, and its name for messages. Raises DataError as `load_rows` does."""
     path, name = data_source(config, split)
     if config.resolved_kind == "hub":
-        return TableReader(load_hub(config, path, name, streaming=True)), f"{path} ({name})"
+        source = f"{path} ({name})"
+        return HubReader(load_hub(config, path, name, streaming=True), source), source
     files = find_files(path, name)
     if files[0].name.endswith(".jsonl"):
         return LineReader(files), path
-    form = files[0].suffix.removeprefix(".")
-    if form not in ("parquet", "arrow"):
+    if not files[0].name.endswith((".parquet", ".arrow")):
         raise DataError(
             "only .jsonl, .parquet and .arrow files can be streamed; set `streaming: false`", source=path
         )
-    import datasets
-
-    data = datasets.load_dataset(form, data_files=[str(f) for f in files], split="train", streaming=True)
-    return TableReader(data), path
+    return TableReader(files), path
 
 
 def first_row(config: DataConfig) -> Row:

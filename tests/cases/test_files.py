@@ -126,6 +126,33 @@ def test_a_stream_refuses_and_reads_the_same(tmp_path: Path) -> None:
         GroupStream(config, make_tokenizer()).next(1)
 
 
+def test_streamed_tables_need_no_cache_and_damage_names_file_and_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets, pq = pytest.importorskip("datasets"), pytest.importorskip("pyarrow.parquet")
+    data = datasets.Dataset.from_list([{"prompt": f"{i:04d}" * 20, "completion": "b"} for i in range(120)])
+    table = data.data.table.combine_chunks()
+    for name in ("train-0.parquet", "train-1.parquet"):
+        pq.write_table(table, tmp_path / name, row_group_size=50, compression="none")
+    (tmp_path / "no-folder").write_text("a file, under which nothing can be made", encoding="utf-8")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "no-folder" / "hf"))
+    config = DataConfig(path=str(tmp_path), kind="file", streaming=True, shuffle=False, shuffle_buffer=7)
+    assert [g.prompt.id for g in GroupStream(config, make_tokenizer()).next(250)] == [*range(240), *range(10)]
+    raw = bytearray((tmp_path / "train-1.parquet").read_bytes())
+    begin = (
+        pq.ParquetFile(tmp_path / "train-1.parquet").metadata.row_group(1).column(0).dictionary_page_offset
+    )
+    raw[begin : begin + 40] = b"\xff" * 40
+    (tmp_path / "train-1.parquet").write_bytes(raw)
+    stream = GroupStream(config, make_tokenizer())
+    assert len(stream.next(160)) == 160
+    with pytest.raises(DataError, match=r"train-1\.parquet, row 51: cannot be read"):
+        stream.next(40)
+    (tmp_path / "train-1.parquet").write_bytes(raw[:-20])
+    with pytest.raises(DataError, match=r"train-1\.parquet, row 1: cannot be read"):
+        GroupStream(config, make_tokenizer())
+
+
 def test_rewards_are_tried_on_any_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scored = [{**ROW, "completion": "4"}] * 2
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, scored)).encode()))
