@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
+_OF_A_PEER = re.compile(
+    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Dist(Backend|Network|Store)?Error"
+)
+_OF_A_DEVICE = re.compile(r"CUDA error|out of memory|\[Errno \d+\]")
+
 
 class EngineError(RuntimeError):
     """An engine failed or did not answer in time; the message names the engine and the call."""
@@ -31,3 +38,20 @@ class RunStopped(Exception):
         where = "before the first step" if step is None else f"at step {step}"
         super().__init__(f"stopped {where}{stage and f' of the {stage}'}")
         self.step, self.stage = step, stage
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an error is a process group's way to say that another of its members is gone or silent."""
+    return bool(_OF_A_PEER.search(f"{type(error).__name__}: {error}"))
+
+
+def is_engine_fault(error: BaseException) -> bool:
+    """Whether an error in an engine's part of a push is its machine's, so that an engine built anew may do
+    better. Anything else is a mistake in the program."""
+    if type(error) is Exception:  # vLLM passes the text of what its processes raise on, and no type
+        return True
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, OSError) or (
+        isinstance(error, RuntimeError)
+        and (lost_a_peer(error) or "imed out" in text or bool(_OF_A_DEVICE.search(text)))
+    )

@@ -25,14 +25,14 @@ from rft.sync.spec import Sent
 
 
 class Handle:
-    """An actor's handle: `handle.method.remote(*args)` gives an awaitable."""
+    """An actor's handle: `handle.method.remote(*args)` starts the call and gives an awaitable."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
 
     def __getattr__(self, name: str) -> Any:
-        async def remote(*args: Any) -> Any:
-            return await getattr(self._target, name)(*args)
+        def remote(*args: Any) -> Any:
+            return asyncio.ensure_future(getattr(self._target, name)(*args))
 
         return type("Method", (), {"remote": staticmethod(remote)})
 

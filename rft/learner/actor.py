@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rft import checkpoint
 from rft.checkpoint_writer import BackgroundWriter
-from rft.errors import BrokenWeights, LearnerError, TransferError
+from rft.errors import BrokenWeights, LearnerError, TransferError, lost_a_peer
 from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.parallel.make import make_parallel
 from rft.learner.parallel.ranks import Meeting, Rendezvous
@@ -103,6 +103,9 @@ class LearnerActor(Learner):
         try:
             with self._engines_to_blame():
                 return self.publisher.send(weights) if self.rank == 0 else Sent(0, 0, {})
+        except TransferError:
+            self.publisher.close()  # so that no engine waits for the rest; the channel is opened anew
+            raise
         finally:
             deque(weights, maxlen=0)  # takes part in gathering each, also those that are not sent any more
 
@@ -115,6 +118,8 @@ class LearnerActor(Learner):
         except (LearnerError, TransferError):
             raise
         except RuntimeError as error:
+            if not lost_a_peer(error):
+                raise
             raise TransferError(f"{type(error).__name__}: {error}") from error
 
     def _early(self) -> bool:

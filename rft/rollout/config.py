@@ -45,7 +45,9 @@ class RolloutConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="engine weights; auto: bfloat16 on GPU, float32 on CPU"
     )
-    max_num_seqs: int = Field(256, ge=1, description="completions that an engine decodes at once")
+    max_num_seqs: int = Field(
+        256, ge=1, description="completions that an engine decodes at once; it is sent twice as many at most"
+    )
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="share of a GPU that vLLM may take")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a replica on CPU, in GiB")
     threads: int | None = Field(
@@ -57,7 +59,12 @@ class RolloutConfig(Section):
     )
     start_timeout_s: float = Field(600, gt=0, description="seconds that an engine may take to start")
     control_timeout_s: float = Field(120, gt=0, description="seconds that a control call may take")
-    generate_timeout_s: float = Field(1800, gt=0, description="seconds that one group may take")
+    generate_timeout_s: float = Field(
+        1800,
+        gt=0,
+        description="seconds that an engine may work on one group; time in a queue or in a push does not "
+        "count",
+    )
     max_restarts: int = Field(
         3,
         ge=0,

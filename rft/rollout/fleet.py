@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from rft.errors import EngineError, LearnerError
+from rft.errors import EngineError
 from rft.metrics import Progress, RunLog
-from rft.remote import ActorDied, Overdue
 from rft.rollout.config import RolloutConfig
 from rft.rollout.engine import Aborted, Generated, Request
-from rft.rollout.pool import ReplicaDied, RolloutPool
+from rft.rollout.pool import ReplicaDied, ReplicasLost, RolloutPool
 from rft.sync.channel import PushReport, WeightChannel
 from rft.sync.proof import Proof
 
@@ -43,6 +42,7 @@ class Fleet:
     _failure: BaseException | None = None  # of a recovery that nobody may have waited for
     _recovering: set[asyncio.Task[None]] = field(default_factory=set)
     _in_a_row: int = 0
+    _first: tuple[str, EngineError] | None = None  # of the faults since the last finished step
     _changing: bool = False
     _told: dict[int, float] = field(default_factory=dict)
 
@@ -54,10 +54,8 @@ class Fleet:
             begin = time.perf_counter()
             try:
                 await self.channel.connect()
-            except ActorDied:
-                raise
-            except (EngineError, Overdue, RuntimeError) as error:
-                await self._mend(self._everyone(), f"the weight channel did not form: {error}")
+            except EngineError as error:
+                await self._mend(self._lost(error), "the weight channel did not form", error)
             else:
                 await self.push(version)
             self.held = version
@@ -83,15 +81,13 @@ class Fleet:
 
     async def push(self, version: int) -> PushReport:
         """Push a version to every engine. Call it with the gate held. After a push that failed half-way
-        no engine can be trusted, so all are rebuilt."""
+        the replicas that it has lost are rebuilt, then all are pushed to again."""
         self.version = version
         self._changing = True
         try:
             report = await self.channel.push(version)
-        except (ActorDied, LearnerError):
-            raise  # the learner's own trouble
-        except (EngineError, Overdue, RuntimeError) as error:
-            report = await self._mend(self._everyone(), f"pushing version {version} failed: {error}")
+        except EngineError as error:  # all else is the learner's trouble, or a mistake
+            report = await self._mend(self._lost(error), f"pushing version {version} failed", error)
         finally:
             self._changing = False
         self.held = version
@@ -109,7 +105,7 @@ class Fleet:
                 break
             except ReplicaDied as died:  # its successor is proven instead
                 self.pool.discard(died)
-                await self._mend([died.index], died.why)
+                await self._mend([died.index], "an engine was lost", died)
         if self.proof is not None:
             gaps = {str(index): gap.largest for index, gap in sorted(self.proof.gaps.items())}
             self.log.event("version/proved", version=self.proof.version, tokens=self.proof.tokens, gaps=gaps)
@@ -119,15 +115,13 @@ class Fleet:
         await self.prove()
         try:
             await self.channel.before_step()
-        except (ActorDied, LearnerError):
-            raise
-        except (EngineError, Overdue, RuntimeError) as error:
-            await self._mend(self._everyone(), f"the engines did not make room for the learner: {error}")
+        except EngineError as error:
+            await self._mend(self._everyone(), "the engines did not make room for the learner", error)
             await self.channel.before_step()
 
     def progressed(self) -> None:
         """A step was finished: the engines work, and the count of rebuilds in a row starts anew."""
-        self._in_a_row = 0
+        self._in_a_row, self._first = 0, None
 
     async def close(self) -> None:
         """Mend nothing any more."""
@@ -135,6 +129,10 @@ class Fleet:
         for task in recovering:
             task.cancel()
         await asyncio.gather(*recovering, return_exceptions=True)
+
+    def _lost(self, error: EngineError) -> list[int]:
+        """The replicas that an error says are lost; all of them where it cannot say."""
+        return sorted(error.lost) if isinstance(error, ReplicasLost) else self._everyone()
 
     def _everyone(self) -> list[int]:
         return list(range(len(self.pool.specs)))
@@ -156,20 +154,25 @@ class Fleet:
         self.pool.discard(died)
         async with self.gate:
             if self.pool.is_lost(died):
-                await self._mend([died.index], died.why)
+                await self._mend([died.index], "an engine was lost", died)
 
-    async def _mend(self, lost: Iterable[int], why: str) -> PushReport:
-        """Rebuild replicas and give all of them the current version. Raises EngineError once that was
-        needed more than `max_restarts` times without a finished step."""
+    async def _mend(self, lost: Iterable[int], what: str, error: EngineError) -> PushReport:
+        """Rebuild replicas and give all of them the current version. `what` happened, and the error that said
+        so. Raises EngineError, from the first of these errors, once that was needed more than
+        `max_restarts` times without a finished step."""
         limit = self.config.max_restarts
         while True:
+            why = f"{what}: {error}"
+            self._first = self._first or (why, error)
             lost = sorted({*lost, *(i for i in self._everyone() if i not in self.pool.members)})
             self._in_a_row += 1
             if self._in_a_row > limit:
+                first, cause = self._first
+                last = "" if first == why else f"; the last one: {why}"
                 raise EngineError(
-                    f"rollout: {why}. Engines were rebuilt {limit} times since the last finished step "
-                    "(rollout.max_restarts): giving up"
-                )
+                    f"rollout: {first}. That was the first fault{last}. Engines were rebuilt {limit} times "
+                    "since the last finished step (rollout.max_restarts): giving up"
+                ) from cause
             names = "replica " + ", ".join(map(str, lost))
             self.progress.note(f"{why}; building {names} anew ({self._in_a_row} of {limit} in a row)")
             for index in lost:
@@ -177,16 +180,14 @@ class Fleet:
             begin = time.perf_counter()
             try:
                 return await self._rebuild(lost, begin)
-            except (ActorDied, LearnerError):
-                raise
-            except (EngineError, Overdue, RuntimeError) as error:
-                lost, why = self._everyone(), f"rebuilding failed: {error}"
+            except EngineError as again:
+                lost, what, error = self._lost(again), "rebuilding failed", again
 
     async def _rebuild(self, lost: list[int], begin: float) -> PushReport:
         self._changing = True
         try:
             await self.channel.before_start()
-            await asyncio.gather(*(self.pool.rebuild(index) for index in lost))
+            await self.pool.rebuild_all(lost)
             await self.channel.connect()
             report = await self.channel.push(self.version)
         finally:

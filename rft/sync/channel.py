@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rft.errors import EngineError, LearnerError
-from rft.remote import ActorDied, call, within
+from rft.errors import EngineError, TransferError
+from rft.remote import Overdue, call
 from rft.rollout.engine import InFlight
-from rft.rollout.pool import RolloutPool
+from rft.rollout.pool import GRACE_S, ReplicasLost, RolloutPool
 from rft.sync import files
 from rft.sync.link import Link
 from rft.sync.proof import Gap, Proof, ProofSpec
@@ -110,38 +111,63 @@ class PushChannel:
         for spec in self.pool.specs:
             links.append(Link(host, port, offset, world, self.timeout_s))
             offset += spec.tensor_parallel
-        joined = asyncio.gather(
-            self.learner.open_channel.remote(Link(host, port, 0, world, self.timeout_s)),
-            self.pool.join(links),
-        )
-        await within(self.timeout_s + 5, "forming the weight channel", joined)
+        opened = self.learner.open_channel.remote(Link(host, port, 0, world, self.timeout_s))
+        await self._both("forming the weight channel", opened, self.pool.join(links), self.timeout_s + 5)
 
     async def push(self, version: int) -> PushReport:
-        """Raises EngineError when the transfer failed: every engine has to be rebuilt then. Raises
-        ActorDied when the learner is gone."""
+        """Raises ReplicasLost where some replicas failed: the others hold the version, or stand still until
+        the next push, before which the channel has to be formed anew. Raises another EngineError where nobody
+        can say which, ActorDied when the learner is gone."""
         start = time.perf_counter()
         self._drop_proof()
         update = await self._learner("announce", version)
         announced = time.perf_counter() - start
         await self.pool.begin_update(self.in_flight)
-        sent = await self._transfer(version, update)
+        what = f"pushing policy version {version} over {self.spec.transport}"
+        sending = self._learner("send_weights")
+        try:
+            sent = await self._both(what, sending, self.pool.receive(update), self.timeout_s)
+        except ReplicasLost as error:
+            await self._finish_others(version, error)
+            raise
+        assert isinstance(sent, Sent)
         await self.pool.finish_update(version)
         self._begin_proof(version)
         return PushReport(
             version, sent.bytes, time.perf_counter() - start, announced, sent.tensors, sent.metrics
         )
 
-    async def _transfer(self, version: int, update: dict[str, Any]) -> Sent:
-        what = f"pushing policy version {version} over {self.spec.transport}"
-        both = asyncio.gather(self._learner("send_weights"), self.pool.receive(update))
+    async def _finish_others(self, version: int, failed: ReplicasLost) -> None:
+        """Let the replicas go on that have all of a push in which others failed."""
         try:
-            sent, _ = await within(self.timeout_s, what, both)
-        except (ActorDied, EngineError, LearnerError):
-            raise
-        except Exception as error:  # either end may fail in its own words: the engines are unusable
-            raise EngineError(f"{what} failed: {type(error).__name__}: {error}") from error
-        assert isinstance(sent, Sent)
-        return sent
+            await self.pool.finish_update(version)
+        except ReplicasLost as more:
+            raise ReplicasLost({**failed.lost, **more.lost}) from failed
+
+    async def _both(
+        self, what: str, learner: Awaitable[Any], engines: Awaitable[None], limit_s: float
+    ) -> Any:
+        """What the learner answers, once the engines have done their part too. An end that fails lets the
+        other one fail, which then says who was lost; a mistake in the program is raised as it is."""
+        answer, part = (asyncio.ensure_future(_plain(end)) for end in (learner, engines))
+        try:
+            await asyncio.wait((answer, part), timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
+            failure = _error(answer)
+            if failure is not None and not isinstance(failure, TransferError | Overdue | EngineError):
+                raise failure
+            if not part.done():  # the learner has failed, and the engines will say at whom
+                await asyncio.wait((part,), timeout=2 * GRACE_S)
+            error = _error(part)
+            if error is not None:
+                raise error
+            if failure is not None:
+                raise EngineError(f"{what} failed: {type(failure).__name__}: {failure}") from failure
+            if not (answer.done() and part.done()):
+                raise EngineError(f"{what} did not finish within {limit_s:.0f} s")
+            return answer.result()
+        finally:
+            answer.cancel()
+            part.cancel()
 
     def _begin_proof(self, version: int) -> None:
         """Have both sides score the fixed tokens, while engines sample.
@@ -185,3 +211,12 @@ class PushChannel:
         return await call(
             getattr(self.learner, method).remote(*args), self.timeout_s, f"{method} on the learner"
         )
+
+
+async def _plain(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+def _error(task: asyncio.Future[Any]) -> BaseException | None:
+    """What a task has raised; None while it runs."""
+    return task.exception() if task.done() else None

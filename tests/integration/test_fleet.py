@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -56,9 +57,9 @@ async def push(fleet: Fleet, version: int) -> None:
 
 
 def test_a_push_interrupted_half_way(stage: Stage, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replica dies after the engines were paused, before the weights are there: all are built anew, and the
-    version arrives in the end."""
-    receive, pids = stage.pool.receive, [m.pid for m in stage.pool.members.values()]
+    """A replica dies after the engines were paused, before the weights are there: it is built anew, the
+    other one is not, and the version arrives at both in the end."""
+    receive, pids = stage.pool.receive, [m.pid for _, m in sorted(stage.pool.members.items())]
 
     async def dying(update: object) -> None:
         monkeypatch.setattr(stage.pool, "receive", receive)
@@ -68,10 +69,76 @@ def test_a_push_interrupted_half_way(stage: Stage, fleet: Fleet, monkeypatch: py
     monkeypatch.setattr(stage.pool, "receive", dying)
     stage.run(push(fleet, 1))
     assert [m.version for m in stage.pool.members.values()] == [1, 1]
-    assert not any(m.pid in pids for m in stage.pool.members.values()), "none of the old ones is trusted"
-    assert kinds(fleet).count("engine/lost") == kinds(fleet).count("engine/rebuilt") == 2
-    done = stage.run(fleet.generate(requests(1)[0]))
-    assert {v for g in done for v, _, _ in g.versions} == {1}
+    assert stage.pool.members[0].pid == pids[0] and stage.pool.members[1].pid != pids[1]
+    lost = [e for e in read_jsonl(fleet.log.run_dir / "events.jsonl") if e["kind"] == "engine/lost"]
+    assert [e["engine"] for e in lost] == [1] and "rollout replica 1 died" in lost[0]["reason"]
+    assert kinds(fleet).count("engine/rebuilt") == 1
+    done = stage.run(asyncio.wait_for(answered_by_both(fleet), 60))
+    assert {v for part in done for g in part for v, _, _ in g.versions} == {1}
+
+
+async def answered_by_both(fleet: Fleet) -> list[list[Any]]:
+    """Two requests at once: the pool gives them to different replicas."""
+    return await asyncio.gather(*(fleet.generate(r) for r in requests(2)))
+
+
+@pytest.mark.parametrize("phase", ["begin_update", "finish_update"])
+def test_a_replica_dies_in_another_part_of_a_push(
+    stage: Stage, fleet: Fleet, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, pids = getattr(stage.pool, phase), [m.pid for _, m in sorted(stage.pool.members.items())]
+
+    async def dying(*args: object) -> None:
+        monkeypatch.setattr(stage.pool, phase, before)
+        psutil.Process(pids[0]).kill()
+        await before(*args)
+
+    monkeypatch.setattr(stage.pool, phase, dying)
+    stage.run(asyncio.wait_for(push(fleet, 1), 120))
+    assert stage.pool.members[1].pid == pids[1] and stage.pool.members[0].pid != pids[0]
+    assert [m.version for m in stage.pool.members.values()] == [1, 1]
+    assert kinds(fleet).count("engine/lost") == kinds(fleet).count("engine/rebuilt") == 1
+    stage.run(asyncio.wait_for(answered_by_both(fleet), 60))
+
+
+@pytest.mark.parametrize("part", ["connect", "push"])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("another bug")])
+def test_a_mistake_in_the_program_is_raised_at_once(
+    stage: Stage, fleet: Fleet, part: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No engine is built anew for it."""
+
+    async def wrong(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stage.pool, "receive" if part == "push" else "join", wrong)
+    with pytest.raises(type(error), match=str(error)) as raised:
+        stage.run(fleet.open(1))
+    assert raised.value is error and "engine/lost" not in kinds(fleet)
+    monkeypatch.undo()
+    for index in (0, 1):
+        stage.run(stage.pool.rebuild(index))
+    stage.run(fleet.open(1))
+
+
+def test_the_first_fault_is_named_when_it_gives_up(
+    stage: Stage, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = iter(["the first one", "the second one", "the third one"])
+
+    async def failing(*args: object) -> None:
+        raise EngineError(next(faults))
+
+    fleet.config = fleet.config.model_copy(update={"max_restarts": 2})
+    monkeypatch.setattr(fleet.channel, "push", failing)
+    with pytest.raises(EngineError) as raised:
+        stage.run(push(fleet, 1))
+    told = str(raised.value)
+    assert "the first one" in told and "the third one" in told and "rebuilt 2 times" in told
+    assert str(raised.value.__cause__) == "the first one"
+    monkeypatch.undo()
+    fleet.progressed()
+    stage.run(fleet.open(1))
 
 
 def test_a_replica_dies_with_requests_while_pushes_go_on(stage: Stage, fleet: Fleet) -> None:
@@ -145,8 +212,8 @@ def test_a_recovery_that_failed_ends_the_watch(
     """Also where nobody waits for it any more: without the replica the run would wait for ever."""
     mend = fleet._mend
 
-    async def give_up(lost: list[int], why: str) -> None:
-        fleet.log.event("engine/lost", engine=lost[0], reason=why, held=0)
+    async def give_up(lost: list[int], what: str, error: EngineError) -> None:
+        fleet.log.event("engine/lost", engine=lost[0], reason=str(error), held=0)
         await asyncio.sleep(0.2)
         raise EngineError("giving up")
 
@@ -154,7 +221,7 @@ def test_a_recovery_that_failed_ends_the_watch(
     stage.run(asyncio.wait_for(cancelled_when(fleet, "engine/lost"), 60))
     with pytest.raises(EngineError, match="giving up"):
         stage.run(asyncio.wait_for(fleet.watch_health(), 10))
-    stage.run(mend([0], "the test is over"))
+    stage.run(mend([0], "the test is over", EngineError("given up")))
 
 
 def test_until_a_push_has_ended_engines_hold_the_version_before(

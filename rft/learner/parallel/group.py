@@ -9,7 +9,6 @@ Every call goes to every rank, in the same order, so that their collectives meet
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
@@ -19,17 +18,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rft.errors import LearnerError, TransferError
+from rft.errors import LearnerError, TransferError, lost_a_peer
 from rft.learner.actor import LearnerActor
 from rft.learner.spec import LearnerSpec
 from rft.remote import ActorDied
 from rft.sync.spec import ChannelSpec
 
 GRACE_S = 5.0  # for the other ranks to end a call that failed on one
-# What a rank says whose peer is gone: it is a victim, the culprit is another one.
-_VICTIM = re.compile(
-    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|DistBackendError|DistNetworkError"
-)
 
 
 class LearnerGroup:
@@ -169,7 +164,7 @@ def _blame(error: BaseException | None) -> int:
         return 0
     if error is None or isinstance(_cause(error), TransferError):  # an engine's fault, whatever it says
         return 1
-    return 2 if _VICTIM.search(f"{type(_cause(error)).__name__}: {_cause(error)}") else 1
+    return 2 if lost_a_peer(_cause(error)) else 1
 
 
 def _cause(error: BaseException) -> BaseException:

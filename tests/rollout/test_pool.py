@@ -1,0 +1,180 @@
+"""The pool on simulated and on real actors: what is sent at once, what waits, and which time counts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rft.remote import ray_cluster
+from rft.rollout import pool as pool_module
+from rft.rollout.engine import Generated, Request, Sampling
+from rft.rollout.pool import ReplicaDied, RolloutPool
+from tests.simulated import SimPool, SimReplica
+from tests.slow_replica import DONE, SlowReplica
+from tests.specs import engine_spec
+
+
+def request(name: object, n: int = 1) -> Request:
+    return Request(str(name), (5, 6), Sampling(n, 4))
+
+
+class Held(SimReplica):
+    """An engine that answers when it is told to."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.asked: dict[str, asyncio.Future[None]] = {}
+        self.cancelled: list[str] = []
+
+    async def generate(self, request: Request) -> list[Generated]:
+        self.asked[request.id] = asyncio.get_running_loop().create_future()
+        await self.asked[request.id]
+        return [DONE] * request.sampling.n
+
+    async def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+
+class Pool(SimPool):
+    """Keeps its engines at hand."""
+
+    replica = Held
+
+    async def _start(self, index: int) -> None:
+        await super()._start(index)
+        self.engines = getattr(self, "engines", {}) | {index: self.members[index].actor._target}
+
+
+async def started(folder: Path, replicas: int = 1, timeout_s: float = 60, **changes: Any) -> Any:
+    spec = replace(engine_spec(folder), **{"kind": "vllm", "max_num_seqs": 4, **changes})
+    pool = Pool([spec] * replicas, cpus=0, gpus=0, start_timeout_s=5, generate_timeout_s=timeout_s)
+    await pool.start()
+    return pool
+
+
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_replica_gets_twice_what_it_decodes_and_the_rest_in_order(tmp_path: Path) -> None:
+    pool = await started(tmp_path)
+    running = [asyncio.ensure_future(pool.generate(request(i, n=2))) for i in range(12)]
+    await settled()
+    engine = pool.engines[0]
+    assert list(engine.asked) == ["0", "1", "2", "3"] and pool.load(0) == 8
+    running[5].cancel()  # waits: its place in the line is gone, and the engine never hears of it
+    running[1].cancel()  # runs: the engine is told, and the next one comes
+    await settled()
+    assert list(engine.asked) == ["0", "1", "2", "3", "4"] and engine.cancelled == ["1"]
+    for name in ("0", "2"):
+        engine.asked[name].set_result(None)
+    await settled()
+    assert list(engine.asked)[5:] == ["6", "7"] and pool.load(0) == 8
+    while not all(task.done() for task in running):
+        for future in engine.asked.values():
+            if not future.done():
+                future.set_result(None)
+        await settled()
+    assert pool.load(0) == 0 and not pool.members[0].turns
+    assert [len(task.result()) for i, task in enumerate(running) if i not in (1, 5)] == [2] * 10
+
+
+async def test_a_request_larger_than_the_room_is_sent_to_an_idle_replica(tmp_path: Path) -> None:
+    pool = await started(tmp_path)
+    running = [asyncio.ensure_future(pool.generate(request(i, n=n))) for i, n in enumerate((50, 1))]
+    await settled()
+    engine = pool.engines[0]
+    assert list(engine.asked) == ["0"], "the other one waits, though small: first come, first served"
+    engine.asked["0"].set_result(None)
+    await settled()
+    engine.asked["1"].set_result(None)
+    assert [len(part) for part in await asyncio.gather(*running)] == [50, 1]
+
+
+async def test_one_cancelled_in_the_moment_that_it_gets_its_place_gives_it_back(tmp_path: Path) -> None:
+    pool = await started(tmp_path)
+    pool.members[0].serving = False
+    waits = asyncio.ensure_future(pool.generate(request("a")))
+    await settled()
+    pool.members[0].serving = True
+    pool._line_up()
+    pool._hand_on()
+    waits.cancel()
+    await settled()
+    assert waits.cancelled() and pool.load(0) == 0 and not pool.members[0].turns
+
+
+@pytest.mark.parametrize("kind", ["vllm", "hf"])
+async def test_time_in_a_queue_is_no_time_of_work(tmp_path: Path, kind: str) -> None:
+    """Requests answered one after another: all wait longer than the deadline, none is worked on that long."""
+    pool = await started(tmp_path, timeout_s=0.5, kind=kind, max_num_seqs=1 if kind == "vllm" else 4)
+    running = [asyncio.ensure_future(pool.generate(request(i))) for i in range(8)]
+    for i in range(8):
+        await asyncio.sleep(0.15)
+        pool.engines[0].asked[str(i)].set_result(None)
+    assert await asyncio.gather(*running) == [[DONE]] * 8
+
+
+async def test_time_of_a_push_is_no_time_of_work(tmp_path: Path) -> None:
+    pool = await started(tmp_path, timeout_s=0.3)
+    running = asyncio.ensure_future(pool.generate(request("a")))
+    await settled()
+    await pool.begin_update("keep")
+    await asyncio.sleep(0.6)
+    await pool.receive({"version": 1})
+    await pool.finish_update(1)
+    pool.engines[0].asked["a"].set_result(None)
+    assert await running == [DONE]
+
+
+async def test_an_engine_that_works_too_long_on_a_request_counts_as_dead(tmp_path: Path) -> None:
+    pool = await started(tmp_path, timeout_s=0.2)
+    with pytest.raises(ReplicaDied, match="generate on rollout replica 0 did not finish within 0 s of work"):
+        await asyncio.wait_for(pool.generate(request("a")), 10)
+
+
+# -- real actors ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    with ray_cluster(None, 0.3):
+        yield
+
+
+@pytest.mark.timeout(200)
+def test_control_calls_do_not_wait_behind_queued_completions(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two thousand calls, whoever sent them: health is answered at once, and a push would be."""
+    monkeypatch.setattr(pool_module, "Replica", SlowReplica)
+    spec = replace(engine_spec(tmp_path), max_num_seqs=4)
+    pool = RolloutPool([spec], cpus=0, gpus=0, start_timeout_s=120, generate_timeout_s=60)
+
+    async def body() -> tuple[float, int]:
+        await pool.start()
+        await pool.generate(request("warm"))
+        actor = pool.members[0].actor
+        behind = [actor.generate.remote(request(f"direct-{i}")) for i in range(1500)]
+        sent = [asyncio.ensure_future(pool.generate(request(f"pool-{i}"))) for i in range(1000)]
+        await asyncio.sleep(0.5)
+        began = time.monotonic()
+        load = await pool.health(0, 60)
+        seconds = time.monotonic() - began
+        for task in sent:
+            task.cancel()
+        await asyncio.wait(sent)
+        await actor.cancel.remote("direct-0")
+        assert pool.load(0) == 0 and len(behind) == 1500
+        pool.kill(0)
+        return seconds, load
+
+    seconds, load = asyncio.run(body())
+    assert seconds < 1 and load > 0
