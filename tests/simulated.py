@@ -125,7 +125,9 @@ class SimRewards(RewardRunner):
 
     async def close(self) -> None: ...
 
-    async def _score_one(self, c: Any, prompts: Any, completions: Any, columns: Any) -> list[Score]:
+    async def _score_one(
+        self, c: Any, prompts: Any, completions: Any, columns: Any, state: Any, logged: Any
+    ) -> list[Score]:
         await asyncio.sleep(0)
         values = self.judge(prompts[0], len(prompts))
         outcomes = {None: Outcome.abstain, 1.0: Outcome.correct}
