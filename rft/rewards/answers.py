@@ -184,6 +184,12 @@ _WORDY_NAME = re.compile(
     r"|[A-Za-z]\([^()=]{1,20}\)"
     r"|(?:\\words\{[^{}]*\}|[A-Za-z]{3,})(?:[ ](?:\\words\{[^{}]*\}|[A-Za-z]+)){0,5})"
 )
+# Words of a sentence that does not say what something equals.
+_NO_NAME = re.compile(
+    r"(?<![a-zA-Z])(?:not|never|no|nor|neither|wrong|incorrect|false|least|most|than|except|unless|if|but|between|"
+    r"opposite|minus|negative|without|half|twice|maybe|perhaps|or)(?![a-zA-Z])",
+    re.IGNORECASE,
+)
 _WORDS = re.compile(r"(?:No|no|NO|[A-Za-z]{3,})(?:[ '-]+[A-Za-z]+)*")
 _LETTER = re.compile(
     r"\(?\s*([A-J])\s*[).:]?|(?:[Oo]ption|[Cc]hoice|[Aa]nswer:?)\s*\(?([A-J])\)?|\(([a-j])\)|([a-j])\)"
@@ -772,7 +778,7 @@ def _name(text: str) -> str | None:
         return None if text in ("e", "i") else match[1].lstrip("\\") + (f"_{match[2]}" if match[2] else "")
     if match := _FUNCTION_NAME.fullmatch(text):
         return match[1].lstrip("\\")
-    if _WORDY_NAME.fullmatch(text) and not any(w in FUNCTIONS for w in re.findall("[a-zA-Z]+", text)):
+    if _WORDY_NAME.fullmatch(text) and not _NO_NAME.search(text) and not any(w in FUNCTIONS for w in re.findall("[a-zA-Z]+", text)):
         return ""
     return None
 
@@ -786,6 +792,8 @@ def _equation(text: str, sides: list[str], depth: int) -> Value | None:
         if any(same_value(constants[0], e) is False for e in constants[1:]):
             return Contradiction(text)
         name = _name(first)
+        if name and any(_mentions(side, name) for side in sides[1:-1]):
+            return Contradiction(text)  # y = 2x y = 3x: two equations, of which none is the answer
         value = _read(sides[-1], depth)
         return value if name is None else Named(((name, value),))
     left, right = sides
@@ -805,6 +813,11 @@ def _equation(text: str, sides: list[str], depth: int) -> Value | None:
     if expression is not None and name and name in expression.names:
         return Relation("=", left, right)
     return Named(((name, _read(right, depth)),), (left, right))
+
+
+def _mentions(text: str, name: str) -> bool:
+    """Whether a variable stands in a text, other than as a function or with an index."""
+    return re.search(rf"(?<![a-zA-Z\\]){re.escape(name)}(?![a-zA-Z_(])", text) is not None
 
 
 def _names_of_tuple(text: str) -> list[str] | None:

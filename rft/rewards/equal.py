@@ -6,7 +6,7 @@ Both answers are read into values (`rft.rewards.answers`), and compared piece by
   zero.
 - A decimal of at least 6 significant digits equals a number that is not whole if it is that number
   rounded or cut off at its last digit: 0.166667 is 1/6, 0.1667 is not, and 3.000001 is not 3. A decimal
-  with the digits of a float (15 or more) equals the decimal that it rounds to at 12 digits:
+  with the digits of a float (15 to 17) equals the decimal that it rounds to at 12 digits:
   0.30000000000000004 is 0.3. Repeating decimals are exact.
 - A percent sign may be left out, or stand for 1/100 (50 %, 50, 1/2). A unit, currency or noun may be
   left out; two known units are converted, and differ if they measure different things: 5 cents are
@@ -64,7 +64,7 @@ from rft.rewards.units import Unit
 
 MAX_LENGTH = 2000  # characters; longer answers are no answers
 MIN_DIGITS = 6  # of a decimal that may be a rounded number
-FLOAT_DIGITS, NOISE_DIGITS = 15, 12
+FLOAT_DIGITS, NOISE_DIGITS = range(15, 18), 12  # more digits than a float has are meant
 MAX_UNORDERED = 60
 
 
@@ -76,8 +76,10 @@ class Verdict(NamedTuple):
 
 
 def equal_numbers(gold: str, answer: str) -> Verdict | None:
-    """The verdict on two numbers, exactly and in microseconds; None where one is no number."""
-    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):  # most answers end here
+    """The verdict on two numbers, or on one text twice, exactly and in microseconds; else None."""
+    if gold == answer:  # most right answers end here
+        return Verdict(bool(gold), "exact")
+    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):
         return Verdict(int(gold) == int(answer), "exact")
     if max(len(gold), len(answer)) > MAX_LENGTH:
         return None
@@ -92,8 +94,6 @@ def equal(gold: str, answer: str) -> Verdict:
     quick = equal_numbers(gold, answer)
     if quick is not None:
         return quick
-    if gold == answer:
-        return Verdict(bool(gold), "exact")
     if max(len(gold), len(answer)) > MAX_LENGTH:
         return Verdict(False, "exact")
     want, got = read(gold), read(answer)
@@ -142,9 +142,16 @@ def _same_approximate(a: Approximate, b: Value) -> bool | None:
 
 
 def _rounds_to(value: Value, shown: Number) -> bool:
+    """Whether `shown` is `value` rounded: a decimal to its last digit, else to a whole number."""
     expression = parse(show(value)) if isinstance(value, Number | Expr) else None
     real = real_value(expression, 30) if expression is not None else None
-    return real is not None and abs(real - shown.value) <= (shown.step or 1)
+    if real is None:
+        return False
+    scale = 100 if shown.percent and not (isinstance(value, Number) and value.percent) else 1
+    gap = abs(real * scale - shown.value)
+    if shown.step:
+        return bool(gap <= shown.step)
+    return bool(gap == 0 or (shown.value.denominator == 1 and gap < 1))
 
 
 def _same_choice(a: Choice, b: Value) -> bool | None:
@@ -495,7 +502,7 @@ def _close(a: Number, b: Number) -> bool:
     for decimal, other in ((a, b), (b, a)):
         if (
             decimal.digits > other.digits
-            and decimal.digits >= FLOAT_DIGITS
+            and decimal.digits in FLOAT_DIGITS
             and _is_noise(decimal, other.value)
         ):
             return True

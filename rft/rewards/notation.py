@@ -110,6 +110,10 @@ _SPACING = re.compile(
     r"|\\(?:q?quad|displaystyle|textstyle|scriptstyle|limits|nolimits|thinspace|enspace)(?![a-zA-Z])"
     r"|~|\\[hv]space\*?\{[^{}]*\}|\\h?phantom\{[^{}]*\}|\\(?:text)?color\{\w*\}"
 )
+_WIDE = re.compile(r"\\qq?uad(?![a-zA-Z])")
+_RELATED = re.compile(r"[=<>]|\\(?:le|ge|ne|leq|geq|neq|leqslant|geqslant|lt|gt)(?![a-zA-Z])")
+_JOINED_BEFORE = re.compile(r"^\s*(?:[,;.&]|\\?(?:and|or|text|lor|land|vee|wedge|mbox)(?![a-zA-Z]))")
+_JOINED_AFTER = re.compile(r"(?:[,;&({\[|:]|\b(?:and|or)\s*\}?|\})\s*$")
 _SIZES = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*(\.)?")
 _FRACS = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _BINOMS = re.compile(r"\\[dt]binom(?![a-zA-Z])")
@@ -254,6 +258,8 @@ def _from_tex(text: str) -> str:
     if r"\\" in text and r"\begin" not in text:
         text = _LINE_END.sub(", ", text)
     text = re.sub(r"(?<!\\)\\!\s*", "", text)
+    if "quad" in text and r"\begin" not in text:
+        text = _listed_relations(text)
     text = _SPACING.sub(" ", text)
     text = _SIZES.sub("", text)
     text = _BINOMS.sub(r"\\binom", _FRACS.sub(r"\\frac", text))
@@ -267,6 +273,16 @@ def _from_tex(text: str) -> str:
             break
         text = shorter
     return text
+
+
+def _listed_relations(text: str) -> str:
+    r"""`x = 1 \quad y = 2` with a comma in place of the space."""
+    first, *rest = _WIDE.split(text)
+    for part in rest:
+        both = _RELATED.search(first) and _RELATED.search(part)
+        joined = _JOINED_AFTER.search(first) or _JOINED_BEFORE.search(part)
+        first += (", " if both and not joined else " ") + part
+    return first
 
 
 def _unstyled(match: re.Match[str]) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+from rft.rewards.notation import FUNCTIONS, GREEK, words_of
+
 for _name in ("math_verify.parser", "math_verify.grader", "latex2sympy2_extended"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)  # they warn that they have no limit: the caller has
 
@@ -28,7 +30,21 @@ _CONFIG = [
 _PROSE = re.compile(r"\\words|(?<![\\a-zA-Z])[a-zA-Z]{4,}|[?'\"@#`]|[^\x00-\x7f]|\d \d")
 _BROKEN = re.compile(
     r"^\s*(?:[<>=*/^,;!]|\\(?:le|ge|ne|cdot|times)(?![a-z]))"
-    r"|(?:[-+*/^<>=,;(\[{\\]|\\(?:cdot|times|le|ge|ne))\s*$|\.\.|\{\s*\}|\(\s*\)|\[\s*\]"
+    r"|(?:[-+*/^<>=,;(\[{\\]|\\(?:cdot|times|le|ge|ne))\s*$|\.\.|\{\s*\}|\(\s*\)|\[\s*\]|[\d%]\s*_"
+)
+# math-verify passes over the commands that it does not know, and takes `9 \\to 5` for 5.
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
+_KNOWN = (
+    FUNCTIONS
+    | GREEK
+    | frozenset(
+        words_of(
+            "sum int iint iiint oint prod lim limsup liminf sup inf max min gcd lcm det frac sqrt binom cdot "
+            "times div pm mp pi infty partial nabla le ge ne cup cap bigcup bigcap setminus emptyset mathbb "
+            "degree lfloor rfloor lceil rceil langle rangle begin end pmatrix bmatrix vmatrix matrix array "
+            "vec hat overline bar mathcal ell hbar prime dot ddot deg Re Im arg"
+        )
+    )
 )
 _LIMITS = re.compile(r"\\(?:sum|int|prod|lim|cup|cap|bigcup|bigcap)(?![a-z])|[<>]|\\(?:le|ge)")
 _EXPLOSIVE = re.compile(r"\d{5,}|\^\s*\{?\s*-?\d{3,}|\^[^+\-,=]{0,20}\^|\d{3,}\s*\)?\s*!|!\s*!")
@@ -38,11 +54,15 @@ def same_expression(gold: str, answer: str) -> bool:
     """Whether two expressions in plain LaTeX are equal. False where one of them cannot be read.
 
     Takes as long as sympy takes: the caller limits the time (math-verify's own limit works by an
-    alarm signal, which threads do not have, and ends in `False`, as if the answer were wrong). Prose, of
-    which math-verify would read a part, and powers and factorials that sympy would write out are refused.
+    alarm signal, which threads do not have, and ends in `False`, as if the answer were wrong). Prose, and
+    signs that math-verify does not know, are refused: it would read a part. So are powers and factorials that
+    sympy would write out.
     """
     for text in (gold, answer):
         if len(text) > MAX_LENGTH or _PROSE.search(text) or _BROKEN.search(text) or _EXPLOSIVE.search(text):
+            return False
+        unknown = set(_COMMAND.findall(text)) - _KNOWN
+        if unknown - ({"to"} if r"\lim" in text else set()):
             return False
         if r"\infty" in text and not _LIMITS.search(text):
             return False  # arithmetic with infinity has no value
