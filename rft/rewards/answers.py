@@ -778,7 +778,11 @@ def _name(text: str) -> str | None:
         return None if text in ("e", "i") else match[1].lstrip("\\") + (f"_{match[2]}" if match[2] else "")
     if match := _FUNCTION_NAME.fullmatch(text):
         return match[1].lstrip("\\")
-    if _WORDY_NAME.fullmatch(text) and not _NO_NAME.search(text) and not any(w in FUNCTIONS for w in re.findall("[a-zA-Z]+", text)):
+    if (
+        _WORDY_NAME.fullmatch(text)
+        and not _NO_NAME.search(text)
+        and not any(w in FUNCTIONS for w in re.findall("[a-zA-Z]+", text))
+    ):
         return ""
     return None
 
