@@ -60,9 +60,10 @@ class Renderer:
 
     def _rendered_prompt(self, messages: Messages, tools: list[Any] | None) -> str:
         self.check_tools(messages, tools)
-        if messages[-1]["role"] != "assistant":
-            return self.render(messages, tools, generate=True)
-        return self.render(messages, tools, unfinished=True)
+        is_open = messages[-1]["role"] == "assistant"
+        text = self.render(messages, tools, generate=not is_open, unfinished=is_open)
+        self.check_written(messages, text)
+        return text
 
     def _as_rendered(self, text: str) -> str:
         if self.config.system is not None:
@@ -114,6 +115,13 @@ class Renderer:
         found = [closer for closer in self.closers if bare.startswith(closer)]
         return len(rest) - len(bare) + len(max(found, key=len)) if found else 0
 
+    def only_closers(self, rest: str) -> bool:
+        """Whether a text is special tokens and spaces alone, at least one token."""
+        found = False
+        while length := self.closing(rest):
+            rest, found = rest[length:], True
+        return found and not rest.strip()
+
     @property
     def end(self) -> str:
         """What follows an assistant's words where it ends its turn."""
@@ -159,6 +167,17 @@ class Renderer:
     def template(self) -> str:
         """The text of the chat template; of several, the one that plain conversations use."""
         return str(self.tokenizer.get_chat_template()) if self.chat else ""
+
+    def check_written(self, messages: Messages, rendered: str) -> None:
+        """Raises RowProblem where the template leaves out the words of a system or user message."""
+        text = "".join(rendered.split())
+        for number, message in enumerate(messages, 1):
+            given = message["role"] in ("system", "developer", "user")
+            if given and "".join(message["content"].split()) not in text:
+                raise RowProblem(
+                    f"the chat template leaves out message {number} ({message['role']}); put its words "
+                    "into a message that the template writes"
+                )
 
     def check_tools(self, messages: Messages, tools: list[Any] | None) -> None:
         """Raises RowProblem where the template leaves out the tools, or a message's calls of them."""

@@ -36,12 +36,15 @@ def pieces(
     """
     last = trained[-1]
     text = render.render(messages[: last + 1], tools)
+    render.check_written(messages[:last], text)
     marks = _marked(render, messages[: last + 1], tools)
     out: list[Piece] = []
     end = 0
     for turn in trained:
         try:
             start, stop = _locate(render, messages, turn, text, tools) if marks is None else marks[turn]
+            if not out and not text[:start].strip():
+                raise CannotTell("the chat template writes nothing before the first assistant turn")
             words = messages[turn]["content"].rstrip()
             written, stop = _with_end(render, text, start, stop, words, final=turn == last)
             if start < end or start >= stop:
@@ -89,6 +92,7 @@ def _locate(render: Renderer, messages: Messages, turn: int, text: str, tools: l
     if content:
         at = alone.rfind(content)
         closing = alone[at + len(content) :]
+        closing = closing[: render.closing(closing) or None]  # some put one more token at the very end
         if at >= 0 and closing and text.startswith(content + closing, start):
             return start, start + len(content + closing)
     raise CannotTell(f"the chat template writes assistant turn {turn + 1} differently once others follow")
@@ -123,6 +127,10 @@ def _with_end(
     render: Renderer, text: str, start: int, stop: int, words: str, *, final: bool
 ) -> tuple[str, int]:
     """(a turn whose content is `words` with the token that ends it, where they end in `text`)."""
+    after = text.rfind(words, start, stop) + len(words) if words and words in text[start:stop] else stop
+    if render.only_closers(text[after:stop]):  # the first one is where sampling stops
+        stop = after + render.closing(text[after:stop])
+        return text[start:stop], stop
     bare = text[start:stop].rstrip()
     if bare.endswith(render.closers) and not (words and bare.endswith(words)):
         return bare, start + len(bare)

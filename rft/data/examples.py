@@ -37,6 +37,8 @@ def read_example(row: Row, kind: GroupKind, source: str, number: int) -> Example
     def column(name: str) -> Any:
         if name not in row:
             raise missing_column(name, row, source, number + 1)
+        if row[name] is None:
+            raise RowProblem(f"`{name}` is null")
         return row[name]
 
     if kind == "sft":
@@ -133,13 +135,21 @@ def _numbers(value: Any, name: str) -> list[float]:
     for v in values:
         if v is None and listed:
             out.append(math.nan)
-        elif isinstance(v, (int, float)) and math.isfinite(v):
+        elif is_finite(v):
             out.append(float(v))
         else:
             raise RowProblem(f"`{name}` must be a finite number or a list of them, not {value!r:.40}")
     if not out or all(math.isnan(v) for v in out):
         raise RowProblem(f"`{name}` holds no number")
     return out
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float holds."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
 
 
 def _ranked(prompt: Any, responses: Any, scores: Any) -> Example:

@@ -18,6 +18,19 @@ from typing import Any
 from rft.data.errors import DataError
 
 _BLOCK = 1000  # rows of a table that are turned into Python objects at a time
+_GZIP = b"\x1f\x8b"
+# How files of other kinds begin, and what to do with them.
+_OTHER_FORMATS = (
+    (b"PK\x03\x04", "a zip archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it, or use gzip"),
+    (b"BZh", "compressed with bzip2; unpack it, or use gzip"),
+    (b"\xfd7zXZ\x00", "compressed with xz; unpack it, or use gzip"),
+    (b"PAR1", "a Parquet file; name it .parquet"),
+    (b"ARROW1", "an Arrow file; name it .arrow"),
+    (b"\xff\xfe", "UTF-16 text; save the file as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text; save the file as UTF-8"),
+    (b"version https://git-lfs", "a pointer of Git LFS; get the file itself by `git lfs pull`"),
+)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -36,9 +49,12 @@ def read_json(file: Path) -> list[Any]:
     rows: list[Any] = []
     try:
         with file.open("rb") as raw:
-            zipped = file.suffix == ".gz" or raw.read(2) == b"\x1f\x8b"
-            empty = not raw.seek(0, 2)
-        with gzip.open(file, "rb") if zipped and not empty else file.open("rb") as stream:
+            beginning = raw.read(32)
+        for signature, what in _OTHER_FORMATS:
+            if beginning.startswith(signature):
+                raise DataError(f"it is {what}", source=source)
+        zipped = beginning.startswith(_GZIP) or (beginning and file.suffix == ".gz")
+        with gzip.open(file, "rb") if zipped else file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
@@ -66,7 +82,7 @@ def _whole(raw: bytes, first: int, source: str) -> list[Any]:
     lines = [decode(line, n, source) for n, line in enumerate(raw.splitlines(keepends=True), first)]
     text = "".join(lines)
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data" and not text.lstrip().startswith("["):
             return [parse_line(line, n, source) for n, line in enumerate(lines, first) if line.strip()]
@@ -96,7 +112,7 @@ def decode(raw: bytes, number: int, source: str) -> str:
 def parse_line(line: str, number: int, source: str) -> Any:
     """One JSON line; `number` is its line number, counted from 1."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         at = f", at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         what = getattr(error, "msg", error)
@@ -104,6 +120,15 @@ def parse_line(line: str, number: int, source: str) -> Any:
     if _SURROGATE.search(line):
         _refuse_surrogates(value, number, source)
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is given twice, of which `json` drops the first."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return out
 
 
 def _refuse_surrogates(value: Any, number: int, source: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from rft.data.chat import Piece, Renderer
 from rft.data.config import DataConfig
 from rft.data.conversation import continuation, pieces
 from rft.data.errors import BadRows, RowProblem, missing_column
-from rft.data.examples import CONVERSATIONS, Example, GroupKind, read_example
+from rft.data.examples import CONVERSATIONS, Example, GroupKind, is_finite, read_example
 from rft.data.messages import Messages, Text, read_text, read_tools
 from rft.data.prompts import RENDERED, fill_template, with_source_prefix
 from rft.data.rows import Row, Split, load_rows
@@ -216,7 +215,7 @@ class GroupMaker:
         for name in self.config.numbers:
             if name not in row:
                 raise missing_column(name, row, self.source, number + 1)
-            if not isinstance(row[name], (int, float)) or not math.isfinite(row[name]):
+            if not is_finite(row[name]):
                 raise RowProblem(f"`{name}` must be a finite number, not {row[name]!r:.40}")
             out[name] = float(row[name])
         if self.config.sources:

@@ -56,6 +56,12 @@ PLAIN_ROLES = (
     "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
 )
+# An end token behind the whole conversation, besides the one of each turn; no system message is written.
+PHI = (
+    "{%- for m in messages if m.role != 'system' -%}"
+    "{{- '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}"
+    "{%- else -%}{{- eos_token -}}{%- endif -%}"
+)
 PRINTS = (  # whatever the content is
     "{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' -}}"
     "{%- endfor -%}" + _GENERATE
@@ -103,6 +109,10 @@ def make_tokenizer(
 
 def gemma_tokenizer() -> Any:
     return make_tokenizer(GEMMA, bos_first=True, extra=GEMMA_TOKENS, eos=END)
+
+
+def phi_tokenizer() -> Any:
+    return make_tokenizer(PHI, extra=("<|end|>", *GLM_TOKENS), eos=END)
 
 
 def glm_tokenizer() -> Any:

@@ -21,6 +21,7 @@ from tests.cases.families import (
     gemma_tokenizer,
     glm_tokenizer,
     make_tokenizer,
+    phi_tokenizer,
 )  # fmt: skip
 
 CASES = Path(__file__).parent
@@ -348,3 +349,38 @@ def test_pairs_of_assistant_messages_need_a_prompt(tmp_path: Path) -> None:
     row = {**json.loads(file.read_text(encoding="utf-8")), "prompt": "hi"}
     found = trained([row], make_tokenizer(), tmp_path, "preference")
     assert found == (PROMPT.format("hi"), ["«good<|im_end|>»", "«bad<|im_end|>»"])
+
+
+# -- templates that put a token at the very end, or leave out a message ------------------------------
+
+TWO_TURNS = [said("user", "q"), said("assistant", "one"), said("user", "r"), said("assistant", "two")]
+
+
+def test_a_turn_ends_at_its_first_end_token(tmp_path: Path) -> None:
+    found = trained([{"messages": TWO_TURNS}], phi_tokenizer(), tmp_path)
+    asked = "<|user|>\nq<|end|>\n<|assistant|>\n"
+    assert found == (asked, ["«one<|end|>»\n<|user|>\nr<|end|>\n<|assistant|>\n«two<|end|>»"])
+
+
+def test_a_message_that_the_template_leaves_out_is_named(tmp_path: Path) -> None:
+    messages = [said("system", "Be brief."), said("user", "q")]
+    words = r"the chat template leaves out message 1 \(system\)"
+    with pytest.raises(DataError, match=words):
+        prompts([{"prompt": messages}], phi_tokenizer(), tmp_path)
+    with pytest.raises(DataError, match=words):
+        prompts([{"prompt": "q"}], phi_tokenizer(), tmp_path, system="Be brief.")
+    with pytest.raises(DataError, match=words):
+        trained([{"messages": [*messages, said("assistant", "a")]}], phi_tokenizer(), tmp_path)
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_a_null_in_a_demonstration_is_a_bad_row(column: str, tmp_path: Path) -> None:
+    row = {"prompt": "q", "completion": "a", column: None}
+    with pytest.raises(DataError, match=f"`{column}` is null"):
+        trained([row], make_tokenizer(CHATML), tmp_path)
+
+
+def test_a_score_beyond_floats_is_a_bad_row(tmp_path: Path) -> None:
+    row = {"prompt": "q", "completion": "a", "score": 10**400}
+    with pytest.raises(DataError, match="`score` must be a finite number"):
+        trained([row], make_tokenizer(CHATML), tmp_path, "scored")

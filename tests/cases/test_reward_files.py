@@ -45,7 +45,7 @@ def test_every_format_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("latin.jsonl", '{"completion": "caf\u00e9", "answer": "4"}'.encode("latin-1"), "UTF-8"),
         ("null.jsonl", b'{"completion": null, "answer": "4"}', "row 1, column 'completion'"),
         ("number.jsonl", b'{"completion": "4", "prompt": 3, "answer": "4"}', "row 1, column 'prompt'"),
-        ("list.jsonl", b"[1]\n[2]\n", "must be an object"),
+        ("list.jsonl", b"[1, 2]\n", "must be an object"),
         ("file.txt", b"text", "unknown file type"),
     ],
 )
