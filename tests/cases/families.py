@@ -59,8 +59,8 @@ PLAIN_ROLES = (
 # An end token behind the whole conversation, besides the one of each turn; no system message is written.
 PHI = (
     "{%- for m in messages if m.role != 'system' -%}"
-    "{{- '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}"
-    "{%- else -%}{{- eos_token -}}{%- endif -%}"
+    "{{- '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- else -%}{{- eos_token -}}{%- endif -%}"
 )
 PRINTS = (  # whatever the content is
     "{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' -}}"
