@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,13 +100,19 @@ def offline_problems(config: Config, data: OfflineData | None, positions: int) -
         return out
     if data.held_out is not None and name == "kto" and len(data.held_out) < 2:
         out.append("data: kto compares responses, and there is only one held-out row; set aside more")
-    longest = max(len(g.prompt.tokens) + len(c.tokens) for g in data.sample for c in g.completions)
-    if longest > positions:
-        out.append(
-            f"data: the longest row has {longest} tokens, and the model {positions} positions; set "
-            f"max_length: {positions}, and overlong: skip or truncate"
-        )
+    out += overlong_problem("data", data.sample, positions)
     return out + dry_run(algorithm, data.sample[: min(TRIED, config.train.batch_size)])
+
+
+def overlong_problem(key: str, groups: Sequence[Group], positions: int) -> list[str]:
+    """What is wrong where a row is longer than the model's positions. key: what the config calls the data."""
+    longest = max(len(g.prompt.tokens) + len(c.tokens) for g in groups for c in g.completions)
+    if longest <= positions:
+        return []
+    return [
+        f"{key}: the longest row has {longest} tokens, and the model {positions} positions; set "
+        f"max_length: {positions}, and overlong: skip or truncate"
+    ]
 
 
 def _uncached(algorithm: Algorithm, name: str, streaming: bool) -> list[str]:

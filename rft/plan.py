@@ -42,6 +42,7 @@ from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
 from rft.utils.cores import parse_cores, usable_cores
 from rft.utils.paths import expand
+from rft.warm_start_plan import warm_start_problems
 
 Device = Literal["cpu", "cuda"]
 Engine = Literal["vllm", "hf"]
@@ -250,6 +251,8 @@ def make_plan(
             stops = attempt("model", lambda: _stop_ids(config, path, tokenizer))
         if offline is not None and stops is not None and not config.algorithm.score_heads:
             problems += unstopped_turns(offline.sample, stops, tokenizer)
+        if starts and not evaluate and path and shape is not None:
+            problems += warm_start_problems(config, path, tokenizer, stops, shape.max_positions)
     if starts:
         problems += socket_problems(config, vllm=sampled and engine == "vllm")
         problems += [] if evaluate else unwritable_folders(config)

@@ -13,7 +13,7 @@ from rft.remote import ray_cluster, unless_stopped
 from rft.rewards import RewardRunner
 from rft.run import learner_spec, make_pool
 from rft.utils.signals import StopSignals
-from rft.warm_start import warm_start_folder
+from rft.warm_start_plan import warm_start_folder
 
 END_S = 30.0  # for ending the engines after a stop signal
 

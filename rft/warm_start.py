@@ -10,35 +10,16 @@ from typing import Any
 
 from rft import checkpoint
 from rft.algorithms.sft import SFT
-from rft.config import Config, WarmStartConfig, fingerprint
-from rft.data import DataConfig, GroupSampler, load_groups
+from rft.config import WarmStartConfig
+from rft.data import GroupSampler, load_groups
 from rft.learner.learner import LearnerSpec
 from rft.metrics import Progress
 from rft.offline import OfflineLoop
 from rft.plan import Plan, threads_for
 from rft.remote import call
-from rft.tasks import source
+from rft.warm_start_plan import is_finished, warm_start_data, warm_start_folder
 
 WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage that is not finished
-
-
-def warm_start_folder(config: Config, model: str) -> Path:
-    """Where the warm start of this config is (or will be) kept."""
-    assert config.warm_start is not None
-    stage = config.warm_start
-    key = {
-        "stage": stage.model_dump(mode="json", exclude={"cache"}),
-        "data": _data(config, stage).model_dump(mode="json"),
-        "model": config.model.model_dump(mode="json"),
-        "seed": config.seed,
-        "code": source(),
-        "loaded": model,
-    }
-    return Path(stage.cache) / f"warm-start-{fingerprint(key)}"
-
-
-def _data(config: Config, stage: WarmStartConfig) -> DataConfig:
-    return stage.data or config.data
 
 
 def _spec(plan: Plan, stage: WarmStartConfig) -> LearnerSpec:
@@ -77,11 +58,11 @@ async def warm_start(
     assert stage is not None
     folder = warm_start_folder(config, plan.model)
     partial = run / WARM_START_FOLDER
-    if (folder / "config.json").exists():
+    if is_finished(folder):
         shutil.rmtree(partial, ignore_errors=True)
         progress.note(f"warm start: found in {folder}")
         return str(folder)
-    groups = load_groups(_data(config, stage), plan.tokenizer, "sft").groups
+    groups = load_groups(warm_start_data(config, stage), plan.tokenizer, "sft").groups
     learner = start_learner(_spec(plan, stage))
     with Progress(stage.steps, f"{config.name}: warm start", display=config.tracking.display) as own:
         loop = OfflineLoop(

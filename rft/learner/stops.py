@@ -53,12 +53,14 @@ def _listed(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
 
 
-def unstopped_turns(groups: Sequence[Group], stops: Sequence[int], tokenizer: Any) -> list[str]:
+def unstopped_turns(
+    groups: Sequence[Group], stops: Sequence[int], tokenizer: Any, key: str = "data"
+) -> list[str]:
     """A message for every token that ends a trained turn of some group and is not a stop token: a model
-    that learned it would sample on behind it."""
+    that learned it would sample on behind it. key: what the config calls the data."""
     ends = {token for g in groups for c in g.completions for token in _turn_ends(c)}
     return [
-        f"data: a trained turn ends with {tokenizer.decode([token])!r} (token {token}), which is not a stop "
+        f"{key}: a trained turn ends with {tokenizer.decode([token])!r} (token {token}), which is not a stop "
         f"token ({', '.join(map(str, stops)) or 'there is none'}); name it under "
         "rollout.sampling.stop_token_ids, or end turns with a token that is"
         for token in sorted(ends - set(stops))

@@ -17,7 +17,8 @@ from rft.offline import RunStopped
 from rft.plan import Plan, make_plan
 from rft.run import _offline, start_learner
 from rft.runfolder import RunFolder
-from rft.warm_start import warm_start, warm_start_folder
+from rft.warm_start import warm_start
+from rft.warm_start_plan import warm_start_folder
 
 
 def plan_of(tiny_folder: Path, where: Path, **changes: Any) -> Plan:
