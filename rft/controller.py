@@ -21,6 +21,7 @@ from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint, CheckpointError
 from rft.config import Config
 from rft.data import Sampler
+from rft.data.chat import Renderer
 from rft.data.curriculum import Curriculum, pass_rate
 from rft.errors import BrokenWeights, EngineError, LearnerError, LogpGapError, RunStopped
 from rft.evaluation import evaluate
@@ -98,7 +99,8 @@ class Controller:
         self.dropped: deque[tuple[int, int, str]] = deque(maxlen=KEPT_DROPPED)  # epoch, row, reason
         self.twin = parts.twin
         generate = self.fleet.generate if self.twin is None else self.twin.route(self.fleet)
-        self.gatherer = Gatherer(self.algorithm, generate, parts.rewards, self.plan.tokenizer)
+        render = Renderer(config.data, self.plan.tokenizer)
+        self.gatherer = Gatherer(self.algorithm, generate, parts.rewards, render)
         self.replay = Replay(self.algorithm.replay)
         self._wake = asyncio.Event()
         self._tasks: dict[asyncio.Task[None], Work | None] = {}  # and what they sample and score

@@ -231,6 +231,17 @@ class Renderer:
             return joint[len(ids) :]
         return list(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
 
+    def answer(self, prompt: Text, response: str, tools: list[Any] | None = None) -> list[int]:
+        """Token ids of a response to a prompt as a model would sample it: the words, and what ends the turn.
+        Raises RowProblem."""
+        rendered, ids = self.prompt(prompt, tools)
+        return self.follow(rendered, ids, self.without_end(response) + self.end)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Token ids of what ends the assistant's turn."""
+        return tuple(self.tokenizer(self.end, add_special_tokens=False)["input_ids"]) if self.end else ()
+
     def pieces(self, prompt: str, ids: Sequence[int], rest: Sequence[Piece]) -> tuple[list[int], list[bool]]:
         """Token ids of the pieces that follow a prompt, and for each whether it has a loss."""
         text, so_far, mask = prompt, list(ids), []

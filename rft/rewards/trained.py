@@ -28,7 +28,6 @@ class TrainedTexts:
     """Renders prompts and completions for one model."""
 
     def __init__(self, texts: Mapping[str, Any], tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
         config = DataConfig(kind="file", path=SOURCE, **texts["data"])
         # a response alone is rendered alike, whether it came with a label, a score or a second one
         kind: GroupKind = texts["kind"] if texts["kind"] in ("pairwise", "steps") else "unpaired"
@@ -41,9 +40,9 @@ class TrainedTexts:
         return None if texts is None else cls(texts, tokenizer)
 
     def response(self, prompt: Text, completion: Text) -> list[int]:
-        """Ids of a prompt with its completion; of the end token alone where the completion is empty."""
+        """Ids of a prompt with its completion; of what ends the turn alone where it is empty."""
         if isinstance(completion, str) and not completion.strip():
-            return [*self.maker.render.prompt(prompt)[1], self.tokenizer.eos_token_id]
+            return [*self.maker.render.prompt(prompt)[1], *self.maker.render.end_ids]
         return _ids(self._group({"prompt": prompt, "completion": completion, "label": True}))
 
     def pair(self, prompt: str, a: str, b: str) -> list[int]:

@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rft.algorithms.base import Algorithm
 from rft.batch import Completion, Group, Prompt
+from rft.data.chat import Renderer
 from rft.data.demonstrations import demonstrations_of
 from rft.evaluation import Judged, judge
 from rft.rewards import RewardRunner
@@ -27,7 +27,7 @@ class Gatherer:
     algorithm: Algorithm
     generate: Generate
     rewards: RewardRunner
-    tokenizer: Any
+    render: Renderer
 
     async def group(
         self, prompt: Prompt, sampling: Sampling, name: str, step: int, progress: float
@@ -45,7 +45,7 @@ class Gatherer:
         plan = self.algorithm.rollouts(sampling.n, progress=progress, demonstration=demonstration)
         pioneer, observer = (self.algorithm.copy_of(step, observer=seen) for seen in (False, True))
         sampled = await sample_group(
-            self.generate, name, prompt, plan, sampling, self.tokenizer, (pioneer, observer)
+            self.generate, name, prompt, plan, sampling, self.render, (pioneer, observer)
         )
         begin = time.perf_counter()
 
@@ -57,7 +57,7 @@ class Gatherer:
         steps = self.algorithm.steps
         if steps is not None:
             judged = await value_steps(
-                judged, steps, self.generate, judged_again, sampling, name, self.tokenizer
+                judged, steps, self.generate, judged_again, sampling, name, self.render.tokenizer
             )
         return scored_group(judged, sampled.trained), seconds
 

@@ -7,11 +7,12 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rft.algorithms.base import Rollout
 from rft.batch import Completion, Prompt
+from rft.data.chat import Renderer
 from rft.data.demonstrations import demonstrations_of
+from rft.data.messages import read_tools
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.sampling import completions_of, continued, decode, text_length
 
@@ -34,7 +35,7 @@ class _Group:
     name: str
     prompt: Prompt
     sampling: Sampling
-    tokenizer: Any
+    render: Renderer
     copies: tuple[int, int]
 
 
@@ -51,21 +52,21 @@ async def sample_group(
     prompt: Prompt,
     plan: Sequence[Rollout],
     sampling: Sampling,
-    tokenizer: Any,
+    render: Renderer,
     copies: tuple[int, int] = (0, 0),
 ) -> Sampled:
     """Get every completion of the plan; equal ones share a request. Order is the plan's.
 
     copies: which copy of the model is the pioneer, and which the observer.
     """
-    group = _Group(generate, name, prompt, sampling, tokenizer, copies)
+    group = _Group(generate, name, prompt, sampling, render, copies)
     if any(r.role for r in plan):
         return Sampled(await _sample_pairs(group, plan), [r.train for r in plan])
     demonstrations = []
     if any(r.prefix_share for r in plan):
-        ends = (tokenizer.eos_token_id,)
+        tools = read_tools(prompt.columns.get("tools"))
         demonstrations = [
-            (*tokenizer.encode(text, add_special_tokens=False), *ends) for text in demonstrations_of(prompt)
+            tuple(render.answer(prompt.text, text, tools)) for text in demonstrations_of(prompt)
         ]
     places = [
         _kind(rollout, demonstrations, sampling.max_tokens, random.Random(f"{sampling.seed}/{place}"))
@@ -112,7 +113,7 @@ def _kind(
 
 
 async def _one_kind(group: _Group, kind: _Kind, count: int, index: int) -> list[Completion]:
-    sampling, tokenizer, given = group.sampling, group.tokenizer, kind.given
+    sampling, tokenizer, given = group.sampling, group.render.tokenizer, kind.given
     if kind.whole:
         (text,) = decode([given[: text_length(given, tokenizer)]], tokenizer)
         whole = Completion(given, text, finish="demonstration", demonstrated=len(given))
@@ -150,15 +151,16 @@ async def _observe(group: _Group, pioneer: Completion, index: int) -> Completion
 
     What stands before the observer's own tokens is part of its sequence, but not of the mask.
     """
-    end = group.tokenizer.eos_token_id
-    answer = pioneer.tokens if pioneer.tokens[-1] == end else (*pioneer.tokens, end)
+    tokenizer, answer, end = group.render.tokenizer, pioneer.tokens, group.render.end_ids
+    if answer[-len(end) :] != end:  # cut by the limit, or ended by another stop token
+        answer = answer[: text_length(answer, tokenizer, stopped=pioneer.finish == "stop")] + end
     read = answer + group.prompt.tokens
     params = replace(group.sampling, n=1)
     if params.seed is not None:
         params = replace(params, seed=params.seed + 1000 * (index + 1))
     tokens = group.prompt.tokens + read
     request = Request(f"{group.name}-observer-{index}", tokens, params, group.copies[1])
-    (own,) = completions_of(await group.generate(request), group.tokenizer)
+    (own,) = completions_of(await group.generate(request), tokenizer)
     mask = (False,) * len(read) + (True,) * len(own.tokens)
     versions = tuple((v, a + len(read), b + len(read)) for v, a, b in own.versions)
     logps = (0.0,) * len(read) + (own.logps or ())

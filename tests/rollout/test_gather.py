@@ -14,6 +14,8 @@ import torch
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
+from rft.data import DataConfig
+from rft.data.chat import Renderer
 from rft.evaluation import Judged
 from rft.learner.model import load_tokenizer
 from rft.rewards import RewardRunner
@@ -74,7 +76,7 @@ def gather(world: tuple[Watched, Any, Prompt], algorithm: Algorithm, *functions:
             {"functions": functions or [{"function": DIGITS}], "workers": 1}
         )
         async with RewardRunner(config) as rewards:
-            gatherer = Gatherer(algorithm, engine.generate, rewards, tokenizer)
+            gatherer = Gatherer(algorithm, engine.generate, rewards, Renderer(DataConfig(), tokenizer))
             group, _ = await gatherer.group(prompt, SAMPLING, "train-0", 60, 0.5)
             return group
 

@@ -11,6 +11,8 @@ import pytest
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Rollout
 from rft.batch import Completion, Group, Prompt
+from rft.data import DataConfig
+from rft.data.chat import Renderer
 from rft.data.curriculum import pass_rate
 from rft.data.demonstrations import any_demonstration, demonstrations_of
 from rft.data.errors import DataError
@@ -24,14 +26,15 @@ END = 99
 class Letters:
     """A tokenizer with a token for each character."""
 
-    eos_token_id = END
-    bos_token_id = pad_token_id = None
+    eos_token_id, eos_token = END, "<end>"
+    bos_token_id = pad_token_id = bos_token = None
     all_special_ids = (END,)
     all_special_tokens = ("<end>",)
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return [ord(c) - 96 for c in text]
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        words, end, _ = text.partition("<end>")
+        return {"input_ids": [ord(c) - 96 for c in words] + [END] * bool(end)}
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(chr(t + 96) for t in tokens if t != END)
@@ -41,6 +44,9 @@ class Letters:
 
     def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
         return [self.decode(row) for row in rows]
+
+
+RENDER = Renderer(DataConfig(), Letters())
 
 
 async def write_one(request: Request) -> list[Generated]:
@@ -54,7 +60,7 @@ def sample(
 ) -> list[Completion]:
     prompt = Prompt(0, (50, 51), "p", {"completion": completion})
     sampling = Sampling(n=len(plan), max_tokens=limit, temperature=1.0, stop=(), seed=seed)
-    found: Sampled = asyncio.run(sample_group(write_one, "x", prompt, plan, sampling, Letters()))
+    found: Sampled = asyncio.run(sample_group(write_one, "x", prompt, plan, sampling, RENDER))
     return found.completions
 
 
