@@ -15,19 +15,21 @@ class YamlError(ValueError):
     """Text that is not YAML, or that gives one key twice; the message names the lines."""
 
 
-# YAML 1.1, which PyYAML reads, takes `1e-6` for text and `2026-11-29` for a date. In a config the first is
-# a number, and the second is a name.
+# YAML 1.1, which PyYAML reads, takes `1e-6` for text, `2026-11-29` for a date, `010` for 8 and `1:30` for 90.
+# In a config the first is a number, the second and the last are names, and `010` is 10 (as in YAML 1.2).
 _FLOAT = re.compile(
     r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
     r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
 )
-_REPLACED = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+_INT = re.compile(r"^[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)$")
+_REPLACED = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
 _RESOLVERS = {
     first: [entry for entry in entries if entry[0] not in _REPLACED]
     for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _first in "-+.0123456789":
     _RESOLVERS[_first].append(("tag:yaml.org,2002:float", _FLOAT))
+    _RESOLVERS[_first].append(("tag:yaml.org,2002:int", _INT))
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,6 +52,11 @@ class _Loader(yaml.SafeLoader):
             lines[identity] = line
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "").lower()
+        base = {"0x": 16, "0o": 8, "0b": 2}.get(text.lstrip("+-")[:2], 10)
+        return int(text, base)
+
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
         if any("\ud800" <= character <= "\udfff" for character in value):
@@ -58,6 +65,9 @@ class _Loader(yaml.SafeLoader):
                 "write the character itself"
             )
         return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:

@@ -47,3 +47,12 @@ def test_a_run_among_files_called_like_modules(tiny_folder: Path, tmp_path: Path
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "runs" / "g" / "model" / "config.json").exists()
+
+
+def test_python_m_among_files_called_like_modules(tmp_path: Path) -> None:
+    for name in WORDS.split():
+        (tmp_path / f"{name}.py").write_text("raise ImportError(f'{__file__} is not the real one')\n")
+    command = [sys.executable, "-m", "rft.cli", "config", "train.steps"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("train.steps")

@@ -110,7 +110,15 @@ def test_plain_words_and_numbers_are_read_as_meant(tmp_path: Path) -> None:
         "on",
     )
     assert config.learner.learning_rate == 1e-6 and config.data.options == {"noise": 0.05}
-    strings = {"name": "1e5", "date": "2026-11-29", "word": "off", "text": "größer"}
+    assert yaml_files.parse("[010, 0o10, 0x10, -1_000, 1:30]") == [10, 8, 16, -1000, "1:30"]
+    strings = {
+        "octal": "010",
+        "time": "1:30",
+        "name": "1e5",
+        "date": "2026-11-29",
+        "word": "off",
+        "text": "größer",
+    }
     assert yaml_files.parse(yaml_files.dump(strings)) == strings
 
 
