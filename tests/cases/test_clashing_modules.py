@@ -50,7 +50,7 @@ def test_a_run_among_files_called_like_modules(tiny_folder: Path, tmp_path: Path
 
 
 def test_python_m_among_files_called_like_modules(tmp_path: Path) -> None:
-    for name in WORDS.split():
+    for name in set(WORDS.split()) - {"types"}:  # Python itself imports it, before rft can do anything
         (tmp_path / f"{name}.py").write_text("raise ImportError(f'{__file__} is not the real one')\n")
     command = [sys.executable, "-m", "rft.cli", "config", "train.steps"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
