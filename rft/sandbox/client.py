@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class TestResult:
 
 
 class Sandbox:
-    """A zygote and the requests to it. One request at a time; sessions may stay open beside them.
+    """A zygote and the requests to it, which may come from several threads. A forked process that goes on
+    to use it gets a zygote of its own.
 
     readable: further folders that programs may read. require: protections without which nothing runs.
     backend: `bubblewrap`, `native` namespaces, `landlock`, or `auto`: the first of them that works here.
@@ -113,7 +115,9 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._first_user = random.SystemRandom().randrange(1_000_000_000, 2_000_000_000)
         self._users = 0
-        self._groups = Groups.open(os.getpid())
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._groups = Groups.open(self._pid)
         self.protections: dict[str, str] = {}
         self.backend = ""
         self.notes: list[str] = []
@@ -148,7 +152,9 @@ class Sandbox:
     def _try(self, backend: str) -> dict[str, Any] | None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         owner = os.pidfd_open(os.getpid())
-        options = json.dumps({"backend": backend, "readable": self._readable})
+        options = json.dumps(
+            {"backend": backend, "readable": self._readable, "counted": self._groups is not None}
+        )
         command = [sys.executable, "-I", HERE, str(theirs.fileno()), str(owner), options]
         if backend == "bubblewrap":
             bwrap = shutil.which("bwrap")
@@ -165,6 +171,7 @@ class Sandbox:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd="/",
+                start_new_session=True,  # Ctrl-C is for its owner, which then decides
             )
         except OSError as error:
             self._note(f"{backend}: {error}")
@@ -211,6 +218,17 @@ class Sandbox:
                 f"require: {sorted(set(self._require) - set(missing))}"
             )
 
+    def _after_fork(self) -> None:
+        """In a forked process: leave the zygote and the groups to the process that they belong to."""
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        if self._process is not None:
+            self._socket.close()
+            self._process.returncode = 0  # another process's child: not ours to wait for
+            self._process = None
+        self._groups = Groups.open(self._pid)
+        self._first_user = random.SystemRandom().randrange(1_000_000_000, 2_000_000_000)
+
     def _end_process(self) -> None:
         if self._process is not None:
             self._socket.close()
@@ -222,6 +240,8 @@ class Sandbox:
 
     def close(self) -> None:
         """End the zygote; everything that runs in the sandbox ends with it."""
+        if self._pid != os.getpid():
+            self._after_fork()
         self._end_process()
         if self._groups is not None:
             self._groups.close()
@@ -241,22 +261,24 @@ class Sandbox:
     # -- requests ------------------------------------------------------------------------------------
 
     def _spawn(self, role: str, limits: Limits, fds: Mapping[str, int]) -> _Running:
-        """Start one process. The given descriptors are the process's; they are closed here."""
-        if self._process is None or self._process.poll() is not None:
-            self._end_process()
-            self._start()
-        self._users = (self._users + 1) % 1_000_000
-        group = None
-        if self._groups is not None:
-            group = self._groups.take()
-            group.limit(limits.memory)
-        status, status_w = os.pipe()
-        control, control_w = os.pipe()
-        theirs = {**fds, "status": status_w, "control": control}
+        """Start one process. The given descriptors are the process's; they stay open here."""
+        if self._pid != os.getpid():
+            self._after_fork()
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._end_process()
+                self._start()
+            self._users = (self._users + 1) % 1_000_000
+            user, group = self._first_user + self._users, None
+            if self._groups is not None:
+                group = self._groups.take()
+                group.limit(limits.memory)
+        running = _Running(self, group, limits)
+        theirs = {**fds, "status": running.status_w, "control": running.control_r}
         sent = theirs if group is None else {**theirs, "cgroup": group.fd}
         header = {
             "role": role,
-            "user": self._first_user + self._users,
+            "user": user,
             "fds": list(sent),
             "limits": {
                 "wall_s": limits.wall_s,
@@ -270,14 +292,13 @@ class Sandbox:
         }
         try:
             socket.send_fds(self._socket, [json.dumps(header).encode()], list(sent.values()))
-        except OSError as error:
-            os.close(status)
-            os.close(control_w)
-            raise SandboxError(f"the sandbox's zygote has ended: {error}") from error
-        finally:
-            for fd in theirs.values():
-                os.close(fd)
-        return _Running(self, status, control_w, group, limits)
+        except BaseException as error:
+            running.abandon()
+            if isinstance(error, OSError):
+                raise SandboxError(f"the sandbox's zygote has ended: {error}") from error
+            raise
+        running.sent()
+        return running
 
     def _done_with(self, group: Group | None) -> None:
         if group is not None and self._groups is not None:
@@ -295,16 +316,18 @@ class Sandbox:
         """Run a Python program as `__main__`, or a command, in an empty scratch folder with `files`."""
         payload: dict[str, Any] = {"files": _encoded(files or {})}
         payload |= {"argv": list(argv)} if argv is not None else {"program": program}
-        out, out_w = os.pipe()
-        err, err_w = os.pipe()
-        fds = {
-            "payload": _memory_file(json.dumps(payload).encode()),
-            "stdin": _memory_file(stdin.encode("utf-8", "surrogatepass")),
-            "stdout": out_w,
-            "stderr": err_w,
-        }
-        running = self._spawn("main", limits, fds)
-        outputs = _collect([running], {out: "stdout", err: "stderr"}, limits.output)
+        with _Descriptors() as own:
+            out, out_w = own.pipe()
+            err, err_w = own.pipe()
+            fds = {
+                "payload": own.add(_memory_file(json.dumps(payload).encode())),
+                "stdin": own.add(_memory_file(stdin.encode("utf-8", "surrogatepass"))),
+                "stdout": out_w,
+                "stderr": err_w,
+            }
+            with self._spawn("main", limits, fds) as running:
+                own.close(*fds.values())
+                outputs = _collect([running], {out: "stdout", err: "stderr"}, limits.output)
         return running.result(outputs)
 
     def test(
@@ -320,14 +343,18 @@ class Sandbox:
         tests: sources; what counts as a test is said in `testing.py`. names: builtin names that mean the
         program's function in the tests, for example `sum`. Raises TestsError for tests that cannot be run.
         """
-        link, link_w = socket.socketpair()
-        report, report_w = os.pipe()
-        err, err_w = os.pipe()
-        source = _memory_file(json.dumps({"program": program}).encode())
-        checks = _memory_file(json.dumps({"tests": list(tests), "names": list(names)}).encode())
-        a = self._spawn("serve", limits, {"payload": source, "link": link.detach(), "stderr": err_w})
-        b = self._spawn("test", limits, {"payload": checks, "link": link_w.detach(), "report": report_w})
-        outputs = _collect([b, a], {report: "report", err: "stderr"}, max(limits.output, 1 << 16))
+        with _Descriptors() as own:
+            link, link_w = map(own.add, map(socket.socket.detach, socket.socketpair()))
+            report, report_w = own.pipe()
+            err, err_w = own.pipe()
+            source = own.add(_memory_file(json.dumps({"program": program}).encode()))
+            checks = own.add(_memory_file(json.dumps({"tests": list(tests), "names": list(names)}).encode()))
+            with (
+                self._spawn("serve", limits, {"payload": source, "link": link, "stderr": err_w}) as a,
+                self._spawn("test", limits, {"payload": checks, "link": link_w, "report": report_w}) as b,
+            ):
+                own.close(source, link, err_w, checks, link_w, report_w)
+                outputs = _collect([b, a], {report: "report", err: "stderr"}, max(limits.output, 1 << 16))
         ran, tested = a.result(outputs), b.result(outputs)
         broken = ran.broken or tested.broken
         if broken == "stopped":  # the tests were through, and the program was not
@@ -339,7 +366,7 @@ class Sandbox:
             "problem": "no result",
             "invalid": "",
         }
-        if outputs["report"]:
+        with contextlib.suppress(ValueError):  # none, or one that was cut off by a limit
             found = json.loads(outputs["report"])
         if found["invalid"]:
             raise TestsError(found["invalid"])
@@ -363,23 +390,72 @@ class Sandbox:
         return Session(self, files or {}, limits)
 
 
+class _Descriptors:
+    """File descriptors that are closed at the end of a block, whatever ends it."""
+
+    def __init__(self) -> None:
+        self.fds: set[int] = set()
+
+    def add(self, fd: int) -> int:
+        self.fds.add(fd)
+        return fd
+
+    def pipe(self) -> tuple[int, int]:
+        first, second = os.pipe()
+        return self.add(first), self.add(second)
+
+    def close(self, *fds: int) -> None:
+        for fd in fds:
+            if fd in self.fds:
+                self.fds.discard(fd)
+                os.close(fd)
+
+    def __enter__(self) -> _Descriptors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(*self.fds)
+
+
 class _Running:
     """One process in the sandbox, as the trusted side sees it."""
 
-    def __init__(
-        self, sandbox: Sandbox, status: int, control: int, group: Group | None, limits: Limits
-    ) -> None:
-        self.sandbox, self.status, self.control = sandbox, status, control
-        self.group, self.limits = group, limits
+    def __init__(self, sandbox: Sandbox, group: Group | None, limits: Limits) -> None:
+        self.sandbox, self.group, self.limits = sandbox, group, limits
         self.said = b""
         self.broken = ""
+        self._own = _Descriptors()
+        try:
+            self.status, self.status_w = self._own.pipe()
+            self.control_r, self.control = self._own.pipe()
+        except OSError as error:
+            self.abandon()
+            raise SandboxError(f"no descriptors are left: {error}") from error
+
+    def __enter__(self) -> _Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it where it has not ended: the caller was interrupted."""
+        if self.group is not None or self._own.fds:
+            self.stop()
+            while self.read_status():
+                pass
+            self.finish()
+
+    def sent(self) -> None:
+        self._own.close(self.status_w, self.control_r)
+
+    def abandon(self) -> None:
+        """Give back what was taken for a process that was not started."""
+        self._own.close(*self._own.fds)
+        self.sandbox._done_with(self.group)
+        self.group = None
 
     def stop(self, broken: str = "") -> None:
         """Have it ended, with all that it has started."""
         self.broken = self.broken or broken
-        if self.control >= 0:
-            os.close(self.control)
-            self.control = -1
+        self._own.close(self.control)
 
     def read_status(self) -> bool:
         """Read a part of how it ended; False once it, and all that it has started, are gone."""
@@ -388,15 +464,14 @@ class _Running:
         return bool(part)
 
     def finish(self) -> None:
-        self.stop()
-        os.close(self.status)
-        self.sandbox._done_with(self.group)
-        self.group = None
+        self.abandon()
 
     def result(self, outputs: Mapping[str, str], error: str = "") -> Result:
         """What is known after the end. Raises SandboxError where the sandbox failed."""
         try:
-            ended: dict[str, Any] = json.loads(self.said or '{"failed": "the process could not be started"}')
+            ended: dict[str, Any] = json.loads(
+                self.said or '{"failed": "the process could not be started, or the sandbox was killed"}'
+            )
         except ValueError:
             ended = {"failed": self.said.decode("utf-8", "replace")}
         if "failed" in ended:
@@ -450,7 +525,6 @@ def _collect(processes: Sequence[_Running], pipes: Mapping[int, str], most: int)
         with contextlib.suppress(BlockingIOError):
             while data := os.read(fd, 1 << 16):
                 _keep(kept[name], data, most, processes)
-        os.close(fd)
     return {name: bytes(data[:most]).decode("utf-8", "replace") for name, data in kept.items()}
 
 
@@ -467,16 +541,26 @@ class Session:
 
     def __init__(self, sandbox: Sandbox, files: Mapping[str, bytes], limits: Limits) -> None:
         self._limits = limits
-        link, theirs = socket.socketpair()
-        self._link = link
-        out, out_w = os.pipe()
-        err, err_w = os.pipe()
-        self._pipes = {out: "stdout", err: "stderr"}
-        whole = Limits(**{**vars(limits), "wall_s": 1e9})
-        fds = {"payload": _memory_file(json.dumps({"files": _encoded(files)}).encode())}
-        fds |= {"link": theirs.detach(), "stdout": out_w, "stderr": err_w}
-        self._running: _Running | None = sandbox._spawn("session", whole, fds)
         self._ended = ""
+        self._running: _Running | None = None
+        whole = Limits(**{**vars(limits), "wall_s": 1e9})
+        self._own = own = _Descriptors()
+        try:
+            link, theirs = map(own.add, map(socket.socket.detach, socket.socketpair()))
+            out, out_w = own.pipe()
+            err, err_w = own.pipe()
+            self._pipes = {out: "stdout", err: "stderr"}
+            payload = own.add(_memory_file(json.dumps({"files": _encoded(files)}).encode()))
+            fds = {"payload": payload, "link": theirs, "stdout": out_w, "stderr": err_w}
+            self._running = sandbox._spawn("session", whole, fds)
+            own.close(*fds.values())
+            self._link = socket.socket(fileno=link)
+            own.fds.discard(link)
+        except BaseException:
+            if self._running is not None:
+                self._running.abandon()
+            own.close(*own.fds)
+            raise
 
     def run(self, code: str) -> Result:
         """Execute a source in the session's namespace; a last expression is printed, as in an interpreter.
@@ -489,7 +573,11 @@ class Session:
             raise SandboxError(f"the session has ended: {self._ended}")
         started = time.monotonic()
         message = json.dumps({"code": code}).encode() + b"\n"
-        answer, outputs = self._exchange(running, message, started + self._limits.wall_s)
+        try:
+            answer, outputs = self._exchange(running, message, started + self._limits.wall_s)
+        except BaseException:  # interrupted: its answer would be taken for the next one's
+            self.close()
+            raise
         wall_s = time.monotonic() - started
         if answer is not None:
             return Result(0, None, "", outputs["stdout"], outputs["stderr"], 0.0, wall_s, answer)
@@ -532,7 +620,14 @@ class Session:
         if not alive:
             running.finish()
             return None, texts
-        return str(json.loads(reply)["error"]), texts
+        try:
+            return str(json.loads(reply)["error"]), texts
+        except (ValueError, KeyError, TypeError, RecursionError):  # it wrote into the link by itself
+            running.stop("protocol")
+            while running.read_status():
+                pass
+            running.finish()
+            return None, texts
 
     def _talk(self, poll: select.poll, what: int, message: bytes, reply: bytearray) -> bytes:
         """Send what is left of the message, or read; returns what is left."""
@@ -544,7 +639,8 @@ class Session:
         if what & select.POLLIN:
             with contextlib.suppress(BlockingIOError, ConnectionResetError):
                 data = self._link.recv(1 << 16)
-                reply += data
+                if len(reply) < 1 << 20:  # an answer is a traceback, cut to 4,000 characters
+                    reply += data
                 if not data:
                     poll.unregister(self._link)
         elif what & (select.POLLHUP | select.POLLERR):
@@ -554,8 +650,7 @@ class Session:
     def _release(self) -> None:
         self._running = None
         self._link.close()
-        for fd in self._pipes:
-            os.close(fd)
+        self._own.close(*self._own.fds)
 
     def close(self) -> None:
         """End the session and all that it has started."""
@@ -604,7 +699,6 @@ def _bubblewrap(readable: Sequence[str]) -> list[str]:
     The capabilities are the zygote's, for the namespaces of each request; a program gets none of them.
     """
     command = [
-        "bwrap",
         "--unshare-net",
         "--unshare-ipc",
         "--unshare-uts",

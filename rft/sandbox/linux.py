@@ -38,7 +38,8 @@ SYSTEM_PATHS: tuple[str, ...] = (
     "/etc/ld.so.cache",
 )
 SYSTEM_PATHS += ("/etc/localtime", "/etc/java-11-openjdk", "/etc/java-17-openjdk", "/etc/java-21-openjdk")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+# Without /dev/zero: it gives shared memory that stays when its map is mostly given back.
+DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")
 
 
 def _check(result: int, what: str) -> int:
@@ -188,6 +189,7 @@ def limit(memory: int, cpu_s: int, file_bytes: int, processes: int, *, address_s
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 1024),  # queued signals and timers are memory in the kernel
     ]
     if address_space:
         rules.append((resource.RLIMIT_AS, memory))

@@ -7,6 +7,7 @@ import base64
 import builtins
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -41,6 +42,8 @@ def run_main(payload: dict[str, Any]) -> int:
 
 
 def _execute(argv: list[str]) -> NoReturn:
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a command would go on to
+        signal.signal(number, signal.SIG_DFL)
     os.execvpe(argv[0], argv, dict(os.environ))
 
 

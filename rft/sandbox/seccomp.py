@@ -110,6 +110,15 @@ RULES: list[Rule] = [
         msgget=(68, 186),
         mq_open=(240, 180),
     ),
+    *_rules(
+        "memory in the kernel that no process shows: pages in pipes, descriptors in flight, watches",
+        vmsplice=(278, 75),
+        sendmsg=(46, 211),
+        sendmmsg=(307, 269),
+        inotify_init=(253, -1),
+        inotify_init1=(294, 26),
+        io_setup=(206, 0),
+    ),
     # asyncio and multiprocessing need a pair of stream sockets; datagrams and larger buffers serve only to
     # hold memory in the kernel.
     *[
@@ -151,7 +160,34 @@ SIGNAL_RULES = _rules(
     pidfd_send_signal=(424, 424),
     rt_sigqueueinfo=(129, 138),
     rt_tgsigqueueinfo=(297, 240),
+    setpriority=(141, 140),
+    sched_setscheduler=(144, 119),
+    sched_setparam=(142, 118),
+    sched_setattr=(314, 274),
+    ioprio_set=(251, 30),
+    migrate_pages=(256, 238),
+    move_pages=(279, 239),
 )
+# Limits and processors of another process: the first argument is a process id, and 0 means the caller.
+SIGNAL_RULES += [
+    Rule(call, numbers, "limit processes outside", (Masked(0, 1 << bit, 1 << bit),))
+    for call, numbers in (("prlimit64", (302, 261)), ("sched_setaffinity", (203, 122)))
+    for bit in range(32)
+]
+# A descriptor's owner is sent signals when it becomes ready, without a call of kill.
+SIGNAL_RULES += [
+    Rule("fcntl", (72, 25), "have the kernel signal processes outside", (_equal(1, command),))
+    for command in (8, 10, 15, 1026)  # F_SETOWN, F_SETSIG, F_SETOWN_EX, F_NOTIFY
+]
+SIGNAL_RULES += [
+    Rule("ioctl", (16, 29), "have the kernel signal processes outside", (_equal(1, request),))
+    for request in (0x8901, 0x8902)  # FIOSETOWN, SIOCSPGRP
+]
+# Pages of a shared map stay when most of the map is given back, and only a privileged process can count
+# them. /dev/zero, which gives such maps too, is left out of the file system with this rule.
+SHARED_MEMORY_RULES = [
+    Rule("mmap", (9, 222), "shared memory that nothing here can count", (Masked(3, 0x21, 0x21),))
+]
 
 
 @dataclass(frozen=True)
@@ -162,15 +198,20 @@ class Filter:
     compiler: str
 
 
-def build_filter(*, signals: bool) -> Filter:
+def build_filter(*, signals: bool, shared_memory: bool = True) -> Filter:
     """Compile the rules. signals: whether processes may signal others (they have a namespace to themselves).
+    shared_memory: whether shared maps without a file are allowed (something counts their pages).
 
     Raises OSError on a processor that the rules do not know, or where libseccomp refuses them.
     """
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         raise OSError(errno.ENOSYS, f"no seccomp rules for {machine}")
-    rules = RULES if signals else [*RULES, *SIGNAL_RULES]
+    rules = [
+        *RULES,
+        *([] if signals else SIGNAL_RULES),
+        *([] if shared_memory else SHARED_MEMORY_RULES),
+    ]
     library = _libseccomp()
     if library is not None:
         return Filter(_by_libseccomp(library, rules), "libseccomp")

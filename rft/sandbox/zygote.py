@@ -16,14 +16,16 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import json
+import mmap
 import os
 import select
-import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -40,6 +42,8 @@ for _name in [*PRELOADED.split(), "statistics", "string", "typing"]:
     importlib.import_module(_name)
 
 LOOK_EVERY_S = 0.05
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MOST_FILES = 4096  # in the scratch folder
 REQUEST_NAMESPACES = linux.CLONE_NEWPID | linux.CLONE_NEWNS | linux.CLONE_NEWIPC
 ROLES: dict[str, Callable[[dict[str, int]], int]] = {
     "main": lambda fds: program.run_main(program.read_payload(fds["payload"])),
@@ -78,10 +82,11 @@ class Protections:
         }
 
 
-def shut_in(backend: str, readable: list[str]) -> Protections:
+def shut_in(backend: str, readable: list[str], counted: bool) -> Protections:
     """Enter the outer namespaces where that is wanted and possible, and find out what else there is.
 
     backend: `bubblewrap` (this process was started by it, inside), `native`, or `landlock`.
+    counted: whether control groups limit memory.
     """
     readable = [*linux.python_paths(), *readable]
     namespaces, why = True, ""
@@ -95,7 +100,9 @@ def shut_in(backend: str, readable: list[str]) -> Protections:
     namespaces = backend != "landlock" and not why
     filter_: seccomp.Filter | None = None
     try:
-        filter_ = seccomp.build_filter(signals=namespaces)
+        filter_ = seccomp.build_filter(
+            signals=namespaces, shared_memory=counted or not _in_child(_count_shared_memory, "")
+        )
         refused = _in_child(lambda: _try_filter(filter_), "seccomp")
         if refused:
             filter_, why = None, why or refused
@@ -124,6 +131,16 @@ def _inner_namespaces() -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code:
         raise OSError(code, os.strerror(code))
+
+
+def _count_shared_memory() -> None:
+    """Find out whether this process may see how many pages a shared map has, mapped or not."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as shared:
+        shared[0] = 1
+        held: dict[str, int] = {}
+        _add_shared_maps("self", held)
+        if not all(held.values()) or not held:
+            raise OSError(errno.EPERM, "the pages of shared maps cannot be counted")
 
 
 def _try_filter(filter_: seccomp.Filter | None) -> None:
@@ -174,7 +191,7 @@ def _mounts(limits: dict[str, Any]) -> None:
     """In a request's mount namespace: its processes only in /proc, and an empty scratch folder."""
     flags = linux.MS_NOSUID | linux.MS_NODEV
     linux.mount("proc", "/proc", "proc", flags)
-    size = f"size={limits['scratch']},mode=1777,nr_inodes=4096"
+    size = f"size={limits['scratch']},mode=1777,nr_inodes={MOST_FILES}"
     linux.mount("tmpfs", linux.SCRATCH, "tmpfs", flags, size)
 
 
@@ -222,13 +239,14 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
             if name not in ("status", "control", "cgroup"):
                 os.close(fd)
         children = Children(pid)
-        broken = _watch(protections, request, child, owner, started, children, killed)
+        broken = _watch(protections, request, child, owner, started, children, killed, scratch)
         if broken:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not protections.namespaces:
             _kill_descendants()
-            shutil.rmtree(scratch, ignore_errors=True)
+            children.wait_for_all()
+            remove_tree(scratch)
         code = children.wait_for_program()
         cpu_s = children.cpu_s
         if not broken and _kills(request) > killed:
@@ -270,6 +288,10 @@ class Children:
             self.code = os.waitstatus_to_exitcode(status)
         return pid != 0
 
+    def wait_for_all(self) -> None:
+        while self.reap(0):
+            pass
+
     def wait_for_program(self) -> int:
         while self.code is None:
             self.reap(0)
@@ -284,6 +306,7 @@ def _watch(
     started: float,
     children: Children,
     killed: int,
+    scratch: str,
 ) -> str:
     """Wait for the program's end; returns the limit that it broke before, if it did."""
     limits = request.limits
@@ -303,6 +326,8 @@ def _watch(
                 return "memory"
             if cpu_s + children.cpu_s > limits["cpu_s"]:
                 return "CPU time"
+            if not protections.namespaces and _on_disk(_processes(protections), scratch) > limits["scratch"]:
+                return "scratch"
             look = time.monotonic() + LOOK_EVERY_S
         ready = {fd for fd, _ in poll.poll(max(0.0, min(look, end) - time.monotonic()) * 1000 + 1)}
         if child in ready:
@@ -321,40 +346,126 @@ def _processes(protections: Protections) -> list[int]:
 def usage_of(pids: list[int], *, counted: bool) -> tuple[int, float]:
     """Bytes that processes hold, and CPU seconds that they have used.
 
-    Memory is counted where no control group does it: private pages, whole shared maps (their pages may be
-    out of sight of every page table) and, for each socket, the buffer that it may fill.
+    Memory is counted where no control group does it: private pages, shared maps with those of their pages
+    that no process sees any more, and for each socket and pipe the buffer that it may fill.
     """
     memory, ticks = 0, 0
     shared: dict[str, int] = {}
+    buffers: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError, ValueError, IndexError):
             with open(f"/proc/{pid}/stat", "rb") as file:
                 ticks += sum(map(int, file.read().rpartition(b")")[2].split()[11:15]))
             if not counted:
                 continue
-            # A name that is not UTF-8 must not hide what a program holds: it chooses its own, and its files.
-            with open(f"/proc/{pid}/status", encoding="utf-8", errors="surrogateescape") as status:
-                for line in status:
-                    if line.startswith("RssAnon:"):
-                        memory += int(line.split()[1]) << 10
-            if not os.access(f"/proc/{pid}/fd", os.R_OK | os.X_OK):
-                memory += _shared_memory(pid)  # without privileges: what its page tables hold
-                continue
-            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
-                for line in maps:
-                    if " rw-s " in line and "/dev/zero" in line:
-                        span, _, _, _, inode, *_ = line.split()
-                        first, _, last = span.partition("-")
-                        shared[inode] = max(shared.get(inode, 0), int(last, 16) - int(first, 16))
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:"):
-                    memory += SOCKET_BUFFER
+            memory += _private_memory(pid, shared, buffers)
+    memory += sum(SOCKET_BUFFER if name.startswith("socket:") else PIPE_BUFFER for name in buffers)
     return memory + sum(shared.values()), ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _shared_memory(pid: int) -> int:
-    with open(f"/proc/{pid}/status", encoding="utf-8", errors="surrogateescape") as status:
-        return sum(int(line.split()[1]) << 10 for line in status if line.startswith("RssShmem:"))
+def _private_memory(pid: int, shared: dict[str, int], buffers: set[str]) -> int:
+    """The private pages of a process; adds its shared maps, and the sockets and pipes of all its threads.
+
+    Read by thread: the first may have ended while others hold the memory, and each may have descriptors
+    of its own.
+    """
+    private = -1
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            # A name that is not UTF-8 must not hide what a program holds: it chooses its own, and its files.
+            path = f"/proc/{pid}/task/{thread}/status"
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                status = dict(line.split(":", 1) for line in file if ":" in line)
+            if "RssAnon" not in status:  # it has ended
+                continue
+            try:
+                descriptors = os.listdir(f"/proc/{pid}/task/{thread}/fd")
+                if private < 0:
+                    _add_shared_maps(thread, shared)
+            except PermissionError:
+                if status.get("Seccomp", "").strip() == "2":  # a program hides, as by a file it cannot read
+                    return HIDDEN
+                descriptors = []  # on its way in
+            private = _kilobytes(status["RssAnon"])
+            for fd in descriptors:
+                with contextlib.suppress(FileNotFoundError):
+                    name = os.readlink(f"/proc/{pid}/task/{thread}/fd/{fd}")
+                    if name.startswith(("socket:", "pipe:")):
+                        buffers.add(name)
+    return max(private, 0)
+
+
+def _kilobytes(text: str) -> int:
+    return int(text.split()[0]) << 10
+
+
+def _add_shared_maps(pid: str, shared: dict[str, int]) -> None:
+    """Add the sizes of shared maps without a file, by inode: all pages where this process may see them,
+    else what is mapped."""
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        for line in maps:
+            if "/dev/zero" not in line:
+                continue
+            span, mode, _, _, inode, *_ = line.split()
+            if mode[3] != "s":
+                continue
+            first, last = (int(end, 16) for end in span.split("-"))
+            try:
+                pages = os.stat(f"/proc/{pid}/map_files/{first:x}-{last:x}").st_blocks * 512
+            except PermissionError:
+                pages = 0 if pid == "self" else last - first
+            except FileNotFoundError:
+                continue
+            shared[inode] = max(shared.get(inode, 0), pages)
+
+
+def _on_disk(pids: list[int], scratch: str) -> int:
+    """Bytes in a scratch folder that is on a disk, with files that were removed and are still open.
+
+    More files than `MOST_FILES` count as too many bytes.
+    """
+    total, files, folders = 0, 0, [scratch]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                files += 1
+                if files > MOST_FILES:
+                    return HIDDEN
+                with contextlib.suppress(OSError):
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+    removed: dict[int, int] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                info = os.stat(f"/proc/{pid}/fd/{fd}")
+                if stat.S_ISREG(info.st_mode) and info.st_nlink == 0:
+                    removed[info.st_ino] = info.st_blocks * 512
+    return total + sum(removed.values())
+
+
+def remove_tree(folder: str) -> None:
+    """Remove a folder that a program has filled: of any depth, and with any permissions."""
+    while True:
+        with os.scandir(folder) as entries:
+            first = list(entries)
+        if not first:
+            break
+        for entry in first:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            with os.scandir(entry.path) as entries:
+                for below in list(entries):
+                    if below.is_dir(follow_symlinks=False):  # moved up, so that no path grows long
+                        os.chmod(below.path, 0o700)
+                        os.rename(below.path, f"{folder}/{os.urandom(8).hex()}")
+                    else:
+                        os.unlink(below.path)
+            os.rmdir(entry.path)
+    os.rmdir(folder)
 
 
 def _socket_buffer() -> int:
@@ -367,6 +478,8 @@ def _socket_buffer() -> int:
 
 
 SOCKET_BUFFER = _socket_buffer()
+PIPE_BUFFER = 1 << 16
+HIDDEN = 1 << 62  # more than any limit: what a program keeps from being counted
 
 
 def descendants(pid: int) -> list[int]:
@@ -408,6 +521,9 @@ def _inside(protections: Protections, request: Request, scratch: str) -> NoRetur
         os.environ.update(PATH="/usr/local/bin:/usr/bin:/bin", HOME=scratch, TMPDIR=scratch, LANG="C.UTF-8")
         tempfile.tempdir = None
         _confine(protections, request, scratch)
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = ROLES[request.role](request.fds)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
@@ -450,8 +566,7 @@ def _confine(protections: Protections, request: Request, scratch: str) -> None:
         limits["memory"], limits["cpu_s"], limits["file"], processes, address_space=limits["address_space"]
     )
     linux.drop_privileges(request.user if protections.own_user else None)
-    if protections.namespaces:
-        linux.prctl(linux.PR_SET_DUMPABLE, 1)  # or init, without privileges, could not count its memory
+    linux.prctl(linux.PR_SET_DUMPABLE, 1)  # or init, without privileges, could not count its memory
     if not protections.namespaces and protections.landlock:
         linux.landlock(protections.readable, scratch)
     if protections.filter is not None:
@@ -475,8 +590,10 @@ def main() -> None:
     """Serve requests on the socket at `argv[1]` until it closes or the owner, at `argv[2]`, ends."""
     sock, owner = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     options = json.loads(sys.argv[3])
+    for number in ENDING:  # sent to a whole group of processes; this one ends when its owner does
+        signal.signal(number, signal.SIG_IGN)
     before = [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
-    protections = shut_in(options["backend"], options["readable"])
+    protections = shut_in(options["backend"], options["readable"], options["counted"])
     hidden = [path for path in before if _hidden(protections, path)]
     hello = {"protections": protections.describe(), "why": protections.why, "hidden": hidden}
     sock.sendall(json.dumps({**hello, "namespaces": protections.namespaces}).encode() + b"\n")
