@@ -7,6 +7,7 @@ prints or how it exits decides nothing but its own stdin/stdout tests.
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 import sys
@@ -58,7 +59,7 @@ def _near(a: str, b: str, tolerance: float) -> bool:
 
 def stdio_cases(tests: Any) -> list[tuple[str, str]] | None:
     """(stdin, stdout) pairs from the forms that datasets use; None where `tests` has no such form."""
-    if isinstance(tests, Mapping) and "inputs" in tests:
+    if isinstance(tests, Mapping) and "inputs" in tests and not tests.get("fn_name"):
         return [(_lines(i), _lines(o)) for i, o in zip(tests["inputs"], tests["outputs"], strict=True)]
     if isinstance(tests, Sequence) and not isinstance(tests, str) and tests:
         if all(isinstance(t, Mapping) for t in tests):
@@ -66,6 +67,55 @@ def stdio_cases(tests: Any) -> list[tuple[str, str]] | None:
         if all(not isinstance(t, str) and len(t) == 2 for t in tests):
             return [(_lines(i), _lines(o)) for i, o in tests]
     return None
+
+
+_CALLS = """
+try:
+    _function = Solution().{name}
+except NameError:
+    _function = {name}
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+def _same(got, want):
+    got, want = _plain(got), _plain(want)
+    return got == want or isinstance(want, list) and len(want) == 1 and got == want[0]
+"""
+
+
+def call_asserts(tests: Mapping[str, Any]) -> str:
+    """Asserts for `{fn_name, inputs, outputs}`: lists of arguments, and what is to come back, which some
+    datasets wrap in a list. The function may be a method of a class `Solution`; tuples count as lists."""
+    name = tests["fn_name"]
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"`fn_name` must be the name of a function, not {name!r}")
+    lines = [_CALLS.format(name=name)]
+    for given, want in zip(tests["inputs"], tests["outputs"], strict=True):
+        if not isinstance(given, list):
+            raise ValueError(f"`inputs` of {name} must be lists of arguments, not {given!r}")
+        literals = [_literal(value) for value in (given, want)]
+        lines.append(f"assert _same(_function(*{literals[0]}), {literals[1]})")
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    """Python source of JSON data, which may hold infinities."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float({str(value)!r})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {_literal(v)}' for k, v in value.items())}}}"
+    return repr(value)
+
+
+def _from_json(tests: Any) -> Any:
+    """Tests that a dataset holds as the text of a JSON object or list."""
+    if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(tests)
+        except ValueError:
+            return tests
+    return tests
 
 
 def _lines(value: Any) -> str:
@@ -107,7 +157,9 @@ class _Runner:
             raise ValueError("there are no tests")
         passed, detail, broken = 0, "", ""
         for i, (given, want) in enumerate(cases):
-            limits = replace(self.limits, output=max(self.limits.output, 2 * len(want) + 4096))
+            limits = replace(
+                self.limits, output=max(self.limits.output, 2 * len(want.encode("utf-8", "replace")) + 4096)
+            )
             run = self.sandbox.run(program, argv=argv, files=files, stdin=given, limits=limits)
             if not run.broken and run.code == 0 and same_output(run.stdout, want, tolerance):
                 passed += 1
@@ -166,8 +218,9 @@ class Code:
         test: str | None = None,
         entry_point: str | None = None,
     ) -> Score:
-        """tests: asserts (a source, or a list of them) or stdin/stdout pairs ([{input, output}],
-        {inputs, outputs}). test and entry_point: HumanEval's columns; the prompt then is code too."""
+        """tests: asserts (a source, or a list of them), stdin/stdout pairs ([{input, output}],
+        {inputs, outputs}), or calls ({fn_name, inputs, outputs}); the
+        last two as JSON text too. test and entry_point: HumanEval's columns; the prompt then is code too."""
         program = extract_code(completion)
         if program is None:
             return Score(0.0, Outcome.unparseable, "no program found")
@@ -176,9 +229,12 @@ class Code:
             return self._asserts(program, [f"{test}\ncheck({entry_point})\n"], [entry_point])
         if tests is None or len(tests) == 0:
             raise ValueError("the code reward needs a column `tests`, or `test` and `entry_point`, not empty")
+        tests = _from_json(tests)
         cases = stdio_cases(tests)
         if cases is not None:
             return self.runner.stdio(cases, self.tolerance, program=program)
+        if isinstance(tests, Mapping) and "fn_name" in tests:
+            return self._asserts(program, [call_asserts(tests)], [tests["fn_name"]])
         sources = [tests] if isinstance(tests, str) else list(tests)
         return self._asserts(program, sources, [entry_point] if entry_point else [])
 

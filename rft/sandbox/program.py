@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+import types
 from typing import Any, NoReturn
 
 from .wire import Gone, Link, Proxy, describe_exception, to_exception
@@ -36,9 +37,17 @@ def run_main(payload: dict[str, Any]) -> int:
     if "argv" in payload:
         _execute(payload["argv"])
     _text_streams()
-    names: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
+    names = _new_module("__main__")
     exec(compile(payload["program"], "<program>", "exec"), names)
     return 0
+
+
+def _new_module(name: str) -> dict[str, Any]:
+    """The namespace of an empty module, where `sys.modules` has it: dataclasses and pickle look there."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    vars(module)["__builtins__"] = builtins
+    return vars(module)
 
 
 def _execute(argv: list[str]) -> NoReturn:
@@ -96,7 +105,7 @@ class ProgramLink(Link):
 def serve(payload: dict[str, Any], fd: int) -> int:
     """Run the program as a module, then do what its tests ask for until they end."""
     sys.set_int_max_str_digits(0)
-    names: dict[str, Any] = {"__name__": "program", "__builtins__": builtins}
+    names = _new_module("program")
     link = ProgramLink(fd, names)
     try:
         exec(compile(payload["program"], "<program>", "exec"), names)
@@ -120,7 +129,7 @@ def interact(payload: dict[str, Any], fd: int) -> int:
     write_files(payload["files"])
     _text_streams()
     link = Link(fd, Proxy)
-    names: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
+    names = _new_module("__main__")
     while True:
         try:
             source = link.read()["code"]

@@ -160,6 +160,7 @@ SIGNAL_RULES = _rules(
     pidfd_send_signal=(424, 424),
     rt_sigqueueinfo=(129, 138),
     rt_tgsigqueueinfo=(297, 240),
+    setpgid=(109, 154),  # into the group of what is to end it
     setpriority=(141, 140),
     sched_setscheduler=(144, 119),
     sched_setparam=(142, 118),

@@ -1,8 +1,12 @@
 """The tests' side: tests as unmodified Python, against names of a program in another process.
 
 A test is one statement at the top level of a source: an `assert`, a block that contains one, a call of a
-function that contains one; or a function `test...` without parameters that nothing calls. Each counts once,
-however often its asserts run.
+function or class that contains one; a function `test...` that nothing calls (with pytest's `parametrize`, or
+without parameters); or a method `test...` of a class `Test...` or of a `TestCase`. Each counts once, however
+often its asserts run.
+
+The tests' own names come first, then builtins, then the program's. `math.isclose` means the standard
+library's `math` though only the program imports it, and `from solution import f` gives the program's `f`.
 """
 
 from __future__ import annotations
@@ -10,12 +14,17 @@ import __future__
 
 import ast
 import builtins
+import importlib
+import inspect
+import itertools
 import json
 import os
+import sys
+import types
 from dataclasses import dataclass, field
 from typing import Any
 
-from .wire import CannotPass, Gone, Link, Proxy, exception_class, to_exception
+from .wire import BINARY, COMPARISONS, CannotPass, Gone, Link, Proxy, exception_class, to_exception
 
 
 @dataclass
@@ -44,12 +53,38 @@ class ProgramObject(Proxy):
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         link: TestsLink = self.__dict__["_link"]
-        answer = link.ask("call", self._id, link.pack(list(args)), link.pack(named))
+        sent = link.pack(list(args))
+        answer = link.ask("call", self._id, sent, link.pack(named))
         if "error" in answer:
             raise to_exception(answer)
-        for before, after in zip(args, link.unpack(answer["args"]), strict=False):
-            _copy_changes(before, after)
+        for before, was, now in zip(args, sent, answer["args"], strict=False):
+            if was != now:
+                _copy_changes(before, link.unpack(now))
         return link.unpack(answer["ok"])
+
+    def __eq__(self, other: object) -> bool:
+        """As the program defines it where both are the program's; it is unequal to any data of the tests."""
+        if not isinstance(other, ProgramObject):
+            return False
+        return self is other or self._id == other._id or self._ask("eq", other) is True
+
+    def __hash__(self) -> int:
+        return int(self._ask("hash"))
+
+    def __int__(self) -> int:
+        return int(self._ask("int"))
+
+    def __float__(self) -> float:
+        return float(self._ask("float"))
+
+    def __neg__(self) -> Any:
+        return self._ask("neg")
+
+    def __pos__(self) -> Any:
+        return self._ask("pos")
+
+    def __abs__(self) -> Any:
+        return self._ask("abs")
 
     def __next__(self) -> Any:
         link: TestsLink = self.__dict__["_link"]
@@ -61,11 +96,41 @@ class ProgramObject(Proxy):
         return link.unpack(answer["ok"])
 
 
+def _between_objects(name: str) -> Any:
+    """An operator between two objects of the program; with data of the tests there is none, as the program
+    would learn it and could answer anything."""
+
+    def operate(self: ProgramObject, other: object) -> Any:
+        return self._ask(name, other) if isinstance(other, ProgramObject) else NotImplemented
+
+    return operate
+
+
+for _name in (*COMPARISONS, *BINARY):
+    setattr(ProgramObject, f"__{_name.rstrip('_')}__", _between_objects(_name))
+
+
+async def _result_of(coroutine: ProgramObject) -> Any:
+    return coroutine._ask("await")
+
+
+async def _items_of(iterator: ProgramObject) -> Any:
+    while True:
+        answer = iterator.__dict__["_link"].ask("anext", iterator._id)
+        if answer.get("error", [""])[:1] == ["StopAsyncIteration"]:
+            return
+        if "error" in answer:
+            raise to_exception(answer)
+        yield iterator.__dict__["_link"].unpack(answer["ok"])
+
+
 def _copy_changes(before: Any, after: Any) -> None:
     """Change a list, dict or set that was passed to a call as the call has changed its copy."""
-    if type(before) is type(after) and before != after:
+    if type(before) is type(after):
         if isinstance(before, list | bytearray):
             before[:] = after
+        elif type(before).__name__ == "ndarray" and before.shape == after.shape:
+            before[...] = after
         elif isinstance(before, dict | set):
             before.clear()
             before.update(after)
@@ -82,6 +147,15 @@ class TestsLink(Link):
         if name and getattr(builtins, name, None) is value:
             return {"builtin": name}
         return super().pack(value)
+
+    def unpack(self, data: Any) -> Any:
+        value = super().unpack(data)
+        if isinstance(value, ProgramObject) and isinstance(data, dict):
+            if data.get("type") == "coroutine":
+                return _result_of(value)
+            if data.get("type") == "async":
+                return _items_of(value)
+        return value
 
     def perform(self, operation: str, args: list[Any]) -> dict[str, Any]:
         if operation != "call":  # an attribute of a function leads to the tests' globals
@@ -102,13 +176,19 @@ class Names(dict[str, Any]):
     builtin: builtin names that mean the program's function, for example `sum`.
     """
 
-    def __init__(self, link: TestsLink, builtin: set[str]) -> None:
+    def __init__(self, link: TestsLink, builtin: set[str], attributes: dict[str, set[str]]) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
-        self._link, self._builtin = link, builtin
+        self._link, self._builtin, self._attributes = link, builtin, attributes
 
     def __missing__(self, name: str) -> Any:
         if name.startswith("__") or (hasattr(builtins, name) and name not in self._builtin):
             raise KeyError(name)
+        value = None if name in self._builtin else _trusted(name, self._attributes)
+        self[name] = self.of_program(name) if value is None else value
+        return self[name]
+
+    def of_program(self, name: str) -> Any:
+        """The program's name. Raises KeyError."""
         answer = self._link.ask("name", name)
         if "exception" in answer:
             value: Any = exception_class(tuple(map(str, answer["exception"][:20])))
@@ -116,8 +196,66 @@ class Names(dict[str, Any]):
             raise KeyError(name)
         else:
             value = self._link.unpack(answer["ok"])
-        self[name] = value
         return value
+
+
+def _trusted(name: str, attributes: dict[str, set[str]]) -> Any:
+    """What a name that only the program imports must mean in tests, or the program would judge itself:
+    a module of which the tests use attributes, or a comparison; None for others."""
+    if name in _COMPARING:
+        module, used = _COMPARING[name], {name}
+    elif attributes.get(name) and (name in sys.stdlib_module_names or name in _MODULES):
+        module, used = _MODULES.get(name, name), attributes[name]
+    else:
+        return None
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return None
+    if not all(hasattr(found, attribute) for attribute in used):
+        return None  # the program has an object of that name
+    return getattr(found, name) if name in _COMPARING else found
+
+
+_MODULES = {"np": "numpy", "numpy": "numpy", "pytest": "pytest"}
+_COMPARING = {
+    "isclose": "math",
+    "approx": "pytest",
+    "allclose": "numpy",
+    "array_equal": "numpy",
+    "assert_allclose": "numpy.testing",
+}
+
+
+def _attributes_used(trees: list[ast.Module]) -> dict[str, set[str]]:
+    """For each name of which the tests use nothing but attributes: which ones."""
+    used: dict[str, set[str]] = {}
+    bare = set()
+    for tree in trees:
+        bases = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used.setdefault(node.value.id, set()).add(node.attr)
+                bases.add(id(node.value))
+            elif isinstance(node, ast.Name) and id(node) not in bases:
+                bare.add(node.id)
+    return {name: attributes for name, attributes in used.items() if name not in bare}
+
+
+class Solution(types.ModuleType):
+    """The module that tests import the program's names from."""
+
+    def __init__(self, names: Names) -> None:
+        super().__init__("solution")
+        self.__dict__["_names"] = names
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return self.__dict__["_names"].of_program(name)
+        except KeyError:
+            raise AttributeError(f"the program has no {name!r}") from None
 
 
 # -- what is a test ----------------------------------------------------------------------------------
@@ -125,11 +263,15 @@ class Names(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of a source to execute, and whether it counts as a test. `text`: how reports call it."""
+    """A piece of a source to execute, and whether it counts as a test. `text`: how reports call it.
+
+    call: the function, or the class and its method, to call instead of the code.
+    """
 
     code: Any
     test: bool
     text: str
+    call: str = ""
 
 
 def _checks(node: ast.AST) -> bool:
@@ -140,29 +282,99 @@ def _checks(node: ast.AST) -> bool:
 def plan(source: str) -> list[Step]:
     """Cut a source into steps. Raises SyntaxError."""
     tree, lines = ast.parse(source), source.splitlines()
-    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+    functions = {n.name: n for n in tree.body if isinstance(n, Definition)}
     checking = {name for name, node in functions.items() if _checks(node)}
     while True:  # a function that calls a checking function checks too
-        more = {n for n, node in functions.items() if n not in checking and _calls(node) & checking}
+        more = {n for n, node in functions.items() if n not in checking and _mentions(node) & checking}
         if not more:
             break
         checking |= more
-    called = {name for node in tree.body if not isinstance(node, ast.FunctionDef) for name in _calls(node)}
+    used = _mentions(tree)  # those with parameters are called by others, in whatever way
+    called = {name for node in tree.body if not isinstance(node, Definition) for name in _calls(node)}
     flags = 0
     steps = []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             for alias in node.names:
                 flags |= getattr(__future__, alias.name).compiler_flag
+        if _starts_a_runner(node):
+            continue
         trivial = isinstance(node, ast.Assert) and isinstance(node.test, ast.Constant)
-        definition = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        test = not definition and not trivial and (_checks(node) or bool(_calls(node) & checking))
+        test = (
+            not isinstance(node, Definition)
+            and not trivial
+            and (_checks(node) or bool(_calls(node) and _mentions(node) & checking))
+        )
         text = " ".join(line.strip() for line in lines[node.lineno - 1 : node.end_lineno])
         steps.append(_step([node], flags, test, text[:200]))
     for name, node in functions.items():
-        if name.startswith("test") and name not in called and not _parameters(node):
-            steps.append(_step(ast.parse(f"{name}()").body, flags, True, f"{name}()"))
+        if isinstance(node, ast.ClassDef):
+            if name.startswith("Test") or any(ast.unparse(b).endswith("TestCase") for b in node.bases):
+                methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+                cases = [f"{name}.{method}" for method in methods if method.startswith("test")]
+                steps += [Step(None, True, f"{case}()", case) for case in cases]
+        elif name.startswith("test") and name not in (used if _parameters(node) else called):
+            steps.append(Step(None, True, f"{name}()", name))
     return steps
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _starts_a_runner(node: ast.stmt) -> bool:
+    """Whether it is `unittest.main()` or `pytest.main(...)`: the tests are run here."""
+    call = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(call, ast.Call) and ast.unparse(call.func) in ("unittest.main", "pytest.main")
+
+
+def _call(names: Names, path: str) -> None:
+    """Run a test function, or a method of a test class with what prepares it."""
+    owner, _, name = path.rpartition(".")
+    if not owner:
+        _call_function(names[name])
+        return
+    kind = names[owner]
+    unittest = sys.modules.get("unittest")  # there if the tests have imported it
+    if unittest is not None and issubclass(kind, unittest.TestCase):
+        kind.setUpClass()
+        try:
+            kind(name).debug()  # raises what the test raises
+        finally:
+            kind.tearDownClass()
+        return
+    instance = kind()
+    getattr(instance, "setup_method", lambda: None)()
+    try:
+        _call_function(getattr(instance, name))
+    finally:
+        getattr(instance, "teardown_method", lambda: None)()
+
+
+def _row(row: Any, parameters: int) -> Any:
+    """The values of one case: of `pytest.param`, of a tuple, or one by itself."""
+    if type(row).__name__ == "ParameterSet":
+        return row.values
+    return row if parameters > 1 else (row,)
+
+
+def _call_function(function: Any) -> None:
+    """Call a test function, once for each of the cases of pytest's `parametrize`."""
+    sets = []
+    for mark in getattr(function, "pytestmark", []):
+        if mark.name == "parametrize":
+            given = mark.args[0]
+            keys = given.replace(",", " ").split() if isinstance(given, str) else list(given)
+            rows = [_row(row, len(keys)) for row in mark.args[1]]
+            sets.append([dict(zip(keys, row, strict=True)) for row in rows])
+    for chosen in itertools.product(*sets):
+        case = {key: value for part in chosen for key, value in part.items()}
+        parameters = inspect.signature(function).parameters.values()
+        missing = [p.name for p in parameters if p.default is p.empty and p.name not in case]
+        if missing:
+            raise CannotPass(f"the test {function.__name__} wants {missing[0]!r}: there are no fixtures")
+        result = function(**case)
+        if inspect.iscoroutine(result):
+            importlib.import_module("asyncio").run(result)
 
 
 def _step(body: list[ast.stmt], flags: int, test: bool, text: str) -> Step:
@@ -171,10 +383,16 @@ def _step(body: list[ast.stmt], flags: int, test: bool, text: str) -> Step:
 
 
 def _calls(node: ast.AST) -> set[str]:
-    return {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    """The names of what a statement calls; empty for what is not a name."""
+    calls = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
+    return {f.id if isinstance(f, ast.Name) else "" for f in calls}
 
 
-def _parameters(node: ast.FunctionDef) -> bool:
+def _mentions(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     args = node.args
     needed = len(args.posonlyargs) + len(args.args) - len(args.defaults)
     return needed > 0 or any(default is None for default in args.kw_defaults)
@@ -201,7 +419,10 @@ def run_tests(payload: dict[str, Any], fd: int, report_fd: int) -> int:
         if "error" in loaded:
             cause = to_exception(loaded)
             raise Gone(f"the program does not load: {type(cause).__name__}: {cause}")
-        names = Names(link, set(payload["names"]))
+        attributes = _attributes_used([ast.parse(source) for source in payload["tests"]])
+        names = Names(link, set(payload["names"]), attributes)
+        sys.modules["tests"] = types.ModuleType("tests")  # where dataclasses look for their names
+        sys.modules["solution"] = Solution(names)
         for steps in sources:
             _run_source(steps, names, report)
     except Gone as error:
@@ -215,7 +436,10 @@ def _run_source(steps: list[Step], names: Names, report: Report) -> None:
     """Run one source. After a statement that is no test and fails, the rest of the source has failed too."""
     for position, step in enumerate(steps):
         try:
-            exec(step.code, names)
+            if step.call:
+                _call(names, step.call)
+            else:
+                exec(step.code, names)
         except (Gone, CannotPass):
             raise
         except ModuleNotFoundError as error:

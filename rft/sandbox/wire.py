@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import base64
 import builtins
+import collections
 import datetime
 import functools
 import json
+import operator
 import os
+import types
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -19,7 +22,12 @@ from typing import Any
 
 LONGEST_LINE = 64 << 20
 _CONTAINERS: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
-# Named tuples, Counter, IntEnum: what they are a subclass of is what travels.
+_MAPPINGS: dict[str, type] = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict}
+_FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, str, list, dict, set, bool, tuple)}
+# Types themselves, as in `f(3) == int`; nothing that does more than make a value.
+_TYPES = {kind: name for name, kind in {**_FACTORIES, "bytes": bytes, "complex": complex}.items()}
+_ARRAYS = "biufcUSMm"  # kinds of numpy's arrays whose bytes are their values
+# IntEnum and other subclasses: what they are a subclass of is what travels.
 _BASES: tuple[Any, ...] = (bool, int, float, str, tuple, list, dict, set, frozenset)
 _TEXTS: dict[str, Callable[[str], Any]] = {
     "Fraction": Fraction,
@@ -89,16 +97,48 @@ class Link:
             return {kind.__name__: value.isoformat()}
         if isinstance(value, Proxy):
             return {"yours": value._id}
+        return self._pack_other(value, kind)
+
+    def _pack_other(self, value: Any, kind: type) -> Any:
+        """Types of the standard library and of numpy, and subclasses."""
+        if kind is type and value in _TYPES:
+            return {"kind": _TYPES[value]}
+        if kind is datetime.timedelta:
+            return {"timedelta": [value.days, value.seconds, value.microseconds]}
+        if kind in (collections.Counter, collections.OrderedDict):
+            return {kind.__name__: [[self.pack(k), self.pack(v)] for k, v in value.items()]}
+        if kind is collections.defaultdict and value.default_factory in _TYPES:
+            pairs = [[self.pack(k), self.pack(v)] for k, v in value.items()]
+            return {"defaultdict": [_TYPES[value.default_factory], pairs]}
+        if kind is collections.deque:
+            return {"deque": [[self.pack(v) for v in value], value.maxlen]}
+        if kind in (type({}.keys()), type({}.items())):
+            return {"keys" if kind is type({}.keys()) else "items": [self.pack(v) for v in value]}
+        if isinstance(value, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
+            return {"named": [kind.__name__, list(map(str, kind._fields)), [self.pack(v) for v in value]]}
         for base in _BASES:
             if isinstance(value, base):
                 return self.pack(base(value))
-        if kind.__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-            return self.pack(value.item())
+        if kind.__module__ == "numpy" and hasattr(value, "tobytes") and hasattr(value, "dtype"):
+            return self._pack_array(value, kind)
         return self.lend(value)
+
+    def _pack_array(self, value: Any, kind: type) -> Any:
+        if kind.__name__ != "ndarray":
+            item = value.item() if getattr(value, "ndim", 1) == 0 else value
+            return self.lend(value) if item is value or type(item) is kind else self.pack(item)
+        if value.dtype.kind in _ARRAYS:
+            content: Any = base64.b64encode(value.tobytes()).decode()
+        elif value.dtype.kind == "O":
+            content = [self.pack(v) for v in value.ravel()]
+        else:
+            return self.lend(value)
+        return {"ndarray": [value.dtype.str, list(value.shape), content]}
 
     def lend(self, value: Any) -> Any:
         self.lent[id(value)] = value
-        return {"lent": id(value), "type": type(value).__name__}
+        kinds: dict[type, str] = {types.CoroutineType: "coroutine", types.AsyncGeneratorType: "async"}
+        return {"lent": id(value), "type": kinds.get(type(value), "object")}
 
     def unpack(self, data: Any) -> Any:
         """Turn what `pack` made on the other side into a value."""
@@ -123,6 +163,10 @@ class Link:
             return range(*value)
         if kind in _TEXTS:
             return _TEXTS[kind](value)
+        if kind in _MAPPINGS:
+            return _MAPPINGS[kind]({self.unpack(k): self.unpack(v) for k, v in value})
+        if kind in _OTHERS:
+            return _OTHERS[kind](self.unpack, value)
         if kind == "yours":
             return self.lent[value]
         if kind == "lent":
@@ -182,6 +226,63 @@ def _iterate(target: Any) -> list[Any] | None:
     return items
 
 
+def _unpack_named(unpack: Callable[[Any], Any], value: Any) -> Any:
+    name, fields, values = value
+    items = [unpack(v) for v in values]
+    try:
+        return _named_tuple(str(name), tuple(map(str, fields)))(*items)
+    except (ValueError, TypeError):  # one with odd names
+        return tuple(items)
+
+
+@functools.lru_cache(maxsize=256)
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple(name, fields)  # type: ignore[misc]
+
+
+def _unpack_array(unpack: Callable[[Any], Any], value: Any) -> Any:
+    import numpy as np
+
+    kind, shape, content = value
+    if str(kind) == "|O":
+        array = np.empty(len(content), dtype=object)
+        for i, item in enumerate(content):
+            array[i] = unpack(item)
+        return array.reshape(shape)
+    dtype = np.dtype(str(kind))
+    if dtype.kind not in _ARRAYS:
+        raise ValueError(f"no array of {kind!r}")
+    return np.frombuffer(base64.b64decode(content), dtype=dtype).reshape(shape).copy()
+
+
+_OTHERS: dict[str, Callable[[Callable[[Any], Any], Any], Any]] = {
+    "timedelta": lambda unpack, value: datetime.timedelta(*value),
+    "kind": lambda unpack, value: {**_FACTORIES, "bytes": bytes, "complex": complex}[value],
+    "deque": lambda unpack, value: collections.deque([unpack(v) for v in value[0]], value[1]),
+    "defaultdict": lambda unpack, value: collections.defaultdict(
+        _FACTORIES[value[0]], [(unpack(k), unpack(v)) for k, v in value[1]]
+    ),
+    "keys": lambda unpack, value: dict.fromkeys(unpack(v) for v in value).keys(),
+    "items": lambda unpack, value: dict(unpack(v) for v in value).items(),
+    "named": _unpack_named,
+    "ndarray": _unpack_array,
+}
+
+
+def _finish(awaitable: Any) -> Any:
+    """The result of a coroutine or of an asynchronous iterator's next step, in this side's event loop."""
+    return _event_loop().run_until_complete(awaitable)
+
+
+@functools.cache
+def _event_loop() -> Any:
+    import asyncio
+
+    return asyncio.new_event_loop()
+
+
+COMPARISONS = ("lt", "le", "gt", "ge")
+BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda: None,  # answered by `perform`: it also reports what became of the arguments
     "get": getattr,
@@ -197,11 +298,18 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "enter": lambda target: target.__enter__(),
     "exit": lambda target: target.__exit__(None, None, None),
     "isinstance": _isinstance,
+    "delete_item": operator.delitem,
+    "hash": hash,
+    "int": int,
+    "float": float,
+    "await": _finish,
+    "anext": lambda target: _finish(target.__anext__()),
+    **{name: getattr(operator, name) for name in ("eq", *COMPARISONS, *BINARY, "neg", "pos", "abs")},
 }
 
 
 class Proxy:
-    """An object of the other side. Equal to nothing but itself; it never learns what it is compared with."""
+    """An object of the other side, which never learns which data it is compared with."""
 
     def __init__(self, link: Link, number: int, kind: str) -> None:
         self.__dict__.update(_link=link, _id=number, _kind=kind)
@@ -228,6 +336,9 @@ class Proxy:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._ask("set_item", key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._ask("delete_item", key)
 
     def __iter__(self) -> Any:
         items = self._ask("iterate")
