@@ -114,8 +114,14 @@ class Link:
             return {"deque": [[self.pack(v) for v in value], value.maxlen]}
         if kind in (type({}.keys()), type({}.items())):
             return {"keys" if kind is type({}.keys()) else "items": [self.pack(v) for v in value]}
-        if isinstance(value, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
-            return {"named": [kind.__name__, list(map(str, kind._fields)), [self.pack(v) for v in value]]}
+        if isinstance(value, tuple) and isinstance(getattr(value, "_fields", None), tuple):
+            return {
+                "named": [
+                    kind.__name__,
+                    list(map(str, getattr(value, "_fields", ()))),
+                    [self.pack(v) for v in value],
+                ]
+            }
         for base in _BASES:
             if isinstance(value, base):
                 return self.pack(base(value))
@@ -237,7 +243,7 @@ def _unpack_named(unpack: Callable[[Any], Any], value: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
-    return collections.namedtuple(name, fields)  # type: ignore[misc]
+    return collections.namedtuple(name, fields)
 
 
 def _unpack_array(unpack: Callable[[Any], Any], value: Any) -> Any:
