@@ -39,8 +39,9 @@ class RewardActor:
         """All scores of a call, encoded, and what `log_metric` got; what the function raises is an `error`
         of its samples."""
         scores: list[Score] = []
-        call = Call(lambda first, part: scores.extend(part), lambda index: None)
-        logged = call.run(self.reward, prompts, completions, columns, batch, state)
+        logged: Logged = {}
+        call = Call(lambda first, part: scores.extend(part), lambda index: None, logged.update)
+        call.run(self.reward, prompts, completions, columns, batch, state)
         return encode(scores), logged
 
 

@@ -255,9 +255,11 @@ class WorkerPool:
         worker.send((r.spec, r.prompts[part], r.completions[part], columns, job.batch, r.state))
         while True:
             kind, *rest = await worker.receive(self.specs[r.spec].timeout_s, per_call=True)
-            if kind == "done":
+            if kind == "logged":
                 for name, values in rest[0].items():
                     r.logged.setdefault(name, []).extend(values)
+                continue
+            if kind == "done":
                 for i in range(job.start, job.stop):  # whatever happened: nobody waits for ever
                     self._fill(r, i, [Score(None, Outcome.error, "its worker gave no score for this sample")])
                 return

@@ -1,7 +1,8 @@
 """What runs in a worker process: it loads the reward functions once and judges chunk after chunk.
 
 Messages are length-prefixed pickles over a socket. In: the set-up, then jobs. Out: ("loading", i) per
-function and the set-up's result, then per job one or more `("scores", offset, [...])` and `("done", logged)`.
+function and the set-up's result, then per job `("scores", offset, [...])` messages, `("logged", {...})` before
+the last of them, and `("done",)`.
 Before each call the index of its first sample and the time are written to shared memory, so that the
 parent knows which sample hangs, and since when, without a message per sample. On the signal `WHERE` the
 process writes what it is doing to a file in memory: Python's own handler does so even where a function
@@ -76,9 +77,15 @@ def decode(rows: Sequence[Row]) -> list[Score]:
 class Call:
     """One job: scores come out in order, through `emit`."""
 
-    def __init__(self, emit: Callable[[int, list[Score]], None], mark: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        emit: Callable[[int, list[Score]], None],
+        mark: Callable[[int], None],
+        log: Callable[[dict[str, list[float]]], None],
+    ) -> None:
         self.emit = emit
         self.mark = mark
+        self.log = log
         self.pid = os.getpid()
         self.surroundings = _Surroundings()
 
@@ -90,9 +97,9 @@ class Call:
         columns: dict[str, Any],
         batch: int,
         state: TrainerState | None = None,
-    ) -> dict[str, list[float]]:
-        """Judge all samples, `batch` per call; per-sample functions report progress by sample. Returns what
-        the function gave to `log_metric`."""
+    ) -> None:
+        """Judge all samples, `batch` per call; per-sample functions report progress by sample. What the
+        function gave to `log_metric` goes out before the last scores, with which a request may end."""
         n = len(completions)
         step = batch if not isinstance(reward, PerSample) else 16
         pending: list[Score] = []
@@ -103,12 +110,12 @@ class Call:
             part = slice(start, min(start + step, n))
             given = {name: values[part] for name, values in columns.items()}
             pending += self._part(reward, prompts[part], completions[part], given, start)
-            if monotonic() - sent > FLUSH_S:
+            if monotonic() - sent > FLUSH_S and part.stop < n:
                 self.emit(first, pending)
                 first, pending, sent = part.stop, [], monotonic()
-        if pending:
-            self.emit(first, pending)
-        return reward.take_logged() if isinstance(reward, Custom) else {}
+        if isinstance(reward, Custom):
+            self.log(reward.take_logged())
+        self.emit(first, pending)
 
     def _part(
         self, reward: Any, prompts: Any, completions: Any, columns: dict[str, Any], start: int
@@ -228,12 +235,16 @@ def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
             return
         threading.Thread(target=_watch, args=(sock,), daemon=True).start()
         send(sock, ("ready", [(r.columns, r.required, r.any_of, r.per_sample) for r in rewards]))
-        call = Call(lambda first, scores: send(sock, ("scores", first, encode(scores))), mark)
+        call = Call(
+            lambda first, scores: send(sock, ("scores", first, encode(scores))),
+            mark,
+            lambda logged: send(sock, ("logged", logged)),
+        )
         while (job := receive(sock)) is not None:
             index, *rest = job
-            logged = call.run(rewards[index], *rest)
+            call.run(rewards[index], *rest)
             mark(-1)
-            send(sock, ("done", logged))
+            send(sock, ("done",))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
     finally:
