@@ -1,8 +1,8 @@
 """What runs in a worker process: it loads the reward functions once and judges chunk after chunk.
 
 Messages are length-prefixed pickles over a socket. In: the set-up, then jobs. Out: ("loading", i) per
-function and the set-up's result, then per job `("scores", offset, [...])` messages, `("logged", {...})` before
-the last of them, and `("done",)`.
+function and the set-up's result, then per job `("scores", offset, [...])` messages, `("logged", {...})`
+before the last of them, and `("done",)`.
 Before each call the index of its first sample and the time are written to shared memory, so that the
 parent knows which sample hangs, and since when, without a message per sample. On the signal `WHERE` the
 process writes what it is doing to a file in memory: Python's own handler does so even where a function
