@@ -11,13 +11,14 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rft.data.errors import DataError
 
 _BLOCK = 1000  # rows of a table that are turned into Python objects at a time
+ROW_BYTES = 16 << 20  # of one JSON line: a longer one is no row, and would fill the memory
 _GZIP = b"\x1f\x8b"
 # How files of other kinds begin, and what to do with them.
 _OTHER_FORMATS = (
@@ -55,7 +56,7 @@ def read_json(file: Path) -> list[Any]:
                 raise DataError(f"it is {what}", source=source)
         zipped = beginning.startswith(_GZIP) or (beginning and file.suffix == ".gz")
         with gzip.open(file, "rb") if zipped else file.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(read_lines(stream, source), 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
@@ -70,6 +71,22 @@ def read_json(file: Path) -> list[Any]:
     except OSError as error:
         raise unreadable(file, error) from None
     return rows
+
+
+def read_lines(stream: IO[bytes], source: str, number: int = 0) -> Iterator[bytes]:
+    """The lines behind line `number`; of a JSON array in the first one, only its beginning may be given.
+
+    Raises DataError at a line of more than `ROW_BYTES`, of which it reads no more.
+    """
+    while line := stream.readline(ROW_BYTES + 1):
+        number += 1
+        if len(line) > ROW_BYTES and not (number == 1 and line.lstrip().startswith(b"[")):
+            raise DataError(
+                f"line {number} is longer than {ROW_BYTES >> 20} MiB, the most that a row may have",
+                source=source,
+                row=number,
+            )
+        yield line
 
 
 def unreadable(file: Path, error: OSError) -> DataError:

@@ -20,7 +20,7 @@ from rft.batch import Group
 from rft.data.config import DataConfig
 from rft.data.errors import DataError
 from rft.data.examples import GroupKind
-from rft.data.files import TableRows, decode, parse_line, unreadable
+from rft.data.files import TableRows, decode, parse_line, read_lines, unreadable
 from rft.data.groups import GroupMaker
 from rft.data.rows import Row, Split, data_source, find_files, load_hub, load_rows, map_columns
 
@@ -75,8 +75,7 @@ class LineReader(Reader):
         try:
             with file.open("rb") as f:
                 f.seek(self.byte)
-                while line := f.readline():
-                    yield line
+                yield from read_lines(f, str(file), self.line)
         except OSError as error:
             raise unreadable(file, error) from None
 
