@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rft import __version__
 from rft.utils.paths import path_argument
+from rft.utils.terminal import say
 
 _EXIT_CODES = (
     "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on request (the message names the checkpoint), "
@@ -49,12 +50,12 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     except ConfigError as error:
         count = len(error.problems)
-        print(f"rft: {count} problem{'s' if count > 1 else ''} found:", file=sys.stderr)
+        say(f"rft: {count} problem{'s' if count > 1 else ''} found:")
         for problem in error.problems:
-            print(f"  - {problem}", file=sys.stderr)
+            say(f"  - {problem}")
         return 2
     except KeyboardInterrupt:
-        print("rft: interrupted", file=sys.stderr)
+        say("rft: interrupted")
         return 1
     except Exception as error:
         from rft.run import report_failure
@@ -165,9 +166,9 @@ def _train(args: argparse.Namespace) -> int:
     with runfolder.hold(config) as warning:
         folder = runfolder.claim(config, args.resume)
         for note in filter(None, (warning, *folder.notes)):
-            print(f"rft: {note}", file=sys.stderr)
+            say(f"rft: {note}")
         if folder.finished is not None:
-            print(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}", file=sys.stderr)
+            say(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}")
             return 0
         return run.train(make_plan(config), folder, args.signals)
 
@@ -177,13 +178,13 @@ def _verify(args: argparse.Namespace) -> int:
 
     from rft.verify import verify_resume
 
-    def say(text: str) -> None:
-        print(f"rft: {text}", file=sys.stderr, flush=True)
+    def tell(text: str) -> None:
+        say(f"rft: {text}")
 
     with tempfile.TemporaryDirectory(prefix="rft-verify-") as temporary:
         out = Path(args.out or temporary)
-        verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, say)
-    print("\n".join(verdict.lines()))
+        verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, tell)
+    say("\n".join(verdict.lines()), sys.stdout)
     return 0 if verdict.kept else 1
 
 
@@ -196,7 +197,7 @@ def _check(args: argparse.Namespace) -> int:
     problems: list[str] = []
     for action in (
         lambda: runfolder.claim(config, "auto"),
-        lambda: print("\n".join(make_plan(config).lines())),
+        lambda: say("\n".join(make_plan(config).lines()), sys.stdout),
     ):
         try:
             action()

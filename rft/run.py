@@ -37,6 +37,7 @@ from rft.sync.channel import PushChannel
 from rft.sync.ipc import ColocatedChannel
 from rft.twin import Twin
 from rft.utils.signals import SAME_REQUEST_S, STOPPED, StopSignals, print_stop
+from rft.utils.terminal import say
 from rft.warm_start import WARM_START_FOLDER, warm_start
 
 DONE, FAILED, USER_ERROR, FAULT = 0, 1, 2, 76
@@ -176,7 +177,7 @@ def _end_with_ray(name: str, log: RunLog, progress: Progress, signals: StopSigna
     code = STOPPED if signals.asked(within=1.0) else FAULT  # a signal to every process may have ended it
     log.close(what)
     progress.close()
-    print(f"rft: {signals.reason or 'failed'}: {what}", file=sys.stderr, flush=True)
+    say(f"rft: {signals.reason or 'failed'}: {what}")
     for process in psutil.Process().children(recursive=True):
         kill(process.pid)
     os._exit(code)
@@ -345,6 +346,6 @@ def report_failure(error: BaseException) -> int:
     """Tell a failure on stderr, with its traceback; returns the exit code: FAULT where a part of the
     machine failed, so that the same command may well succeed, FAILED for all else."""
     traceback.print_exception(error, file=sys.stderr)
-    print(f"rft: failed: {type(error).__name__}: {error}", file=sys.stderr)
+    say(f"rft: failed: {type(error).__name__}: {error}")
     of_the_machine = ActorDied | EngineError | Overdue | CheckpointError | RayError
     return FAULT if isinstance(error, of_the_machine) else FAILED

@@ -8,12 +8,13 @@ from __future__ import annotations
 import bisect
 import codecs
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rft.data.errors import DataError
 
@@ -73,7 +74,7 @@ def read_json(file: Path) -> list[Any]:
     return rows
 
 
-def read_lines(stream: IO[bytes], source: str, number: int = 0) -> Iterator[bytes]:
+def read_lines(stream: io.BufferedIOBase, source: str, number: int = 0) -> Iterator[bytes]:
     """The lines behind line `number`; of a JSON array in the first one, only its beginning may be given.
 
     Raises DataError at a line of more than `ROW_BYTES`, of which it reads no more.

@@ -16,6 +16,7 @@ from rft.rewards.check import check_reward
 from rft.rewards.config import RewardConfig, RewardsConfig
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, text_of
+from rft.utils.terminal import say
 
 OUTCOMES = [outcome.value for outcome in Outcome]
 
@@ -64,19 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _config(args)
         rows = read_rows(args.file, args.prompt, args.completion, args.label, args.limit)
     except ValueError as error:  # InputError, DataError and pydantic's ValidationError
-        print(f"rft reward: {error}", file=sys.stderr)
+        say(f"rft reward: {error}")
         return 2
     problems = check_reward(config, Path.cwd(), rows.columns)
     if problems:
-        print("\n".join(f"rft reward: {p}" for p in problems), file=sys.stderr)
+        say("\n".join(f"rft reward: {p}" for p in problems))
         return 2
     try:
         rewards, seconds = asyncio.run(_score(config, rows))
     except RewardError as error:
-        print(f"rft reward: {error}", file=sys.stderr)
+        say(f"rft reward: {error}")
         return 1
     scores = [r.scores["reward"] for r in rewards]
-    print("\n".join(report(scores, rows, seconds, slowest=args.slowest, explain=args.explain)))
+    say("\n".join(report(scores, rows, seconds, slowest=args.slowest, explain=args.explain)), sys.stdout)
     return 1 if any(s.failed for s in scores) else 0
 
 
