@@ -23,11 +23,12 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 @dataclass(frozen=True)
 class Masked:
-    """Holds where `argument & mask == value` (32 bits)."""
+    """Holds where `argument & mask == value` (32 bits); `unequal`: where it is not, with a full mask."""
 
     argument: int
     mask: int
     value: int
+    unequal: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ RULES: list[Rule] = [
         io_uring_enter=(426, 426),
         io_uring_register=(427, 427),
     ),
+    # Pid 1 of the request may be of the same user.
+    Rule("prlimit64", (302, 261), "limit another process", (Masked(0, 0xFFFFFFFF, 0, unequal=True),)),
     *_rules("keys outlive the program", add_key=(248, 217), request_key=(249, 218), keyctl=(250, 219)),
     *_rules(
         "memory that no limit counts, or that outlives the program",
@@ -170,11 +173,9 @@ SIGNAL_RULES = _rules(
     move_pages=(279, 239),
 )
 # Limits and processors of another process: the first argument is a process id, and 0 means the caller.
-SIGNAL_RULES += [
-    Rule(call, numbers, "limit processes outside", (Masked(0, 1 << bit, 1 << bit),))
-    for call, numbers in (("prlimit64", (302, 261)), ("sched_setaffinity", (203, 122)))
-    for bit in range(32)
-]
+SIGNAL_RULES.append(
+    Rule("sched_setaffinity", (203, 122), "move processes outside", (Masked(0, 0xFFFFFFFF, 0, unequal=True),))
+)
 # A descriptor's owner is sent signals when it becomes ready, without a call of kill.
 SIGNAL_RULES += [
     Rule("fcntl", (72, 25), "have the kernel signal processes outside", (_equal(1, command),))
@@ -265,7 +266,7 @@ def _libseccomp() -> Any:
 
 
 def _by_libseccomp(library: Any, rules: Sequence[Rule]) -> bytes:
-    allow, error_action, masked_equal, unknown = 0x7FFF0000, 0x00050000, 7, -1
+    allow, error_action, masked_equal, unequal, unknown = 0x7FFF0000, 0x00050000, 7, 1, -1
     context = library.seccomp_init(allow)
     if not context:
         raise OSError(errno.ENOMEM, "seccomp_init failed")
@@ -278,7 +279,12 @@ def _by_libseccomp(library: Any, rules: Sequence[Rule]) -> bytes:
             if number < 0:
                 continue
             comparisons = (_Comparison * len(rule.when))(
-                *(_Comparison(c.argument, masked_equal, c.mask, c.value) for c in rule.when)
+                *(
+                    _Comparison(c.argument, unequal, c.value, 0)
+                    if c.unequal
+                    else _Comparison(c.argument, masked_equal, c.mask, c.value)
+                    for c in rule.when
+                )
             )
             action = error_action | rule.error
             failed = library.seccomp_rule_add_array(context, action, number, len(rule.when), comparisons)
@@ -326,7 +332,7 @@ def _by_hand(rules: Sequence[Rule], column: int, architecture: int) -> bytes:
             block += [
                 (_LOAD, 0, 0, 16 + 8 * c.argument),
                 (_AND, 0, 0, c.mask),
-                (_JUMP_EQ, 0, behind, c.value),
+                (_JUMP_EQ, behind, 0, c.value) if c.unequal else (_JUMP_EQ, 0, behind, c.value),
             ]
         block.append((_RETURN, 0, 0, _ERRNO | rule.error))
         if rule.when:
