@@ -245,8 +245,10 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not protections.namespaces:
-            _kill_descendants()
-            children.wait_for_all()
+            while children.remain():  # one that was just being forked may have been overlooked
+                _kill_descendants()
+                while children.reap():
+                    pass
             remove_tree(scratch)
         code = children.wait_for_program()
         cpu_s = children.cpu_s
@@ -289,9 +291,13 @@ class Children:
             self.code = os.waitstatus_to_exitcode(status)
         return pid != 0
 
-    def wait_for_all(self) -> None:
-        while self.reap(0):
-            pass
+    def remain(self) -> bool:
+        """Whether there is a process to end or to reap."""
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
 
     def wait_for_program(self) -> int:
         while self.code is None:
