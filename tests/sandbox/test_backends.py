@@ -201,7 +201,7 @@ s.run(prog, limits=Limits(wall_s=50.0))
 
 @pytest.mark.parametrize("backend", ["bubblewrap", "native", "landlock"])
 def test_everything_dies_with_a_killed_owner(backend: str) -> None:
-    from conftest import open_sandbox
+    from sandbox_backends import open_sandbox
 
     open_sandbox(backend).close()
     owner = subprocess.Popen([sys.executable, "-c", OWNER, backend], stdout=subprocess.PIPE, text=True)
