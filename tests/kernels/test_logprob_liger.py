@@ -203,6 +203,7 @@ def test_a_kernel_that_fails_or_differs_is_left_out_and_that_is_told(
 async def test_a_choice_in_the_learners_process_is_told_by_the_run() -> None:
     choose(KIND, HIDDEN, {"triton": Run(0.01), "liger": Run()})
     actor = LearnerActor.__new__(LearnerActor)
+    actor.notes = []
 
     async def ask(method: str) -> list[str]:
         answer: list[str] = getattr(actor, method)()

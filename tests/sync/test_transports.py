@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from rft.errors import EngineError, TransferError
+from rft.errors import BrokenWeights, EngineError, TransferError
 from rft.rollout.pool import RolloutPool, _Member
 from rft.sync.link import Link
 from rft.sync.publisher import Publisher
@@ -277,18 +277,18 @@ def test_an_adapter_arrives_bit_for_bit_with_its_config() -> None:
         assert len(received) == 2 and all(same_bits(got, tensors, torch.float32) for got in received)
         nudge(tensors, version)
     tensors["layer.36.weight"] = torch.full((3, 3), torch.inf)
-    with pytest.raises(TransferError, match="adapter of version 3 is not finite, first layer"):
+    with pytest.raises(BrokenWeights, match="adapter of version 3 is not finite, first layer"):
         wire.publisher.announce_adapter(3, tensors, {})
 
 
 def test_a_replica_that_holds_another_version_fails_the_push(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = RolloutPool([engine_spec(Path())] * 2, cpus=0, gpus=0, start_timeout_s=1, generate_timeout_s=1)
-    pool.members = {index: _Member(None, index) for index in (0, 1)}
+    pool.members = {index: _Member(None, index, received=True) for index in (0, 1)}
 
-    async def reported(method: str, *args: Any, **kwargs: Any) -> list[int]:
-        return [3, 2]
+    async def reported(index: int, method: str, *args: Any, **kwargs: Any) -> int:
+        return 3 - index
 
-    monkeypatch.setattr(pool, "_all", reported)
+    monkeypatch.setattr(pool, "_ask", reported)
     with pytest.raises(EngineError, match="rollout replica 1 reports version 2 after a push of 3"):
         asyncio.run(pool.finish_update(3))
-    assert not any(member.serving for member in pool.members.values())
+    assert [pool.members[index].serving for index in (0, 1)] == [True, False]
