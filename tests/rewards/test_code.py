@@ -20,6 +20,7 @@ from real_data import read_rows
 from rft.rewards import Outcome, RewardConfig, RewardRunner, RewardsConfig, load_reward
 from rft.rewards.code import extract_code, stdio_cases
 from rft.sandbox import PROTECTIONS, Limits, Sandbox, SandboxError
+from rft.utils.process import descendants
 
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = ["assert add(1, 2) == 3", "assert add(5, 5) == 10"]
@@ -164,13 +165,9 @@ def test_a_hostile_program_does_not_score(code: Any, name: str) -> None:
 def _jailed() -> set[str]:
     """Command lines of processes with a jailed user id."""
     found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if entry.stat().st_uid >= 1_000_000_000:
-                    found.add((entry / "cmdline").read_text())
-            except OSError:
-                continue
+    for pid in _jailed_pids():
+        with contextlib.suppress(OSError):
+            found.add(Path(f"/proc/{pid}/cmdline").read_text())
     return found
 
 
@@ -314,10 +311,15 @@ async def test_a_program_does_not_outlive_its_killed_worker(sandbox: Sandbox) ->
 
 
 def _jailed_pids() -> set[int]:
+    """Processes with a jailed user id that this process has started, or that nobody owns any more."""
+    mine = set(descendants(os.getpid()))
     found = set()
     for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and entry.stat().st_uid >= 1_000_000_000:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if entry.stat().st_uid >= 1_000_000_000 and (int(entry.name) in mine or parent == 1):
                 found.add(int(entry.name))
     return found
 
