@@ -23,19 +23,6 @@ def printed(sandbox: Sandbox, program: str, limits: Limits = SMALL) -> str:
     return run.stdout.strip()
 
 
-def users_processes(first: int, count: int = 1_000_000) -> list[int]:
-    """Processes of the user ids of one sandbox."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if first <= entry.stat().st_uid < first + count:
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
 def test_a_program_reads_stdin_and_files_and_writes_its_scratch_folder(sandbox: Sandbox) -> None:
     program = (
         "import os\nprint(input(), open('data.txt').read())\nopen('new', 'w').write('x')\n"
