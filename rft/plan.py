@@ -35,6 +35,7 @@ from rft.offline_plan import OfflineData, load_offline, offline_problems, refere
 from rft.online_plan import longest_sequence, mixes, online_problems, online_warnings
 from rft.places import socket_problems, unwritable_folders
 from rft.rewards import check_reward, check_values
+from rft.rewards.check import protection
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.choice import channel_spec, choose_transport, layout_problems
@@ -202,6 +203,7 @@ class Plan:
             f"actors       the learner and {r.replicas} rollout replicas on {self.device}, "
             f"{c.rewards.workers} reward workers; weights over {self.transport}",
             f"rewards      {rewards}",
+            *dict.fromkeys(protected for f in c.rewards.functions if (protected := protection(f))),
         ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rft.rewards.config import MaxFraction, RewardConfig, RewardsConfig, Schedul
 from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_options, signature_columns
 from rft.rewards.pool import Loaded, Spec, WorkerPool
 from rft.rewards.types import RewardError
-from rft.sandbox import Sandbox, SandboxError
+from rft.sandbox import PROTECTIONS, Backend, Sandbox, SandboxError
 from rft.spelling import nearest
 from rft.utils.urls import has_credentials, without_credentials
 
@@ -156,8 +157,14 @@ def protection(c: RewardConfig) -> str:
     """
     if c.function not in ("code", "translated_code"):
         return ""
-    options = {k: c.options[k] for k in ("readable", "require") if k in c.options}
-    with Sandbox(**options, backend=c.options.get("sandbox", "auto")) as sandbox:
+    readable, require = c.options.get("readable", ()), c.options.get("require", PROTECTIONS)
+    return _sandbox_of(tuple(readable), tuple(require), c.options.get("sandbox", "auto"))
+
+
+@lru_cache
+def _sandbox_of(readable: tuple[str, ...], require: tuple[str, ...], backend: Backend) -> str:
+    """The protections that a sandbox has here: started once for a check and for the plan that is printed."""
+    with Sandbox(readable, require, backend) as sandbox:
         return sandbox.describe()
 
 

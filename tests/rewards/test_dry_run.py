@@ -97,3 +97,11 @@ def test_the_preflight_names_every_problem(tmp_path: Path) -> None:
     assert check_reward(RewardsConfig(functions=[RewardConfig(function="math")]), columns=["answer"]) == []
     text = describe(RewardsConfig(functions=[RewardConfig(function="math", weight=2.0)]))
     assert "math (weight 2, timeout 30 s)" in text
+
+
+def test_the_plan_of_a_run_says_what_protects_from_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    from rft.cli import main as rft
+
+    code = "rewards={functions: [{function: code, columns: {tests: answer}, options: {require: []}}]}"
+    assert rft(["check", str(Path(__file__).parents[2] / "examples" / "arithmetic.yaml"), code]) == 0
+    assert "\nsandbox (" in capsys.readouterr().out
