@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from common import cpu_name
 
-from rft.metrics.plots import plot_learning_curve
+from rft.report.plots import plot_learning_curve
 from rft.utils.cores import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,16 +27,16 @@ from learning import rft, start
 from learning_offline_measures import HELD_OUT, demonstrations, embedded_pairs, held_out, preferences, task
 from learning_offline_report import RESULTS, Row, load, merge, write_page
 
-from rft.config import parse_config
-from rft.data.config import DataConfig
+from rft.config.data import DataConfig
+from rft.config.load import parse_config
 from rft.data.rows import load_rows
 from rft.learner.learner import Learner
 from rft.local import LocalActor
+from rft.loops.offline import OfflineLoop
 from rft.metrics import Progress
-from rft.offline import OfflineLoop
 from rft.packing import shares_prefix
 from rft.plan import Plan, make_plan
-from rft.run import learner_spec
+from rft.run_training import learner_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"kind": "arithmetic_pairs", "limit": 4096}

@@ -6,12 +6,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rft.algorithms import ALGORITHMS
-from rft.algorithms.asft import ASFT
-from rft.algorithms.offline_preference import preference
+from rft.algorithms.preference.offline_preference import preference
+from rft.algorithms.supervised.asft import ASFT
 from rft.batch import Batch, Group
-from rft.config import parse_config
+from rft.config.data import DataConfig
+from rft.config.load import parse_config
 from rft.data import load_groups, load_prompts
-from rft.data.config import DataConfig
 from rft.learner.forward import PolicyModel
 from rft.learner.learner import Learner
 from rft.plan import Plan

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from rft.metrics.plots import BLUE, GREY, ORANGE, STYLE
+from rft.report.plots import BLUE, GREY, ORANGE, STYLE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning_offline.json"

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from rft.metrics.plots import BLUE, COLORS, GREY, INK, STYLE
+from rft.report.plots import BLUE, COLORS, GREY, INK, STYLE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning.json"

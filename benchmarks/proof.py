@@ -17,7 +17,7 @@ from typing import Any
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.learner.config import LearnerConfig
+from rft.config.learner import LearnerConfig
 from rft.learner.learner import Learner, LearnerSpec
 from rft.sync.proof import PROOF_TOKENS
 from rft.tasks.tiny import build_tiny

@@ -28,8 +28,10 @@ from common import RESULTS, peer_versions, use_peer, write_result  # noqa: E402
 from equivalences import CASES  # noqa: E402
 from math_cases import Case  # noqa: E402
 
-from rft.rewards import RewardConfig, RewardRunner, RewardsConfig, load_reward  # noqa: E402
+from rft.config.rewards import RewardConfig, RewardsConfig  # noqa: E402
+from rft.rewards import load_reward  # noqa: E402
 from rft.rewards.math import gold_answer, warm_up  # noqa: E402
+from rft.rewards.runner import RewardRunner  # noqa: E402
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[float | None]]
 

@@ -36,18 +36,18 @@ from typing import Any
 import torch
 from common import RESULTS, write_result
 
-from rft.config import parse_config
-from rft.controller import Controller, Parts
+from rft.config.load import parse_config
+from rft.loops.online import Controller, Parts
 from rft.metrics import Progress, RunLog
 from rft.plan import Plan, make_plan
-from rft.remote import within
-from rft.rewards import RewardRunner
+from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, Score
 from rft.rollout.engine import Generated, Request
 from rft.rollout.pool import RolloutPool, _Member
 from rft.sync.channel import PushChannel
 from rft.sync.link import Link
 from rft.sync.spec import Sent
+from rft.utils.ray_calls import within
 
 GENERATION = 16  # completions of a group
 TEMPLATES = 64

@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.learner.config import LearnerConfig
+from rft.config.learner import LearnerConfig
 from rft.learner.learner import Learner, LearnerSpec
 from rft.packing import shares_prefix
 

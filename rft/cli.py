@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from rft.config import ConfigError
-    from rft.errors import RunStopped
+    from rft.errors import ConfigError, RunStopped
 
     try:
         code: int = args.run(args)
@@ -58,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
         say("rft: interrupted")
         return 1
     except Exception as error:
-        from rft.run import report_failure
+        from rft.run_training import report_failure
 
         return report_failure(error)
 
@@ -153,30 +152,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from rft import run, runfolder
-    from rft.config import load_config
+    from rft import run_dir, run_training
+    from rft.config.load import load_config
     from rft.plan import make_plan
 
     config = load_config(args.config, args.overrides)
     if args.restarts > 0:
-        from rft.supervise import supervise
+        from rft.tools.supervise import supervise
 
         args.signals.release()  # the parent waits for signals and its child in one place
         return supervise([args.config, *args.overrides], config.run_dir, args.restarts, args.resume)
-    with runfolder.hold(config) as warning:
-        folder = runfolder.claim(config, args.resume)
+    with run_dir.hold(config) as warning:
+        folder = run_dir.claim(config, args.resume)
         for note in filter(None, (warning, *folder.notes)):
             say(f"rft: {note}")
         if folder.finished is not None:
             say(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}")
             return 0
-        return run.train(make_plan(config), folder, args.signals)
+        return run_training.train(make_plan(config), folder, args.signals)
 
 
 def _verify(args: argparse.Namespace) -> int:
     import tempfile
 
-    from rft.verify import verify_resume
+    from rft.tools.verify import verify_resume
 
     def tell(text: str) -> None:
         say(f"rft: {text}")
@@ -189,14 +188,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from rft import runfolder
-    from rft.config import ConfigError, load_config
+    from rft import run_dir
+    from rft.config.load import load_config
+    from rft.errors import ConfigError
     from rft.plan import make_plan
 
     config = load_config(args.config, args.overrides)
     problems: list[str] = []
     for action in (
-        lambda: runfolder.claim(config, "auto"),
+        lambda: run_dir.claim(config, "auto"),
         lambda: say("\n".join(make_plan(config).lines()), sys.stdout),
     ):
         try:
@@ -211,9 +211,9 @@ def _check(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     import asyncio
 
-    from rft.config import load_config
+    from rft.config.load import load_config
     from rft.plan import make_plan
-    from rft.standalone import evaluate_model
+    from rft.tools.standalone import evaluate_model
 
     config = load_config(args.config, args.overrides)
     plan = make_plan(config, model=args.model, evaluate=True)
@@ -228,7 +228,7 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _print_keys(prefix: str) -> None:
-    from rft.config import describe_fields
+    from rft.config.load import describe_fields
 
     for key, default, text in describe_fields():
         if key.startswith(prefix):
@@ -237,7 +237,7 @@ def _print_keys(prefix: str) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from rft import checkpoint
-    from rft.config import ConfigError
+    from rft.errors import ConfigError
 
     run_dir, out = Path(args.run_dir), Path(args.out)
     if out.exists() and any(out.iterdir()):
@@ -249,7 +249,7 @@ def _export(args: argparse.Namespace) -> int:
             raise ConfigError([f"{run_dir} has neither a final model nor a checkpoint"])
         source = found.path / "model"
         if not source.exists():  # an adapter's checkpoint: the base comes from where the run began
-            from rft.standalone import export_checkpoint
+            from rft.tools.standalone import export_checkpoint
 
             export_checkpoint(run_dir / "config.yaml", found.path, out)
             print(f"{found.path} -> {out}")
@@ -260,21 +260,21 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from rft.metrics.report import write_report
+    from rft.report.report import write_report
 
     print(write_report(_run_folder(args.run_dir), Path(args.out) if args.out else None))
     return 0
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from rft.metrics.watch import watch
+    from rft.report.watch import watch
 
     watch(_run_folder(args.run_dir), once=args.once)
     return 0
 
 
 def _run_folder(text: str) -> Path:
-    from rft.config import ConfigError
+    from rft.errors import ConfigError
 
     path = Path(text)
     if not (path / "events.jsonl").exists():
@@ -289,7 +289,7 @@ def _reward(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from rft.bench import run
+    from rft.tools.bench import run
 
     return run(args.parts, peers=args.peers, fresh=args.fresh)
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _OF_A_PEER = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Dist(Backend|Network|Store)?Error"
 )
 _OF_A_DEVICE = re.compile(r"CUDA error|out of memory|\[Errno \d+\]")
+
+
+class ConfigError(ValueError):
+    """The config is wrong; `problems` lists everything at once."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
 
 
 class EngineError(RuntimeError):

@@ -15,35 +15,36 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from rft.algorithms.checks import problems as algorithm_problems
-from rft.config import Config, ConfigError, algorithm_name, fingerprint
+from rft.config.load import fingerprint
+from rft.config.schema import Config, algorithm_name
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
 from rft.data.chat import Renderer
 from rft.data.demonstrations import any_demonstration
+from rft.errors import ConfigError
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype
-from rft.learner.parallel.checks import describe_ranks, parallel_problems
-from rft.learner.preflight import (
+from rft.learner.stops import stop_ids, unstopped_turns
+from rft.preflight.algorithm import problems as algorithm_problems
+from rft.preflight.learner import (
     describe_training,
     learner_problems,
     stored_quantized_problem,
     trained_parameters,
     vocabulary_problem,
 )
-from rft.learner.stops import stop_ids, unstopped_turns
-from rft.memory import ModelShape, learner_bytes, meta_network, replica_bytes
-from rft.offline_plan import OfflineData, load_offline, offline_problems, reference_problem
-from rft.online_plan import longest_sequence, mixes, online_problems, online_warnings
-from rft.places import socket_problems, unwritable_folders
-from rft.rewards import check_reward, check_values
-from rft.rewards.check import protection
+from rft.preflight.memory import ModelShape, learner_bytes, meta_network, replica_bytes
+from rft.preflight.offline import OfflineData, load_offline, offline_problems, reference_problem
+from rft.preflight.online import longest_sequence, mixes, online_problems, online_warnings
+from rft.preflight.parallel import describe_ranks, parallel_problems
+from rft.preflight.places import socket_problems, unwritable_folders
+from rft.preflight.rewards import check_reward, check_values, protection
+from rft.preflight.transport import channel_spec, choose_transport, layout_problems
+from rft.preflight.warm_start import warm_start_problems
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
-from rft.sync.choice import channel_spec, choose_transport, layout_problems
 from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
 from rft.utils.cores import parse_cores, usable_cores
 from rft.utils.paths import expand
-from rft.warm_start_plan import warm_start_problems
 
 Device = Literal["cpu", "cuda"]
 Engine = Literal["vllm", "hf"]

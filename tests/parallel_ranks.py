@@ -93,8 +93,8 @@ def work(model: Path, root: Path, kind: str, parallel: Parallel | None) -> None:
 
 
 def parallel_of(kind: str) -> Parallel:
+    from rft.contrib.deepspeed import ZeRO
     from rft.learner.parallel.fsdp2 import FSDP2
-    from rft.learner.parallel.zero import ZeRO
 
     name = kind.partition(" ")[0]
     if name == "fsdp2":

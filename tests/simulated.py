@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rft.config import parse_config
-from rft.controller import Controller, Parts
+from rft.config.load import parse_config
+from rft.loops.online import Controller, Parts
 from rft.metrics import Progress, RunLog
 from rft.metrics.log import read_jsonl
 from rft.plan import make_plan
-from rft.rewards import RewardRunner
+from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, Score
 from rft.rollout.engine import Generated, Request
 from rft.rollout.pool import RolloutPool, _Member

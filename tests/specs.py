@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rft.algorithms import ALGORITHMS, Algorithm
-from rft.learner.config import LearnerConfig
+from rft.config.learner import LearnerConfig
 from rft.learner.learner import LearnerSpec
 from rft.rollout.engine import EngineSpec
 

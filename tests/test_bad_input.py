@@ -110,8 +110,8 @@ def test_a_folder_that_is_no_runs_is_not_touched(tmp_path: Path, capsys, command
 
 
 def test_a_folder_of_another_run_is_refused_with_what_differs(tmp_path: Path, capsys) -> None:
-    from rft.config import load_config
-    from rft.runfolder import write_config
+    from rft.config.load import load_config
+    from rft.run_dir import write_config
 
     args = run(tmp_path, "name=old", command="train")
     write_config(tmp_path / "old", load_config(args[1], args[2:]))

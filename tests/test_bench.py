@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rft import bench
-from rft.bench import Script
 from rft.cli import main
-from rft.config import ConfigError
+from rft.errors import ConfigError
+from rft.tools import bench
+from rft.tools.bench import Script
 
 SCRIPTS = [s for part in bench.PARTS.values() for s in part]
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from rft.config import ConfigError, load_config
+from rft.config.load import load_config
+from rft.errors import ConfigError
 from rft.plan import Plan, make_plan
 from tests.integration.conftest import ROOT, rft
 from tests.specs import needs_vllm
@@ -89,9 +90,9 @@ def test_the_memory_of_a_7b_model_follows_from_its_config_alone(
     """Qwen2.5-7B's sizes, on a GPU: 2 bytes a parameter with LoRA, half of one of each map with QLoRA."""
     from transformers import AutoTokenizer, Qwen2Config
 
-    from rft.config import ModelConfig
-    from rft.learner.config import LearnerConfig
-    from rft.memory import ModelShape, learner_bytes
+    from rft.config.learner import LearnerConfig
+    from rft.config.schema import ModelConfig
+    from rft.preflight.memory import ModelShape, learner_bytes
 
     Qwen2Config(
         vocab_size=152064,

@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rft.algorithms.grpo import GRPO
-from rft.config import (
-    Config,
-    ConfigError,
-    apply_overrides,
-    describe_fields,
-    differences,
-    load_config,
-    parse_config,
-)
+from rft.algorithms.policy_gradient.grpo import GRPO
+from rft.config.load import apply_overrides, describe_fields, differences, load_config, parse_config
+from rft.config.schema import Config
+from rft.errors import ConfigError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rft.checkpoint import CheckpointError
-from rft.controller import NoSignal
 from rft.errors import BrokenWeights, EngineError, LearnerError, LogpGapError
+from rft.loops.online import NoSignal
 from tests.simulated import Run, SimLearner, alternating, simulated
 
 OUTCOMES = ("correct", "wrong", "abstain", "error", "timeout", "unparseable")

@@ -10,8 +10,8 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
+from rft.config.learner import LearnerConfig
 from rft.errors import LearnerError
-from rft.learner.config import LearnerConfig
 from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.schedule import learning_rate
 from tests.specs import learner_spec

@@ -11,7 +11,7 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.data.curriculum import Curriculum, CurriculumConfig
+from rft.contrib.curriculum import Curriculum, CurriculumConfig
 from rft.learner.learner import Learner
 from rft.learner.objective import TokenMeans, merge_means
 from tests.test_learner import spec

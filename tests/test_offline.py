@@ -13,17 +13,17 @@ import torch
 
 from rft import checkpoint
 from rft.batch import Batch
-from rft.config import parse_config
+from rft.config.load import parse_config
 from rft.errors import LearnerError
 from rft.learner.actor import LearnerActor
 from rft.local import LocalActor
+from rft.loops.offline import RunStopped
+from rft.loops.offline_run import train_offline
 from rft.metrics import Progress, RunLog
 from rft.metrics.names import is_documented
-from rft.offline import RunStopped
-from rft.offline_run import train_offline
 from rft.plan import Plan, make_plan
-from rft.run import learner_spec
-from rft.runfolder import RunFolder
+from rft.run_dir import RunFolder
+from rft.run_training import learner_spec
 
 ROWS = [
     {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 10}"}
@@ -191,7 +191,7 @@ def test_cached_reference_log_probs_are_those_of_the_live_reference(
 
 
 def test_the_cache_is_keyed_by_model_and_data(tiny_folder: Path, tmp_path: Path) -> None:
-    from rft.reference import cache_file
+    from rft.loops.reference import cache_file
 
     plan = plan_of(tiny_folder, tmp_path)
     assert plan.offline is not None
@@ -279,7 +279,7 @@ def test_evaluation_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
 def test_dropped_groups_of_a_cut_cache_file_are_noticed(tiny_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from rft.reference import attach
+    from rft.loops.reference import attach
 
     plan = plan_of(tiny_folder, tmp_path)
     assert plan.offline is not None

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from rft.algorithms import ALGORITHMS
-from rft.config import ConfigError, algorithm_name, load_config, parse_config
+from rft.config.load import load_config, parse_config
+from rft.config.schema import algorithm_name
 from rft.data import GroupStream
+from rft.errors import ConfigError
 from rft.plan import Plan, make_plan
 
 FOLDER = Path(__file__).parent.parent / "examples"

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from rft.algorithms import ALGORITHMS
-from rft.config import ConfigError, algorithm_name, load_config
+from rft.config.load import load_config
+from rft.config.schema import algorithm_name
+from rft.errors import ConfigError
 from rft.plan import Plan, make_plan
 from tests.specs import needs_vllm
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from rft.config import Config, parse_config
-from rft.learner.parallel.checks import describe_ranks, parallel_problems
+from rft.config.load import parse_config
+from rft.config.schema import Config
 from rft.learner.parallel.ranks import own_part
+from rft.preflight.parallel import describe_ranks, parallel_problems
 
 STAGE_1 = {"zero_optimization": {"stage": 1}}
 

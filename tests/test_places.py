@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rft.cli import main
-from rft.config import Config, parse_config
-from rft.places import SOCKET_PATH_BYTES, socket_problems, unwritable_folders
+from rft.config.load import parse_config
+from rft.config.schema import Config
+from rft.preflight.places import SOCKET_PATH_BYTES, socket_problems, unwritable_folders
 
 CONFIG = "algorithm: sft\ndata: {kind: arithmetic, limit: 64}\nwarm_start: null\n"
 

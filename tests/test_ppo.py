@@ -11,7 +11,7 @@ import torch
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.math.advantages import gae
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.config import load_config
+from rft.config.load import load_config
 from rft.learner.learner import Learner
 from rft.learner.objective import LogpGap
 from tests.test_learner import Watched, spec

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
-from rft.replay import Replay
+from rft.contrib.replay import Replay
 
 
 def test_past_groups_are_mixed_in_and_forgotten_in_order(make_groups) -> None:

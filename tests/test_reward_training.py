@@ -12,16 +12,16 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from rft.algorithms import ALGORITHMS
-from rft.algorithms.reward_model import response_scores
+from rft.algorithms.reward_models.reward_model import response_scores
 from rft.batch import Batch, Group
-from rft.config import parse_config
+from rft.config.load import parse_config
 from rft.data import load_groups
 from rft.learner.held_out import Sums
 from rft.learner.learner import Learner
 from rft.plan import make_plan
 from rft.rewards import load_reward
 from rft.rewards.types import Outcome
-from rft.run import learner_spec
+from rft.run_training import learner_spec
 from rft.tasks.pairs import ArithmeticPairs
 
 PROMPTS = ["Mia has 4 pens, finds 2. How many now?\n"] * 3

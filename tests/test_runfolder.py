@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rft import checkpoint, runfolder
-from rft.config import Config, ConfigError, parse_config
+from rft import checkpoint, run_dir
+from rft.config.load import parse_config
+from rft.config.schema import Config
+from rft.errors import ConfigError
 
 
 def config(folder: Path, **more: object) -> Config:
@@ -18,7 +20,7 @@ def config(folder: Path, **more: object) -> Config:
 def begun(folder: Path) -> None:
     """A run with one checkpoint."""
     run = folder / "r"
-    runfolder.write_config(run, config(folder))
+    run_dir.write_config(run, config(folder))
 
     def write(into: Path) -> None:
         (into / "a").write_text("a")
@@ -28,7 +30,7 @@ def begun(folder: Path) -> None:
 
 def test_differences_are_listed_or_refused(tmp_path: Path) -> None:
     begun(tmp_path)
-    found = runfolder.claim(config(tmp_path, checkpoint={"every": 5}, train={"steps": 9}), "auto")
+    found = run_dir.claim(config(tmp_path, checkpoint={"every": 5}, train={"steps": 9}), "auto")
     assert found.resumed_at == 7
     assert set(found.notes) == {
         "checkpoint.every: 50 -> 5",
@@ -36,7 +38,7 @@ def test_differences_are_listed_or_refused(tmp_path: Path) -> None:
         "learning rate: constant, it goes on with 1e-06",
     }
     with pytest.raises(ConfigError, match=r"(?s)differ in what is learned.*seed: was 1, now 2"):
-        runfolder.claim(config(tmp_path, seed=2), "auto")
+        run_dir.claim(config(tmp_path, seed=2), "auto")
 
 
 def test_a_run_older_than_a_setting_resumes_with_its_default(tmp_path: Path) -> None:
@@ -45,7 +47,7 @@ def test_a_run_older_than_a_setting_resumes_with_its_default(tmp_path: Path) -> 
     written = yaml.safe_load(file.read_text())
     del written["rollout"]["health_every_s"], written["train"]["curriculum"]
     file.write_text(yaml.safe_dump(written))
-    assert runfolder.claim(config(tmp_path), "auto").notes == ()
+    assert run_dir.claim(config(tmp_path), "auto").notes == ()
 
 
 def test_other_library_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +55,7 @@ def test_other_library_versions_are_told(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as then:
         then.setattr(checkpoint, "library_versions", lambda: {**real, "torch": "1.0"})
         begun(tmp_path)
-    (note,) = runfolder.claim(config(tmp_path), "auto").notes
+    (note,) = run_dir.claim(config(tmp_path), "auto").notes
     assert note.startswith("torch: version 1.0 -> 2") and note.endswith("since the checkpoint")
 
 
@@ -61,11 +63,11 @@ def extended(folder: Path, **more: object) -> tuple[str, ...]:
     """The notes of a finished run of 10 steps that is to take 20."""
     old = config(folder, train={"steps": 10}, **more)
     run = folder / "r"
-    runfolder.write_config(run, old)
+    run_dir.write_config(run, old)
     checkpoint.save(run / "checkpoints", 10, write_one, keep=1, meta={})
-    runfolder.write_result(run, {"steps": 10})
-    assert runfolder.claim(old, "auto").finished is not None
-    return runfolder.claim(config(folder, train={"steps": 20}, **more), "auto").notes
+    run_dir.write_result(run, {"steps": 10})
+    assert run_dir.claim(old, "auto").finished is not None
+    return run_dir.claim(config(folder, train={"steps": 20}, **more), "auto").notes
 
 
 def write_one(into: Path) -> None:
@@ -90,7 +92,7 @@ def test_a_lock_alone_is_no_other_run(tmp_path: Path) -> None:
     """A process that was killed before it wrote its config leaves its lock file only."""
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "run.lock").write_text("{}")
-    assert runfolder.claim(config(tmp_path), "auto").resumed_at is None
+    assert run_dir.claim(config(tmp_path), "auto").resumed_at is None
 
 
 def damaged_cases() -> dict[str, object]:
@@ -130,16 +132,16 @@ def damaged_cases() -> dict[str, object]:
 @pytest.mark.parametrize("case", damaged_cases())
 def test_a_damaged_run_folder_is_one_message_or_an_older_checkpoint(tmp_path: Path, case: str) -> None:
     run = tmp_path / "r"
-    runfolder.write_config(run, config(tmp_path))
+    run_dir.write_config(run, config(tmp_path))
     for step in (3, 7):
         checkpoint.save(run / "checkpoints", step, lambda into: (into / "a").write_text("a"), keep=2, meta={})
     damaged_cases()[case](run)  # type: ignore[operator]
     if case.startswith(("config", "result")):
         with pytest.raises(ConfigError, match=r"is damaged") as caught:
-            runfolder.claim(config(tmp_path), "auto")
+            run_dir.claim(config(tmp_path), "auto")
         assert case.split()[0] in str(caught.value)
     else:
-        claimed = runfolder.claim(config(tmp_path), "auto")
+        claimed = run_dir.claim(config(tmp_path), "auto")
         assert claimed.resumed_at == 3
         assert any("passed over" in note for note in claimed.notes)
 

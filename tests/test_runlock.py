@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from rft import runlock
-from rft.config import ConfigError
-from rft.runlock import LOCK_FILE, RunLock
+from rft.errors import ConfigError
+from rft.utils import run_lock as runlock
+from rft.utils.run_lock import LOCK_FILE, RunLock
 
 HOLDER = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
-from rft.runlock import RunLock
+from rft.utils.run_lock import RunLock
 if "no-locks" in sys.argv:
     def refuse(*args): raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     fcntl.lockf = refuse

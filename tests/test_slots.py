@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rft.batch import Group, Prompt
-from rft.rollout.slots import SlotBuffer, SlotError, State, Work
+from rft.rollout.buffer import SlotBuffer, SlotError, State, Work
 
 PROMPT = Prompt(0, (1,), "p")
 GROUP = Group(PROMPT, ())

@@ -13,12 +13,12 @@ import psutil
 import pytest
 
 from rft import checkpoint
+from rft.config.metrics import TrackingConfig
 from rft.errors import RunStopped
 from rft.metrics import Progress, RunLog
-from rft.metrics.config import TrackingConfig
 from rft.metrics.log import read_jsonl
-from rft.run import Ending
-from rft.runfolder import RunFolder
+from rft.run_dir import RunFolder
+from rft.run_training import Ending
 from rft.utils import signals
 from rft.utils.signals import STOP_SIGNALS, StopSignals
 from tests.integration.conftest import ROOT
@@ -176,7 +176,7 @@ def test_a_sender_in_another_container_is_no_process_here(tmp_path: Path) -> Non
 def test_a_run_that_is_verified_ends_with_whoever_verifies_it(tmp_path: Path) -> None:
     """SIGTERM to `rft verify-resume` alone: its run does not go on without it."""
     process = program(
-        "from rft import verify\n"
+        "from rft.tools import verify\n"
         f"verify._train = lambda arguments: ['sh', '-c', 'echo $$ > {tmp_path}/pid; exec sleep 60']\n"
         "say('ready'); verify._run_to_end([])"
     )

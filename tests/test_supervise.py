@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rft import supervise
+from rft.tools import supervise
 from tests.integration.conftest import ROOT
 
 # Appends its arguments, then does what the line of `plan` with its number says: a checkpoint's name or "",
@@ -99,7 +99,7 @@ def test_auto_counts_failures_from_the_last_checkpoint(stand: Stand) -> None:
 SUPERVISOR = """
 import signal, sys
 from pathlib import Path
-from rft import supervise
+from rft.tools import supervise
 supervise.COMMAND = (sys.executable, sys.argv[1] + "/run.py")
 sys.exit(supervise.supervise([], Path(sys.argv[1]) / "run", int(sys.argv[2])))
 """

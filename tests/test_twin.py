@@ -8,7 +8,7 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Group
-from rft.twin import own
+from rft.contrib.second_policy import own
 
 
 def paired(groups: list[Group]) -> list[Group]:

@@ -17,10 +17,10 @@ from shapes import QWEN3_600M
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
-from rft.config import ModelConfig
-from rft.learner.config import LearnerConfig
+from rft.config.learner import LearnerConfig
+from rft.config.schema import ModelConfig
 from rft.learner.learner import Learner, LearnerSpec
-from rft.memory import ModelShape, learner_bytes
+from rft.preflight.memory import ModelShape, learner_bytes
 
 TARGET = 0.45
 

@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
-from rft.algorithms.asft import ASFT
 from rft.algorithms.base import Algorithm, PolicyOutput, Rollout
-from rft.algorithms.c_rlft import CRLFT
-from rft.algorithms.checks import problems
-from rft.algorithms.cispo import CISPO
-from rft.algorithms.cory import CORY
-from rft.algorithms.cpo import CPO
-from rft.algorithms.dapo import DAPO
-from rft.algorithms.dft import DFT
-from rft.algorithms.distill import Distill
-from rft.algorithms.dpo import DPO
-from rft.algorithms.dr_grpo import DrGRPO
-from rft.algorithms.forgetting import Forgetting
-from rft.algorithms.gpg import GPG
-from rft.algorithms.grpo import GRPO
-from rft.algorithms.gspo import GSPO
-from rft.algorithms.ift import IFT
-from rft.algorithms.iterative_dpo import IterativeDPO
-from rft.algorithms.iw_sft import IWSFT
-from rft.algorithms.kto import KTO
-from rft.algorithms.luffy import LUFFY
-from rft.algorithms.masked_thought import MaskedThought
-from rft.algorithms.max_rl import MaxRL
-from rft.algorithms.nash_md import NashMD
-from rft.algorithms.neft import NEFT
-from rft.algorithms.online_dpo import OnlineDPO
-from rft.algorithms.opo import OPO
-from rft.algorithms.orpo import ORPO
-from rft.algorithms.per_step import PerStep
-from rft.algorithms.poft import PoFT
-from rft.algorithms.ppo import PPO
-from rft.algorithms.prefix_rft import PrefixRFT
-from rft.algorithms.raft import RAFT, ExpertIteration, RAFTPlusPlus, ReinforceRej
-from rft.algorithms.reinforce_pp import ReinforcePP
-from rft.algorithms.remax import ReMax
-from rft.algorithms.reward_difference import RewardDifference
-from rft.algorithms.reward_model import PairwiseReward, ProcessReward, RewardModel, RewardRegression
-from rft.algorithms.rloo import RLOO
-from rft.algorithms.sft import SFT
-from rft.algorithms.simpo import SimPO
-from rft.algorithms.sppo import SPPO
-from rft.algorithms.token_cleaning import SSToken, TokenCleaning
-from rft.algorithms.weak_to_strong import WeakToStrong
+from rft.algorithms.policy_gradient.cispo import CISPO
+from rft.algorithms.policy_gradient.cory import CORY
+from rft.algorithms.policy_gradient.dapo import DAPO
+from rft.algorithms.policy_gradient.distill import Distill
+from rft.algorithms.policy_gradient.dr_grpo import DrGRPO
+from rft.algorithms.policy_gradient.gpg import GPG
+from rft.algorithms.policy_gradient.grpo import GRPO
+from rft.algorithms.policy_gradient.gspo import GSPO
+from rft.algorithms.policy_gradient.luffy import LUFFY
+from rft.algorithms.policy_gradient.max_rl import MaxRL
+from rft.algorithms.policy_gradient.opo import OPO
+from rft.algorithms.policy_gradient.per_step import PerStep
+from rft.algorithms.policy_gradient.ppo import PPO
+from rft.algorithms.policy_gradient.prefix_rft import PrefixRFT
+from rft.algorithms.policy_gradient.raft import RAFT, ExpertIteration, RAFTPlusPlus, ReinforceRej
+from rft.algorithms.policy_gradient.reinforce_pp import ReinforcePP
+from rft.algorithms.policy_gradient.remax import ReMax
+from rft.algorithms.policy_gradient.rloo import RLOO
+from rft.algorithms.preference.cpo import CPO
+from rft.algorithms.preference.dpo import DPO
+from rft.algorithms.preference.iterative_dpo import IterativeDPO
+from rft.algorithms.preference.kto import KTO
+from rft.algorithms.preference.nash_md import NashMD
+from rft.algorithms.preference.online_dpo import OnlineDPO
+from rft.algorithms.preference.orpo import ORPO
+from rft.algorithms.preference.reward_difference import RewardDifference
+from rft.algorithms.preference.simpo import SimPO
+from rft.algorithms.preference.sppo import SPPO
+from rft.algorithms.reward_models.reward_model import (
+    PairwiseReward,
+    ProcessReward,
+    RewardModel,
+    RewardRegression,
+)
+from rft.algorithms.supervised.asft import ASFT
+from rft.algorithms.supervised.c_rlft import CRLFT
+from rft.algorithms.supervised.dft import DFT
+from rft.algorithms.supervised.forgetting import Forgetting
+from rft.algorithms.supervised.ift import IFT
+from rft.algorithms.supervised.iw_sft import IWSFT
+from rft.algorithms.supervised.masked_thought import MaskedThought
+from rft.algorithms.supervised.neft import NEFT
+from rft.algorithms.supervised.poft import PoFT
+from rft.algorithms.supervised.sft import SFT
+from rft.algorithms.supervised.token_cleaning import SSToken, TokenCleaning
+from rft.algorithms.supervised.weak_to_strong import WeakToStrong
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "ppo": PPO,
@@ -97,4 +101,4 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "process_reward": ProcessReward,
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "PolicyOutput", "Rollout", "problems"]
+__all__ = ["ALGORITHMS", "Algorithm", "PolicyOutput", "Rollout"]

@@ -1,6 +1,5 @@
 """Datasets in, prompts and groups out."""
 
-from rft.data.config import DataConfig, SourceClass
 from rft.data.errors import DataError
 from rft.data.groups import GroupMaker, GroupSet, load_groups
 from rft.data.prompts import PromptSet, load_prompts
@@ -9,7 +8,6 @@ from rft.data.sampler import GroupSampler, GroupSource, Sampler
 from rft.data.stream import GroupStream, first_row
 
 __all__ = [
-    "DataConfig",
     "DataError",
     "GroupMaker",
     "GroupSampler",
@@ -19,7 +17,6 @@ __all__ = [
     "PromptSet",
     "Rows",
     "Sampler",
-    "SourceClass",
     "first_row",
     "has_held_out",
     "load_groups",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from rft.data.config import DataConfig
+from rft.config.data import DataConfig
 from rft.data.errors import DataError, RowProblem
 from rft.data.messages import Messages, Text
 

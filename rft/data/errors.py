@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rft.spelling import closest
+from rft.utils.did_you_mean import closest
 
 
 class DataError(ValueError):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rft.batch import Completion, Group, Prompt
+from rft.config.data import DataConfig
 from rft.data.chat import Piece, Renderer
-from rft.data.config import DataConfig
 from rft.data.conversation import continuation, pieces
 from rft.data.errors import BadRows, RowProblem, missing_column
 from rft.data.examples import CONVERSATIONS, Example, GroupKind, is_finite, read_example

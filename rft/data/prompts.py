@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rft.batch import Prompt
+from rft.config.data import DataConfig
 from rft.data.chat import Renderer
-from rft.data.config import DataConfig
 from rft.data.errors import BadRows, DataError, RowProblem, missing_column
 from rft.data.messages import Text, read_text, read_tools
 from rft.data.rows import Row, Rows, Split, load_rows

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rft.data.config import SUFFIXES, DataConfig
+from rft.config.data import SUFFIXES, DataConfig
 from rft.data.errors import DataError, missing_column
 from rft.data.files import TableRows, read_file, read_json
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.batch import Group
-from rft.data.config import DataConfig
+from rft.config.data import DataConfig
 from rft.data.errors import DataError
 from rft.data.examples import GroupKind
 from rft.data.files import TableRows, decode, parse_line, read_lines, unreadable

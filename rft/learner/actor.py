@@ -23,11 +23,11 @@ from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.parallel.make import make_parallel
 from rft.learner.parallel.ranks import Meeting, Rendezvous
 from rft.learner.resting import move, resident
-from rft.remote import require_here
 from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.link import Link
 from rft.sync.publisher import Publisher
 from rft.sync.spec import ChannelSpec, Sent, Update
+from rft.utils.ray_calls import require_here
 
 
 class LearnerActor(Learner):

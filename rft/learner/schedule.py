@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rft.learner.config import LearnerConfig
+from rft.config.learner import LearnerConfig
 
 
 def learning_rate(config: LearnerConfig, step: int, total: int) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rft.algorithms.base import Algorithm
-from rft.learner.config import LearnerConfig
+from rft.config.learner import LearnerConfig
 
 
 @dataclass(frozen=True)

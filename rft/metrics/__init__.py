@@ -1,8 +1,7 @@
-"""What a run writes down and how people look at it: run folder, trackers, progress, report, guards."""
+"""What a run writes down: its metrics, events and samples, trackers, progress, guards."""
 
-from rft.metrics.config import GuardsConfig, TrackingConfig
 from rft.metrics.log import RunLog
 from rft.metrics.names import is_documented, is_documented_event
 from rft.metrics.progress import Progress
 
-__all__ = ["GuardsConfig", "Progress", "RunLog", "TrackingConfig", "is_documented", "is_documented_event"]
+__all__ = ["Progress", "RunLog", "is_documented", "is_documented_event"]

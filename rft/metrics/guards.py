@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from rft.metrics.config import Action, GuardsConfig
+from rft.config.metrics import Action, GuardsConfig
 
 Row = Mapping[str, float | None]
 History = Sequence[Row]

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rft.metrics.config import TrackingConfig
+from rft.config.metrics import TrackingConfig
 from rft.metrics.trackers import Tracker, open_trackers
 
 METRICS_FILE, SAMPLES_FILE, EVENTS_FILE = "metrics.jsonl", "samples.jsonl", "events.jsonl"

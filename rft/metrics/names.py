@@ -1,5 +1,5 @@
 """Every metric and event that a run writes, each documented once. `docs/metrics.md` is made from here
-(`python -m rft.metrics.docs > docs/metrics.md`), and a test fails when a run logs a name that is not here.
+(`python -m rft.tools.metric_docs > docs/metrics.md`), and a test fails when a run logs an unlisted name.
 
 A `*` stands for any text, as in `reward/outcome/*`.
 """

@@ -24,7 +24,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from rft.metrics.config import Display
+from rft.config.metrics import Display
 from rft.utils.terminal import printable, say
 
 PHASES = {

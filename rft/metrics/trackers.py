@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from rft.metrics.config import TrackerName, TrackingConfig
+from rft.config.metrics import TrackerName, TrackingConfig
 
 
 class TrackerMissing(ImportError):

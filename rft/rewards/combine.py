@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
-from rft.rewards.config import RewardConfig, RewardsConfig, Schedule
+from rft.config.rewards import RewardConfig, RewardsConfig, Schedule
 from rft.rewards.types import SampleReward, Score
 
 Values = list[float | None]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rft.rewards.check import check_reward
-from rft.rewards.config import RewardConfig, RewardsConfig
+from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.preflight.rewards import check_reward
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, text_of
 from rft.utils.terminal import say
@@ -109,7 +109,7 @@ def _pair(text: str) -> tuple[str, Any]:
 def read_rows(path: str | Path, prompt: str, completion: str, label: str, limit: int | None = None) -> Rows:
     """The rows of a file or folder as a run reads them. Raises InputError and DataError with the row
     for what cannot be used."""
-    from rft.data import DataConfig  # here: it brings torch
+    from rft.config.data import DataConfig
     from rft.data.messages import is_messages
     from rft.data.rows import load_rows
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from rft.rewards.types import Score, correct, graded, wrong
-from rft.spelling import nearest
+from rft.utils.did_you_mean import nearest
 
 Check = Callable[..., bool]
 

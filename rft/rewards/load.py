@@ -29,7 +29,7 @@ from time import perf_counter
 from typing import Any, get_type_hints
 
 from rft.rewards.types import Outcome, RewardFunction, Score, Text, TrainerState, text_of
-from rft.spelling import nearest
+from rft.utils.did_you_mean import nearest
 
 BUILTINS: dict[str, str] = {
     "math": "rft.rewards.math:math",

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rft.config.rewards import SLOW, ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
 from rft.rewards.actors import ActorPool
 from rft.rewards.combine import combine
-from rft.rewards.config import SLOW, ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
 from rft.rewards.load import CallError, require_columns
 from rft.rewards.pool import Logged, Spec, WorkerPool
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, TrainerState, text_of

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rft.batch import Group
-from rft.data import DataConfig, GroupMaker
+from rft.config.data import DataConfig
+from rft.data import GroupMaker
 from rft.data.errors import BadRows
 from rft.data.examples import GroupKind
 from rft.learner.scoring import TEXTS

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from rft.config.rollout import RolloutConfig
 from rft.errors import EngineError
 from rft.metrics import Progress, RunLog
-from rft.rollout.config import RolloutConfig
 from rft.rollout.engine import Aborted, Generated, Request
 from rft.rollout.pool import ReplicaDied, ReplicasLost, RolloutPool
 from rft.sync.channel import PushReport, WeightChannel

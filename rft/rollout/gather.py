@@ -11,8 +11,8 @@ from rft.algorithms.base import Algorithm
 from rft.batch import Completion, Group, Prompt
 from rft.data.chat import Renderer
 from rft.data.demonstrations import demonstrations_of
-from rft.evaluation import Judged, judge
-from rft.rewards import RewardRunner
+from rft.loops.evaluate import Judged, judge
+from rft.rewards.runner import RewardRunner
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.group import sample_group
 from rft.rollout.steps import value_steps

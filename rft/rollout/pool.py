@@ -16,10 +16,10 @@ from typing import Any
 import ray
 
 from rft.errors import EngineError
-from rft.remote import ActorDied, Overdue, call, kill_actor
 from rft.rollout.engine import EngineSpec, Generated, InFlight, Request
 from rft.rollout.replica import CONTROL, Replica
 from rft.sync.link import Link
+from rft.utils.ray_calls import ActorDied, Overdue, call, kill_actor
 
 QUEUED = 2  # times what a replica decodes at once is sent to it, so that the next completions wait there
 CONTROL_CALLS = 1000  # at once; they are short, but for those of a push

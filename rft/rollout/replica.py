@@ -12,10 +12,10 @@ from typing import Any
 import ray
 
 from rft.errors import EngineError, TransferError, is_engine_fault
-from rft.remote import require_here
 from rft.rollout.engine import EngineSpec, Generated, Request, RolloutEngine
 from rft.sync.link import Link
 from rft.utils.cores import parse_cores
+from rft.utils.ray_calls import require_here
 
 CONTROL = "control"
 
@@ -31,10 +31,10 @@ def build_engine(spec: EngineSpec) -> RolloutEngine:
 
         return VLLMSleepingEngine(spec)
     if spec.kind == "vllm":
-        from rft.rollout.vllm_engine import VLLMEngine
+        from rft.rollout.vllm import VLLMEngine
 
         return VLLMEngine(spec)
-    from rft.rollout.hf_engine import HFEngine
+    from rft.rollout.hf import HFEngine
 
     return HFEngine(spec)
 
@@ -162,7 +162,7 @@ class Replica:
     @control
     async def call_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         """Call a method of rft's extension on the engine's workers (vLLM only)."""
-        from rft.rollout.vllm_engine import VLLMEngine
+        from rft.rollout.vllm import VLLMEngine
 
         if not isinstance(self.engine, VLLMEngine):
             raise EngineError(f"{self.name} runs no vLLM; it has no workers to call")

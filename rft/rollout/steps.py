@@ -13,7 +13,7 @@ from typing import Any
 
 from rft.algorithms.base import Steps
 from rft.batch import Completion
-from rft.evaluation import Judged
+from rft.loops.evaluate import Judged
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.sampling import completions_of, continued, decode, text_length
 from rft.utils.seeds import derive_seed

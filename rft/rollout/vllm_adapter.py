@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rft.rollout.engine import Generated, InFlight, Request
-from rft.rollout.vllm_engine import VLLMEngine
+from rft.rollout.vllm import VLLMEngine
 
 
 class VLLMAdapterEngine(VLLMEngine):

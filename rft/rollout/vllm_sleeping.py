@@ -8,7 +8,7 @@ from typing import Any
 
 from rft.errors import EngineError
 from rft.rollout.engine import InFlight
-from rft.rollout.vllm_engine import VLLMEngine
+from rft.rollout.vllm import VLLMEngine
 
 
 class VLLMSleepingEngine(VLLMEngine):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rft.config import Config
+    from rft.config.schema import Config
 
 # peft's methods whose result is an ordinary LoRA adapter, by factor of its rank over the config's: where the
 # method moves a part of the base into the adapter, giving it back doubles the rank.
@@ -18,7 +18,7 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
 
 def adapter_problems(config: Config) -> list[str]:
     """What keeps a config from the transport `adapter`; [] where nothing does."""
-    from rft.learner.strategies.data_init import MAKERS  # not in engines, which import this module too
+    from rft.contrib.strategies.data_init import MAKERS  # not in engines, which import this module too
 
     adapter, found = config.learner.adapter, []
     if adapter is None:

@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rft.errors import EngineError, TransferError
-from rft.remote import Overdue, call
 from rft.rollout.engine import InFlight
 from rft.rollout.pool import GRACE_S, ReplicasLost, RolloutPool
 from rft.sync import files
 from rft.sync.link import Link
 from rft.sync.proof import Gap, Proof, ProofSpec
 from rft.sync.spec import ChannelSpec, Sent
+from rft.utils.ray_calls import Overdue, call
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rft.remote import call
 from rft.sync.broadcast import Manifest
 from rft.sync.channel import PushChannel, PushReport
 from rft.sync.spec import Named, Update
+from rft.utils.ray_calls import call
 
 
 class IpcSender:

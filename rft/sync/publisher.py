@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rft.contrib.sparse_sync.changes import ChangeMeter, change_metrics
 from rft.errors import BrokenWeights
 from rft.sync.broadcast import Manifest, manifest_of
-from rft.sync.changes import ChangeMeter, change_metrics
 from rft.sync.link import Link
 from rft.sync.sender import AdapterSender, Sender, SparseState, open_sender
 from rft.sync.spec import ChannelSpec, Named, Sent, Update

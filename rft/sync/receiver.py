@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rft.contrib.sparse_sync.delta import Delta, apply_delta, digest
 from rft.errors import TransferError
 from rft.sync import broadcast, files
-from rft.sync.delta import Delta, apply_delta, digest
 from rft.sync.link import Link
 from rft.sync.spec import Update
 

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rft.contrib.sparse_sync.delta import Delta, digest, make_delta
 from rft.sync import broadcast, files
 from rft.sync.broadcast import Manifest, manifest_of
-from rft.sync.delta import Delta, digest, make_delta
 from rft.sync.link import Link
 from rft.sync.spec import ChannelSpec, Named, Update
 
@@ -171,7 +171,7 @@ def open_sender(spec: ChannelSpec, link: Link) -> Sender:
 
         return NcclSender(link)
     if spec.transport == "sparse_nccl":
-        from rft.sync.sparse_nccl import SparseNcclSender
+        from rft.contrib.sparse_sync.sparse_nccl import SparseNcclSender
 
         return SparseNcclSender(link, spec.full_every)
     if spec.transport == "ipc":

@@ -16,10 +16,9 @@ TASKS: dict[str, type] = {
 
 def source() -> list[str]:
     """The text of the code that rows and tiny models depend on: part of the key of what is cached."""
-    return [
-        (Path(__file__).parent / name).read_text(encoding="utf-8")
-        for name in ("arithmetic.py", "config.py", "pairs.py", "tiny.py")
-    ]
+    rft = Path(__file__).parents[1]
+    names = ("tasks/arithmetic.py", "config/tasks.py", "tasks/pairs.py", "tasks/tiny.py")
+    return [(rft / name).read_text(encoding="utf-8") for name in names]
 
 
 __all__ = ["TASKS", "Arithmetic", "ArithmeticPairs", "HardArithmetic", "ReasoningGym", "source"]

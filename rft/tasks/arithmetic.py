@@ -24,7 +24,7 @@ from hashlib import blake2b
 from random import Random
 from typing import Any, Literal
 
-from rft.tasks.config import ArithmeticConfig, Style
+from rft.config.tasks import ArithmeticConfig, Style
 
 Split = Literal["train", "test"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+from rft.config.tasks import Style
 from rft.tasks.arithmetic import Arithmetic, Chain, Split, solve, tell
-from rft.tasks.config import Style
 
 TRIES = 1000
 

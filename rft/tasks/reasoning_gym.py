@@ -9,8 +9,8 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal
 
-from rft.spelling import closest
-from rft.tasks.config import ReasoningGymConfig
+from rft.config.tasks import ReasoningGymConfig
+from rft.utils.did_you_mean import closest
 
 TEST_SHARE = 10  # one question in ten is held out
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

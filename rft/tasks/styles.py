@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rft.config.tasks import Style
 from rft.rewards.types import Text, text_of
 from rft.tasks.arithmetic import style_of
-from rft.tasks.config import Style
 
 
 def written_in(completions: Sequence[Text], style: Style) -> list[float]:

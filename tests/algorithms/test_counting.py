@@ -8,9 +8,10 @@ import pytest
 import torch
 from worlds import completion, fill, group, objective, random_groups, random_tables
 
-from rft.algorithms import ALGORITHMS, problems
+from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Group
 from rft.learner.objective import weigh
+from rft.preflight.algorithm import problems
 
 
 def truncated(groups: list[Group], *places: int) -> Batch:

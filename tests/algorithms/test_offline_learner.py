@@ -13,7 +13,8 @@ import torch
 from rft.algorithms import ALGORITHMS, Algorithm, PolicyOutput
 from rft.algorithms.math.sequences import token_index
 from rft.batch import Batch
-from rft.data import DataConfig, load_groups
+from rft.config.data import DataConfig
+from rft.data import load_groups
 from rft.learner.learner import Learner
 from rft.learner.model import load_tokenizer
 from rft.tasks.tiny import build_tiny

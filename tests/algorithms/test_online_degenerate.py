@@ -20,8 +20,9 @@ from worlds import (
     spread,
 )
 
-from rft.algorithms import ALGORITHMS, PolicyOutput, problems
+from rft.algorithms import ALGORITHMS, PolicyOutput
 from rft.batch import Batch, Group
+from rft.preflight.algorithm import problems
 
 ONLINE = [name for name, cls in ALGORITHMS.items() if cls.online]
 # Where all rewards of a group are equal these have nothing to say. (The others do: PPO asks its critic,

@@ -13,13 +13,13 @@ import torch
 from worlds import chosen, hand_batch, hand_policy
 
 from rft.algorithms import ALGORITHMS
-from rft.algorithms.docs import page
+from rft.tools.algorithm_docs import page
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_page_of_algorithms_is_fresh() -> None:
-    stale = "docs/algorithms.md is stale; run: python -m rft.algorithms.docs > docs/algorithms.md"
+    stale = "docs/algorithms.md is stale; run: python -m rft.tools.algorithm_docs > docs/algorithms.md"
     assert (ROOT / "docs" / "algorithms.md").read_text() == page(), stale
 
 

@@ -9,8 +9,8 @@ import torch
 from worlds import completion, group
 
 from rft.algorithms.base import PolicyOutput
-from rft.algorithms.grpo import GRPO
 from rft.algorithms.math.ratios import proximal_logps
+from rft.algorithms.policy_gradient.grpo import GRPO
 from rft.batch import Batch
 
 # One completion of four tokens: sampled by versions 7 (current), 6, 5 and 3.

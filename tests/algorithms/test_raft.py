@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from worlds import completion, group
 
-from rft.algorithms import ALGORITHMS, problems
+from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
-from rft.config import load_config
-from rft.online_plan import online_warnings
+from rft.config.load import load_config
+from rft.preflight.algorithm import problems
+from rft.preflight.online import online_warnings
 
 HAS_ALL = {"num_generations": 4, "has_reference": True, "has_critic": True, "has_demonstrations": True}
 

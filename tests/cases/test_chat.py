@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rft.data import DataConfig, DataError, load_groups, load_prompts
+from rft.config.data import DataConfig
+from rft.data import DataError, load_groups, load_prompts
 from rft.data.examples import common_text
 from tests.cases.families import (
     CHATML,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rft.cli import main
-from rft.config import ConfigError, apply_overrides, load_config, parse_config
+from rft.config.load import apply_overrides, load_config, parse_config
+from rft.errors import ConfigError
 from rft.utils import yaml_files
 
 CASES = Path(__file__).parent

@@ -9,7 +9,8 @@ import pytest
 
 from rft.algorithms.base import Rollout
 from rft.batch import Completion, Prompt
-from rft.data import DataConfig, load_groups
+from rft.config.data import DataConfig
+from rft.data import load_groups
 from rft.data.chat import Renderer
 from rft.rewards.trained import TrainedTexts
 from rft.rollout.engine import Generated, Request, Sampling

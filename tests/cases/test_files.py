@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from rft.cli import main
-from rft.config import parse_config
-from rft.data import DataConfig, DataError, GroupStream, load_rows
-from rft.rewards.config import RewardConfig
+from rft.config.data import DataConfig
+from rft.config.load import parse_config
+from rft.config.rewards import RewardConfig
+from rft.data import DataError, GroupStream, load_rows
 from rft.utils.paths import expand
 from tests.cases.families import make_tokenizer
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from rft.cli import main
-from rft.rewards import Outcome, RewardConfig, RewardsConfig, check_values, load_reward
+from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.preflight.rewards import check_values
+from rft.rewards import Outcome, load_reward
 from rft.rewards.equal import equal
 from rft.rewards.extract import extract
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from rft.rewards import RewardConfig, RewardError, RewardRunner, RewardsConfig, SampleReward, load_reward
+from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.rewards import RewardError, SampleReward, load_reward
 from rft.rewards.dry_run import main as reward_command
+from rft.rewards.runner import RewardRunner
 from tests.cases import hostile_rewards
 
 HERE = Path(__file__).parent
@@ -190,7 +192,7 @@ async def test_a_file_that_does_not_load_is_named_with_its_line(kind: str, tmp_p
 
 
 def test_check_names_the_missing_column(tmp_path: Path) -> None:
-    from rft.rewards import check_reward
+    from rft.preflight.rewards import check_reward
 
     def problems(function: str, *, base: Path = HERE, **columns: str) -> list[str]:
         rewards = RewardsConfig(functions=[RewardConfig(function=function, columns=columns)])

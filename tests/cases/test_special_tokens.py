@@ -108,9 +108,9 @@ def test_what_is_left(name: str, written: str, finish: str, seen: str) -> None:
 
 def test_samples_judges_and_steps_see_the_same(tmp_path: Path) -> None:
     from rft.batch import Prompt
-    from rft.evaluation import Judged
+    from rft.loops.evaluate import Judged
+    from rft.metrics.step import sample_rows
     from rft.rewards.types import Outcome, SampleReward, Score
-    from rft.step_metrics import sample_rows
 
     own = tokenizer("chatml")
     tokens = tuple(own.encode(FORMAT + "<|im_end|>", add_special_tokens=False))

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 
 from rft.cli import main
-from rft.config import Config, ConfigError, parse_config
-from rft.data import DataConfig, load_groups
+from rft.config.data import DataConfig
+from rft.config.load import parse_config
+from rft.config.schema import Config
+from rft.data import load_groups
 from rft.data.chat import Renderer
+from rft.errors import ConfigError
 from rft.learner.learner import Learner
 from rft.learner.stops import stop_ids
 from rft.plan import Plan, make_plan
-from rft.run import learner_spec
+from rft.run_training import learner_spec
 from tests.cases.families import (
     CHATML,
     END,
@@ -154,7 +157,7 @@ def test_the_plain_engine_stops_at_what_ends_a_turn(tmp_path: Path) -> None:
     import asyncio
 
     from rft.rollout.engine import Request, Sampling
-    from rft.rollout.hf_engine import HFEngine
+    from rft.rollout.hf import HFEngine
 
     tokenizer = make_tokenizer(CHATML, eos=END)
     plan = plan_of(tmp_path, tokenizer)

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from rft.batch import Completion, Group, Prompt
-from rft.data.curriculum import Curriculum, CurriculumConfig, pass_rate
+from rft.contrib.curriculum import Curriculum, CurriculumConfig, pass_rate
 from rft.data.errors import DataError
 from rft.data.sampler import Sampler
 from rft.rewards.types import Outcome, Score

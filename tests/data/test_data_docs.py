@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rft.data import DataConfig, load_groups, load_prompts
+from rft.config.data import DataConfig
+from rft.data import load_groups, load_prompts
 from tests.cases.families import TOOLS, make_tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from rft.batch import Batch, Group
-from rft.data import DataConfig, DataError, GroupSet, load_groups, load_prompts
+from rft.config.data import DataConfig
+from rft.data import DataError, GroupSet, load_groups, load_prompts
 from tests.data.conftest import MARKED_TEMPLATE, SHIFTING_TEMPLATE, THINKING_TEMPLATE, make_tokenizer
 
 SYSTEM = {"role": "system", "content": "Add."}

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from rft.data import DataConfig, DataError, load_prompts, load_rows
+from rft.config.data import DataConfig
+from rft.data import DataError, load_prompts, load_rows
 
 ROWS = [{"question": f"{i}+{i}?", "answer": f"think\n#### {2 * i}"} for i in range(10)]
 

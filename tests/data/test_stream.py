@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rft.data import DataConfig, DataError, GroupStream
+from rft.config.data import DataConfig
+from rft.data import DataError, GroupStream
 
 ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(11)]
 

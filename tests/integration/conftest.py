@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from rft.config import parse_config
+from rft.config.load import parse_config
 from rft.plan import make_plan
-from rft.run import learner_spec, make_channel, make_pool, start_engines, start_learner
+from rft.run_training import learner_spec, make_channel, make_pool, start_engines, start_learner
 from rft.sync.channel import PushChannel
 from rft.sync.ipc import ColocatedChannel
 

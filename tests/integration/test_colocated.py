@@ -9,10 +9,10 @@ from typing import Any
 import psutil
 import pytest
 
+from rft.config.metrics import TrackingConfig
 from rft.metrics import Progress, RunLog
-from rft.metrics.config import TrackingConfig
-from rft.remote import call
 from rft.rollout.fleet import Fleet
+from rft.utils.ray_calls import call
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.test_sync import assert_proven, sample, step, train_and_push
 

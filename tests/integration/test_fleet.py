@@ -13,15 +13,15 @@ import psutil
 import pytest
 
 from rft.batch import Batch, Completion, Group, Prompt
+from rft.config.metrics import TrackingConfig
 from rft.errors import EngineError, LearnerError
 from rft.metrics import Progress, RunLog
-from rft.metrics.config import TrackingConfig
 from rft.metrics.log import read_jsonl
-from rft.remote import call
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
-from rft.run import learner_spec, start_learner
+from rft.run_training import learner_spec, start_learner
 from rft.sync.channel import PushChannel
+from rft.utils.ray_calls import call
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.live import is_gone
 

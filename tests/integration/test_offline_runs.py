@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from rft.config import parse_config
+from rft.config.load import parse_config
+from rft.loops.offline import RunStopped
+from rft.loops.warm_start import warm_start
 from rft.metrics import Progress, RunLog
 from rft.metrics.names import is_documented
-from rft.metrics.report import write_report
-from rft.offline import RunStopped
 from rft.plan import Plan, make_plan
-from rft.run import _offline, start_learner
-from rft.runfolder import RunFolder
-from rft.warm_start import warm_start
-from rft.warm_start_plan import warm_start_folder
+from rft.preflight.warm_start import warm_start_folder
+from rft.report.report import write_report
+from rft.run_dir import RunFolder
+from rft.run_training import _offline, start_learner
 
 
 def plan_of(tiny_folder: Path, where: Path, **changes: Any) -> Plan:

@@ -15,10 +15,10 @@ import pytest
 from rft.batch import Batch
 from rft.errors import TransferError
 from rft.learner.parallel.group import LearnerGroup
-from rft.remote import ActorDied, call
 from rft.sync.link import Link
 from rft.sync.receiver import Receiver
 from rft.sync.spec import ChannelSpec
+from rft.utils.ray_calls import ActorDied, call
 from tests.integration.conftest import rft
 from tests.parallel_ranks import spec
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from rft.batch import Batch, Completion, Group, Prompt
+from rft.config.metrics import TrackingConfig
 from rft.errors import LogpGapError
 from rft.metrics import Progress, RunLog
-from rft.metrics.config import TrackingConfig
-from rft.remote import call
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
 from rft.sync.channel import PushReport
+from rft.utils.ray_calls import call
 from tests.integration.conftest import with_transport
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rft.algorithms.asft import ASFT
 from rft.algorithms.base import Algorithm
-from rft.algorithms.distill import Distill
-from rft.algorithms.dpo import DPO
-from rft.algorithms.ppo import PPO
-from rft.algorithms.weak_to_strong import WeakToStrong
+from rft.algorithms.policy_gradient.distill import Distill
+from rft.algorithms.policy_gradient.ppo import PPO
+from rft.algorithms.preference.dpo import DPO
+from rft.algorithms.supervised.asft import ASFT
+from rft.algorithms.supervised.weak_to_strong import WeakToStrong
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_linear as linear
 from rft.kernels.divergence import full_kl

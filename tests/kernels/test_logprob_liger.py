@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rft.config.kernels import KernelsConfig
 from rft.kernels import logprob_choice, logprob_liger
-from rft.kernels.config import KernelsConfig
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_choice import Kind, Logps, choose, take_lines
 from rft.kernels.logprob_common import LogitMap
 from rft.learner.actor import LearnerActor
-from rft.remote import tell_notes
+from rft.utils.ray_calls import tell_notes
 from tests.kernels.on_device import answer
 
 SCRIPT = """

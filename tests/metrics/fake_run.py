@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 from unittest.mock import patch
 
-from rft.metrics import RunLog, TrackingConfig
+from rft.config.metrics import TrackingConfig
+from rft.metrics import RunLog
 
 TOTAL = 120
 CONFIG = """name: arithmetic

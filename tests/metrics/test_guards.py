@@ -7,7 +7,7 @@ import math
 import pytest
 from fake_run import numbers
 
-from rft.metrics import GuardsConfig
+from rft.config.metrics import GuardsConfig
 from rft.metrics.diversity import diversity
 from rft.metrics.guards import Finding, Guards, GuardStop, check
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rft.metrics import RunLog, TrackingConfig
-from rft.metrics.history import NoRun, Run, Tail
+from rft.config.metrics import TrackingConfig
+from rft.metrics import RunLog
+from rft.report.history import NoRun, Run, Tail
 
 PLAIN = TrackingConfig(trackers=())
 
@@ -69,7 +70,7 @@ def test_the_state_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     log.log(1, {})
     run = Run(tmp_path)
     assert run.state() == "running"
-    monkeypatch.setattr("rft.metrics.history.time.time", lambda now=time.time(): now + 1200)  # noqa: B008
+    monkeypatch.setattr("rft.report.history.time.time", lambda now=time.time(): now + 1200)  # noqa: B008
     assert run.state() == "silent for 20 min"
     monkeypatch.undo()
     log.close("stopped")

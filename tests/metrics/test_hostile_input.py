@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rft.metrics.history import Run
-from rft.metrics.report import write_report
-from rft.metrics.watch import watch
+from rft.report.history import Run
+from rft.report.report import write_report
+from rft.report.watch import watch
 from rft.utils.terminal import printable
 
 ESCAPES = (

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from rft.metrics import RunLog, TrackingConfig, is_documented_event
+from rft.config.metrics import TrackingConfig
+from rft.metrics import RunLog, is_documented_event
 from rft.metrics.log import Lines, read_jsonl, set_aside
 
 PLAIN = TrackingConfig(trackers=(), sample_every=10, samples_kept=2)
@@ -147,7 +148,8 @@ def test_the_step_resumed_at_keeps_its_line_and_samples(tmp_path: Path) -> None:
 KILLED = """
     import sys
     from pathlib import Path
-    from rft.metrics import RunLog, TrackingConfig
+    from rft.config.metrics import TrackingConfig
+    from rft.metrics import RunLog
     log = RunLog(Path(sys.argv[1]), 10**6, TrackingConfig(trackers=()))
     for step in range(10**6):
         log.log(step, {"reward/mean": 0.5, "policy/entropy": 0.1})

@@ -12,12 +12,13 @@ import pytest
 from fake_run import make_run
 from matplotlib import image
 
-from rft.metrics import RunLog, TrackingConfig
-from rft.metrics.charts import POINTS, Chart, draw_all, thin
-from rft.metrics.history import NoRun, Run
-from rft.metrics.plots import plot_learning_curve, smooth
-from rft.metrics.report import before_and_after, facts, write_report
-from rft.metrics.tell import as_text, outcome_of, told_events
+from rft.config.metrics import TrackingConfig
+from rft.metrics import RunLog
+from rft.report.charts import POINTS, Chart, draw_all, thin
+from rft.report.history import NoRun, Run
+from rft.report.plots import plot_learning_curve, smooth
+from rft.report.report import before_and_after, facts, write_report
+from rft.report.tell import as_text, outcome_of, told_events
 
 CHROMIUM = next(
     (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rft.metrics import RunLog, TrackingConfig
-from rft.metrics.config import TrackerName
+from rft.config.metrics import TrackerName, TrackingConfig
+from rft.metrics import RunLog
 from rft.metrics.trackers import TrackerMissing, flatten
 
 CONFIG = {"algorithm": {"name": "grpo", "epsilon": 0.2}, "seed": 1}

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rft.metrics import RunLog, TrackingConfig
-from rft.metrics.history import NoRun, Run
-from rft.metrics.watch import engines, histogram, seconds_left, watch
+from rft.config.metrics import TrackingConfig
+from rft.metrics import RunLog
+from rft.report.history import NoRun, Run
+from rft.report.watch import engines, histogram, seconds_left, watch
 
 PLAIN = TrackingConfig(trackers=())
 
@@ -85,7 +86,8 @@ def test_time_left_counts_the_present_process_only(tmp_path: Path, monkeypatch: 
 RUNNING = """
     import sys, time
     from pathlib import Path
-    from rft.metrics import RunLog, TrackingConfig
+    from rft.config.metrics import TrackingConfig
+    from rft.metrics import RunLog
     with RunLog(Path(sys.argv[1]), 30, TrackingConfig(trackers=())) as log:
         print("open", flush=True)
         for step in range(1, 31):

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from real_data import read_rows
 
-from rft.rewards import Outcome, RewardConfig, RewardRunner, RewardsConfig, load_reward
+from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.rewards import Outcome, load_reward
 from rft.rewards.code import extract_code, stdio_cases
+from rft.rewards.runner import RewardRunner
 from rft.sandbox import PROTECTIONS, Limits, Sandbox, SandboxError
 from rft.utils.process import descendants
 

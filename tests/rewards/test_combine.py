@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rft.rewards import Outcome, RewardConfig, RewardsConfig, Score
+from rft.config.rewards import RewardConfig, RewardsConfig, Schedule
+from rft.rewards import Outcome, Score
 from rft.rewards.combine import combine, gdpo, normalized, scheduled
-from rft.rewards.config import Schedule
 
 
 def two(**changes: Any) -> RewardsConfig:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rft.rewards.check import check_reward, describe
-from rft.rewards.config import RewardConfig, RewardsConfig
+from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.preflight.rewards import check_reward, describe
 from rft.rewards.dry_run import main
 
 HERE = Path(__file__).parent

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from rft.rewards import Outcome, RewardConfig, RewardRunner, RewardsConfig, load_reward
+from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.rewards import Outcome, load_reward
+from rft.rewards.runner import RewardRunner
 from rft.rewards.steps import aggregate
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from rft.rewards import Outcome, RewardConfig, RewardError, RewardRunner, RewardsConfig, SampleReward
+from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.rewards import Outcome, RewardError, SampleReward
+from rft.rewards.runner import RewardRunner
 from rft.utils.signals import StopSignals
 
 HERE = Path(__file__).parent

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rft.rewards import RewardConfig, RewardsConfig, load_reward
-from rft.rewards.check import check_reward, describe
+from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.preflight.rewards import check_reward, describe
+from rft.rewards import load_reward
 from rft.utils.urls import has_credentials, without_credentials
 
 SECRET = "https://user:hunter2@judge.example/v1"

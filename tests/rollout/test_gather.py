@@ -14,17 +14,17 @@ import torch
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.data import DataConfig
+from rft.config.data import DataConfig
+from rft.config.rewards import RewardsConfig
 from rft.data.chat import Renderer
-from rft.evaluation import Judged
 from rft.learner.model import load_tokenizer
-from rft.rewards import RewardRunner
-from rft.rewards.config import RewardsConfig
+from rft.loops.evaluate import Judged
+from rft.rewards.runner import RewardRunner
 from rft.rewards.steps import split_steps
 from rft.rewards.types import Outcome, SampleReward, Score
 from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
 from rft.rollout.gather import Gatherer, scored_group
-from rft.rollout.hf_engine import HFEngine
+from rft.rollout.hf import HFEngine
 from rft.rollout.sampling import completions_of, continued
 from rft.rollout.steps import step_ends
 from tests.specs import engine_spec

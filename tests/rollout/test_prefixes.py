@@ -11,9 +11,9 @@ import pytest
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Rollout
 from rft.batch import Completion, Group, Prompt
-from rft.data import DataConfig
+from rft.config.data import DataConfig
+from rft.contrib.curriculum import pass_rate
 from rft.data.chat import Renderer
-from rft.data.curriculum import pass_rate
 from rft.data.demonstrations import any_demonstration, demonstrations_of
 from rft.data.errors import DataError
 from rft.rewards.types import Outcome, Score

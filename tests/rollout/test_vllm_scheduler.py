@@ -17,8 +17,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import LogprobsLists
 
-from rft.rollout import vllm_scheduler
-from rft.rollout.vllm_scheduler import MOST_HELD, CollectedOutputs
+from rft.contrib import vllm_scheduler
+from rft.contrib.vllm_scheduler import MOST_HELD, CollectedOutputs
 
 
 class Scripted:

@@ -11,11 +11,11 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
+from rft.config.strategy import AdapterConfig
 from rft.learner.learner import Learner
 from rft.learner.model import ModelError
 from rft.learner.strategies.merge import plain_name
 from rft.learner.strategies.methods import REFUSED, known_methods, peft_config
-from rft.learner.strategy_config import AdapterConfig
 from tests.test_learner import spec
 
 # What a method needs to fit a model of 64 hidden units, or cannot do without.

@@ -19,9 +19,9 @@ from dataclasses import replace
 import torch
 from rft.learner.learner import Learner
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.memory import ModelShape, learner_bytes, meta_network
-from rft.learner.preflight import trained_parameters
-from rft.config import ModelConfig
+from rft.preflight.memory import ModelShape, learner_bytes, meta_network
+from rft.preflight.learner import trained_parameters
+from rft.config.schema import ModelConfig
 from tests.specs import learner_spec
 
 folder, raw = sys.argv[1], json.loads(sys.argv[2])

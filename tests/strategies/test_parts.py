@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from rft.batch import Batch
+from rft.config.strategy import GaloreConfig, HftConfig, LisaConfig, SubnetworkConfig
+from rft.contrib.strategies.galore import GaloreAdamW
+from rft.contrib.strategies.subnetwork import find_mask
 from rft.learner.learner import Learner
 from rft.learner.model import ModelError
-from rft.learner.strategies.galore import GaloreAdamW
-from rft.learner.strategies.subnetwork import find_mask
-from rft.learner.strategy_config import GaloreConfig, HftConfig, LisaConfig, SubnetworkConfig
 from tests.test_learner import spec
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from rft.config.strategy import AdapterConfig
 from rft.learner.learner import Learner
 from rft.learner.strategies.methods import peft_config
-from rft.learner.strategy_config import AdapterConfig
 from tests.test_offline import ROWS, Run, plan_of
 
 

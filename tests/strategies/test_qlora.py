@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
+from rft.config.strategy import AdapterConfig
 from rft.learner.learner import Learner
 from rft.learner.strategies.merge import plain_name
-from rft.learner.strategy_config import AdapterConfig
 from rft.tasks.tiny import build_tiny
 from tests.test_learner import spec
 

@@ -24,7 +24,7 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
     nccl_on_cpu.install(monkeypatch.setattr)
     monkeypatch.setattr("rft.sync.nccl.PACKED_BYTES", 20_000)
-    monkeypatch.setattr("rft.sync.sparse_nccl.PART_BYTES", 40_000)
+    monkeypatch.setattr("rft.contrib.sparse_sync.sparse_nccl.PART_BYTES", 40_000)
     alone = vllm_ends.one_at_a_time(sparse_nccl_engine.load_checkpoint_weight_patches)
     monkeypatch.setattr(sparse_nccl_engine, "load_checkpoint_weight_patches", alone)
     yield name

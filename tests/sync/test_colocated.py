@@ -11,10 +11,10 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
-from rft.config import parse_config
+from rft.config.load import parse_config
 from rft.learner.learner import Learner
 from rft.learner.resting import move, resident
-from rft.sync.choice import choose_transport, layout_problems
+from rft.preflight.transport import choose_transport, layout_problems
 from tests.specs import learner_spec
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rft.config.sync import SyncConfig
+from rft.contrib.sparse_sync.changes import ChangeMeter, change_metrics
+from rft.contrib.sparse_sync.delta import WHOLE, Delta, apply_delta, digest, make_delta
 from rft.errors import TransferError
 from rft.sync.broadcast import manifest_of
-from rft.sync.changes import ChangeMeter, change_metrics
-from rft.sync.config import SyncConfig
-from rft.sync.delta import WHOLE, Delta, apply_delta, digest, make_delta
 from rft.sync.link import Link
 from rft.sync.publisher import Publisher
 from rft.sync.spec import ChannelSpec, Measure

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from rft.errors import TransferError
-from rft.remote import Overdue
 from rft.sync.broadcast import manifest_of
 from rft.sync.link import Link
 from rft.sync.publisher import Publisher
+from rft.utils.ray_calls import Overdue
 from tests.sync.wires import HOST, NCCL, Wire, channel, forty_shapes, free_port, nudge, same_bits, together
 
 pytestmark = pytest.mark.parametrize("transport", NCCL, indirect=True)
@@ -55,7 +55,8 @@ def start(elsewhere: Any, transport: str) -> Iterator[Callable[..., tuple[Any, C
 
 def set_up() -> None:
     """What the fixture `transport` does, in a process that is not to live long."""
-    from rft.sync import nccl, sparse_nccl
+    from rft.contrib.sparse_sync import sparse_nccl
+    from rft.sync import nccl
     from tests.sync import nccl_on_cpu
 
     nccl_on_cpu.install()

@@ -15,7 +15,7 @@ from rft.batch import Prompt
 from rft.errors import LogpGapError
 from rft.learner.learner import Learner
 from rft.rollout.engine import Request, Sampling
-from rft.rollout.hf_engine import HFEngine
+from rft.rollout.hf import HFEngine
 from rft.sync.channel import PushChannel
 from rft.sync.proof import PROOF_TOKENS, Gap, Proof, ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec, Sent

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.v1.worker.gpu_worker import Worker
 
-from rft.rollout.vllm_engine import VLLMEngine
+from rft.rollout.vllm import VLLMEngine
 from rft.sync.link import Link
 from rft.sync.spec import ChannelSpec, Update
 from tests.specs import engine_spec

@@ -125,7 +125,7 @@ def nudge(weights: dict[str, Tensor], seed: int, share: float = 0.05) -> None:
 
 def same_bits(received: dict[str, Tensor], weights: dict[str, Tensor], dtype: torch.dtype) -> bool:
     """True where names, order, shapes and every bit in wire precision are equal."""
-    from rft.sync.delta import bits
+    from rft.contrib.sparse_sync.delta import bits
 
     return list(received) == list(weights) and all(
         received[n].dtype == dtype

@@ -25,6 +25,6 @@ def make_parallel(
         from rft.learner.parallel.fsdp2 import FSDP2
 
         return FSDP2(spec.device, dtype, cpu_offload=c.cpu_offload, reshard=c.reshard_after_forward)
-    from rft.learner.parallel.zero import ZeRO
+    from rft.contrib.deepspeed import ZeRO
 
     return ZeRO(spec.device, dtype, c.deepspeed)

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 def make_strategy(spec: LearnerSpec) -> Strategy:
     """The strategy that the learner's config asks for."""
+    from rft.contrib.strategies.draws import Hft, Lisa
+    from rft.contrib.strategies.galore import Galore
+    from rft.contrib.strategies.subnetwork import Subnetwork
     from rft.learner.strategies.adapter import Adapter
-    from rft.learner.strategies.draws import Hft, Lisa
-    from rft.learner.strategies.galore import Galore
-    from rft.learner.strategies.subnetwork import Subnetwork
 
     if spec.config.adapter is not None:
         return Adapter(spec)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from rft.batch import Batch
+from rft.config.strategy import AdapterConfig
+from rft.contrib.strategies import data_init
 from rft.learner.forward import PolicyModel
 from rft.learner.model import Head, ModelError, load_causal_lm, resolve_dtype
-from rft.learner.strategies import data_init
 from rft.learner.strategies.base import Named, Put, Strategy, Whole
 from rft.learner.strategies.convert import as_plain_lora
 from rft.learner.strategies.merge import merged_layer, merged_weights, plain_name
 from rft.learner.strategies.methods import check_layers, check_targets, peft_config
-from rft.learner.strategy_config import AdapterConfig
 
 if TYPE_CHECKING:
     from rft.learner.learner import LearnerSpec

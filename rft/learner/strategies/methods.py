@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from rft.config.strategy import AdapterConfig
 from rft.learner.model import ModelError
-from rft.learner.strategy_config import AdapterConfig
-from rft.spelling import nearest, nearest_or_all
+from rft.utils.did_you_mean import nearest, nearest_or_all
 
 # What LoRA's variants are called by their papers, as fields of peft's LoraConfig.
 LORA: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rft.learner.config import LearnerConfig
+from rft.config.learner import LearnerConfig
 from rft.learner.model import ModelError
 
 

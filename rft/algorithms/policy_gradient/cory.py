@@ -1,0 +1,63 @@
+"""CORY: two copies, one answers first, the other sees that answer, both get both rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rft.algorithms.base import Rollout, setting
+from rft.algorithms.math.groups import group_sum
+from rft.algorithms.policy_gradient.base import column
+from rft.algorithms.policy_gradient.grpo import GRPO
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class CORY(GRPO):
+    """Ma et al., "Coevolving with the other you" (2024), eq. 5 and 6, algorithm 1.
+
+    A pioneer answers the prompt; an observer answers the prompt and the pioneer's answer. Each is
+    rewarded with the sum of both rewards, and every `swap_every` steps the two copies of the model
+    trade roles. The advantage is `grpo`'s, each role against its own kind (the paper uses PPO). Half of
+    `num_generations` are pioneers. With `copies: 1` one model plays both
+    roles. What is evaluated and exported as `model` is the first copy; the second is `model-second`.
+    """
+
+    min_generations: ClassVar[int] = 4
+
+    copies: int = setting(2, "copies of the model that are trained; 1: it plays both roles", ge=1, le=2)
+    swap_every: int = setting(50, "steps after which the two copies trade roles", ge=1)
+
+    def copy_of(self, step: int, *, observer: bool) -> int:
+        return (step // self.swap_every + observer) % 2 if self.copies == 2 else 0
+
+    def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
+        return (Rollout(role="pioneer"), Rollout(role="observer")) * (num_generations // 2)
+
+    def task_rewards(self, batch: Batch) -> Tensor:
+        return self._shared(super().task_rewards(batch), batch)
+
+    def sequence_rewards(self, batch: Batch) -> Tensor:
+        kl = batch.sum_by_sequence(self.kl_penalty(batch))
+        return self.task_rewards(batch) - self._shared(kl, batch)
+
+    def _shared(self, x: Tensor, batch: Batch) -> Tensor:
+        """[N]: the sum of x [N] over each pair of pioneer and observer."""
+        pair = column(batch, "pair").long()
+        return group_sum(x, pair + batch.group * (int(pair.max()) + 1 if pair.numel() else 1))
+
+    def advantages(self, batch: Batch) -> Tensor:
+        """GRPO's, with each role of each group as a separate group."""
+        role = 2 * batch.group + column(batch, "observer").long()
+        return batch.to_tokens(self.relative(self.sequence_rewards(batch), self.task_rewards(batch), role))
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
+        if num_generations % 2:
+            found.append(
+                f"pioneers and observers come in pairs; write num_generations: {num_generations + 1}"
+            )
+        return found

@@ -1,0 +1,45 @@
+"""DAPO: four changes to GRPO that keep long reasoning runs alive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rft.algorithms.base import setting
+from rft.algorithms.policy_gradient.grpo import GRPO
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class DAPO(GRPO):
+    """Yu et al., "DAPO" (2025), eq. 8 to 13.
+
+    Clip-higher (unlikely tokens have room to grow), dynamic sampling (`keep_group`: a group that is
+    all right or all wrong is replaced), a loss averaged over tokens, and a soft penalty for length:
+    with limit L and buffer B, 0 up to L - B tokens, then falling in a straight line to -1 at L.
+
+    Where every prompt is always solved, or never, dynamic sampling finds nothing to train on.
+    """
+
+    epsilon_high: float | None = setting(0.28, "clip range above 1; null: the same as epsilon", ge=0)
+    dynamic_sampling: bool = setting(True, "replace groups whose rewards are all equal")
+    overlong_buffer: int = setting(
+        0, "tokens before max_completion_length where the penalty starts; 0: none", ge=0
+    )
+    overlong_penalty: float = setting(1.0, "the penalty at max_completion_length", ge=0)
+
+    def keep_group(self, rewards: Sequence[float]) -> bool:
+        return not self.dynamic_sampling or len(set(rewards)) > 1
+
+    def task_rewards(self, batch: Batch) -> Tensor:
+        rewards = super().task_rewards(batch)
+        if not self.overlong_buffer:
+            return rewards
+        if "max_completion_length" not in batch.state:
+            raise ValueError(
+                'overlong shaping needs state["max_completion_length"], and it was not filled in'
+            )
+        excess = batch.lengths - (batch.state["max_completion_length"] - self.overlong_buffer)
+        return rewards - self.overlong_penalty * (excess / self.overlong_buffer).clamp(0, 1)

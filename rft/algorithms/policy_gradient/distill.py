@@ -1,0 +1,75 @@
+"""On-policy distillation: the student writes, the teacher grades every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from rft.algorithms.base import Algorithm, PolicyOutput, Rollout, setting
+from rft.algorithms.math.kl import jensen_shannon, safe_exp, sampled_kl
+from rft.algorithms.policy_gradient.base import log_ratio, required
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class Distill(Algorithm):
+    """Agarwal et al., "On-policy distillation of language models" (GKD, 2023), eq. 1 and algorithm 1.
+
+    full: the generalised Jensen-Shannon divergence of student and teacher over the vocabulary at each
+    token; `beta` 0 is the forward KL(teacher || student), 1 the reverse KL. sampled: the reverse KL on the
+    sampled tokens only, by REINFORCE (weighed by the ratio to the policy
+    that sampled) with the reward log teacher - log student (no second
+    distribution in memory). The teacher is the reference model. Tokens are the student's own but for
+    `demonstration_share` of the completions, which are the demonstration (GKD's 1 - lambda).
+
+    Where student and teacher agree, loss and gradient are 0.
+    """
+
+    estimator: Literal["full", "sampled"] = setting("full", "over the vocabulary, or on sampled tokens")
+    beta: float = setting(0.5, "between forward (0) and reverse (1) KL; for full", ge=0, le=1)
+    demonstration_share: float = setting(0.0, "share of completions that are the demonstration", ge=0, le=1)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"ref_logps", "old_logps"} if self.estimator == "sampled" else ())
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"kl"} if self.estimator == "full" else set())
+
+    @property
+    def uses_demonstrations(self) -> bool:
+        return self.demonstration_share > 0
+
+    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+        return jensen_shannon(logps, reference, self.beta)
+
+    @property
+    def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
+        if 0 < self.beta < 1:
+            return "js", self.beta
+        return ("reverse" if self.beta else "forward"), 0.5
+
+    def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
+        given = round(self.demonstration_share * num_generations) if demonstration else 0
+        return (*[Rollout(prefix_share=1.0)] * given, *[Rollout()] * (num_generations - given))
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        if self.estimator == "full":
+            return required(policy.kl, "policy.kl").masked_fill(~batch.mask, 0)
+        reward = required(batch.ref_logps, "ref_logps") - policy.logps.detach()
+        ratio = safe_exp(log_ratio(policy, batch)).detach()
+        return -(ratio * reward * policy.logps).masked_fill(~batch.mask, 0)
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """policy/divergence: what is minimised (full). policy/kl_ref: k3 to the teacher (sampled), or the
+        divergence where that is the reverse KL."""
+        if self.estimator == "sampled":
+            teacher = required(batch.ref_logps, "ref_logps")
+            return {"policy/kl_ref": sampled_kl(policy.logps.detach(), teacher)}
+        divergence = required(policy.kl, "policy.kl").detach()
+        reverse = {"policy/kl_ref": divergence} if self.beta == 1 else {}
+        return {"policy/divergence": divergence, **reverse}

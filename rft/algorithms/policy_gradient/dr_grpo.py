@@ -1,0 +1,24 @@
+"""Dr.GRPO: GRPO without its two biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rft.algorithms.base import Normalization, setting
+from rft.algorithms.policy_gradient.grpo import GRPO
+
+
+@dataclass(frozen=True)
+class DrGRPO(GRPO):
+    """Liu et al., "Understanding R1-Zero-like training" (2025), section 3.2.
+
+    A_i = r_i - mean(r), not divided by the standard deviation (which gives very easy and very hard
+    prompts more weight), and token losses summed over a constant length (dividing by each answer's own
+    length makes long wrong answers cheap). Otherwise `grpo`; it degenerates in the same place.
+    """
+
+    normalization: Normalization = setting("constant", "average over tokens, sequences, or a constant length")
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "none", "divide advantages by the standard deviation of the group, of the batch, or not"
+    )

@@ -1,0 +1,38 @@
+"""GPG: the plain policy gradient with a group baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rft.algorithms.base import setting
+from rft.algorithms.math.groups import count_degenerate, degenerate, group_mean, group_std
+from rft.algorithms.policy_gradient.base import Reinforce
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class GPG(Reinforce):
+    """Chu et al., "GPG: group policy gradient" (2025), eq. 5 to 8.
+
+    The objective is alpha * A * log p with A_i = r_i - mean(r): no ratio, no clip, no reference. Groups
+    whose rewards are all equal add nothing to the sum but are counted in the mean; alpha = groups /
+    groups that differ undoes that. Against `grpo` on-policy: alpha, and no standard deviation.
+    Degenerates where no group differs: then all advantages are 0.
+    """
+
+    min_generations: ClassVar[int] = 2
+
+    scale_rewards: bool = setting(False, "divide advantages by the standard deviation of the group")
+
+    def advantages(self, batch: Batch) -> Tensor:
+        rewards = self.sequence_rewards(batch)
+        centred = rewards - group_mean(rewards, batch.group)
+        if self.scale_rewards:
+            centred = centred / (group_std(rewards, batch.group) + 1e-4)
+        task = self.task_rewards(batch)
+        valid = batch.num_groups - count_degenerate(task, batch.group)
+        alpha = batch.num_groups / max(valid, 1)
+        return batch.to_tokens(alpha * centred.masked_fill(degenerate(task, batch.group), 0))

@@ -1,0 +1,31 @@
+"""GSPO: ratio and clip belong to the sequence, as the reward does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rft.algorithms.base import Normalization, PolicyOutput, setting
+from rft.algorithms.math.ratios import sequence_ratio
+from rft.algorithms.policy_gradient.base import log_ratio
+from rft.algorithms.policy_gradient.grpo import GRPO
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class GSPO(GRPO):
+    """Zheng et al., "Group sequence policy optimization" (2025), eq. 5 to 7.
+
+    Against `grpo`, each token's ratio is its sequence's: the geometric mean of the token ratios. A
+    sequence is then clipped as a whole, and one odd token (an expert routed otherwise) no longer
+    decides. The mean of many log-ratios is small: hence clip ranges in the ten-thousandths. For
+    sequences of one token it is `grpo`, with `normalization: sequence`.
+    """
+
+    epsilon: float = setting(3e-4, "clip range of the sequence's ratio below 1", ge=0, le=1)
+    epsilon_high: float | None = setting(4e-4, "clip range above 1; null: the same as epsilon", ge=0)
+    normalization: Normalization = setting("sequence", "average over tokens, sequences, or a constant length")
+
+    def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        return sequence_ratio(log_ratio(policy, batch), batch, geometric=True)

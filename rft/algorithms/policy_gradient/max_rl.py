@@ -1,0 +1,32 @@
+"""MaxRL: advantages that climb the log of the success rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.math.groups import degenerate, group_mean
+from rft.algorithms.policy_gradient.base import ClippedPolicyGradient
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class MaxRL(ClippedPolicyGradient):
+    """Tajwar et al., "Maximum likelihood reinforcement learning" (2026).
+
+    A_i = (r_i - mean(r)) / mean(r), for rewards of at least 0. Dividing by the mean, where `grpo` divides
+    by the standard deviation, turns the gradient of the success rate p into that of log p, up to
+    the order that G samples can estimate: hard prompts weigh more. With G = 2 and rewards 0 and 1 it is
+    `dr_grpo` times 2. A group without any reward, like one with equal rewards, has A = 0.
+    """
+
+    min_generations: ClassVar[int] = 2
+
+    def advantages(self, batch: Batch) -> Tensor:
+        rewards = self.sequence_rewards(batch)
+        mean = group_mean(rewards, batch.group)
+        usable = (mean > 0) & ~degenerate(self.task_rewards(batch), batch.group)
+        return batch.to_tokens(torch.where(usable, (rewards - mean) / mean.clamp(min=1e-8), 0))

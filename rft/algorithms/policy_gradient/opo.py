@@ -1,0 +1,32 @@
+"""OPO: on-policy REINFORCE with the baseline of least variance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rft.algorithms.math.groups import degenerate, group_sum
+from rft.algorithms.policy_gradient.base import Reinforce
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class OPO(Reinforce):
+    """Hao et al., "On-policy RL with optimal reward baseline" (2025), eq. 7.
+
+    The baseline that makes the gradient's variance least weighs each reward by the squared norm of its
+    gradient, about its length: b = sum(l_i r_i) / sum(l_i) over the group, A_i = r_i - b. Strictly
+    on-policy: step once on each batch. For answers of equal length it is `dr_grpo`.
+    """
+
+    min_generations: ClassVar[int] = 2
+
+    def advantages(self, batch: Batch) -> Tensor:
+        rewards, lengths = self.sequence_rewards(batch), batch.lengths
+        total = group_sum(lengths, batch.group).clamp(min=1)
+        baseline = group_sum(lengths * rewards, batch.group) / total
+        return batch.to_tokens(
+            (rewards - baseline).masked_fill(degenerate(self.task_rewards(batch), batch.group), 0)
+        )

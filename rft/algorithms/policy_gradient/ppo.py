@@ -1,0 +1,149 @@
+"""PPO: a critic says what each state was worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.math.advantages import at_last_token, explained_variance, gae, whiten
+from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, required
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class PPO(ClippedPolicyGradient):
+    """Schulman et al., "Proximal policy optimization" (2017), eq. 7 and 9; for language models Ouyang
+    et al. (2022). Length-adaptive and decoupled lambda: Yuan et al., "VAPO" (2025), section 4.1.
+
+    A token's reward is 0 but for the last, which has the completion's, less the KL where `kl_in` is
+    reward. Advantages are GAE(gamma, lam) over values of the critic (a model of its own, or a head on the
+    policy's trunk); the critic learns returns made with `critic_lam`. A completion that ran into the length
+    limit did not end there: the critic's value of the state after its last token stands for what would have
+    come (Pardo et al., "Time limits in reinforcement learning", 2018, eq. 6). Where the limit is part of the
+    task, set `bootstrap_truncated: false`. `entropy_coef` is eq. 9's c2.
+
+    Against `grpo` it can tell good tokens from bad ones in one completion, at the price of a critic that must
+    be right: hence the defaults, a separate critic that learns much faster than the policy, and alone for the
+    first steps, in which the policy does not move. With gamma = lam = 1 and a critic that says the group's
+    mean it is `dr_grpo`.
+
+    The KL's weight adapts when `kl_target` is set: it grows or shrinks by up to 2 % a step as the mean
+    KL per token is above or below the target (Ziegler et al. 2019, section 2.2).
+    """
+
+    kl_in: Literal["loss", "reward"] = setting(
+        "reward", "where that KL goes: a term of the loss, or of the reward"
+    )
+    gamma: float = setting(1.0, "discount per token", ge=0, le=1)
+    lam: float = setting(1.0, "GAE lambda of the policy", ge=0, le=1)
+    critic_lam: float | None = setting(None, "GAE lambda of the critic's returns; null: lam", ge=0, le=1)
+    lam_length: float | None = setting(
+        None, "alpha: the policy's lambda is 1 - 1 / (alpha * length); null: lam", gt=0
+    )
+    whiten: bool = setting(True, "scale advantages to mean 0 and deviation 1 over the trained tokens")
+    value_coef: float = setting(0.5, "weight of the critic's loss", ge=0)
+    value_clip: float | None = setting(
+        None, "how far a value may move from the old one; null: unbounded", gt=0
+    )
+    critic: Literal["head", "model"] = setting(
+        "model", "the critic: a model of its own that starts as the policy's copy, or a head on its trunk"
+    )
+    critic_rate: float = setting(75.0, "the critic's learning rate over the policy's", gt=0)
+    critic_warmup: int = setting(10, "steps at the start that train the critic only", ge=0)
+    bootstrap_truncated: bool = setting(
+        True, "value the state after a completion that was cut off by the critic, instead of by 0"
+    )
+    kl_target: float | None = setting(None, "KL per token, in nats, that beta adapts to; null: fixed", gt=0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"values"} | ({"end_values"} if self.bootstrap_truncated else set())
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return super().outputs | {"values"}
+
+    @property
+    def separate_critic(self) -> bool:
+        return self.critic == "model"
+
+    @property
+    def before_prepare(self) -> frozenset[str]:
+        return super().before_prepare | (self.needs & {"old_logps"})  # from the forward that values need
+
+    def acts_on(self, batch: Batch) -> Tensor:
+        return batch.mask  # the critic learns from every token
+
+    def token_rewards(self, batch: Batch) -> Tensor:
+        """[T]: the completion's reward at its last token, less the KL."""
+        return at_last_token(required(batch.rewards, "rewards"), batch) - self.kl_penalty(batch)
+
+    def critic_only(self, state: Mapping[str, float]) -> bool:
+        return state.get("steps", 0) < self.critic_warmup
+
+    def _gae(self, batch: Batch, lam: float | Tensor) -> Tensor:
+        """[T]: generalised advantage estimates of the critic's values."""
+        values = required(batch.values, "values")
+        ends = required(batch.end_values, "end_values") if self.bootstrap_truncated else 0.0
+        return gae(self.token_rewards(batch), values, batch, self.gamma, lam, ends)
+
+    def prepare(self, batch: Batch) -> Batch:
+        values = required(batch.values, "values")
+        lam = self.lam if self.critic_lam is None else self.critic_lam
+        returns = (self._gae(batch, lam) + values).masked_fill(~batch.mask, 0)
+        return super().prepare(batch.with_(returns=returns))
+
+    def advantages(self, batch: Batch) -> Tensor:
+        lam: float | Tensor = self.lam
+        if self.lam_length is not None:
+            lam = (1 - 1 / (self.lam_length * batch.lengths.clamp(min=1))).clamp(min=0)
+        advantages = self._gae(batch, lam)
+        return whiten(advantages, self.trained(batch)) if self.whiten else advantages
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        loss = super().loss(policy, batch) * float(not self.critic_only(batch.state))
+        return loss + self.value_coef * self.critic_loss(policy, batch)
+
+    def critic_loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        """[T]: half the squared error, the larger of it and that of the clipped value."""
+        values, returns = required(policy.values, "policy.values"), required(batch.returns, "returns")
+        error = (values - returns).square()
+        if self.value_clip is not None:
+            old = required(batch.values, "values")
+            near = old + (values - old).clamp(-self.value_clip, self.value_clip)
+            error = torch.maximum(error, (near - returns).square())
+        return error.masked_fill(~batch.mask, 0) / 2
+
+    def kl_weight(self, state: Mapping[str, float]) -> float:
+        return state.get("kl_weight", self.beta)
+
+    def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+        state = dict(state)
+        state["steps"] = state.get("steps", 0) + 1
+        if self.kl_target is not None and self.beta and "policy/kl_ref" in metrics:
+            error = min(max(metrics["policy/kl_ref"] / self.kl_target - 1, -0.2), 0.2)
+            state["kl_weight"] = self.kl_weight(state) * (1 + 0.1 * error)
+        return state
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        return {**super().metrics(policy, batch), "critic/loss": self.critic_loss(policy, batch).detach()}
+
+    def report(self, batch: Batch) -> dict[str, float]:
+        values, returns = required(batch.values, "values"), required(batch.returns, "returns")
+        explained = explained_variance(values, returns, batch.mask)
+        found = {} if math.isnan(explained) else {"critic/explained_variance": explained}
+        if self.kl_target is not None:
+            found["policy/kl_coefficient"] = self.kl_weight(batch.state)
+        return {**super().report(batch), **found}
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
+        if self.kl_target is not None and not self.beta:
+            found.append("kl_target adapts beta, and beta is 0; write beta: 0.05 or leave kl_target out")
+        return found

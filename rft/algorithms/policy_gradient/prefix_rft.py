@@ -1,0 +1,138 @@
+"""Prefix-RFT: some rollouts start with the beginning of a demonstration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, Rollout, setting
+from rft.algorithms.math.ratios import clipped, clipped_surrogate
+from rft.algorithms.policy_gradient.base import required
+from rft.algorithms.policy_gradient.dr_grpo import DrGRPO
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class PrefixRFT(DrGRPO):
+    """Huang et al., "Blending supervised and reinforcement fine-tuning with prefix sampling" (2025), sec. 3.
+
+    For prompts with a demonstration, the first `hybrids` of the group's rollouts are a prefix of it (of one
+    of several, at random) with the policy's own continuation. They stand in one group with ordinary
+    rollouts, and `dr_grpo`'s update acts on all: if the prefix leads to the right answer, its tokens are
+    imitated. A prefix is a share l of the demonstration, drawn for each hybrid from U(low, share_from),
+    where low falls from `share_from` to `share_to` by a cosine over the run: long prefixes stay in the mix.
+
+    Of all prefix tokens of a step only those where the policy is least sure (the top `entropy_share` by
+    entropy, before the step) have an advantage; the others have 0 and keep their place in averages. On prefix
+    tokens the ratio is clipped as elsewhere, in a range of its own (`prefix_epsilon`), or not at all
+    (`prefix_clip: false`).
+
+    Prompts without a demonstration, and with `hybrids: 0` all, are plain `dr_grpo`. Hybrids say nothing of
+    how often the policy solves a prompt, so `train.curriculum` does not count them.
+    """
+
+    needs_demonstrations: ClassVar[bool] = True
+
+    hybrids: int = setting(1, "rollouts of a group that start with a prefix", ge=0)
+    share_from: float = setting(
+        0.95, "largest share of a demonstration that is given, and the least at the start", ge=0, lt=1
+    )
+    share_to: float = setting(0.05, "least share that is given at the end of the run", ge=0, lt=1)
+    entropy_share: float = setting(0.2, "share of prefix tokens, by entropy, that take part", ge=0, le=1)
+    prefix_clip: bool = setting(True, "clip the ratio on prefix tokens too")
+    prefix_epsilon: float | None = setting(
+        None, "clip range below 1 on prefix tokens; null: epsilon", ge=0, le=1
+    )
+    prefix_epsilon_high: float | None = setting(
+        None, "clip range above 1 on prefix tokens; null: as prefix_epsilon, or elsewhere", ge=0
+    )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"old_entropy"}
+
+    def least_share(self, progress: float) -> float:
+        """The lower end of the shares that are drawn, `progress` in [0, 1]."""
+        return self.share_to + (self.share_from - self.share_to) * (1 + math.cos(math.pi * progress)) / 2
+
+    def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
+        hybrids = min(self.hybrids, num_generations) if demonstration else 0
+        hybrid = Rollout(prefix_share=self.share_from, prefix_least=self.least_share(progress))
+        return (*[hybrid] * hybrids, *[Rollout()] * (num_generations - hybrids))
+
+    def prepare(self, batch: Batch) -> Batch:
+        batch = super().prepare(batch)
+        if batch.demonstrated is None:
+            return batch
+        index = (batch.mask & batch.demonstrated).nonzero().squeeze(1)
+        entropy = required(batch.old_entropy, "old_entropy")[index]
+        left_out = math.floor((1 - self.entropy_share) * len(index) + 1e-9)
+        sure = index[torch.argsort(entropy, stable=True)[:left_out]]
+        advantages = required(batch.advantages, "advantages")
+        return batch.with_(advantages=advantages.index_fill(0, sure, 0.0))
+
+    def _prefix_range(self) -> tuple[float, float]:
+        """The clip range on prefix tokens, below and above 1."""
+        low = self.epsilon if self.prefix_epsilon is None else self.prefix_epsilon
+        same = self.high if self.prefix_epsilon is None else self.prefix_epsilon
+        return low, same if self.prefix_epsilon_high is None else self.prefix_epsilon_high
+
+    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        own = super().objective(policy, batch)
+        if batch.demonstrated is None:
+            return own
+        ratio, advantages = self.ratio(policy, batch), required(batch.advantages, "advantages")
+        prefix = ratio * advantages
+        if self.prefix_clip:
+            prefix = clipped_surrogate(ratio, advantages, *self._prefix_range(), self.dual_clip)
+        return torch.where(batch.demonstrated, prefix, own)
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        found = super().metrics(policy, batch)
+        if batch.demonstrated is None:
+            return found
+        with torch.no_grad():
+            near = self.around(policy, batch)
+            ratio, advantages = self.ratio(policy, near), required(near.advantages, "advantages")
+            prefix = torch.zeros_like(ratio)
+            if self.prefix_clip:
+                prefix = clipped(ratio, advantages, *self._prefix_range())
+            own = found["policy/clip_fraction"]
+            found["policy/clip_fraction"] = torch.where(batch.demonstrated, prefix, own)
+        return found
+
+    def report(self, batch: Batch) -> dict[str, float]:
+        return {**super().report(batch), **demonstration_report(batch)}
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        found = super().conflicts(num_generations)
+        if self.share_to > self.share_from:
+            found.append(
+                f"share_to: {self.share_to:g} lies above share_from: {self.share_from:g}, the largest share; "
+                f"write at most {self.share_from:g}"
+            )
+        if not self.prefix_clip and (self.prefix_epsilon, self.prefix_epsilon_high) != (None, None):
+            found.append("prefix_epsilon is a clip range, and prefix_clip is false; leave one of them out")
+        if self.hybrids >= num_generations:
+            found.append(
+                f"hybrids: {self.hybrids} leaves no ordinary rollout; write at most {num_generations - 1}"
+            )
+        return found
+
+
+def demonstration_report(batch: Batch) -> dict[str, float]:
+    """Mean reward of the sequences that start with a demonstration, and of the others."""
+    if batch.demonstrated is None or batch.rewards is None:
+        return {}
+    given = torch.zeros(batch.num_sequences, dtype=torch.bool, device=batch.tokens.device)
+    given[batch.sequence[batch.demonstrated]] = True
+    found: dict[str, Tensor] = {
+        "reward/demonstrated": batch.rewards[given],
+        "reward/own": batch.rewards[~given],
+    }
+    return {name: float(x.mean()) for name, x in found.items() if x.numel()}

@@ -1,0 +1,40 @@
+"""RLOO: each completion's baseline is the mean of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from rft.algorithms.base import Normalization, PolicyOutput, setting
+from rft.algorithms.math.groups import degenerate, leave_one_out
+from rft.algorithms.math.ratios import sequence_ratio
+from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, log_ratio
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class RLOO(ClippedPolicyGradient):
+    """Ahmadian et al., "Back to basics" (2024), eq. 8; Kool et al. 2019.
+
+    A_i = r_i - mean of the other rewards, an unbiased baseline, equal to G / (G - 1) (r_i - mean(r)).
+    The whole completion is one action: its ratio is the product over its tokens, and the KL belongs
+    to the reward. Against `dr_grpo`: the factor G / (G - 1), and the sequence's ratio instead of the
+    token's. Degenerates like `grpo` where all rewards are equal.
+    """
+
+    min_generations: ClassVar[int] = 2
+
+    kl_in: Literal["loss", "reward"] = setting(
+        "reward", "where that KL goes: a term of the loss, or of the reward"
+    )
+    normalization: Normalization = setting("sequence", "average over tokens, sequences, or a constant length")
+
+    def advantages(self, batch: Batch) -> Tensor:
+        rewards = self.sequence_rewards(batch)
+        centred = rewards - leave_one_out(rewards, batch.group)
+        return batch.to_tokens(centred.masked_fill(degenerate(self.task_rewards(batch), batch.group), 0))
+
+    def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        return sequence_ratio(log_ratio(policy, batch), batch, geometric=False)

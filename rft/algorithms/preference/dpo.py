@@ -1,0 +1,154 @@
+"""Direct preference optimisation and its family: one shape, many losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.math.preference_losses import OF_MARGIN, PAIR_LOSSES, Divergence, Knobs, f_score, sigmoid
+from rft.algorithms.math.sequences import of_same_rank, paired_sums
+from rft.algorithms.policy_gradient.base import column, required
+from rft.algorithms.preference.offline_preference import OfflinePreference
+from rft.batch import Batch
+
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo",
+    "nca",
+    "bco",
+    "sppo_hard",
+    "aot",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
+
+
+@dataclass(frozen=True)
+class DPO(OfflinePreference):
+    """loss = -log sigmoid(beta * (s(chosen) - s(rejected))), s = log policy - log reference of a response;
+    Rafailov et al., "Direct preference optimization" (2023), eq. 7.
+
+    `loss_type` names what replaces -log sigmoid; each is described in `math/preference_losses.py`. `ipo`
+    takes s per token, as its authors do. `aot` (Melnyk et al. 2024) compares not pair by pair but
+    distribution by distribution: the batch's sorted margins against the reference's sorted ones.
+    `label_smoothing` is the share of flipped labels (cDPO; robust; exo's epsilon; aot).
+
+    Beside the loss: `divergence_type` changes s (f-DPO, Wang et al. 2023); `length_normalized` takes s per
+    token; `tail` < 1 is LD-DPO (Liu et al. 2024): tokens past the length of the pair's shorter response
+    count that much; `nll` adds the chosen response's -log p per token (RPO, Pang et al. 2024, eq. 1);
+    `weighting` multiplies by both responses' geometric mean probability (WPO, Zhou et al. 2024, eq. 2;
+    `aligned`: over that of a sample of the policy). With no pair in the batch there is no loss.
+    """
+
+    loss_type: LossType = setting("sigmoid", "the loss of the two scores")
+    beta: float = setting(0.1, "how far the policy may move from the reference: small is far", gt=0)
+    label_smoothing: float = setting(0.0, "share of pairs whose labels are taken to be flipped", ge=0, lt=0.5)
+    divergence_type: Divergence = setting("reverse_kl", "divergence to the reference: the shape of s")
+    alpha: float = setting(1.0, "divergence_type alpha: its order", gt=0)
+    length_normalized: bool = setting(False, "take log-ratios per token")
+    tail: float = setting(1.0, "weight of tokens past the shorter response's length", ge=0, le=1)
+    nll: float = setting(0.0, "weight of the chosen response's negative log-likelihood per token", ge=0)
+    weighting: Literal["none", "plain", "aligned"] = setting("none", "weigh pairs by their probability")
+    tau: float = setting(0.05, "discopop: temperature of its blend", gt=0)
+    reference_free: bool = setting(False, "take the reference as uniform: no model, s = log policy")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type != "aot" and self.loss_type not in PAIR_LOSSES:
+            known = ", ".join([*PAIR_LOSSES, "aot"])
+            raise ValueError(f"loss_type must be one of {known}, got {self.loss_type!r}")
+        if self.loss_type == "exo" and not self.label_smoothing:
+            raise ValueError("exo compares with smoothed labels: write label_smoothing: 0.001 or more")
+        if self.divergence_type != "reverse_kl" and self.loss_type not in OF_MARGIN - {"aot"}:
+            raise ValueError(f"{self.loss_type} is defined for divergence_type: reverse_kl only")
+        if self.loss_type == "aot" and self.weighting != "none":
+            raise ValueError("aot sorts pairs apart, so that weighting has no pair to weigh; write none")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        found = set() if self.reference_free else {"ref_logps"}
+        return frozenset(found | ({"old_logps"} if self.prescored else set()))
+
+    @property
+    def prescored(self) -> bool:
+        return self.loss_type == "aot"
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"kl"} if self.weighting == "aligned" else ())
+
+    @property
+    def compares_distributions(self) -> bool:
+        return False
+
+    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+        """log sum p^2: the log of a sampled token's mean probability (for `aligned`); no reference read."""
+        return torch.logsumexp(2 * logps, -1)
+
+    # -- scores ------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Batch) -> Batch:
+        """aot: give each pair, by rank of its margin, the reference margin of the same rank."""
+        if self.loss_type != "aot":
+            return batch
+        first, second = self.pairs(batch)
+        old = batch.sum_by_sequence(required(batch.old_logps, "old_logps"))
+        reference = batch.sum_by_sequence(self._reference(batch))
+        target = of_same_rank(reference[first] - reference[second], old[first] - old[second])
+        target = torch.zeros_like(old).index_put((first,), target)
+        return batch.with_(columns={**batch.columns, "aot_target": target})
+
+    def _reference(self, batch: Batch) -> Tensor:
+        if self.reference_free:
+            return torch.zeros(batch.num_tokens, device=batch.tokens.device)
+        return required(batch.ref_logps, "ref_logps")
+
+    def scores(self, policy: PolicyOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+        """([P], [P]): s of the chosen and of the rejected."""
+        chosen, rejected = paired_sums(
+            policy.logps - self._reference(batch), batch, *self.pairs(batch), self.tail
+        )
+        chosen = f_score(chosen, self.divergence_type, self.alpha)
+        rejected = f_score(rejected, self.divergence_type, self.alpha)
+        if self.length_normalized or self.loss_type == "ipo":
+            first, second = self.pairs(batch)
+            lengths = batch.lengths.clamp(min=1).to(chosen.dtype)
+            return chosen / lengths[first], rejected / lengths[second]
+        return chosen, rejected
+
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        return self.beta * batch.sum_by_sequence(policy.logps - self._reference(batch))
+
+    # -- the loss ----------------------------------------------------------------------------------
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        first, _ = self.pairs(batch)
+        knobs = Knobs(self.beta, self.label_smoothing, self.tau)
+        if self.loss_type == "aot":
+            chosen, rejected = paired_sums(policy.logps, batch, *self.pairs(batch), self.tail)
+            target = column(batch, "aot_target")[first].to(chosen.dtype)
+            loss = sigmoid(chosen - rejected, target, knobs)
+        else:
+            loss = PAIR_LOSSES[self.loss_type](*self.scores(policy, batch), knobs)
+        if self.weighting != "none":
+            loss = loss * self._weights(policy, batch)
+        if self.nll:
+            loss = loss - self.nll * batch.mean_by_sequence(policy.logps)[first]
+        return loss
+
+    def _weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        """[P]: the product of both responses' geometric mean probability, without gradient."""
+        logps = policy.logps.detach()
+        if self.weighting == "aligned":
+            logps = logps - required(policy.kl, "kl").detach()
+        weight = batch.mean_by_sequence(logps).exp()
+        first, second = self.pairs(batch)
+        return weight[first] * weight[second]

@@ -1,0 +1,30 @@
+"""Iterative DPO: rounds of sampling and DPO, each from where the last one ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.preference.online_dpo import OnlineDPO
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class IterativeDPO(OnlineDPO):
+    """Pang et al., "Iterative reasoning preference optimization" (2024), eq. 1; Xu et al. 2023.
+
+    Against `online_dpo`, the reference becomes the policy at the end of each round, and the best
+    completion's negative log-likelihood per token is added, so that it does not sink with its
+    loser. With `refresh_reference: 0` and `nll: 0` it is `online_dpo`.
+    """
+
+    nll: float = setting(1.0, "weight of the best completion's negative log-likelihood per token", ge=0)
+    refresh_reference: int = setting(
+        20, "steps of a round, after which the reference becomes the policy", ge=0
+    )
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        best, _ = self.pairs(batch)
+        return super().loss(policy, batch) - self.nll * batch.mean_by_sequence(policy.logps)[best]

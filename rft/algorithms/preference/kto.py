@@ -1,0 +1,109 @@
+"""Preference optimisation from thumbs up and thumbs down, without pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, setting
+from rft.algorithms.policy_gradient.base import column, required
+from rft.batch import Batch, Group
+
+
+@dataclass(frozen=True)
+class KTO(Algorithm):
+    """loss = w * (1 - sigmoid(+-beta * (s - z))), + and `desirable` for good, - and `undesirable` for bad
+    responses, s = log policy - log reference; Ethayarajh et al., "KTO" (2024), eqs. 7 and 8.
+
+    z is the policy's divergence from the reference, estimated without gradient as max(0, mean s) over
+    mismatched responses: each prompt with the next one's response. Those sequences carry no loss.
+    `baseline: zero` leaves them out and takes z = 0 (APO-zero, unpaired). Weights should balance the
+    labels: desirable * (number of good) within 1 to 4/3 of undesirable * (number of bad).
+    """
+
+    online: ClassVar[bool] = False
+    unit: ClassVar[Unit] = "sequence"
+    data: ClassVar[DataKind] = "unpaired"
+
+    beta: float = setting(0.1, "how far the policy may move from the reference: small is far", gt=0)
+    desirable: float = setting(1.0, "weight of good responses", ge=0)
+    undesirable: float = setting(1.0, "weight of bad responses", ge=0)
+    baseline: Literal["mismatched", "zero"] = setting("mismatched", "what z is estimated from")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline not in ("mismatched", "zero"):
+            raise ValueError(f"baseline must be mismatched or zero, got {self.baseline!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"ref_logps"} | ({"old_logps"} if self.prescored else set()))
+
+    @property
+    def prescored(self) -> bool:
+        return self.baseline == "mismatched"
+
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """Give each prompt the next one's response besides its own, marked by `values["mismatched"]`.
+
+        Raises ValueError for fewer than two groups: there is no other response.
+        """
+        if self.baseline == "zero":
+            return list(groups)
+        if len(groups) < 2:
+            raise ValueError("KTO needs at least two examples per step; or write baseline: zero")
+        out = []
+        for i, group in enumerate(groups):
+            own = [replace(c, values={**c.values, "mismatched": 0.0}) for c in group.completions]
+            other = groups[(i + 1) % len(groups)].completions[0]
+            strange = replace(other, values={**other.values, "mismatched": 1.0})
+            out.append(Group(group.prompt, (*own, strange)))
+        return out
+
+    def prepare(self, batch: Batch) -> Batch:
+        """`columns["kto_z"]` [N]: z; `columns["kto_weight"]` [N]: each sequence's weight, such that a mean
+        over all sequences is one over those that carry a loss."""
+        good = required(batch.rewards, "rewards") > 0.5
+        weight = torch.where(good, self.desirable, self.undesirable)
+        z = torch.zeros(())
+        if self.baseline == "mismatched":
+            strange = column(batch, "mismatched") > 0.5
+            old = required(batch.old_logps, "old_logps") - required(batch.ref_logps, "ref_logps")
+            z = batch.sum_by_sequence(old)[strange].mean().clamp(min=0)
+            weight = weight.masked_fill(strange, 0) * (len(strange) / (~strange).sum())
+        columns = {"kto_z": z.expand(batch.num_sequences), "kto_weight": weight}
+        return batch.with_(columns={**batch.columns, **columns})
+
+    def acts_on(self, batch: Batch) -> Tensor:
+        return batch.to_tokens(column(batch, "kto_weight") != 0)
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        score = batch.sum_by_sequence(policy.logps - required(batch.ref_logps, "ref_logps"))
+        sign = torch.where(required(batch.rewards, "rewards") > 0.5, 1.0, -1.0)
+        value = torch.sigmoid(sign * self.beta * (score - column(batch, "kto_z")))
+        return column(batch, "kto_weight") * (1 - value)
+
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """reward_good, reward_bad: the implicit reward beta * s of good and of bad responses;
+        label_accuracy: responses that it puts on the right side of beta * z; nll: of the good ones."""
+        ratio = policy.logps - required(batch.ref_logps, "ref_logps")
+        reward = self.beta * batch.sum_by_sequence(ratio)
+        own = torch.ones_like(reward, dtype=torch.bool)
+        if self.prescored:
+            own = column(batch, "mismatched") < 0.5
+        good = required(batch.rewards, "rewards") > 0.5
+        above = reward > self.beta * column(batch, "kto_z")
+        return {
+            "reward_good": reward[own & good],
+            "reward_bad": reward[own & ~good],
+            "label_accuracy": (above == good)[own].to(reward.dtype),
+            "nll": -policy.logps[batch.to_tokens((own & good).to(reward.dtype)) > 0],
+        }
+
+    def report(self, batch: Batch) -> dict[str, float]:
+        """kto/z: the divergence that both kinds are measured against."""
+        return {"kto/z": float(batch.columns["kto_z"][0])}

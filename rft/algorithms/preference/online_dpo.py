@@ -1,0 +1,44 @@
+"""Online DPO: the pair is sampled from the policy, and judged now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, Unit, setting
+from rft.algorithms.math.preferences import best_and_worst, dpo
+from rft.algorithms.policy_gradient.base import required
+from rft.algorithms.preference.base import OnlinePreference
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class OnlineDPO(OnlinePreference):
+    """Guo et al., "Direct language model alignment from online AI feedback" (2024), eq. 1 and algorithm 1.
+
+    -log sigmoid(beta * (log-ratio of the best - log-ratio of the worst)) on the best and the worst
+    completion of each group. Against `dpo`, the data are the policy's own. Groups whose rewards are all
+    equal give no pair.
+    """
+
+    unit: ClassVar[Unit] = "pair"
+
+    beta: float = setting(0.1, "strength of the pull to the reference, in 1 / nats", gt=0)
+    loss_type: Literal["sigmoid", "ipo"] = setting("sigmoid", "sigmoid (DPO) or ipo")
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return best_and_worst(required(batch.rewards, "rewards"), batch.group)
+
+    def acts_on(self, batch: Batch) -> Tensor:
+        """The best and the worst of each group: without the others these are the best and the worst still."""
+        paired = torch.zeros(batch.num_sequences, dtype=torch.bool, device=batch.tokens.device)
+        paired[torch.cat(self.pairs(batch))] = True
+        return batch.to_tokens(paired)
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        best, worst = self.pairs(batch)
+        log_ratio = self.log_ratio(policy, batch)
+        return dpo(log_ratio[best] - log_ratio[worst], self.beta, self.loss_type)

@@ -1,0 +1,35 @@
+"""Odds-ratio preference optimisation: supervised fine-tuning and preference in one loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.math.sequences import log1mexp
+from rft.algorithms.preference.offline_preference import OfflinePreference
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class ORPO(OfflinePreference):
+    """loss = -mean log p(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected)), with
+    odds = p / (1 - p), p = exp(mean log p per token); Hong et al., "ORPO" (2024), eqs. 6 and 7.
+
+    No reference, and no fine-tuning before it. The likelihood term is averaged over pairs. p is
+    held below 1 - 1e-6: odds of a certain response are infinite.
+    """
+
+    beta: float = setting(0.1, "weight of the odds-ratio term", ge=0)
+
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        mean = batch.mean_by_sequence(policy.logps).clamp(max=-1e-6)
+        return mean - log1mexp(mean)
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        first, second = self.pairs(batch)
+        log_odds = self.implicit_rewards(policy, batch)
+        nll = -batch.mean_by_sequence(policy.logps)[first]
+        return nll - self.beta * F.logsigmoid(log_odds[first] - log_odds[second])

@@ -1,0 +1,58 @@
+"""Reward-difference regression: the log-ratio of two answers should differ as their rewards do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, Unit, setting
+from rft.algorithms.math.preferences import all_pairs, sequence_log_ratio
+from rft.algorithms.policy_gradient.base import required
+from rft.algorithms.preference.base import OnlinePreference
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class RewardDifference(OnlinePreference):
+    """Gao et al., "REBEL" (2024), eq. 2; Deng et al., "PRDP" (2024), eq. 8 and 12.
+
+    (beta * (log-ratio_i - log-ratio_j) - (r_i - r_j))^2 over all pairs of a group; the optimum is that of
+    KL-regularised reward maximisation. REBEL refreshes the reference each iteration (beta is its 1 / eta),
+    which is many updates; PRDP keeps it (`refresh_reference: 0`). Where the reference is the policy at
+    every update, the gradient is that of `rloo`, and `clip` never binds. Proximal clipping (PRDP):
+    log-ratios may move by at most `clip` nats from the policy that sampled; of the two squared errors, with
+    and without, the larger one counts.
+
+    Against `online_dpo` it uses how much better an answer is. Equal rewards pull the log-ratios together.
+    """
+
+    unit: ClassVar[Unit] = "pair"
+
+    beta: float = setting(0.1, "reward per nat of log-ratio", gt=0)
+    clip: float | None = setting(
+        None, "nats that a completion's log-ratio may move in a step; null: free", gt=0
+    )
+    refresh_reference: int = setting(
+        20, "steps after which the reference becomes the policy; 0: never (PRDP)", ge=0
+    )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"old_logps"}
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return all_pairs(batch.group)
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        i, j = self.pairs(batch)
+        rewards, log_ratio = required(batch.rewards, "rewards"), self.log_ratio(policy, batch)
+        target = rewards[i] - rewards[j]
+        loss = (self.beta * (log_ratio[i] - log_ratio[j]) - target).square()
+        if self.clip is None:
+            return loss
+        moved = sequence_log_ratio(policy.logps, batch.old_logps_or(policy.logps), batch)
+        near = log_ratio - moved + moved.clamp(-self.clip, self.clip)
+        return torch.maximum(loss, (self.beta * (near[i] - near[j]) - target).square())

@@ -1,0 +1,49 @@
+"""SPPO: play against yourself, and regress the log-ratio on the win rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, Unit, setting
+from rft.algorithms.math.preferences import Preference, win_rate
+from rft.algorithms.policy_gradient.base import column, required, without_unknown
+from rft.algorithms.preference.base import OnlinePreference
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class SPPO(OnlinePreference):
+    """Wu et al., "Self-play preference optimization" (2024), eq. 4.5.
+
+    loss_i = (log pi(y_i) / pi_t(y_i) - eta (P(y_i wins) - 1/2))^2, with pi_t the policy of the last
+    iteration (the reference, refreshed every `refresh_reference` steps) and P(win) the mean preference
+    over the group's other completions: from rewards, or from a pairwise judge as `columns["win_rate"]`.
+    Completions that the judge abstains on are not trained on.
+    The paper's iteration is a pass over the data against a fixed pi_t; where pi_t is the policy at every
+    update the log-ratio is 0, and what is left is REINFORCE on the win rate.
+
+    Against `online_dpo` it moves each completion by itself and by how much it wins, so winners'
+    likelihood does not sink with the losers'. Where all rewards are equal it holds the policy at pi_t.
+    """
+
+    unit: ClassVar[Unit] = "sequence"
+
+    eta: float = setting(1000.0, "nats of log-ratio for a sure win, times two", gt=0)
+    preference: Preference = setting("compare", "P(win) from rewards: compare (1, 1/2, 0) or bradley_terry")
+    refresh_reference: int = setting(
+        20, "steps of an iteration, after which pi_t becomes the policy; 0: never", ge=0
+    )
+
+    def prepare(self, batch: Batch) -> Batch:
+        if "win_rate" in batch.columns:
+            return without_unknown(batch, "win_rate")
+        wins = win_rate(required(batch.rewards, "rewards"), batch.group, self.preference)
+        return batch.with_(columns={**batch.columns, "win_rate": wins})
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        target = self.eta * (column(batch, "win_rate") - 0.5)
+        return torch.where(batch.lengths > 0, (self.log_ratio(policy, batch) - target).square(), 0)

@@ -1,0 +1,50 @@
+"""Anchored supervised fine-tuning: DFT that is held near the model it started from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.math.kl import full_kl
+from rft.algorithms.policy_gradient.base import required
+from rft.algorithms.supervised.dft import DFT
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class ASFT(DFT):
+    """loss = -sg(p) log p + lam * KL per token; Zhu et al., "Anchored supervised fine-tuning" (2025).
+
+    Against `dft`, a divergence to the reference over the whole vocabulary, at each response token,
+    stops the drift that a loss without an anchor allows. The paper writes KL(policy || reference)
+    (`reverse`); its published code computes KL(reference || policy) (`forward`). `lam: 0` is `dft`.
+    """
+
+    lam: float = setting(0.1, "weight of the divergence to the reference", ge=0)
+    direction: Literal["reverse", "forward"] = setting(
+        "reverse", "reverse: KL(policy || reference); forward: KL(reference || policy)"
+    )
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"kl"} if self.lam else ())
+
+    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+        return full_kl(logps, reference) if self.direction == "reverse" else full_kl(reference, logps)
+
+    @property
+    def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
+        return self.direction, 0.5
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        loss = super().loss(policy, batch)
+        if not self.lam:
+            return loss
+        return loss + self.lam * required(policy.kl, "kl").masked_fill(~batch.mask, 0)
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """policy/kl_ref: the divergence, in nats per token."""
+        return {} if policy.kl is None else {"policy/kl_ref": policy.kl.detach()}

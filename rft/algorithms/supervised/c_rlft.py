@@ -1,0 +1,26 @@
+"""Class-conditioned fine-tuning on data of mixed quality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rft.algorithms.base import PolicyOutput
+from rft.algorithms.policy_gradient.base import column
+from rft.algorithms.supervised.sft import SFT
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class CRLFT(SFT):
+    """loss = -w(source) log p(token | prompt, source); Wang et al., "OpenChat" (2023).
+
+    Each source of demonstrations is a class with a weight (the paper's exp(reward / beta), such as 1 for
+    expert and 0.1 for sub-optimal data) and a prompt prefix of its own: `data.sources`. Knowing whom it
+    imitates, the policy need not average over sources; prompted with the best class, it answers as
+    that one. With one source of weight 1 it is `sft`. Reads `columns["weight"]` [N].
+    """
+
+    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        return super().loss(policy, batch) * batch.to_tokens(column(batch, "weight").to(policy.logps.dtype))

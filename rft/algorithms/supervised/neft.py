@@ -1,0 +1,34 @@
+"""Noisy embeddings in supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import setting
+from rft.algorithms.supervised.sft import SFT
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class NEFT(SFT):
+    """`sft` with uniform noise on the embeddings; Jain et al., "NEFTune" (2023), algorithm 1.
+
+    Noise of each entry is uniform in +- alpha / sqrt(L * H), for L tokens of prompt and response (a
+    shared prompt counts with its first response) and hidden size H. `alpha: 0` is `sft`.
+    """
+
+    embeds: ClassVar[bool] = True
+
+    alpha: float = setting(5.0, "scale of the noise", ge=0)
+
+    def embed(self, embeddings: Tensor, batch: Batch, expected: Callable[[], Tensor]) -> Tensor:
+        # A tree's deepest position is the length of its longest sequence, without padding.
+        tree = batch.tree[batch.segment]
+        longest = torch.zeros_like(batch.parent).scatter_reduce(0, tree, batch.positions + 1, "amax")
+        scale = self.alpha / (longest[tree] * embeddings.shape[-1]).to(embeddings.dtype).sqrt()
+        return embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * scale[:, None]

@@ -1,0 +1,199 @@
+"""From a YAML file to a config: `load_config` reads it (laid over the file that its `base` names), applies
+`key.sub=value` overrides and validates. Every problem is reported at once, each with the key it is about and,
+for an unknown key, the nearest right one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from rft.config.base import Section
+from rft.config.schema import Config, list_as_functions
+from rft.errors import ConfigError
+from rft.utils import yaml_files
+from rft.utils.did_you_mean import nearest_or_all
+from rft.utils.paths import expand
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and validate a config. Raises ConfigError with every problem found."""
+    return parse_config(apply_overrides(_read(Path(path), ()), overrides))
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file laid over its `base`, if it names one (a path relative to its own folder)."""
+    if path.resolve() in above:
+        raise ConfigError([f"config {path}: its `base` leads back to itself"])
+    try:
+        raw = yaml_files.read(path)
+        raw = {} if raw is None else raw
+    except OSError as error:
+        raise ConfigError([f"config {path}: {error.strerror or error}"]) from None
+    except yaml_files.YamlError as error:
+        raise ConfigError([f"config {path} is not valid YAML: {error}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError([f"config {path} must be a mapping of keys to values"])
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError([f"config {path}: base must be the path of one YAML file, got {base!r}"])
+    try:
+        below = path.parent / expand(base)
+    except ValueError as error:
+        raise ConfigError([f"config {path}: base: {error}"]) from None
+    return _laid_over(_read(below, (*above, path.resolve())), raw)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections merge key by key; all else replaces, an `algorithm` whole: its settings are its own."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(under, dict) and isinstance(value, dict) and key != "algorithm":
+            value = _laid_over(under, value)
+        merged[key] = value
+    return merged
+
+
+def parse_config(raw: Mapping[str, Any]) -> Config:
+    """Validate plain data. Raises ConfigError with every problem found."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_explain(e) for e in error.errors()]) from None
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`a.b=value` into a copy of `raw`; values are YAML, a number is an index into a list.
+
+    Raises ConfigError with every override that is malformed or leads nowhere.
+    """
+    result: dict[str, Any] = deepcopy(dict(raw))
+    problems = []
+    for override in overrides:
+        try:
+            _apply(result, override)
+        except ValueError as error:
+            problems.append(f"override {override!r}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    return result
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Put one override into `raw`. Raises ValueError saying what is wrong with it."""
+    key, equals, text = override.partition("=")
+    keys = key.split(".")
+    if not equals or not all(part and part == part.strip() for part in keys):
+        raise ValueError("write key.sub=value, without empty parts or spaces in the key")
+    value = yaml_files.parse(text)
+    if keys[0] == "rewards" and len(keys) > 1:
+        raw["rewards"] = list_as_functions(raw.get("rewards")) or {}
+        keys[1:1] = ["functions"] if keys[1].isdecimal() else []
+    node: Any = raw
+    for i, part in enumerate(keys[:-1]):
+        child, where = _entry(node, part, keys[:i]), ".".join(keys[: i + 1])
+        if child is None:
+            if keys[i + 1].isdecimal():
+                raise ValueError(f"{where} is not set, so it has no entry {keys[i + 1]}; give the whole list")
+            child = {}
+        if isinstance(child, str) and keys[: i + 1] == ["algorithm"]:
+            child = {"name": child}
+        if not isinstance(child, dict | list):
+            raise ValueError(f"{where} is not a section (it is {child!r:.40})")
+        node[int(part) if isinstance(node, list) else part] = child
+        node = child
+    _entry(node, keys[-1], keys[:-1])  # refuses an index that is out of range
+    node[int(keys[-1]) if isinstance(node, list) else keys[-1]] = value
+
+
+def _entry(node: dict[str, Any] | list[Any], part: str, above: Sequence[str]) -> Any:
+    """What a section or list holds under `part`; None where a section lacks it. Raises ValueError for
+    an index that the list does not have."""
+    if isinstance(node, dict):
+        return node.get(part)
+    where = ".".join(above)
+    if not part.isdecimal():
+        raise ValueError(f"{where} is a list: write the number of an entry after it, as in {where}.0")
+    if int(part) >= len(node):
+        have = f"its entries are 0 to {len(node) - 1}" if node else "it is empty"
+        raise ValueError(f"{where} has no entry {part}: {have}")
+    return node[int(part)]
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `key: what is wrong, what to write instead`."""
+    location = [str(part) for part in error["loc"]]
+    where = ".".join(location) or "config"
+    if error["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        hint = nearest_or_all(location[-1], section.model_fields) if section else ""
+        return f"{where}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{where}: required, but not given"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{where}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _section_at(location: Sequence[str]) -> type[Section] | None:
+    """The section class at a path of keys."""
+    section: type[Section] | None = Config
+    for part in location:
+        if section is None:
+            return None
+        if part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation)
+    return section
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for kind in (annotation, *(a for arg in get_args(annotation) for a in (arg, *get_args(arg)))):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, default, description) of every field in the tree, in order."""
+    for name, info in section.model_fields.items():
+        child = _section_of(info.annotation)
+        required = info.is_required()
+        default = None if required else info.get_default(call_default_factory=True)
+        if child is not None and not isinstance(default, list | tuple):
+            yield f"{prefix}{name}", "none" if default is None else "", info.description or ""
+            yield from describe_fields(child, f"{prefix}{name}.")
+        else:
+            shown = "required" if required else yaml_files.dump(default, flow=True)
+            yield (
+                f"{prefix}{name}",
+                shown.removesuffix("\n").removesuffix("...").strip(),
+                info.description or "",
+            )
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """A short hash of plain config data."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) wherever two plain configs differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found

@@ -1,0 +1,106 @@
+"""A sampler that prefers prompts which the policy solves now and then, by their measured pass rate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from rft.batch import Group
+from rft.config.schema import CurriculumConfig
+from rft.data.errors import DataError
+from rft.data.sampler import Sampler
+from rft.rewards.types import Outcome
+
+
+class Curriculum:
+    """Rows 0..size-1: a share `explore` in the order of `Sampler`, which measures all of them in time; the
+    others drawn among the measured ones, in proportion to how near their pass rate p is to `target` t:
+
+        weight(p) = floor + (1 - floor) * p^(t/m) (1-p)^((1-t)/m) / its maximum,   m = max(t, 1-t)
+
+    (for t = 1/2 the variance p (1 - p) of a single trial, which the gradient of a group with 0/1 rewards is
+    proportional to). Every draw is a function of the seed, its number and what was observed before.
+    `epoch` after a draw says how often that row was drawn before.
+    """
+
+    TRIES = 64
+
+    def __init__(self, size: int, seed: int, config: CurriculumConfig) -> None:
+        self.config, self.size, self.seed = config, size, seed
+        self.plain = Sampler(size, seed)
+        self.draws = 0
+        self.epoch = 0
+        self.rates: dict[int, float] = {}
+        self.visits: dict[int, tuple[int, int]] = {}  # row -> how often, number of the last draw
+        self._rows: list[int] = []  # measured, in the order of their first measurement
+
+    @property
+    def seen(self) -> int:
+        """Rows handed out since the start, repeated ones counted each time."""
+        return self.draws
+
+    def next(self, k: int) -> list[int]:
+        """The next k rows; `epoch` belongs to the last of them."""
+        return [self._draw() for _ in range(k)]
+
+    def _draw(self) -> int:
+        dice = random.Random(f"{self.seed}/curriculum/{self.draws}")
+        row = None if dice.random() < self.config.explore else self._by_rate(dice)
+        if row is None:
+            (row,) = self.plain.next(1)
+        self.epoch = self.visits[row][0] if row in self.visits else 0
+        self.visits[row] = (self.epoch + 1, self.draws)
+        self.draws += 1
+        return row
+
+    def _by_rate(self, dice: random.Random) -> int | None:
+        """A measured row, accepted with the chance that is its weight; None where none is."""
+        for _ in range(self.TRIES if self._rows else 0):
+            row = dice.choice(self._rows)
+            rested = self.draws - self.visits[row][1] > self.config.rest
+            if rested and dice.random() < self.weight(self.rates[row]):
+                return row
+        return None
+
+    def weight(self, rate: float) -> float:
+        """Chance of a prompt with this pass rate over that of the best one: in [floor, 1]."""
+        t, floor = self.config.target, self.config.floor
+        m = max(t, 1 - t)
+        height = (rate / t) ** (t / m) * ((1 - rate) / (1 - t)) ** ((1 - t) / m)
+        return floor + (1 - floor) * height
+
+    def observe(self, row: int, rate: float) -> None:
+        """A row's completions were judged: `rate` of them are correct."""
+        if row not in self.rates:
+            self._rows.append(row)
+            self.rates[row] = rate
+        else:
+            self.rates[row] += self.config.rate * (rate - self.rates[row])
+
+    def metrics(self) -> dict[str, float]:
+        known = list(self.rates.values())
+        rate = {"data/pass_rate": sum(known) / len(known)} if known else {}
+        return {"data/measured": float(len(known)), **rate}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON: about 30 bytes for every row that was drawn."""
+        rows = [[r, *self.visits[r], self.rates.get(r)] for r in self.visits]
+        return {"plain": self.plain.state_dict(), "draws": self.draws, "rows": rows, "measured": self._rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken. Raises DataError if the data is not the same."""
+        if "plain" not in state:
+            raise DataError("the checkpoint was made without train.curriculum: leave it out, or start anew")
+        self.plain.load_state_dict(state["plain"])
+        self.draws, self._rows = state["draws"], list(state["measured"])
+        self.visits = {row: (count, last) for row, count, last, _ in state["rows"]}
+        self.rates = {row: rate for row, _, _, rate in state["rows"] if rate is not None}
+
+
+def pass_rate(group: Group, primary: str) -> float | None:
+    """The share of a group's completions that the reward named `primary` found correct. Completions that
+    began with a demonstration count nowhere: they do not say how often the policy solves the prompt. None:
+    there is no other one."""
+    own = [c for c in group.completions if not c.demonstrated]
+    return sum(c.scores[primary].outcome == Outcome.correct for c in own) / len(own) if own else None

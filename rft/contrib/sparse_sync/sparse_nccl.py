@@ -1,0 +1,113 @@
+"""What changed, from GPU to GPU: the sending end of vLLM's own `sparse_nccl` engine, which writes flat
+checkpoint indices and values into its weights in place.
+
+That engine knows sparse updates alone, and takes a whole one into memory before it writes. So a full push
+is one of all indices, and every push travels in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rft.contrib.sparse_sync.delta import LARGEST_INDEX, changed
+from rft.errors import TransferError
+from rft.sync.broadcast import Manifest
+from rft.sync.link import Link
+from rft.sync.nccl import NcclGroup
+from rft.sync.sender import SparseState
+from rft.sync.spec import Named, Update
+
+PART_BYTES = 512 * 2**20  # of indices and values; what an engine holds of an update at once
+_INDEX_BYTES = 4
+
+
+class SparseNcclSender(SparseState):
+    """Indices and values of a part's tensors, one after the other, by NCCL.
+
+    Keeps a copy of the weights in wire precision on the learner's GPU. The bytes have no checksum of their
+    own: NCCL's transports have theirs, and the learner compares the next log-probs.
+    """
+
+    early = True
+
+    def __init__(self, link: Link, full_every: int) -> None:
+        super().__init__(full_every)
+        self.group = NcclGroup(link)
+        self.indices: dict[str, Tensor | None] = {}  # of what travels; None: all
+
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
+        """Returns `parts`: one update each, as vLLM's `update_weights` takes them, in sending order."""
+        everything = self.everything_is_due()
+        self.indices, self.changes = {}, {}
+        for name, tensor in named:
+            where = self._take(name, tensor.detach())
+            if everything:
+                self.indices[name] = None
+            elif where.numel():
+                self.indices[name] = where
+        if not self.indices:  # vLLM refuses an update of nothing
+            name, tensor = next(iter(self.known.items()))
+            self.indices[name] = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+        return {"parts": [self._describe(names) for names in self._parts()]}
+
+    def _take(self, name: str, tensor: Tensor) -> Tensor:
+        """Bring the known tensor up to this one; flat indices [changed] int32 of where they differed."""
+        if tensor.numel() > LARGEST_INDEX:
+            raise TransferError(
+                f"{name} has {tensor.numel()} elements, more than the int32 indices of vLLM's sparse updates "
+                "can name; use sync.transport nccl"
+            )
+        old = self.known.get(name)
+        if old is None:
+            self.known[name] = tensor.clone().contiguous()
+            return torch.empty(0, dtype=torch.int32, device=tensor.device)
+        where = changed(old, tensor)
+        old.view(-1)[where] = tensor.reshape(-1)[where]
+        self.changes[name] = where.numel()
+        return where.to(torch.int32)
+
+    def _count(self, name: str) -> int:
+        where = self.indices[name]
+        return self.known[name].numel() if where is None else where.numel()
+
+    def _parts(self) -> Iterator[list[str]]:
+        """Names in order, cut where a part would be larger than PART_BYTES; a tensor is never cut."""
+        part: list[str] = []
+        size = 0
+        for name in self.indices:
+            own = self._count(name) * (_INDEX_BYTES + self.known[name].element_size())
+            if part and size + own > PART_BYTES:
+                yield part
+                part, size = [], 0
+            part.append(name)
+            size += own
+        yield part
+
+    def _describe(self, names: list[str]) -> Update:
+        tensors = [self.known[name] for name in names]
+        return {
+            "names": names,
+            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+            "shapes": [list(tensor.shape) for tensor in tensors],
+            "num_updates_list": [self._count(name) for name in names],
+        }
+
+    def send(self, named: Named) -> int:
+        total = 0
+        with self.group.deadline():
+            for name, where in self.indices.items():
+                tensor = self.known[name].view(-1)
+                if where is None:
+                    where, values = torch.arange(len(tensor), dtype=torch.int32, device=tensor.device), tensor
+                else:
+                    values = tensor[where.long()]
+                for flat in (where, values):
+                    self.group.broadcast(flat)
+                    total += flat.nbytes
+        return total
+
+    def close(self) -> None:
+        self.group.close()

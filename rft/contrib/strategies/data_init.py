@@ -1,0 +1,117 @@
+"""Adapters that begin as something the data or the base's own numbers say, through peft's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rft.config.learner import LearnerConfig
+from rft.config.strategy import AdapterConfig
+from rft.learner.model import ModelError
+from rft.utils.quantized import full_weight
+
+Settings = Callable[..., Any]
+Wrap = Callable[[Any], Any]
+Run = Callable[[], Any]
+
+
+def rewrites_base(config: AdapterConfig, settings: Any) -> bool:
+    """Whether the method moves a part of the base's weights into the adapter.
+
+    Raises ModelError for combinations in which that part cannot be told from the rest.
+    """
+    init = getattr(settings, "init_lora_weights", None)
+    moves = isinstance(init, str) and init.lower().split("_niter_")[0] in (
+        "pissa",
+        "olora",
+        "corda",
+        "lora_ga",
+    )
+    if moves and (settings.use_dora or settings.lora_bias):
+        raise ModelError(
+            f"learner.adapter: {init} takes a part of the base over, which goes with neither use_dora nor "
+            "lora_bias; use one of the two"
+        )
+    return moves
+
+
+def eva(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
+    """EVA: A from the principal components of the activations (Paischer et al. 2024, arXiv 2410.07170)."""
+    from peft import initialize_lora_eva_weights
+
+    model = wrap(settings())
+    initialize_lora_eva_weights(
+        model,
+        dataloader=[{}],
+        forward_fn=lambda _, __: forward(),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=_rows,
+        gather_distributed_inputs=False,
+        show_progress_bar=False,
+    )
+
+
+def _rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    """[tokens, H] of what a layer reads: packed rows have no padding."""
+    states: Tensor = layer_input[0] if isinstance(layer_input, tuple) else layer_input
+    return states.reshape(-1, states.shape[-1]).float()
+
+
+def _targets(base: Any, settings: Settings) -> dict[str, Any]:
+    """`all-linear` by name: peft's preparations look for names."""
+    if settings().target_modules != "all-linear":
+        return {}
+    head = base.get_output_embeddings()
+    linear = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return {"target_modules": linear}
+
+
+def corda(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
+    """CorDA: by the covariance of the activations (Yang et al. 2024, arXiv 2406.05223), by default in its
+    instruction-previewed mode (section 3.3)."""
+    from peft.tuners.lora.corda import preprocess_corda
+
+    made = settings(**_targets(base, settings))
+    preprocess_corda(base, made, run_model=forward)
+    base.train()  # peft leaves it in evaluation mode
+    wrap(made)
+
+
+def lora_ga(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
+    """LoRA-GA: by the gradient of the first batch (Wang et al. 2024, arXiv 2407.05000)."""
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    made = settings(**_targets(base, settings))
+    preprocess_loraga(base, made, train_step=backward)
+    wrap(made)
+
+
+MAKERS = {"eva": eva, "corda": corda, "lora_ga": lora_ga}  # those that need the first batch
+# Sequences that those by activations look at, where the data are known beforehand: CorDA's authors take 256.
+SAMPLES = {"eva": 256, "corda": 256}
+
+
+def samples(config: LearnerConfig) -> int:
+    """How many sequences an adapter is made of, where it begins as the data say."""
+    return 0 if config.adapter is None else SAMPLES.get(config.adapter.method, 0)
+
+
+@torch.no_grad()
+def loftq(layers: Iterable[tuple[str, Any]], full: Mapping[str, Tensor]) -> None:
+    """LoftQ on a base that is quantised already: factors that make up for its rounding (Li et al. 2023,
+    arXiv 2310.08659, one iteration of algorithm 1).
+
+    layers: (path, LoRA layer). full: the parameters of the model before it was quantised, by name.
+    """
+    for path, layer in layers:
+        base = layer.get_base_layer()
+        lost = full[f"{path}.weight"].float().to(base.weight.device) - full_weight(base).float()
+        (name,) = layer.active_adapters
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        u, s, v = torch.linalg.svd(lost, full_matrices=False)
+        root = s[: len(a)].sqrt()
+        a.copy_(root[:, None] * v[: len(a)])
+        b.copy_(u[:, : len(a)] * root / layer.scaling[name])

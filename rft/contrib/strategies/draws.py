@@ -1,0 +1,127 @@
+"""Full fine-tuning of changing parts: LISA and HFT. A part is a pure function of seed and update."""
+
+from __future__ import annotations
+
+import abc
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rft.config.strategy import HftConfig, LisaConfig
+from rft.kernels.attention_route import decoder_of
+from rft.learner.model import ModelError
+from rft.learner.strategies.base import Put, Strategy
+
+if TYPE_CHECKING:
+    from rft.learner.learner import LearnerSpec
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, in order. Raises ModelError where a model keeps them unlike others."""
+    decoder = decoder_of(model)
+    count = decoder.config.get_text_config().num_hidden_layers
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(decoder).__name__} has no list of its {count} layers")
+
+
+class Draws(Strategy, abc.ABC):
+    """Trains what `draw` chooses, and chooses anew every `every` updates (0: never).
+
+    The optimizer's moments of what is no longer trained are dropped: that is the memory saved.
+    """
+
+    every: int
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        super().__init__(spec)
+        self.updates = 0
+        self.made: torch.optim.Optimizer | None = None
+
+    @abc.abstractmethod
+    def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
+        """The parameters that are left alone until the next draw."""
+
+    def attach(self, model: Any) -> None:
+        self.model = model
+        self._draw()
+
+    def _draw(self) -> None:
+        number = self.updates // self.every if self.every else 0
+        frozen = {id(p) for p in self.frozen(self.model, random.Random(f"{self.spec.seed}/{number}"))}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) not in frozen)
+            if self.made is not None and id(parameter) in frozen:
+                self.made.state.pop(parameter, None)
+                parameter.grad = None
+
+    def optimizer(self, model: nn.Module, extra: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        model.requires_grad_(True)  # all are in its groups; those without a gradient are passed over
+        self.made = super().optimizer(model, extra)
+        self._draw()
+        self.made.register_step_post_hook(self._count)
+        return self.made
+
+    def _count(self, *_: Any) -> None:
+        self.updates += 1
+        if self.every and self.updates % self.every == 0:
+            self._draw()
+
+    def state(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load(self, model_state: Any, state: dict[str, Any], put: Put) -> bool:
+        self.updates = state["updates"]
+        self._draw()
+        return False
+
+
+class Lisa(Draws):
+    """Layerwise importance sampling: embeddings, head and `layers` decoder layers at a time."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        super().__init__(spec)
+        strategy = spec.config.strategy
+        assert isinstance(strategy, LisaConfig)
+        self.layers, self.every = strategy.layers, strategy.every
+
+    def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
+        layers = layers_of(model)
+        if self.layers >= len(layers):
+            raise ModelError(
+                f"learner.strategy.layers: {self.layers} layers at a time are all of the model's "
+                f"{len(layers)}; lower it, or leave the strategy out"
+            )
+        chosen = dice.sample(range(len(layers)), self.layers)
+        for index, layer in enumerate(layers):
+            if index not in chosen:
+                yield from layer.parameters()
+
+
+class Hft(Draws):
+    """Half fine-tuning: in every layer one half of the attention's, and of the rest's, matrices is frozen.
+
+    Embeddings and head are trained, as in the paper; vectors go with the half that is trained.
+    """
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        super().__init__(spec)
+        strategy = spec.config.strategy
+        assert isinstance(strategy, HftConfig)
+        self.every = strategy.every
+
+    def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
+        spare = 0  # an odd group gives its odd matrix to either side in turn
+        for layer in layers_of(model):
+            matrices = [(n, p) for n, p in layer.named_parameters() if p.ndim >= 2]
+            attention = [p for n, p in matrices if "attn" in n or "attention" in n]
+            rest = [p for n, p in matrices if not ("attn" in n or "attention" in n)]
+            for group in (attention, rest):
+                half, odd = divmod(len(group), 2)
+                if odd:
+                    half, spare = half + spare, 1 - spare
+                yield from dice.sample(group, half)

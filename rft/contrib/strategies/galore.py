@@ -1,0 +1,114 @@
+"""GaLore: Adam whose moments live in a low-rank subspace of each gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rft.config.strategy import GaloreConfig
+from rft.learner.model import decay_groups
+from rft.learner.strategies.base import Strategy
+
+
+class Galore(Strategy):
+    """All parameters are trained; the optimizer's memory is that of low-rank factors."""
+
+    def optimizer(self, model: nn.Module, extra: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        strategy, config = self.spec.config.strategy, self.spec.config
+        assert isinstance(strategy, GaloreConfig)
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        # Projected are the layers' matrices, as in the paper; embeddings and head have no low-rank gradient.
+        spared = {id(m.weight) for m in (table, head) if m is not None}
+        groups = []
+        for group in decay_groups(model, config.weight_decay):
+            low = [
+                p
+                for p in group["params"]
+                if p.ndim == 2 and id(p) not in spared and min(p.shape) > strategy.rank
+            ]
+            inside = {id(p) for p in low}
+            rest = [p for p in group["params"] if id(p) not in inside]
+            groups += [
+                {**group, "params": low, "rank": strategy.rank},
+                {**group, "params": rest, "rank": None},
+            ]
+        return GaloreAdamW(
+            groups + extra,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            every=strategy.every,
+            scale=strategy.scale,
+        )
+
+
+class GaloreAdamW(torch.optim.Optimizer):
+    """AdamW; in groups with a `rank`, on P^T G instead of the gradient G (Zhao et al. 2024, algorithm 2).
+
+    P are the leading singular vectors of G on its shorter side, taken anew every `every` steps. Per matrix
+    [m, n] the state is P [min(m, n), rank] and two moments [rank, max(m, n)].
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        every: int,
+        scale: float,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "every": every,
+                "factor": scale,
+                "rank": None,
+                "weight_decay": 0.0,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient; `closure` is not supported."""
+        assert closure is None, "GaLore takes no closure"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._one(parameter, parameter.grad.float(), group)
+
+    def _one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        state.setdefault("step", 0)
+        wide = gradient.ndim == 2 and gradient.shape[0] <= gradient.shape[1]
+        if group["rank"] is not None:
+            if state["step"] % group["every"] == 0:
+                state["projection"] = _subspace(gradient if wide else gradient.t(), group["rank"])
+            basis: Tensor = state["projection"]
+            gradient = basis.t() @ (gradient if wide else gradient.t())
+        if "first" not in state:
+            state["first"], state["second"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        state["step"] += 1
+        (beta1, beta2), step = group["betas"], state["step"]
+        state["first"].lerp_(gradient, 1 - beta1)
+        state["second"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        size = (state["second"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        update = state["first"] / (1 - beta1**step) / size
+        if group["rank"] is not None:
+            update = group["factor"] * (state["projection"] @ update)
+            update = update if wide else update.t()
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+
+
+def _subspace(gradient: Tensor, rank: int) -> Tensor:
+    """[m, rank]: the leading left singular vectors of a gradient [m, n], m <= n."""
+    vectors, _, _ = torch.linalg.svd(gradient, full_matrices=False)
+    return vectors[:, :rank].contiguous()

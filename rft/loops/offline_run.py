@@ -1,0 +1,91 @@
+"""An offline run from its data to its last step: the order of the rows, the references, the evaluation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rft.batch import Batch, Group
+from rft.contrib.strategies.data_init import samples
+from rft.data import GroupSampler
+from rft.learner.model import resolve_dtype
+from rft.loops import reference
+from rft.loops.offline import OfflineLoop
+from rft.loops.offline_eval import Generate, HeldOut
+from rft.metrics import Progress, RunLog
+from rft.packing import shares_prefix
+from rft.plan import Plan
+from rft.run_dir import RunFolder
+from rft.utils.ray_calls import call
+
+
+async def train_offline(
+    plan: Plan,
+    folder: RunFolder,
+    learner: Any,
+    progress: Progress,
+    log: RunLog,
+    stop: asyncio.Event,
+    generate: Generate | None,
+) -> dict[str, float]:
+    """Train the learner on the plan's data; returns the last evaluation. Raises RunStopped."""
+    config, data = plan.config, plan.offline
+    assert data is not None
+    for line in data.lines(config):
+        progress.note(line)
+    share = shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden)
+    source = data.source(config)
+    tests = list(data.held_out) if data.held_out is not None else []
+    if config.learner.reference_logps == "cached":
+        progress.stage("reference log-probs")
+        train = await _with_reference(plan, learner, data.sample, share)
+        tests = await _with_reference(plan, learner, tests, share) if tests else []
+        await _ask(plan, learner, "release_reference")
+        source = GroupSampler(train, config.seed, shuffle=config.data.shuffle)
+    held_out = None
+    if tests:
+        arrange, size = config.algorithm.arrange, config.train.batch_size
+        held_out = HeldOut(tests, config.eval.every, size, share, arrange, generate)
+    loop = OfflineLoop(
+        learner,
+        source,
+        config.train.steps,
+        config.train.batch_size,
+        share_prefix=share,
+        timeout_s=config.learner.step_timeout_s,
+        progress=progress,
+        checkpoints=folder.checkpoints,
+        arrange=config.algorithm.arrange,
+        held_out=held_out,
+        preview=samples(config.learner),
+        log=log,
+        save_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        stop=stop,
+    )
+    return await loop.run(folder.resume)
+
+
+async def _with_reference(plan: Plan, learner: Any, groups: Sequence[Group], share: bool) -> list[Group]:
+    """The groups with the reference's log-probs, read from the cache or computed into it."""
+    config = plan.config
+    dtype = str(resolve_dtype(config.learner.dtype, plan.device))
+    cache = Path(config.output_dir) / ".cache"
+    file = reference.cache_file(cache, groups, plan.reference_path or plan.model, dtype)
+
+    async def score(batch: Batch) -> Tensor:
+        found: Tensor = await _ask(plan, learner, "score_reference", batch)
+        return found
+
+    if not file.exists():
+        await reference.compute(file, groups, config.train.batch_size, share, score)
+    return reference.attach(groups, file)
+
+
+async def _ask(plan: Plan, learner: Any, method: str, *args: Any) -> Any:
+    answer = getattr(learner, method).remote(*args)
+    return await call(answer, plan.config.learner.step_timeout_s, f"{method} on the learner")

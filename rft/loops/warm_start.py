@@ -1,0 +1,91 @@
+"""The supervised stage before a run. Its result is cached by all that it depends on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rft import checkpoint
+from rft.algorithms.supervised.sft import SFT
+from rft.config.schema import WarmStartConfig
+from rft.data import GroupSampler, load_groups
+from rft.learner.learner import LearnerSpec
+from rft.loops.offline import OfflineLoop
+from rft.metrics import Progress
+from rft.plan import Plan, threads_for
+from rft.preflight.warm_start import is_finished, warm_start_data, warm_start_folder
+from rft.utils.ray_calls import call
+
+WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage that is not finished
+
+
+def _spec(plan: Plan, stage: WarmStartConfig) -> LearnerSpec:
+    config = plan.config
+    return LearnerSpec(
+        model=plan.model,
+        tokenizer=plan.tokenizer_path,
+        stop_token_ids=plan.stop_ids,
+        algorithm=SFT(),
+        config=stage.learner,
+        device=plan.device,
+        threads=threads_for(stage.learner.threads, stage.learner.cores),
+        seed=config.seed,
+        total_steps=stage.steps,
+        num_iterations=1,
+        minibatches=1,
+        max_completion_length=config.rollout.sampling.max_completion_length,
+        temperature=1.0,
+        max_gap_mean=None,
+        max_gap=None,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+async def warm_start(
+    plan: Plan, start_learner: Any, progress: Progress, run: Path, stop: asyncio.Event
+) -> str:
+    """Train on demonstrations, or find it done; returns the folder of the resulting model.
+
+    `start_learner(spec)` starts a learner actor. The folder appears by a rename, so that a stage
+    that was cut short is never taken for a finished one. A requested stop leaves a checkpoint in
+    the run's folder, from which the same run goes on, and raises RunStopped.
+    """
+    config = plan.config
+    stage = config.warm_start
+    assert stage is not None
+    folder = warm_start_folder(config, plan.model)
+    partial = run / WARM_START_FOLDER
+    if is_finished(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        progress.note(f"warm start: found in {folder}")
+        return str(folder)
+    groups = load_groups(warm_start_data(config, stage), plan.tokenizer, "sft").groups
+    learner = start_learner(_spec(plan, stage))
+    with Progress(stage.steps, f"{config.name}: warm start", display=config.tracking.display) as own:
+        loop = OfflineLoop(
+            learner,
+            GroupSampler(groups, config.seed),
+            stage.steps,
+            stage.batch_size,
+            share_prefix=False,
+            timeout_s=stage.learner.step_timeout_s,
+            progress=own,
+            checkpoints=partial,
+            save_last=False,
+            stage="warm start",
+            stop=stop,
+        )
+        await loop.run(checkpoint.latest(partial))
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    # A stop waits for it: this is what saves the stage.
+    await call(learner.export.remote(str(temporary)), 600, "exporting the warm start")
+    if folder.exists():
+        shutil.rmtree(temporary)  # another run was faster
+    else:
+        temporary.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    learner.kill()
+    return str(folder)

@@ -1,0 +1,109 @@
+"""What a step of an online run writes down: pure functions of the works it trained on."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rft.batch import Batch, Completion
+from rft.contrib.curriculum import Curriculum
+from rft.data import Sampler
+from rft.loops.evaluate import Judged
+from rft.metrics.diversity import diversity
+from rft.rollout.buffer import SlotBuffer, State, Work
+
+
+def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, float]:
+    """Rewards, groups and completions of the works that a step trained on, and how many of the batch that
+    was made of them it took a second."""
+    groups = [w.group for w in works if w.group is not None]
+    completions = [c for g in groups for c in g.completions]
+    rewards = [c.reward for c in completions if c.reward is not None]
+    owners = [i for i, g in enumerate(groups) for _ in g.completions]
+    lengths = [len(c.tokens) for c in completions]
+    outcomes = Counter(str(next(iter(c.scores.values())).outcome) for c in completions)
+    return {
+        "reward/mean": statistics.fmean(rewards),
+        "reward/std": statistics.pstdev(rewards),
+        "reward/min": min(rewards),
+        "reward/max": max(rewards),
+        **{f"reward/outcome/{k}": v / len(completions) for k, v in sorted(outcomes.items())},
+        "group/count": float(len(groups)),
+        "completion/length_mean": sum(lengths) / len(lengths),
+        "completion/length_std": statistics.pstdev(lengths),
+        "completion/length_min": float(min(lengths)),
+        "completion/length_max": float(max(lengths)),
+        "completion/truncated": sum(c.finish == "length" for c in completions) / len(completions),
+        **diversity([c.tokens for c in completions], owners),
+        "rollout/tokens": float(sum(lengths)),
+        "rollout/versions_mean": sum(len({v for v, _, _ in c.versions}) for c in completions) / len(lengths),
+        "throughput/tokens_per_s": float(batch.mask.sum()) / seconds,
+        "throughput/samples_per_s": batch.num_sequences / seconds,
+    }
+
+
+def age_metrics(ages: list[int]) -> dict[str, float]:
+    """How many versions behind the trained groups were dispatched."""
+    shares = Counter(ages)
+    return {
+        "rollout/age_mean": sum(ages) / len(ages),
+        "rollout/age_max": float(max(ages)),
+        **{f"rollout/age/{age}": count / len(ages) for age, count in sorted(shares.items())},
+    }
+
+
+def slot_metrics(slots: SlotBuffer, sampler: Sampler | Curriculum) -> dict[str, float]:
+    """How far the data is, and where the prompts are that were handed out."""
+    dropped = {k: v for k, v in slots.counts.items() if k.startswith("dropped/")}
+    busy = [w.state for w in slots.live.values() if w.state != State.trained]
+    return {
+        "data/epoch": float(sampler.seen) / sampler.size,
+        "data/prompts": float(sampler.seen),
+        "data/dropped": float(sum(dropped.values())),
+        **{f"data/{name}": float(count) for name, count in dropped.items()},
+        **(sampler.metrics() if isinstance(sampler, Curriculum) else {}),
+        "rollout/inflight": float(busy.count(State.inflight)),
+        "rollout/waiting": float(slots.capacity - len(busy)),
+    }
+
+
+def reward_faults(metrics: Mapping[str, float], known: float) -> tuple[float, dict[str, Any]]:
+    """How many reward workers were lost so far, and, where that is more than `known`, the fields of an
+    event `fault/reward`. The runner has replaced them already."""
+    killed, crashed = metrics["reward/workers/killed"], metrics["reward/workers/crashed"]
+    if killed + crashed <= known:
+        return known, {}
+    what = f"so far {killed:.0f} exceeded their time and were killed, {crashed:.0f} died"
+    action = "replaced; the judgement that ended them counts as timeout or error, never as wrong"
+    return killed + crashed, {"part": "reward workers", "what": what, "action": action}
+
+
+def train_rows(works: list[Work]) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl: every completion of the step."""
+    rows = []
+    for work in works:
+        assert work.group is not None
+        rows += [_row(work.group.prompt.text, c, "train") for c in work.group.completions]
+    return rows
+
+
+def sample_rows(judged: Judged, split: str) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl: a judged prompt's first completion."""
+    first = replace(judged.completions[0], reward=judged.rewards[0].value, scores=judged.rewards[0].scores)
+    return [_row(judged.prompt.text, first, split)]
+
+
+def _row(prompt: Any, c: Completion, split: str) -> dict[str, Any]:
+    return {
+        "split": split,
+        "prompt": prompt,
+        "completion": c.text,
+        "reward": c.reward,
+        "scores": {name: score.value for name, score in c.scores.items()},
+        "outcome": {name: str(score.outcome) for name, score in c.scores.items()},
+        "finish": c.finish,
+        "version": c.versions[-1][0] if c.versions else None,
+    }

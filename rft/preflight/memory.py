@@ -1,0 +1,174 @@
+"""How much memory a run needs, from the model's config alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rft.config.learner import LearnerConfig
+from rft.kernels.logprob_chunked import CHUNK_BYTES, MIN_CHUNK_ROWS
+from rft.learner.model import ModelError, resolve_dtype
+from rft.rollout.engine import EngineSpec
+
+if TYPE_CHECKING:
+    from rft.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a causal LM."""
+
+    parameters: int
+    hidden: int
+    intermediate: int
+    layers: int
+    vocab: int
+    max_positions: int
+    query: int  # width of all heads' queries of one token
+    key: int  # of its keys, and of its values
+    normed: bool  # queries and keys are normalised
+    linear: int  # parameters of the layers' linear maps: what quantisation shrinks
+
+    @classmethod
+    def of(cls, path: str, model: ModelConfig) -> ModelShape:
+        """Read a model's config and count its parameters without allocating them. Raises ModelError."""
+        network = meta_network(path, model.trust_remote_code)
+        text = network.config.get_text_config()
+        head = network.get_output_embeddings()
+        maps = (m for m in network.modules() if isinstance(m, nn.Linear) and m is not head)
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(
+            parameters=sum(p.numel() for p in {id(p): p for p in network.parameters()}.values()),
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            layers=text.num_hidden_layers,
+            vocab=text.vocab_size,
+            max_positions=getattr(text, "max_position_embeddings", None) or 2**31,
+            query=heads * width,
+            key=(getattr(text, "num_key_value_heads", None) or heads) * width,
+            normed=any(name.endswith(("q_norm", "q_layernorm")) for name, _ in network.named_modules()),
+            linear=sum(m.weight.numel() for m in maps),
+        )
+
+
+# What transformers says where it cannot ask the hub.
+_UNREACHABLE = re.compile(r"couldn't connect|offline mode|[Oo]ffline|cannot reach|Max retries")
+
+
+@lru_cache(maxsize=4)
+def meta_network(path: str, trust_remote_code: bool) -> Any:
+    """A model without weights, from its config alone. Raises ModelError naming the path."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).splitlines()[0]
+        if _UNREACHABLE.search(str(error)):
+            raise ModelError(
+                f"{path!r} is no folder here and not in the hub's local cache, and the hub is out of reach. "
+                f"Where there is a network, run `hf download {path}` with the same HF_HOME, or give a folder"
+            ) from error
+        raise ModelError(f"{path!r} is neither a model folder nor a hub model: {why}") from error
+    network.tie_weights()
+    return network
+
+
+MOMENTS = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04}  # bytes a parameter
+# Bytes of a quantised weight with its scales: one byte for every 64 weights, and theirs once more (QLoRA).
+QUANTIZED = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
+
+
+def learner_bytes(
+    shape: ModelShape,
+    config: LearnerConfig,
+    *,
+    reference: bool,
+    critic: bool = False,
+    device: str = "cpu",
+    adapter: int = 0,
+    tokens: int | None = None,
+) -> int:
+    """Peak bytes of a learner in one process, on a micro-batch of `tokens`.
+
+    What is always there: the weights in float32 with Adam's moments; with an adapter of `adapter` parameters
+    the base in the precision computed in (or quantised), and weights and moments of the adapter alone; a
+    reference of its own, if `reference` says so; a critic in float32 with its moments, if `critic` does. On
+    top of it comes the largest of three moments:
+
+    - the backward pass begins: all activations are there, and no gradient is;
+    - it ends: of the activations the first layer's, and all gradients. In between, layer by layer, the one
+      falls and the other rises, so that neither the sum of the two is reached nor anything above both ends;
+    - the optimizer's step: all gradients, and the working copies of Adam.
+
+    CPU offload, sharding over ranks, a critic's activations and mixtures of experts are not counted.
+    """
+    width = resolve_dtype(config.dtype, device).itemsize
+    full = config.adapter is None
+    trained = shape.parameters if full else adapter
+    held = trained * (4 + MOMENTS[config.optimizer]) + (shape.parameters * width if reference else 0)
+    if not full:
+        small = QUANTIZED[config.quantize] if config.quantize else width
+        held += shape.linear * small + (shape.parameters - shape.linear) * width
+    held += shape.parameters * (4 + MOMENTS[config.optimizer]) if critic else 0
+    count = tokens or config.tokens_per_micro_batch
+    layer = count * _kept(shape, width, full)
+    between = count * shape.hidden * 4  # what one layer hands to the next
+    copies = width * (shape.linear + shape.vocab * shape.hidden) if full and width < 4 else 0  # autocast's
+    if config.gradient_checkpointing:
+        begins = max(shape.layers * between + layer, copies)
+    else:
+        begins = shape.layers * layer + copies
+    gradients = 4 * (trained + (shape.parameters if critic else 0))
+    ends = gradients + (between + layer if config.gradient_checkpointing else layer)
+    working = _head_bytes(shape, count, width) + count * width * (3 * shape.intermediate + 2 * shape.hidden)
+    if config.quantize:  # one matrix at a time is made whole
+        working += width * shape.hidden * shape.intermediate
+    return int(
+        held + max(max(begins, ends) + working, gradients + _step_bytes(shape, config, trained, device))
+    )
+
+
+def _kept(shape: ModelShape, width: int, full: bool) -> float:
+    """Bytes that a decoder layer keeps of a token for its backward pass, counted on Llama and Qwen3: what its
+    linear maps read, what attention reads and writes (queries, keys, values, output), the four inner states
+    of a gated MLP, and what its norms read. A norm that is trained keeps its normalised input too.
+
+    Norms compute in float32: in a narrower precision their inputs are kept in float32 besides.
+    """
+    attention = 2 * shape.query + 2 * shape.key
+    headwise = shape.query + shape.key if shape.normed else 0
+    if width == 4:
+        own = (6 if full else 4) * shape.hidden + (2 if full else 1) * headwise
+        return 4 * (own + attention + 4 * shape.intermediate)
+    wide = (4 if full else 2) * shape.hidden + headwise
+    narrow = (5 if full else 6) * shape.hidden + (headwise if full else 0)
+    return 4 * wide + width * (narrow + attention + 4 * shape.intermediate)
+
+
+def _head_bytes(shape: ModelShape, count: int, width: int) -> int:
+    """The final states, and a chunk of logits with its gradient (`kernels/logprob_chunked.py`)."""
+    rows = min(count, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (shape.vocab * width)))
+    return 4 * 3 * count * shape.hidden + 2 * rows * shape.vocab * width
+
+
+def _step_bytes(shape: ModelShape, config: LearnerConfig, trained: int, device: str) -> int:
+    """Adam's working copies: torch's takes all parameters at once on a GPU and one by one on a CPU, where the
+    embedding is the largest; bitsandbytes' has none."""
+    if config.optimizer != "adamw":
+        return 0
+    return 4 * trained if device == "cuda" else min(2 * 4 * shape.vocab * shape.hidden, 2 * 4 * trained)
+
+
+def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
+    """Bytes of a rollout replica on CPU: its weights and its KV cache."""
+    width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
+    return shape.parameters * width + int(spec.kv_cache_gib * 2**30)

@@ -1,0 +1,189 @@
+"""The preflight of rewards: every mistake in the config, found before anything is started."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rft.config.rewards import MaxFraction, RewardConfig, RewardsConfig, Schedule
+from rft.data.errors import BadRows
+from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_options, signature_columns
+from rft.rewards.pool import Loaded, Spec, WorkerPool
+from rft.rewards.types import RewardError
+from rft.sandbox import PROTECTIONS, Backend, Sandbox, SandboxError
+from rft.utils.did_you_mean import nearest
+from rft.utils.urls import has_credentials, without_credentials
+
+Rows = Mapping[int, Collection[str]]
+"""By row number, counted from 1: the names of its columns."""
+
+
+def check_reward(
+    config: RewardsConfig,
+    base_dir: Path | str = ".",
+    columns: Collection[str] | None = None,
+    rows: Mapping[str, Rows] | None = None,
+) -> list[str]:
+    """Problems in words, empty where all is well.
+
+    columns: the dataset's columns, where known; a reward that needs another one is a problem. rows: the
+    same row by row, for several datasets by name. Custom functions are loaded as the run would load them,
+    in worker processes.
+    """
+    problems = [] if config.functions else ["rewards.functions is empty: name at least one reward"]
+    datasets = dict(rows or {}) if columns is None else {"the dataset": {1: columns}}
+    needs = _needs(config, Path(base_dir))
+    for i, (c, need) in enumerate(zip(config.functions, needs, strict=True)):
+        where = f"rewards.functions[{i}] ({c.label})"
+        if isinstance(need, str):
+            problems.append(f"{where}: {need}")
+            continue
+        for name, dataset in datasets.items():
+            problems += [f"{where}: {problem}" for problem in _column_problems(c, need, name, dataset)]
+    return problems
+
+
+def check_values(
+    config: RewardsConfig, source: str, rows: Iterable[tuple[int, Mapping[str, Any]]]
+) -> list[str]:
+    """Problems with the values of the columns that built-ins read, such as a gold answer that is null.
+
+    rows: (number, columns); numbers are counted from 1. One problem for each reward, with the rows.
+    """
+    checks = []
+    for i, c in enumerate(config.functions):
+        target = builtin(c.function) if c.function in BUILTINS else None
+        for name, check in getattr(target, "column_checks", {}).items():
+            label = f"rewards.functions[{i}] ({c.label})"
+            checks.append((label, c.columns.get(name, name), check, BadRows(source)))
+    if checks:
+        for number, columns in rows:
+            for _, column, check, bad in checks:
+                if column in columns and (problem := check(columns[column])) is not None:
+                    bad.add(f"column {column!r}: {problem}", number)
+    remedy = "write an answer (a text, a number, or a list of acceptable ones), or leave the rows out"
+    return [f"{label}: {bad.error(remedy)}" for label, _, _, bad in checks if bad]
+
+
+def _column_problems(c: RewardConfig, need: Loaded, dataset: str, rows: Rows) -> list[str]:
+    columns = {name for row in rows.values() for name in row}
+    have = f"{dataset} has {', '.join(sorted(columns)) or 'none'}"
+    known = {*columns, *c.columns, *SAMPLED}
+    problems = []
+    lacks = [(repr(name), name) for name in need.required if name not in known]
+    if need.any_of and not set(need.any_of) & known:
+        lacks.append((" or ".join(map(repr, need.any_of)), need.any_of[0]))
+    for shown, name in lacks:
+        problems.append(
+            f"needs the column {shown}{nearest(name, columns)}; {have}. Where it has another name, say so: "
+            f"columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
+        )
+    for parameter, column in c.columns.items():
+        if column not in columns:
+            problems.append(
+                f"its `columns: {{{parameter}: {column}}}` names {column!r}{nearest(column, columns)}; {have}"
+            )
+    for column in (c.columns.get(name, name) for name in need.required):
+        without = [number for number, row in rows.items() if column not in row]
+        if column in columns and without:
+            shown = ", ".join(map(str, without[:8])) + (", ..." if len(without) > 8 else "")
+            problems.append(
+                f"needs the column {column!r}, which {len(without)} of {len(rows)} rows of {dataset} lack "
+                f"({shown}): give them one, or leave them out"
+            )
+    return problems
+
+
+def _needs(config: RewardsConfig, base_dir: Path) -> list[Loaded | str]:
+    """What each reward says of itself once it is loaded, or why it cannot be loaded."""
+    result: dict[int, Loaded | str] = {}
+    custom = [i for i, c in enumerate(config.functions) if ":" in c.function]
+    for i, c in enumerate(config.functions):
+        if i not in custom:
+            result[i] = _builtin_needs(c)
+    if custom:  # in a loop of its own, whether or not one runs here
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: asyncio.run(_load_all(config, custom, base_dir, result))).result()
+    return [result[i] for i in range(len(config.functions))]
+
+
+def _builtin_needs(c: RewardConfig) -> Loaded | str:
+    try:
+        target = builtin(c.function)
+        checked_options(c.function, target, c.options, strict=True)
+        required, optional = signature_columns(target)
+        protection(c)
+    except (SpecError, SandboxError) as error:
+        return str(error)
+    if has_credentials(str(c.options.get("base_url", ""))):
+        return CREDENTIALS
+    return Loaded(required + optional, required, (), True)
+
+
+async def _load_all(
+    config: RewardsConfig, custom: Sequence[int], base_dir: Path, result: dict[int, Loaded | str]
+) -> None:
+    """Load the custom functions, each in a worker that ends at once."""
+
+    async def one(i: int) -> None:
+        c = config.functions[i]
+        pool = WorkerPool([Spec(c.function, c.options, base_dir)], 1, start_timeout_s=config.start_timeout_s)
+        try:
+            await pool.start()
+            result[i] = pool.loaded[0]
+        except RewardError as error:
+            result[i] = str(error)
+        finally:
+            await pool.close()
+
+    for i in custom:  # one after another: a check is no reason to crowd the machine
+        await one(i)
+
+
+CREDENTIALS = (
+    "base_url holds a user name or password, which logs and config.yaml would show: leave it out of the URL, "
+    "and put the key into the environment variable that `api_key_env` names"
+)
+
+
+def protection(c: RewardConfig) -> str:
+    """What protects this machine from the programs that a reward runs; empty for one that runs none.
+
+    Raises SandboxError where a protection that the reward requires is not to be had here.
+    """
+    if c.function not in ("code", "translated_code"):
+        return ""
+    readable, require = c.options.get("readable", ()), c.options.get("require", PROTECTIONS)
+    return _sandbox_of(tuple(readable), tuple(require), c.options.get("sandbox", "auto"))
+
+
+@lru_cache
+def _sandbox_of(readable: tuple[str, ...], require: tuple[str, ...], backend: Backend) -> str:
+    """The protections that a sandbox has here: started once for a check and for the plan that is printed."""
+    with Sandbox(readable, require, backend) as sandbox:
+        return sandbox.describe()
+
+
+def describe(config: RewardsConfig) -> str:
+    """A few lines: what is rewarded, how it is combined, what happens on failure."""
+    lines = []
+    for c in config.functions:
+        weight = c.weight
+        if isinstance(weight, Schedule):
+            shown = f"{weight.start:g} -> {weight.end:g} ({weight.shape})"
+        else:
+            shown = f"{weight:g}"
+        role = f"gate at {c.threshold:g}" if c.gate else f"weight {shown}"
+        name = "" if c.label == c.function else f"{c.label} = "
+        options = without_credentials("".join(f", {k}={v!r}" for k, v in c.options.items()))
+        lines.append(f"{name}{c.function} ({role}, timeout {c.call_timeout_s:g} s{options})")
+        if protected := protection(c):
+            lines.append(f"  {protected}")
+    on = [config.on_error, config.on_timeout]
+    error, timeout = (f"at most {p.max_fraction:.2%}" if isinstance(p, MaxFraction) else p for p in on)
+    lines.append(f"combine: {config.combine}; on error: {error}; on timeout: {timeout}")
+    return "\n".join(lines)

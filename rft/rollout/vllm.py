@@ -1,0 +1,216 @@
+"""vLLM as a rollout engine: AsyncLLM, token ids in and out, weights over vLLM's transfer API."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from rft.errors import EngineError
+from rft.rollout.engine import Aborted, EngineSpec, Generated, InFlight, Request, Sampling
+from rft.sync.link import Link
+from rft.utils.ray_calls import within
+
+_INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
+
+
+def _version(label: str) -> int:
+    """The policy version behind vLLM's label; what vLLM calls weights that were never pushed is none."""
+    return int(label) if label.isdigit() else _INITIAL_VERSION
+
+
+class VLLMEngine:
+    """A vLLM engine. Methods as in `RolloutEngine`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self._engine: Any = None
+        self._version = _INITIAL_VERSION
+        self._scored = count()
+        self._continued = False  # the last push left keys and values of the version before in place
+
+    async def start(self) -> None:
+        """Start vLLM. Environment variables are read by vLLM's own worker processes."""
+        if self.spec.device == "cpu":
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.spec.kv_cache_gib)))
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self.spec.cores or "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(self.spec.threads)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args: dict[str, Any] = {
+            "model": self.spec.model,
+            "tokenizer": self.spec.tokenizer or self.spec.model,
+            "dtype": self.spec.dtype,
+            "seed": self.spec.seed,
+            "max_model_len": self.spec.max_model_len,
+            "max_num_seqs": self.spec.max_num_seqs,
+            "tensor_parallel_size": self.spec.tensor_parallel,
+            "gpu_memory_utilization": self.spec.gpu_memory_utilization,
+            "enforce_eager": self.spec.eager,
+            "skip_tokenizer_init": not self.spec.needs_text,
+            "trust_remote_code": self.spec.trust_remote_code,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",  # the model's own sampling defaults would bend the log-probs
+            "weight_transfer_config": {"backend": self.spec.transport},
+            "worker_extension_cls": "rft.sync.vllm_worker.Extension",
+            "scheduler_cls": "rft.contrib.vllm_scheduler.collecting_scheduler",
+            "scheduling_policy": "priority",  # by arrival, but for `score`
+            "disable_log_stats": True,
+            "enable_log_requests": False,
+        }
+        if self.spec.device == "cpu":
+            # A prompt split over two engine steps rewinds its random generator, and a CPU generator
+            # cannot be rewound: seeded requests then kill the engine. So no prompt is ever split.
+            args |= {"enable_chunked_prefill": False}
+            args["max_num_batched_tokens"] = max(8192, self.spec.max_model_len)
+            if self.spec.tensor_parallel == 1:
+                # vLLM's default on CPU is a worker process of its own, for which the engine waits in a
+                # busy loop on a core that the worker needs. (It rewrites "uni" to that, not the class.)
+                from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+                args["distributed_executor_backend"] = UniProcExecutor
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**args, **self.spec.engine_args}))
+
+    async def generate(self, request: Request) -> list[Generated]:
+        """Sample `request.sampling.n` completions, in sample order."""
+        from vllm.inputs import tokens_input
+
+        params = self._params(request.sampling)
+        began = self._version
+        # With the salt, no prefix is shared with requests of another version, whose keys and values differ.
+        prompt = tokens_input(list(request.tokens), cache_salt=str(began))
+        output = None
+        sent = self._engine.generate(prompt, params, request_id=request.id, **self._request_args())
+        async for latest in sent:
+            output = latest
+        if output is None or not output.finished:
+            raise EngineError(f"vLLM ended request {request.id} without finishing it")
+        ordered = sorted(output.outputs, key=lambda o: o.index)
+        generated = [self._generated(request.id, o) for o in ordered]
+        if self._continued and self._version != began:
+            # Whatever sampled its last tokens, it did so on keys and values of the version that began.
+            return [replace(g, versions=((began, 0, len(g.tokens)),)) for g in generated]
+        return generated
+
+    async def score(self, tokens: tuple[int, ...]) -> list[float]:
+        """Score ahead of the requests that wait. vLLM reads no prefix cache for log-probs of a prompt."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        name = f"score-{self._version}-{next(self._scored)}"
+        prompt = tokens_input(list(tokens), cache_salt=name)
+        args = {**self._request_args(), "priority": -1}
+        output = None
+        async for latest in self._engine.generate(prompt, params, request_id=name, **args):
+            output = latest
+        if output is None or output.prompt_logprobs is None:
+            raise EngineError(f"vLLM ended request {name} without the prompt's log-probs")
+        rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
+        return [row[token].logprob for token, row in rows]
+
+    def _request_args(self) -> dict[str, Any]:
+        """What else vLLM is told with every request."""
+        return {}
+
+    def _params(self, s: Sampling) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            n=s.n,
+            max_tokens=s.max_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            seed=s.seed,
+            stop=list(s.stop) or None,
+            stop_token_ids=list({*s.stop_token_ids, *self.spec.stop_token_ids}),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(s.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _generated(self, request_id: str, output: Any) -> Generated:
+        tokens = tuple(output.token_ids)
+        if output.finish_reason == "abort":
+            raise Aborted(f"request {request_id} was cut off by a weight push")
+        if output.finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM ended request {request_id} with reason {output.finish_reason!r}")
+        spans = tuple((_version(s.version), s.start, s.end) for s in output.weight_versions or ())
+        if not spans:
+            spans = ((self._version, 0, len(tokens)),)
+        return Generated(tokens, tuple(output.logprobs.logprobs), output.finish_reason, spans)
+
+    async def join(self, link: Link) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info: dict[str, Any] = {"rank_offset": link.rank_offset, "world_size": link.world_size}
+        if self.spec.transport == "ipc":
+            info = {"packed": False}
+        elif self.spec.transport in ("nccl", "sparse_nccl"):
+            from rft.sync.nccl import PACKED_BYTES
+
+            # vLLM forgets the communicator that it has, and would never give its memory back.
+            await self._control("shutdown_weight_transfer", self._engine.shutdown_weight_transfer_engine())
+            info |= {"master_address": link.host, "master_port": link.port}
+            info |= {"packed": self.spec.transport == "nccl", "packed_buffer_size_bytes": PACKED_BYTES}
+        else:
+            info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}
+        await within(
+            link.timeout_s,
+            "joining the weight channel",
+            self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)),
+        )
+
+    async def begin_update(self, in_flight: InFlight) -> None:
+        self._continued = in_flight == "continue"
+        mode = "keep" if self._continued else in_flight
+        await self._pause(mode, clear_cache=not self._continued)
+        await self._control("start_weight_update", self._engine.start_weight_update())
+
+    async def _pause(self, mode: str, *, clear_cache: bool) -> None:
+        """As AsyncLLM's `pause_generation` does for models of text, but for its last 20 ms of sleep, in which
+        what was sampled last would be read: what reads it here needs no such order."""
+        pause = self._engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+        # Draining takes as long as the completions in flight: the caller's deadline holds, not this one.
+        await (pause if mode == "wait" else self._control("pause", pause))
+
+    async def receive(self, update: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        for part in update.get("parts", [update]):  # in the order in which they are sent
+            request = WeightTransferUpdateRequest(part)
+            await self._control("update_weights", self._engine.update_weights(request))
+
+    async def finish_update(self, version: int) -> None:
+        await self._control(
+            "finish_weight_update", self._engine.finish_weight_update(weight_version=str(version))
+        )
+        self._version = version
+
+    async def resume(self) -> None:
+        await self._control("resume", self._engine.resume_generation())
+
+    async def version(self) -> int:
+        """The version that vLLM itself reports; -1 before the first push."""
+        reported = await self._control("get_weight_version", self._engine.get_weight_version())
+        return int(reported) if self._version >= 0 else _INITIAL_VERSION
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Call a method of the worker extension on every worker of this engine."""
+        return await self._control(method, self._engine.collective_rpc(method, args=args))
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown(timeout=0.0)  # kill: it would wait for SIGTERM, which is blocked there
+            self._engine = None
+
+    async def _control(self, what: str, awaitable: Any) -> Any:
+        return await within(self.spec.control_timeout_s, f"vLLM {what}", awaitable)

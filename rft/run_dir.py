@@ -1,0 +1,230 @@
+"""The run folder: who owns it, and what a resumed run may change.
+
+runs/NAME/config.yaml      the resolved config
+         metrics.jsonl, samples.jsonl, events.jsonl, tensorboard/
+         checkpoints/step-*/    model/   (the final policy, a Hugging Face folder)
+         result.json        written last: the run is complete
+         run.lock            while a process trains the run: which one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rft import checkpoint
+from rft.config.load import differences, parse_config
+from rft.config.rewards import Schedule
+from rft.config.schema import Config
+from rft.errors import ConfigError
+from rft.learner.schedule import learning_rate
+from rft.utils import yaml_files
+from rft.utils.run_lock import LOCK_FILE, RunLock
+
+# What may differ between a run and its resumption: none of these changes what is learned.
+FREE = (
+    "train.steps", "train.stop_grace_s", "checkpoint.", "tracking.", "guards.", "ray.", "eval.", "output_dir",
+    "rollout.replicas", "rollout.threads", "rollout.cores", "rollout.kv_cache_gib",
+    "rollout.gpu_memory_utilization", "rollout.start_timeout_s", "rollout.control_timeout_s",
+    "rollout.generate_timeout_s", "rollout.max_restarts", "rollout.max_num_seqs",
+    "rollout.health_every_s", "rollout.health_timeout_s",
+    "learner.threads", "learner.cores", "learner.tokens_per_micro_batch", "learner.step_timeout_s",
+    "learner.parallel", "learner.ranks", "learner.cpu_offload", "learner.reshard_after_forward",
+    "learner.deepspeed", "learner.gradient_checkpointing",
+    "rewards.workers", "rewards.recycle_after", "sync.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A claimed run folder and where to go on from (None: the start)."""
+
+    path: Path
+    resume: checkpoint.Checkpoint | None
+    notes: tuple[str, ...] = ()
+    finished: dict[str, Any] | None = None
+    interrupted: bool = False
+    rejected: tuple[checkpoint.Rejected, ...] = ()  # checkpoints that were passed over
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def resumed_at(self) -> int | None:
+        """What the run log wants to know: None for a new run, -1 for one that starts over."""
+        if self.resume is not None:
+            return self.resume.step
+        return -1 if self.interrupted else None
+
+
+@contextmanager
+def hold(config: Config) -> Iterator[str]:
+    """Keep other processes from training this run while the block lasts; yields a note for the user, or "".
+
+    Raises ConfigError where one does, where the folder is another thing, or where it cannot be written. A
+    complete run is not written to and needs no lock.
+    """
+    path = _own_folder(config)
+    if _is_complete(config, read_result(path)):
+        yield ""
+        return
+    lock = RunLock(path)
+    try:
+        yield lock.note
+    finally:
+        lock.release()
+
+
+def _own_folder(config: Config) -> Path:
+    """The run's folder. Raises ConfigError where there is something else."""
+    path = config.run_dir.absolute()  # the learner, which writes into it, has another working folder
+    if path.exists() and not path.is_dir():
+        raise ConfigError([f"output_dir/name: {path} is a file"])
+    there = {p.name for p in path.iterdir()} if path.exists() else set()
+    if there - {LOCK_FILE} and "config.yaml" not in there:
+        raise ConfigError(
+            [f"output folder {path} is not empty and is no run's: choose another name or output_dir"]
+        )
+    return path
+
+
+def _is_complete(config: Config, result: dict[str, Any] | None) -> bool:
+    return result is not None and result["steps"] >= config.train.steps
+
+
+def claim(config: Config, resume: str) -> RunFolder:
+    """Find out whether to start, resume or refuse. `resume`: auto, never, or a checkpoint's folder.
+
+    Raises ConfigError where the folder belongs to another run, or the config differs in what matters.
+    """
+    path = _own_folder(config)
+    existing = (path / "config.yaml").exists()
+    if resume not in ("auto", "never"):
+        return _resume_from(config, path, Path(resume))
+    if not existing:
+        return RunFolder(path, None)
+    if resume == "never":
+        raise ConfigError(
+            [f"output folder {path} belongs to an earlier run: choose another name, or --resume auto"]
+        )
+    notes = _check_same(config, path)
+    finished = read_result(path)
+    if _is_complete(config, finished):
+        return RunFolder(path, None, tuple(notes), finished)
+    best, rejected = checkpoint.scan(path / "checkpoints")
+    notes += [f"checkpoint passed over: {r}" for r in rejected]
+    if best is not None:
+        notes += [*_other_versions(best), *_other_length(config, path, best.step)]
+    return RunFolder(path, best, tuple(notes), interrupted=True, rejected=tuple(rejected))
+
+
+def _resume_from(config: Config, path: Path, folder: Path) -> RunFolder:
+    notes = _check_same(config, path) if (path / "config.yaml").exists() else []
+    try:
+        found = checkpoint.load(folder)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError([f"--resume {folder}: {error}"]) from error
+    return RunFolder(path, found, tuple(notes), interrupted=(path / "config.yaml").exists())
+
+
+def _check_same(config: Config, path: Path) -> list[str]:
+    try:
+        written = yaml_files.read(path / "config.yaml")
+    except yaml_files.YamlError as error:
+        raise ConfigError([f"{path / 'config.yaml'} is damaged: {error}; choose another name"]) from None
+    if not isinstance(written, dict):
+        raise ConfigError([f"{path / 'config.yaml'} is damaged: it holds no settings; choose another name"])
+    try:
+        old = parse_config(written).to_dict()  # settings that are newer than the run have their defaults
+    except ConfigError:
+        old = written
+    changed = differences(old, config.to_dict())
+    fatal = [
+        f"{key}: was {a!r}, now {b!r}"
+        for key, a, b in changed
+        if not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+    ]
+    if fatal:
+        raise ConfigError(
+            [
+                f"output folder {path} belongs to another run; these settings differ in what is learned "
+                "(choose another name, or set them back to resume):",
+                *fatal,
+            ]
+        )
+    return [f"{key}: {a!r} -> {b!r}" for key, a, b in changed]
+
+
+def _other_length(config: Config, path: Path, step: int) -> list[str]:
+    """What another number of steps changes besides the end: all that is a share of the whole run."""
+    old = yaml_files.read(path / "config.yaml")["train"]["steps"]
+    if old == config.train.steps or step >= config.train.steps:
+        return []
+    learner, new = config.learner, config.train.steps
+    now = learning_rate(learner, step, new)
+    if learner.schedule == "constant":
+        notes = [f"learning rate: constant, it goes on with {now:.3g}"]
+    else:
+        before = learning_rate(learner, min(step, old - 1), old)
+        notes = [
+            f"learning rate: the {learner.schedule} schedule now spans {new} steps instead of {old}: step "
+            f"{step + 1} is taken with {now:.3g} (by the old schedule {before:.3g}), and the last one with "
+            f"{learning_rate(learner, new - 1, new):.3g}"
+        ]
+    moving = [c.label for c in config.rewards.functions if isinstance(c.weight, Schedule)]
+    if moving:
+        notes.append(
+            f"reward weights that move with the run's progress ({', '.join(moving)}): it is now "
+            f"{step / new:.0%} instead of {min(step / old, 1):.0%}"
+        )
+    return notes
+
+
+def _other_versions(found: checkpoint.Checkpoint) -> list[str]:
+    """What was updated since the checkpoint was written: allowed, but numbers may come out otherwise."""
+    now = checkpoint.library_versions()
+    names = sorted(n for n in {*now, *found.versions} if now.get(n) != found.versions.get(n))
+    return [f"{n}: version {found.versions.get(n)} -> {now.get(n)} since the checkpoint" for n in names]
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write the resolved config, atomically."""
+    path.mkdir(parents=True, exist_ok=True)
+    _write(path / "config.yaml", yaml_files.dump(config.to_dict()))
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Mark the run as complete."""
+    _write(path / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What a complete run left, or None. Raises ConfigError where the file is damaged."""
+    file = path / "result.json"
+    if not file.exists():
+        return None
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        result = error
+    if not isinstance(result, dict) or not isinstance(result.get("steps"), int):
+        why = f": {result}" if isinstance(result, Exception) else ""
+        raise ConfigError(
+            [f"{file} is damaged{why}; remove it, and the run goes on from its last checkpoint"]
+        )
+    return result
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,352 @@
+"""A run from plan to final model: starts the parts, hands them to the loop, ends them all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+
+from rft import checkpoint, run_dir
+from rft.checkpoint import CheckpointError
+from rft.config.schema import Config
+from rft.contrib.second_policy import Twin
+from rft.errors import EngineError, RunStopped, TransferError
+from rft.learner.learner import LearnerSpec
+from rft.learner.parallel.group import LearnerGroup
+from rft.loops.offline_eval import Sampled
+from rft.loops.offline_run import train_offline
+from rft.loops.online import Controller, Parts
+from rft.loops.warm_start import WARM_START_FOLDER, warm_start
+from rft.metrics import Progress, RunLog
+from rft.plan import Plan, threads_for
+from rft.rewards import RewardError
+from rft.rewards.runner import RewardRunner
+from rft.rollout.fleet import Fleet
+from rft.rollout.pool import RolloutPool
+from rft.run_dir import RunFolder
+from rft.sync import files
+from rft.sync.channel import PushChannel
+from rft.sync.ipc import ColocatedChannel
+from rft.utils.ray_calls import ActorDied, Overdue, call, kill, on_head_death, ray_cluster, unless_stopped
+from rft.utils.signals import SAME_REQUEST_S, STOPPED, StopSignals, print_stop
+from rft.utils.terminal import say
+
+DONE, FAILED, USER_ERROR, FAULT = 0, 1, 2, 76
+# What the death of another process looks like here: a stop signal may have reached that one as well.
+_OF_ANOTHER_PROCESS = (ActorDied, EngineError, Overdue, RayError, RewardError, TransferError)
+
+
+def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
+    """Carry out a plan in a claimed folder; returns the exit code."""
+    config = plan.config
+    run_dir.write_config(folder.path, config)
+    progress = Progress(config.train.steps, config.name, display=config.tracking.display)
+    log = RunLog(
+        folder.path,
+        config.train.steps,
+        config.tracking,
+        resumed_at=folder.resumed_at,
+        config=config.to_dict(),
+    )
+    for rejected in folder.rejected:
+        log.event("checkpoint/rejected", path=str(rejected.path), reason=rejected.reason)
+    weights = plan.channel_spec().folder
+    ending = Ending(folder, log, progress, signals, weights)
+    reason = "failed"
+    try:
+        with progress:
+            signals.handle(at_once=ending.at_once)
+            progress.stage("starting Ray")
+            try:
+                with ray_cluster(config.ray.address, config.ray.object_store_gib):
+                    asyncio.run(_train(plan, folder, progress, log, signals))
+                reason = "done"
+                progress.note(f"done: {folder.path}")
+                return DONE
+            except RunStopped as stopped:
+                reason = "stopped"
+                return ending.stopped(stopped)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                log.event("run/failed", error=reason, traceback=traceback.format_exc())
+                if isinstance(error, _OF_ANOTHER_PROCESS) and signals.asked(within=1.0):
+                    return ending.stopped(RunStopped(max(log.last_step, 0) or None), reason)
+                raise
+    finally:
+        log.close(reason)
+        files.remove(weights)
+
+
+async def _train(
+    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, signals: StopSignals
+) -> None:
+    config = plan.config
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    seconds = config.train.stop_grace_s
+
+    def tell(reason: str) -> None:
+        progress.note(
+            f"{reason}: finishing the step and saving a checkpoint, within {seconds:g} s "
+            f"(a signal more than {SAME_REQUEST_S:g} s from now: stop at once)"
+        )
+        log.event("run/stopping", signal=reason)
+        stop.set()
+
+    def request(reason: str) -> float:
+        loop.call_soon_threadsafe(tell, reason)
+        return seconds
+
+    signals.handle(request=request)
+    try:
+        if config.warm_start is not None:
+            progress.stage("warm start")
+            start = partial(start_learner, plan)
+            plan = plan.with_model(await warm_start(plan, start, progress, folder.path, stop))
+        on_head_death(lambda name: _end_with_ray(name, log, progress, signals))
+        body = _online if config.algorithm.online else _offline
+        result = await body(plan, folder, progress, log, stop)
+        run_dir.write_result(folder.path, {"steps": config.train.steps, **result})
+        signals.exit_code = DONE
+    finally:
+        signals.handle(request=lambda reason: seconds)  # only the parts are left to be ended
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run that was asked to stop says what became of it."""
+
+    folder: RunFolder
+    log: RunLog
+    progress: Progress
+    signals: StopSignals
+    weights: str | None  # folder of weights in transfer, often in shared memory
+
+    def stopped(self, stopped: RunStopped, error: str = "") -> int:
+        """Tell of a tidy stop; `error`: what failed meanwhile. Returns the exit code."""
+        if stopped.step is None and not stopped.stage and self.log.last_step > 0:
+            stopped = RunStopped(self.log.last_step)  # in the export, or while a resumed run started
+        saved = self._newest(stopped.stage)
+        self.log.event("run/stopped", step=stopped.step, signal=self.signals.reason, saved=saved, error=error)
+        if saved is not None and saved == stopped.step:
+            stands = "with a checkpoint saved; the same command goes on from there"
+        else:
+            stands = _standing(saved)
+        failed = f"; meanwhile: {error}" if error else ""
+        self.progress.note(f"{stopped} {stands} (reason: {self.signals.reason}{failed})")
+        return STOPPED
+
+    def at_once(self, reason: str) -> None:
+        """Tell of an end that waits for nothing, just before it."""
+        if self.signals.exit_code == DONE:
+            print_stop(f"the run is complete; its processes are ended at once ({reason})")
+            return
+        saved = self._newest("") or self._newest("warm start")
+        step = max(self.log.last_step, 0)
+        print_stop(f"stopped at once ({reason}): what was in progress is lost, {_standing(saved)}")
+        self.log.event("run/stopped", step=step, signal=reason, saved=saved)
+        self.log.close("stopped")
+        files.remove(self.weights)
+
+    def _newest(self, stage: str) -> int | None:
+        return checkpoint.newest_step(
+            self.folder.path / WARM_START_FOLDER if stage else self.folder.checkpoints
+        )
+
+
+def _standing(saved: int | None) -> str:
+    if saved is None:
+        return "and nothing was saved: the same command starts over"
+    return f"and the checkpoint of step {saved} stands; the same command goes on from there"
+
+
+def _end_with_ray(name: str, log: RunLog, progress: Progress, signals: StopSignals) -> None:
+    """Without its head Ray can neither be asked nor shut down: say so, kill what is left, and go."""
+    import psutil
+
+    what = f"Ray's {name} died; every actor is lost with it"
+    log.event("fault/ray", part=name, what=what, action="the run ends; the last checkpoint is sound")
+    code = STOPPED if signals.asked(within=1.0) else FAULT  # a signal to every process may have ended it
+    log.close(what)
+    progress.close()
+    say(f"rft: {signals.reason or 'failed'}: {what}")
+    for process in psutil.Process().children(recursive=True):
+        kill(process.pid)
+    os._exit(code)
+
+
+async def _online(
+    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
+) -> dict[str, Any]:
+    config = plan.config
+    pool, twin = make_pool(plan), None
+    rewards = RewardRunner(config.rewards, Path.cwd(), config.train.steps)
+    try:
+        progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
+        learner = start_learner(plan, learner_spec(plan))
+        channel = make_channel(plan, learner, pool)
+        ready = call(learner.describe.remote(), config.rollout.start_timeout_s, "starting the learner")
+        starting = asyncio.gather(start_engines(channel, pool), rewards.start(), ready)
+        _, _, facts = await unless_stopped(starting, stop)
+        progress.note(f"learner: {facts['parameters']:,} parameters on {facts['device']}")
+        await call(learner.require_folder.remote(str(folder.path)), 60, "looking for the run folder")
+        twin = await _twin(plan, folder, log, progress, stop) if config.algorithm.copies == 2 else None
+        parts = Parts(learner, pool, channel, rewards, log, progress, twin)
+        controller = Controller(plan, parts, folder.checkpoints, stop=stop)
+        result = await controller.run(folder.resume)
+        await channel.before_step()
+        await unless_stopped(export(learner, folder.path / "model"), stop)
+        if twin is not None:
+            await unless_stopped(export(twin.learner, folder.path / "model-second"), stop)
+            await twin.fleet.channel.close()
+        await channel.close()
+        return result
+    finally:
+        await rewards.close()
+        await pool.close()
+        if twin is not None:
+            await twin.fleet.pool.close()
+
+
+async def _twin(plan: Plan, folder: RunFolder, log: RunLog, progress: Progress, stop: asyncio.Event) -> Twin:
+    """The second copy of the model, started."""
+    config, pool = plan.config, make_pool(plan)
+    progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner of the second copy")
+    learner = start_learner(plan, learner_spec(plan))
+    try:
+        await unless_stopped(pool.start(), stop)
+    except BaseException:
+        await pool.close()
+        raise
+    fleet = Fleet(pool, make_channel(plan, learner, pool), config.rollout, log, progress)
+    return Twin(learner, fleet, config, folder.path / "checkpoints-second")
+
+
+async def _offline(
+    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
+) -> dict[str, Any]:
+    progress.stage("starting the learner")
+    learner = start_learner(plan, learner_spec(plan))
+    async with _sampling(plan, learner, log, progress, stop) as generate:
+        result = await train_offline(plan, folder, learner, progress, log, stop, generate)
+    await unless_stopped(export(learner, folder.path / "model"), stop)
+    return result
+
+
+async def export(learner: Any, folder: Path) -> None:
+    """Write the final model; the folder appears by a rename, complete."""
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was interrupted
+    await call(learner.export.remote(str(temporary)), 600, "exporting the final model")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that went on after its end
+    temporary.rename(folder)
+
+
+@asynccontextmanager
+async def _sampling(
+    plan: Plan, learner: Any, log: RunLog, progress: Progress, stop: asyncio.Event
+) -> AsyncIterator[Sampled | None]:
+    """Engines and rewards for the evaluation of an offline run; None where it asks for none."""
+    if plan.eval_prompts is None:
+        yield None
+        return
+    config = plan.config
+    pool, rewards = make_pool(plan), RewardRunner(config.rewards, Path.cwd(), config.train.steps)
+    try:
+        progress.stage(f"starting {config.rollout.replicas} x {plan.engine}")
+        channel = make_channel(plan, learner, pool)
+        await unless_stopped(asyncio.gather(start_engines(channel, pool), rewards.start()), stop)
+        await unless_stopped(channel.connect(), stop)
+        await channel.before_step()
+        yield Sampled(plan, pool, channel, rewards, log)
+        await channel.close()
+    finally:
+        await rewards.close()
+        await pool.close()
+
+
+# -- the parts -----------------------------------------------------------------------------------------
+
+
+def learner_spec(plan: Plan) -> LearnerSpec:
+    """What the learner is built from."""
+    config = plan.config
+    mean, largest = plan.gap_bounds()
+    return LearnerSpec(
+        model=plan.model,
+        tokenizer=plan.tokenizer_path,
+        algorithm=config.algorithm,
+        config=config.learner,
+        device=plan.device,
+        threads=threads_for(config.learner.threads, config.learner.cores),
+        seed=config.seed,
+        total_steps=config.train.steps,
+        num_iterations=config.train.num_iterations,
+        minibatches=config.train.minibatches,
+        max_completion_length=config.rollout.sampling.max_completion_length,
+        temperature=config.rollout.sampling.temperature if config.algorithm.online else 1.0,
+        max_gap_mean=mean,
+        max_gap=largest,
+        expects_fresh=config.algorithm.online and config.rollout.staleness == 0,
+        trust_remote_code=config.model.trust_remote_code,
+        reference=plan.reference_path,
+        stop_token_ids=plan.stop_ids,
+        reference_cached=config.learner.reference_logps == "cached",
+        texts=reward_texts(config),
+    )
+
+
+def reward_texts(config: Config) -> dict[str, Any] | None:
+    """How a reward model's texts are rendered, for whoever scores with it; None for other models."""
+    if not config.algorithm.score_heads:
+        return None
+    names = {"system", "chat_template", "chat_template_options", "train_on"}
+    return {"kind": config.algorithm.data, "data": config.data.model_dump(mode="json", include=names)}
+
+
+def start_learner(plan: Plan, spec: LearnerSpec) -> LearnerGroup:
+    """Start the learner's ranks; they load the model at once."""
+    return LearnerGroup(spec, plan.channel_spec())
+
+
+def make_pool(plan: Plan) -> RolloutPool:
+    """The rollout replicas, not started yet."""
+    rollout = plan.config.rollout
+    return RolloutPool(
+        [plan.engine_spec()] * rollout.replicas,
+        cpus=0,
+        gpus=rollout.tensor_parallel * plan.channel_spec().gpu_share if plan.device == "cuda" else 0,
+        start_timeout_s=rollout.start_timeout_s,
+        generate_timeout_s=rollout.generate_timeout_s,
+    )
+
+
+async def start_engines(channel: PushChannel, pool: RolloutPool) -> None:
+    """Start the replicas, on devices that are free for them."""
+    await channel.before_start()
+    await pool.start()
+
+
+def make_channel(plan: Plan, learner: Any, pool: RolloutPool) -> PushChannel:
+    """The way of the weights from the learner to the replicas, not connected yet."""
+    config, spec = plan.config, plan.channel_spec()
+    kind = ColocatedChannel if spec.colocated else PushChannel
+    return kind(learner, pool, spec, config.rollout.update, config.sync.timeout_s, plan.proof_spec())
+
+
+def report_failure(error: BaseException) -> int:
+    """Tell a failure on stderr, with its traceback; returns the exit code: FAULT where a part of the
+    machine failed, so that the same command may well succeed, FAILED for all else."""
+    traceback.print_exception(error, file=sys.stderr)
+    say(f"rft: failed: {type(error).__name__}: {error}")
+    of_the_machine = ActorDied | EngineError | Overdue | CheckpointError | RayError
+    return FAULT if isinstance(error, of_the_machine) else FAILED

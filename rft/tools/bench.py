@@ -1,0 +1,199 @@
+"""`rft bench`: run the benchmarks of a checkout, part by part, and write what they measured.
+
+Every script is a process of its own that writes its results file as it goes. Which scripts have ended is
+noted beside the results: a run that was interrupted, or in which a script failed, is continued by the same
+call, and measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rft.errors import ConfigError
+from rft.utils.cores import usable_cores
+from rft.utils.process import kill_tree
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+STOPPED = 124  # the exit code of a script that took more than twice its minutes, as of timeout(1)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A file of benchmarks/ with its arguments.
+
+    minutes: what it may take when all parts run on two cores; at twice that it is stopped.
+    brief: further arguments then. peers: it can run the peers' code, and is told to by `--peers`, but for
+    a brief run of rft's own code alone. needs_peers: it compares with them only. alone: it runs when its
+    part is named, not with all parts.
+    """
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    minutes: float = 0.0
+    brief: tuple[str, ...] = ()
+    peers: bool = False
+    needs_peers: bool = False
+    alone: bool = False
+
+    def command(self, brief: bool, peers: bool) -> list[str]:
+        """The file and its arguments."""
+        more = self.brief if brief else ()
+        told = ["--peers"] if peers and self.peers and "--only-ours" not in more else []
+        return [self.name, *self.arguments, *more, *told]
+
+
+def _logprob(
+    case: str, dtype: str, minutes: float, *brief: str, peers: bool = True, alone: bool = False
+) -> Script:
+    arguments = ("--cases", case, "--dtypes", dtype)
+    return Script("logprob.py", arguments, minutes, brief, peers, alone=alone)
+
+
+OURS_TWICE = ("--only-ours", "--rounds", "2")
+PARTS: dict[str, tuple[Script, ...]] = {
+    "logprob": (
+        _logprob("main", "float32", 2.75, *OURS_TWICE),
+        _logprob("main", "bfloat16", 3.0, "--rounds", "2"),
+        _logprob("small", "float32", 1.0, "--rounds", "2"),
+        _logprob("small", "bfloat16", 0.5),
+        _logprob("large-vocabulary", "float32", 1.5, *OURS_TWICE, "--rows", "128", peers=False),
+        _logprob("large-vocabulary", "bfloat16", 2.25, peers=False, alone=True),
+        _logprob("two-threads", "float32", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
+        _logprob("two-threads", "bfloat16", 0.75, *OURS_TWICE, "--rows", "1024", peers=False),
+        Script("workspace.py", minutes=0.75),
+    ),
+    "prefix": (
+        Script("prefix.py", minutes=3.5, brief=("--rounds", "2")),
+        Script("combined.py", minutes=2.0, brief=("--rounds", "2")),
+    ),
+    "packing": (Script("packing.py", minutes=3.25, brief=("--rounds", "2", "--tokens", "2000")),),
+    "step": (
+        Script(
+            "train_step.py",
+            minutes=5.5,
+            brief=("--rounds", "2", "--threads", "2", "--scale", "0.4"),
+            peers=True,
+        ),
+        Script("step_time.py", needs_peers=True, alone=True),
+    ),
+    "reward": (Script("rewards.py", minutes=1.0, peers=True),),
+    "sync": (Script("sync.py", minutes=2.0, brief=("--steps", "6", "--transports", "gloo", "sparse")),),
+}
+
+
+def run(parts: Sequence[str], *, peers: bool = False, fresh: bool = False, folder: Path = FOLDER) -> int:
+    """Run the scripts of the parts ("all": every one, briefly), then write docs/performance.md anew.
+
+    Scripts that the same call ran before it was interrupted are not run again, unless `fresh`. A script
+    that fails is named and the others still run; returns 1 then, else 0. Raises ConfigError for an
+    unknown part, and where there is no checkout with benchmarks/ around this package.
+    """
+    unknown = [p for p in parts if p != "all" and p not in PARTS]
+    if unknown:
+        raise ConfigError([f"bench has no part {p!r}; choose of {', '.join(PARTS)}, all" for p in unknown])
+    if not (folder / "common.py").is_file():
+        raise ConfigError(
+            [f"{folder} is not there: benchmarks come with a checkout of rft, not with an installed package. "
+             "Clone the repository, `pip install -e .` there, and run rft bench from it"]
+        )  # fmt: skip
+    brief = "all" in parts or not parts
+    chosen = tuple(PARTS) if brief else tuple(dict.fromkeys(parts))
+    journal = Journal(
+        folder / "results", {"parts": ["all"] if brief else list(chosen), "peers": peers}, fresh
+    )
+    failed = []
+    for script in (s for part in chosen for s in PARTS[part]):
+        if brief and script.alone:
+            continue
+        if script.needs_peers and not peers:
+            print(f"[bench] {script.name} left out: it compares with a peer, give --peers", flush=True)
+            continue
+        command = script.command(brief, peers)
+        if not journal.run(command, folder, script.minutes if brief else None):
+            failed.append(" ".join(command))
+    journal.close(complete=not failed, brief=brief)
+    subprocess.run([sys.executable, str(folder / "performance.py")], check=True)
+    if failed:
+        print(
+            f"[bench] FAILED: {'; '.join(failed)}. Remedy: the messages above; then again, only these run",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+class Journal:
+    """Which scripts of a call have ended well, and their seconds: `unfinished.json`, until all have."""
+
+    def __init__(self, results: Path, call: dict[str, Any], fresh: bool) -> None:
+        """`call`: what was asked for; a journal of another call, or any with `fresh`, is put aside."""
+        self.results, self.file, self.call = results, results / "unfinished.json", call
+        results.mkdir(exist_ok=True)
+        self.seconds: dict[str, float] = {}
+        if not fresh and self.file.is_file():
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            self.seconds = found["seconds"] if found["call"] == call else {}
+
+    def run(self, command: Sequence[str], folder: Path, minutes: float | None) -> bool:
+        """Run a script unless it was; whether it has ended well. At twice its minutes it is stopped."""
+        name = " ".join(command)
+        if name in self.seconds:
+            print(
+                f"[bench] {name}: done before, in {self.seconds[name]:.0f} s (--fresh: all anew)", flush=True
+            )
+            return True
+        print(f"[bench] {name}", flush=True)
+        began = time.monotonic()
+        code = _run([sys.executable, str(folder / command[0]), *command[1:]], minutes)
+        taken = time.monotonic() - began
+        allowed = "" if minutes is None else f" of {60 * minutes:.0f}"
+        why = ", stopped: twice its time" if code == STOPPED else ""
+        print(f"[bench] {name}: exit code {code} after {taken:.0f}{allowed} s{why}", flush=True)
+        if code:
+            return False
+        self.seconds[name] = round(taken, 1)
+        self._write(self.file, {"call": self.call, "seconds": self.seconds})
+        return True
+
+    def close(self, *, complete: bool, brief: bool) -> None:
+        """Say how long all took. A complete call leaves no journal; one of all parts is kept as a result."""
+        total = sum(self.seconds.values())
+        print(f"[bench] {len(self.seconds)} scripts in {total / 60:.1f} minutes", flush=True)
+        if not complete:
+            return
+        self.file.unlink(missing_ok=True)
+        if brief:
+            machine = {"system": platform.platform(), "cores": usable_cores()}
+            found = {
+                **self.call,
+                "minutes": round(total / 60, 1),
+                "machine": machine,
+                "seconds": self.seconds,
+            }
+            self._write(self.results / "bench-all.json", found)
+
+    @staticmethod
+    def _write(file: Path, found: dict[str, Any]) -> None:
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(file)
+
+
+def _run(command: Sequence[str], minutes: float | None) -> int:
+    """The exit code of a command; when it is stopped, and when this process is, nothing of it lives on."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait(timeout=None if minutes is None else 2 * 60 * minutes)
+    except subprocess.TimeoutExpired:
+        return STOPPED
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+            process.wait()

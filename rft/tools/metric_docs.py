@@ -1,0 +1,49 @@
+"""Writes `docs/metrics.md` from the tables: `python -m rft.tools.metric_docs > docs/metrics.md`."""
+
+from __future__ import annotations
+
+from rft.metrics.names import EVENTS, METRICS
+
+
+def markdown() -> str:
+    """The text of `docs/metrics.md`."""
+    lines = [
+        "# Metrics and events",
+        "",
+        "From `rft/metrics/names.py` by `python -m rft.tools.metric_docs > docs/metrics.md` (edit there).",
+        "",
+        "## `metrics.jsonl`",
+        "",
+        "One JSON object a step. A key is there when its part of the run took place: `eval/*` only on steps",
+        "that evaluate. `null` stands for NaN or an infinity, and an event `metric/non_finite` says which.",
+        "A `*` stands for any text. Shares lie between 0 and 1.",
+        "",
+        "| name | meaning | unit |",
+        "|---|---|---|",
+        *(f"| `{name}` | {m.meaning} | {m.unit} |" for name, m in METRICS.items()),
+        "",
+        "## `events.jsonl`",
+        "",
+        "One JSON object an event: `time` (seconds since 1970, UTC), `clock` (monotonic seconds of the",
+        "writing process), `kind`, and fields of its own.",
+        "",
+        "| kind | meaning: fields |",
+        "|---|---|",
+        *(f"| `{kind}` | {meaning} |" for kind, meaning in EVENTS.items()),
+        "",
+        "## `samples.jsonl`",
+        "",
+        "One JSON object a completion: `step`, `split` (train or eval), `prompt`, `completion`, `reward`,",
+        "`scores` (by reward function), `outcome`, `finish` (stop, length), `version` (policy version).",
+        "",
+        "## After a resume",
+        "",
+        "Lines after the step that the run resumed at were written by the process that died. They move to",
+        "`metrics.superseded.jsonl` and `samples.superseded.jsonl`; events stay where they are.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
