@@ -33,7 +33,7 @@ def test_every_part_names_scripts_that_exist_and_a_budget_of_half_an_hour() -> N
 
 def test_an_unknown_part_and_a_missing_checkout_are_refused(tmp_path: Path, capsys) -> None:
     assert main(["bench", "logprobs"]) == 2
-    assert "no part 'logprobs'; choose of logprob, prefix" in capsys.readouterr().err
+    assert "no part 'logprobs'; choose from logprob, prefix" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"pip install -e .* run rft bench from it"):
         bench.run(["logprob"], folder=tmp_path)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """What a metric says, in one line, and its unit ("" for a plain number)."""
+    """A one-line description of a metric and its unit ("" for a plain number)."""
 
     meaning: str
     unit: str = ""
@@ -51,7 +51,7 @@ METRICS: dict[str, Metric] = {
     "reward/*/timeout": Metric("the same", "scores"),
     "reward/*/error": Metric("the same", "scores"),
     "reward/*/abstain": Metric("the same", "scores"),
-    "reward/*/logged/*": Metric("mean of what a reward function gave to TRL's `log_metric`"),
+    "reward/*/logged/*": Metric("mean of the values that a reward function passed to TRL's `log_metric`"),
     "group/degenerate": Metric("groups whose rewards are all equal: they carry no gradient", "groups"),
     "group/degenerate_share": Metric("the same as a share of the step's groups", "share"),
     "group/count": Metric("groups trained on in this step", "groups"),
@@ -140,7 +140,7 @@ METRICS: dict[str, Metric] = {
     "rollout/versions_mean": Metric("mean number of policy versions that a completion spans", "versions"),
     "engine/alive": Metric("engines that answer", "engines"),
     "engine/*/version": Metric("policy version that an engine holds", "version"),
-    "engine/*/silence": Metric("seconds since an engine's last sign of life", "s"),
+    "engine/*/silence": Metric("seconds since an engine's last health check succeeded", "s"),
     "engine/restarts": Metric("engines rebuilt so far", "engines"),
     # -- weights to the engines
     "sync/logp_gap": Metric(
@@ -211,8 +211,8 @@ EVENTS: dict[str, str] = {
     "fault/*": "a part failed: part, what, action (what happens next), and the work it held",
     "engine/started": "an engine answers: engine, version, node, seconds",
     "engine/lost": "an engine no longer answers: engine, reason, held (work it had)",
-    "engine/rebuilt": "it was built anew and holds the current version: engine, version, seconds",
-    "engine/health": "a sign of life: engine, version, inflight",
+    "engine/rebuilt": "it was rebuilt and holds the current version: engine, version, seconds",
+    "engine/health": "health check: engine, version, inflight",
     "guard/*": "a guard spoke: step, value, limit, message, action (warn or stop)",
     "metric/non_finite": "metrics were NaN or infinite and were written as null: step, values",
     "metric/repeated": "the step that a run resumed at was logged again; its line was there: step",

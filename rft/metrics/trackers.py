@@ -34,7 +34,7 @@ MODULES: dict[TrackerName, tuple[str, ...]] = {
 
 
 def import_module(tracker: TrackerName) -> ModuleType:
-    """The module behind a tracker. Raises TrackerMissing, which says what to install."""
+    """Import a tracker's module. Raises TrackerMissing, which names the package to install."""
     reasons = []
     for module in MODULES[tracker]:
         try:
@@ -81,7 +81,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run; offline (the default) it lies in RUN/wandb until `wandb sync` sends it."""
+    """A W&B run; offline (the default) it is written to RUN/wandb until `wandb sync` uploads it."""
 
     def __init__(
         self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]
@@ -118,7 +118,7 @@ class MLflow:
         uri = tracking.mlflow_uri
         if uri is None:
             uri = (run_dir / "mlflow").resolve().as_uri()
-            # MLflow 3 wants to be told that a file store is meant; one run does not need a database.
+            # MLflow 3 needs an explicit file store; one run does not need a database.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client = module.tracking.MlflowClient(tracking_uri=uri)
         identity = run_dir / "mlflow_id"

@@ -164,7 +164,7 @@ def _margins(axes: Axes, run: Run) -> bool:
 
 
 def _stderr(row: dict[str, float]) -> float:
-    """The row's own standard error, or the binomial one where it tells the number of problems."""
+    """Return the row's standard error, or the binomial one if the row has the number of problems."""
     if row.get("eval/accuracy_stderr") is not None:
         return float(row["eval/accuracy_stderr"])
     p, n = row["eval/accuracy"], row.get("eval/problems")
@@ -284,7 +284,7 @@ CHARTS: tuple[tuple[str, str, Callable[[Axes, Run], bool]], ...] = (
     ("Completion length", "Tokens.", _length),
     ("Output diversity", "Of each step's completions.", _diversity),
     ("Shares", "What carries no gradient, or a bounded one.", _shares),
-    ("Loss", "Of the whole batch. Around zero for policy gradients: it is no measure of learning.",
+    ("Loss", "Of the whole batch. Around zero for policy gradients; it does not measure learning.",
      _single("train/loss", BLUE)),
     ("Gradient norm", "Before clipping.", _single("train/grad_norm", ORANGE)),
     ("Changed weights", "Share whose bfloat16 bits a step changed (sync.measure_changes).", _changed),

@@ -27,7 +27,7 @@ def _number(value: Any) -> bool:
 
 
 def metrics_row(row: Row) -> Row | None:
-    """A line of metrics.jsonl: `step`, `time/wall` and what else is a number (or null); else None."""
+    """Parse a line of metrics.jsonl: `step`, `time/wall` and other numbers or nulls; None for other lines."""
     step = row.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or not _number(row.get("time/wall")):
         return None
@@ -66,7 +66,7 @@ class Tail:
         self._offset, self._inode = 0, -1
 
     def refresh(self) -> None:
-        """Read what was added. A file that was replaced (a resume sets lines aside) is read anew."""
+        """Read new lines. A file that was replaced (a resume sets lines aside) is read again."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -90,7 +90,7 @@ class Tail:
 
 
 class Run:
-    """A run folder. `refresh` reads what was added since.
+    """A run folder. `refresh` reads new lines.
 
     Raises NoRun where the folder has neither metrics nor events.
     """
@@ -102,7 +102,7 @@ class Run:
         self._samples = Tail(self.path / SAMPLES_FILE, sample_row)
         if not (self._metrics.path.exists() or self._events.path.exists()):
             raise NoRun(
-                f"{self.path} is no run folder: it has neither {METRICS_FILE} nor {EVENTS_FILE}. "
+                f"{self.path} is not a run folder: it has neither {METRICS_FILE} nor {EVENTS_FILE}. "
                 "Name the folder that `rft train` printed, usually runs/NAME."
             )
         self.refresh()
@@ -129,7 +129,7 @@ class Run:
         return self._samples.rows
 
     def odd_lines(self) -> str:
-        """How many lines of which file could not be used, in words; empty where all could."""
+        """Return a message with the number of unusable lines per file; empty if there are none."""
         tails = (self._metrics, self._events, self._samples)
         counts = [f"{tail.odd} of {tail.path.name}" for tail in tails if tail.odd]
         return f"lines left out as damaged: {', '.join(counts)}" if counts else ""

@@ -26,7 +26,7 @@ UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"))
 
 @dataclass(frozen=True)
 class Fact:
-    """A number at the head of the page: what it is, the number, and a word on it."""
+    """A headline number: label, value, short comment."""
 
     label: str
     value: str
@@ -82,7 +82,7 @@ def _algorithm(run: Run) -> str:
 
 
 def facts(run: Run) -> list[Fact]:
-    """What a reader wants to know first; what the run did not measure is left out."""
+    """Return the headline numbers of the run; quantities that were not measured are left out."""
     found = [Fact("steps", f"{run.step:,}", f"of {run.total_steps:,}")]
     for label, name, form in (
         ("held-out accuracy", "eval/accuracy", "{:.1%}"),

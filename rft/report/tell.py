@@ -1,4 +1,4 @@
-"""Events and samples of a run in words, for the report and the live view."""
+"""Format events and samples of a run, for the report and the live view."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rft watch RUN`: a live view of a run from its files alone, so that it works from another machine too."""
+"""`rft watch RUN`: a live view of a run that only reads its files, so it also works from another machine."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def histogram(row: Mapping[str, float | None]) -> dict[int, float]:
 
 
 def engines(run: Run) -> dict[str, Row]:
-    """Each engine's newest news: `kind`, `time` and what else its last event told."""
+    """Return the merged fields of each engine's events, newest last: `kind`, `time`, version and so on."""
     known: dict[str, Row] = {}
     for event in run.of_kind("engine/"):
         if "engine" in event:

@@ -15,7 +15,7 @@ TASKS: dict[str, type] = {
 
 
 def source() -> list[str]:
-    """The text of the code that rows and tiny models depend on: part of the key of what is cached."""
+    """Return the source code that rows and tiny models depend on, for cache keys."""
     rft = Path(__file__).parents[1]
     names = ("tasks/arithmetic.py", "config/tasks.py", "tasks/pairs.py", "tasks/tiny.py")
     return [(rft / name).read_text(encoding="utf-8") for name in names]

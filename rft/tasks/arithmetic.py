@@ -156,7 +156,7 @@ class Arithmetic:
 
 
 class HardArithmetic(Arithmetic):
-    """The `hard` variant by a name of its own."""
+    """The `hard` variant, registered as a task."""
 
     name = "arithmetic_hard"
 

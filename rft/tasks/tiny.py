@@ -1,4 +1,4 @@
-"""A tiny from-scratch model with a tokenizer of its own: Qwen3 architecture, tied embeddings.
+"""A tiny from-scratch model with its tokenizer: Qwen3 architecture, tied embeddings.
 
 It is an ordinary Hugging Face folder, which transformers and vLLM load like any other. The tokenizer
 is byte-level BPE, so any text can be encoded; digits stand alone, so that the model sees numbers

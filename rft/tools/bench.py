@@ -1,8 +1,7 @@
-"""`rft bench`: run the benchmarks of a checkout, part by part, and write what they measured.
+"""`rft bench`: run the benchmarks of a checkout, part by part, and write their results.
 
-Every script is a process of its own that writes its results file as it goes. Which scripts have ended is
-noted beside the results: a run that was interrupted, or in which a script failed, is continued by the same
-call, and measures only what is missing.
+Each script is a separate process that writes its results file as it runs. Finished scripts are recorded next
+to the results: after an interruption or a failure, the same call continues and measures only what is missing.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ STOPPED = 124  # the exit code of a script that took more than twice its minutes
 class Script:
     """A file of benchmarks/ with its arguments.
 
-    minutes: what it may take when all parts run on two cores; at twice that it is stopped.
-    brief: further arguments then. peers: it can run the peers' code, and is told to by `--peers`, but for
-    a brief run of rft's own code alone. needs_peers: it compares with them only. alone: it runs when its
-    part is named, not with all parts.
+    minutes: expected time when all parts run on two cores; the script is stopped at twice that.
+    brief: extra arguments in a run of all parts. peers: the script can also run the peers' code (`--peers`),
+    except in a brief run of rft alone. needs_peers: the script only compares with peers. alone: it runs only
+    when its part is named.
     """
 
     name: str
@@ -46,8 +45,8 @@ class Script:
     def command(self, brief: bool, peers: bool) -> list[str]:
         """The file and its arguments."""
         more = self.brief if brief else ()
-        told = ["--peers"] if peers and self.peers and "--only-ours" not in more else []
-        return [self.name, *self.arguments, *more, *told]
+        peers_flag = ["--peers"] if peers and self.peers and "--only-ours" not in more else []
+        return [self.name, *self.arguments, *more, *peers_flag]
 
 
 def _logprob(
@@ -90,7 +89,7 @@ PARTS: dict[str, tuple[Script, ...]] = {
 
 
 def run(parts: Sequence[str], *, peers: bool = False, fresh: bool = False, folder: Path = FOLDER) -> int:
-    """Run the scripts of the parts ("all": every one, briefly), then write docs/performance.md anew.
+    """Run the scripts of the parts ("all": every one, briefly), then regenerate docs/performance.md.
 
     Scripts that the same call ran before it was interrupted are not run again, unless `fresh`. A script
     that fails is named and the others still run; returns 1 then, else 0. Raises ConfigError for an
@@ -98,7 +97,7 @@ def run(parts: Sequence[str], *, peers: bool = False, fresh: bool = False, folde
     """
     unknown = [p for p in parts if p != "all" and p not in PARTS]
     if unknown:
-        raise ConfigError([f"bench has no part {p!r}; choose of {', '.join(PARTS)}, all" for p in unknown])
+        raise ConfigError([f"bench has no part {p!r}; choose from {', '.join(PARTS)}, all" for p in unknown])
     if not (folder / "common.py").is_file():
         raise ConfigError(
             [f"{folder} is not there: benchmarks come with a checkout of rft, not with an installed package. "
@@ -133,7 +132,7 @@ class Journal:
     """Which scripts of a call have ended well, and their seconds: `unfinished.json`, until all have."""
 
     def __init__(self, results: Path, call: dict[str, Any], fresh: bool) -> None:
-        """`call`: what was asked for; a journal of another call, or any with `fresh`, is put aside."""
+        """`call`: the requested parts and options; other journals, or any with `fresh`, are ignored."""
         self.results, self.file, self.call = results, results / "unfinished.json", call
         results.mkdir(exist_ok=True)
         self.seconds: dict[str, float] = {}
@@ -146,7 +145,8 @@ class Journal:
         name = " ".join(command)
         if name in self.seconds:
             print(
-                f"[bench] {name}: done before, in {self.seconds[name]:.0f} s (--fresh: all anew)", flush=True
+                f"[bench] {name}: done before, in {self.seconds[name]:.0f} s (--fresh: measure again)",
+                flush=True,
             )
             return True
         print(f"[bench] {name}", flush=True)
@@ -187,7 +187,7 @@ class Journal:
 
 
 def _run(command: Sequence[str], minutes: float | None) -> int:
-    """The exit code of a command; when it is stopped, and when this process is, nothing of it lives on."""
+    """Run a command and return its exit code; kill it with its children on a timeout or interrupt."""
     process = subprocess.Popen(command)
     try:
         return process.wait(timeout=None if minutes is None else 2 * 60 * minutes)

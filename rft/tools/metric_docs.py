@@ -25,7 +25,7 @@ def markdown() -> str:
         "## `events.jsonl`",
         "",
         "One JSON object an event: `time` (seconds since 1970, UTC), `clock` (monotonic seconds of the",
-        "writing process), `kind`, and fields of its own.",
+        "writing process), `kind`, and the fields of that kind.",
         "",
         "| kind | meaning: fields |",
         "|---|---|",

@@ -1,7 +1,7 @@
-"""`rft verify-resume`: is a run that was killed and resumed the run that was never killed?
+"""`rft verify-resume`: check that a killed and resumed run equals an uninterrupted one.
 
 The config runs three times from the command line, as a user runs it: to the end; until it is killed with
-SIGKILL right after step K was written down; and again, to go on. What the two left behind is compared.
+SIGKILL right after step K was logged; and again, to resume. Then the two run folders are compared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ START_S = 1800.0  # a run that has not reached its next step by then hangs
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing compared: equal or not, with what was found. `must`: equality is promised here."""
+    """One comparison and its result. `must`: equality is promised."""
 
     what: str
     equal: bool
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that was compared, and whether the promise was kept."""
+    """All comparisons, and whether the promise was kept."""
 
     promise: str
     findings: tuple[Finding, ...]
@@ -57,7 +57,7 @@ class Verdict:
         return all(f.equal for f in self.findings if f.must)
 
     def lines(self) -> Iterator[str]:
-        """The verdict in words."""
+        """Format the verdict."""
         yield f"killed after step {self.killed_at}, resumed at step {self.resumed_at}: "
         yield f"the next step was done {self.resume_s:.1f} s after the restart"
         for f in self.findings:
@@ -72,7 +72,7 @@ def verify_resume(
 ) -> Verdict:
     """Run, kill, resume, compare; run folders are `out`/whole and `out`/resumed.
 
-    Raises ConfigError for settings that make no test, RuntimeError where a run fails by itself.
+    Raises ConfigError for settings that test nothing, RuntimeError if a run fails.
     """
     if not 0 < kill_at < steps:
         raise ConfigError([f"--kill-at {kill_at}: write a step between 1 and --steps {steps}, exclusive"])
@@ -125,13 +125,13 @@ def compare(
     findings.append(_rows("metrics", _metrics(one), _metrics(two), must=exact))
     findings += _states(whole, resumed, must=exact)
     if exact:
-        promise = "synchronous, with an engine that computes each prompt by itself: every bit"
+        promise = "synchronous, with an engine that computes each prompt separately: bit-equal"
     elif synchronous:
         promise = (
             "the same prompts in the same order, each trained on once (vLLM's numbers depend on batching)"
         )
     else:
-        promise = "each prompt trained on once (asynchronous: what is in flight at a push depends on time)"
+        promise = "each prompt trained on once (asynchronous: requests in flight at a push depend on timing)"
     return Verdict(promise, tuple(findings), resumed_at, killed_at, resume_s)
 
 
@@ -157,9 +157,9 @@ def _run_and_kill(arguments: Sequence[str], folder: Path, step: int) -> None:
             while seen < step:
                 if process.poll() is not None:
                     log.seek(0)
-                    raise RuntimeError(f"the run ended by itself before step {step}:\n{log.read()[-4000:]}")
+                    raise RuntimeError(f"the run ended before step {step}:\n{log.read()[-4000:]}")
                 if time.monotonic() - since > START_S:
-                    raise RuntimeError(f"the run made no step for {START_S:.0f} s; it stood at step {seen}")
+                    raise RuntimeError(f"the run made no step for {START_S:.0f} s; its last step was {seen}")
                 time.sleep(0.02)
                 reached = Run(folder).step if (folder / "metrics.jsonl").exists() else -1
                 if reached > seen:
@@ -193,7 +193,7 @@ def _once(config: Config, run: Run) -> Finding:
 def _order(one: Run, two: Run, *, must: bool) -> Finding:
     a, b = _trained(one), _trained(two)
     if not a:
-        return Finding("sample order", not b, must, "not recorded in offline training; the weights tell")
+        return Finding("sample order", not b, must, "not recorded offline; compared by the weights")
     wrong = [step for step in sorted({*a, *b}) if a.get(step) != b.get(step)]
     detail = f"{sum(map(len, a.values()))} prompts" + (f"; first other step {wrong[0]}" if wrong else "")
     return Finding("sample order", not wrong, must, detail)

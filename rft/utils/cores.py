@@ -34,8 +34,8 @@ def usable_cores(cores: str | None = None) -> int:
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Read how many CPUs the control groups (v1 and v2) allow this process; None where they set no limit.
 
-    The smallest quota from the process's own group up to the top of what is mounted counts. `root` is where
-    /proc and the mount points lie.
+    The smallest quota counts, from this process's group up to the top of the mounted hierarchy. `root`: the
+    folder that holds /proc and the mount points.
     """
     quotas = [quota for folder in _cpu_groups(root) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
@@ -46,7 +46,7 @@ def _cpu_groups(root: Path) -> Iterator[Path]:
     try:
         memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux, or no /proc here: then there is no limit that could be read
+    except OSError:  # not Linux, or /proc is not mounted: no limit can be read
         return
     group_of = {controllers: path for _, controllers, path in (m.split(":", 2) for m in memberships)}
     for mount in mounts:
@@ -90,7 +90,7 @@ def _quota(folder: Path) -> float | None:
 
 
 def _read(path: Path) -> str | None:
-    """A file's text; None where there is none (the topmost group has no limits)."""
+    """Read a file; None if it does not exist (the root group has no limits)."""
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 

@@ -1,6 +1,6 @@
-"""A process between a worker and its owner: it bounds the worker's memory and ends all that it leaves behind.
+"""A process between a worker and its owner that limits the worker's memory and kills everything it leaves.
 
-Orphans of the worker, daemons among them, become children of the keeper, which runs nothing of the worker's.
+Orphans of the worker, including daemons, become children of the keeper, which runs none of the worker's code.
 Standard library only: it starts before anything is imported.
 """
 
@@ -19,7 +19,7 @@ from rft.utils.process import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, kill_tre
 WORKER = Struct("=q")
 """The worker's process id, which the keeper writes into shared memory."""
 TOO_MUCH_MEMORY = 97
-"""The keeper's exit status after it has ended a worker for its memory; else it ends as the worker did."""
+"""The keeper's exit status after it killed a worker for its memory; otherwise it exits as the worker did."""
 LOOK_EVERY_S = 1.0
 
 

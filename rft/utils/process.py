@@ -1,4 +1,4 @@
-"""Ending processes with everything that they started. Standard library only, Linux."""
+"""End processes together with everything they started. Standard library only, Linux."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def _processes() -> dict[int, tuple[int, int]]:
 
 
 def descendants(pid: int) -> set[int]:
-    """The living processes below `pid`, and those of the session that it leads; without itself."""
+    """Return the living descendants of `pid` and the members of its session, without `pid` itself."""
     table = _processes()
-    found: set[int] = set()
+    below: set[int] = set()
     grown = True
     while grown:
         new = {
-            p for p, (parent, session) in table.items() if parent in found or parent == pid or session == pid
+            p for p, (parent, session) in table.items() if parent in below or parent == pid or session == pid
         }
-        grown = not new <= found
-        found |= new
-    return found - {pid}
+        grown = not new <= below
+        below |= new
+    return below - {pid}
 
 
 def memory_below(pid: int) -> int:
-    """Bytes in memory of the processes below `pid`, without files; what two of them share counts twice."""
+    """Resident bytes of the descendants of `pid`, without file pages; shared pages count once per process."""
     total = 0
     for p in descendants(pid):
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{p}/status", encoding="utf-8") as file:
@@ -82,9 +82,9 @@ def _signal(pid: int, number: int) -> None:
 
 
 def guard() -> None:
-    """The guardian's main: told pids on stdin (`+pid`, `-pid`), it kills their trees when its parent goes.
+    """Main of the guardian: read pids from stdin (`+pid`, `-pid`) and kill their trees when the parent exits.
 
-    It runs no reward code, so nothing can hang it. A parent that was SIGKILLed leaves no worker behind.
+    It runs no reward code, so it cannot hang, and workers do not survive a parent that was SIGKILLed.
     """
     import select
 
@@ -105,8 +105,8 @@ def guard() -> None:
 
 
 class Guardian:
-    """A process that kills what it watches, with all descendants, when this process is gone: also when a
-    SIGKILL left nobody to clean up. A guardian that was itself killed is no error."""
+    """A child process that kills the watched processes, with all descendants, when this process exits, also
+    after a SIGKILL. If the guardian itself was killed, its methods do nothing."""
 
     # Isolated: this folder's files are called like modules of the standard library.
     COMMAND = (sys.executable, "-I", "-S", os.path.abspath(__file__))
@@ -115,18 +115,18 @@ class Guardian:
         self._process = subprocess.Popen(self.COMMAND, stdin=subprocess.PIPE, start_new_session=True)
 
     def watch(self, pid: int) -> None:
-        self._tell(f"+{pid}\n")
+        self._send(f"+{pid}\n")
 
     def forget(self, pid: int) -> None:
-        self._tell(f"-{pid}\n")
+        self._send(f"-{pid}\n")
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             os.write(self._process.stdin.fileno(), line.encode())
 
     def close(self) -> None:
-        """End it, and what it still watches."""
+        """End the guardian and the processes that it still watches."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()

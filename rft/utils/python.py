@@ -1,7 +1,7 @@
-"""Starting Python processes that a user's files cannot lead astray.
+"""Start Python processes whose imports a user's files cannot shadow.
 
-Python looks for modules in the folder of the script, or in the working folder, before its own library: a
-`json.py` or `torch.py` there would stand for the real module in every process that rft starts.
+Python searches the folder of the script, or the working folder, before its standard library: a `json.py` or
+`torch.py` there would replace the real module in every process that rft starts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def safe_workers() -> dict[str, Any]:
 
 
 class _Fixed(list[str]):
-    """A list that ignores what is added to it."""
+    """A list that ignores `extend`."""
 
     def extend(self, _: Iterable[str]) -> None:
         return

@@ -1,4 +1,4 @@
-"""Linear layers that bitsandbytes holds in 4 or 8 bits: their weights as numbers, and their arithmetic."""
+"""Linear layers quantised to 4 or 8 bits by bitsandbytes: dequantised weights and rounding."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def full_weight(module: Any) -> Tensor:
-    """A layer's weight as numbers: dequantised where it is quantised, else as it is. The layer is left alone.
+    """Return a layer's weight, dequantised if it is quantised. The layer is not changed.
 
-    Whatever reads a quantised weight (merge, push, export, comparison) reads it here.
+    Every reader of a quantised weight (merge, push, export, comparison) uses this function.
     """
     weight: Any = module.weight
     if not is_quantized(module):
@@ -35,11 +35,11 @@ def full_weight(module: Any) -> Tensor:
 
 
 def keep_row_major(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking the 4-bit weights of a model, and undo it where it has happened.
+    """Prevent bitsandbytes from repacking the 4-bit weights of a model, and undo a repacking.
 
-    On a CPU with AVX512-BF16 its layers repack their weight in place at the first forward in evaluation mode.
-    From then on they compute in bfloat16 and pass no gradient on, also in training mode, and what reads the
-    weight without knowing (peft, for DoRA) gets other numbers.
+    On a CPU with AVX512-BF16, bitsandbytes repacks the weights in place at the first forward in evaluation
+    mode. The layers then compute in bfloat16 and propagate no gradient, even in training mode, and code that
+    reads the weight directly (peft, for DoRA) gets wrong values.
     """
     for module in model.modules():
         if not is_quantized(module) or hasattr(module.weight, "SCB"):
@@ -54,16 +54,16 @@ def keep_row_major(model: nn.Module) -> None:
 
 
 def _row_major(data: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """A 4-bit weight and its state in the order of rows, as it was quantised; both new where it is packed.
+    """Return a 4-bit weight and its state in row-major order, as quantised; copies if the weight is packed.
 
-    Packing rounds the scales to bfloat16: they stay so, and are not quantised once more.
+    Packing rounds the scales to bfloat16; that rounding remains.
     """
     if not getattr(state, "packing_format_for_cpu", False):
         return data, state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = copy.copy(state)
-    state.original_nested = False  # otherwise the scales are quantised, other than they were
+    state.original_nested = False  # otherwise the scales would be quantised again, differently
     data, state = _convert_weight_packed_for_cpu_inverse(data, state)
     state.absmax = state.absmax.t().float().flatten()  # packed: [blocks of a row, rows]
     return data, state
@@ -71,8 +71,8 @@ def _row_major(data: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within, dropout is off. Quantised layers keep their mode, because it decides about their arithmetic: in
-    8 bits on a CPU, activations are quantised in evaluation mode only."""
+    """Disable dropout in the block. Quantised layers keep their mode, which selects their arithmetic:
+    in 8 bits on a CPU, activations are quantised in evaluation mode only."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     for module in before:
@@ -86,8 +86,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def rounding(model: nn.Module) -> float:
-    """The coarsest relative rounding in a model's arithmetic: of its parameters' dtypes, autocast's, and what
-    its quantised layers compute in."""
+    """Return the largest machine epsilon in a model's arithmetic: parameter dtypes, the autocast dtype, and
+    the compute dtype of its quantised layers."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     device = next(model.parameters()).device.type
     if torch.is_autocast_enabled(device):

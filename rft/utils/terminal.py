@@ -1,4 +1,4 @@
-"""Text of unknown origin made safe to look at: what a model writes must not steer a terminal."""
+"""Make untrusted text safe to print: model output must not control a terminal."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 import unicodedata
 from typing import IO
 
-# Format characters that reorder or hide what stands around them: bidirectional controls, and tags.
+# Format characters that reorder or hide the surrounding text: bidirectional controls and tags.
 _FORMAT = {0x061C, 0x200E, 0x200F, 0x2028, 0x2029, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 def printable(text: str) -> str:
-    r"""Replace what would steer a terminal by its escape (`\x1b`); newlines and tabs stay.
+    r"""Replace characters that control a terminal by escapes (`\x1b`); keep newlines and tabs.
 
-    Replaced are control characters (C0, DEL, C1), bidirectional and tag characters, line separators and
-    lone surrogates. Letters of every script and emoji stay.
+    Replaces control characters (C0, DEL, C1), bidirectional and tag characters, line separators and lone
+    surrogates. Letters of every script and emoji are kept.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -34,5 +34,5 @@ def _escape(char: str) -> str:
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Print a line of unknown origin (default: on stderr), made printable."""
+    """Print a line of untrusted text, made printable (default: to stderr)."""
     print(printable(text), file=sys.stderr if stream is None else stream, flush=True)

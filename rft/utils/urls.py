@@ -13,5 +13,5 @@ def has_credentials(url: str) -> bool:
 
 
 def without_credentials(text: str) -> str:
-    """A text with the credentials of the URLs in it replaced by `***`."""
+    """Replace the credentials of every URL in a text by `***`."""
     return _CREDENTIALS.sub("***@", text)

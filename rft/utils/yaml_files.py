@@ -76,7 +76,7 @@ def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
     line = node.start_mark.line + 1
     if known == 0:
         raise YamlError(
-            f"line {line}: the value contains itself (an alias to what it stands in); write it out"
+            f"line {line}: the value contains itself (an alias to one of its parents); write it out"
         )
     if known is not None:
         return known
@@ -105,7 +105,7 @@ MOST_VALUES = 1_000_000
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML text. Raises YamlError, also where aliases make it larger than `MOST_VALUES`."""
+    """Parse a YAML text. Raises YamlError, also where aliases make it larger than `MOST_VALUES`."""
     try:
         loader = _Loader(text)
         try:
@@ -122,12 +122,12 @@ def parse(text: str) -> Any:
         raise YamlError(f"{where}{error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise YamlError(" ".join(str(error).split())) from None
-    except (ValueError, TypeError) as error:  # a scalar that looks like a number and is none; a list as a key
+    except (ValueError, TypeError) as error:  # a scalar that only looks like a number; a list as a key
         raise error if isinstance(error, YamlError) else YamlError(str(error)) from None
 
 
 def read(path: Path) -> Any:
-    """The value of a YAML file (UTF-8, with or without a byte order mark). Raises OSError, YamlError."""
+    """Parse a YAML file (UTF-8, with or without a byte order mark). Raises OSError, YamlError."""
     raw = path.read_bytes()
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return parse(raw.decode("utf-16"))
@@ -141,5 +141,5 @@ def read(path: Path) -> Any:
 
 
 def dump(value: Any, *, flow: bool = False) -> str:
-    """Plain data as YAML that `parse` reads back as it was; keys in their order, `flow` in one line."""
+    """Write plain data as YAML that `parse` reads back unchanged; keys keep their order; `flow`: one line."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow))

@@ -17,7 +17,7 @@ PLAIN = TrackingConfig(trackers=())
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(NoRun, match=r"is no run folder.*runs/NAME"):
+    with pytest.raises(NoRun, match=r"is not a run folder.*runs/NAME"):
         Run(tmp_path)
 
 
