@@ -47,7 +47,7 @@ from rft.rollout.pool import RolloutPool, _Member
 from rft.sync.channel import PushChannel
 from rft.sync.link import Link
 from rft.sync.spec import Sent
-from rft.utils.ray_calls import within
+from rft.utils.deadlines import within
 
 GENERATION = 16  # completions of a group
 TEMPLATES = 64

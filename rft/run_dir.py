@@ -10,7 +10,6 @@ runs/NAME/config.yaml      the resolved config
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from rft import checkpoint
 from rft.config.load import differences, parse_config
 from rft.config.rewards import Schedule
 from rft.config.schema import Config
-from rft.errors import ConfigError
+from rft.errors import CheckpointError, ConfigError
 from rft.learner.schedule import learning_rate
 from rft.utils import yaml_files
+from rft.utils.files import write_text_atomic
 from rft.utils.run_lock import LOCK_FILE, RunLock
 
 # What may differ between a run and its resumption: none of these changes what is learned.
@@ -128,7 +128,7 @@ def _resume_from(config: Config, path: Path, folder: Path) -> RunFolder:
     notes = _check_same(config, path) if (path / "config.yaml").exists() else []
     try:
         found = checkpoint.load(folder)
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         raise ConfigError([f"--resume {folder}: {error}"]) from error
     return RunFolder(path, found, tuple(notes), interrupted=(path / "config.yaml").exists())
 
@@ -196,12 +196,12 @@ def _other_versions(found: checkpoint.Checkpoint) -> list[str]:
 def write_config(path: Path, config: Config) -> None:
     """Write the resolved config, atomically."""
     path.mkdir(parents=True, exist_ok=True)
-    _write(path / "config.yaml", yaml_files.dump(config.to_dict()))
+    write_text_atomic(path / "config.yaml", yaml_files.dump(config.to_dict()))
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Mark the run as complete."""
-    _write(path / "result.json", json.dumps(result, indent=2) + "\n")
+    write_text_atomic(path / "result.json", json.dumps(result, indent=2) + "\n")
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -219,12 +219,3 @@ def read_result(path: Path) -> dict[str, Any] | None:
             [f"{file} is damaged{why}; remove it, and the run goes on from its last checkpoint"]
         )
     return result
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

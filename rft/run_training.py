@@ -17,10 +17,9 @@ from typing import Any
 from ray.exceptions import RayError
 
 from rft import checkpoint, run_dir
-from rft.checkpoint import CheckpointError
 from rft.config.schema import Config
 from rft.contrib.second_policy import Twin
-from rft.errors import EngineError, RunStopped, TransferError
+from rft.errors import CheckpointError, EngineError, RunStopped, TransferError
 from rft.learner.learner import LearnerSpec
 from rft.learner.parallel.group import LearnerGroup
 from rft.loops.offline_eval import Sampled
@@ -37,7 +36,9 @@ from rft.run_dir import RunFolder
 from rft.sync import files
 from rft.sync.channel import PushChannel
 from rft.sync.ipc import ColocatedChannel
-from rft.utils.ray_calls import ActorDied, Overdue, call, kill, on_head_death, ray_cluster, unless_stopped
+from rft.utils.actors import ActorDied, call
+from rft.utils.deadlines import Overdue, unless_stopped
+from rft.utils.ray_cluster import kill, on_head_death, ray_cluster
 from rft.utils.signals import SAME_REQUEST_S, STOPPED, StopSignals, print_stop
 from rft.utils.terminal import say
 

@@ -72,7 +72,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
     """One Ray cluster for all tests that talk to actors directly."""
-    from rft.utils.ray_calls import ray_cluster
+    from rft.utils.ray_cluster import ray_cluster
 
     with ray_cluster(None, 0.3):
         yield

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from rft import checkpoint
-from rft.checkpoint import CheckpointError, latest, load, save, scan
-from rft.checkpoint_writer import BackgroundWriter
-from rft.rng import load_rng_state, rng_state, save_rng_state, set_rng_state
+from rft.checkpoint import latest, load, save, save_in_background, scan
+from rft.errors import CheckpointError
+from rft.utils.seeds import rng_state, set_rng_state
 
 MODULE = Path(checkpoint.__file__)
 # What a child process starts with: this one module, by its file, so that it starts in milliseconds.
@@ -349,43 +349,31 @@ except checkpoint.CheckpointError as error:
     assert steps(tmp_path) == ["step-00000002"]
 
 
-def test_the_background_writer_does_not_hold_the_caller(tmp_path: Path) -> None:
+def test_a_background_save_does_not_hold_the_caller(tmp_path: Path) -> None:
     go = threading.Event()
 
     def slow(folder: Path) -> None:
         assert go.wait(30)
         write_step(1)(folder)
 
-    with BackgroundWriter(tmp_path, keep=2) as writer:
-        writer.submit(1, slow, meta={"n": 1})
-        assert latest(tmp_path) is None
-        go.set()
-        assert writer.wait() == tmp_path / "step-00000001"
-        assert writer.wait() is None
-        writer.submit(2, write_step(2), meta={}, config={"a": 1})
+    saving = save_in_background(tmp_path, 1, slow, keep=2, meta={"n": 1})
+    assert not saving.done() and latest(tmp_path) is None
+    go.set()
+    assert saving.result() == tmp_path / "step-00000001"
+    save_in_background(tmp_path, 2, write_step(2), keep=2, meta={}, config={"a": 1}).result()
     found = latest(tmp_path)
     assert found is not None and found.step == 2 and is_whole(found)
 
 
-def test_an_error_in_the_background_is_raised_by_the_next_call(tmp_path: Path) -> None:
+def test_an_error_in_the_background_is_the_futures(tmp_path: Path) -> None:
     def broken(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with BackgroundWriter(tmp_path, keep=1) as writer:
-        writer.submit(1, broken, meta={})
-        with pytest.raises(CheckpointError, match="step 1 was not written"):
-            writer.submit(2, write_step(2), meta={})
-        writer.submit(3, write_step(3), meta={})
+    saving = save_in_background(tmp_path, 1, broken, keep=1, meta={})
+    with pytest.raises(CheckpointError, match="step 1 was not written"):
+        saving.result()
+    save_in_background(tmp_path, 3, write_step(3), keep=1, meta={}).result()
     assert steps(tmp_path) == ["step-00000003"]
-    with (
-        pytest.raises(CheckpointError, match="step 4 was not written"),
-        BackgroundWriter(tmp_path, keep=1) as writer,
-    ):
-        writer.submit(4, broken, meta={})
-    with pytest.raises(KeyError, match="first") as error, BackgroundWriter(tmp_path, keep=1) as writer:
-        writer.submit(5, broken, meta={})
-        raise KeyError("first")
-    assert any("step 5 was not written" in note for note in error.value.__notes__)
 
 
 # -- random states ---------------------------------------------------------------------------------
@@ -404,13 +392,13 @@ def draw() -> tuple[float, ...]:
 
 def test_random_states_come_back(tmp_path: Path) -> None:
     draw()  # leaves a cached Gaussian behind in each generator, which must come back too
-    save_rng_state(tmp_path / "rng.pt")
+    torch.save(rng_state(), tmp_path / "rng.pt")
     expected = [draw() for _ in range(3)]
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
     assert draw() != expected[0]
-    load_rng_state(tmp_path / "rng.pt")
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert [draw() for _ in range(3)] == expected
 
 

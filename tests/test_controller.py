@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rft.checkpoint import CheckpointError
-from rft.errors import BrokenWeights, EngineError, LearnerError, LogpGapError
+from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError
 from rft.loops.online import NoSignal
 from tests.simulated import Run, SimLearner, alternating, simulated
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from rft import checkpoint
 from rft.batch import Batch, Group
-from rft.checkpoint import CheckpointError
 from rft.config.schema import Config
+from rft.errors import CheckpointError
 from rft.rollout.engine import Generated, Request
 from rft.rollout.fleet import Fleet
-from rft.utils.ray_calls import call, tell_notes
+from rft.utils.actors import call, tell_notes
 
 
 def own(groups: Sequence[Group], copy: int) -> list[Group]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from rft import checkpoint
-from rft.checkpoint_writer import BackgroundWriter
 from rft.errors import BrokenWeights, LearnerError, TransferError, lost_a_peer
 from rft.learner.learner import Learner, LearnerSpec
 from rft.learner.parallel.make import make_parallel
@@ -27,7 +27,7 @@ from rft.sync.broadcast import Manifest, manifest_of
 from rft.sync.link import Link
 from rft.sync.publisher import Publisher
 from rft.sync.spec import ChannelSpec, Sent, Update
-from rft.utils.ray_calls import require_here
+from rft.utils.actors import require_here
 
 
 class LearnerActor(Learner):
@@ -37,7 +37,7 @@ class LearnerActor(Learner):
         self.spec = spec
         self.rank = rank
         self.publisher = Publisher(channel)
-        self.writer: BackgroundWriter | None = None
+        self.saving: Future[Path] | None = None  # the checkpoint that is being written
         self.meeting: Meeting | None = None
         self.shapes: Manifest | None = None
 
@@ -181,18 +181,17 @@ class LearnerActor(Learner):
         self.finish_save()
         write = self.capture_state()
         if self.rank == 0:
-            self.writer = BackgroundWriter(Path(root), keep=keep)
-            self.writer.submit(step, write, meta=meta, config=config)
+            self.saving = checkpoint.save_in_background(
+                Path(root), step, write, keep=keep, meta=meta, config=config
+            )
 
     def finish_save(self, wait: bool = True) -> str | None:
         """The folder of the checkpoint that was begun; None where none was, or, without `wait`, while
         it is being written. Raises CheckpointError where writing it failed."""
-        if self.writer is None or not (wait or self.writer.done()):
+        if self.saving is None or not (wait or self.saving.done()):
             return None
-        writer, self.writer = self.writer, None
-        with writer:
-            written = writer.wait()
-        return None if written is None else str(written)
+        saving, self.saving = self.saving, None
+        return str(saving.result())
 
     def restore(self, folder: str) -> int:
         """Take over a checkpoint's learner state; returns the policy version."""

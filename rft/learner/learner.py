@@ -27,8 +27,7 @@ from rft.learner.scoring import load_scoring_model
 from rft.learner.spec import LearnerSpec
 from rft.learner.strategies import make_strategy
 from rft.packing import micro_batches, tree_tokens
-from rft.rng import seed_everything
-from rft.utils.seeds import derive_seed
+from rft.utils.seeds import derive_seed, seed_everything
 
 
 class Learner:

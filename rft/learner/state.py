@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rft.errors import BrokenWeights
 from rft.learner.model import load_tokenizer
-from rft.rng import rng_state, set_rng_state
+from rft.utils.seeds import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from rft.learner.learner import Learner

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rft.batch import Batch, Group
-from rft.checkpoint import Checkpoint, CheckpointError
+from rft.checkpoint import Checkpoint
 from rft.data import GroupSource
-from rft.errors import BrokenWeights, EngineError, LearnerError, LogpGapError, RunStopped
+from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError, RunStopped
 from rft.loops.offline_eval import HeldOut
 from rft.metrics import Progress, RunLog
 from rft.rewards.types import RewardError
-from rft.utils.ray_calls import ActorDied, Overdue, call, tell_notes, unless_stopped
+from rft.utils.actors import ActorDied, call, tell_notes
+from rft.utils.deadlines import Overdue, unless_stopped
 
 
 @dataclass

@@ -20,7 +20,7 @@ from rft.metrics import Progress, RunLog
 from rft.packing import shares_prefix
 from rft.plan import Plan
 from rft.run_dir import RunFolder
-from rft.utils.ray_calls import call
+from rft.utils.actors import call
 
 
 async def train_offline(

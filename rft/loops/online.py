@@ -17,14 +17,14 @@ from typing import Any
 
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch, Group
-from rft.checkpoint import Checkpoint, CheckpointError
+from rft.checkpoint import Checkpoint
 from rft.config.schema import Config
 from rft.contrib.curriculum import Curriculum, pass_rate
 from rft.contrib.replay import Replay
 from rft.contrib.second_policy import Twin, own
 from rft.data import Sampler
 from rft.data.chat import Renderer
-from rft.errors import BrokenWeights, EngineError, LearnerError, LogpGapError, RunStopped
+from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError, RunStopped
 from rft.loops.evaluate import evaluate
 from rft.loops.saver import Saver
 from rft.metrics import Progress, RunLog
@@ -42,7 +42,8 @@ from rft.rollout.fleet import Fleet
 from rft.rollout.gather import Gatherer
 from rft.rollout.pool import RolloutPool
 from rft.sync.channel import WeightChannel
-from rft.utils.ray_calls import ActorDied, Overdue, call, tell_notes, unless_stopped
+from rft.utils.actors import ActorDied, call, tell_notes
+from rft.utils.deadlines import Overdue, unless_stopped
 from rft.utils.seeds import derive_seed
 
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rft.checkpoint import CheckpointError
 from rft.config.schema import Config
+from rft.errors import CheckpointError
 from rft.metrics import Progress, RunLog
 
 

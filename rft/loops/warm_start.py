@@ -17,7 +17,7 @@ from rft.loops.offline import OfflineLoop
 from rft.metrics import Progress
 from rft.plan import Plan, threads_for
 from rft.preflight.warm_start import is_finished, warm_start_data, warm_start_folder
-from rft.utils.ray_calls import call
+from rft.utils.actors import call
 
 WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage that is not finished
 

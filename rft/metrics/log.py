@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from rft.config.metrics import TrackingConfig
 from rft.metrics.trackers import Tracker, open_trackers
+from rft.utils.files import write_text_atomic
 
 METRICS_FILE, SAMPLES_FILE, EVENTS_FILE = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 
@@ -283,12 +284,7 @@ def set_aside(path: Path, after: int) -> dict[str, Any] | None:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text_atomic(path, "".join(kept))
     first, last = (min(steps), max(steps)) if steps else (None, None)
     return {"file": path.name, "lines": len(moved), "first_step": first, "last_step": last}
 

@@ -19,7 +19,8 @@ from rft.errors import EngineError
 from rft.rollout.engine import EngineSpec, Generated, InFlight, Request
 from rft.rollout.replica import CONTROL, Replica
 from rft.sync.link import Link
-from rft.utils.ray_calls import ActorDied, Overdue, call, kill_actor
+from rft.utils.actors import ActorDied, call, kill_actor
+from rft.utils.deadlines import Overdue
 
 QUEUED = 2  # times what a replica decodes at once is sent to it, so that the next completions wait there
 CONTROL_CALLS = 1000  # at once; they are short, but for those of a push

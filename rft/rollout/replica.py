@@ -14,8 +14,8 @@ import ray
 from rft.errors import EngineError, TransferError, is_engine_fault
 from rft.rollout.engine import EngineSpec, Generated, Request, RolloutEngine
 from rft.sync.link import Link
+from rft.utils.actors import require_here
 from rft.utils.cores import parse_cores
-from rft.utils.ray_calls import require_here
 
 CONTROL = "control"
 

@@ -10,7 +10,7 @@ from typing import Any
 from rft.errors import EngineError
 from rft.rollout.engine import Aborted, EngineSpec, Generated, InFlight, Request, Sampling
 from rft.sync.link import Link
-from rft.utils.ray_calls import within
+from rft.utils.deadlines import within
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.distributed.distributed_c10d import BroadcastOptions
 
-from rft.utils.ray_calls import use_interface_of
+from rft.utils.network import use_interface_of
 
 Manifest = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype without "torch.", shape)
 

@@ -29,7 +29,8 @@ from rft.sync import files
 from rft.sync.link import Link
 from rft.sync.proof import Gap, Proof, ProofSpec
 from rft.sync.spec import ChannelSpec, Sent
-from rft.utils.ray_calls import Overdue, call
+from rft.utils.actors import call
+from rft.utils.deadlines import Overdue
 
 
 @dataclass(frozen=True)

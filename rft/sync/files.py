@@ -10,20 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from rft.errors import TransferError
+from rft.utils.files import UNFINISHED, write_atomic
 
 
 def write(path: Path, tensors: dict[str, Tensor], version: int) -> None:
-    """Write a safetensors file that appears by a rename. Raises OSError, and leaves nothing then."""
+    """Write a safetensors file, atomically. Raises OSError."""
     from safetensors.torch import save_file
 
-    unfinished = path.with_suffix(".unfinished")
-    try:
-        save_file(tensors, unfinished, metadata={"version": str(version)})
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with write_atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"version": str(version)})
 
 
 def read(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -43,7 +38,7 @@ def read(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
 
 def clear(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest versions, and what was never finished."""
-    for unfinished in folder.glob("version-*.unfinished"):
+    for unfinished in folder.glob(f"version-*{UNFINISHED}"):
         unfinished.unlink(missing_ok=True)
     found = sorted(folder.glob("version-*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
     for path in found[: len(found) - keep]:

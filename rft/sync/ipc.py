@@ -22,7 +22,7 @@ from torch import Tensor
 from rft.sync.broadcast import Manifest
 from rft.sync.channel import PushChannel, PushReport
 from rft.sync.spec import Named, Update
-from rft.utils.ray_calls import call
+from rft.utils.actors import call
 
 
 class IpcSender:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rft.errors import ConfigError
 from rft.utils.cores import usable_cores
+from rft.utils.files import write_text_atomic
 from rft.utils.process import kill_tree
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -181,9 +182,7 @@ class Journal:
 
     @staticmethod
     def _write(file: Path, found: dict[str, Any]) -> None:
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        write_text_atomic(file, json.dumps(found, indent=1) + "\n")
 
 
 def _run(command: Sequence[str], minutes: float | None) -> int:

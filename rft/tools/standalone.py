@@ -13,7 +13,8 @@ from rft.plan import Plan, make_plan
 from rft.preflight.warm_start import warm_start_folder
 from rft.rewards.runner import RewardRunner
 from rft.run_training import learner_spec, make_pool
-from rft.utils.ray_calls import ray_cluster, unless_stopped
+from rft.utils.deadlines import unless_stopped
+from rft.utils.ray_cluster import ray_cluster
 from rft.utils.signals import StopSignals
 
 END_S = 30.0  # for ending the engines after a stop signal

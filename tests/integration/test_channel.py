@@ -11,7 +11,7 @@ import pytest
 
 from rft.errors import EngineError
 from rft.rollout.pool import ReplicaDied
-from rft.utils.ray_calls import ActorDied, call
+from rft.utils.actors import ActorDied, call
 from tests.integration.conftest import Stage, raise_stage, with_transport
 from tests.integration.test_sync import sample, step
 

@@ -12,7 +12,7 @@ import pytest
 from rft.config.metrics import TrackingConfig
 from rft.metrics import Progress, RunLog
 from rft.rollout.fleet import Fleet
-from rft.utils.ray_calls import call
+from rft.utils.actors import call
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.test_sync import assert_proven, sample, step, train_and_push
 

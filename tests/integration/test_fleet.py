@@ -21,7 +21,7 @@ from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
 from rft.run_training import learner_spec, start_learner
 from rft.sync.channel import PushChannel
-from rft.utils.ray_calls import call
+from rft.utils.actors import call
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.live import is_gone
 

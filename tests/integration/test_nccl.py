@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rft.errors import EngineError
-from rft.utils.ray_calls import call
+from rft.utils.actors import call
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.test_sync import sample, step, train_and_push
 

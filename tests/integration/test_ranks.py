@@ -18,7 +18,7 @@ from rft.learner.parallel.group import LearnerGroup
 from rft.sync.link import Link
 from rft.sync.receiver import Receiver
 from rft.sync.spec import ChannelSpec
-from rft.utils.ray_calls import ActorDied, call
+from rft.utils.actors import ActorDied, call
 from tests.integration.conftest import rft
 from tests.parallel_ranks import spec
 

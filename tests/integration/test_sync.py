@@ -15,7 +15,7 @@ from rft.metrics import Progress, RunLog
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
 from rft.sync.channel import PushReport
-from rft.utils.ray_calls import call
+from rft.utils.actors import call
 from tests.integration.conftest import with_transport
 
 

@@ -19,7 +19,7 @@ from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_choice import Kind, Logps, choose, take_lines
 from rft.kernels.logprob_common import LogitMap
 from rft.learner.actor import LearnerActor
-from rft.utils.ray_calls import tell_notes
+from rft.utils.actors import tell_notes
 from tests.kernels.on_device import answer
 
 SCRIPT = """

@@ -14,7 +14,7 @@ import pytest
 from rft.rollout import pool as pool_module
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.pool import ReplicaDied, RolloutPool
-from rft.utils.ray_calls import ray_cluster
+from rft.utils.ray_cluster import ray_cluster
 from tests.simulated import SimPool, SimReplica
 from tests.slow_replica import DONE, SlowReplica
 from tests.specs import engine_spec

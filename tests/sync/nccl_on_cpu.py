@@ -29,7 +29,7 @@ from torch.distributed.distributed_c10d import AllreduceOptions, BroadcastOption
 from vllm.distributed.device_communicators import pynccl
 from vllm.distributed.device_communicators.pynccl_wrapper import ncclDataTypeEnum, ncclUniqueId
 
-from rft.utils.ray_calls import use_interface_of
+from rft.utils.network import use_interface_of
 
 HOST = "127.0.0.1"
 FOR_EVER = timedelta(seconds=60)  # longer than any deadline in the tests

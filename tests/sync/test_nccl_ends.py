@@ -19,7 +19,7 @@ from rft.errors import TransferError
 from rft.sync.broadcast import manifest_of
 from rft.sync.link import Link
 from rft.sync.publisher import Publisher
-from rft.utils.ray_calls import Overdue
+from rft.utils.deadlines import Overdue
 from tests.sync.wires import HOST, NCCL, Wire, channel, forty_shapes, free_port, nudge, same_bits, together
 
 pytestmark = pytest.mark.parametrize("transport", NCCL, indirect=True)

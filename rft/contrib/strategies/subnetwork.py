@@ -16,6 +16,7 @@ from rft.learner.forward import PolicyModel
 from rft.learner.model import ModelError, load_causal_lm
 from rft.learner.strategies.base import Put, Strategy
 from rft.learner.strategies.optimizers import make_optimizer
+from rft.utils.files import write_atomic
 
 
 def find_mask(
@@ -69,9 +70,8 @@ class Subnetwork(Strategy):
                 f"{strategy.tolerance} anywhere: there is nothing to train"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file(mask, part)
-        part.rename(path)
+        with write_atomic(path) as temporary:
+            save_file(mask, temporary)
         return mask
 
     def _install(self, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -22,7 +22,7 @@ from rft.errors import LearnerError, TransferError, lost_a_peer
 from rft.learner.actor import LearnerActor
 from rft.learner.spec import LearnerSpec
 from rft.sync.spec import ChannelSpec
-from rft.utils.ray_calls import ActorDied
+from rft.utils.actors import ActorDied
 
 GRACE_S = 5.0  # for the other ranks to end a call that failed on one
 

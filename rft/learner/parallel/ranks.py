@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rft.learner.parallel.base import Parallel, T
-from rft.utils.ray_calls import use_interface_of
+from rft.utils.network import use_interface_of
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Calls to Ray actors: each has a deadline that names the call, and raises the actor's own error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from rft.utils.deadlines import within
+from rft.utils.process import kill_tree
+
+
+class ActorDied(RuntimeError):
+    """The process behind an actor is gone."""
+
+
+class NotHere(RuntimeError):
+    """A file or folder that this node needs is not on it."""
+
+
+def require_here(path: str, what: str) -> None:
+    """Raise NotHere, which names this node, unless `path` exists on it. A name that is no absolute path,
+    such as a hub's, passes."""
+    if path.startswith("/") and not os.path.exists(path):
+        import ray
+
+        raise NotHere(
+            f"{what}: {path} is not on node {os.uname().nodename} ({ray.util.get_node_ip_address()}). Every "
+            "node of the cluster needs it under the same path: put it on a folder that they share, or copy it"
+        )
+
+
+async def call(reference: Any, seconds: float, what: str) -> Any:
+    """Await an actor's answer. Raises its own error, Overdue, or ActorDied."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return await within(seconds, what, reference)
+    except RayActorError as error:
+        raise ActorDied(f"{what}: {_first_and_last(str(error))}") from error
+    except RayTaskError as error:
+        raise error.cause from error
+
+
+async def tell_notes(ask: Callable[[str], Awaitable[list[str]]], tell: Callable[[str], None]) -> None:
+    """Tell the user what an actor with `take_notes`, asked by `ask(method)`, has to say."""
+    for line in await ask("take_notes"):
+        tell(line)
+
+
+def _first_and_last(text: str) -> str:
+    """Ray's own summary, and the error at the end of the traceback that it quotes."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+
+
+def kill_actor(actor: Any, node: str, pid: int) -> None:
+    """End an actor and every process that it started, at once: also one that is frozen, which Ray's own
+    way of ending an actor would wait for. `node` and `pid` ("" and 0: unknown) say where it runs."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if pid and node == ray.get_runtime_context().get_node_id():
+        kill_tree(pid)
+    elif pid:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        ray.remote(kill_tree).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+    ray.kill(actor)

@@ -1,0 +1,40 @@
+"""Awaiting with a deadline, or until a stop is requested."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from rft.errors import RunStopped
+
+R = TypeVar("R")
+
+
+class Overdue(RuntimeError):
+    """A call did not finish in time; the message names it and its deadline."""
+
+
+async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
+    """Await with a deadline. Raises Overdue."""
+    try:
+        async with asyncio.timeout(seconds):  # wait_for loses a cancellation that comes with the answer
+            return await awaitable
+    except TimeoutError:
+        raise Overdue(f"{what} did not finish within {seconds:.0f} s") from None
+
+
+async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:
+    """Await `work`, or raise RunStopped as soon as a stop is asked for. For what takes minutes and leaves
+    nothing to save: a start, an evaluation, an export."""
+    doing, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((doing, asked), return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set() and not doing.done():
+            raise RunStopped(None)
+        return doing.result()
+    finally:
+        asked.cancel()
+        if not doing.done():
+            doing.cancel()
+            await asyncio.wait((asyncio.gather(doing, return_exceptions=True),), timeout=5)

@@ -1,0 +1,21 @@
+"""The network interface that process groups communicate over."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def use_interface_of(host: str) -> None:
+    """Let gloo and NCCL talk over the network interface that reaches `host`: by themselves they take the
+    one that this machine's name resolves to, which is often the loopback."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing; the kernel chooses the route
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == own for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return

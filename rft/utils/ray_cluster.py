@@ -1,0 +1,124 @@
+"""Start and end a Ray cluster on this machine, and notice when its head dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rft.utils.process import Guardian
+from rft.utils.python import safe_workers
+
+
+@contextmanager
+def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
+    """A Ray cluster for the length of the block: an existing one, or one started here.
+
+    One started here leaves no process behind, however the block ends.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a shared machine
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    import ray
+
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **safe_workers())
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=int(object_store_gib * 2**30),
+        **safe_workers(),
+    )
+    guardian, watched = Guardian(), _family()  # Ray's agents outlive a driver that was killed by a minute
+    for process in watched:
+        guardian.watch(process.pid)
+    try:
+        yield
+    finally:
+        family = _family()  # asked while their parents still live
+        _kill_instead_of_terminate()
+        ray.shutdown()
+        _reap(family)
+        for process in watched:
+            guardian.forget(process.pid)
+        guardian.close()
+
+
+def on_head_death(act: Callable[[str], None]) -> None:
+    """Have the running loop call `act(name)` when a process of the Ray head that was started here ends.
+
+    Ray itself notices after a minute or so, and then aborts the driver. Nothing is watched where the
+    cluster is another one's.
+    """
+    import psutil
+
+    loop = asyncio.get_running_loop()
+
+    def ended(descriptor: int, name: str) -> None:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        act(name)
+
+    for process in psutil.Process().children():
+        if process.name() in ("gcs_server", "raylet"):
+            descriptor = os.pidfd_open(process.pid)
+            loop.add_reader(descriptor, ended, descriptor, process.name())
+
+
+def _kill_instead_of_terminate() -> None:
+    """Have Ray's shutdown kill the processes of its head: it sends SIGTERM, which they block, and waits a
+    second for each of them."""
+    import ray
+
+    node: Any = ray._private.worker._global_node
+    for processes in node.all_processes.values() if node is not None else ():
+        for info in processes:
+            info.process.terminate = info.process.kill
+
+
+def _reap(family: list[Any]) -> None:
+    """Kill what is left of Ray, whose shutdown has ended all that had something to finish."""
+    import psutil
+
+    _, alive = psutil.wait_procs(family, timeout=0.2)
+    for process in alive:
+        kill(process.pid)
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _family() -> list[Any]:
+    """The processes of the Ray head that was started here, and of its actors."""
+    import psutil
+
+    return [p for p in psutil.Process().children(recursive=True) if _is_of_a_run(p)]
+
+
+def _is_of_a_run(process: Any) -> bool:
+    """True for Ray's own processes and what they started, such as engines: all but reward workers,
+    which their runner ends."""
+    import psutil
+
+    try:
+        lineage = [process, *process.parents()]
+        return any("raylet" in p.name() or "gcs_server" in p.name() for p in lineage)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(pid: int) -> None:
+    """SIGKILL; a process that is gone is no error."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
