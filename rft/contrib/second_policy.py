@@ -3,7 +3,7 @@ channel of its own, always at the same version as the first."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rft import checkpoint
 from rft.batch import Batch, Group
 from rft.config.schema import Config
 from rft.errors import CheckpointError
-from rft.rollout.engine import Generated, Request
+from rft.rollout.engine import Generate, Generated, Request
 from rft.rollout.fleet import Fleet
 from rft.utils.actors import call, tell_notes
 
@@ -42,7 +42,7 @@ class Twin:
     saved_at: int = -1
     version: int = 0  # finished steps
 
-    def route(self, first: Fleet) -> Callable[[Request], Awaitable[list[Generated]]]:
+    def route(self, first: Fleet) -> Generate:
         """A generator that asks the engines of the copy that a request is for."""
 
         async def generate(request: Request) -> list[Generated]:

@@ -6,59 +6,17 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from rft.batch import Completion, Prompt
+from rft.batch import Prompt
 from rft.config.schema import EvalConfig
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, SampleReward
-from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.sampling import as_text, completions_of
+from rft.rollout.engine import Generate, Request, Sampling
+from rft.rollout.sample import Judged, completions_of, judge
 from rft.utils.seeds import derive_seed
-
-
-class Generator(Protocol):
-    """Whatever completes requests: the rollout pool, or something that recovers it."""
-
-    async def generate(self, request: Request) -> list[Generated]: ...
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A prompt with its completions and what the rewards said of them."""
-
-    prompt: Prompt
-    completions: list[Completion]
-    rewards: list[SampleReward]
-
-
-async def judge(
-    prompt: Prompt,
-    completions: list[Completion],
-    rewards: RewardRunner,
-    progress: float = 0.0,
-    *,
-    training: bool = True,
-) -> Judged:
-    """Score one prompt's completions; `progress` (0 to 1) is the run's, for schedules. `training` False: they
-    are held-out ones, which the metrics of training rewards leave out."""
-    n = len(completions)
-    scored = await rewards.score(
-        [prompt.text] * n,
-        [as_text(prompt, c.text) for c in completions],
-        {name: [value] * n for name, value in prompt.columns.items()},
-        {
-            "num_tokens": [len(c.tokens) for c in completions],
-            "truncated": [c.finish == "length" for c in completions],
-            "completion_ids": [list(c.tokens) for c in completions],
-        },
-        progress=progress,
-        training=training,
-    )
-    return Judged(prompt, completions, scored)
 
 
 def is_correct(reward: SampleReward, primary: str) -> bool | None:
@@ -68,7 +26,7 @@ def is_correct(reward: SampleReward, primary: str) -> bool | None:
 
 
 async def evaluate(
-    generator: Generator,
+    generate: Generate,
     rewards: RewardRunner,
     tokenizer: Any,
     prompts: Sequence[Prompt],
@@ -94,7 +52,7 @@ async def evaluate(
 
     async def one(kind: str, prompt: Prompt, sampling: Sampling) -> Judged:
         request = Request(f"{label}-{kind}-{prompt.id}", prompt.tokens, sampling)
-        completions = completions_of(await generator.generate(request), tokenizer)
+        completions = completions_of(await generate(request), tokenizer)
         return await judge(prompt, completions, rewards, progress, training=False)
 
     work = [one("sample", p, s) for p, s in zip(prompts, sampled, strict=True)]

@@ -16,7 +16,7 @@ from rft.rewards.runner import RewardRunner
 from rft.rollout.pool import RolloutPool
 from rft.sync.channel import WeightChannel
 
-Generate = Callable[[int], Awaitable[dict[str, float]]]
+SampledMetrics = Callable[[int], Awaitable[dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class HeldOut:
     batch_size: int
     share_prefix: bool
     arrange: Callable[[list[Group]], list[Group]]
-    generate: Generate | None = None
+    generate: SampledMetrics | None = None
 
     def due(self, step: int, steps: int) -> bool:
         """Whether there is an evaluation after `step` of `steps`."""
@@ -73,7 +73,7 @@ class Sampled:
         assert self.plan.eval_prompts is not None
         await self.channel.push(step)
         metrics, judged = await evaluate(
-            self.pool,
+            self.pool.generate,
             self.rewards,
             self.plan.tokenizer,
             self.plan.eval_prompts.prompts,

@@ -15,7 +15,7 @@ from rft.data import GroupSampler
 from rft.learner.model import resolve_dtype
 from rft.loops import reference
 from rft.loops.offline import OfflineLoop
-from rft.loops.offline_eval import Generate, HeldOut
+from rft.loops.offline_eval import HeldOut, SampledMetrics
 from rft.metrics import Progress, RunLog
 from rft.packing import shares_prefix
 from rft.plan import Plan
@@ -30,7 +30,7 @@ async def train_offline(
     progress: Progress,
     log: RunLog,
     stop: asyncio.Event,
-    generate: Generate | None,
+    generate: SampledMetrics | None,
 ) -> dict[str, float]:
     """Train the learner on the plan's data; returns the last evaluation. Raises RunStopped."""
     config, data = plan.config, plan.offline

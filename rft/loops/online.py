@@ -39,8 +39,8 @@ from rft.rewards.runner import RewardRunner
 from rft.rollout.buffer import SlotBuffer, State, Work
 from rft.rollout.engine import Sampling
 from rft.rollout.fleet import Fleet
-from rft.rollout.gather import Gatherer
 from rft.rollout.pool import RolloutPool
+from rft.rollout.sample import GroupSampler
 from rft.sync.channel import WeightChannel
 from rft.utils.actors import ActorDied, call, tell_notes
 from rft.utils.deadlines import Overdue, unless_stopped
@@ -102,7 +102,7 @@ class Controller:
         self.twin = parts.twin
         generate = self.fleet.generate if self.twin is None else self.twin.route(self.fleet)
         render = Renderer(config.data, self.plan.tokenizer)
-        self.gatherer = Gatherer(self.algorithm, generate, parts.rewards, render)
+        self.groups = GroupSampler(self.algorithm, generate, parts.rewards, render)
         self.replay = Replay(self.algorithm.replay)
         self._wake = asyncio.Event()
         self._tasks: dict[asyncio.Task[None], Work | None] = {}  # and what they sample and score
@@ -315,7 +315,7 @@ class Controller:
         )
         progress = self.step / max(self.config.train.steps, 1)
         name = f"train-{work.ticket}"
-        group, seconds = await self.gatherer.group(work.prompt, sampling, name, work.version, progress)
+        group, seconds = await self.groups.sample(work.prompt, sampling, name, work.version, progress)
         self._reward_seconds = max(self._reward_seconds, seconds)
         self._settle(work, group)
 
@@ -399,7 +399,7 @@ class Controller:
             return {}
         begin = time.perf_counter()
         evaluating = evaluate(
-            self.fleet,
+            self.fleet.generate,
             self.parts.rewards,
             self.plan.tokenizer,
             held_out.prompts,

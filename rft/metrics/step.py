@@ -11,9 +11,9 @@ from typing import Any
 from rft.batch import Batch, Completion
 from rft.contrib.curriculum import Curriculum
 from rft.data import Sampler
-from rft.loops.evaluate import Judged
 from rft.metrics.diversity import diversity
 from rft.rollout.buffer import SlotBuffer, State, Work
+from rft.rollout.sample import Judged
 
 
 def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, float]:

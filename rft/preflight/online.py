@@ -7,7 +7,6 @@ from typing import get_args, get_type_hints
 
 from rft.algorithms.base import Algorithm, Rollout
 from rft.config.schema import Config
-from rft.rollout.group import unsupported
 
 STEP_JUDGES = ("process", "process_reward_model")  # rewards that give every step a score
 _SEPARATOR = "\n\n"  # their default
@@ -32,7 +31,10 @@ def mixes(config: Config) -> bool:
 
 def online_problems(config: Config, demonstration: bool) -> list[str]:
     """What the algorithm asks for and the engines or rewards cannot give, each as one sentence."""
-    found = unsupported(rollouts(config, demonstration))
+    roles = [rollout.role for rollout in rollouts(config, demonstration)]
+    found = []
+    if any(roles) and roles != ["pioneer", "observer"] * (len(roles) // 2):
+        found.append("pioneers and observers must take turns, and take all places of the group")
     if not config.rewards.functions and "rewards" not in config.algorithm.needs:
         found.append("no reward is given; evaluation needs one: `rewards: [{function: math}]`")
     steps = config.algorithm.steps

@@ -55,6 +55,12 @@ class Generated:
     versions: tuple[tuple[int, int, int], ...]
 
 
+class Generate(Protocol):
+    """Complete a request; the completions come in sample order."""
+
+    async def __call__(self, request: Request) -> list[Generated]: ...
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """Everything that a replica needs to build its engine; plain data, so that it travels."""

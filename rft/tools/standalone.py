@@ -39,7 +39,7 @@ async def evaluate_model(plan: Plan, signals: StopSignals) -> dict[str, float]:
         try:
             await unless_stopped(pool.start(), stop)
             evaluating = evaluate(
-                pool,
+                pool.generate,
                 rewards,
                 plan.tokenizer,
                 plan.eval_prompts.prompts,

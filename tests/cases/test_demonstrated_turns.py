@@ -10,11 +10,12 @@ import pytest
 from rft.algorithms.base import Rollout
 from rft.batch import Completion, Prompt
 from rft.config.data import DataConfig
+from rft.contrib.pairs import sample_pairs
 from rft.data import load_groups
 from rft.data.chat import Renderer
 from rft.rewards.trained import TrainedTexts
 from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.group import sample_group
+from rft.rollout.sample import sample_group
 from tests.cases.families import CHATML, END, R1, gemma_tokenizer, glm_tokenizer, make_tokenizer
 
 BASE = make_tokenizer(CHATML, eos=END)  # a base model's tokenizer with a chat template: eos 0, turns end in 2
@@ -36,8 +37,12 @@ def sampled(
         assert answers is not None
         return [answers[len(requests) - 1]]
 
-    group = asyncio.run(sample_group(generate, "x", prompt, plan, Sampling(len(plan), 100, seed=1), render))
-    return group.completions, prompt, requests
+    sampling = Sampling(len(plan), 100, seed=1)
+    if plan[0].role:
+        pairs = sample_pairs(generate, "x", prompt, len(plan) // 2, sampling, render, (0, 0))
+        return asyncio.run(pairs), prompt, requests
+    group = asyncio.run(sample_group(generate, "x", prompt, plan, sampling, render))
+    return group, prompt, requests
 
 
 @pytest.mark.parametrize(("tokenizer", "end"), FAMILIES)

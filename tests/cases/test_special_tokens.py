@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from rft.contrib.step_values import _pieces, step_ends
 from rft.rewards import load_reward
 from rft.rewards.steps import split_steps
 from rft.rollout.engine import Generated
-from rft.rollout.sampling import completions_of
-from rft.rollout.steps import _pieces, step_ends
+from rft.rollout.sample import completions_of
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>"]
 TURNS = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|eot|>", "[INST]", "[/INST]"]
@@ -108,9 +108,9 @@ def test_what_is_left(name: str, written: str, finish: str, seen: str) -> None:
 
 def test_samples_judges_and_steps_see_the_same(tmp_path: Path) -> None:
     from rft.batch import Prompt
-    from rft.loops.evaluate import Judged
     from rft.metrics.step import sample_rows
     from rft.rewards.types import Outcome, SampleReward, Score
+    from rft.rollout.sample import Judged
 
     own = tokenizer("chatml")
     tokens = tuple(own.encode(FORMAT + "<|im_end|>", add_special_tokens=False))

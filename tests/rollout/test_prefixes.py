@@ -18,7 +18,7 @@ from rft.data.demonstrations import any_demonstration, demonstrations_of
 from rft.data.errors import DataError
 from rft.rewards.types import Outcome, Score
 from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.group import Sampled, sample_group
+from rft.rollout.sample import sample_group
 
 END = 99
 
@@ -60,8 +60,7 @@ def sample(
 ) -> list[Completion]:
     prompt = Prompt(0, (50, 51), "p", {"completion": completion})
     sampling = Sampling(n=len(plan), max_tokens=limit, temperature=1.0, stop=(), seed=seed)
-    found: Sampled = asyncio.run(sample_group(write_one, "x", prompt, plan, sampling, RENDER))
-    return found.completions
+    return asyncio.run(sample_group(write_one, "x", prompt, plan, sampling, RENDER))
 
 
 def given(completions: Sequence[Completion]) -> list[int]:

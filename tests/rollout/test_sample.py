@@ -16,21 +16,19 @@ from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.data import DataConfig
 from rft.config.rewards import RewardsConfig
+from rft.contrib.step_values import step_ends
 from rft.data.chat import Renderer
 from rft.learner.model import load_tokenizer
-from rft.loops.evaluate import Judged
 from rft.rewards.runner import RewardRunner
 from rft.rewards.steps import split_steps
 from rft.rewards.types import Outcome, SampleReward, Score
 from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
-from rft.rollout.gather import Gatherer, scored_group
 from rft.rollout.hf import HFEngine
-from rft.rollout.sampling import completions_of, continued
-from rft.rollout.steps import step_ends
+from rft.rollout.sample import GroupSampler, Judged, completions_of, continued, scored_group
 from tests.specs import engine_spec
 
 SAMPLING = Sampling(n=4, max_tokens=10, seed=3)
-DIGITS = "tests/rollout/test_gather.py:digits"
+DIGITS = "tests/rollout/test_sample.py:digits"
 
 
 def digits(completions: list[str]) -> list[float]:
@@ -76,8 +74,8 @@ def gather(world: tuple[Watched, Any, Prompt], algorithm: Algorithm, *functions:
             {"functions": functions or [{"function": DIGITS}], "workers": 1}
         )
         async with RewardRunner(config) as rewards:
-            gatherer = Gatherer(algorithm, engine.generate, rewards, Renderer(DataConfig(), tokenizer))
-            group, _ = await gatherer.group(prompt, SAMPLING, "train-0", 60, 0.5)
+            sampler = GroupSampler(algorithm, engine.generate, rewards, Renderer(DataConfig(), tokenizer))
+            group, _ = await sampler.sample(prompt, SAMPLING, "train-0", 60, 0.5)
             return group
 
     return asyncio.run(body())

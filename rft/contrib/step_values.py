@@ -1,5 +1,5 @@
-"""Credit for the steps of a completion: what a step-wise reward said of each, or how well the policy does
-when it goes on from there (VinePPO)."""
+"""Credit for the steps of a completion: their scores from a step-wise reward, or the mean reward of the
+policy's continuations from before each step (VinePPO)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from typing import Any
 
 from rft.algorithms.base import Steps
 from rft.batch import Completion
-from rft.loops.evaluate import Judged
-from rft.rollout.engine import Generated, Request, Sampling
-from rft.rollout.sampling import completions_of, continued, decode, text_length
+from rft.rollout.engine import Generate, Request, Sampling
+from rft.rollout.sample import Judged, completions_of, continued, decode, text_length
 from rft.utils.seeds import derive_seed
 
-Generate = Callable[[Request], Awaitable[list[Generated]]]
 Judge = Callable[[list[Completion]], Awaitable[Judged]]
 Tokens = tuple[int, ...]
 
