@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -182,3 +183,11 @@ def test_make_without_a_usable_python_says_what_to_install(tmp_path: Path) -> No
     )
     assert result.returncode != 0
     assert "no Python 3.11 or 3.12 found" in result.stderr and "PYTHON=/path/to/python3.11" in result.stderr
+
+
+def test_the_tests_start_ray_in_one_place() -> None:
+    """Ray is started once per process of tests (`ray_here`): a second start beside it fails."""
+    tests = ROOT / "tests"
+    starts = re.compile(r"\bray\.init\(|\bray_cluster\(")
+    found = {str(p.relative_to(tests)) for p in tests.rglob("*.py") if starts.search(p.read_text())}
+    assert found == {"conftest.py"}

@@ -18,7 +18,7 @@ from typing import Any
 
 from rft.rewards.worker import HEADER, PROGRESS, WHERE
 from rft.utils.keeper import TOO_MUCH_MEMORY, WORKER
-from rft.utils.process import kill_tree
+from rft.utils.process import is_running, kill_tree
 from rft.utils.python import SAFE_PYTHON, search_path
 
 START = (
@@ -27,6 +27,8 @@ START = (
     "fork_worker(mmap.mmap(fds[1], 0), int(sys.argv[2]), int(sys.argv[3]) or None); "
     "from rft.rewards.worker import main; main(*fds)"
 )
+END_S = 10.0
+"""A killed process ends within this, unless it hangs in the kernel (on a disk, a device)."""
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
 
@@ -189,8 +191,9 @@ class Worker:
                 self.send(None)
                 await asyncio.wait({self.exited}, timeout=grace_s)
         if self.process.returncode is None:  # not reaped yet, so the process id is still its own
-            kill_tree(self.process.pid)
+            killed = kill_tree(self.process.pid)
             await asyncio.shield(self.exited)
+            await _until_ended(killed)
         self.process.wait()
         if self.writer is not None:
             self.writer.close()
@@ -199,6 +202,13 @@ class Worker:
             self._pidfd = -1
             os.close(self._where_fd)
         self.board.close()
+
+
+async def _until_ended(killed: set[int]) -> None:
+    """Wait for the death of killed processes; one that the kernel keeps past END_S is left to it."""
+    deadline = time.monotonic() + END_S
+    while any(map(is_running, killed)) and time.monotonic() < deadline:
+        await asyncio.sleep(0.005)
 
 
 _REWARDS = str(Path(__file__).parent)

@@ -60,8 +60,20 @@ def memory_below(pid: int) -> int:
     return total
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL `pid` and all its descendants. They are stopped first, so that none can fork away."""
+def is_running(pid: int) -> bool:
+    """True until the process has ended; one that nobody has reaped yet has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def kill_tree(pid: int) -> set[int]:
+    """SIGKILL `pid` and all its descendants. They are stopped first, so that none can fork away.
+
+    Returns all their pids: a killed process still runs for a moment, longer the more memory it holds.
+    """
     stopped: set[int] = set()
     wave = {pid}
     for _ in range(100):
@@ -73,6 +85,7 @@ def kill_tree(pid: int) -> None:
             break
     for p in (*(stopped - {pid}), pid):
         _signal(p, signal.SIGKILL)
+    return stopped
 
 
 def _signal(pid: int, number: int) -> None:

@@ -187,17 +187,26 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
 HANGS = '''
 import os, time
 SEEN = os.path.join(os.path.dirname(__file__), "seen")
+def first_time(name, text):
+    try:
+        with open(f"{SEEN}-{name}", "x") as file:
+            file.write(text)
+        return True
+    except FileExistsError:
+        return False
 def score(prompts, completions, times, **columns):
     """Digits pay; the first prompt of all is not judged the first `times` times."""
-    for i in range(times):
-        try:
-            with open(f"{SEEN}-{i}", "x") as file:
-                file.write(prompts[0])
-        except FileExistsError:
-            if open(f"{SEEN}-{i}").read() != prompts[0]:
-                break
-        else:
-            time.sleep(10_000)
+    hangs = first_time(0, prompts[0]) or open(f"{SEEN}-0").read() == prompts[0]
+    if hangs:
+        for i in range(1, times + 1):
+            if first_time(i, ""):
+                time.sleep(10_000)
+        first_time("judged", "")
+    elif not any(first_time(f"other-{i}", "") for i in range(3)):
+        # The second try goes with the third of the other prompts; this one may not come before it.
+        while times == 1 and not os.path.exists(f"{SEEN}-judged"):
+            time.sleep(0.01)
+        time.sleep(1 if times == 1 else 0)
     return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
 '''
 
@@ -208,7 +217,8 @@ def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_gets_a_second_try
     tmp_path: Path, times: int
 ) -> None:
     """`rollout.late: drop`: a reward that hangs on one group holds nobody up. (With `wait` it would until its
-    deadline, here far beyond this test's.)"""
+    deadline, here far beyond this test's.) With one prompt per step, the only other group in flight is the
+    one that the step waits for, so no other group can be late, however busy the machine is."""
     (tmp_path / "hangs.py").write_text(HANGS)
     reward = {
         "function": f"{tmp_path}/hangs.py:score",
@@ -218,6 +228,7 @@ def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_gets_a_second_try
     }
     rft(
         *command(tmp_path, *SMALL, "warm_start=null", "rollout.engine=hf", "eval.every=0", "train.steps=5"),
+        "train.batch_size=1",
         "rollout.staleness=1",
         "rollout.late=drop",
         f"rewards={json.dumps({'functions': [reward], 'workers': 1 + times})}",
@@ -229,7 +240,7 @@ def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_gets_a_second_try
     assert {e["reason"] for e in dropped} == {"too_old"}
     assert len({tuple(e["prompt"]) for e in dropped}) == 1
     trained = [tuple(p) for e in events if e["kind"] == "group/trained" for p in e["prompts"]]
-    assert len(trained) == len(set(trained)) == 5 * 4
+    assert len(trained) == len(set(trained)) == 5
     assert (tuple(dropped[0]["prompt"]) in trained) == (times == 1)
     assert all(age <= 1 for e in events if e["kind"] == "group/trained" for age in e["ages"])
     assert rows(run)[-1]["data/dropped/too_old"] == times

@@ -119,36 +119,26 @@ async def test_a_model_in_its_own_worker(tiny: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-async def test_a_reward_in_a_ray_actor() -> None:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    try:
-        functions = [
-            RewardConfig(
-                function="custom_rewards.py:crashes", name="c", actor={"num_cpus": 0.5}, batch_size=1
-            ),
-            RewardConfig(
-                function="custom_rewards.py:hangs", name="h", actor={"num_cpus": 0.5}, timeout_s=1.0
-            ),
-        ]
-        config = RewardsConfig(functions=functions, on_error="drop", on_timeout="drop")
-        async with RewardRunner(config, HERE) as runner:
-            good = await runner.score(["p"] * 2, ["a", "b"])
-            assert [r.value for r in good] == [2.0, 2.0]
-            bad, hung = await asyncio.gather(runner.score(["p"], ["bad"]), runner.score(["p"], ["hang"]))
-            assert bad[0].scores["c"].outcome is Outcome.error
-            assert hung[0].scores["h"].outcome is Outcome.timeout
-            again = await runner.score(["p"], ["a"])
-            assert again[0].value == 2.0
-            # A call that hangs harms nobody else, also where its caller has given it up: the others wait
-            # until it has reached its deadline, and spend nothing of their own.
-            hanging, queued = (asyncio.ensure_future(runner.score(["p"], ["hang"])) for _ in range(2))
-            await asyncio.sleep(0.3)
-            after = asyncio.ensure_future(runner.score(["p"], ["a"]))
-            hanging.cancel()
-            queued.cancel()
-            assert (await after)[0].value == 2.0
-            assert [pool.counts["killed"] for pool in runner._pools] == [0, 2]
-    finally:
-        ray.shutdown()
+async def test_a_reward_in_a_ray_actor(ray_here: None) -> None:
+    functions = [
+        RewardConfig(function="custom_rewards.py:crashes", name="c", actor={"num_cpus": 0.5}, batch_size=1),
+        RewardConfig(function="custom_rewards.py:hangs", name="h", actor={"num_cpus": 0.5}, timeout_s=1.0),
+    ]
+    config = RewardsConfig(functions=functions, on_error="drop", on_timeout="drop")
+    async with RewardRunner(config, HERE) as runner:
+        good = await runner.score(["p"] * 2, ["a", "b"])
+        assert [r.value for r in good] == [2.0, 2.0]
+        bad, hung = await asyncio.gather(runner.score(["p"], ["bad"]), runner.score(["p"], ["hang"]))
+        assert bad[0].scores["c"].outcome is Outcome.error
+        assert hung[0].scores["h"].outcome is Outcome.timeout
+        again = await runner.score(["p"], ["a"])
+        assert again[0].value == 2.0
+        # A call that hangs harms nobody else, also where its caller has given it up: the others wait
+        # until it has reached its deadline, and spend nothing of their own.
+        hanging, queued = (asyncio.ensure_future(runner.score(["p"], ["hang"])) for _ in range(2))
+        await asyncio.sleep(0.3)
+        after = asyncio.ensure_future(runner.score(["p"], ["a"]))
+        hanging.cancel()
+        queued.cancel()
+        assert (await after)[0].value == 2.0
+        assert [pool.counts["killed"] for pool in runner._pools] == [0, 2]

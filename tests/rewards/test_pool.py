@@ -16,6 +16,7 @@ import pytest
 from rft.config.rewards import RewardConfig, RewardsConfig
 from rft.rewards import Outcome, RewardError, SampleReward
 from rft.rewards.runner import RewardRunner
+from rft.utils.process import is_running
 from rft.utils.signals import StopSignals
 
 HERE = Path(__file__).parent
@@ -42,14 +43,6 @@ def values(rewards: list[SampleReward]) -> list[float | None]:
 
 def outcomes(rewards: list[SampleReward]) -> list[str]:
     return [r.scores["r"].outcome.value for r in rewards]
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def sleepers() -> list[str]:
@@ -192,8 +185,34 @@ async def test_close_leaves_no_process_even_in_mid_call() -> None:
     await runner.close()
     with pytest.raises(RuntimeError, match="closed"):
         await call
-    assert not any(alive(p) for p in pids)
+    assert not any(map(is_running, pids))
     assert sleepers() == []
+
+
+HOLDS = """
+import time
+
+def one(prompts, completions):
+    held = bytearray(b"x" * (700 << 20))
+    open(__file__ + ".holds", "x").close()
+    time.sleep(100)
+"""
+
+
+async def test_close_waits_for_the_death_of_what_it_kills(tmp_path: Path) -> None:
+    """The more memory a process holds, the longer the kernel takes to end it."""
+    (tmp_path / "holds.py").write_text(HOLDS)
+    runner = RewardRunner(config("holds.py:one", workers=1), tmp_path)
+    await runner.start()
+    pids = runner.pids
+    call = asyncio.create_task(runner.score(["p"], ["a"]))
+    async with asyncio.timeout(20):
+        while not (tmp_path / "holds.py.holds").exists():
+            await asyncio.sleep(0.01)
+    await runner.close()
+    assert not any(map(is_running, pids))
+    with pytest.raises(RuntimeError, match="closed"):
+        await call
 
 
 @pytest.mark.parametrize("completion", ["hang", "a"])
@@ -219,9 +238,9 @@ asyncio.run(main())
     parent.kill()
     parent.wait()
     end = time.monotonic() + 10
-    while (any(alive(p) for p in pids) or sleepers()) and time.monotonic() < end:
+    while (any(map(is_running, pids)) or sleepers()) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not any(alive(p) for p in pids)
+    assert not any(map(is_running, pids))
     assert sleepers() == []
 
 

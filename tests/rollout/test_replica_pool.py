@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 from rft.rollout import pool as pool_module
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.pool import ReplicaDied, RolloutPool
-from rft.utils.ray_cluster import ray_cluster
 from tests.simulated import SimPool, SimReplica
 from tests.slow_replica import DONE, SlowReplica
 from tests.specs import engine_spec
@@ -143,15 +141,9 @@ async def test_an_engine_that_works_too_long_on_a_request_counts_as_dead(tmp_pat
 # -- real actors ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    with ray_cluster(None, 0.3):
-        yield
-
-
 @pytest.mark.timeout(200)
 def test_control_calls_do_not_wait_behind_queued_completions(
-    cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ray_here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Two thousand calls, whoever sent them: health is answered at once, and a push would be."""
     monkeypatch.setattr(pool_module, "Replica", SlowReplica)
