@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -36,6 +35,7 @@ from typing import Any
 
 from rft.errors import CheckpointError
 from rft.utils.cores import usable_cores
+from rft.utils.hashing import file_digest, json_digest
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -196,7 +196,7 @@ def _seal(
     }
     try:
         manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will see it
-        text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1)
+        text = json.dumps(manifest | {"sha256": json_digest(manifest, compact=True)}, indent=1)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"the meta of the checkpoint of step {step} is not plain JSON: {error}"
@@ -217,9 +217,7 @@ def _flush_and_describe(path: Path) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _fsync(path: Path) -> None:
@@ -370,7 +368,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST} is missing: not a checkpoint, or half-written") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != json_digest(manifest, compact=True):
         raise CheckpointError(f"{MANIFEST} is damaged: its contents do not match its own hash")
     if manifest["format"] != FORMAT:
         raise CheckpointError(
@@ -398,7 +396,7 @@ def _wrong_sizes(path: Path, manifest: Mapping[str, Any]) -> str | None:
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a JSON-able config, independent of the order of its keys."""
-    return _digest(config)
+    return json_digest(config, compact=True)
 
 
 def library_versions() -> dict[str, str]:
@@ -410,8 +408,3 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # an optional one that is not installed here
     return versions
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from rft.config.load import fingerprint
 from rft.config.schema import Config, algorithm_name
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
 from rft.data.chat import Renderer
@@ -44,6 +43,7 @@ from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
 from rft.utils.cores import parse_cores, usable_cores
+from rft.utils.hashing import fingerprint
 from rft.utils.paths import expand
 
 Device = Literal["cpu", "cuda"]
@@ -343,11 +343,11 @@ def resolve_model(config: Config, model: str | None = None) -> str:
         if Path(resolved).is_absolute() and not (Path(resolved) / "config.json").exists():
             raise ModelError(f"{path!r} is not a model folder: it has no config.json")
         return resolved
-    from rft.tasks import source
+    from rft.tasks import REVISION
     from rft.tasks.tiny import build_tiny
 
     options = {"seed": config.seed, **config.model.options}
-    folder = Path(config.output_dir) / ".cache" / f"tiny-{fingerprint({**options, 'code': source()})}"
+    folder = Path(config.output_dir) / ".cache" / f"tiny-{fingerprint({**options, 'code': REVISION})}"
     if not (folder / "config.json").exists():
         try:
             build_tiny(folder, **options)

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch, Group
-from rft.config.kernels import KernelsConfig
+from rft.config.learner import KernelsConfig
 from rft.learner import distribution, forward
 from rft.learner.critic import Critic
 from rft.learner.distribution import next_logps

@@ -1,4 +1,4 @@
-"""The base of every config section: typed, frozen, unknown keys forbidden."""
+"""ConfigModel, the base class of every config section: typed, frozen, unknown keys forbidden."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
-class Section(BaseModel):
-    """A frozen part of the config tree. Every field carries a one-line `description`."""
+class ConfigModel(BaseModel):
+    """A section of the config. Every field carries a one-line `description`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 

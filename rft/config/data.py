@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rft.config.base import Section
+from rft.config.base import ConfigModel
 from rft.utils.paths import PathText
 
 Kind = Literal["arithmetic", "arithmetic_hard", "arithmetic_pairs", "reasoning_gym", "file", "hub"]
@@ -28,14 +28,14 @@ _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
 }
 
 
-class SourceClass(Section):
+class SourceClass(ConfigModel):
     """One class of demonstrations by where they came from (class-conditioned fine-tuning)."""
 
     weight: float = Field(1.0, gt=0, description="weight of a demonstration of this class in the loss")
     prefix: str = Field("", description="text put before the prompt, so that the model knows the class")
 
 
-class DataConfig(Section):
+class DataConfig(ConfigModel):
     """The prompts, demonstrations or preferences that a run trains on and is evaluated on."""
 
     kind: Kind | None = Field(

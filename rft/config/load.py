@@ -4,8 +4,6 @@ for an unknown key, the nearest right one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -13,11 +11,11 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from rft.config.base import Section
+from rft.config.base import ConfigModel
 from rft.config.schema import Config, list_as_functions
 from rft.errors import ConfigError
 from rft.utils import yaml_files
-from rft.utils.did_you_mean import nearest_or_all
+from rft.utils.did_you_mean import did_you_mean_or_list
 from rft.utils.paths import expand
 
 
@@ -133,8 +131,8 @@ def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     where = ".".join(location) or "config"
     if error["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
-        hint = nearest_or_all(location[-1], section.model_fields) if section else ""
+        section = _model_at(location[:-1])
+        hint = did_you_mean_or_list(location[-1], section.model_fields) if section else ""
         return f"{where}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{where}: required, but not given"
@@ -144,28 +142,28 @@ def _explain(error: Any) -> str:
     return f"{where}: {message[0].lower() + message[1:]}{shown}"
 
 
-def _section_at(location: Sequence[str]) -> type[Section] | None:
-    """The section class at a path of keys."""
-    section: type[Section] | None = Config
+def _model_at(location: Sequence[str]) -> type[ConfigModel] | None:
+    """The ConfigModel at a path of keys."""
+    section: type[ConfigModel] | None = Config
     for part in location:
         if section is None:
             return None
         if part in section.model_fields:
-            section = _section_of(section.model_fields[part].annotation)
+            section = _model_of(section.model_fields[part].annotation)
     return section
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
+def _model_of(annotation: Any) -> type[ConfigModel] | None:
     for kind in (annotation, *(a for arg in get_args(annotation) for a in (arg, *get_args(arg)))):
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if isinstance(kind, type) and issubclass(kind, ConfigModel):
             return kind
     return None
 
 
-def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def describe_fields(section: type[ConfigModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(key, default, description) of every field in the tree, in order."""
     for name, info in section.model_fields.items():
-        child = _section_of(info.annotation)
+        child = _model_of(info.annotation)
         required = info.is_required()
         default = None if required else info.get_default(call_default_factory=True)
         if child is not None and not isinstance(default, list | tuple):
@@ -178,11 +176,6 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
                 shown.removesuffix("\n").removesuffix("...").strip(),
                 info.description or "",
             )
-
-
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """A short hash of plain config data."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rft.config.base import Section
+from rft.config.base import ConfigModel
 from rft.utils.paths import PathText
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -14,7 +14,7 @@ Display = Literal["auto", "live", "plain", "off"]
 Action = Literal["off", "warn", "stop"]
 
 
-class TrackingConfig(Section):
+class TrackingConfig(ConfigModel):
     """Where metrics go beside `metrics.jsonl`, and how many completions are kept to read."""
 
     trackers: tuple[TrackerName, ...] = Field(
@@ -46,7 +46,7 @@ class TrackingConfig(Section):
         return value
 
 
-class GuardsConfig(Section):
+class GuardsConfig(ConfigModel):
     """What to do when a run looks sick: nothing, a named warning with the number, or stop."""
 
     window: int = Field(20, ge=2, description="steps that a value is compared with")

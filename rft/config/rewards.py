@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rft.config.base import Section
+from rft.config.base import ConfigModel
 from rft.utils.paths import PathText, expand
 
 
-class MaxFraction(Section):
+class MaxFraction(ConfigModel):
     """Failures are dropped until they exceed a fraction of what was scored."""
 
     max_fraction: float = Field(description="highest fraction of failed samples over the run", gt=0, lt=1)
@@ -24,7 +24,7 @@ _PATH_OPTIONS = {"model", "tokenizer", "cache", "readable"}
 ErrorPolicy = Literal["stop", "drop"] | MaxFraction
 
 
-class Schedule(Section):
+class Schedule(ConfigModel):
     """A number that moves from `start` to `end` while the run's progress goes from `begin` to `until`."""
 
     start: float = Field(description="value up to progress `begin`")
@@ -42,14 +42,14 @@ class Schedule(Section):
         return self
 
 
-class ActorConfig(Section):
+class ActorConfig(ConfigModel):
     """A Ray actor of the reward's own, for example on a GPU."""
 
     num_cpus: float = Field(1.0, description="CPUs that Ray reserves for it", ge=0)
     num_gpus: float = Field(0.0, description="GPUs that Ray reserves for it", ge=0)
 
 
-class RewardConfig(Section):
+class RewardConfig(ConfigModel):
     """One reward function."""
 
     function: PathText = Field(
@@ -96,7 +96,7 @@ class RewardConfig(Section):
         return self.name or self.function.rpartition(":")[2]
 
 
-class RewardsConfig(Section):
+class RewardsConfig(ConfigModel):
     """All reward functions of a run, their worker processes and their combination."""
 
     functions: list[RewardConfig] = Field([], description="the reward functions")

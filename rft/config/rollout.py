@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rft.config.base import Section
-from rft.rollout.engine import InFlight
+from rft.config.base import ConfigModel
+
+InFlight = Literal["keep", "continue", "wait", "abort"]
 
 
-class SamplingConfig(Section):
+class SamplingConfig(ConfigModel):
     """How completions are sampled for training."""
 
     max_prompt_length: int = Field(512, ge=1, description="longest prompt, in tokens; none is ever cut")
@@ -20,7 +21,7 @@ class SamplingConfig(Section):
     stop_token_ids: tuple[int, ...] = Field((), description="further token ids that end a completion")
 
 
-class RolloutConfig(Section):
+class RolloutConfig(ConfigModel):
     """The rollout workers."""
 
     engine: Literal["auto", "vllm", "hf"] = Field(

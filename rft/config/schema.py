@@ -10,18 +10,18 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, TypeAdapter, field_serializer, field_validator, model_validator
 
 from rft.algorithms import ALGORITHMS, Algorithm
-from rft.config.base import Section
+from rft.config.base import ConfigModel
 from rft.config.data import DataConfig
 from rft.config.learner import LearnerConfig
 from rft.config.metrics import GuardsConfig, TrackingConfig
 from rft.config.rewards import RewardsConfig
 from rft.config.rollout import RolloutConfig
 from rft.config.sync import SyncConfig
-from rft.utils.did_you_mean import nearest_or_all
+from rft.utils.did_you_mean import did_you_mean_or_list
 from rft.utils.paths import PathText
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigModel):
     """The policy."""
 
     path: PathText = Field(
@@ -38,7 +38,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
-class CurriculumConfig(Section):
+class CurriculumConfig(ConfigModel):
     """Sample prompts by how often the policy solves them."""
 
     explore: float = Field(
@@ -52,7 +52,7 @@ class CurriculumConfig(Section):
     rest: int = Field(64, ge=0, description="draws before a prompt may come again out of turn")
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigModel):
     """How much is trained on."""
 
     steps: int = Field(100, ge=1, description="training steps")
@@ -86,7 +86,7 @@ class TrainConfig(Section):
         return self
 
 
-class EvalConfig(Section):
+class EvalConfig(ConfigModel):
     """Held-out evaluation: completions scored by the run's own rewards; offline, the loss on examples."""
 
     every: int = Field(
@@ -104,7 +104,7 @@ class EvalConfig(Section):
     )
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(ConfigModel):
     """Saving, so that a killed run goes on where it was."""
 
     every: int = Field(
@@ -119,7 +119,7 @@ class CheckpointConfig(Section):
     )
 
 
-class RayConfig(Section):
+class RayConfig(ConfigModel):
     """The Ray cluster."""
 
     address: str | None = Field(None, description="an existing cluster's address (none: start one here)")
@@ -129,7 +129,7 @@ class RayConfig(Section):
     object_store_gib: float = Field(0.5, gt=0, description="shared memory of a cluster started here")
 
 
-class WarmStartConfig(Section):
+class WarmStartConfig(ConfigModel):
     """A supervised stage before the run, by the same learner; its result is cached."""
 
     steps: int = Field(500, ge=1, description="training steps")
@@ -139,7 +139,7 @@ class WarmStartConfig(Section):
     cache: PathText = Field("runs/.cache", description="folder where finished warm starts are kept")
 
 
-class Config(Section):
+class Config(ConfigModel):
     """A run."""
 
     name: str = Field(
@@ -204,9 +204,11 @@ def build_algorithm(value: Any) -> Algorithm:
     settings = {k: v for k, v in value.items() if k != "name"}
     kind = ALGORITHMS.get(value["name"])
     if kind is None:
-        raise ValueError(f"unknown algorithm {value['name']!r}{nearest_or_all(value['name'], ALGORITHMS)}")
+        raise ValueError(
+            f"unknown algorithm {value['name']!r}{did_you_mean_or_list(value['name'], ALGORITHMS)}"
+        )
     known = [f.name for f in dataclasses.fields(kind)]
     for key in settings:
         if key not in known:
-            raise ValueError(f"{value['name']} has no setting {key!r}{nearest_or_all(key, known)}")
+            raise ValueError(f"{value['name']} has no setting {key!r}{did_you_mean_or_list(key, known)}")
     return TypeAdapter(kind).validate_python(settings)

@@ -6,12 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from rft.config.base import Section
-from rft.sync.spec import Measure
+from rft.config.base import ConfigModel
 from rft.utils.paths import PathText
 
+Measure = Literal["off", "overall", "matrices"]
 
-class SyncConfig(Section):
+
+class SyncConfig(ConfigModel):
     """How weights travel from learner to rollout, and how their arrival is proven."""
 
     transport: Literal["auto", "gloo", "nccl", "ipc", "sparse", "file", "adapter"] = Field(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rft.config.base import Section
+from rft.config.base import ConfigModel
 
 Operator = Literal["+", "-", "*"]
 Style = Literal["lines", "chain", "prose", "code", "direct"]
@@ -32,7 +32,7 @@ def _wrong_fraction() -> float | dict[Style, float]:
     return {"lines": 0.01, "chain": 0.55}
 
 
-class ArithmeticConfig(Section):
+class ArithmeticConfig(ConfigModel):
     """An arithmetic problem of a few steps, as a short story or as an expression."""
 
     variant: Literal["standard", "hard"] = Field(
@@ -103,7 +103,7 @@ class ArithmeticConfig(Section):
         return self
 
 
-class ReasoningGymConfig(Section):
+class ReasoningGymConfig(ConfigModel):
     """Any task of the reasoning-gym package, by name."""
 
     task: str = Field("chain_sum", description="name of the task in reasoning-gym, such as chain_sum")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rft.utils.did_you_mean import closest
+from rft.utils.did_you_mean import closest_match
 
 
 class DataError(ValueError):
@@ -27,7 +27,7 @@ class RowProblem(ValueError):
 def missing_column(column: str, existing: Iterable[str], source: str, row: int | None = None) -> DataError:
     """The error for a column that a row lacks: names the columns that exist, and the nearest."""
     names = [str(name) for name in existing]
-    near = closest(column, names)
+    near = closest_match(column, names)
     hint = f" Did you mean '{near}'?" if near else ""
     have = ", ".join(f"'{name}'" for name in names) or "none"
     return DataError(

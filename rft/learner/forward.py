@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.algorithms.math.sequences import last_tokens
 from rft.batch import Batch
-from rft.config.kernels import KernelsConfig
+from rft.config.learner import KernelsConfig
 from rft.kernels.attention import hidden_states, prepare_model, self_check
 from rft.kernels.logprob import token_logps
 from rft.learner.critic import Critic

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rft.batch import Batch, Completion, Group
+from rft.utils.hashing import model_digest
 
-WEIGHTS = ("config.json", "*.safetensors", "*.bin")
 Score = Callable[[Batch], Awaitable[Tensor]]
 
 
@@ -25,21 +25,6 @@ def cache_file(folder: Path, groups: Sequence[Group], model: str, dtype: str) ->
     for group in groups:
         digest.update(repr((group.prompt.tokens, [(c.tokens, c.mask) for c in group.completions])).encode())
     return folder / f"reference-{digest.hexdigest()[:16]}.safetensors"
-
-
-def model_digest(path: str) -> str:
-    """A hash of a model's weights and config; for a hub name, the name with its commit."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        from transformers import AutoConfig
-
-        return f"{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
-    digest = hashlib.sha256()
-    for file in sorted({f for pattern in WEIGHTS for f in folder.glob(pattern)}):
-        digest.update(file.name.encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 async def compute(file: Path, groups: Sequence[Group], size: int, share_prefix: bool, score: Score) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from rft.algorithms.base import Algorithm
-from rft.config.learner import LearnerConfig
-from rft.config.strategy import AdapterConfig, GaloreConfig, LisaConfig
+from rft.config.learner import AdapterConfig, GaloreConfig, LearnerConfig, LisaConfig
 from rft.learner.model import ModelError
 from rft.learner.strategies.methods import check_layers, check_targets, peft_config
 

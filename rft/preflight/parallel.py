@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rft.config.learner import LearnerConfig
-from rft.config.strategy import AdapterConfig
+from rft.config.learner import AdapterConfig, LearnerConfig
 from rft.utils.cores import parse_cores, usable_cores
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_opti
 from rft.rewards.pool import Loaded, Spec, WorkerPool
 from rft.rewards.types import RewardError
 from rft.sandbox import PROTECTIONS, Backend, Sandbox, SandboxError
-from rft.utils.did_you_mean import nearest
+from rft.utils.did_you_mean import did_you_mean
 from rft.utils.urls import has_credentials, without_credentials
 
 Rows = Mapping[int, Collection[str]]
@@ -79,13 +79,14 @@ def _column_problems(c: RewardConfig, need: Loaded, dataset: str, rows: Rows) ->
         lacks.append((" or ".join(map(repr, need.any_of)), need.any_of[0]))
     for shown, name in lacks:
         problems.append(
-            f"needs the column {shown}{nearest(name, columns)}; {have}. Where it has another name, say so: "
-            f"columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
+            f"needs the column {shown}{did_you_mean(name, columns)}; {have}. Where it has another name, say "
+            f"so: columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
         )
     for parameter, column in c.columns.items():
         if column not in columns:
             problems.append(
-                f"its `columns: {{{parameter}: {column}}}` names {column!r}{nearest(column, columns)}; {have}"
+                f"its `columns: {{{parameter}: {column}}}` names {column!r}{did_you_mean(column, columns)}; "
+                f"{have}"
             )
     for column in (c.columns.get(name, name) for name in need.required):
         without = [number for number, row in rows.items() if column not in row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from rft.sync.adapter import adapter_problems
 from rft.sync.spec import ChannelSpec
+from rft.utils.hashing import short_digest
 
 if TYPE_CHECKING:
     from rft.config.schema import Config
@@ -47,7 +47,7 @@ def channel_spec(config: Config, transport: str, wire_dtype: str) -> ChannelSpec
 
 def folder_for(config: Config) -> Path:
     """Where this run's weight files go: a folder of its own, the same one when the run is resumed."""
-    name = hashlib.blake2b(str(config.run_dir.resolve()).encode(), digest_size=6).hexdigest()
+    name = short_digest(str(config.run_dir.resolve()))
     base = SHARED_MEMORY if config.sync.folder is None else Path(config.sync.folder).expanduser().resolve()
     return base / f"rft-{config.name}-{name}"
 

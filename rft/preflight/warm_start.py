@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rft.config.data import DataConfig
-from rft.config.load import fingerprint
 from rft.config.schema import Config, WarmStartConfig
 from rft.data import DataError, load_groups
 from rft.learner.stops import unstopped_turns
 from rft.preflight.offline import overlong_problem
-from rft.tasks import source
+from rft.tasks import REVISION
+from rft.utils.hashing import fingerprint
 
 GENERATED = 64  # rows of a generated task that are checked: its code makes all of them alike
 
@@ -26,7 +26,7 @@ def warm_start_folder(config: Config, model: str) -> Path:
         "data": warm_start_data(config, stage).model_dump(mode="json"),
         "model": config.model.model_dump(mode="json"),
         "seed": config.seed,
-        "code": source(),
+        "code": REVISION,
         "loaded": model,
     }
     return Path(stage.cache) / f"warm-start-{fingerprint(key)}"

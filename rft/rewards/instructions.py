@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from rft.rewards.types import Score, correct, graded, wrong
-from rft.utils.did_you_mean import nearest
+from rft.utils.did_you_mean import did_you_mean
 
 Check = Callable[..., bool]
 
@@ -140,7 +140,7 @@ def instructions(
     failed = []
     for name, given in zip(instruction_id_list, arguments, strict=True):
         if name not in CHECKS:
-            raise ValueError(f"no instruction check {name!r}{nearest(name, CHECKS)}")
+            raise ValueError(f"no instruction check {name!r}{did_you_mean(name, CHECKS)}")
         present = {k: v for k, v in (given or {}).items() if v is not None}
         if not text.strip() or not CHECKS[name](text, **present):
             failed.append(name)

@@ -9,7 +9,6 @@ one whose verdict cannot be read is an `error` too: neither is a zero.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.rewards.types import Outcome, Score, Text, graded, text_of
+from rft.utils.hashing import json_digest
 from rft.utils.urls import has_credentials, without_credentials
 
 TEMPLATE = """You judge an answer to a request.
@@ -167,7 +167,7 @@ class Judge:
 
     async def _ask(self, client: Any, slots: asyncio.Semaphore, text: str) -> str | JudgeError:
         body = {**self.body, "messages": [{"role": "user", "content": text}]}
-        key = hashlib.sha256(json.dumps([self.identity, body], sort_keys=True).encode()).hexdigest()
+        key = json_digest([self.identity, body])
         if (known := self.cache.get(key)) is not None:
             return known
         async with slots:

@@ -29,7 +29,7 @@ from time import perf_counter
 from typing import Any, get_type_hints
 
 from rft.rewards.types import Outcome, RewardFunction, Score, Text, TrainerState, text_of
-from rft.utils.did_you_mean import nearest
+from rft.utils.did_you_mean import did_you_mean
 
 BUILTINS: dict[str, str] = {
     "math": "rft.rewards.math:math",
@@ -102,7 +102,7 @@ def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> 
 def builtin(name: str) -> Any:
     """The function or class of a built-in; SpecError with the nearest name where there is none."""
     if name not in BUILTINS:
-        hint = nearest(name, BUILTINS)
+        hint = did_you_mean(name, BUILTINS)
         if name.endswith(".py"):
             hint = f"; a file needs the function's name: {name}:reward"
         raise SpecError(f"no built-in reward {name!r}{hint}. Built-ins: {', '.join(sorted(BUILTINS))}")
@@ -120,7 +120,7 @@ def resolve(spec: str, base_dir: Path | str = ".") -> Any:
     for part in name.split("."):
         if not hasattr(target, part):
             names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise SpecError(f"{where} has no function {name!r}{nearest(name, names)}")
+            raise SpecError(f"{where} has no function {name!r}{did_you_mean(name, names)}")
         target = getattr(target, part)
     if not callable(target):
         raise SpecError(f"{spec} is a {type(target).__name__}, not a function")
@@ -209,7 +209,7 @@ def checked_options(spec: str, target: Any, options: Mapping[str, Any], *, stric
     for name, value in options.items():
         if known is not None and name not in known:
             listing = ", ".join(sorted(known)) or "none"
-            hint = nearest(name, known)
+            hint = did_you_mean(name, known)
             raise SpecError(f"reward {spec!r} has no option {name!r}{hint}. Its options: {listing}")
         result[name] = _converted(spec, name, value, hints[name]) if name in hints else value
     return result

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from rft.config.rollout import InFlight
 from rft.sync.link import Link
-
-InFlight = Literal["keep", "continue", "wait", "abort"]
-"""What a weight push does to completions in flight: they stand still, and their keys and values are computed
-anew (`keep`) or stay (`continue`); they are finished first; or they are cut off."""
 
 
 class Aborted(Exception):

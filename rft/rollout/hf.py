@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rft.rollout.engine import EngineSpec, Generated, InFlight, Request, Sampling
+from rft.config.rollout import InFlight
+from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
 from rft.sync.link import Link
 from rft.sync.receiver import Receiver, load_into
 

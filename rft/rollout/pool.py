@@ -15,8 +15,9 @@ from typing import Any
 
 import ray
 
+from rft.config.rollout import InFlight
 from rft.errors import EngineError
-from rft.rollout.engine import EngineSpec, Generated, InFlight, Request
+from rft.rollout.engine import EngineSpec, Generated, Request
 from rft.rollout.replica import CONTROL, Replica
 from rft.sync.link import Link
 from rft.utils.actors import ActorDied, call, kill_actor

@@ -7,8 +7,9 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from rft.config.rollout import InFlight
 from rft.errors import EngineError
-from rft.rollout.engine import Aborted, EngineSpec, Generated, InFlight, Request, Sampling
+from rft.rollout.engine import Aborted, EngineSpec, Generated, Request, Sampling
 from rft.sync.link import Link
 from rft.utils.deadlines import within
 

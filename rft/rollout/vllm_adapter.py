@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rft.rollout.engine import Generated, InFlight, Request
+from rft.config.rollout import InFlight
+from rft.rollout.engine import Generated, Request
 from rft.rollout.vllm import VLLMEngine
 
 

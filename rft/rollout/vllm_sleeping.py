@@ -6,8 +6,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from rft.config.rollout import InFlight
 from rft.errors import EngineError
-from rft.rollout.engine import InFlight
 from rft.rollout.vllm import VLLMEngine
 
 

@@ -22,8 +22,8 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rft.config.rollout import InFlight
 from rft.errors import EngineError, TransferError
-from rft.rollout.engine import InFlight
 from rft.rollout.pool import GRACE_S, ReplicasLost, RolloutPool
 from rft.sync import files
 from rft.sync.link import Link

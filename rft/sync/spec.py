@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from rft.config.sync import Measure
+
 Named = Iterable[tuple[str, Tensor]]
 Update = dict[str, Any]  # what is about to arrive: plain data, as vLLM's `update_weights` takes it
-
-Measure = Literal["off", "overall", "matrices"]
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from hashlib import blake2b
 from random import Random
 from typing import Any, Literal
 
 from rft.config.tasks import ArithmeticConfig, Style
+from rft.utils.hashing import hash64
 
 Split = Literal["train", "test"]
 
@@ -53,8 +53,7 @@ class Chain:
     @property
     def split(self) -> Split:
         key = f"{self.start}" + "".join(f"{op}{x}" for op, x in self.steps)
-        digest = blake2b(key.encode(), digest_size=8).digest()
-        return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
+        return "test" if hash64(key) % TEST_SHARE == 0 else "train"
 
     def expression(self) -> str:
         """In usual notation, with brackets where * follows a sum: `(3+4)*2-5`."""

@@ -6,11 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from hashlib import blake2b
 from typing import Any, Literal
 
 from rft.config.tasks import ReasoningGymConfig
-from rft.utils.did_you_mean import closest
+from rft.utils.did_you_mean import closest_match
+from rft.utils.hashing import hash64
 
 TEST_SHARE = 10  # one question in ten is held out
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -23,7 +23,7 @@ def _dataset(task: str, options: str, seed: int) -> Any:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        near = closest(task, DATASETS)
+        near = closest_match(task, DATASETS)
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"reasoning-gym {reasoning_gym.__version__} has no task {task!r}{hint}")
     try:
@@ -78,8 +78,7 @@ class ReasoningGym:
 
 
 def _split(question: str) -> str:
-    digest = blake2b(question.encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
+    return "test" if hash64(question) % TEST_SHARE == 0 else "train"
 
 
 def score(

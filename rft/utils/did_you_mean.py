@@ -1,4 +1,4 @@
-"""Hints for misspelt names."""
+"""Suggest the known name that a misspelt one resembles."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import difflib
 from collections.abc import Iterable
 
 
-def closest(word: object, known: Iterable[object]) -> str | None:
-    """The known name that looks most like `word`; None where none does."""
+def closest_match(word: object, known: Iterable[object]) -> str | None:
+    """Return the known name most like `word`; None where none resembles it."""
     close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
     return close[0] if close else None
 
 
-def nearest(word: object, known: Iterable[object]) -> str:
-    """`; did you mean 'x'?`, or nothing where no known name is close."""
-    close = closest(word, known)
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """Return `; did you mean 'x'?`, or "" where no known name resembles `word`."""
+    close = closest_match(word, known)
     return "" if close is None else f"; did you mean {close!r}?"
 
 
-def nearest_or_all(word: object, known: Iterable[object]) -> str:
-    """`; did you mean 'x'?`, or the list of what exists."""
+def did_you_mean_or_list(word: object, known: Iterable[object]) -> str:
+    """Return `; did you mean 'x'?`, or else the list of known names."""
     names = sorted(str(name) for name in known)
-    return nearest(word, names) or f"; known: {', '.join(names)}"
+    return did_you_mean(word, names) or f"; known: {', '.join(names)}"

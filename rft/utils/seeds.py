@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from typing import Any
 
@@ -10,12 +9,12 @@ import numpy as np
 import torch
 
 from rft.errors import CheckpointError
+from rft.utils.hashing import hash64
 
 
 def derive_seed(*parts: int | str) -> int:
     """Derive a sampling seed from `parts`: equal parts give equal rollouts."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2  # leaves room for seed + sample index in an int64
+    return hash64("/".join(map(str, parts))) >> 2  # leaves room for seed + sample index in an int64
 
 
 def seed_everything(seed: int) -> None:

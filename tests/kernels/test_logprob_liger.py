@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rft.config.kernels import KernelsConfig
+from rft.config.learner import KernelsConfig
 from rft.kernels import logprob_choice, logprob_liger
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_choice import Kind, Logps, choose, take_lines

@@ -11,7 +11,7 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
-from rft.config.strategy import AdapterConfig
+from rft.config.learner import AdapterConfig
 from rft.learner.learner import Learner
 from rft.learner.model import ModelError
 from rft.learner.strategies.merge import plain_name

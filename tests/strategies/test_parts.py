@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rft.batch import Batch
-from rft.config.strategy import GaloreConfig, HftConfig, LisaConfig, SubnetworkConfig
+from rft.config.learner import GaloreConfig, HftConfig, LisaConfig, SubnetworkConfig
 from rft.contrib.strategies.galore import GaloreAdamW
 from rft.contrib.strategies.subnetwork import find_mask
 from rft.learner.learner import Learner

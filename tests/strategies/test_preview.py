@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rft.config.strategy import AdapterConfig
+from rft.config.learner import AdapterConfig
 from rft.learner.learner import Learner
 from rft.learner.strategies.methods import peft_config
 from tests.test_offline import ROWS, Run, plan_of

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rft.config.sync import SyncConfig
+from rft.config.sync import Measure, SyncConfig
 from rft.contrib.sparse_sync.changes import ChangeMeter, change_metrics
 from rft.contrib.sparse_sync.delta import WHOLE, Delta, apply_delta, digest, make_delta
 from rft.errors import TransferError
 from rft.sync.broadcast import manifest_of
 from rft.sync.link import Link
 from rft.sync.publisher import Publisher
-from rft.sync.spec import ChannelSpec, Measure
+from rft.sync.spec import ChannelSpec
 
 
 def test_a_delta_names_exactly_the_elements_whose_bits_changed() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rft.config.sync import Measure
 from rft.contrib.sparse_sync.delta import bits
-from rft.sync.spec import Measure
 
 
 class ChangeMeter:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rft.config.learner import LearnerConfig
-from rft.config.strategy import AdapterConfig
+from rft.config.learner import AdapterConfig, LearnerConfig
 from rft.learner.model import ModelError
 from rft.utils.quantized import full_weight
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rft.config.strategy import HftConfig, LisaConfig
+from rft.config.learner import HftConfig, LisaConfig
 from rft.kernels.attention_route import decoder_of
 from rft.learner.model import ModelError
 from rft.learner.strategies.base import Put, Strategy

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rft.config.strategy import GaloreConfig
+from rft.config.learner import GaloreConfig
 from rft.learner.model import decay_groups
 from rft.learner.strategies.base import Strategy
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rft.config.strategy import SubnetworkConfig
+from rft.config.learner import SubnetworkConfig
 from rft.learner.forward import PolicyModel
 from rft.learner.model import ModelError, load_causal_lm
 from rft.learner.strategies.base import Put, Strategy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rft.batch import Batch
-from rft.config.strategy import AdapterConfig
+from rft.config.learner import AdapterConfig
 from rft.contrib.strategies import data_init
 from rft.learner.forward import PolicyModel
 from rft.learner.model import Head, ModelError, load_causal_lm, resolve_dtype

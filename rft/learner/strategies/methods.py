@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from rft.config.strategy import AdapterConfig
+from rft.config.learner import AdapterConfig
 from rft.learner.model import ModelError
-from rft.utils.did_you_mean import nearest, nearest_or_all
+from rft.utils.did_you_mean import did_you_mean, did_you_mean_or_list
 
 # What LoRA's variants are called by their papers, as fields of peft's LoraConfig.
 LORA: dict[str, dict[str, Any]] = {
@@ -92,14 +92,16 @@ def peft_config(config: AdapterConfig, **fixed: Any) -> Any:
     if name in REFUSED:
         raise ModelError(f"method {method!r} cannot be used: it {REFUSED[name]}; use lora")
     if name not in kinds:
-        raise ModelError(f"unknown method {config.method!r}{nearest_or_all(method, known_methods())}")
+        raise ModelError(f"unknown method {config.method!r}{did_you_mean_or_list(method, known_methods())}")
     fields = {f.name for f in dataclasses.fields(kinds[name]) if f.init}
     given = {**_settings(config, method, fields), **LORA.get(method, {}), **config.options, **fixed}
     if method in _DATA_DRIVEN:
         given[f"{method}_config"] = _data_config(method, config.options.get(f"{method}_config", {}))
     for key in given:
         if key not in fields:
-            raise ModelError(f"method {method!r} has no option {key!r} in peft{nearest_or_all(key, fields)}")
+            raise ModelError(
+                f"method {method!r} has no option {key!r} in peft{did_you_mean_or_list(key, fields)}"
+            )
     try:
         return kinds[name](**given)
     except (TypeError, ValueError, ImportError) as error:
@@ -149,7 +151,7 @@ def check_targets(config: AdapterConfig, model: nn.Module) -> None:
                 n.rsplit(".", 1)[-1] for n, m in names.items() if not list(m.children()) and has_weight(m)
             }
             raise ModelError(
-                f"target_modules: {target!r} matches no layer{nearest(target, layers)}; "
+                f"target_modules: {target!r} matches no layer{did_you_mean(target, layers)}; "
                 f"there are: {', '.join(sorted(layers))}"
             )
 

@@ -1,0 +1,27 @@
+"""The revision that keys cached warm starts and tiny models changes where what they are made from does."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from rft.tasks import REVISION, TASKS, Arithmetic
+from rft.tasks.tiny import CHAT_TEMPLATE, build_tiny
+from rft.utils.hashing import json_digest
+
+EXPECTED = {1: ("25db7e0f67ddd7d0", "3e085c23894088b5")}
+
+
+def test_rows_and_tiny_models_are_those_of_the_revision(tmp_path: Path) -> None:
+    styles = dict.fromkeys(("lines", "chain", "prose", "code", "direct"), 1)
+    tasks = [TASKS[name]() for name in ("arithmetic", "arithmetic_hard", "arithmetic_pairs")]
+    tasks.append(Arithmetic(form="mixed", operators=["+", "-", "*"], styles=styles))
+    rows = [list(task.rows(split, 300, seed=3)) for task in tasks for split in ("train", "test")]
+
+    build_tiny(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+
+    digests = (json_digest(rows)[:16], json_digest([shapes, vocabulary, CHAT_TEMPLATE])[:16])
+    assert digests == EXPECTED[REVISION], "raise rft.tasks.REVISION, and note its digests here"
