@@ -16,7 +16,8 @@ from rft.utils.python import safe_workers
 
 @contextmanager
 def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
-    """A Ray cluster for the length of the block: an existing one, or one started here.
+    """A Ray cluster for the length of the block: the one that this process is connected to, the one at an
+    address, or one started here.
 
     One started here leaves no process behind, however the block ends.
     """
@@ -25,6 +26,9 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
 
+    if ray.is_initialized():  # by the program that calls rft, which also ends it
+        yield
+        return
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **safe_workers())
         try:

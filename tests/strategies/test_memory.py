@@ -127,3 +127,35 @@ def test_prediction(model: str, case: str, request: pytest.FixtureRequest) -> No
     ratio = found["predicted"] / found["measured"]
     print(model, case, {k: f"{v / 2**20:.0f} MiB" for k, v in found.items()}, f"{ratio:.3f}")
     assert 0.85 < ratio < 1.15, found
+
+
+def test_the_memory_of_a_7b_model_follows_from_its_config_alone(tmp_path: Path, tiny_folder: Path) -> None:
+    """Qwen2.5-7B's sizes, on a GPU: 2 bytes a parameter with LoRA, half of one of each map with QLoRA."""
+    from transformers import AutoTokenizer, Qwen2Config
+
+    from rft.config.learner import LearnerConfig
+    from rft.config.schema import ModelConfig
+    from rft.preflight.memory import ModelShape, learner_bytes
+
+    Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    shape = ModelShape.of(str(tmp_path), ModelConfig(path=str(tmp_path)))
+    assert shape.parameters == 7_615_616_512
+
+    def gib(trained: int = 0, **config: Any) -> float:
+        made = LearnerConfig(gradient_checkpointing=True, **config)
+        return learner_bytes(shape, made, reference=False, device="cuda", adapter=trained) / 2**30
+
+    lora = gib(80_000_000, adapter={"r": 32})
+    assert 16 * 7.6e9 / 2**30 < gib() < 22 * 7.6e9 / 2**30
+    assert 2 * 7.6e9 / 2**30 < lora < 2 * 7.6e9 / 2**30 + 16
+    assert gib(80_000_000, adapter={"r": 32}, quantize="nf4") < lora - 8
