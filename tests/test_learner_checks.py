@@ -16,7 +16,6 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
-from rft.kernels import logprob_autograd as autograd
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels.attention import ROUTE
 from rft.kernels.attention_route import AttentionRoute, decoder_of
@@ -98,8 +97,8 @@ def test_a_loss_linear_in_log_probs_takes_its_gradient_in_the_forward(
     """The head is not computed again for it, and its update is the one of a head that is."""
     monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 4)
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 1 << 12)
-    recomputed, calls = autograd.recomputed, []
-    monkeypatch.setattr(autograd, "recomputed", lambda *args: (calls.append(1), recomputed(*args))[1])
+    recomputed, calls = chunked.recomputed, []
+    monkeypatch.setattr(chunked, "recomputed", lambda *args: (calls.append(1), recomputed(*args))[1])
     batch = Batch.build(make_groups(size=2 if algorithm.unit == "pair" else 4), share_prefix=True)
     norms = []
     for _ in range(2):

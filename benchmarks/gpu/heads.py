@@ -16,8 +16,8 @@ import torch
 from harness import Settings, guarded, settings, timed
 from torch import Tensor
 
-from rft.kernels import logprob_choice
 from rft.kernels.logprob import token_logps
+from rft.kernels.logprob_common import pop_messages
 from rft.kernels.logprob_reference import token_logps as reference_logps
 
 COUNTED = {"forward": 2, "train": 8, "frozen": 4}
@@ -119,7 +119,7 @@ def speed(s: Settings, task: str, m: int, h: int, v: int, rounds: int) -> dict[s
         "v": v,
         "contenders": found,
         "failed": failed,
-        "chosen": logprob_choice.take_lines(),
+        "chosen": pop_messages(),
         "over_best_peer": best,
     }
 

@@ -224,7 +224,7 @@ class Algorithm(ABC):
 
     @property
     def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
-        """The direction and the beta by which `rft.kernels.divergence.full_kl` is the same as `divergence`,
+        """The direction and the beta by which `rft.kernels.divergence` computes the same as `divergence`,
         without the vocabulary's distributions in memory; None where it has none."""
         return ("reverse", 0.5) if type(self).divergence is Algorithm.divergence else None
 

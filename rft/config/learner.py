@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rft.config.base import ConfigModel
-from rft.kernels.logprob_liger import REMEDY, installed
 from rft.utils.paths import PathText
+
+LIGER_REMEDY = "pip install 'liger-kernel>=0.8.5,<0.9'"
 
 
 class AdapterConfig(ConfigModel):
@@ -108,9 +110,9 @@ class KernelsConfig(ConfigModel):
             for name, (kernels, other) in gpu_only.items()
             if (kernel := getattr(self, name)) in kernels and device != "cuda"
         ]
-        if self.logprob == "liger" and not installed():
+        if self.logprob == "liger" and importlib.util.find_spec("liger_kernel") is None:
             found.append(
-                f"learner.kernels.logprob: liger needs liger-kernel, which is not installed: {REMEDY}, "
+                f"learner.kernels.logprob: liger needs liger-kernel, which is not installed: {LIGER_REMEDY}, "
                 "or write auto or triton"
             )
         return found

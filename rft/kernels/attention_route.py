@@ -55,11 +55,6 @@ class AttentionRoute:
     max_tokens: int | None = None
     kernel: Kernel = "auto"
 
-    @property
-    def shares(self) -> bool:
-        """True if a shared prefix is computed once."""
-        return self.kind != "sequences"
-
     def because(self, reason: str) -> AttentionRoute:
         return replace(self, reason=reason)
 

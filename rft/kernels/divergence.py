@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_reference as reference
 from rft.kernels.logprob_common import LogitMap, check_head, shape, spread
-from rft.kernels.logprob_linear import Head
+from rft.kernels.logprob_linear import HeadProducts
 
 Direction = Literal["reverse", "forward", "js"]
 
@@ -39,7 +39,7 @@ class Divergence:
             )
 
     def value(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """[n] from log-probs [n, V]; plain and differentiable."""
+        """The divergence [n] of log-probs [n, V]; differentiable."""
         if self.direction == "reverse":
             return _kl(logp, logq)
         if self.direction == "forward":
@@ -52,7 +52,7 @@ class Divergence:
         return torch.logaddexp(logq + log_beta, logp + log_rest)
 
     def gradient_(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """logp [r, V] becomes the gradient of the divergence to the policy's logits; logq is spent.
+        """Turn logp [r, V] into the gradient of the divergence to the policy's logits; logq is overwritten.
 
         d KL(q || p) / dz = p - q. The others are p (c - sum p c), with c = log p - log q for the reverse
         KL and c = (1 - beta) (log p - log m) for js.
@@ -75,7 +75,7 @@ def _kl(logp: Tensor, logq: Tensor) -> Tensor:
     return (p * torch.where(p > 0, logp - logq, 0.0)).sum(1)
 
 
-def full_kl(
+def head_divergence(
     hidden: Tensor,
     weight: Tensor,
     ref_hidden: Tensor,
@@ -119,17 +119,17 @@ def full_kl(
                 f"mask must be [{hidden.shape[0]}] bool like the rows of hidden, got {shape(mask)}"
             )
         rows = mask.nonzero()[:, 0]
-        few = _full_kl(
+        few = _divergence(
             (hidden[rows], weight, bias), (ref_hidden[rows], ref_weight, ref_bias), f, measure, backend
         )
         return spread(few, rows, mask.shape[0])
-    return _full_kl((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), f, measure, backend)
+    return _divergence((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), f, measure, backend)
 
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _full_kl(policy: Part, ref: Part, f: LogitMap, measure: Divergence, backend: str) -> Tensor:
+def _divergence(policy: Part, ref: Part, f: LogitMap, measure: Divergence, backend: str) -> Tensor:
     if backend == "reference":
         z = reference.logits(policy[0], policy[1], bias=policy[2], logit_map=f)
         zq = reference.logits(ref[0].detach(), ref[1].detach(), bias=ref[2], logit_map=f).detach()
@@ -137,14 +137,14 @@ def _full_kl(policy: Part, ref: Part, f: LogitMap, measure: Divergence, backend:
     parameters = [x for x in policy[1:] if x is not None]
     frozen = not any(x.requires_grad for x in parameters)
     keep = frozen and policy[0].requires_grad and torch.is_grad_enabled()
-    return FullKL.apply(*policy, *ref, f, measure, keep)
+    return HeadDivergence.apply(*policy, ref, f, measure, keep)
 
 
 def _passes(policy: Part, ref: Part, f: LogitMap) -> tuple[chunked.Chunks, chunked.Chunks]:
-    none = policy[0].new_empty((policy[0].shape[0], 0), dtype=torch.int64)
-    ours, theirs = (Head(x[1], None) for x in (policy, ref))
-    p = chunked.Chunks(ours, policy[0], None, policy[2], chunked.Rows(none), f)
-    return p, chunked.Chunks(theirs, ref[0], None, ref[2], chunked.Rows(none), f, like=p)
+    none = chunked.Rows(policy[0].new_empty(0, dtype=torch.int64))
+    ours, theirs = (HeadProducts(x[1], None) for x in (policy, ref))
+    p = chunked.Chunks(ours, policy[0], None, policy[2], none, f)
+    return p, chunked.Chunks(theirs, ref[0], None, ref[2], none, f, like=p)
 
 
 def _tiles(p: chunked.Chunks, q: chunked.Chunks, chunk: slice, ours: Tensor, theirs: Tensor) -> Any:
@@ -156,8 +156,8 @@ def _tiles(p: chunked.Chunks, q: chunked.Chunks, chunk: slice, ours: Tensor, the
         yield rows, inner, z, zq.to(z.dtype), cap_slope
 
 
-class FullKL(torch.autograd.Function):
-    """(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, map, measure, keep) -> [T].
+class HeadDivergence(torch.autograd.Function):
+    """(hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), map, measure, keep) -> [T].
 
     `keep`: the head is frozen; d divergence / d hidden is kept by the forward instead of recomputed.
     """
@@ -168,14 +168,12 @@ class FullKL(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        ref_hidden: Tensor,
-        ref_weight: Tensor,
-        ref_bias: Tensor | None,
+        ref: Part,
         f: LogitMap,
         measure: Divergence,
         keep: bool,
     ) -> Tensor:
-        p, q = _passes((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), f)
+        p, q = _passes((hidden, weight, bias), ref, f)
         out = hidden.new_empty(hidden.shape[0], dtype=p.acc)
         grads = chunked.Gradients(p, {"hidden": keep})
         for (chunk, h, _, ours), (_, _, _, theirs) in zip(p, q, strict=True):
@@ -189,7 +187,7 @@ class FullKL(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(grads.hidden)
         else:
-            ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+            ctx.save_for_backward(hidden, weight, bias, *ref)
         return out
 
     @staticmethod
@@ -197,7 +195,7 @@ class FullKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         if ctx.keep:
             (slopes,) = ctx.saved_tensors
-            return slopes * upstream[:, None].to(slopes.dtype), *[None] * 8
+            return slopes * upstream[:, None].to(slopes.dtype), *[None] * 6
         hidden, weight, bias, *ref = ctx.saved_tensors
         p, q = _passes((hidden, weight, bias), tuple(ref), ctx.f)
         grads = chunked.Gradients(p, dict(zip(chunked.NAMES, ctx.needs_input_grad[:3], strict=False)))
@@ -206,4 +204,4 @@ class FullKL(torch.autograd.Function):
                 grad = ctx.measure.gradient_(logp, logq).mul_(upstream[rows, None] * ctx.f.slope)
                 chunked.finish_tile(grad, cap_slope, ours[inner])
             grads.add(chunk, h, None, ours)
-        return *grads.for_inputs(bias)[:3], *[None] * 6
+        return *grads.for_inputs(bias)[:3], *[None] * 4

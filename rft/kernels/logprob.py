@@ -1,7 +1,7 @@
 """Log-probs of tokens under a language model's head, without its logits.
 
 `token_logps` is what the learner calls. It picks the path by what wants a gradient (see
-`logprob_chunked`) and the implementation by device; `logprob_reference` is the plain yardstick.
+`logprob_chunked`) and the implementation by device; `logprob_reference` is the plain baseline.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Literal, TypedDict, Unpack, get_args, overload
 import torch
 from torch import Tensor
 
-from rft.kernels import logprob_autograd as autograd
-from rft.kernels import logprob_choice as choice
+from rft.config.learner import LIGER_REMEDY
 from rft.kernels import logprob_chunked as chunked
-from rft.kernels import logprob_liger as liger
 from rft.kernels import logprob_reference as reference
 from rft.kernels.logprob_common import LogitMap, accumulate_dtype, check_head, check_targets, shape, spread
+from rft.utils.dotted import load_dotted
+
+LIGER = "rft.contrib.liger.try_token_logps"  # an optional dependency's kernel: loaded where that is installed
 
 Backend = Literal["auto", "reference", "chunked", "triton", "liger"]
 
@@ -84,18 +85,18 @@ def token_logps(
         hidden: [T, H], float32, bfloat16, float16 or float64 (which makes the results float64).
         weight: [V, H], in hidden's dtype. If nothing of the head requires a gradient, d logp / d hidden
             is kept by the forward and the backward is elementwise.
-        targets: [T] int64, or [T, K] for K tokens of each row (a teacher's top k): logps are [T, K] then.
+        targets: [T] int64.
         bias: [V].
         lora: (A [r, H], B [V, r], scale) adds scale * B A to the weight, which is never merged.
-        support: [T, ceil(V/8)] uint8 from `pack_support`: the tokens among which each row's target was
+        support: [T, ceil(V/8)] uint8 from `logprob_support`: the tokens among which each row's target was
             sampled (top-k, top-p). Probabilities are taken among them; the target always counts.
         mask: [T] bool. Rows that are False never reach the head; they get log-prob and entropy 0. Rows whose
             log-prob and entropy get no gradient are left out of the backward (on CPU).
         expected: [T], the gradient that the log-probs will get, up to a factor, where that is known: it is
             carried back in the forward then (6 T H V instead of 8). If it comes otherwise, or entropies get
-            one too, all is as without it, only slower. Read by "chunked", for [T] targets.
+            one too, all is as without it, only slower. Read by "chunked".
         backend: "auto" takes "triton" on CUDA where it serves, or "liger" where liger-kernel is installed,
-            serves and was measured to be faster (see `logprob_choice`); "chunked" elsewhere. "liger" does
+            serves and was measured to be faster; "chunked" elsewhere. "liger" does
             scoring and frozen heads; other calls take "triton", or "chunked" where that does not serve.
 
     Gradients flow to hidden, weight, bias, A and B, from log-probs and entropies alike.
@@ -120,16 +121,6 @@ def token_logps(
     return logps if entropies is None else (logps, entropies)
 
 
-def pack_support(kept: Tensor) -> Tensor:
-    """[T, V] bool -> [T, ceil(V/8)] uint8: bit j of byte i is token 8 i + j."""
-    if kept.dim() != 2 or kept.dtype != torch.bool:
-        raise ValueError(f"kept must be [T, V] bool, got {shape(kept)}")
-    t, v = kept.shape
-    padded = torch.nn.functional.pad(kept, (0, -v % 8)).view(t, -(-v // 8), 8)
-    bits = torch.arange(8, device=kept.device, dtype=torch.uint8)
-    return (padded.to(torch.uint8) << bits).sum(-1, dtype=torch.uint8)
-
-
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast, both in its dtype, as `torch.nn.functional.linear` would have them."""
     device = hidden.device.type
@@ -151,7 +142,7 @@ def _check_extras(
             )
     if support is not None and (support.shape != (t, -(-v // 8)) or support.dtype != torch.uint8):
         raise ValueError(
-            f"support must be [{t}, {-(-v // 8)}] uint8 (see pack_support), got {shape(support)}"
+            f"support must be [{t}, {-(-v // 8)}] uint8 (see logprob_support), got {shape(support)}"
         )
     if mask is not None and (mask.shape != (t,) or mask.dtype != torch.bool):
         raise ValueError(f"mask must be [{t}] bool like the rows of hidden, got {shape(mask)}")
@@ -160,7 +151,7 @@ def _check_extras(
 def choose_backend(backend: Backend, hidden: Tensor, plain: bool = True) -> Backend:
     """The implementation that `backend` means for `hidden`; "triton" for "auto" may still become "liger".
 
-    `plain`: no LoRA factors, sampled support, float64 or several targets a row, which Triton and Liger lack.
+    `plain`: no LoRA factors, sampled support or float64, which Triton and Liger do not serve.
     Raises ValueError for an unknown name, for "triton" where it cannot serve and for "liger" where it is
     not installed or there is no GPU.
     """
@@ -169,13 +160,10 @@ def choose_backend(backend: Backend, hidden: Tensor, plain: bool = True) -> Back
     if backend == "auto":
         serves = hidden.is_cuda and plain and importlib.util.find_spec("triton") is not None
         return "triton" if serves else "chunked"
-    if backend == "liger" and not liger.installed():
-        raise ValueError(f"backend liger: liger-kernel is not installed: {liger.REMEDY}; or use auto")
+    if backend == "liger" and not _liger_installed():
+        raise ValueError(f"backend liger: liger-kernel is not installed: {LIGER_REMEDY}; or use auto")
     if backend == "triton" and not plain:
-        raise ValueError(
-            "backend triton takes neither lora, support, float64 nor several targets a row; "
-            "use auto or chunked"
-        )
+        raise ValueError("backend triton takes neither lora, support nor float64; use auto or chunked")
     if backend in ("triton", "liger") and not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend {backend} needs CUDA tensors, hidden is on {hidden.device}; use auto or chunked"
@@ -195,8 +183,7 @@ def _dispatch(
     entropy: bool,
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
-    single = targets.dim() == 1
-    plain = single and lora is None and support is None and hidden.dtype != torch.float64
+    plain = lora is None and support is None and hidden.dtype != torch.float64
     chosen = choose_backend(backend, hidden, plain)
     if chosen == "reference":
         kept = None if support is None else chunked.unpack_support(support, weight.shape[0])
@@ -206,20 +193,17 @@ def _dispatch(
         return logps, entropies if entropy else None
     if chosen in ("triton", "liger"):
         return _on_gpu(hidden, weight, targets, bias, f, entropy, backend)
-    rows = chunked.Rows(targets[:, None] if single else targets, support)
+    rows = chunked.Rows(targets, support)
     head = [x for x in (weight, bias) if x is not None]
     frozen = hidden.requires_grad and not any(x.requires_grad for x in head)
-    if frozen and torch.is_grad_enabled() and not entropy and single and lora is None:
-        logps = autograd.Frozen.apply(hidden, weight, bias, rows, f)
-        return logps[:, 0], None
+    if frozen and torch.is_grad_enabled() and not entropy and lora is None:
+        return chunked.FrozenLogps.apply(hidden, weight, bias, rows, f), None
     low, low_rank = low_rank_factors(hidden, lora)
-    wanted = any(x is not None and x.requires_grad for x in (hidden, weight, bias, low, low_rank))
-    if expected is not None and single and wanted and torch.is_grad_enabled():
-        arguments = (hidden, weight, bias, low, low_rank, rows, f, entropy, expected)
-        logps, entropies = autograd.Expected.apply(*arguments)
-        return logps[:, 0], entropies
-    logps, entropies = autograd.Recompute.apply(hidden, weight, bias, low, low_rank, rows, f, entropy)
-    return logps[:, 0] if single else logps, entropies
+    if not torch.is_grad_enabled() or not any(
+        x is not None and x.requires_grad for x in (hidden, weight, bias, low, low_rank)
+    ):
+        expected = None
+    return chunked.ChunkedLogps.apply(hidden, weight, bias, low, low_rank, rows, f, entropy, expected)
 
 
 def _on_gpu(
@@ -234,17 +218,20 @@ def _on_gpu(
     """Triton's kernels, or Liger's where it serves and `backend` says so, or "auto" and its measured time."""
     from rft.kernels import logprob_triton  # imports triton, which exists on Linux only
 
-    path = None if backend == "triton" else liger.path_of(hidden, weight, bias, entropy)
-    if path is not None and backend == "auto":
-        runs: dict[choice.Kernel, choice.Logps] = {
-            "triton": lambda x: logprob_triton.TritonLogps.apply(x, weight, bias, targets, f, False)[0],
-            "liger": lambda x: liger.token_logps(x, weight, bias, targets, f),
-        }
-        kind = choice.Kind.of(path, hidden, weight, bias, f)
-        path = path if liger.installed() and choice.choose(kind, hidden, runs) == "liger" else None
-    if path is not None:
-        return liger.token_logps(hidden, weight, bias, targets, f), None
+    def by_triton(x: Tensor) -> Tensor:
+        logps: Tensor = logprob_triton.TritonLogps.apply(x, weight, bias, targets, f, False)[0]
+        return logps
+
+    if backend != "triton" and _liger_installed():
+        measure = by_triton if backend == "auto" else None
+        logps = load_dotted(LIGER)(hidden, weight, bias, targets, f, entropy, measure)
+        if logps is not None:
+            return logps, None
     return logprob_triton.TritonLogps.apply(hidden, weight, bias, targets, f, entropy)
+
+
+def _liger_installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def low_rank_factors(hidden: Tensor, lora: reference.Lora | None) -> tuple[Tensor | None, Tensor | None]:
@@ -254,50 +241,3 @@ def low_rank_factors(hidden: Tensor, lora: reference.Lora | None) -> tuple[Tenso
     a, b, scale = lora
     dtype = accumulate_dtype(hidden.dtype)
     return scale * (hidden.to(dtype) @ a.to(dtype).t()), b
-
-
-def linear_logp_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    coefficients: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lora: reference.Lora | None = None,
-    support: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """sum(coefficients * logps) [] and the log-probs [T], both float32, for losses known beforehand.
-
-    Where the loss is linear in the log-probs (SFT; policy gradients stepped on once), their gradients
-    are taken in the forward, one matrix product of the head less than `token_logps` needs. The
-    loss can be differentiated once, the log-probs not at all.
-
-    Args:
-        targets: [T] int64.
-        coefficients: [T], without gradient. Rows with 0 never reach the head; their log-prob reads 0.
-        The others as in `token_logps`.
-    """
-    hidden, weight = _autocast(hidden, weight)
-    check_head(hidden, weight, bias)
-    check_targets(targets, hidden.shape[0], weight.shape[0])
-    _check_extras(hidden, weight, lora, support, None)
-    if targets.dim() != 1 or coefficients.shape != targets.shape or coefficients.requires_grad:
-        raise ValueError(
-            f"coefficients must be [{hidden.shape[0]}] without gradient and targets likewise [T], "
-            f"got {shape(coefficients)} and {shape(targets)}; use token_logps for any other loss"
-        )
-    acc = accumulate_dtype(hidden.dtype)
-    f = LogitMap(temperature, softcap, logit_scale)
-    keep = coefficients.nonzero()[:, 0]
-    if keep.shape[0] < hidden.shape[0]:
-        hidden, targets = hidden[keep], targets[keep]
-        support = None if support is None else support[keep]
-    low, low_rank = low_rank_factors(hidden, lora)
-    rows = chunked.Rows(targets[:, None], support)
-    loss, logps = autograd.Known.apply(
-        hidden, weight, bias, low, low_rank, rows, f, coefficients[keep].to(acc)
-    )
-    return loss, spread(logps, keep, coefficients.shape[0])

@@ -1,31 +1,40 @@
 """Log-probs of targets without the [T, V] logits: row chunks, each reduced in cache-sized tiles.
 
-One chunk of logits is allocated once and filled by products with `out=`; a tile of a few rows is
-taken through softmax in place while it stays in cache. `logprob_autograd` makes differentiable
-functions of these passes.
+One chunk of logits is allocated once and filled by products with `out=`; a tile of a few rows is taken
+through softmax in place while it stays in cache. The two autograd functions at the end get gradients by
+
+- recomputation, for any upstream gradient: the logits of a chunk are computed again in the backward
+  (8 T H V), unless all rows fit into one chunk, which is kept then
+- prediction: the upstream gradient is predicted, and carried back in the forward (6 T H V); if the
+  prediction was wrong, the logits are computed again
+- a frozen head: no parameter of the head wants a gradient; the forward keeps d logp / d hidden (4 T H V)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rft.kernels.logprob_common import LogitMap, accumulate_dtype, spread
-from rft.kernels.logprob_linear import Head, WeightGrad
+from rft.kernels.logprob_linear import HeadProducts, WeightGrad
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 CHUNK_BYTES = 1 << 25  # logits of one chunk
 MIN_CHUNK_ROWS = 64  # fewer rows make slow products
 TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}  # the cache on CPU; on a GPU, enough to fill it
 
 LOWEST = -1e4  # stands for -inf in p * log p: its exponential is 0 as well
+PREDICTED = 1e-5  # relative difference of an upstream gradient from the predicted one that rounding explains
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of each row: its targets [T, K] and its packed support [T, ceil(V/8)] or None."""
+    """Per row: the target [T] and the packed support [T, ceil(V/8)] or None."""
 
     targets: Tensor
     support: Tensor | None = None
@@ -36,7 +45,7 @@ class Chunks:
 
     def __init__(
         self,
-        head: Head,
+        head: HeadProducts,
         hidden: Tensor,
         low: Tensor | None,
         bias: Tensor | None,
@@ -99,7 +108,7 @@ class Chunks:
             slope = self.tile("slope", z.shape[0]) if cap_slope and self.map.softcap else None
             self.map.apply_(z, slope)
             if self.rows.support is not None:
-                keep_support_(z, self.rows.support[rows], self.rows.targets[rows])
+                keep_support_(z, self.rows.support[rows], self.rows.targets[rows, None])
             yield rows, inner, z, slope
 
 
@@ -110,7 +119,7 @@ def unpack_support(packed: Tensor, vocab: int) -> Tensor:
 
 
 def keep_support_(z: Tensor, packed: Tensor, targets: Tensor) -> None:
-    """Logits outside the support become -inf; the targets always stay."""
+    """Set logits [r, V] outside the support to -inf; the targets [r, 1] always stay."""
     outside = unpack_support(packed, z.shape[1]).logical_not_().scatter_(1, targets, False)
     z.masked_fill_(outside, -torch.inf)
 
@@ -118,28 +127,28 @@ def keep_support_(z: Tensor, packed: Tensor, targets: Tensor) -> None:
 def softmax_tile_(
     z: Tensor, targets: Tensor, scratch: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z [r, V] becomes exp(z - max).
+    """Turn z [r, V] into exp(z - max).
 
-    Returns logps [r, K], logsumexp [r], sum of exp [r] and, with `scratch` [r, V], the entropy [r].
+    Returns logps [r], logsumexp [r], sum of exp [r] and, with `scratch` [r, V], the entropy [r].
     """
-    target = z.gather(1, targets)
+    target = z.gather(1, targets[:, None])[:, 0]
     top = z.amax(1, keepdim=True)
     z.sub_(top)
     if scratch is None:
         total = z.exp_().sum(1)
         lse = top[:, 0] + total.log()
-        return target - lse[:, None], lse, total, total
+        return target - lse, lse, total, total
     torch.clamp(z, min=LOWEST, out=scratch)
     total = z.exp_().sum(1)
     entropy = total.log() - scratch.mul_(z).sum(1) / total
     lse = top[:, 0] + total.log()
-    return target - lse[:, None], lse, total, entropy
+    return target - lse, lse, total, entropy
 
 
 def forward(
     chunks: Chunks, entropy: bool, totals: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logps [T, K], logsumexp [T] and (if asked) entropies [T]; `totals` [T] takes sum exp(z - max)."""
+    """Return logps [T], logsumexp [T] and (if asked) entropies [T]; `totals` [T] takes sum exp(z - max)."""
     targets = chunks.rows.targets
     logps = chunks.hidden.new_empty(targets.shape, dtype=chunks.acc)
     lse = chunks.hidden.new_empty(targets.shape[0], dtype=chunks.acc)
@@ -157,28 +166,24 @@ def forward(
 
 @dataclass(frozen=True)
 class Upstream:
-    """Gradients of log-probs [T, K] and entropies [T] (or None), and what the forward knew.
-
-    `total` [T] is the gradient's sum over all K targets, also those that lie on other ranks.
-    """
+    """Gradients of log-probs [T] and entropies [T] (or None), and the forward's logsumexp and entropies."""
 
     grad: Tensor
-    total: Tensor
     lse: Tensor
     entropy: Tensor | None = None
     grad_entropy: Tensor | None = None
 
     def grad_tile_(self, z: Tensor, rows: slice, targets: Tensor, chunks: Chunks) -> None:
-        """z [r, V] becomes grad onehot - total p - grad_entropy p (log p + entropy)."""
+        """Turn z [r, V] into grad (onehot - p) - grad_entropy p (log p + entropy)."""
         z.sub_(self.lse[rows, None])
         if self.grad_entropy is None or self.entropy is None:
-            z.exp_().mul_(-self.total[rows, None])
+            z.exp_().mul_(-self.grad[rows, None])
         else:
             z.clamp_(min=LOWEST)
             p = torch.exp(z, out=chunks.tile("scratch", z.shape[0]))
             z.add_(self.entropy[rows, None]).mul_(self.grad_entropy[rows, None])
-            z.add_(self.total[rows, None]).mul_(p).neg_()
-        z.scatter_add_(1, targets, self.grad[rows])
+            z.add_(self.grad[rows, None]).mul_(p).neg_()
+        z.scatter_add_(1, targets[:, None], self.grad[rows, None])
 
 
 class Gradients:
@@ -239,13 +244,13 @@ def backward(chunks: Chunks, up: Upstream, wants: dict[str, bool]) -> Gradients:
 
 
 def backward_from_kept(chunks: Chunks, grad: Tensor, totals: Tensor, wants: dict[str, bool]) -> Gradients:
-    """Carry grad [T, K] back from a buffer that still holds exp(z - max) of the only chunk."""
+    """Carry grad [T] back from a buffer that still holds exp(z - max) of the only chunk."""
     grads = Gradients(chunks, wants)
     p = chunks.buffer[: grad.shape[0]]
     for start in range(0, p.shape[0], chunks.tile_rows):
         rows = slice(start, start + chunks.tile_rows)
-        p[rows].mul_((-grad[rows].sum(1) / totals[rows])[:, None])
-        p[rows].scatter_add_(1, chunks.rows.targets[rows], grad[rows])
+        p[rows].mul_((-grad[rows] / totals[rows])[:, None])
+        p[rows].scatter_add_(1, chunks.rows.targets[rows, None], grad[rows, None])
     low = None if chunks.low is None else chunks.low.to(chunks.head.dtype)
     grads.add(slice(0, p.shape[0]), chunks.hidden.to(chunks.head.dtype), low, p)
     return grads
@@ -262,8 +267,8 @@ def finish_tile(z: Tensor, cap_slope: Tensor | None, products: Tensor) -> None:
 def differentiate_forward(
     chunks: Chunks, coefficients: Tensor, wants: dict[str, bool], entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Gradients]:
-    """logps [T], logsumexp [T], entropies [T] (if asked), and the gradients of sum(coefficients * logps), in
-    one pass."""
+    """Return logps [T], logsumexp [T], entropies [T] (if asked) and the gradients of
+    sum(coefficients * logps), in one pass."""
     targets = chunks.rows.targets
     logps = chunks.hidden.new_empty(targets.shape, dtype=chunks.acc)
     lse = chunks.hidden.new_empty(targets.shape[0], dtype=chunks.acc)
@@ -277,7 +282,154 @@ def differentiate_forward(
             if entropies is not None:
                 entropies[rows] = found
             z.mul_(-c[rows] / total[:, None])
-            z.scatter_add_(1, targets[rows], c[rows])
+            z.scatter_add_(1, targets[rows, None], c[rows])
             finish_tile(z, cap_slope, products[inner])
         grads.add(chunk, h, low, products)
-    return logps[:, 0], lse, entropies, grads
+    return logps, lse, entropies, grads
+
+
+# -- differentiable functions of these passes ----------------------------------------------------------
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """(hidden, weight, bias, low, low_rank, rows, map, entropy, expected [T] or None) -> logps [T], entropies
+    [T] or None. `expected` is the predicted upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: Tensor | None,
+        low_rank: Tensor | None,
+        rows: Rows,
+        f: LogitMap,
+        entropy: bool,
+        expected: Tensor | None,
+    ) -> Any:
+        head = HeadProducts(weight, low_rank)
+        ctx.map, ctx.expected, ctx.kept, ctx.grads = f, expected, None, None
+        if expected is None:
+            chunks = Chunks(head, hidden, low, bias, rows, f)
+            totals = hidden.new_empty(hidden.shape[0], dtype=chunks.acc) if chunks.single else None
+            logps, lse, entropies = forward(chunks, entropy, totals)
+            ctx.kept = None if totals is None else (chunks.buffer, totals)
+        else:
+            count = hidden.shape[0]
+
+            def part(index: Tensor | None) -> Chunks:
+                few = Rows(_at(rows.targets, index), _at(rows.support, index))
+                return Chunks(head, _at(hidden, index), _at(low, index), bias, few, f)
+
+            wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+            used = pulled_rows(expected, None)
+            logps, lse, entropies, grads = differentiate_forward(
+                part(used), _at(expected, used), wants, entropy
+            )
+            if used is not None:  # the others have a forward only
+                unused = (expected == 0).nonzero()[:, 0]
+                rest, rest_lse, rest_entropies = forward(part(unused), entropy)
+                logps = spread(logps, used, count).index_copy_(0, unused, rest)
+                lse = spread(lse, used, count).index_copy_(0, unused, rest_lse)
+                if entropies is not None and rest_entropies is not None:
+                    entropies = spread(entropies, used, count).index_copy_(0, unused, rest_entropies)
+                grads.spread(used, count)
+            # not `save_for_backward`: the only references must pass on, or autograd copies them once more
+            ctx.grads = grads.for_inputs(bias, low_rank)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, low, low_rank, rows.targets, rows.support, lse, entropies)
+        return logps, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None = None) -> Any:
+        # both are spent by the first backward; a second one recomputes
+        kept, ctx.kept = ctx.kept, None
+        grads, ctx.grads = ctx.grads, None
+        factor = None
+        if grads is not None and grad is not None and grad_entropy is None:
+            factor = predicted_factor(grad, ctx.expected)
+        if factor is None:
+            grads = None  # freed before the others are made
+            return *recomputed(ctx, grad, grad_entropy, kept), *[None] * 4
+        if factor != 1:
+            grads = tuple(None if g is None else g.mul_(factor) for g in grads)
+        return *grads, *[None] * 4
+
+
+def recomputed(
+    ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, kept: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs that `NAMES` names, from logits computed again, or from the only chunk,
+    `kept`: its exp(z - max), and their sums."""
+    hidden, weight, bias, low, low_rank, targets, support, lse, entropies = ctx.saved_tensors
+    grad = lse.new_zeros(targets.shape) if grad is None else grad * ctx.map.slope
+    wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+    buffer = None if kept is None else kept[0]
+    count = hidden.shape[0]
+    used = None if kept is not None else pulled_rows(grad, grad_entropy)
+    if used is not None:
+        hidden, targets, lse, grad = (_at(x, used) for x in (hidden, targets, lse, grad))
+        low, support, entropies, grad_entropy = (
+            _at(x, used) for x in (low, support, entropies, grad_entropy)
+        )
+    rows = Rows(targets, support)
+    chunks = Chunks(HeadProducts(weight, low_rank), hidden, low, bias, rows, ctx.map, buffer=buffer)
+    if kept is not None and grad_entropy is None:
+        grads = backward_from_kept(chunks, grad, kept[1], wants)
+    else:
+        up = Upstream(grad, lse)
+        if entropies is not None and grad_entropy is not None:
+            up = replace(up, entropy=entropies, grad_entropy=grad_entropy * ctx.map.slope)
+        grads = backward(chunks, up, wants)
+    if used is not None:
+        grads.spread(used, count)
+    return grads.for_inputs(bias, low_rank)
+
+
+def _at(x: MaybeTensor, index: Tensor | None) -> MaybeTensor:
+    """Rows of x, or all."""
+    return x if x is None or index is None else x[index]
+
+
+def pulled_rows(grad: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
+    """Indices of the rows with an upstream gradient, [T] each; None if all have one. Rows without (groups
+    whose advantages are 0) are not recomputed. On a GPU nothing waits to find out."""
+    if grad.is_cuda:
+        return None
+    pulled = grad != 0
+    if grad_entropy is not None:
+        pulled |= grad_entropy != 0
+    return None if bool(pulled.all()) else pulled.nonzero()[:, 0]
+
+
+def predicted_factor(grad: Tensor, expected: Tensor) -> float | None:
+    """The factor by which the upstream gradient [T] is the predicted one, None where it is another."""
+    expected = expected.to(grad.dtype)
+    square = float(expected.dot(expected))
+    factor = float(grad.dot(expected)) / square if square else 1.0
+    if abs(factor - 1) <= PREDICTED / 10:
+        factor = 1.0
+    wanted = factor * expected
+    return factor if bool(((grad - wanted).abs() <= PREDICTED * wanted.abs()).all()) else None
+
+
+class FrozenLogps(torch.autograd.Function):
+    """(hidden, weight, bias, rows, map) -> logps [T]; only hidden gets a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, f: LogitMap
+    ) -> Tensor:
+        chunks = Chunks(HeadProducts(weight, None), hidden, None, bias, rows, f)
+        ones = hidden.new_ones(hidden.shape[0], dtype=chunks.acc)
+        logps, _, _, grads = differentiate_forward(chunks, ones, {"hidden": True})
+        ctx.save_for_backward(grads.hidden)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (slopes,) = ctx.saved_tensors
+        return slopes * grad[:, None].to(slopes.dtype), *[None] * 4

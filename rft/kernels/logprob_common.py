@@ -49,6 +49,21 @@ class LogitMap:
         return x.mul_(self.softcap / self.temperature)
 
 
+_messages: list[str] = []
+
+
+def add_message(line: str) -> None:
+    """Keep a line for the user: a kernel that was chosen in this process, and why."""
+    _messages.append(line)
+
+
+def pop_messages() -> list[str]:
+    """The lines since the last call."""
+    messages = _messages.copy()
+    _messages.clear()
+    return messages
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which softmax is taken: float64 for float64, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -66,7 +81,7 @@ def shape(x: Tensor) -> str:
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, names: Sequence[str] = ("hidden", "weight")
 ) -> None:
-    """Raises ValueError unless hidden is [T, H], weight [V, H], bias [V], of one dtype, on one device."""
+    """Raise ValueError unless hidden is [T, H], weight [V, H], bias [V], of one dtype, on one device."""
     h, w = names
     if hidden.dim() != 2:
         raise ValueError(f"{h} must be [T, H], got {shape(hidden)}; flatten batch and time first")
@@ -88,14 +103,12 @@ def check_head(
 
 
 def check_targets(targets: Tensor, rows: int, vocab: int) -> None:
-    """Raises ValueError unless targets is [T] or [T, K] int64 with values in 0..V-1.
+    """Raise ValueError unless targets is [T] int64 with values in 0..V-1.
 
     On CUDA the range is asserted on the device, so that nothing waits for it.
     """
-    if targets.dim() not in (1, 2) or targets.dtype != torch.int64 or targets.shape[0] != rows:
-        raise ValueError(
-            f"targets must be [{rows}] or [{rows}, K] int64 like the rows of hidden, got {shape(targets)}"
-        )
+    if targets.dim() != 1 or targets.dtype != torch.int64 or targets.shape[0] != rows:
+        raise ValueError(f"targets must be [{rows}] int64 like the rows of hidden, got {shape(targets)}")
     if not targets.numel():
         return
     if targets.is_cuda:

@@ -58,7 +58,7 @@ class _WideProduct(torch.autograd.Function):
         )
 
 
-class Head:
+class HeadProducts:
     """Logits of row chunks and the gradients of their products, for a weight [V, H].
 
     `low_rank` is LoRA's B [V, r] (its A is applied by the caller, to all rows at once).

@@ -1,4 +1,4 @@
-"""Log-probs of targets under a linear head, written plainly: the yardstick of every faster version."""
+"""Log-probs of targets under a linear head, written plainly: the baseline of every faster version."""
 
 from __future__ import annotations
 
@@ -42,15 +42,13 @@ def token_logps(
     support: Tensor | None = None,
     logit_map: LogitMap | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of targets ([T] or [T, K]) and entropies [T]. `support` is [T, V] bool."""
-    columns = targets if targets.dim() == 2 else targets[:, None]
+    """Log-probs of targets [T] and entropies [T]. `support` is [T, V] bool."""
     z = logits(hidden, weight, bias=bias, lora=lora, logit_map=logit_map)
     if support is not None:
-        kept = support.scatter(1, columns, True)
+        kept = support.scatter(1, targets[:, None], True)
         z = z.masked_fill(~kept, -torch.inf)
     all_logps = torch.log_softmax(z, dim=-1)
     p = all_logps.exp()
     # 0 * -inf is 0 here: an impossible token carries no surprise
     surprise = torch.where(p > 0, all_logps, 0.0)
-    logps = all_logps.gather(1, columns)
-    return logps if targets.dim() == 2 else logps[:, 0], -(p * surprise).sum(-1)
+    return all_logps.gather(1, targets[:, None])[:, 0], -(p * surprise).sum(-1)

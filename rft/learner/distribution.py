@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states
-from rft.kernels.divergence import full_kl
+from rft.kernels.divergence import head_divergence
 from rft.kernels.logprob import low_rank_factors
 from rft.kernels.logprob_common import LogitMap
 from rft.kernels.logprob_linear import wide_product
@@ -62,7 +62,7 @@ def full_divergence(
     policy's own distribution, detached, stands in its place."""
     known = algorithm.known_divergence
     if known is not None and reference is not None and ref_hidden is not None and _fuses(head, reference):
-        return full_kl(
+        return head_divergence(
             hidden,
             head.weight.to(hidden.dtype),
             ref_hidden,

@@ -14,7 +14,7 @@ from torch import Tensor
 from rft.algorithms.base import PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LearnerError, LogpGapError
-from rft.kernels import logprob_choice
+from rft.kernels.logprob_common import pop_messages
 from rft.learner import objective, state
 from rft.learner.critic import Critic
 from rft.learner.forward import PolicyModel
@@ -152,7 +152,7 @@ class Learner:
         """Lines for the user since the last call: which kernels this rank chose by measuring them, and steps
         without an update."""
         notes, self.notes = self.notes, []
-        return logprob_choice.take_lines() + notes
+        return pop_messages() + notes
 
     # -- one step ----------------------------------------------------------------------------------
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline_worlds import hand_batch, hand_policy, random_groups, random_tables
+from rft.algorithms.math.preference_losses import PAIR_LOSSES, Knobs, f_score
 from torch import Tensor
 from worlds import completion, fill, group, spread
 
 from rft.algorithms import ALGORITHMS, PolicyOutput
-from rft.algorithms.math.preference_losses import PAIR_LOSSES, Knobs, f_score
 from rft.algorithms.math.sequences import last_tokens, log1mexp, token_index, top_share
 from rft.batch import Batch
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import completion, group
-
 from rft.algorithms.math.advantages import at_last_token, discounted, explained_variance, gae, whiten
 from rft.algorithms.math.groups import (
     count_degenerate,
@@ -20,6 +18,8 @@ from rft.algorithms.math.groups import (
     rank_in_group,
 )
 from rft.algorithms.math.kl import full_kl, jensen_shannon, safe_exp, sampled_kl
+from worlds import completion, group
+
 from rft.algorithms.math.preferences import all_pairs, best_and_worst, win_probability, win_rate
 from rft.batch import Batch
 

@@ -1,4 +1,4 @@
-"""Full-vocabulary divergences, top-k log-probs and sampled supports against plain softmax."""
+"""Full-vocabulary divergences and sampled supports against plain softmax."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rft.algorithms.supervised.asft import ASFT
 from rft.algorithms.supervised.weak_to_strong import WeakToStrong
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_linear as linear
-from rft.kernels.divergence import full_kl
+from rft.kernels.divergence import head_divergence
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_chunked import unpack_support
-from rft.kernels.topk import sampled_support, topk_logps
+from rft.kernels.logprob_support import sampled_support
 from rft.learner.distribution import full_divergence, next_logps
 from rft.learner.model import Head
 from tests.kernels.rounding import tolerance
@@ -57,7 +57,7 @@ def test_agrees_with_the_reference(direction: Any, options: str, dtype: torch.dt
     found = []
     for backend in ("reference", "chunked"):
         x = heads(dtype, frozen)
-        out = full_kl(x[0], x[1], x[2], x[3], direction, beta=0.3, backend=backend, **extra)
+        out = head_divergence(x[0], x[1], x[2], x[3], direction, beta=0.3, backend=backend, **extra)
         (out * torch.linspace(-1, 2, 9)).sum().backward()
         found.append([out, *(p.grad for p in x if p.grad is not None)])
     slope = extra.get("logit_scale", 1.0) / extra.get("temperature", 1.0)
@@ -71,7 +71,7 @@ def test_agrees_with_the_reference(direction: Any, options: str, dtype: torch.dt
 def test_gradcheck(direction: Any, frozen: bool) -> None:
     h, w, rh, rw = heads(torch.float64, frozen)
     assert torch.autograd.gradcheck(
-        lambda *_: full_kl(h, w, rh, rw, direction, beta=0.2), [h] if frozen else [h, w]
+        lambda *_: head_divergence(h, w, rh, rw, direction, beta=0.2), [h] if frozen else [h, w]
     )
 
 
@@ -115,7 +115,7 @@ def test_by_hand() -> None:
         ("forward", kl(q, p)),
         ("js", 0.4 * kl(q, m) + 0.6 * kl(p, m)),
     ):
-        got = full_kl(zero, none, zero, none, direction, beta=0.4, **biases)  # type: ignore[arg-type]
+        got = head_divergence(zero, none, zero, none, direction, beta=0.4, **biases)  # type: ignore[arg-type]
         assert torch.allclose(got, wanted[None], atol=1e-6)
 
 
@@ -123,7 +123,7 @@ def test_by_hand() -> None:
 def test_same_heads_differ_by_nothing_and_impossible_tokens_count_nothing(direction: Any) -> None:
     h, w, _, _ = heads(torch.float32)
     bias = torch.zeros(29).index_fill(0, torch.tensor([3, 28]), -torch.inf)
-    out = full_kl(h, w, h.detach(), w.detach(), direction, bias=bias, ref_bias=bias)
+    out = head_divergence(h, w, h.detach(), w.detach(), direction, bias=bias, ref_bias=bias)
     assert out.abs().max() < 1e-6
     for grad in torch.autograd.grad(out.sum(), [h, w]):
         assert grad.abs().max() < 1e-5
@@ -132,32 +132,15 @@ def test_same_heads_differ_by_nothing_and_impossible_tokens_count_nothing(direct
 def test_bad_input_is_named() -> None:
     h, w, rh, rw = heads(torch.float32)
     with pytest.raises(ValueError, match=r"rows or vocabulary.*\[29, 6\].*\[28, 4\]"):
-        full_kl(h, w, rh, rw[:28])
+        head_divergence(h, w, rh, rw[:28])
     with pytest.raises(ValueError, match="direction must be one of reverse, forward, js"):
-        full_kl(h, w, rh, rw, "both")  # type: ignore[arg-type]
+        head_divergence(h, w, rh, rw, "both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ref_hidden and ref_weight differ in width"):
-        full_kl(h, w, rh, rw[:, :3])
+        head_divergence(h, w, rh, rw[:, :3])
     with pytest.raises(ValueError, match="beta"):
-        full_kl(h, w, rh, rw, "js", beta=1.0)
-    with pytest.raises(ValueError, match=r"k must lie in 1\.\.29"):
-        topk_logps(h, w, 30)
+        head_divergence(h, w, rh, rw, "js", beta=1.0)
     with pytest.raises(ValueError, match="top_p"):
         sampled_support(h, w, top_p=0.0)
-
-
-def test_topk_and_the_students_log_probs(dtype: torch.dtype) -> None:
-    h, w, _, _ = heads(dtype)
-    logps, ids, lse = topk_logps(h, w, 5, temperature=0.8, softcap=3.0)
-    z = 3 * torch.tanh((h.double() @ w.double().t()) / 3) / 0.8
-    wanted, wanted_ids = z.log_softmax(1).topk(5, dim=1)
-    exact, nats = z.log_softmax(1), tolerance(dtype, h, w, 1 / 0.8)  # a log-prob's error is its logits'
-    if dtype.itemsize > 2:
-        assert torch.equal(ids, wanted_ids)
-    assert (exact.gather(1, ids) - wanted).abs().max() < nats, "tokens of equal probability may change places"
-    assert torch.allclose(logps.double(), exact.gather(1, ids), rtol=0, atol=nats)
-    assert torch.allclose(lse.double(), z.logsumexp(1), rtol=0, atol=nats)
-    student = token_logps(h, w, ids, temperature=0.8, softcap=3.0)
-    assert torch.allclose(student, logps, rtol=0, atol=nats)
 
 
 @pytest.mark.parametrize(

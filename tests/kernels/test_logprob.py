@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rft.kernels import logprob_autograd as autograd
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_linear as linear
-from rft.kernels.logprob import Backend, linear_logp_loss, pack_support, token_logps
+from rft.kernels.logprob import Backend, token_logps
+from rft.kernels.logprob_support import pack_support
 from tests.kernels.rounding import tolerance
 
 pytestmark = pytest.mark.numerics
@@ -29,7 +29,6 @@ CASES: dict[str, dict[str, Any]] = {
     "mask": {"mask": True},
     "frozen": {"frozen": True},
     "frozen_softcap": {"frozen": True, "softcap": 2.0, "temperature": 1.5},
-    "several": {"several": True},
     "all": {"softcap": 2.0, "bias": True, "lora": True, "temperature": 1.3, "mask": True, "support": True},
 }
 
@@ -57,7 +56,7 @@ def inputs(case: dict[str, Any], t: int, h: int, v: int, dtype: torch.dtype) -> 
         options["support"] = pack_support(torch.rand(t, v) < 0.4)
     if options.pop("mask", False):
         options["mask"] = torch.rand(t) < 0.5
-    targets = torch.randint(v, (t, 3) if options.pop("several", False) else (t,))
+    targets = torch.randint(v, (t,))
     for name, x in leaf.items():
         x.requires_grad_(name == "hidden" or not frozen)
     return {"leaf": leaf, "options": options, "targets": targets}
@@ -129,7 +128,7 @@ def test_a_single_chunk_and_a_second_backward(case: str, wanted: tuple[int, ...]
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("case", ["plain", "softcap", "bias", "lora", "support", "frozen", "several"])
+@pytest.mark.parametrize("case", ["plain", "softcap", "bias", "lora", "support", "frozen"])
 def test_gradcheck(case: str) -> None:
     x = inputs(CASES[case], 7, 4, 11, torch.float64)
     leaves = [p for p in x["leaf"].values() if p.requires_grad]
@@ -140,35 +139,6 @@ def test_gradcheck(case: str) -> None:
         return token_logps(hidden, weight, x["targets"], entropy=entropy, **x["options"])
 
     assert torch.autograd.gradcheck(f, leaves)
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("case", ["plain", "softcap", "all"])
-def test_linear_loss_equals_the_weighted_sum(case: str, dtype: torch.dtype) -> None:
-    options = {k: v for k, v in CASES[case].items() if k != "mask"}
-    found = []
-    for known in (False, True):
-        x = inputs(options, 13, 8, 37, dtype)
-        leaf = x["leaf"]
-        torch.manual_seed(2)
-        c = torch.randn(13) * (torch.rand(13) < 0.7)
-        if known:
-            loss, logps = linear_logp_loss(leaf["hidden"], leaf["weight"], x["targets"], c, **x["options"])
-        else:
-            logps = token_logps(leaf["hidden"], leaf["weight"], x["targets"], mask=c != 0, **x["options"])
-            loss = (logps * c).sum()
-        (3 * loss).backward()
-        found.append([loss, logps, *(p.grad for p in leaf.values())])
-    for a, b in zip(*found, strict=True):
-        assert relative(a, b) < allowed(options, (13, 8, 37), dtype)
-
-
-def test_linear_loss_is_differentiated_once() -> None:
-    h, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    loss, _ = linear_logp_loss(h, w, torch.tensor([0, 1, 2]), torch.ones(3))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="taken already"):
-        loss.backward()
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -200,7 +170,7 @@ def test_huge_and_impossible_logits(backend: Any) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("case", ["plain", "softcap", "bias", "lora", "support", "several"])
+@pytest.mark.parametrize("case", ["plain", "softcap", "bias", "lora", "support"])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_rows_without_a_gradient_stay_out_of_the_backward(case: str, entropy: bool) -> None:
     """What they would add is 0 times infinity: had they reached the head, gradients would be nan. (Through
@@ -228,13 +198,13 @@ def test_rows_without_a_gradient_stay_out_of_the_backward(case: str, entropy: bo
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("case", [c for c in CASES if c != "several"])
+@pytest.mark.parametrize("case", CASES)
 def test_an_expected_gradient_spares_the_recomputation(
     case: str, entropy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Foretold up to a factor, the gradient is there already; foretold wrongly, it is right, only slower."""
-    recomputed, calls = autograd.recomputed, []
-    monkeypatch.setattr(autograd, "recomputed", lambda *args: (calls.append(1), recomputed(*args))[1])
+    """Predicted up to a factor, the gradient is there already; else it is right too, only slower."""
+    recomputed, calls = chunked.recomputed, []
+    monkeypatch.setattr(chunked, "recomputed", lambda *args: (calls.append(1), recomputed(*args))[1])
     torch.manual_seed(4)
     pull = torch.randn(13, dtype=torch.float64)
     pull[[2, 7, 8]] = 0.0

@@ -13,24 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from rft.config.learner import KernelsConfig
-from rft.kernels import logprob_choice, logprob_liger
+from rft.config.learner import LIGER_REMEDY, KernelsConfig
+from rft.contrib import liger as rft_liger
+from rft.contrib.liger import ROUNDS, Kernel, Kind, Logps, Task, choose, task_of
 from rft.kernels.logprob import token_logps
-from rft.kernels.logprob_choice import Kind, Logps, choose, take_lines
-from rft.kernels.logprob_common import LogitMap
+from rft.kernels.logprob_common import LogitMap, pop_messages
 from rft.learner.actor import LearnerActor
 from rft.utils.actors import tell_notes
 from tests.kernels.on_device import answer
 
 SCRIPT = """
 import json, sys, torch
-from rft.kernels import logprob, logprob_choice, logprob_liger
+from rft.contrib import liger
+from rft.kernels import logprob
 from rft.kernels.logprob import token_logps
-from rft.kernels.logprob_common import LogitMap
+from rft.kernels.logprob_common import LogitMap, pop_messages
 
 device, served = sys.argv[1], []
-whole = logprob_liger.token_logps
-logprob_liger.token_logps = lambda *args: served.append(1) or whole(*args)
+whole = liger.token_logps
+liger.token_logps = lambda *args: served.append(1) or whole(*args)
 found = {}
 
 def inputs(t, h, v, dtype, name):
@@ -51,7 +52,7 @@ CASES = {
 }
 for dtype in (torch.float32, torch.bfloat16):
     for t, h, v in ((9, 24, 150), (1, 16, 5), (8, 16, 32)):
-        logprob_liger.CHUNK_BYTES = 4 * v * 4  # several chunks of rows
+        liger.CHUNK_BYTES = 4 * v * 4  # several chunks of rows
         for name, options in CASES.items():
             answers = []
             for backend in ("reference", "liger"):
@@ -93,18 +94,20 @@ for x in (x, x.clone().requires_grad_()):
         served.clear()
         logps, _ = logprob._on_gpu(x, w, y, None, f, False, "auto")
         assert torch.allclose(logps, right, atol=1e-4 if device == "cpu" else 2e-2)
-        lines += logprob_choice.take_lines()
-    kind = logprob_choice.Kind.of("frozen" if x.requires_grad else "scoring", x, w, None, f)
-    assert len(served) == (logprob_choice._chosen[kind] == "liger")
-    assert len(lines) == len(logprob_choice._chosen)
-logprob_liger.installed = lambda: False
-logprob_choice._chosen.clear()
+        lines += pop_messages()
+    kind = liger.Kind.of("frozen" if x.requires_grad else "scoring", x, w, None, f)
+    assert len(served) == (liger._chosen[kind] == "liger")
+    assert len(lines) == len(liger._chosen)
+logprob._liger_installed = lambda: False
+liger._chosen.clear()
 served.clear()
 logprob._on_gpu(x, w, y, None, f, False, "auto")
-assert not served and not logprob_choice._chosen
+assert not served and not liger._chosen
 print(json.dumps([found, lines]))
 """
-needs_liger = pytest.mark.skipif(not logprob_liger.installed(), reason="liger-kernel is not installed")
+needs_liger = pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed"
+)
 
 
 def check(device: str, **env: str) -> None:
@@ -139,10 +142,10 @@ KIND = Kind("scoring", 8, 8, 16, torch.float32, HIDDEN.device, False, LogitMap()
 
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(logprob_choice, "_chosen", {})
-    take_lines()
+    monkeypatch.setattr(rft_liger, "_chosen", {})
+    pop_messages()
     yield
-    take_lines()
+    pop_messages()
 
 
 class Run:
@@ -165,21 +168,21 @@ def failing(hidden: Tensor) -> Tensor:
 @pytest.mark.parametrize("path", ["scoring", "frozen"])
 @pytest.mark.parametrize(("triton", "liger", "chosen"), [(0.02, 0.0, "liger"), (0.0, 0.02, "triton")])
 def test_the_faster_one_is_taken_told_and_remembered(
-    triton: float, liger: float, chosen: str, path: logprob_liger.Path, caplog: pytest.LogCaptureFixture
+    triton: float, liger: float, chosen: str, path: Task, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs: dict[logprob_choice.Kernel, Run] = {"triton": Run(triton), "liger": Run(liger)}
-    kind = replace(KIND, path=path)
+    runs: dict[Kernel, Run] = {"triton": Run(triton), "liger": Run(liger)}
+    kind = replace(KIND, task=path)
     with caplog.at_level(logging.INFO, logger="rft"):
         assert choose(kind, HIDDEN, runs) == chosen
     measured = [run.calls for run in runs.values()]
-    assert measured == [logprob_choice.ROUNDS + 1] * 2
-    (line,) = take_lines()
+    assert measured == [ROUNDS + 1] * 2
+    (line,) = pop_messages()
     assert "up to 8 rows, H=8, V=16, float32" in line and "measured Triton" in line
     assert caplog.messages == [line]
     assert choose(kind, HIDDEN, {"triton": failing, "liger": failing}) == chosen
-    assert take_lines() == []
+    assert pop_messages() == []
     choose(replace(kind, rows=16), HIDDEN, runs)
-    assert len(take_lines()) == 1
+    assert len(pop_messages()) == 1
 
 
 @pytest.mark.parametrize(
@@ -194,8 +197,8 @@ def test_the_faster_one_is_taken_told_and_remembered(
 def test_a_kernel_that_fails_or_differs_is_left_out_and_that_is_told(
     liger: Logps, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert choose(replace(KIND, path="frozen"), HIDDEN, {"triton": Run(0.01), "liger": liger}) == "triton"
-    (line,) = take_lines()
+    assert choose(replace(KIND, task="frozen"), HIDDEN, {"triton": Run(0.01), "liger": liger}) == "triton"
+    (line,) = pop_messages()
     assert line.endswith(f": Triton; {words}")
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
 
@@ -219,7 +222,7 @@ async def test_a_choice_in_the_learners_process_is_told_by_the_run() -> None:
 def test_tritons_own_failure_is_not_hidden() -> None:
     with pytest.raises(TypeError, match="unexpected argument"):
         choose(KIND, HIDDEN, {"triton": failing, "liger": Run()})
-    assert take_lines() == []
+    assert pop_messages() == []
 
 
 def test_infinite_and_undefined_log_probs_of_both_do_not_differ() -> None:
@@ -233,7 +236,7 @@ def test_infinite_and_undefined_log_probs_of_both_do_not_differ() -> None:
 
 def test_the_paths_it_serves() -> None:
     h, w, b = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4)
-    path: Callable[..., str | None] = logprob_liger.path_of
+    path: Callable[..., str | None] = task_of
     assert path(h, w, b, False) == "scoring"
     assert path(h, w, b, True) is None and path(h[:0], w, b, False) is None
     h.requires_grad_()
@@ -255,7 +258,7 @@ def test_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> N
     forced = KernelsConfig(logprob="liger")
     assert forced.misfits("cuda") == [
         "learner.kernels.logprob: liger needs liger-kernel, which is not installed: "
-        f"{logprob_liger.REMEDY}, or write auto or triton"
+        f"{LIGER_REMEDY}, or write auto or triton"
     ]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="backend liger needs CUDA tensors, hidden is on cpu"):

@@ -78,5 +78,5 @@ def test_triton_is_refused_where_it_cannot_serve(monkeypatch: pytest.MonkeyPatch
     h, w, y = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="needs CUDA tensors, hidden is on cpu"):
         token_logps(h, w, y, backend="triton")
-    with pytest.raises(ValueError, match="neither lora, support, float64"):
-        token_logps(h, w, y[:, None], backend="triton")
+    with pytest.raises(ValueError, match="neither lora, support nor float64"):
+        token_logps(h.double(), w.double(), y, backend="triton")
