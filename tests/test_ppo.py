@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from rft.algorithms.math.advantages import gae
 
 from rft.algorithms import ALGORITHMS
+from rft.algorithms.math.policy_gradient import gae
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.load import load_config
 from rft.learner.learner import Learner

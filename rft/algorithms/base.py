@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from rft.algorithms.math.kl import full_kl
+from rft.algorithms.math.policy_gradient import full_kl
 from rft.batch import Batch, Group
 
 Normalization = Literal["token", "sequence", "constant"]

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline_worlds import hand_batch, hand_policy, random_groups, random_tables
-from rft.algorithms.math.preference_losses import PAIR_LOSSES, Knobs, f_score
 from torch import Tensor
 from worlds import completion, fill, group, spread
 
 from rft.algorithms import ALGORITHMS, PolicyOutput
-from rft.algorithms.math.sequences import last_tokens, log1mexp, token_index, top_share
+from rft.algorithms.math.preferences import PAIR_LOSSES, LossParams, f_score, log1mexp
+from rft.algorithms.math.sequences import last_tokens, token_index, top_share
 from rft.batch import Batch
 
 PAIRWISE = [name for name, cls in ALGORITHMS.items() if not cls.online and cls.unit == "pair"]
@@ -66,7 +66,7 @@ def test_extreme_log_probs_give_finite_losses_and_gradients(name: str, scale: fl
 def test_pair_losses_never_overflow(chosen: float, rejected: float, name: str, divergence: Any) -> None:
     raw = torch.tensor([chosen, rejected], dtype=torch.float32, requires_grad=True)
     scores = f_score(raw, divergence, 0.5)
-    loss = PAIR_LOSSES[name](scores[:1], scores[1:], Knobs(0.1, 0.1))
+    loss = PAIR_LOSSES[name](scores[:1], scores[1:], LossParams(0.1, 0.1))
     loss.sum().backward()
     assert loss.isfinite().all() and raw.grad is not None and raw.grad.isfinite().all()
 

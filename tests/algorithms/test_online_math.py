@@ -8,19 +8,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rft.algorithms.math.advantages import at_last_token, discounted, explained_variance, gae, whiten
-from rft.algorithms.math.groups import (
-    count_degenerate,
-    degenerate,
-    group_mean,
-    group_std,
-    leave_one_out,
-    rank_in_group,
-)
-from rft.algorithms.math.kl import full_kl, jensen_shannon, safe_exp, sampled_kl
 from worlds import completion, group
 
+from rft.algorithms.math.policy_gradient import (
+    count_degenerate,
+    degenerate,
+    discounted,
+    explained_variance,
+    full_kl,
+    gae,
+    group_mean,
+    group_std,
+    jensen_shannon,
+    leave_one_out,
+    rank_in_group,
+    safe_exp,
+    sampled_kl,
+    whiten,
+)
 from rft.algorithms.math.preferences import all_pairs, best_and_worst, win_probability, win_rate
+from rft.algorithms.math.sequences import at_last_token
 from rft.batch import Batch
 
 GROUPED = st.lists(

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from rft.algorithms.math.ratios import proximal_logps
 from worlds import completion, group
 
 from rft.algorithms.base import PolicyOutput
+from rft.algorithms.math.policy_gradient import proximal_logps
 from rft.algorithms.policy_gradient.grpo import GRPO
 from rft.batch import Batch
 

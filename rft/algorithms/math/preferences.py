@@ -1,17 +1,24 @@
-"""Preferences within groups, from scalar rewards or a pairwise judge."""
+"""The math of preferences: pairs within groups, scores of two responses, and the losses that compare them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rft.algorithms.math.groups import rank_in_group
+from rft.algorithms.math.policy_gradient import MAX_LOG_RATIO, rank_in_group, safe_exp
+from rft.algorithms.math.sequences import token_index
 from rft.batch import Batch
 
 Preference = Literal["bradley_terry", "compare"]
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+
+# -- preferences within groups, from rewards or a pairwise judge ---------------------------------------
 
 
 def win_probability(reward: Tensor, other: Tensor, preference: Preference) -> Tensor:
@@ -56,12 +63,153 @@ def sequence_log_ratio(logps: Tensor, other: Tensor, batch: Batch) -> Tensor:
     return batch.sum_by_sequence(logps - other)
 
 
-def dpo(margin: Tensor, beta: float, loss_type: Literal["sigmoid", "ipo"]) -> Tensor:
-    """The DPO loss [P] of margins [P] (log-ratio of the preferred minus that of the other).
+def paired_sums(
+    x: Tensor, batch: Batch, first: Tensor, second: Tensor, tail: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """([P], [P]): sums of x [T] over the sequences `first` [P] and `second` [P] of pairs; tokens past the
+    length of the pair's shorter sequence are multiplied by `tail`."""
+    if tail == 1.0:
+        total = batch.sum_by_sequence(x)
+        return total[first], total[second]
+    shorter = torch.minimum(batch.lengths[first], batch.lengths[second])
+    index = token_index(batch)
 
-    sigmoid: -log sigmoid(beta * margin) (Rafailov et al. 2023, eq. 7). ipo: (margin - 1/(2 beta))^2
-    (Azar et al. 2023, eq. 17).
+    def total_of(role: Tensor) -> Tensor:  # a sequence in the middle of a ranking has another length in each
+        common = torch.zeros_like(batch.lengths).index_put((role,), shorter)
+        weight = torch.where(index < batch.to_tokens(common), 1.0, tail)
+        return batch.sum_by_sequence(x * weight)[role]
+
+    return total_of(first), total_of(second)
+
+
+def of_same_rank(values: Tensor, like: Tensor) -> Tensor:
+    """[P]: `values` [P] in the order of `like` [P]: the smallest where that is smallest, and so on."""
+    order = torch.argsort(like, stable=True)
+    return torch.empty_like(values).scatter(0, order, values.sort().values)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, without loss of digits near 0 or far from it (Maechler 2012)."""
+    near = x > -0.6931471805599453  # -log 2
+    safe_near = torch.where(near, x, -1.0)  # each branch sees only what it is good for: no nan in gradients
+    safe_far = torch.where(near, -1.0, x)
+    return torch.where(near, (-torch.expm1(safe_near)).log(), torch.log1p(-safe_far.exp()))
+
+
+# -- losses --------------------------------------------------------------------------------------------
+#
+# `chosen` and `rejected` are [P]: beta-free implicit rewards, log of policy over reference (or whatever takes
+# its place: a length-normalised one, another f-divergence's). All return [P].
+
+
+@dataclass(frozen=True)
+class LossParams:
+    """Parameters of the losses: `beta`, the share of flipped labels, the temperature of DiscoPOP."""
+
+    beta: float
+    smoothing: float = 0.0
+    tau: float = 0.05
+
+
+PairLoss = Callable[[Tensor, Tensor, LossParams], Tensor]
+
+
+def sigmoid(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """-log sigmoid(beta * margin) (Rafailov et al. 2023, eq. 7); with smoothing, conservative DPO
+    (Mitchell 2023, eq. 3)."""
+    x = p.beta * (chosen - rejected)
+    return -(1 - p.smoothing) * F.logsigmoid(x) - p.smoothing * F.logsigmoid(-x)
+
+
+def hinge(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """max(0, 1 - beta * margin) (SLiC, Zhao et al. 2023; RSO, Liu et al. 2023)."""
+    return (1 - p.beta * (chosen - rejected)).relu()
+
+
+def ipo(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """(margin - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17)."""
+    return (chosen - rejected - 1 / (2 * p.beta)).square()
+
+
+def robust(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """Unbiased under flipped labels (Chowdhury et al. 2024):
+    ((1 - e) * loss - e * flipped loss) / (1 - 2 e)."""
+    x, e = p.beta * (chosen - rejected), p.smoothing
+    return (e * F.logsigmoid(-x) - (1 - e) * F.logsigmoid(x)) / (1 - 2 * e)
+
+
+def exo(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """KL(p || q) of p = (sigmoid(x), sigmoid(-x)) and q = (1 - e, e) (Ji et al. 2024, eq. 16)."""
+    x = p.beta * (chosen - rejected)
+    return torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-p.smoothing)) + torch.sigmoid(-x) * (
+        F.logsigmoid(-x) - math.log(p.smoothing)
+    )
+
+
+def nca(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """Noise-contrastive alignment for pairs (Chen et al. 2024): absolute likelihoods too, so that
+    the chosen response does not sink with the rejected one."""
+    c, r = p.beta * chosen, p.beta * rejected
+    return -F.logsigmoid(c) - 0.5 * F.logsigmoid(-c) - 0.5 * F.logsigmoid(-r)
+
+
+def bco(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """Binary classifier: chosen against rejected, each on its own (Jung et al. 2024, with shift 0)."""
+    return -F.logsigmoid(p.beta * chosen) - F.logsigmoid(-p.beta * rejected)
+
+
+def sppo_hard(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """Squared distance to +-1 / (2 beta) (Wu et al. 2024, eq. 4.7 with P(win) 1 and 0)."""
+    return (chosen - 0.5 / p.beta).square() + (rejected + 0.5 / p.beta).square()
+
+
+def apo_zero(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """Chosen up, rejected down (D'Oosterlinck et al. 2024, eq. 7): for data better than the model."""
+    return torch.sigmoid(-p.beta * chosen) + torch.sigmoid(p.beta * rejected)
+
+
+def apo_down(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """Both down, rejected further (eq. 8): for data worse than the model."""
+    return torch.sigmoid(p.beta * chosen) + torch.sigmoid(-p.beta * (chosen - rejected))
+
+
+def discopop(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
+    """Logistic and exponential loss, blended by the margin itself (Lu et al. 2024, eq. 5).
+
+    Not monotone: with tau 0.05 its slope at a margin of 0 is +0.8, so that a policy that starts at the
+    reference is drawn to slightly negative margins, unless tau / beta is small against a step.
     """
-    if loss_type == "sigmoid":
-        return -F.logsigmoid(beta * margin)
-    return (margin - 1 / (2 * beta)).square()
+    x = p.beta * (chosen - rejected)
+    blend = torch.sigmoid(x / p.tau)
+    return -F.logsigmoid(x) * (1 - blend) + safe_exp(-x) * blend
+
+
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "ipo": ipo,
+    "robust": robust,
+    "exo": exo,
+    "nca": nca,
+    "bco": bco,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+}
+
+# Losses of the margin alone; the others need the two scores to be log-ratios.
+OF_MARGIN = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo", "discopop", "aot"})
+
+
+def f_score(log_ratio: Tensor, divergence: Divergence, alpha: float) -> Tensor:
+    """The implicit reward f'(t), t = exp(log_ratio), of DPO under another divergence (Wang et al. 2023,
+    "Beyond reverse KL", table 1), up to a constant that cancels in a margin."""
+    if divergence == "reverse_kl" or (divergence == "alpha" and abs(alpha - 1) < 1e-6):
+        return log_ratio
+    if divergence == "forward_kl":
+        return 1 - safe_exp(-log_ratio)
+    if divergence == "js":
+        return math.log(2) + F.logsigmoid(log_ratio)
+    exponent = ((alpha - 1) * log_ratio).clamp(max=2 * MAX_LOG_RATIO)  # its square still fits float32
+    return (exponent.exp() - 1) / (alpha - 1)

@@ -1,4 +1,4 @@
-"""Where tokens stand within their sequences, and log-probs of whole sequences."""
+"""Where tokens stand within their sequences."""
 
 from __future__ import annotations
 
@@ -25,14 +25,6 @@ def last_tokens(batch: Batch) -> Tensor:
     return last.scatter_reduce(0, batch.sequence[where], where, "amax")
 
 
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, without loss of digits near 0 or far from it (Maechler 2012)."""
-    near = x > -0.6931471805599453  # -log 2
-    safe_near = torch.where(near, x, -1.0)  # each branch sees only what it is good for: no nan in gradients
-    safe_far = torch.where(near, -1.0, x)
-    return torch.where(near, (-torch.expm1(safe_near)).log(), torch.log1p(-safe_far.exp()))
-
-
 def top_share(score: Tensor, mask: Tensor, share: float) -> Tensor:
     """[T] bool: the share of masked-in tokens with the highest scores (at least one; ties by order)."""
     where = mask.nonzero()[:, 0]
@@ -41,26 +33,27 @@ def top_share(score: Tensor, mask: Tensor, share: float) -> Tensor:
     return torch.zeros_like(mask).index_fill(0, where[best], True)
 
 
-def paired_sums(
-    x: Tensor, batch: Batch, first: Tensor, second: Tensor, tail: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """([P], [P]): sums of x [T] over the sequences `first` [P] and `second` [P] of pairs; tokens past the
-    length of the pair's shorter sequence are multiplied by `tail`."""
-    if tail == 1.0:
-        total = batch.sum_by_sequence(x)
-        return total[first], total[second]
-    shorter = torch.minimum(batch.lengths[first], batch.lengths[second])
-    index = token_index(batch)
+def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
+    """([N, L] int64, [N, L] bool): each sequence's masked-in token indices in order, and which cells
+    are real. L is the largest number of masked-in tokens, and at least 1. Turns in which the policy did
+    not speak vanish: the token after them follows the one before."""
+    index = batch.mask.nonzero().squeeze(1)
+    row = batch.sequence[index]
+    order = torch.argsort(row, stable=True)
+    index, row = index[order], row[order]
+    lengths = torch.bincount(row, minlength=batch.num_sequences)
+    column = torch.arange(index.numel(), device=index.device) - (lengths.cumsum(0) - lengths)[row]
+    width = max(int(lengths.max()), 1) if lengths.numel() else 1
+    grid = index.new_zeros(batch.num_sequences, width)
+    real = torch.zeros(batch.num_sequences, width, dtype=torch.bool, device=index.device)
+    grid[row, column] = index
+    real[row, column] = True
+    return grid, real
 
-    def total_of(role: Tensor) -> Tensor:  # a sequence in the middle of a ranking has another length in each
-        common = torch.zeros_like(batch.lengths).index_put((role,), shorter)
-        weight = torch.where(index < batch.to_tokens(common), 1.0, tail)
-        return batch.sum_by_sequence(x * weight)[role]
 
-    return total_of(first), total_of(second)
-
-
-def of_same_rank(values: Tensor, like: Tensor) -> Tensor:
-    """[P]: `values` [P] in the order of `like` [P]: the smallest where that is smallest, and so on."""
-    order = torch.argsort(like, stable=True)
-    return torch.empty_like(values).scatter(0, order, values.sort().values)
+def at_last_token(x: Tensor, batch: Batch) -> Tensor:
+    """[N] -> [T]: each sequence's value at its last masked-in token, 0 elsewhere."""
+    grid, real = to_grid(batch)
+    has = real.any(1)
+    last = grid.gather(1, (real.sum(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)[has]
+    return x.new_zeros(batch.num_tokens).index_put((last,), x[has])

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import Algorithm, Normalization, PolicyOutput, setting
-from rft.algorithms.math.groups import count_degenerate
-from rft.algorithms.math.kl import KLEstimator, full_kl, safe_exp, sampled_kl
-from rft.algorithms.math.ratios import (
+from rft.algorithms.math.policy_gradient import (
     Correction,
+    KLEstimator,
     Proximal,
     clipped,
     clipped_surrogate,
     correction_weights,
+    count_degenerate,
+    full_kl,
     proximal_logps,
+    safe_exp,
+    sampled_kl,
 )
 from rft.batch import Batch
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rft.algorithms.base import Rollout, setting
-from rft.algorithms.math.groups import group_sum
+from rft.algorithms.math.policy_gradient import group_sum
 from rft.algorithms.policy_gradient.base import column
 from rft.algorithms.policy_gradient.grpo import GRPO
 from rft.batch import Batch

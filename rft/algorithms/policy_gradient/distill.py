@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from rft.algorithms.base import Algorithm, PolicyOutput, Rollout, setting
-from rft.algorithms.math.kl import jensen_shannon, safe_exp, sampled_kl
+from rft.algorithms.math.policy_gradient import jensen_shannon, safe_exp, sampled_kl
 from rft.algorithms.policy_gradient.base import log_ratio, required
 from rft.batch import Batch
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rft.algorithms.base import setting
-from rft.algorithms.math.groups import count_degenerate, degenerate, group_mean, group_std
+from rft.algorithms.math.policy_gradient import count_degenerate, degenerate, group_mean, group_std
 from rft.algorithms.policy_gradient.base import Reinforce
 from rft.batch import Batch
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rft.algorithms.base import setting
-from rft.algorithms.math.groups import degenerate, group_mean, group_std
+from rft.algorithms.math.policy_gradient import degenerate, group_mean, group_std
 from rft.algorithms.policy_gradient.base import ClippedPolicyGradient
 from rft.batch import Batch
 

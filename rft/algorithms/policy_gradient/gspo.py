@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rft.algorithms.base import Normalization, PolicyOutput, setting
-from rft.algorithms.math.ratios import sequence_ratio
+from rft.algorithms.math.policy_gradient import sequence_ratio
 from rft.algorithms.policy_gradient.base import log_ratio
 from rft.algorithms.policy_gradient.grpo import GRPO
 from rft.batch import Batch

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rft.algorithms.math.groups import degenerate, group_mean
+from rft.algorithms.math.policy_gradient import degenerate, group_mean
 from rft.algorithms.policy_gradient.base import ClippedPolicyGradient
 from rft.batch import Batch
 

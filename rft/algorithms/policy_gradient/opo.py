@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rft.algorithms.math.groups import degenerate, group_sum
+from rft.algorithms.math.policy_gradient import degenerate, group_sum
 from rft.algorithms.policy_gradient.base import Reinforce
 from rft.batch import Batch
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import Steps, setting
-from rft.algorithms.math.advantages import to_grid
-from rft.algorithms.math.groups import group_mean
+from rft.algorithms.math.policy_gradient import group_mean
+from rft.algorithms.math.sequences import to_grid
 from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, column
 from rft.batch import Batch
 

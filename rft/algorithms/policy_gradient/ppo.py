@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.math.advantages import at_last_token, explained_variance, gae, whiten
+from rft.algorithms.math.policy_gradient import explained_variance, gae, whiten
+from rft.algorithms.math.sequences import at_last_token
 from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, required
 from rft.batch import Batch
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Rollout, setting
-from rft.algorithms.math.ratios import clipped, clipped_surrogate
+from rft.algorithms.math.policy_gradient import clipped, clipped_surrogate
 from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.policy_gradient.dr_grpo import DrGRPO
 from rft.batch import Batch

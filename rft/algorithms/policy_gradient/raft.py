@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import setting
-from rft.algorithms.math.groups import degenerate, group_size, rank_in_group
-from rft.algorithms.math.ratios import Correction
+from rft.algorithms.math.policy_gradient import Correction, degenerate, group_size, rank_in_group
 from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, PolicyGradient, Reinforce, required
 from rft.batch import Batch
 

@@ -8,8 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from rft.algorithms.base import setting
-from rft.algorithms.math.advantages import at_last_token, discounted, whiten
-from rft.algorithms.math.groups import group_mean
+from rft.algorithms.math.policy_gradient import discounted, group_mean, whiten
+from rft.algorithms.math.sequences import at_last_token
 from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, required
 from rft.batch import Batch
 

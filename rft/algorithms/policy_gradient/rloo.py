@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rft.algorithms.base import Normalization, PolicyOutput, setting
-from rft.algorithms.math.groups import degenerate, leave_one_out
-from rft.algorithms.math.ratios import sequence_ratio
+from rft.algorithms.math.policy_gradient import degenerate, leave_one_out, sequence_ratio
 from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, log_ratio
 from rft.batch import Batch
 

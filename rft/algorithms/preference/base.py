@@ -8,8 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rft.algorithms.base import Algorithm, PolicyOutput
-from rft.algorithms.math.groups import count_degenerate
-from rft.algorithms.math.kl import sampled_kl
+from rft.algorithms.math.policy_gradient import count_degenerate, sampled_kl
 from rft.algorithms.math.preferences import sequence_log_ratio
 from rft.algorithms.policy_gradient.base import required
 from rft.batch import Batch

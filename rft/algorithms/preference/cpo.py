@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.math.preference_losses import PAIR_LOSSES, Knobs
+from rft.algorithms.math.preferences import PAIR_LOSSES, LossParams
 from rft.algorithms.preference.offline_preference import OfflinePreference
 from rft.batch import Batch
 
@@ -39,6 +39,6 @@ class CPO(OfflinePreference):
         first, second = self.pairs(batch)
         mean = batch.mean_by_sequence(policy.logps)
         logp = mean if self.loss_type == "ipo" else batch.sum_by_sequence(policy.logps)
-        knobs = Knobs(self.beta, self.label_smoothing)
-        loss = PAIR_LOSSES[self.loss_type](logp[first], logp[second], knobs)
+        params = LossParams(self.beta, self.label_smoothing)
+        loss = PAIR_LOSSES[self.loss_type](logp[first], logp[second], params)
         return loss - self.nll * mean[first]

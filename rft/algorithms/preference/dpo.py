@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.math.preference_losses import OF_MARGIN, PAIR_LOSSES, Divergence, Knobs, f_score, sigmoid
-from rft.algorithms.math.sequences import of_same_rank, paired_sums
+from rft.algorithms.math.preferences import (
+    OF_MARGIN,
+    PAIR_LOSSES,
+    Divergence,
+    LossParams,
+    f_score,
+    of_same_rank,
+    paired_sums,
+    sigmoid,
+)
 from rft.algorithms.policy_gradient.base import column, required
 from rft.algorithms.preference.offline_preference import OfflinePreference
 from rft.batch import Batch
@@ -36,7 +44,7 @@ class DPO(OfflinePreference):
     """loss = -log sigmoid(beta * (s(chosen) - s(rejected))), s = log policy - log reference of a response;
     Rafailov et al., "Direct preference optimization" (2023), eq. 7.
 
-    `loss_type` names what replaces -log sigmoid; each is described in `math/preference_losses.py`. `ipo`
+    `loss_type` names what replaces -log sigmoid; each is described in `math/preferences.py`. `ipo`
     takes s per token, as its authors do. `aot` (Melnyk et al. 2024) compares not pair by pair but
     distribution by distribution: the batch's sorted margins against the reference's sorted ones.
     `label_smoothing` is the share of flipped labels (cDPO; robust; exo's epsilon; aot).
@@ -131,13 +139,13 @@ class DPO(OfflinePreference):
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         first, _ = self.pairs(batch)
-        knobs = Knobs(self.beta, self.label_smoothing, self.tau)
+        params = LossParams(self.beta, self.label_smoothing, self.tau)
         if self.loss_type == "aot":
             chosen, rejected = paired_sums(policy.logps, batch, *self.pairs(batch), self.tail)
             target = column(batch, "aot_target")[first].to(chosen.dtype)
-            loss = sigmoid(chosen - rejected, target, knobs)
+            loss = sigmoid(chosen - rejected, target, params)
         else:
-            loss = PAIR_LOSSES[self.loss_type](*self.scores(policy, batch), knobs)
+            loss = PAIR_LOSSES[self.loss_type](*self.scores(policy, batch), params)
         if self.weighting != "none":
             loss = loss * self._weights(policy, batch)
         if self.nll:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rft.algorithms.base import Rollout, setting
-from rft.algorithms.math.kl import KLEstimator
+from rft.algorithms.math.policy_gradient import KLEstimator
 from rft.algorithms.math.preferences import Preference, win_probability
 from rft.algorithms.policy_gradient.base import Reinforce, column, required, without_unknown
 from rft.batch import Batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Unit, setting
-from rft.algorithms.math.preferences import best_and_worst, dpo
+from rft.algorithms.math.preferences import PAIR_LOSSES, LossParams, best_and_worst
 from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.preference.base import OnlinePreference
 from rft.batch import Batch
@@ -41,4 +41,4 @@ class OnlineDPO(OnlinePreference):
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         best, worst = self.pairs(batch)
         log_ratio = self.log_ratio(policy, batch)
-        return dpo(log_ratio[best] - log_ratio[worst], self.beta, self.loss_type)
+        return PAIR_LOSSES[self.loss_type](log_ratio[best], log_ratio[worst], LossParams(self.beta))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.math.sequences import log1mexp
+from rft.algorithms.math.preferences import log1mexp
 from rft.algorithms.preference.offline_preference import OfflinePreference
 from rft.batch import Batch
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.math.preference_losses import Knobs, sigmoid
+from rft.algorithms.math.preferences import LossParams, sigmoid
 from rft.algorithms.preference.offline_preference import OfflinePreference
 from rft.batch import Batch
 
@@ -37,4 +37,4 @@ class SimPO(OfflinePreference):
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         first, second = self.pairs(batch)
         reward = self.implicit_rewards(policy, batch)
-        return sigmoid(reward[first] - self.gamma, reward[second], Knobs(1.0, self.label_smoothing))
+        return sigmoid(reward[first] - self.gamma, reward[second], LossParams(1.0, self.label_smoothing))

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.math.kl import full_kl
+from rft.algorithms.math.policy_gradient import full_kl
 from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.supervised.dft import DFT
 from rft.batch import Batch
