@@ -69,11 +69,11 @@ FAST = (
     "algorithm={name: ppo, critic_rate: 10, critic_warmup: 5}",
     "learner.learning_rate=3.0e-4",
 )
+STYLE = "benchmarks/learning_style.py:written_in"
 STYLES = (
     "rewards=[{function: math}, "
     + ", ".join(
-        f'{{function: "rft.tasks.styles:written_in", name: {s}, weight: 0, options: {{style: {s}}}}}'
-        for s in ("lines", "chain")
+        f'{{function: "{STYLE}", name: {s}, weight: 0, options: {{style: {s}}}}}' for s in ("lines", "chain")
     )
     + "]"
 )

@@ -18,7 +18,7 @@ import torch
 from rft.config.schema import Config, algorithm_name
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
 from rft.data.chat import Renderer
-from rft.data.demonstrations import any_demonstration
+from rft.data.prompts import any_demonstration
 from rft.errors import ConfigError
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype
 from rft.learner.stops import stop_ids, unstopped_turns

@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rft.algorithms.base import DataKind
 from rft.batch import Group
 from rft.config.data import DataConfig
 from rft.data.errors import DataError
-from rft.data.examples import GroupKind
 from rft.data.files import TableRows, decode, parse_line, read_lines, unreadable
 from rft.data.groups import GroupMaker
 from rft.data.rows import Row, Split, data_source, find_files, load_hub, load_rows, map_columns
@@ -163,7 +163,7 @@ class GroupStream:
         self,
         config: DataConfig,
         tokenizer: Any,
-        kind: GroupKind = "sft",
+        kind: DataKind = "sft",
         split: Split = "train",
         max_length: int | None = None,
     ) -> None:

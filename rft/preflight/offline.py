@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rft.algorithms import Algorithm, PolicyOutput
+from rft.algorithms.base import DataKind
 from rft.batch import Batch, Group
 from rft.config.schema import Config, algorithm_name
 from rft.data import (
@@ -21,7 +22,6 @@ from rft.data import (
     has_held_out,
     load_groups,
 )
-from rft.data.examples import GroupKind
 
 TRIED = 8  # groups of the dry run
 
@@ -72,7 +72,7 @@ def load_offline(config: Config, tokenizer: Any) -> OfflineData:
     return OfflineData(GroupStream(data, tokenizer, kind), first, held_out)
 
 
-def _group_kind(config: Config) -> GroupKind:
+def _group_kind(config: Config) -> DataKind:
     """The kind of groups that the algorithm trains on; preferences may come as ranked lists, too."""
     kind = config.algorithm.data
     if kind == "preference":

@@ -17,7 +17,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rft.data.examples import PAIR_TEMPLATE
+from rft.data.groups import PAIR_TEMPLATE
 from rft.rewards.steps import Aggregate, judged_steps, split_steps
 from rft.rewards.trained import TrainedTexts, Unreadable
 from rft.rewards.types import Score, Text, abstain, graded, text_of

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rft.algorithms.base import DataKind
 from rft.batch import Group
 from rft.config.data import DataConfig
 from rft.data import GroupMaker
 from rft.data.errors import BadRows
-from rft.data.examples import GroupKind
 from rft.learner.scoring import TEXTS
 from rft.rewards.types import Text
 
@@ -31,7 +31,7 @@ class TrainedTexts:
     def __init__(self, texts: Mapping[str, Any], tokenizer: Any) -> None:
         config = DataConfig(kind="file", path=SOURCE, **texts["data"])
         # a response alone is rendered alike, whether it came with a label, a score or a second one
-        kind: GroupKind = texts["kind"] if texts["kind"] in ("pairwise", "steps") else "unpaired"
+        kind: DataKind = texts["kind"] if texts["kind"] in ("pairwise", "steps") else "unpaired"
         self.maker = GroupMaker(config, tokenizer, kind, SOURCE)
 
     @classmethod

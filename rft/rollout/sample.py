@@ -18,8 +18,8 @@ from typing import Any
 from rft.algorithms.base import Algorithm, Rollout
 from rft.batch import Completion, Group, Prompt
 from rft.data.chat import Renderer
-from rft.data.demonstrations import demonstrations_of
 from rft.data.messages import read_tools
+from rft.data.prompts import demonstrations_of
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import SampleReward
 from rft.rollout.engine import Generate, Generated, Request, Sampling

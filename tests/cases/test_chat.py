@@ -10,7 +10,7 @@ import pytest
 
 from rft.config.data import DataConfig
 from rft.data import DataError, load_groups, load_prompts
-from rft.data.examples import common_text
+from rft.data.groups import common_text
 from tests.cases.families import (
     CHATML,
     PLAIN_ROLES,

@@ -14,8 +14,8 @@ from rft.batch import Completion, Group, Prompt
 from rft.config.data import DataConfig
 from rft.contrib.curriculum import pass_rate
 from rft.data.chat import Renderer
-from rft.data.demonstrations import any_demonstration, demonstrations_of
 from rft.data.errors import DataError
+from rft.data.prompts import any_demonstration, demonstrations_of
 from rft.rewards.types import Outcome, Score
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.sample import sample_group

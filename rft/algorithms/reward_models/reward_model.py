@@ -118,7 +118,7 @@ class PairwiseReward(ScoreHead):
 
     Against `reward_model`, which scores each response alone: it sees what the two have in common and where
     they differ, at the price of one call for each pair. Every pair is read in both orders, with the
-    candidates as in `rft.data.examples.PAIR_TEMPLATE`; sigmoid(r) at its last token is the chance
+    candidates as in `rft.data.groups.PAIR_TEMPLATE`; sigmoid(r) at its last token is the chance
     that candidate A is better, and `columns["targets"]` [N, 1] says whether it is.
     """
 

@@ -12,7 +12,7 @@ from rft.tasks.arithmetic import style_of
 def written_in(completions: Sequence[Text], style: Style) -> list[float]:
     """1 for a completion of the arithmetic task that is written in `style`, 0 for any other.
 
-    As `{function: "rft.tasks.styles:written_in", name: chain, weight: 0, options: {style: chain}}` its mean,
-    the format's share among the sampled completions, is logged as `reward/chain/mean`.
+    As a reward of weight 0 named `chain`, with `options: {style: chain}`, its mean is logged as
+    `reward/chain/mean`: the format's share among the sampled completions.
     """
     return [float(style_of(text_of(completion)) == style) for completion in completions]
