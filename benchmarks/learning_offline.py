@@ -30,13 +30,12 @@ from learning_offline_report import RESULTS, Row, load, merge, write_page
 from rft.config.data import DataConfig
 from rft.config.load import parse_config
 from rft.data.rows import load_rows
-from rft.learner.learner import Learner
-from rft.local import LocalActor
 from rft.loops.offline import OfflineLoop
 from rft.metrics import Progress
 from rft.packing import shares_prefix
 from rft.plan import Plan, make_plan
 from rft.run_training import learner_spec
+from tests.in_process import InProcessLearner
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"kind": "arithmetic_pairs", "limit": 4096}
@@ -205,14 +204,14 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
         }
     )
     plan = make_plan(config)
-    learner = Learner(learner_spec(plan))
+    learner = InProcessLearner(learner_spec(plan), plan.channel_spec())
     if case.section == "loop":
         train(plan, learner)
-        before, after = online(Path(learner.export(str(runs / f"reward-model-{seed}"))), seed, runs)
+        before, after = online(Path(learner.actor.export(str(runs / f"reward-model-{seed}"))), seed, runs)
     else:
-        before = MEASURES[case.section](plan, learner)
+        before = MEASURES[case.section](plan, learner.actor.learner)
         train(plan, learner)
-        after = MEASURES[case.section](plan, learner)
+        after = MEASURES[case.section](plan, learner.actor.learner)
     settings = {k: v for k, v in case.algorithm.items() if k != "name"}
     return {
         "section": case.section,
@@ -261,13 +260,13 @@ def _start(case: Case, runs: Path) -> str:
             }
         )
         plan = make_plan(config)
-        learner = Learner(learner_spec(plan))
+        learner = InProcessLearner(learner_spec(plan), plan.channel_spec())
         train(plan, learner)
-        learner.export(str(folder))
+        learner.actor.export(str(folder))
     return str(folder)
 
 
-def train(plan: Plan, learner: Learner) -> None:
+def train(plan: Plan, learner: InProcessLearner) -> None:
     """The loop of an offline run, without evaluation and checkpoints."""
     config, data = plan.config, plan.offline
     assert data is not None
@@ -276,12 +275,11 @@ def train(plan: Plan, learner: Learner) -> None:
         Progress(config.train.steps, config.name, display="quiet") as progress,
     ):
         loop = OfflineLoop(
-            LocalActor(learner),
+            learner,
             data.source(config),
             config.train.steps,
             config.train.batch_size,
             share_prefix=shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden),
-            timeout_s=3600,
             progress=progress,
             checkpoints=Path(nowhere),
             arrange=config.algorithm.arrange,

@@ -29,7 +29,7 @@ import selectors
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ class SimLearner:
         await asyncio.sleep(LEARNER_SECONDS)
         return {"train/loss": 0.0, "train/grad_norm": 1.0, "policy/entropy": 1.0}
 
-    async def take_notes(self) -> list[str]:
+    async def pop_messages(self) -> list[str]:
         return []
 
     async def begin_save(self, *_: Any) -> None: ...
@@ -247,11 +247,11 @@ async def simulate(plan: Plan, tokens: int, work: Path, profile: cProfile.Profil
         generate_timeout_s=1e6,
     )
     learner = SimLearner()
-    channel = PushChannel(Remote(learner), pool, plan.channel_spec(), "keep", 600)
+    channel = PushChannel(learner, pool, replace(plan.channel_spec(), timeout_s=600), "keep")
     log = RunLog(work / config.name, config.train.steps, config.tracking, config=config.to_dict())
     with Progress(config.train.steps, config.name, display="quiet") as progress:
         rewards = SimRewards(config.rewards, work)
-        parts = Parts(Remote(learner), pool, channel, rewards, log, progress)
+        parts = Parts(learner, pool, channel, rewards, log, progress)
         await pool.start()
         controller = Controller(plan, parts, work / "checkpoints")
         if profile is not None:

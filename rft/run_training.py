@@ -20,8 +20,8 @@ from rft import checkpoint, run_dir
 from rft.config.schema import Config
 from rft.contrib.second_policy import Twin
 from rft.errors import CheckpointError, EngineError, RunStopped, TransferError
-from rft.learner.learner import LearnerSpec
-from rft.learner.parallel.group import LearnerGroup
+from rft.learner.spec import LearnerSpec
+from rft.learner.workers import LearnerGroup, LearnerHandle
 from rft.loops.offline_eval import Sampled
 from rft.loops.offline_run import train_offline
 from rft.loops.online import Controller, Parts
@@ -36,7 +36,7 @@ from rft.run_dir import RunFolder
 from rft.sync import files
 from rft.sync.channel import PushChannel
 from rft.sync.ipc import ColocatedChannel
-from rft.utils.actors import ActorDied, call
+from rft.utils.actors import ActorDied
 from rft.utils.deadlines import Overdue, unless_stopped
 from rft.utils.ray_cluster import kill, on_head_death, ray_cluster
 from rft.utils.signals import SAME_REQUEST_S, STOPPED, StopSignals, print_stop
@@ -195,11 +195,10 @@ async def _online(
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
         learner = start_learner(plan, learner_spec(plan))
         channel = make_channel(plan, learner, pool)
-        ready = call(learner.describe.remote(), config.rollout.start_timeout_s, "starting the learner")
-        starting = asyncio.gather(start_engines(channel, pool), rewards.start(), ready)
-        _, _, facts = await unless_stopped(starting, stop)
-        progress.note(f"learner: {facts['parameters']:,} parameters on {facts['device']}")
-        await call(learner.require_folder.remote(str(folder.path)), 60, "looking for the run folder")
+        starting = asyncio.gather(start_engines(channel, pool), rewards.start(), learner.describe())
+        _, _, info = await unless_stopped(starting, stop)
+        progress.note(f"learner: {info.parameters:,} parameters on {info.device}")
+        await learner.require_folder(str(folder.path))
         twin = await _twin(plan, folder, log, progress, stop) if config.algorithm.copies == 2 else None
         parts = Parts(learner, pool, channel, rewards, log, progress, twin)
         controller = Controller(plan, parts, folder.checkpoints, stop=stop)
@@ -222,7 +221,7 @@ async def _twin(plan: Plan, folder: RunFolder, log: RunLog, progress: Progress, 
     """The second copy of the model, started."""
     config, pool = plan.config, make_pool(plan)
     progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner of the second copy")
-    learner = start_learner(plan, learner_spec(plan))
+    learner = start_learner(plan, learner_spec(plan), "the second learner")
     try:
         await unless_stopped(pool.start(), stop)
     except BaseException:
@@ -243,18 +242,18 @@ async def _offline(
     return result
 
 
-async def export(learner: Any, folder: Path) -> None:
+async def export(learner: LearnerHandle, folder: Path) -> None:
     """Write the final model; the folder appears by a rename, complete."""
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was interrupted
-    await call(learner.export.remote(str(temporary)), 600, "exporting the final model")
+    await learner.export(str(temporary))
     shutil.rmtree(folder, ignore_errors=True)  # of a run that went on after its end
     temporary.rename(folder)
 
 
 @asynccontextmanager
 async def _sampling(
-    plan: Plan, learner: Any, log: RunLog, progress: Progress, stop: asyncio.Event
+    plan: Plan, learner: LearnerHandle, log: RunLog, progress: Progress, stop: asyncio.Event
 ) -> AsyncIterator[Sampled | None]:
     """Engines and rewards for the evaluation of an offline run; None where it asks for none."""
     if plan.eval_prompts is None:
@@ -314,9 +313,11 @@ def reward_texts(config: Config) -> dict[str, Any] | None:
     return {"kind": config.algorithm.data, "data": config.data.model_dump(mode="json", include=names)}
 
 
-def start_learner(plan: Plan, spec: LearnerSpec) -> LearnerGroup:
+def start_learner(plan: Plan, spec: LearnerSpec, name: str = "the learner") -> LearnerGroup:
     """Start the learner's ranks; they load the model at once."""
-    return LearnerGroup(spec, plan.channel_spec())
+    online = spec.algorithm.online
+    start_timeout_s = plan.config.rollout.start_timeout_s if online else spec.config.step_timeout_s
+    return LearnerGroup(spec, plan.channel_spec(), start_timeout_s, name)
 
 
 def make_pool(plan: Plan) -> RolloutPool:
@@ -337,11 +338,11 @@ async def start_engines(channel: PushChannel, pool: RolloutPool) -> None:
     await pool.start()
 
 
-def make_channel(plan: Plan, learner: Any, pool: RolloutPool) -> PushChannel:
+def make_channel(plan: Plan, learner: LearnerHandle, pool: RolloutPool) -> PushChannel:
     """The way of the weights from the learner to the replicas, not connected yet."""
     config, spec = plan.config, plan.channel_spec()
     kind = ColocatedChannel if spec.colocated else PushChannel
-    return kind(learner, pool, spec, config.rollout.update, config.sync.timeout_s, plan.proof_spec())
+    return kind(learner, pool, spec, config.rollout.update, plan.proof_spec())
 
 
 def report_failure(error: BaseException) -> int:

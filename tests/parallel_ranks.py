@@ -98,7 +98,7 @@ def parallel_of(kind: str) -> Parallel:
 
     name = kind.partition(" ")[0]
     if name == "fsdp2":
-        return FSDP2("cpu", torch.float32, cpu_offload=False, reshard=True)
+        return FSDP2("cpu", torch.float32, cpu_offload=False, reshard_after_forward=True)
     return ZeRO("cpu", torch.float32, {"zero_optimization": {"stage": int(name[-1])}})
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class SimLearner:
         self.version += 1
         return {"train/loss": 0.0, "train/grad_norm": 1.0, "train/updates": 1.0}
 
-    async def take_notes(self) -> list[str]:
+    async def pop_messages(self) -> list[str]:
         return []
 
     async def begin_save(self, root: str, step: int, keep: int, meta: dict[str, Any], _: Any) -> None:
@@ -200,11 +200,11 @@ def simulated(
     )
     pool.replica = replica
     learner = learner or SimLearner()
-    channel = PushChannel(Handle(learner), pool, plan.channel_spec(), "keep", 10)
+    channel = PushChannel(learner, pool, replace(plan.channel_spec(), timeout_s=10), "keep")
     log = RunLog(c.run_dir, c.train.steps, c.tracking, config=c.to_dict())
     rewards = SimRewards(c.rewards, folder)
     rewards.judge = judge
     with Progress(c.train.steps, c.name, display="off") as progress:
-        parts = Parts(Handle(learner), pool, channel, rewards, log, progress)
+        parts = Parts(learner, pool, channel, rewards, log, progress)
         yield Run(Controller(plan, parts, folder / "checkpoints"), learner, c.run_dir)
     log.close("done")

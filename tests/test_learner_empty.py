@@ -16,7 +16,7 @@ from rft.algorithms.base import Algorithm
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LogpGapError
 from rft.learner.learner import Learner
-from rft.learner.parallel.ranks import Meeting
+from rft.learner.parallel.ranks import RendezvousStore
 from tests import parallel_ranks as ranks
 from tests.parallel_ranks import MASKED, masked_groups
 from tests.specs import learner_spec
@@ -62,9 +62,9 @@ def test_a_step_without_a_trained_token_changes_nothing_but_the_version(
     assert metrics["train/updates"] == metrics["train/loss_tokens"] == 0
     assert "train/loss" not in metrics and "train/grad_norm" not in metrics
     assert all(value == value for value in metrics.values()), "no metric is nan"
-    (line,) = [line for line in learner.take_notes() if "changes no weights" in line]
+    (line,) = [line for line in learner.pop_messages() if "changes no weights" in line]
     assert line.startswith("step 2") and "all 12 completions ran into the length limit" in line
-    assert not [line for line in learner.take_notes() if "changes no weights" in line]
+    assert not [line for line in learner.pop_messages() if "changes no weights" in line]
     metrics = learner.step(Batch.build(masked_groups(2, MASKED["but one"])), 2)
     assert metrics["train/updates"] == 1 and not unchanged(before, learner)
 
@@ -112,15 +112,15 @@ def test_pairs_without_a_preferred_one_change_nothing(tiny_folder: Path, make_gr
     ]
     metrics = learner.step(Batch.build(ties), 1)
     assert metrics["train/updates"] == 0 and unchanged(before, learner)
-    assert any("no pair" in line for line in learner.take_notes())
+    assert any("no pair" in line for line in learner.pop_messages())
 
 
 @pytest.mark.timeout(300)
 def test_several_ranks_agree_on_what_is_passed_over(tiny_folder: Path, tmp_path: Path) -> None:
     """Two ranks, micro-batches of one tree: a step with nothing for anyone, and one with a single tree."""
     kinds = ("fsdp2",)
-    meeting = Meeting("127.0.0.1", 120)
-    args = (meeting.place, str(tiny_folder), str(tmp_path), kinds)
+    store = RendezvousStore("127.0.0.1", 120)
+    args = (store.address, str(tiny_folder), str(tmp_path), kinds)
     multiprocessing.spawn(ranks.masked_rank, args, nprocs=2)
     one = ranks.masked_steps(tiny_folder, None)
     for kind in kinds:

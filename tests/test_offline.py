@@ -15,8 +15,7 @@ from rft import checkpoint
 from rft.batch import Batch
 from rft.config.load import parse_config
 from rft.errors import LearnerError
-from rft.learner.actor import LearnerActor
-from rft.local import LocalActor
+from rft.learner.learner import Learner
 from rft.loops.offline import RunStopped
 from rft.loops.offline_run import train_offline
 from rft.metrics import Progress, RunLog
@@ -24,6 +23,7 @@ from rft.metrics.names import is_documented
 from rft.plan import Plan, make_plan
 from rft.run_dir import RunFolder
 from rft.run_training import learner_spec
+from tests.in_process import InProcessLearner
 
 ROWS = [
     {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 10}"}
@@ -49,10 +49,8 @@ def plan_of(tiny_folder: Path, where: Path, **changes: Any) -> Plan:
     return make_plan(parse_config({**raw, **changes}))
 
 
-def loaded(plan: Plan) -> LearnerActor:
-    actor = LearnerActor(learner_spec(plan), plan.channel_spec())
-    actor.load(None)
-    return actor
+def loaded(plan: Plan) -> InProcessLearner:
+    return InProcessLearner(learner_spec(plan), plan.channel_spec())
 
 
 class Run:
@@ -61,7 +59,8 @@ class Run:
     def __init__(self, plan: Plan, name: str, resume: bool = False) -> None:
         self.plan, self.path = plan, Path(plan.config.output_dir) / name
         self.path.mkdir(exist_ok=True)
-        self.learner = loaded(plan)
+        self.handle = loaded(plan)
+        self.learner = self.handle.actor.learner
         self.stop = asyncio.Event()
         found = checkpoint.latest(self.path / "checkpoints") if resume else None
         self.folder = RunFolder(self.path, found)
@@ -79,8 +78,8 @@ class Run:
         log = RunLog(self.path, config.train.steps, config.tracking, resumed_at=self.folder.resumed_at)
         try:
             with Stopping(config.train.steps, "test", display="quiet") as progress:
-                actor = LocalActor(self.learner)
-                return asyncio.run(train_offline(self.plan, self.folder, actor, progress, log, stop, None))
+                running = train_offline(self.plan, self.folder, self.handle, progress, log, stop, None)
+                return asyncio.run(running)
         finally:
             log.close("done")
 
@@ -125,14 +124,15 @@ def test_a_step_is_logged_before_its_checkpoint(tiny_folder: Path, tmp_path: Pat
     """The line of a step must be there whenever a checkpoint claims that the step is done."""
     run = Run(plan_of(tiny_folder, tmp_path), "run")
     logged: list[int] = []
-    save = run.learner.save
+    actor = run.handle.actor
+    save = actor.begin_save
 
-    def watched(root: str, step: int, *rest: Any) -> str:
+    def watched(root: str, step: int, *rest: Any) -> None:
         logged.append(run.lines[-1]["step"])
         assert logged[-1] == step
-        return save(root, step, *rest)
+        save(root, step, *rest)
 
-    run.learner.save = watched  # type: ignore[method-assign]
+    actor.begin_save = watched  # type: ignore[method-assign]
     run.carry_out()
     assert logged == [2, 4, 6]
 
@@ -201,7 +201,7 @@ def test_the_cache_is_keyed_by_model_and_data(tiny_folder: Path, tmp_path: Path)
     assert file != cache_file(tmp_path, groups[1:], str(tiny_folder), "float32")
     assert file != cache_file(tmp_path, groups, str(tiny_folder), "bfloat16")
     other = tmp_path / "other"
-    loaded(plan).export(str(other))
+    loaded(plan).actor.export(str(other))
     (other / "config.json").write_text((tiny_folder / "config.json").read_text() + "\n")
     assert file != cache_file(tmp_path, groups, str(other), "float32")
 
@@ -300,7 +300,7 @@ def test_dropped_groups_of_a_cut_cache_file_are_noticed(tiny_folder: Path, tmp_p
     assert filled.completions[0].ref_logps is not None and filled.completions[0].ref_logps[0] == 0.0
 
 
-def failing_from(learner: LearnerActor, step: int, error: Exception) -> LearnerActor:
+def failing_from(learner: Learner, step: int, error: Exception) -> Learner:
     """A learner whose step `step` fails."""
     right = learner.step
 

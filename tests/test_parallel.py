@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from rft.learner.learner import Learner
-from rft.learner.parallel.ranks import Meeting
+from rft.learner.parallel.ranks import RendezvousStore
 from tests import parallel_ranks as ranks
 
 pytestmark = pytest.mark.timeout(400)
@@ -23,9 +23,9 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     root = tmp_path_factory.mktemp("parallel")
     for kind in dict.fromkeys(map(ranks.alone, ranks.KINDS)):
         ranks.work(tiny_folder, root, kind, None)
-    meeting = Meeting("127.0.0.1", 120)
+    store = RendezvousStore("127.0.0.1", 120)
     try:
-        multiprocessing.spawn(ranks.rank, (meeting.place, str(tiny_folder), str(root)), nprocs=2)
+        multiprocessing.spawn(ranks.rank, (store.address, str(tiny_folder), str(root)), nprocs=2)
     except multiprocessing.ProcessRaisedException as error:  # the kinds before it have left their results
         (root / "error").write_text(str(error))
     yield root

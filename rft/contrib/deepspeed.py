@@ -121,11 +121,11 @@ class ZeRO(Ranks):
 
     # -- weights and state ---------------------------------------------------------------------------
 
-    def turn(self) -> AbstractContextManager[None]:
+    def one_rank_at_a_time(self) -> AbstractContextManager[None]:
         """No turns with ZeRO-3: there all ranks take part in setting each weight."""
-        return nullcontext() if self.stage == 3 else super().turn()
+        return nullcontext() if self.stage == 3 else super().one_rank_at_a_time()
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_id"):
             return tensor.detach()
         from deepspeed.runtime.zero import GatheredParameters
@@ -146,7 +146,7 @@ class ZeRO(Ranks):
         from deepspeed.utils import safe_get_full_fp32_param
 
         master: Tensor | None = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
-        return self.whole(tensor) if master is None else master
+        return self.full_tensor(tensor) if master is None else master
 
     def copy(self, node: Any) -> Any:
         if isinstance(node, nn.Parameter) and node.requires_grad:  # its float32 master, in whatever precision
@@ -158,10 +158,10 @@ class ZeRO(Ranks):
         for name, tensor in module.state_dict(keep_vars=True).items():
             if id(tensor) not in done:
                 done.add(id(tensor))
-                self.put(tensor, state[name])
+                self.set_full(tensor, state[name])
 
     @torch.no_grad()
-    def put(self, tensor: Tensor, value: Tensor) -> None:
+    def set_full(self, tensor: Tensor, value: Tensor) -> None:
         if hasattr(tensor, "ds_id"):
             from deepspeed.runtime.zero import GatheredParameters
 

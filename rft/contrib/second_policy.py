@@ -6,15 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rft import checkpoint
 from rft.batch import Batch, Group
 from rft.config.schema import Config
 from rft.errors import CheckpointError
+from rft.learner.workers import LearnerHandle
 from rft.rollout.engine import Generate, Generated, Request
 from rft.rollout.fleet import Fleet
-from rft.utils.actors import call, tell_notes
 
 
 def own(groups: Sequence[Group], copy: int) -> list[Group]:
@@ -33,9 +32,9 @@ def own(groups: Sequence[Group], copy: int) -> list[Group]:
 
 @dataclass
 class Twin:
-    """learner: a Ray handle of a LearnerActor. root: where its checkpoints are, beside those of the first."""
+    """root: where its checkpoints are, beside those of the first."""
 
-    learner: Any
+    learner: LearnerHandle
     fleet: Fleet
     config: Config
     root: Path
@@ -54,20 +53,23 @@ class Twin:
         """Train on a batch and push what came of it; returns the metrics as `copy/...`."""
         async with self.fleet.gate:
             await self.fleet.before_step()
-            metrics = await self._ask("step", batch, step)
+            metrics = await self.learner.step(batch, step)
             self.version = step + 1
             await self.fleet.push(step + 1)
         self.fleet.progressed()
         if self.fleet.proof is not None:
             metrics |= self.fleet.proof.metrics
-        await tell_notes(self._ask, self.fleet.progress.note)
+        for message in await self.learner.pop_messages():
+            self.fleet.progress.note(message)
         return {f"copy/{name}": value for name, value in metrics.items()}
 
     async def save(self, step: int) -> None:
         """Save its learner, once per step and before the first copy is saved: where that one has a
         checkpoint, there is one of the same step here."""
         if self.saved_at != step:
-            await self._ask("save", str(self.root), step, self.config.checkpoint.keep + 1, {"step": step})
+            keep = self.config.checkpoint.keep + 1
+            await self.learner.begin_save(str(self.root), step, keep, {"step": step})
+            await self.learner.finish_save()
             self.saved_at = step
 
     async def restore(self, step: int) -> None:
@@ -78,9 +80,5 @@ class Twin:
                 f"{self.root} has no checkpoint of step {step}, where the first copy goes on; "
                 "start anew with another name"
             )
-        await self._ask("restore", str(max(found, key=lambda c: c.order).path))
+        await self.learner.restore(str(max(found, key=lambda c: c.order).path))
         self.saved_at = self.version = step
-
-    async def _ask(self, method: str, *args: Any) -> Any:
-        answer = getattr(self.learner, method).remote(*args)
-        return await call(answer, self.config.learner.step_timeout_s, f"{method} on the second learner")

@@ -14,7 +14,7 @@ from torch import Tensor
 from rft.algorithms.base import PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LearnerError, LogpGapError
-from rft.kernels.logprob_common import pop_messages
+from rft.kernels import logprob_common
 from rft.learner import objective, state
 from rft.learner.critic import Critic
 from rft.learner.forward import PolicyModel
@@ -24,7 +24,7 @@ from rft.learner.parallel.base import Parallel
 from rft.learner.parallel.ranks import own_part
 from rft.learner.schedule import learning_rate
 from rft.learner.scoring import load_scoring_model
-from rft.learner.spec import LearnerSpec
+from rft.learner.spec import LearnerInfo, LearnerSpec
 from rft.learner.strategies import make_strategy
 from rft.packing import micro_batches, tree_tokens
 from rft.utils.seeds import derive_seed, seed_everything
@@ -47,7 +47,7 @@ class Learner:
         seed_everything(spec.seed)
         self.algorithm = spec.algorithm
         self.strategy = make_strategy(spec)
-        with self.parallel.turn():
+        with self.parallel.one_rank_at_a_time():
             self.policy = self._load_policy()
             self.parallel.shard(self.policy)
         self.reference = None if spec.reference_cached else self._load_reference()
@@ -56,7 +56,7 @@ class Learner:
         self.scoring_seconds = 0.0  # of the step that runs
         self.state: dict[str, float] = {}
         self.updates_made = 0  # of the step at hand
-        self.notes: list[str] = []
+        self.messages: list[str] = []
         self.previewed: list[Batch] = []
         self.self_checked = spec.config.self_check == "off"
         if self.parallel.rank:  # the same weights on all ranks, but not the same dropout
@@ -110,7 +110,7 @@ class Learner:
         dtype = resolve_dtype(self.spec.config.dtype, self.spec.device)
         path = self.spec.reference or self.spec.model
         device = self.parallel.loading_device(self.spec.device)
-        with self.parallel.turn():
+        with self.parallel.one_rank_at_a_time():
             model = load_causal_lm(path, dtype, device, self.spec.trust_remote_code)
             reference = self._wrap(model.eval().requires_grad_(False), None)
             self.parallel.shard(reference)
@@ -137,22 +137,23 @@ class Learner:
             self.policy, lambda: self.strategy.optimizer(self.policy.model, extra)
         )
 
-    def describe(self) -> dict[str, Any]:
-        """Facts for the log: parameters, device, precision."""
-        return {
-            "parameters": self.parameters,
-            "trained": sum(getattr(p, "ds_numel", p.numel()) for p in self.strategy.trained(self.policy)),
-            "device": self.spec.device,
-            "ranks": self.parallel.ranks,
-            "compute_dtype": str(self.policy.compute_dtype),
-            "threads": torch.get_num_threads(),
-        }
+    def describe(self) -> LearnerInfo:
+        """Return facts for the log."""
+        return LearnerInfo(
+            parameters=self.parameters,
+            trained=sum(getattr(p, "ds_numel", p.numel()) for p in self.strategy.trained(self.policy)),
+            device=self.spec.device,
+            ranks=self.parallel.ranks,
+            compute_dtype=str(self.policy.compute_dtype),
+            threads=torch.get_num_threads(),
+            version=self.version,
+        )
 
-    def take_notes(self) -> list[str]:
-        """Lines for the user since the last call: which kernels this rank chose by measuring them, and steps
-        without an update."""
-        notes, self.notes = self.notes, []
-        return pop_messages() + notes
+    def pop_messages(self) -> list[str]:
+        """Return the messages for the user since the last call: which kernels this rank chose by measuring
+        them, and steps without an update."""
+        messages, self.messages = self.messages, []
+        return logprob_common.pop_messages() + messages
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -200,10 +201,10 @@ class Learner:
         if updates:
             self.state = self.algorithm.next_state(self.state, metrics)
         else:
-            self.notes.append(_why_nothing_was_trained(batch, step))
+            self.messages.append(_why_nothing_was_trained(batch, step))
         every = self.algorithm.refresh_reference
         if self.reference is not None and every and self.version % every == 0:
-            self.parallel.settle()
+            self.parallel.reshard()
             self.reference.follow(self.policy)
         seconds = time.perf_counter() - start
         scoring = {"time/reference": self.scoring_seconds} if self.scoring_seconds else {}
@@ -432,14 +433,14 @@ class Learner:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The plain policy's parameters under their Hugging Face names, tied ones once, adapters merged in
         one layer at a time."""
-        self.parallel.settle()
-        return self.strategy.weights(self.policy.model, self.parallel.whole)
+        self.parallel.reshard()
+        return self.strategy.weights(self.policy.model, self.parallel.full_tensor)
 
     def export(self, folder: str) -> str:
         """Write the policy and its tokenizer as an ordinary Hugging Face folder, and an adapter besides in
         its folder `adapter`. Collective."""
         if self.strategy.model_state() is not None:
-            self.strategy.export(Path(folder), self.parallel.whole, self.parallel.rank == 0)
+            self.strategy.export(Path(folder), self.parallel.full_tensor, self.parallel.rank == 0)
             if self.parallel.rank:
                 return folder
         else:

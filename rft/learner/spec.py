@@ -1,4 +1,4 @@
-"""What a learner is built from, and how it fails."""
+"""Plain data about a learner: its specification, and the facts that it reports."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ class LearnerSpec:
     reference_cached: bool = False  # batches bring `ref_logps`: the reference is not kept in memory
     stop_token_ids: tuple[int, ...] = ()  # what ends a completion, for the exported generation config
     texts: Mapping[str, Any] | None = None  # a reward model's config says so how its texts were rendered
+
+
+@dataclass(frozen=True)
+class LearnerInfo:
+    """Facts about a loaded learner, for the log."""
+
+    parameters: int
+    trained: int
+    device: str
+    ranks: int
+    compute_dtype: str
+    threads: int
+    version: int

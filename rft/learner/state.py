@@ -72,11 +72,11 @@ def restore(learner: Learner, folder: Path) -> None:
     parallel, policy, strategy = learner.parallel, learner.policy, learner.strategy
     saved = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True, mmap=True)
     if saved["part"] is None:
-        with parallel.turn():
+        with parallel.one_rank_at_a_time():
             model = learner.load_model(str(folder / "model"), device="cpu")
             parallel.load_model_state(policy.model, model.state_dict())
             del model
-    if strategy.load(saved["part"], saved["strategy"], parallel.put):
+    if strategy.load(saved["part"], saved["strategy"], parallel.set_full):
         learner.make_optimizer()
     parallel.load_optimizer_state(learner.optimizer, saved["optimizer"])
     learner.version, learner.state = saved["version"], saved["state"]

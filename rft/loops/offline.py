@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
 from rft.data import GroupSource
 from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError, RunStopped
+from rft.learner.workers import LearnerHandle
 from rft.loops.offline_eval import HeldOut
 from rft.metrics import Progress, RunLog
 from rft.rewards.types import RewardError
-from rft.utils.actors import ActorDied, call, tell_notes
+from rft.utils.actors import ActorDied
 from rft.utils.deadlines import Overdue, unless_stopped
 
 
@@ -30,12 +30,11 @@ class OfflineLoop:
     `log` None: nothing is written (a warm start).
     """
 
-    learner: Any
+    learner: LearnerHandle
     source: GroupSource
     steps: int
     batch_size: int
     share_prefix: bool
-    timeout_s: float
     progress: Progress
     checkpoints: Path
     arrange: Callable[[list[Group]], list[Group]] | None = None
@@ -58,7 +57,7 @@ class OfflineLoop:
         """Train to the end; returns the last evaluation, or the last step's metrics where there is none.
         Raises RunStopped on a requested stop."""
         if resume is not None:
-            self.step = await unless_stopped(self._ask("restore", str(resume.path)), self.stop)
+            self.step = await unless_stopped(self.learner.restore(str(resume.path)), self.stop)
             self.source.load_state_dict(resume.meta["data"])
             self.saved_at = self.step
         last: dict[str, float] = {}
@@ -110,7 +109,7 @@ class OfflineLoop:
         waiting, here = self.upcoming, self.source.state_dict()
         while seen < self.preview and self.source.epochs < 1:
             batch = self._next_batch()
-            await self._ask("preview", batch)
+            await self.learner.preview(batch)
             seen += batch.num_sequences
         self.source.load_state_dict(here)
         self.upcoming = waiting
@@ -118,12 +117,12 @@ class OfflineLoop:
     async def _one_step(self, batch: Batch) -> tuple[dict[str, float], Batch]:
         """Train on a batch; returns the metrics and the next batch, laid out in the meantime."""
         begin = time.perf_counter()
-        running = asyncio.ensure_future(self._ask("step", batch, self.step))
-        await asyncio.sleep(0)  # the step is on its way before the next batch is laid out
+        running = self.learner.step(batch, self.step)  # runs while the next batch is laid out
         passes = self.source.epochs
         upcoming = self._next_batch()
-        metrics: dict[str, float] = await running
-        await tell_notes(self._ask, self.progress.note)
+        metrics = await running
+        for message in await self.learner.pop_messages():
+            self.progress.note(message)
         self.step += 1
         self.trained = self.upcoming
         metrics["time/step"] = time.perf_counter() - begin
@@ -147,7 +146,7 @@ class OfflineLoop:
         """The held-out metrics of the present weights."""
         assert self.held_out is not None
         begin = time.perf_counter()
-        sums = [await self._ask("evaluate", batch, self.step) for batch in self.held_out.batches()]
+        sums = [await self.learner.evaluate(batch, self.step) for batch in self.held_out.batches()]
         metrics = self.held_out.metrics(sums)
         if self.held_out.generate is not None:
             metrics |= await self.held_out.generate(self.step)
@@ -172,7 +171,8 @@ class OfflineLoop:
             return
         begin = time.perf_counter()
         meta = {"step": self.step, "data": self.trained}
-        path = await self._ask("save", str(self.checkpoints), self.step, self.keep, meta)
+        await self.learner.begin_save(str(self.checkpoints), self.step, self.keep, meta)
+        path = await self.learner.finish_save()
         self.saved_at = self.step
         if self.log is not None:
             seconds = time.perf_counter() - begin
@@ -192,7 +192,3 @@ class OfflineLoop:
             action = f"{saved}; the run ends"
             self.log.event("fault/learner", part="learner", what=str(error), action=action)
         self.progress.note(f"{type(error).__name__} after step {self.step}; {saved}")
-
-    async def _ask(self, method: str, *args: Any) -> Any:
-        reference = getattr(self.learner, method).remote(*args)
-        return await call(reference, self.timeout_s, f"{method} on the learner at step {self.step}")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from rft.batch import Batch, Group
+from rft.batch import Group
 from rft.contrib.strategies.data_init import samples
 from rft.data import GroupSampler
 from rft.learner.model import resolve_dtype
+from rft.learner.workers import LearnerHandle
 from rft.loops import reference
 from rft.loops.offline import OfflineLoop
 from rft.loops.offline_eval import HeldOut, SampledMetrics
@@ -20,13 +18,12 @@ from rft.metrics import Progress, RunLog
 from rft.packing import shares_prefix
 from rft.plan import Plan
 from rft.run_dir import RunFolder
-from rft.utils.actors import call
 
 
 async def train_offline(
     plan: Plan,
     folder: RunFolder,
-    learner: Any,
+    learner: LearnerHandle,
     progress: Progress,
     log: RunLog,
     stop: asyncio.Event,
@@ -44,7 +41,7 @@ async def train_offline(
         progress.stage("reference log-probs")
         train = await _with_reference(plan, learner, data.sample, share)
         tests = await _with_reference(plan, learner, tests, share) if tests else []
-        await _ask(plan, learner, "release_reference")
+        await learner.release_reference()
         source = GroupSampler(train, config.seed, shuffle=config.data.shuffle)
     held_out = None
     if tests:
@@ -56,7 +53,6 @@ async def train_offline(
         config.train.steps,
         config.train.batch_size,
         share_prefix=share,
-        timeout_s=config.learner.step_timeout_s,
         progress=progress,
         checkpoints=folder.checkpoints,
         arrange=config.algorithm.arrange,
@@ -70,22 +66,15 @@ async def train_offline(
     return await loop.run(folder.resume)
 
 
-async def _with_reference(plan: Plan, learner: Any, groups: Sequence[Group], share: bool) -> list[Group]:
+async def _with_reference(
+    plan: Plan, learner: LearnerHandle, groups: Sequence[Group], share: bool
+) -> list[Group]:
     """The groups with the reference's log-probs, read from the cache or computed into it."""
     config = plan.config
     dtype = str(resolve_dtype(config.learner.dtype, plan.device))
     cache = Path(config.output_dir) / ".cache"
     file = reference.cache_file(cache, groups, plan.reference_path or plan.model, dtype)
 
-    async def score(batch: Batch) -> Tensor:
-        found: Tensor = await _ask(plan, learner, "score_reference", batch)
-        return found
-
     if not file.exists():
-        await reference.compute(file, groups, config.train.batch_size, share, score)
+        await reference.compute(file, groups, config.train.batch_size, share, learner.score_reference)
     return reference.attach(groups, file)
-
-
-async def _ask(plan: Plan, learner: Any, method: str, *args: Any) -> Any:
-    answer = getattr(learner, method).remote(*args)
-    return await call(answer, plan.config.learner.step_timeout_s, f"{method} on the learner")

@@ -25,6 +25,7 @@ from rft.contrib.second_policy import Twin, own
 from rft.data import Sampler
 from rft.data.chat import Renderer
 from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError, RunStopped
+from rft.learner.workers import LearnerHandle
 from rft.loops.evaluate import evaluate
 from rft.loops.saver import Saver
 from rft.metrics import Progress, RunLog
@@ -42,7 +43,7 @@ from rft.rollout.fleet import Fleet
 from rft.rollout.pool import RolloutPool
 from rft.rollout.sample import GroupSampler
 from rft.sync.channel import WeightChannel
-from rft.utils.actors import ActorDied, call, tell_notes
+from rft.utils.actors import ActorDied
 from rft.utils.deadlines import Overdue, unless_stopped
 from rft.utils.seeds import derive_seed
 
@@ -60,7 +61,7 @@ KEPT_DROPPED = 100_000  # dropped prompts that a checkpoint names, the newest on
 class Parts:
     """The live parts of an online run."""
 
-    learner: Any  # Ray handle of a LearnerActor
+    learner: LearnerHandle
     pool: RolloutPool
     channel: WeightChannel
     rewards: RewardRunner
@@ -94,7 +95,7 @@ class Controller:
         self.guards = Guards(config.guards, config.rollout.staleness, online=True)
         parts = self.parts
         self.fleet = Fleet(parts.pool, parts.channel, config.rollout, parts.log, parts.progress)
-        self.saver = Saver(self._ask_learner, self.checkpoints, config, parts.log, parts.progress)
+        self.saver = Saver(parts.learner, self.checkpoints, config, parts.log, parts.progress)
         self.phases = Phases(parts.log, parts.progress)
         self._late: set[tuple[int, int]] = set()  # prompts that were handed out in vain before
         self.redo: list[tuple[int, int]] = []  # handed out before and not trained on: next in turn
@@ -218,7 +219,8 @@ class Controller:
         self.parts.log.log(self.step, metrics)
         self.parts.log.samples(self.step, step_metrics.train_rows(works))
         self.parts.progress.update(self.step, metrics)
-        await tell_notes(self._ask_learner, self.parts.progress.note)
+        for message in await self.parts.learner.pop_messages():
+            self.parts.progress.note(message)
         if self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0:
             await self._save()  # after the log: a kill in between repeats the step, its line is set aside
         await self.saver.poll()
@@ -230,12 +232,11 @@ class Controller:
         checkpoint that is saved because the step failed still names them."""
         try:
             await self.fleet.before_step()
-            metrics: dict[str, float] = await self._ask_learner("step", batch, self.step)
+            return await self.parts.learner.step(batch, self.step)
         except BaseException:
             self.slots.put_back(works)
             self.replay.take_back()
             raise
-        return metrics
 
     def _end_step(self, works: list[Work], ages: list[int]) -> None:
         """Free the slots of a step that all engines have the outcome of, and start on the next prompts
@@ -385,11 +386,6 @@ class Controller:
             task.cancel()
         await asyncio.gather(*self._tasks, *(fleet.close() for fleet in self._fleets), return_exceptions=True)
 
-    async def _ask_learner(self, method: str, *args: Any) -> Any:
-        reference = getattr(self.parts.learner, method).remote(*args)
-        seconds = self.config.learner.step_timeout_s
-        return await call(reference, seconds, f"{method} on the learner at step {self.step}")
-
     # -- evaluation, saving, stopping ----------------------------------------------------------------
 
     async def _evaluate(self) -> dict[str, float]:
@@ -460,7 +456,7 @@ class Controller:
 
     async def _restore(self, found: Checkpoint) -> None:
         await self.parts.channel.before_step()
-        self.step = await self._ask_learner("restore", str(found.path))
+        self.step = await self.parts.learner.restore(str(found.path))
         if self.twin is not None:
             await self.twin.restore(self.step)
         self.sampler.load_state_dict(found.meta["sampler"])

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rft.config.schema import Config
 from rft.errors import CheckpointError
+from rft.learner.workers import LearnerHandle
 from rft.metrics import Progress, RunLog
 
 
 class Saver:
     """Saves through the learner, which owns the weights.
 
-    ask: calls a method of the learner actor, `await ask("begin_save", ...)`. A checkpoint that cannot be
-    written (a full disk) is a fault that the run survives `checkpoint.max_failures` times in a row: the
-    older checkpoints are there, and the next one is tried as if nothing was.
+    A checkpoint that cannot be written (a full disk) is a fault that the run survives
+    `checkpoint.max_failures` times in a row: the older checkpoints are there, and the next one is tried as
+    if nothing was.
     """
 
     def __init__(
-        self, ask: Callable[..., Awaitable[Any]], root: Path, config: Config, log: RunLog, progress: Progress
+        self, learner: LearnerHandle, root: Path, config: Config, log: RunLog, progress: Progress
     ) -> None:
-        self.ask, self.root, self.log, self.progress = ask, root, log, progress
+        self.learner, self.root, self.log, self.progress = learner, root, log, progress
         self.config = config
         self.saved_at = -1  # the step of the last checkpoint that was begun
         self.failures = 0
@@ -47,7 +48,7 @@ class Saver:
         begin = time.perf_counter()
         await self.poll(wait=True)
         keep = self.config.checkpoint.keep
-        await self.ask("begin_save", str(self.root), step, keep, dict(meta), self.config.to_dict())
+        await self.learner.begin_save(str(self.root), step, keep, dict(meta), self.config.to_dict())
         self.saved_at, self._pending = step, (step, begin)
         if final or not self.config.checkpoint.background:
             await self.poll(wait=True, final=final)
@@ -59,7 +60,7 @@ class Saver:
             return
         step, begin = self._pending
         try:
-            path = await self.ask("finish_save", wait)
+            path = await self.learner.finish_save(wait)
         except CheckpointError as error:
             self._pending = None
             self._fail(step, error, final)

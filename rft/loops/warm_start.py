@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rft import checkpoint
 from rft.algorithms.supervised.sft import SFT
 from rft.config.schema import WarmStartConfig
 from rft.data import GroupSampler, load_groups
-from rft.learner.learner import LearnerSpec
+from rft.learner.spec import LearnerSpec
+from rft.learner.workers import LearnerHandle
 from rft.loops.offline import OfflineLoop
 from rft.metrics import Progress
 from rft.plan import Plan, threads_for
 from rft.preflight.warm_start import is_finished, warm_start_data, warm_start_folder
-from rft.utils.actors import call
 
 WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage that is not finished
 
@@ -45,11 +45,15 @@ def _spec(plan: Plan, stage: WarmStartConfig) -> LearnerSpec:
 
 
 async def warm_start(
-    plan: Plan, start_learner: Any, progress: Progress, run: Path, stop: asyncio.Event
+    plan: Plan,
+    start_learner: Callable[[LearnerSpec], LearnerHandle],
+    progress: Progress,
+    run: Path,
+    stop: asyncio.Event,
 ) -> str:
     """Train on demonstrations, or find it done; returns the folder of the resulting model.
 
-    `start_learner(spec)` starts a learner actor. The folder appears by a rename, so that a stage
+    The folder appears by a rename, so that a stage
     that was cut short is never taken for a finished one. A requested stop leaves a checkpoint in
     the run's folder, from which the same run goes on, and raises RunStopped.
     """
@@ -71,7 +75,6 @@ async def warm_start(
             stage.steps,
             stage.batch_size,
             share_prefix=False,
-            timeout_s=stage.learner.step_timeout_s,
             progress=own,
             checkpoints=partial,
             save_last=False,
@@ -81,7 +84,7 @@ async def warm_start(
         await loop.run(checkpoint.latest(partial))
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     # A stop waits for it: this is what saves the stage.
-    await call(learner.export.remote(str(temporary)), 600, "exporting the warm start")
+    await learner.export(str(temporary))
     if folder.exists():
         shutil.rmtree(temporary)  # another run was faster
     else:

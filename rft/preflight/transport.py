@@ -42,6 +42,7 @@ def channel_spec(config: Config, transport: str, wire_dtype: str) -> ChannelSpec
         folder=None if folder is None else str(folder),
         full_every=config.sync.full_every,
         measure=config.sync.measure_changes,
+        timeout_s=config.sync.timeout_s,
     )
 
 

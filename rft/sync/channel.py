@@ -5,7 +5,7 @@ when every live engine reports the version that was sent. That the *numbers* arr
 sample again: every engine and the learner score the same fixed tokens with that version, and `proved`
 compares them before the learner moves on.
 
-    channel = PushChannel(learner, pool, spec, "keep", timeout_s)
+    channel = PushChannel(learner, pool, spec, "keep")
     await channel.connect()          # again after a replica was rebuilt
     report = await channel.push(7)
     proof = await channel.proved()   # before the learner's next update
@@ -20,7 +20,7 @@ import asyncio
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rft.config.rollout import InFlight
 from rft.errors import EngineError, TransferError
@@ -28,9 +28,10 @@ from rft.rollout.pool import GRACE_S, ReplicasLost, RolloutPool
 from rft.sync import files
 from rft.sync.link import Link
 from rft.sync.proof import Gap, Proof, ProofSpec
-from rft.sync.spec import ChannelSpec, Sent
-from rft.utils.actors import call
+from rft.sync.spec import ChannelSpec, WeightSource
 from rft.utils.deadlines import Overdue
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,17 @@ class PushChannel:
 
     def __init__(
         self,
-        learner: Any,
+        learner: WeightSource,
         pool: RolloutPool,
         spec: ChannelSpec,
         in_flight: InFlight,
-        timeout_s: float,
         proof: ProofSpec | None = None,
     ) -> None:
         self.learner = learner
         self.pool = pool
         self.spec = spec
         self.in_flight: InFlight = in_flight
-        self.timeout_s = timeout_s
+        self.timeout_s = spec.timeout_s
         self.proof = proof
         self._unproven = True  # nothing was proven since the engines joined
         self._proving: asyncio.Task[Proof] | None = None
@@ -106,13 +106,13 @@ class PushChannel:
         proven."""
         self._drop_proof()
         self._unproven = True
-        host, port = await self._learner("reserve_address") if self.spec.grouped else ("", 0)
+        host, port = await self.learner.reserve_address() if self.spec.grouped else ("", 0)
         world = self.pool.world_size
         links, offset = [], 1
         for spec in self.pool.specs:
             links.append(Link(host, port, offset, world, self.timeout_s))
             offset += spec.tensor_parallel
-        opened = self.learner.open_channel.remote(Link(host, port, 0, world, self.timeout_s))
+        opened = self.learner.open_channel(Link(host, port, 0, world, self.timeout_s))
         await self._both("forming the weight channel", opened, self.pool.join(links), self.timeout_s + 5)
 
     async def push(self, version: int) -> PushReport:
@@ -121,17 +121,16 @@ class PushChannel:
         can say which, ActorDied when the learner is gone."""
         start = time.perf_counter()
         self._drop_proof()
-        update = await self._learner("announce", version)
+        update = await self.learner.announce(version)
         announced = time.perf_counter() - start
         await self.pool.begin_update(self.in_flight)
         what = f"pushing policy version {version} over {self.spec.transport}"
-        sending = self._learner("send_weights")
+        sending = self.learner.send_weights()
         try:
             sent = await self._both(what, sending, self.pool.receive(update), self.timeout_s)
         except ReplicasLost as error:
             await self._finish_others(version, error)
             raise
-        assert isinstance(sent, Sent)
         await self.pool.finish_update(version)
         self._begin_proof(version)
         return PushReport(
@@ -145,12 +144,10 @@ class PushChannel:
         except ReplicasLost as more:
             raise ReplicasLost({**failed.lost, **more.lost}) from failed
 
-    async def _both(
-        self, what: str, learner: Awaitable[Any], engines: Awaitable[None], limit_s: float
-    ) -> Any:
+    async def _both(self, what: str, learner: Awaitable[R], engines: Awaitable[None], limit_s: float) -> R:
         """What the learner answers, once the engines have done their part too. An end that fails lets the
         other one fail, which then says who was lost; a mistake in the program is raised as it is."""
-        answer, part = (asyncio.ensure_future(_plain(end)) for end in (learner, engines))
+        answer, part = asyncio.ensure_future(_plain(learner)), asyncio.ensure_future(_plain(engines))
         try:
             await asyncio.wait((answer, part), timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
             failure = _error(answer)
@@ -177,15 +174,14 @@ class PushChannel:
         """
         if self.proof is None or not (self._unproven or version % self.proof.every == 0):
             return
-        ours = self.learner.score_tokens.remote(self.proof.tokens)
+        ours = self.learner.score_tokens(self.proof.tokens)
         self._proving = asyncio.create_task(self._prove(self.proof, version, ours))
         # A dropped proof is not awaited: without this, asyncio logs its exception as unhandled.
         self._proving.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    async def _prove(self, spec: ProofSpec, version: int, ours: Any) -> Proof:
+    async def _prove(self, spec: ProofSpec, version: int, ours: Awaitable[list[float]]) -> Proof:
         begin = time.perf_counter()
-        answer = call(ours, self.timeout_s, "scoring the fixed tokens on the learner")
-        learner, engines = await asyncio.gather(answer, self.pool.score(spec.tokens))
+        learner, engines = await asyncio.gather(_plain(ours), self.pool.score(spec.tokens))
         gaps = {index: Gap.between(learner, logps) for index, logps in engines.items()}
         proof = Proof(version, len(learner), gaps, time.perf_counter() - begin)
         proof.check(spec)
@@ -208,13 +204,8 @@ class PushChannel:
         self._drop_proof()
         files.remove(self.spec.folder)
 
-    async def _learner(self, method: str, *args: Any) -> Any:
-        return await call(
-            getattr(self.learner, method).remote(*args), self.timeout_s, f"{method} on the learner"
-        )
 
-
-async def _plain(answer: Awaitable[Any]) -> Any:
+async def _plain(answer: Awaitable[R]) -> R:
     return await answer
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from rft.sync.broadcast import Manifest
 from rft.sync.channel import PushChannel, PushReport
 from rft.sync.spec import Named, Update
-from rft.utils.actors import call
 
 
 class IpcSender:
@@ -78,7 +77,7 @@ class ColocatedChannel(PushChannel):
     async def before_start(self) -> None:
         """The learner rests, once it has loaded, so that an engine finds the device free. Engines are awake
         when they start."""
-        await call(self.learner.rest.remote(), self.pool.start_timeout_s, "loading the learner")
+        await self.learner.offload()
         self.learners_turn = False
         self.figures = {}
 
@@ -87,18 +86,18 @@ class ColocatedChannel(PushChannel):
             return
         begin = time.perf_counter()
         await self.pool.sleep()
-        await self._learner("wake")
+        await self.learner.reload()
         self.learners_turn = True
         await self._measure("train", begin)
 
     async def push(self, version: int) -> PushReport:
         start = time.perf_counter()
         await self.before_step()
-        peak = await self._learner("peak_memory")
+        peak = await self.learner.peak_memory()
         report = await super().push(version)
         await self._measure("push", time.perf_counter())
         begin = time.perf_counter()
-        await self._learner("rest")
+        await self.learner.offload()
         await self.pool.wake()
         self.learners_turn = False
         await self._measure("rollout", begin)
@@ -108,4 +107,4 @@ class ColocatedChannel(PushChannel):
     async def _measure(self, turn: str, begin: float) -> None:
         """Note the bytes in use on the device after a switch that began at `begin`."""
         self.figures["time/switch"] = self.figures.get("time/switch", 0.0) + time.perf_counter() - begin
-        self.figures[f"memory/device/{turn}"] = await self._learner("device_memory")
+        self.figures[f"memory/device/{turn}"] = await self.learner.device_memory()

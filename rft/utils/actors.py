@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rft.utils.deadlines import within
@@ -40,12 +39,6 @@ async def call(reference: Any, seconds: float, what: str) -> Any:
         raise ActorDied(f"{what}: {_first_and_last(str(error))}") from error
     except RayTaskError as error:
         raise error.cause from error
-
-
-async def tell_notes(ask: Callable[[str], Awaitable[list[str]]], tell: Callable[[str], None]) -> None:
-    """Tell the user what an actor with `take_notes`, asked by `ask(method)`, has to say."""
-    for line in await ask("take_notes"):
-        tell(line)
 
 
 def _first_and_last(text: str) -> str:

@@ -81,7 +81,7 @@ def raise_stage(
         stand_in(learner, pool)
     if in_turn:
         pool.specs = [dataclasses.replace(spec, sleeps=True) for spec in pool.specs]
-        how = (plan.channel_spec(), plan.config.rollout.update, 120, plan.proof_spec())
+        how = (plan.channel_spec(), plan.config.rollout.update, plan.proof_spec())
         channel = ColocatedChannel(learner, pool, *how)
     loop.run_until_complete(start_engines(channel, pool))
     loop.run_until_complete(channel.connect())
@@ -111,7 +111,7 @@ def with_transport(stage: Stage, transport: str, folder: str | None = None) -> S
     config = stage.plan.config.model_copy(update={"sync": sync})
     plan = dataclasses.replace(stage.plan, config=config, transport=transport)
     learner = start_learner(plan, learner_spec(plan))
-    channel = PushChannel(learner, stage.pool, plan.channel_spec(), "keep", 60, plan.proof_spec())
+    channel = PushChannel(learner, stage.pool, plan.channel_spec(), "keep", plan.proof_spec())
     return Stage(stage.loop, plan, stage.pool, learner, channel)
 
 

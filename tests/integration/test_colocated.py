@@ -12,7 +12,6 @@ import pytest
 from rft.config.metrics import TrackingConfig
 from rft.metrics import Progress, RunLog
 from rft.rollout.fleet import Fleet
-from rft.utils.actors import call
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.test_sync import assert_proven, sample, step, train_and_push
 
@@ -29,20 +28,20 @@ def in_turn(ray_here: None, tiny_folder: Path) -> Iterator[Stage]:
 
 
 def recorded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every call on the engine and by the channel on the learner from now on, in order, by its name."""
+    """Every call on the engine and on the learner from now on, in order, by its name."""
     calls: list[str] = []
-    ask, learner = stage.pool._ask, stage.channel._learner
+    ask, submit = stage.pool._ask, stage.learner.submit
 
     async def ask_engine(index: int, method: str, *args: Any, **kwargs: Any) -> Any:
         calls.append(f"engine {method}")
         return await ask(index, method, *args, **kwargs)
 
-    async def ask_learner(method: str, *args: Any) -> Any:
-        calls.append(f"learner {method}")
-        return await learner(method, *args)
+    def ask_learner(method: Any, *args: Any) -> Any:
+        calls.append(f"learner {method.__name__}")
+        return submit(method, *args)
 
     monkeypatch.setattr(stage.pool, "_ask", ask_engine)
-    monkeypatch.setattr(stage.channel, "_learner", ask_learner)
+    monkeypatch.setattr(stage.learner, "submit", ask_learner)
     return calls
 
 
@@ -55,14 +54,16 @@ def test_sleep_train_wake_push_generate(in_turn: Stage, monkeypatch: pytest.Monk
         "engine generate",
         "engine generate",
         "engine sleep",
-        "learner wake",
+        "learner reload",
+        "learner step",
         "learner announce",
         "engine begin_update",  # its weights wake here
         "learner send_weights",
         "engine receive",
         "engine finish_update",
-        "engine score",  # waits for the KV cache; the learner has scored before it rests
-        "learner rest",
+        "learner score_tokens",  # before it is offloaded
+        "engine score",  # waits for the KV cache
+        "learner offload",
         "engine wake",  # its KV cache, and requests again
     ]
     assert trained["sync/logp_gap"] < 1e-3
@@ -106,7 +107,7 @@ def test_an_engine_that_dies_asleep_is_rebuilt_before_the_step(in_turn: Stage, t
     in_turn.run(fleet.before_step())
     assert fleet.restarts == 1 and in_turn.channel.learners_turn
     step(in_turn, groups)
-    version = in_turn.run(call(in_turn.learner.policy_version.remote(), 60, "version"))
+    version = in_turn.run(in_turn.learner.describe()).version
     assert in_turn.run(in_turn.channel.push(version)).metrics["sync/version"] == version
     log.close()
 

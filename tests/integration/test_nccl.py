@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from rft.errors import EngineError
-from rft.utils.actors import call
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.test_sync import sample, step, train_and_push
 
@@ -64,7 +63,7 @@ def test_engine_and_learner_agree_after_every_push(stage: Stage) -> None:
 def test_an_engine_killed_in_a_push_is_built_anew(stage: Stage) -> None:
     """NCCL knows of nothing: the deadline ends the push, and with it the learner's wait. The group forms
     again, and the next push is full."""
-    version = stage.run(call(stage.learner.policy_version.remote(), 60, "version"))
+    version = stage.run(stage.learner.describe()).version
 
     async def killed() -> None:
         update = await stage.channel._learner("announce", version)
@@ -76,7 +75,7 @@ def test_an_engine_killed_in_a_push_is_built_anew(stage: Stage) -> None:
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"did not finish within \d+ s|rollout replica 0 died"):
         stage.run(killed())
-    assert stage.run(call(stage.learner.policy_version.remote(), 60, "version")) == version
+    assert stage.run(stage.learner.describe()).version == version
     assert time.monotonic() - began < stage.channel.timeout_s + 10
     stage.run(stage.pool.rebuild(0))
     stage.run(stage.channel.connect())

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import pytest
 
 from rft.batch import Batch
 from rft.errors import TransferError
-from rft.learner.parallel.group import LearnerGroup
+from rft.learner.workers import LearnerGroup
 from rft.sync.link import Link
 from rft.sync.receiver import Receiver
 from rft.sync.spec import ChannelSpec
-from rft.utils.actors import ActorDied, call
+from rft.utils.actors import ActorDied
 from tests.integration.conftest import rft
 from tests.parallel_ranks import spec
 
@@ -68,8 +69,11 @@ def run(awaitable: Any) -> Any:
 
 
 async def step(group: LearnerGroup, batch: Batch, number: int) -> dict[str, float]:
-    found: dict[str, float] = await call(group.step.remote(batch, number), 120, "step on the learner")
-    return found
+    return await group.step(batch, number)
+
+
+async def awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
 
 
 def inside(group: LearnerGroup, rank: int, work: Any) -> Any:
@@ -117,7 +121,7 @@ def test_an_exception_on_one_rank_ends_the_group_with_its_traceback(
         def wrong(*args: Any, **kwargs: Any) -> Any:
             raise FloatingPointError("this rank's device is broken")
 
-        actor.policy.run = wrong
+        actor.learner.policy.run = wrong
 
     inside(pair, 1, break_it)
     begin = time.monotonic()
@@ -137,16 +141,16 @@ def test_an_engine_that_leaves_a_push_leaves_the_ranks_whole(pair: LearnerGroup,
     batch = Batch.build(make_groups(groups=4))
     assert run(step(pair, batch, 0))["train/updates"] == 1
     leaving = connected(pair)
-    run(call(pair.announce.remote(1), 60, "announce"))
+    run(awaited(pair.announce(1)))
     leaving.close()
     with pytest.raises(TransferError, match=r"(?i)connection|closed|reset|peer"):
-        run(call(pair.send_weights.remote(), 60, "send_weights"))
+        run(awaited(pair.send_weights()))
     assert run(step(pair, batch, 1))["train/updates"] == 1
     staying = connected(pair)
-    update = run(call(pair.announce.remote(2), 60, "announce"))
+    update = run(awaited(pair.announce(2)))
 
     async def push() -> dict[str, Any]:
-        sending = asyncio.ensure_future(call(pair.send_weights.remote(), 60, "send_weights"))
+        sending = asyncio.ensure_future(pair.send_weights())
         got = await asyncio.to_thread(lambda: dict(staying.receive(update)))
         await sending
         return got
@@ -159,10 +163,8 @@ def connected(group: LearnerGroup) -> Receiver:
     """An engine's end of a channel that the ranks have opened."""
 
     async def both() -> Receiver:
-        host, port = await call(group.reserve_address.remote(), 60, "reserve_address")
-        opening = asyncio.ensure_future(
-            call(group.open_channel.remote(Link(host, port, 0, 2, 30)), 60, "open_channel")
-        )
+        host, port = await group.reserve_address()
+        opening = asyncio.ensure_future(group.open_channel(Link(host, port, 0, 2, 30)))
         receiver = await asyncio.to_thread(Receiver, Link(host, port, 1, 2, 30))
         await opening
         return receiver

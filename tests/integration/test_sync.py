@@ -15,7 +15,6 @@ from rft.metrics import Progress, RunLog
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
 from rft.sync.channel import PushReport
-from rft.utils.actors import call
 from tests.integration.conftest import with_transport
 
 
@@ -34,11 +33,11 @@ def sample(stage, *, length: int, n: int = 4, seed: int | None = 5, name: str = 
 
 def step(stage, groups: list[Group], share: bool = False) -> dict[str, float]:
     batch = Batch.build(groups, share_prefix=share)
-    return stage.run(call(stage.learner.step.remote(batch, 0), 120, "step"))
+    return stage.run(stage.learner.step(batch, 0))
 
 
 def push(stage) -> None:
-    version = stage.run(call(stage.learner.policy_version.remote(), 60, "version"))
+    version = stage.run(stage.learner.describe()).version
     stage.run(stage.channel.push(version))
 
 
@@ -57,7 +56,7 @@ def train_and_push(stage, bound: float = 1e-4) -> tuple[dict[str, float], PushRe
     stage.run(stage.channel.before_step())
     metrics = step(stage, groups)
     assert 0 < metrics["sync/logp_gap_mean"] < bound
-    version = stage.run(call(stage.learner.policy_version.remote(), 60, "version"))
+    version = stage.run(stage.learner.describe()).version
     return metrics, stage.run(stage.channel.push(version))
 
 
@@ -75,7 +74,7 @@ def test_engine_and_learner_agree_after_every_push(vllm_stage, share: bool) -> N
 
 def test_every_completion_carries_the_version_that_sampled_it(vllm_stage) -> None:
     push(vllm_stage)
-    now = vllm_stage.run(call(vllm_stage.learner.policy_version.remote(), 60, "version"))
+    now = vllm_stage.run(vllm_stage.learner.describe()).version
     group = sample(vllm_stage, length=6)
     for completion in group.completions:
         assert completion.versions == ((now, 0, len(completion.tokens)),)
@@ -134,7 +133,7 @@ def test_what_nobody_waits_for_is_sampled_no_further(vllm_stage, monkeypatch: py
     for that, and what comes later is answered."""
     pool, channel = vllm_stage.pool, vllm_stage.channel
     monkeypatch.setattr(channel, "in_flight", "wait")
-    version = vllm_stage.run(call(vllm_stage.learner.policy_version.remote(), 60, "version"))
+    version = vllm_stage.run(vllm_stage.learner.describe()).version
     long = Sampling(64, 400, seed=1)
 
     async def push_amid(name: str, *, cancel: bool) -> float:

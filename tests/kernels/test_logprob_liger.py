@@ -18,8 +18,7 @@ from rft.contrib import liger as rft_liger
 from rft.contrib.liger import ROUNDS, Kernel, Kind, Logps, Task, choose, task_of
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_common import LogitMap, pop_messages
-from rft.learner.actor import LearnerActor
-from rft.utils.actors import tell_notes
+from rft.learner.learner import Learner
 from tests.kernels.on_device import answer
 
 SCRIPT = """
@@ -203,20 +202,13 @@ def test_a_kernel_that_fails_or_differs_is_left_out_and_that_is_told(
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
 
 
-async def test_a_choice_in_the_learners_process_is_told_by_the_run() -> None:
+def test_a_choice_in_the_learners_process_is_told_by_the_run() -> None:
     choose(KIND, HIDDEN, {"triton": Run(0.01), "liger": Run()})
-    actor = LearnerActor.__new__(LearnerActor)
-    actor.notes = []
-
-    async def ask(method: str) -> list[str]:
-        answer: list[str] = getattr(actor, method)()
-        return answer
-
-    told: list[str] = []
-    await tell_notes(ask, told.append)
-    assert len(told) == 1 and "Liger's kernel; measured Triton" in told[0]
-    await tell_notes(ask, told.append)
-    assert len(told) == 1
+    learner = Learner.__new__(Learner)
+    learner.messages = []
+    (told,) = learner.pop_messages()
+    assert "Liger's kernel; measured Triton" in told
+    assert not learner.pop_messages()
 
 
 def test_tritons_own_failure_is_not_hidden() -> None:

@@ -13,7 +13,7 @@ from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.config.load import parse_config
 from rft.learner.learner import Learner
-from rft.learner.resting import move, resident
+from rft.learner.offload import move, resident
 from rft.preflight.transport import choose_transport, layout_problems
 from tests.specs import learner_spec
 

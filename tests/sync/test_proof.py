@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rft.learner.learner import Learner
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.hf import HFEngine
 from rft.sync.channel import PushChannel
+from rft.sync.link import Link
 from rft.sync.proof import PROOF_TOKENS, Gap, Proof, ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec, Sent
 from tests.specs import engine_spec, learner_spec
@@ -58,24 +60,19 @@ def test_the_replicas_that_differ_are_named_and_the_others_are_not() -> None:
     assert proof.metrics == {"sync/proof_gap": 0.3, "sync/proof_gap_mean": 0.2, "time/proof": 0.1}
 
 
-class _Answer:
-    """A remote method that answers at once."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def remote(self, *args: Any) -> Any:
-        async def answer() -> Any:
-            return self.value
-
-        return answer()
-
-
 class _Learner:
     """Scores every fixed token at -1."""
 
-    announce, send_weights = _Answer({}), _Answer(Sent(1, 1, {}))
-    open_channel, score_tokens = _Answer(None), _Answer([-1.0] * 3)
+    async def announce(self, version: int) -> dict[str, Any]:
+        return {}
+
+    async def send_weights(self) -> Sent:
+        return Sent(1, 1, {})
+
+    async def open_channel(self, link: Link) -> None: ...
+
+    async def score_tokens(self, tokens: Sequence[int]) -> list[float]:
+        return [-1.0] * 3
 
 
 class _Pool:
@@ -98,7 +95,7 @@ class _Pool:
 def channel(every: int) -> tuple[PushChannel, _Pool]:
     pool = _Pool()
     spec = ProofSpec((1, 2, 3, 4), every, 1e-3, None)
-    found = PushChannel(_Learner(), pool, ChannelSpec("file", "float32"), "keep", 5, spec)  # type: ignore[arg-type]
+    found = PushChannel(_Learner(), pool, ChannelSpec("file", "float32"), "keep", spec)  # type: ignore[arg-type]
     return found, pool
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from rft.config.learner import HftConfig, LisaConfig
 from rft.kernels.attention_route import decoder_of
 from rft.learner.model import ModelError
-from rft.learner.strategies.base import Put, Strategy
+from rft.learner.strategies.base import SetFull, Strategy
 
 if TYPE_CHECKING:
     from rft.learner.learner import LearnerSpec
@@ -74,7 +74,7 @@ class Draws(Strategy, abc.ABC):
     def state(self) -> dict[str, Any]:
         return {"updates": self.updates}
 
-    def load(self, model_state: Any, state: dict[str, Any], put: Put) -> bool:
+    def load(self, model_state: Any, state: dict[str, Any], set_full: SetFull) -> bool:
         self.updates = state["updates"]
         self._draw()
         return False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rft.config.learner import SubnetworkConfig
 from rft.learner.forward import PolicyModel
 from rft.learner.model import ModelError, load_causal_lm
-from rft.learner.strategies.base import Put, Strategy
+from rft.learner.strategies.base import SetFull, Strategy
 from rft.learner.strategies.optimizers import make_optimizer
 from rft.utils.files import write_atomic
 
@@ -111,7 +111,7 @@ class Subnetwork(Strategy):
             yield from policy.value_head.trained()
 
     @torch.no_grad()
-    def load(self, model_state: Any, state: dict[str, Any], put: Put) -> bool:
+    def load(self, model_state: Any, state: dict[str, Any], set_full: SetFull) -> bool:
         for parameter, places, gathered in self.pairs:
             gathered.copy_(parameter.reshape(-1)[places])
         return False

@@ -32,7 +32,7 @@ class Parallel:
         """Where a model's weights are loaded before they are spread."""
         return device
 
-    def turn(self) -> AbstractContextManager[None]:
+    def one_rank_at_a_time(self) -> AbstractContextManager[None]:
         """Within, this rank is the only one of its machine to hold a whole model. Collective."""
         return nullcontext()
 
@@ -83,16 +83,16 @@ class Parallel:
         """The sum of a CPU tensor over ranks, on every rank. Collective."""
         return tensor
 
-    def settle(self) -> None:
-        """Put every weight back where it rests, so that modules show the parameters that are trained."""
+    def reshard(self) -> None:
+        """Reshard gathered weights, so that modules show the parameters that are trained."""
 
     # -- weights and state ---------------------------------------------------------------------------
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         """A parameter (or anything else) with all its elements, detached, on every rank. Collective."""
         return tensor.detach()
 
-    def put(self, tensor: Tensor, value: Tensor) -> None:
+    def set_full(self, tensor: Tensor, value: Tensor) -> None:
         """Set a parameter (or anything else) to a whole value; each rank keeps its part. Collective."""
         with torch.no_grad():
             tensor.copy_(value)
@@ -103,7 +103,7 @@ class Parallel:
         copies: dict[int, Tensor] = {}  # tied parameters stay one
         for tensor in tensors.values():
             if id(tensor) not in copies:
-                whole = self.whole(tensor)
+                whole = self.full_tensor(tensor)
                 copies[id(tensor)] = self.keep(whole)
         if self.rank:
             return {}
@@ -130,7 +130,7 @@ class Parallel:
     def copy(self, node: Any) -> Any:
         """A copy of plain data on the first rank, tensors whole and on CPU. Collective."""
         if isinstance(node, Tensor):
-            return self.keep(self.whole(node))
+            return self.keep(self.full_tensor(node))
         if isinstance(node, dict):
             return {name: self.copy(child) for name, child in node.items()}
         if isinstance(node, list | tuple):

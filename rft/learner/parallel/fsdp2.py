@@ -31,13 +31,15 @@ class FSDP2(Ranks):
     dtype and gradients are reduced in float32.
     """
 
-    def __init__(self, device: str, compute_dtype: torch.dtype, *, cpu_offload: bool, reshard: bool) -> None:
+    def __init__(
+        self, device: str, compute_dtype: torch.dtype, *, cpu_offload: bool, reshard_after_forward: bool
+    ) -> None:
         super().__init__()
         self.device = device
         self.mesh: DeviceMesh = init_device_mesh(device, (self.ranks,))
         self.compute_dtype = compute_dtype
         self.offload: OffloadPolicy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-        self.reshard = reshard
+        self.reshard_after_forward = reshard_after_forward
         self.roots: list[FSDPModule] = []
 
     def loading_device(self, device: str) -> str:
@@ -58,7 +60,7 @@ class FSDP2(Ranks):
                 mesh=self.mesh,
                 mp_policy=mixed,
                 offload_policy=self.offload,
-                reshard_after_forward=self.reshard,
+                reshard_after_forward=self.reshard_after_forward,
             )
         assert isinstance(policy.network, nn.Module)
         fully_shard(
@@ -84,24 +86,24 @@ class FSDP2(Ranks):
         norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         for root in self.roots:  # after a forward without backward its own weights are still gathered
             root.reshard()
 
     def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        self.settle()
+        self.reshard()
         own = module.state_dict(keep_vars=True)
         missing = sorted(own.keys() - state.keys())
         if missing:
             raise ValueError(f"the saved model lacks {', '.join(missing[:3])}: it is another model's")
         for name, tensor in own.items():
-            self.put(tensor, state[name])
+            self.set_full(tensor, state[name])
 
-    def put(self, tensor: Tensor, value: Tensor) -> None:
+    def set_full(self, tensor: Tensor, value: Tensor) -> None:
         with torch.no_grad():
             _local(tensor).copy_(_local(self._part(value, tensor)))
 

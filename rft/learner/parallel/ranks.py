@@ -19,39 +19,41 @@ from rft.utils.network import use_interface_of
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks meet."""
+    """The address of the store at which the ranks form their group."""
 
     host: str
     port: int
     timeout_s: float
 
 
-class Meeting:
-    """Rank 0's end of a rendezvous: a store on a port that was free."""
+class RendezvousStore:
+    """The store at which the ranks form their group, on a free port; rank 0 holds it."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
         self.store = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
         )
-        self.place = Rendezvous(host, self.store.port, timeout_s)
+        self.address = Rendezvous(host, self.store.port, timeout_s)
 
 
-def join(place: Rendezvous, rank: int, ranks: int, device: str, meeting: Meeting | None = None) -> None:
+def join(
+    address: Rendezvous, rank: int, ranks: int, device: str, own_store: RendezvousStore | None = None
+) -> None:
     """Form torch.distributed's default group: gloo on CPU; on GPU NCCL, with gloo for what lies in host
     memory. Raises torch.distributed.DistError when the others do not come in time."""
-    use_interface_of(place.host)
-    timeout = timedelta(seconds=place.timeout_s)
-    if meeting is None:
-        store = dist.TCPStore(place.host, place.port, is_master=False, timeout=timeout)
+    use_interface_of(address.host)
+    timeout = timedelta(seconds=address.timeout_s)
+    if own_store is None:
+        store = dist.TCPStore(address.host, address.port, is_master=False, timeout=timeout)
     else:
-        store = meeting.store
+        store = own_store.store
     # Libraries that look for torchrun's variables (DeepSpeed) find them.
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(ranks),
         LOCAL_RANK="0",  # Ray shows each rank its own device only
-        MASTER_ADDR=place.host,
-        MASTER_PORT=str(place.port),
+        MASTER_ADDR=address.host,
+        MASTER_PORT=str(address.port),
     )
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
@@ -64,11 +66,11 @@ class Ranks(Parallel):
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._machines: list[str] = self.gather(socket.gethostname())
 
-    def turn(self) -> AbstractContextManager[None]:
-        return self._turn()
+    def one_rank_at_a_time(self) -> AbstractContextManager[None]:
+        return self._one_rank_at_a_time()
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _one_rank_at_a_time(self) -> Iterator[None]:
         here = self._machines[self.rank]
         place = self._machines[: self.rank].count(here)
         for turn in range(max(self._machines.count(m) for m in self._machines)):

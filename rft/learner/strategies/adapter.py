@@ -15,7 +15,7 @@ from rft.config.learner import AdapterConfig
 from rft.contrib.strategies import data_init
 from rft.learner.forward import PolicyModel
 from rft.learner.model import Head, ModelError, load_causal_lm, resolve_dtype
-from rft.learner.strategies.base import Named, Put, Strategy, Whole
+from rft.learner.strategies.base import FullTensor, Named, SetFull, Strategy
 from rft.learner.strategies.convert import as_plain_lora
 from rft.learner.strategies.merge import merged_layer, merged_weights, plain_name
 from rft.learner.strategies.methods import check_layers, check_targets, peft_config
@@ -187,10 +187,10 @@ class Adapter(Strategy):
 
     # -- weights and state ---------------------------------------------------------------------------
 
-    def weights(self, model: nn.Module, whole: Whole) -> Named:
-        return merged_weights(model, self.names, whole)
+    def weights(self, model: nn.Module, full_tensor: FullTensor) -> Named:
+        return merged_weights(model, self.names, full_tensor)
 
-    def adapter(self, whole: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def adapter(self, full_tensor: FullTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The adapter on the *original* base: tensors by peft's names, and its config as plain data.
 
         What PiSSA and the like took from the base is given back: their adapter has twice the rank then.
@@ -199,7 +199,7 @@ class Adapter(Strategy):
 
         if self.peft is None:
             raise ModelError(f"learner.adapter: {self.config.method} is made of the first batch")
-        tensors = {n: whole(t) for n, t in get_peft_model_state_dict(self.peft).items()}
+        tensors = {n: full_tensor(t) for n, t in get_peft_model_state_dict(self.peft).items()}
         settings = self.peft.peft_config[NAME]
         if self.initial:
             with self._as_initial():
@@ -216,7 +216,7 @@ class Adapter(Strategy):
         finally:
             self.snapshot = snapshot
 
-    def export(self, folder: Path, whole: Whole, write: bool) -> None:
+    def export(self, folder: Path, full_tensor: FullTensor, write: bool) -> None:
         """The merged model in the base's precision, and the adapter in peft's format beside it."""
         from transformers import AutoModelForCausalLM
 
@@ -227,13 +227,13 @@ class Adapter(Strategy):
             plain = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, trust_remote_code=self.spec.trust_remote_code
             )
-        weights = merged_weights(self.base, self.names, whole)
+        weights = merged_weights(self.base, self.names, full_tensor)
         merged = {n: t.to("cpu", self.dtype) if write else None for n, t in weights}
         if write:
             plain.generation_config = self.base.generation_config
             plain.save_pretrained(folder, state_dict=merged)
         if self.peft is not None:
-            found = self.adapter(whole)
+            found = self.adapter(full_tensor)
             if write:
                 self._write_adapter(folder / "adapter", *found)
 
@@ -277,7 +277,7 @@ class Adapter(Strategy):
             state["rank_pattern"] = self.peft.peft_config[NAME].rank_pattern
         return state
 
-    def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], put: Put) -> bool:
+    def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], set_full: SetFull) -> bool:
         assert model_state is not None
         if not model_state:  # saved before the first batch made the adapter
             return False
@@ -291,7 +291,7 @@ class Adapter(Strategy):
         }
         self._restore_base(here["initial"])
         for name, tensor in model_state.items():
-            put(own[name], tensor)
+            set_full(own[name], tensor)
         self.snapshot, self.updates = here["snapshot"], state["updates"]
         if self.config.method == "adalora":
             allocator = self.peft.base_model.rankallocator

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rft.learner.learner import LearnerSpec
 
 Named = Iterator[tuple[str, Tensor]]
-Whole = Callable[[Tensor], Tensor]  # a tensor with all its elements, whatever part of it rests here
-Put = Callable[
+FullTensor = Callable[[Tensor], Tensor]  # a tensor with all its elements, whatever part of it rests here
+SetFull = Callable[
     [Tensor, Tensor], None
 ]  # sets a tensor to a whole value; both are `Parallel`'s, and collective
 Quantize = Literal["nf4", "fp4", "int8"]
@@ -72,12 +72,12 @@ class Strategy:
 
     # -- weights and state ---------------------------------------------------------------------------
 
-    def weights(self, model: nn.Module, whole: Whole) -> Named:
+    def weights(self, model: nn.Module, full_tensor: FullTensor) -> Named:
         """(name, tensor) of the plain model's parameters under their Hugging Face names, tied ones once."""
         for name, parameter in model.named_parameters():
-            yield name, whole(parameter)
+            yield name, full_tensor(parameter)
 
-    def adapter(self, whole: Whole) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def adapter(self, full_tensor: FullTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """An adapter alone: its tensors and its config. Raises ValueError where there is none (the preflight
         lets only adapters choose the transport that asks)."""
         raise ValueError("learner.adapter is not set: there is no adapter to send")
@@ -90,11 +90,11 @@ class Strategy:
         """Plain data and tensors that a resumed strategy needs, besides the model."""
         return {}
 
-    def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], put: Put) -> bool:
+    def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], set_full: SetFull) -> bool:
         """Take over `model_state` and `state`; returns as `begin` does."""
         return False
 
-    def export(self, folder: Path, whole: Whole, write: bool) -> None:
+    def export(self, folder: Path, full_tensor: FullTensor, write: bool) -> None:
         """Write a policy of which `model_state` is a part: the plain model, and the part alone. Every rank
         takes part, one of them writes."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rft.learner.strategies.base import Whole
+from rft.learner.strategies.base import FullTensor
 from rft.utils.quantized import full_weight, is_quantized
 
 
@@ -72,12 +72,12 @@ def _copy(base: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def gathered(layer: nn.Module, whole: Whole) -> Iterator[None]:
+def gathered(layer: nn.Module, full_tensor: FullTensor) -> Iterator[None]:
     """Within, all parameters of a layer are whole. Those that rest here whole stay as they are."""
     parts = (m for m in layer.modules() if not is_quantized(m))  # which one process alone holds
     kept = [(m, name, p) for m in parts for name, p in m.named_parameters(recurse=False)]
     for module, name, parameter in kept:
-        full = whole(parameter)
+        full = full_tensor(parameter)
         if type(full) is not type(parameter.data) or full.shape != parameter.shape:
             module._parameters[name] = nn.Parameter(full, requires_grad=False)
     try:
@@ -87,11 +87,13 @@ def gathered(layer: nn.Module, whole: Whole) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
-def merged_weights(model: nn.Module, names: list[str], whole: Whole) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(
+    model: nn.Module, names: list[str], full_tensor: FullTensor
+) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of the plain model, adapters merged, in the order of `names`.
 
     names: the parameters' names before adapters were put in. At most one layer's merged weights exist at a
-    time beyond what the consumer keeps. Collective where `whole` is.
+    time beyond what the consumer keeps. Collective where `full_tensor` is.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -104,12 +106,12 @@ def merged_weights(model: nn.Module, names: list[str], whole: Whole) -> Iterator
         if isinstance(module, BaseTunerLayer):
             if path != at:
                 merged = {}  # freed before the next is made
-                with gathered(module, whole):
+                with gathered(module, full_tensor):
                     at, merged = path, merged_layer(module)
             yield name, merged[leaf]
         elif isinstance(module, ModulesToSaveWrapper):
-            yield name, whole(getattr(module.modules_to_save[module.active_adapters[0]], leaf))
+            yield name, full_tensor(getattr(module.modules_to_save[module.active_adapters[0]], leaf))
         elif is_quantized(module) and leaf == "weight":
             yield name, full_weight(module)
         else:
-            yield name, whole(getattr(module, leaf))
+            yield name, full_tensor(getattr(module, leaf))

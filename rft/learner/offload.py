@@ -1,4 +1,4 @@
-"""A learner that leaves its device for a while: everything it holds there, moved in place."""
+"""Move all learner state between GPU and host."""
 
 from __future__ import annotations
 
