@@ -35,9 +35,12 @@ from rft.metrics import Progress
 from rft.packing import shares_prefix
 from rft.plan import Plan, make_plan
 from rft.run_training import learner_spec
-from tests.in_process import InProcessLearner
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.in_process import InProcessLearner  # noqa: E402
+
 PAIRS = {"kind": "arithmetic_pairs", "limit": 4096}
 GSM8K = {
     "path": str(ROOT.parent / "shared/data/gsm8k/preferences.jsonl"),
