@@ -34,7 +34,6 @@ from rft.loops.offline import OfflineLoop
 from rft.metrics import Progress
 from rft.packing import shares_prefix
 from rft.plan import Plan, make_plan
-from rft.run_training import learner_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -207,7 +206,7 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
         }
     )
     plan = make_plan(config)
-    learner = InProcessLearner(learner_spec(plan), plan.channel_spec())
+    learner = InProcessLearner(plan.learner_spec(), plan.channel_spec())
     if case.section == "loop":
         train(plan, learner)
         before, after = online(Path(learner.actor.export(str(runs / f"reward-model-{seed}"))), seed, runs)
@@ -263,7 +262,7 @@ def _start(case: Case, runs: Path) -> str:
             }
         )
         plan = make_plan(config)
-        learner = InProcessLearner(learner_spec(plan), plan.channel_spec())
+        learner = InProcessLearner(plan.learner_spec(), plan.channel_spec())
         train(plan, learner)
         learner.actor.export(str(folder))
     return str(folder)

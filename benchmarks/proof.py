@@ -18,7 +18,10 @@ from typing import Any
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.learner import LearnerConfig
-from rft.learner.learner import Learner, LearnerSpec
+from rft.config.rollout import SamplingConfig
+from rft.config.schema import ModelConfig, TrainConfig
+from rft.learner.learner import Learner
+from rft.learner.spec import LearnerSpec
 from rft.sync.proof import PROOF_TOKENS
 from rft.tasks.tiny import build_tiny
 
@@ -53,20 +56,14 @@ def measure(folder: Path, size: str) -> dict[str, Any]:
     batch = Batch.build(groups, share_prefix=True)
     learner = Learner(
         LearnerSpec(
-            model=str(folder),
-            tokenizer=str(folder),
             algorithm=ALGORITHMS["grpo"](),
+            model=ModelConfig(path=str(folder)),
             config=LearnerConfig(threads=1),
+            train=TrainConfig(steps=100),
+            sampling=SamplingConfig(max_completion_length=answered),
             device="cpu",
             threads=1,
             seed=1,
-            total_steps=100,
-            num_iterations=1,
-            minibatches=1,
-            max_completion_length=answered,
-            temperature=1.0,
-            max_gap_mean=None,
-            max_gap=None,
         )
     )
     fixed, scores, steps = tokens(PROOF_TOKENS), [], []

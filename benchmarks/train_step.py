@@ -42,7 +42,10 @@ from transformers import PreTrainedTokenizerFast
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.learner import LearnerConfig
-from rft.learner.learner import Learner, LearnerSpec
+from rft.config.rollout import SamplingConfig
+from rft.config.schema import ModelConfig, TrainConfig
+from rft.learner.learner import Learner
+from rft.learner.spec import LearnerSpec
 from rft.packing import shares_prefix
 
 HERE = Path(__file__).resolve().parent
@@ -176,20 +179,14 @@ class Ours:
         config = LearnerConfig(learning_rate=LEARNING_RATE, entropy=False, tokens_per_micro_batch=4096)
         self.learner = Learner(
             LearnerSpec(
-                model=model,
-                tokenizer=model,
                 algorithm=ALGORITHMS[case.algorithm](),
+                model=ModelConfig(path=model),
                 config=config,
+                train=TrainConfig(steps=1000),
+                sampling=SamplingConfig(max_completion_length=4 * case.completion),
                 device=device,
                 threads=threads,
                 seed=1,
-                total_steps=1000,
-                num_iterations=1,
-                minibatches=1,
-                max_completion_length=4 * case.completion,
-                temperature=1.0,
-                max_gap_mean=None,
-                max_gap=None,
             )
         )
         width = self.learner.policy.model.config.hidden_size

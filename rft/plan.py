@@ -21,6 +21,7 @@ from rft.data.chat import Renderer
 from rft.data.prompts import any_demonstration
 from rft.errors import ConfigError
 from rft.learner.model import ModelError, load_tokenizer, resolve_dtype
+from rft.learner.spec import LearnerSpec
 from rft.learner.stops import stop_ids, unstopped_turns
 from rft.preflight.algorithm import problems as algorithm_problems
 from rft.preflight.learner import (
@@ -109,6 +110,27 @@ class Plan:
             trust_remote_code=self.config.model.trust_remote_code,
             reference=(self.reference_path or self.model) if mixes(self.config) else None,
             engine_args=(adapter_args(self.config) if self.transport == "adapter" else {}) | c.engine_args,
+        )
+
+    def learner_spec(self) -> LearnerSpec:
+        """What the learner is built from."""
+        c = self.config
+        mean, largest = self.gap_bounds()
+        paths = {"path": self.model, "tokenizer": self.tokenizer_path, "reference": self.reference_path}
+        return LearnerSpec(
+            algorithm=c.algorithm,
+            model=c.model.model_copy(update=paths),
+            config=c.learner,
+            train=c.train,
+            sampling=c.rollout.sampling,
+            device=self.device,
+            threads=threads_for(c.learner.threads, c.learner.cores),
+            seed=c.seed,
+            max_gap_mean=mean,
+            max_gap=largest,
+            expects_fresh=c.algorithm.online and c.rollout.staleness == 0,
+            stop_token_ids=self.stop_ids,
+            data=c.data,
         )
 
     def channel_spec(self) -> ChannelSpec:

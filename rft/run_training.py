@@ -17,7 +17,6 @@ from typing import Any
 from ray.exceptions import RayError
 
 from rft import checkpoint, run_dir
-from rft.config.schema import Config
 from rft.contrib.second_policy import Twin
 from rft.errors import CheckpointError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
@@ -27,7 +26,7 @@ from rft.loops.offline_run import train_offline
 from rft.loops.online import Controller, Parts
 from rft.loops.warm_start import WARM_START_FOLDER, warm_start
 from rft.metrics import Progress, RunLog
-from rft.plan import Plan, threads_for
+from rft.plan import Plan
 from rft.rewards import RewardError
 from rft.rewards.runner import RewardRunner
 from rft.rollout.fleet import Fleet
@@ -193,7 +192,7 @@ async def _online(
     rewards = RewardRunner(config.rewards, Path.cwd(), config.train.steps)
     try:
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
-        learner = start_learner(plan, learner_spec(plan))
+        learner = start_learner(plan, plan.learner_spec())
         channel = make_channel(plan, learner, pool)
         starting = asyncio.gather(start_engines(channel, pool), rewards.start(), learner.describe())
         _, _, info = await unless_stopped(starting, stop)
@@ -221,7 +220,7 @@ async def _twin(plan: Plan, folder: RunFolder, log: RunLog, progress: Progress, 
     """The second copy of the model, started."""
     config, pool = plan.config, make_pool(plan)
     progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner of the second copy")
-    learner = start_learner(plan, learner_spec(plan), "the second learner")
+    learner = start_learner(plan, plan.learner_spec(), "the second learner")
     try:
         await unless_stopped(pool.start(), stop)
     except BaseException:
@@ -235,7 +234,7 @@ async def _offline(
     plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, Any]:
     progress.stage("starting the learner")
-    learner = start_learner(plan, learner_spec(plan))
+    learner = start_learner(plan, plan.learner_spec())
     async with _sampling(plan, learner, log, progress, stop) as generate:
         result = await train_offline(plan, folder, learner, progress, log, stop, generate)
     await unless_stopped(export(learner, folder.path / "model"), stop)
@@ -275,42 +274,6 @@ async def _sampling(
 
 
 # -- the parts -----------------------------------------------------------------------------------------
-
-
-def learner_spec(plan: Plan) -> LearnerSpec:
-    """What the learner is built from."""
-    config = plan.config
-    mean, largest = plan.gap_bounds()
-    return LearnerSpec(
-        model=plan.model,
-        tokenizer=plan.tokenizer_path,
-        algorithm=config.algorithm,
-        config=config.learner,
-        device=plan.device,
-        threads=threads_for(config.learner.threads, config.learner.cores),
-        seed=config.seed,
-        total_steps=config.train.steps,
-        num_iterations=config.train.num_iterations,
-        minibatches=config.train.minibatches,
-        max_completion_length=config.rollout.sampling.max_completion_length,
-        temperature=config.rollout.sampling.temperature if config.algorithm.online else 1.0,
-        max_gap_mean=mean,
-        max_gap=largest,
-        expects_fresh=config.algorithm.online and config.rollout.staleness == 0,
-        trust_remote_code=config.model.trust_remote_code,
-        reference=plan.reference_path,
-        stop_token_ids=plan.stop_ids,
-        reference_cached=config.learner.reference_logps == "cached",
-        texts=reward_texts(config),
-    )
-
-
-def reward_texts(config: Config) -> dict[str, Any] | None:
-    """How a reward model's texts are rendered, for whoever scores with it; None for other models."""
-    if not config.algorithm.score_heads:
-        return None
-    names = {"system", "chat_template", "chat_template_options", "train_on"}
-    return {"kind": config.algorithm.data, "data": config.data.model_dump(mode="json", include=names)}
 
 
 def start_learner(plan: Plan, spec: LearnerSpec, name: str = "the learner") -> LearnerGroup:

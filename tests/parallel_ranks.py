@@ -12,9 +12,10 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.learner.learner import Learner, LearnerSpec
+from rft.learner.learner import Learner
 from rft.learner.parallel.base import Parallel
 from rft.learner.parallel.ranks import Rendezvous, join
+from rft.learner.spec import LearnerSpec
 from tests.specs import learner_spec
 
 STEPS = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 from rft.algorithms import ALGORITHMS, Algorithm
 from rft.config.learner import LearnerConfig
-from rft.learner.learner import LearnerSpec
+from rft.config.rollout import SamplingConfig
+from rft.config.schema import ModelConfig, TrainConfig
+from rft.learner.spec import LearnerSpec
 from rft.rollout.engine import EngineSpec
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
@@ -18,23 +21,26 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not i
 
 def learner_spec(model: Path | str, algorithm: Algorithm | None = None, **config: Any) -> LearnerSpec:
     """A learner of the model in a folder; `config` are fields of LearnerConfig. Anything else is changed by
-    `dataclasses.replace`. No algorithm: GRPO."""
+    `changed`. No algorithm: GRPO."""
     return LearnerSpec(
-        model=str(model),
-        tokenizer=str(model),
         algorithm=algorithm or ALGORITHMS["grpo"](),
+        model=ModelConfig(path=str(model)),
         config=LearnerConfig(**config),
+        train=TrainConfig(steps=10, batch_size=4),
+        sampling=SamplingConfig(max_completion_length=12),
         device="cpu",
         threads=1,
         seed=1,
-        total_steps=10,
-        num_iterations=1,
-        minibatches=1,
-        max_completion_length=12,
-        temperature=1.0,
-        max_gap_mean=None,
-        max_gap=None,
     )
+
+
+def changed(spec: LearnerSpec, **values: Any) -> LearnerSpec:
+    """The spec with other values of its fields, or of those of `train`, `sampling` and `model`."""
+    for name in ("train", "sampling", "model"):
+        section = getattr(spec, name)
+        inside = {key: values.pop(key) for key in list(values) if key in type(section).model_fields}
+        spec = replace(spec, **{name: section.model_copy(update=inside)})
+    return replace(spec, **values)
 
 
 def engine_spec(model: Path, reference: Path | None = None) -> EngineSpec:

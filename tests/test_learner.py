@@ -12,9 +12,10 @@ from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.config.learner import LearnerConfig
 from rft.errors import LearnerError
-from rft.learner.learner import Learner, LearnerSpec
+from rft.learner.learner import Learner
 from rft.learner.schedule import learning_rate
-from tests.specs import learner_spec
+from rft.learner.spec import LearnerSpec
+from tests.specs import changed, learner_spec
 
 pytestmark = pytest.mark.numerics
 
@@ -31,7 +32,7 @@ class Watched(Learner):
 def spec(model: Path, algorithm: str = "grpo", **changes) -> LearnerSpec:
     settings = {"learning_rate": 1e-3, "max_grad_norm": None, **changes.pop("config", {})}
     base = learner_spec(model, changes.pop("settings", ALGORITHMS[algorithm]()), **settings)
-    return replace(base, **changes)
+    return changed(base, **changes)
 
 
 def gradient(model: Path, batch: Batch, algorithm, micro: int) -> tuple[float, list[torch.Tensor]]:

@@ -20,7 +20,8 @@ from rft.kernels import logprob_chunked as chunked
 from rft.kernels.attention import ROUTE
 from rft.kernels.attention_route import AttentionRoute, decoder_of
 from rft.learner import objective
-from rft.learner.learner import Learner, LearnerSpec
+from rft.learner.learner import Learner
+from rft.learner.spec import LearnerSpec
 from tests.test_learner import spec
 
 ROOT = Path(__file__).resolve().parents[1]

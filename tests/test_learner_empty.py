@@ -19,7 +19,7 @@ from rft.learner.learner import Learner
 from rft.learner.parallel.ranks import RendezvousStore
 from tests import parallel_ranks as ranks
 from tests.parallel_ranks import MASKED, masked_groups
-from tests.specs import learner_spec
+from tests.specs import changed, learner_spec
 
 CUT = {
     "grpo": ALGORITHMS["grpo"](mask_truncated=True),
@@ -34,7 +34,7 @@ CUT = {
 def learner_of(model: Path, algorithm: Algorithm, **changes: Any) -> Learner:
     config = {"learning_rate": 1e-2, "weight_decay": 0.1, **changes.pop("config", {})}
     spec = learner_spec(model, algorithm, **config)
-    return Learner(replace(spec, **{"expects_fresh": True, **changes}))
+    return Learner(changed(spec, **{"expects_fresh": True, **changes}))
 
 
 def everything(learner: Learner) -> list[torch.Tensor]:

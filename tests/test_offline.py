@@ -22,7 +22,6 @@ from rft.metrics import Progress, RunLog
 from rft.metrics.names import is_documented
 from rft.plan import Plan, make_plan
 from rft.run_dir import RunFolder
-from rft.run_training import learner_spec
 from tests.in_process import InProcessLearner
 
 ROWS = [
@@ -50,7 +49,7 @@ def plan_of(tiny_folder: Path, where: Path, **changes: Any) -> Plan:
 
 
 def loaded(plan: Plan) -> InProcessLearner:
-    return InProcessLearner(learner_spec(plan), plan.channel_spec())
+    return InProcessLearner(plan.learner_spec(), plan.channel_spec())
 
 
 class Run:

@@ -21,7 +21,6 @@ from rft.learner.learner import Learner
 from rft.plan import make_plan
 from rft.rewards import load_reward
 from rft.rewards.types import Outcome
-from rft.run_training import learner_spec
 from rft.tasks.pairs import ArithmeticPairs
 
 PROMPTS = ["Mia has 4 pens, finds 2. How many now?\n"] * 3
@@ -52,7 +51,7 @@ def train(tiny_folder: Path, where: Path, name: str, chat: str = "never", **sett
         }
     )
     plan = make_plan(config)
-    learner = Learner(learner_spec(plan))
+    learner = Learner(plan.learner_spec())
     assert plan.offline is not None
     groups = plan.offline.sample
     batch = Batch.build(groups, share_prefix=True)

@@ -18,8 +18,10 @@ from shapes import QWEN3_600M
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.config.learner import LearnerConfig
-from rft.config.schema import ModelConfig
-from rft.learner.learner import Learner, LearnerSpec
+from rft.config.rollout import SamplingConfig
+from rft.config.schema import ModelConfig, TrainConfig
+from rft.learner.learner import Learner
+from rft.learner.spec import LearnerSpec
 from rft.preflight.memory import ModelShape, learner_bytes
 
 TARGET = 0.45
@@ -37,20 +39,14 @@ def step(name: str, model: str, s: Settings, **options: Any) -> dict[str, Any]:
     config = LearnerConfig(learning_rate=1e-6, entropy=False, tokens_per_micro_batch=tokens, **options)
     learner = Learner(
         LearnerSpec(
-            model=model,
-            tokenizer=model,
             algorithm=ALGORITHMS["sft"](),
+            model=ModelConfig(path=model),
             config=config,
+            train=TrainConfig(steps=100),
+            sampling=SamplingConfig(max_completion_length=tokens),
             device=s.device,
             threads=torch.get_num_threads(),
             seed=1,
-            total_steps=100,
-            num_iterations=1,
-            minibatches=1,
-            max_completion_length=tokens,
-            temperature=1.0,
-            max_gap_mean=None,
-            max_gap=None,
         )
     )
     batch = Batch.build(groups_of(tokens // 8, [tokens // 8], 4))

@@ -23,7 +23,7 @@ def held_out_sums(learner: Learner, batch: Batch, step: int) -> Sums:
     what its `held_out` measures. Dropout and changed embeddings are off; the learner is left as it was."""
     algorithm, model = learner.algorithm, learner.policy.model
     batch = learner.prepare(learner.at_step(batch, step), objective.LogpGap())
-    batch, scale = objective.weigh(algorithm, batch, learner.spec.max_completion_length)
+    batch, scale = objective.weigh(algorithm, batch, learner.spec.sampling.max_completion_length)
     units = float(batch.mask.sum() if algorithm.unit == "token" else round(1 / scale))
     shown = None if algorithm.embeds else algorithm
     sums: Sums = {}

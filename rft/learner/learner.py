@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
+from rft.data.reward_texts import reward_texts
 from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_common
 from rft.learner import objective, state
@@ -50,7 +51,7 @@ class Learner:
         with self.parallel.one_rank_at_a_time():
             self.policy = self._load_policy()
             self.parallel.shard(self.policy)
-        self.reference = None if spec.reference_cached else self._load_reference()
+        self.reference = None if spec.config.reference_logps == "cached" else self._load_reference()
         self.make_optimizer()
         self.version = 0
         self.scoring_seconds = 0.0  # of the step that runs
@@ -67,7 +68,7 @@ class Learner:
     def _load_policy(self) -> PolicyModel:
         spec = self.spec
         device = self.parallel.loading_device(spec.device)
-        model = self.load_model(spec.model, device, self.strategy.dtype, self.strategy.quantize)
+        model = self.load_model(spec.model.path, device, self.strategy.dtype, self.strategy.quantize)
         self.parameters = count_parameters(model)
         self.strategy.attach(model)
         model.train()
@@ -75,7 +76,9 @@ class Learner:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         value_head = None
         if "values" in spec.algorithm.outputs:
-            trunk = self.load_model(spec.model, device).train() if spec.algorithm.separate_critic else None
+            trunk = (
+                self.load_model(spec.model.path, device).train() if spec.algorithm.separate_critic else None
+            )
             width, kernel = model.config.get_text_config().hidden_size, spec.config.kernels.attention
             value_head = Critic(width, trunk, kernel).to(device)
         return self._wrap(model, value_head)
@@ -86,7 +89,7 @@ class Learner:
         """The trained network: a language model, or, for an algorithm with score heads, a reward model."""
         spec = self.spec
         if not spec.algorithm.score_heads:
-            model = load_causal_lm(path, dtype, device, spec.trust_remote_code, quantize)
+            model = load_causal_lm(path, dtype, device, spec.model.trust_remote_code, quantize)
             if spec.stop_token_ids and model.generation_config is not None:
                 model.generation_config.eos_token_id = list(spec.stop_token_ids)
             return model
@@ -94,24 +97,24 @@ class Learner:
             path,
             spec.algorithm.score_heads,
             per_token=spec.algorithm.unit == "token",
-            texts=spec.texts,
+            texts=None if spec.data is None else reward_texts(spec.algorithm.data, spec.data),
             dtype=torch.float32,
             device=device,
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=spec.model.trust_remote_code,
         )
 
     def _load_reference(self) -> PolicyModel | None:
         if not self.algorithm.needs_reference:
             return None
-        if self.spec.reference in (None, self.spec.model):
+        if self.spec.model.reference in (None, self.spec.model.path):
             shared = self.strategy.reference(self.policy)
             if shared is not None:
                 return shared
         dtype = resolve_dtype(self.spec.config.dtype, self.spec.device)
-        path = self.spec.reference or self.spec.model
+        path = self.spec.model.reference or self.spec.model.path
         device = self.parallel.loading_device(self.spec.device)
         with self.parallel.one_rank_at_a_time():
-            model = load_causal_lm(path, dtype, device, self.spec.trust_remote_code)
+            model = load_causal_lm(path, dtype, device, self.spec.model.trust_remote_code)
             reference = self._wrap(model.eval().requires_grad_(False), None)
             self.parallel.shard(reference)
         self.parallel.freeze(reference)
@@ -183,13 +186,13 @@ class Learner:
             self.parallel.discard(self.optimizer)
             self.make_optimizer()
             self.previewed.clear()
-        lr = learning_rate(spec.config, step, spec.total_steps)
+        lr = learning_rate(spec.config, step, spec.train.steps)
         alone = self.algorithm.critic_only(batch.state)
         for group in self.optimizer.param_groups:  # a rate of 0 stops weight decay too
             group["lr"] = lr * group.get("scale", 1.0) if group.get("critic") or not alone else 0.0
         updates: list[dict[str, float]] = []
         self.updates_made = 0
-        for iteration in range(spec.num_iterations if trained else 0):
+        for iteration in range(spec.train.num_iterations if trained else 0):
             for mini in self._minibatches(batch, step, iteration):
                 if not objective.has_units(self.algorithm, mini):
                     continue
@@ -233,8 +236,8 @@ class Learner:
 
     def at_step(self, batch: Batch, step: int) -> Batch:
         """The batch with the algorithm's state and the place in the run."""
-        progress = step / max(self.spec.total_steps - 1, 1)
-        length = float(self.spec.max_completion_length)
+        progress = step / max(self.spec.train.steps - 1, 1)
+        length = float(self.spec.sampling.max_completion_length)
         now = {"progress": progress, "max_completion_length": length, "version": float(self.version)}
         return batch.with_(state={**self.state, **now})
 
@@ -247,7 +250,7 @@ class Learner:
 
     def fill(self, batch: Batch, needs: frozenset[str], gap: objective.LogpGap) -> Batch:
         """Compute those of `needs` that a forward gives: old and reference log-probs, values, entropy."""
-        several = self.spec.num_iterations * self.spec.minibatches > 1
+        several = self.spec.train.num_iterations * self.spec.train.minibatches > 1
         extra = needs & {"values", "end_values"}
         extra |= frozenset({"entropy"} if "old_entropy" in needs else ())
         changes: dict[str, Any] = {}
@@ -325,13 +328,13 @@ class Learner:
 
     def _minibatches(self, batch: Batch, step: int, iteration: int) -> Iterator[Batch]:
         """Split by groups into `minibatches` parts, in an order that depends on seed, step and epoch."""
-        if self.spec.minibatches == 1:
+        if self.spec.train.minibatches == 1:
             yield batch
             return
         groups = list(range(batch.num_groups))
         random.Random(f"{self.spec.seed}/{step}/{iteration}").shuffle(groups)
-        for part in range(self.spec.minibatches):
-            chosen = torch.tensor(sorted(groups[part :: self.spec.minibatches]))
+        for part in range(self.spec.train.minibatches):
+            chosen = torch.tensor(sorted(groups[part :: self.spec.train.minibatches]))
             yield batch.select_groups(chosen)
 
     def _update(self, mini: Batch, gap: objective.LogpGap | None) -> dict[str, float]:
@@ -340,7 +343,7 @@ class Learner:
 
     def _accumulate(self, mini: Batch, gap: objective.LogpGap | None) -> dict[str, float]:
         """Add the gradient of one mini-batch's loss; returns its metrics."""
-        mini, scale = objective.weigh(self.algorithm, mini, self.spec.max_completion_length)
+        mini, scale = objective.weigh(self.algorithm, mini, self.spec.sampling.max_completion_length)
         means, total = objective.TokenMeans(), 0.0
         measured = self.spec.config.entropy and not self.algorithm.score_heads
         outputs = self.algorithm.outputs | (frozenset({"entropy"}) if measured else frozenset())
@@ -448,7 +451,7 @@ class Learner:
             if self.parallel.rank:
                 return folder
             self.policy.model.save_pretrained(folder, state_dict=weights)
-        load_tokenizer(self.spec.tokenizer, self.spec.trust_remote_code).save_pretrained(folder)
+        load_tokenizer(self.spec.tokenizer, self.spec.model.trust_remote_code).save_pretrained(folder)
         return folder
 
     # -- state -------------------------------------------------------------------------------------

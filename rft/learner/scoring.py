@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rft.data.reward_texts import TEXTS
 from rft.learner.model import ModelError
-
-TEXTS = "rft_texts"  # in a reward model's config: how its texts are rendered, see `rft.rewards.trained`
 
 
 def load_scoring_model(

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rft.algorithms.base import Algorithm
+from rft.config.data import DataConfig
 from rft.config.learner import LearnerConfig
+from rft.config.rollout import SamplingConfig
+from rft.config.schema import ModelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """Everything that a learner needs; plain data, so that it travels to an actor."""
+    """Everything that a learner needs, as sections of the config; plain data, so that it travels to an actor.
 
-    model: str
-    tokenizer: str
+    model: `path`, `tokenizer` and `reference` as the learner's process finds them.
+    max_gap_mean, max_gap: log-prob gap allowed between engine and learner, in nats (None: any).
+    expects_fresh: synchronous training, so that every batch was sampled by the current policy version.
+    stop_token_ids: end a completion; written to the exported generation config.
+    data: how a reward model's texts are rendered, which its config records.
+    """
+
     algorithm: Algorithm
+    model: ModelConfig
     config: LearnerConfig
+    train: TrainConfig
+    sampling: SamplingConfig
     device: str
     threads: int
     seed: int
-    total_steps: int
-    num_iterations: int
-    minibatches: int
-    max_completion_length: int
-    temperature: float
-    max_gap_mean: float | None
-    max_gap: float | None
-    expects_fresh: bool = False  # synchronous: every batch was sampled by the current version
-    trust_remote_code: bool = False
-    reference: str | None = None  # the model that the reference is; None: `model`
-    reference_cached: bool = False  # batches bring `ref_logps`: the reference is not kept in memory
-    stop_token_ids: tuple[int, ...] = ()  # what ends a completion, for the exported generation config
-    texts: Mapping[str, Any] | None = None  # a reward model's config says so how its texts were rendered
+    max_gap_mean: float | None = None
+    max_gap: float | None = None
+    expects_fresh: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    data: DataConfig | None = None
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the log-probs: the one that completions are sampled at; offline 1."""
+        return self.sampling.temperature if self.algorithm.online else 1.0
+
+    @property
+    def tokenizer(self) -> str:
+        return self.model.tokenizer or self.model.path
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def capture(learner: Learner) -> Writer:
     def write(folder: Path) -> None:
         if part is None:
             model.save_pretrained(folder / "model", state_dict=weights)
-            tokenizer = load_tokenizer(learner.spec.tokenizer, learner.spec.trust_remote_code)
+            tokenizer = load_tokenizer(learner.spec.tokenizer, learner.spec.model.trust_remote_code)
             tokenizer.save_pretrained(folder / "model")
         torch.save(rest, folder / "learner.pt")
 

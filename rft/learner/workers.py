@@ -123,7 +123,7 @@ class LearnerActor:
 
     def load(self, address: Rendezvous | None) -> None:
         """Join the other ranks (None: there are none) and load the policy."""
-        require_here(self.spec.model, "the policy that model.path names")
+        require_here(self.spec.model.path, "the policy that model.path names")
         self._learner = Learner(self.spec, make_parallel(self.spec, address, self.rank, self._store))
 
     def require_folder(self, path: str) -> None:

@@ -6,11 +6,12 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rft import checkpoint
 from rft.algorithms.supervised.sft import SFT
-from rft.config.schema import WarmStartConfig
+from rft.config.schema import TrainConfig, WarmStartConfig
 from rft.data import GroupSampler, load_groups
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerHandle
@@ -23,24 +24,15 @@ WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage th
 
 
 def _spec(plan: Plan, stage: WarmStartConfig) -> LearnerSpec:
-    config = plan.config
-    return LearnerSpec(
-        model=plan.model,
-        tokenizer=plan.tokenizer_path,
-        stop_token_ids=plan.stop_ids,
+    return replace(
+        plan.learner_spec(),
         algorithm=SFT(),
         config=stage.learner,
-        device=plan.device,
+        train=TrainConfig(steps=stage.steps, batch_size=stage.batch_size),
         threads=threads_for(stage.learner.threads, stage.learner.cores),
-        seed=config.seed,
-        total_steps=stage.steps,
-        num_iterations=1,
-        minibatches=1,
-        max_completion_length=config.rollout.sampling.max_completion_length,
-        temperature=1.0,
         max_gap_mean=None,
         max_gap=None,
-        trust_remote_code=config.model.trust_remote_code,
+        expects_fresh=False,
     )
 
 

@@ -15,7 +15,7 @@ from rft.batch import Group
 from rft.config.data import DataConfig
 from rft.data import GroupMaker
 from rft.data.errors import BadRows
-from rft.learner.scoring import TEXTS
+from rft.data.reward_texts import TEXTS
 from rft.rewards.types import Text
 
 SOURCE = "completion"

@@ -12,7 +12,7 @@ from rft.loops.evaluate import evaluate
 from rft.plan import Plan, make_plan
 from rft.preflight.warm_start import warm_start_folder
 from rft.rewards.runner import RewardRunner
-from rft.run_training import learner_spec, make_pool
+from rft.run_training import make_pool
 from rft.utils.deadlines import unless_stopped
 from rft.utils.ray_cluster import ray_cluster
 from rft.utils.signals import StopSignals
@@ -65,6 +65,6 @@ def export_checkpoint(config: Path, checkpoint: Path, out: Path) -> None:
     plan = make_plan(load_config(config), starts=False)
     if plan.config.warm_start is not None:
         plan = plan.with_model(str(warm_start_folder(plan.config, plan.model)))
-    learner = Learner(learner_spec(plan))
+    learner = Learner(plan.learner_spec())
     learner.read_state(checkpoint)
     learner.export(str(out))

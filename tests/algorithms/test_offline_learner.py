@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from rft.data import load_groups
 from rft.learner.learner import Learner
 from rft.learner.model import load_tokenizer
 from rft.tasks.tiny import build_tiny
-from tests.specs import learner_spec
+from tests.specs import changed, learner_spec
 
 SUMS = [(a, b) for a in (3, 5, 8) for b in (2, 4)]
 ROWS = [
@@ -45,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(tiny: Path, algorithm: Algorithm, learning_rate: float = 3e-3, tokens: int = 4096) -> Learner:
     config = {"learning_rate": learning_rate, "tokens_per_micro_batch": tokens}
     spec = learner_spec(tiny, algorithm, **config)
-    return Learner(replace(spec, total_steps=4, max_completion_length=16))
+    return Learner(changed(spec, steps=4, max_completion_length=16))
 
 
 def batch_for(tiny: Path, tmp_path: Path, algorithm: Algorithm, *, share_prefix: bool = True) -> Batch:

@@ -21,7 +21,6 @@ from rft.errors import ConfigError
 from rft.learner.learner import Learner
 from rft.learner.stops import stop_ids
 from rft.plan import Plan, make_plan
-from rft.run_training import learner_spec
 from tests.cases.families import (
     CHATML,
     END,
@@ -91,7 +90,7 @@ def test_what_ends_a_trained_turn_stops_engines_and_the_exported_model(
     assert group.completions[0].tokens[-1] in plan.stop_ids
     assert plan.engine_spec().stop_token_ids == plan.stop_ids
     assert any(line.startswith("stop tokens") for line in plan.lines())
-    Learner(learner_spec(plan)).export(str(tmp_path / "out"))
+    Learner(plan.learner_spec()).export(str(tmp_path / "out"))
     exported = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
     assert exported["eos_token_id"] == list(plan.stop_ids)
 
@@ -100,7 +99,7 @@ def test_a_checkpoint_and_a_merged_adapter_carry_the_stop_tokens_too(tmp_path: P
     folder = make_model(tmp_path / "model", make_tokenizer(CHATML, eos=END))
     adapted = {"threads": 1, "adapter": {"method": "lora", "r": 2}}
     for name, learner in (("full", {"threads": 1}), ("lora", adapted)):
-        made = Learner(learner_spec(make_plan(config(tmp_path, str(folder), learner=learner))))
+        made = Learner(make_plan(config(tmp_path, str(folder), learner=learner)).learner_spec())
         made.export(str(tmp_path / name))
         if name == "full":
             made.write_state(tmp_path)

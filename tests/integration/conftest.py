@@ -16,7 +16,7 @@ import pytest
 
 from rft.config.load import parse_config
 from rft.plan import make_plan
-from rft.run_training import learner_spec, make_channel, make_pool, start_engines, start_learner
+from rft.run_training import make_channel, make_pool, start_engines, start_learner
 from rft.sync.channel import PushChannel
 from rft.sync.ipc import ColocatedChannel
 
@@ -75,7 +75,7 @@ def raise_stage(
     if nccl_on_cpu is not None:  # the preflight refuses it on a machine without GPUs
         plan = dataclasses.replace(plan, transport=nccl_on_cpu)
     pool = make_pool(plan)
-    learner = start_learner(plan, learner_spec(plan))
+    learner = start_learner(plan, plan.learner_spec())
     channel = make_channel(plan, learner, pool)
     if nccl_on_cpu is not None:
         stand_in(learner, pool)
@@ -110,7 +110,7 @@ def with_transport(stage: Stage, transport: str, folder: str | None = None) -> S
     sync = stage.plan.config.sync.model_copy(update={"transport": transport, "folder": folder})
     config = stage.plan.config.model_copy(update={"sync": sync})
     plan = dataclasses.replace(stage.plan, config=config, transport=transport)
-    learner = start_learner(plan, learner_spec(plan))
+    learner = start_learner(plan, plan.learner_spec())
     channel = PushChannel(learner, stage.pool, plan.channel_spec(), "keep", plan.proof_spec())
     return Stage(stage.loop, plan, stage.pool, learner, channel)
 

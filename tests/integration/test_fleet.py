@@ -19,7 +19,7 @@ from rft.metrics import Progress, RunLog
 from rft.metrics.log import read_jsonl
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
-from rft.run_training import learner_spec, start_learner
+from rft.run_training import start_learner
 from rft.sync.channel import PushChannel
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.live import is_gone
@@ -271,7 +271,7 @@ def test_it_gives_up_after_as_many_rebuilds_as_it_may(stage: Stage, fleet: Fleet
 
 def test_weights_that_are_no_numbers_are_not_pushed(stage: Stage, fleet: Fleet) -> None:
     """A weight decay beyond float32 makes the weights infinite in one step: told, and nothing is sent."""
-    spec = learner_spec(stage.plan)
+    spec = stage.plan.learner_spec()
     config = spec.config.model_copy(update={"learning_rate": 1e37, "weight_decay": 1e3})
     wild = start_learner(stage.plan, replace(spec, config=config, expects_fresh=False))
     fleet.channel = PushChannel(wild, stage.pool, stage.plan.channel_spec(), "keep")

@@ -22,11 +22,11 @@ from rft.batch import Batch, Completion, Group, Prompt
 from rft.preflight.memory import ModelShape, learner_bytes, meta_network
 from rft.preflight.learner import trained_parameters
 from rft.config.schema import ModelConfig
-from tests.specs import learner_spec
+from tests.specs import changed, learner_spec
 
 folder, raw = sys.argv[1], json.loads(sys.argv[2])
 torch.set_num_threads(1)
-spec = replace(learner_spec(folder, **raw, self_check="off"), max_completion_length=64)
+spec = changed(learner_spec(folder, **raw, self_check="off"), max_completion_length=64)
 config = spec.config
 tokens = lambda n, k: tuple((7 * i + k) % 250 + 6 for i in range(n))
 groups = [Group(Prompt(g, tokens(8, g), "t"), tuple(Completion(tokens=tokens(56, g + k), logps=(-5.0,) * 56,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rft.sync.channel import PushChannel
 from rft.sync.link import Link
 from rft.sync.proof import PROOF_TOKENS, Gap, Proof, ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec, Sent
-from tests.specs import engine_spec, learner_spec
+from tests.specs import changed, engine_spec, learner_spec
 
 
 def prompts(*lengths: int) -> list[Prompt]:
@@ -171,7 +170,7 @@ def test_learner_and_engine_score_alike_at_temperature_1(model: str, request: An
     folder, tokens = request.getfixturevalue(model), tuple(range(6, 206))
     logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([tokens])).logits
     right = logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(tokens)[1:, None])[:, 0]
-    learner = Learner(replace(learner_spec(folder, tokens_per_micro_batch=64), temperature=0.6))
+    learner = Learner(changed(learner_spec(folder, tokens_per_micro_batch=64), temperature=0.6))
     assert torch.allclose(torch.tensor(learner.score_tokens(tokens)), right, atol=1e-4)
 
     async def engines() -> list[float]:

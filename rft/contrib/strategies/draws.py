@@ -16,7 +16,7 @@ from rft.learner.model import ModelError
 from rft.learner.strategies.base import SetFull, Strategy
 
 if TYPE_CHECKING:
-    from rft.learner.learner import LearnerSpec
+    from rft.learner.spec import LearnerSpec
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -61,7 +61,7 @@ class Subnetwork(Strategy):
                     f"learner.strategy.mask: {str(path)!r} is no safetensors file: {error}"
                 ) from error
         assert strategy.tuned is not None
-        tuned = load_causal_lm(strategy.tuned, torch.float32, "cpu", self.spec.trust_remote_code)
+        tuned = load_causal_lm(strategy.tuned, torch.float32, "cpu", self.spec.model.trust_remote_code)
         before = {name: p.detach().cpu() for name, p in parameters.items()}
         mask = find_mask(before, dict(tuned.named_parameters()), strategy.tolerance)
         if not mask:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rft.learner.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from rft.learner.learner import LearnerSpec
+    from rft.learner.spec import LearnerSpec
 
 
 def make_strategy(spec: LearnerSpec) -> Strategy:

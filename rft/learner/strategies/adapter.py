@@ -21,7 +21,7 @@ from rft.learner.strategies.merge import merged_layer, merged_weights, plain_nam
 from rft.learner.strategies.methods import check_layers, check_targets, peft_config
 
 if TYPE_CHECKING:
-    from rft.learner.learner import LearnerSpec
+    from rft.learner.spec import LearnerSpec
 
 NAME = "default"  # peft's name of the one adapter
 
@@ -67,7 +67,7 @@ class Adapter(Strategy):
 
     def _settings(self, **fixed: Any) -> Any:
         if self.config.method == "adalora":
-            total = self.spec.total_steps * self.spec.num_iterations * self.spec.minibatches
+            total = self.spec.train.steps * self.spec.train.num_iterations * self.spec.train.minibatches
             # The budget shrinks over the middle of the run, as in the paper.
             fixed = {"total_step": total, "tinit": total // 10, "tfinal": total // 2} | fixed
             fixed = {k: v for k, v in fixed.items() if k not in self.config.options}
@@ -225,7 +225,7 @@ class Adapter(Strategy):
         )
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, trust_remote_code=self.spec.trust_remote_code
+                config, dtype=self.dtype, trust_remote_code=self.spec.model.trust_remote_code
             )
         weights = merged_weights(self.base, self.names, full_tensor)
         merged = {n: t.to("cpu", self.dtype) if write else None for n, t in weights}
@@ -247,7 +247,7 @@ class Adapter(Strategy):
             {n: t.cpu().contiguous().clone() for n, t in tensors.items()},
             folder / "adapter_model.safetensors",
         )
-        settings |= {"base_model_name_or_path": self.spec.model, "inference_mode": True}
+        settings |= {"base_model_name_or_path": self.spec.model.path, "inference_mode": True}
         text = json.dumps(settings, indent=2, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
@@ -313,7 +313,7 @@ class Adapter(Strategy):
 
     def _full_weights(self) -> dict[str, Tensor]:
         """The base's parameters as they are on disk, on CPU."""
-        plain = load_causal_lm(self.spec.model, self.dtype, "cpu", self.spec.trust_remote_code)
+        plain = load_causal_lm(self.spec.model.path, self.dtype, "cpu", self.spec.model.trust_remote_code)
         return {name: p.detach() for name, p in plain.named_parameters()}
 
 

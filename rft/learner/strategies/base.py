@@ -14,7 +14,7 @@ from rft.learner.model import decay_groups
 from rft.learner.strategies.optimizers import make_optimizer
 
 if TYPE_CHECKING:
-    from rft.learner.learner import LearnerSpec
+    from rft.learner.spec import LearnerSpec
 
 Named = Iterator[tuple[str, Tensor]]
 FullTensor = Callable[[Tensor], Tensor]  # a tensor with all its elements, whatever part of it rests here
