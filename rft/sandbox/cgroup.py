@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from dataclasses import dataclass, field
 
 PREFIX = "rft-sandbox-"
@@ -96,9 +95,13 @@ class Group:
     version: int
     name: str
     fd: int
+    memory: int = 0  # the limit that was set last
 
     def limit(self, memory: int) -> None:
         """Set the limit in bytes, swap included. Raises OSError."""
+        if memory == self.memory:
+            return
+        self.memory = 0  # unknown, should a part of this fail
         if self.version == 1:
             with contextlib.suppress(OSError):  # raising both limits: the sum has to go first
                 self._write("memory.memsw.limit_in_bytes", str(memory))
@@ -109,6 +112,7 @@ class Group:
             self._write("memory.max", str(memory))
             with contextlib.suppress(OSError):
                 self._write("memory.swap.max", "0")
+        self.memory = memory
 
     def _write(self, name: str, value: str) -> None:
         write_file(self.fd, name, value)
@@ -155,7 +159,7 @@ class Groups:
         """A group without processes. Raises OSError."""
         if self.free:
             return self.free.pop()
-        name = f"{PREFIX}{self.owner}-{secrets.token_hex(4)}"
+        name = f"{PREFIX}{self.owner}-{os.urandom(4).hex()}"
         os.mkdir(name, 0o755, dir_fd=self.fd)
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
         group = Group(self.hierarchy.version, name, fd)

@@ -163,11 +163,15 @@ def set_read_only(path: str, *, recursive: bool) -> None:
 # -- privileges --------------------------------------------------------------------------------------
 
 
-def drop_privileges(uid: int | None) -> None:
-    """Become `uid` (None: keep it), without capabilities, for good."""
-    with contextlib.suppress(OSError):  # not privileged: nothing to drop from
+def bound_capabilities() -> None:
+    """Empty the bounding set: no program that this process or a child executes gains a capability."""
+    with contextlib.suppress(OSError):  # not privileged, or past the last capability
         for capability in range(64):
             prctl(PR_CAPBSET_DROP, capability)
+
+
+def drop_privileges(uid: int | None) -> None:
+    """Become `uid` (None: keep it), without capabilities, for good. The bounding set is empty already."""
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)

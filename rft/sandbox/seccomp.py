@@ -6,7 +6,6 @@ The filter is compiled by libseccomp where that library is installed, and otherw
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import errno
 import os
 import platform
@@ -15,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import linux
+
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+OPTIMIZE = 8  # SCMP_FLTATR_CTL_OPTIMIZE
 NAMESPACE_FLAGS = 0x7E020000  # CLONE_NEW* of clone(2)
 SOL_SOCKET, AF_UNIX = 1, 1
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -225,11 +227,7 @@ def install(filter_: Filter) -> None:
     count = len(filter_.code) // 8
     buffer = ctypes.create_string_buffer(filter_.code, len(filter_.code))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", count, ctypes.addressof(buffer)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    address = ctypes.c_ulong(ctypes.addressof(header))
-    if libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), address, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"seccomp: {os.strerror(number)}")
+    linux.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(header))
 
 
 # -- libseccomp --------------------------------------------------------------------------------------
@@ -254,6 +252,7 @@ def _libseccomp() -> Any:
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = [ctypes.c_uint32]
     library.seccomp_release.argtypes = [ctypes.c_void_p]
+    library.seccomp_attr_set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32]
     library.seccomp_export_bpf.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.seccomp_rule_add_array.argtypes = [
         ctypes.c_void_p,
@@ -271,6 +270,9 @@ def _by_libseccomp(library: Any, rules: Sequence[Rule]) -> bytes:
     if not context:
         raise OSError(errno.ENOMEM, "seccomp_init failed")
     try:
+        # A binary tree: the kernel runs the filter once for every call number when it is installed. Version 2.5
+        # has this; an older one refuses, and its filter is a list.
+        library.seccomp_attr_set(context, OPTIMIZE, 2)
         for rule in rules:
             number = library.seccomp_syscall_resolve_name(rule.call.encode())
             if number == unknown:  # newer than this libseccomp

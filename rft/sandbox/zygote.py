@@ -110,6 +110,7 @@ def shut_in(backend: str, readable: list[str], counted: bool) -> Protections:
         why = why or f"seccomp: {error.strerror}"
     own_user = os.getuid() == 0 and (namespaces or _others_can_read())
     own_user = own_user and not _in_child(lambda: linux.drop_privileges(1_000_000_000), "another user")
+    linux.bound_capabilities()
     return Protections(namespaces, linux.landlock_abi(), filter_, own_user, readable, backend, why)
 
 
@@ -540,9 +541,9 @@ def _inside(protections: Protections, request: Request, scratch: str) -> NoRetur
     code = 70
     try:
         _own_descriptors(request)
-        os.environ.clear()
-        os.environ.update(PATH="/usr/local/bin:/usr/bin:/bin", HOME=scratch, TMPDIR=scratch, LANG="C.UTF-8")
-        tempfile.tempdir = None
+        if not protections.namespaces:
+            os.environ.update(HOME=scratch, TMPDIR=scratch)
+            tempfile.tempdir = None
         _confine(protections, request, scratch)
         for number in ENDING:
             signal.signal(number, signal.SIG_DFL)
@@ -617,6 +618,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     before = [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
     protections = shut_in(options["backend"], options["readable"], options["counted"])
+    # The programs inherit it: changing it in each of them would copy more pages.
+    os.environ.clear()
+    os.environ.update(PATH="/usr/local/bin:/usr/bin:/bin", LANG="C.UTF-8")
+    if protections.namespaces:
+        os.environ.update(HOME=linux.SCRATCH, TMPDIR=linux.SCRATCH)
     hidden = [path for path in before if _hidden(protections, path)]
     hello = {"protections": protections.describe(), "why": protections.why, "hidden": hidden}
     sock.sendall(json.dumps({**hello, "namespaces": protections.namespaces}).encode() + b"\n")
