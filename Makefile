@@ -24,7 +24,7 @@ SETUP = @test -n "$(PYTHON)" || { echo "[setup] FAILED: no Python 3.11 or 3.12 f
 TEST_EXTRAS = dev,deepspeed,quant
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-numerics test-slow test-gpu lint format bench bench-gpu clean
+.PHONY: help demo test test-numerics test-slow test-gpu lint format docs bench bench-gpu clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -66,6 +66,13 @@ lint: ## ruff check, ruff format --check and mypy of rft/
 format: ## put the code into ruff's format
 	$(SETUP) --extras $(TEST_EXTRAS)
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+docs: ## build the documentation into build/docs/index.html; warnings are errors
+	$(SETUP) --extras docs
+	@echo "[docs] sphinx-build -W docs build/docs"
+	@$(BIN)/sphinx-build -W --keep-going -q -j auto $(ARGS) docs build/docs || { code=$$?; \
+		echo "[docs] FAILED with exit code $$code. Remedy: the warnings above, each with its file and line" >&2; exit $$code; }
+	@echo "[docs] build/docs/index.html"
 
 bench: ## measure on the CPU, also the peers (under 30 minutes), results into benchmarks/results/; ARGS='prefix': a part
 	$(SETUP) --extras $(TEST_EXTRAS)

@@ -34,7 +34,7 @@ def test_every_algorithm_and_setting_is_explained(name: str) -> None:
 def test_the_example_of_an_algorithm_works(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "add-an-algorithm.md").read_text()
     assert len(text.splitlines()) < 60
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = re.findall(r"```python run\n(.*?)```", text, flags=re.DOTALL)
     module = types.ModuleType("best_baseline")
     monkeypatch.setitem(sys.modules, "best_baseline", module)
     exec(compile(code, "add-an-algorithm.md", "exec"), module.__dict__)

@@ -1,0 +1,97 @@
+"""Sphinx configuration of the documentation site: `make docs` builds it into build/docs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import rft  # noqa: E402
+from rft.tools import config_docs  # noqa: E402
+
+project = "rft"
+author = "the rft authors"
+version = release = rft.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"rft {version}"
+html_show_sphinx = False
+html_theme_options = {"top_of_page_buttons": []}
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 4
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_default_options = {"members": True}
+copybutton_prompt_text = r"\$ "
+copybutton_prompt_is_regexp = True
+
+
+class ConfigKeys(SphinxDirective):
+    """Every config key, section by section: ```{config-keys}```."""
+
+    def run(self) -> list[nodes.Node]:
+        text = config_docs.markdown()
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
+
+
+ENTRY = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (?=\S)")  # `name: meaning`, `name, name: meaning`
+
+
+def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Turn a docstring into reStructuredText: it is plain text in which `name: meaning` lines make a list."""
+    result: list[str] = []
+    in_entry = False
+    for line in lines:
+        text, indented = _escape(line.strip()), line.startswith(" ")
+        entry = ENTRY.match(text)
+        if not text:
+            in_entry = False
+            result.append("")
+        elif text.startswith("- ") or (entry and not (indented and in_entry)):
+            if not in_entry:
+                result.append("")
+            in_entry = True
+            if entry and not text.startswith("- "):
+                names = ", ".join(f"``{part}``" for part in entry[1].split(", "))
+                text = f"- {names}: {text[entry.end() :]}"
+            result.append(text)
+        elif in_entry:
+            result.append(f"  {text}")
+        else:
+            result.append(text)
+            if text.endswith(":"):
+                result.append("")
+    lines[:] = result
+
+
+def _escape(text: str) -> str:
+    """Inline markup of reStructuredText that plain text does not mean."""
+    code = re.split(r"(`[^`]*`)", text)
+    return "".join(
+        f"`{part}`" if i % 2 else re.sub(r"([*|\\]|_(?!\w))", r"\\\1", part) for i, part in enumerate(code)
+    )
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("config-keys", ConfigKeys)
+    app.connect("autodoc-process-docstring", plain_docstring)
+    return {"parallel_read_safe": True}
