@@ -32,6 +32,9 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"rft {version}"
 html_show_sphinx = False
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["rft.css"]
 html_theme_options = {"top_of_page_buttons": []}
 
 myst_enable_extensions = ["colon_fence", "deflist"]

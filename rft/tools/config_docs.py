@@ -6,7 +6,7 @@ from rft.config.load import describe_fields
 
 
 def markdown() -> str:
-    """A heading for each top-level section and a definition list of its keys, in the order of `rft config`."""
+    """A heading for each top-level section and a definition list of its keys, as `rft config` orders them."""
     sections: dict[str, list[tuple[str, str, str]]] = {}
     for key, default, meaning in describe_fields():
         sections.setdefault(key.split(".")[0], []).append((key, default, meaning))
@@ -14,14 +14,11 @@ def markdown() -> str:
     lines = ["## Top level", "", *map(_entry, top_level)]
     for name, ((_, _, meaning), *rows) in sections.items():
         if rows:
-            lines += [f"## {name}", "", _sentence(meaning), "", *map(_entry, rows)]
+            lines += [f"## {name}", "", f"{meaning[:1].upper()}{meaning[1:]}.", "", *map(_entry, rows)]
     return "\n".join(lines)
 
 
 def _entry(row: tuple[str, str, str]) -> str:
     key, default, meaning = row
-    return f"`{key}`{default and f' = `{default}`'}\n: {_sentence(meaning)}\n"
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
+    shown = {"": "", "required": " (required)"}.get(default, f" = `{default}`")
+    return f"`{key}`{shown}\n: {meaning}\n"
