@@ -16,9 +16,9 @@ from rft.algorithms.base import default_of
 HEAD = """\
 # Algorithms
 
-Made from the code (`python -m rft.tools.algorithm_docs > docs/algorithms.md`); a test keeps it fresh.
-In a config, an algorithm is named with its settings: `algorithm: {name: grpo, beta: 0.01}`.
-How to write one: [add-an-algorithm.md](add-an-algorithm.md).
+Generated from the code by `python -m rft.tools.algorithm_docs > docs/algorithms.md`; a test compares the two.
+In a config, name an algorithm with its settings: `algorithm: {name: grpo, beta: 0.01}`.
+[Add an algorithm](add-an-algorithm.md) explains how to write one.
 """
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

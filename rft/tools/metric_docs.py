@@ -10,7 +10,7 @@ def markdown() -> str:
     lines = [
         "# Metrics and events",
         "",
-        "From `rft/metrics/names.py` by `python -m rft.tools.metric_docs > docs/metrics.md` (edit there).",
+        "Generated from `rft/metrics/names.py` by `python -m rft.tools.metric_docs > docs/metrics.md`.",
         "",
         "## `metrics.jsonl`",
         "",
