@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import bisect
+from collections.abc import Iterable, Sequence
 
 from rft.utils.did_you_mean import closest_match
 
 
+class Source(str):
+    """The name of a dataset, which messages begin with."""
+
+    def locate(self, row: int) -> tuple[str, int]:
+        """The file that holds row `row` of the dataset, and the row's number in it; both counted from 1."""
+        return str(self), row
+
+
+class FolderSource(Source):
+    """A dataset of several files; `ends[i]`: rows of the files up to the i-th."""
+
+    def __new__(cls, name: str, files: Sequence[str], ends: Sequence[int]) -> FolderSource:
+        source = super().__new__(cls, name)
+        source.files, source.ends = files, ends
+        return source
+
+    files: Sequence[str]
+    ends: Sequence[int]
+
+    def __getnewargs__(self) -> tuple[str, Sequence[str], Sequence[int]]:  # type: ignore[override]
+        return str(self), self.files, self.ends
+
+    def locate(self, row: int) -> tuple[str, int]:
+        index = bisect.bisect_left(self.ends, row)
+        return self.files[index], row - (self.ends[index - 1] if index else 0)
+
+
+class StreamSource(Source):
+    """Files that are read as a stream: `places` holds what `locate` gives, for the rows at hand."""
+
+    def __new__(cls, name: str) -> StreamSource:
+        source = super().__new__(cls, name)
+        source.places = {}
+        return source
+
+    places: dict[int, tuple[str, int]]
+
+    def locate(self, row: int) -> tuple[str, int]:
+        return self.places.get(row, (str(self), row))
+
+
+def locate(source: str, row: int) -> tuple[str, int]:
+    """The file that holds a dataset's row, and the row's number in it."""
+    return source.locate(row) if isinstance(source, Source) else (source, row)
+
+
 class DataError(ValueError):
-    """A dataset cannot be used. The message names the source, the row (counted from 1) and the column."""
+    """A dataset cannot be used. The message names the file, the row in it (counted from 1) and the column."""
 
     def __init__(
         self, problem: str, *, source: str | None = None, row: int | None = None, column: str | None = None
     ) -> None:
+        if source is not None and row is not None:
+            source, row = locate(source, row)
         self.problem, self.source, self.row, self.column = problem, source, row, column
         where = [source] if source else []
         where += [f"row {row}"] if row is not None else []
@@ -39,16 +88,24 @@ def missing_column(column: str, existing: Iterable[str], source: str, row: int |
     )
 
 
+SHOWN = 8
+"""Rows of one reason that a message names, the first ones."""
+
+
 class BadRows:
     """Gathers bad rows by reason, so that the user reads one message instead of one row at a time."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.rows: dict[str, list[int]] = {}
+        self.places: dict[str, list[tuple[str, int]]] = {}  # of the first rows: file, row in it
 
     def add(self, reason: str, row: int) -> None:
         """Note a bad row; `row` is its number counted from 1."""
         self.rows.setdefault(reason, []).append(row)
+        places = self.places.setdefault(reason, [])
+        if len(places) < SHOWN:
+            places.append(locate(self.source, row))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -62,15 +119,25 @@ class BadRows:
         """Each reason with the numbers of its rows (the first eight)."""
         lines = []
         for reason, rows in self.rows.items():
-            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+            shown = self._shown(self.places[reason]) + (", ..." if len(rows) > SHOWN else "")
             lines.append(f"{len(rows)} row{'s' * (len(rows) > 1)} ({shown}): {reason}")
         return lines
+
+    def _shown(self, places: list[tuple[str, int]]) -> str:
+        """Row numbers; behind the name of their file where the dataset has several."""
+        by_file: dict[str, list[int]] = {}
+        for file, row in places:
+            by_file.setdefault(file, []).append(row)
+        return "; ".join(
+            ("" if file == self.source else f"{file} ") + ", ".join(map(str, rows))
+            for file, rows in by_file.items()
+        )
 
     def error(self, remedy: str) -> DataError:
         """One error that lists each reason with its row numbers (the first eight) and the remedy."""
         lines = [f"  {line}" for line in self.lines()]
         total = sum(self.counts.values())
-        first = min(min(rows) for rows in self.rows.values())
+        first = min(row for places in self.places.values() for _, row in places)
         text = f"{total} bad row{'s' * (total > 1)}\n" + "\n".join(lines) + f"\n{remedy}"
         error = DataError(text, source=self.source)
         error.row = first

@@ -171,12 +171,14 @@ class TableRows(Sequence[Any]):
     def __init__(self, files: Sequence[Path]) -> None:
         self._parts: list[tuple[Path, int, int]] = []  # (file, row group or record batch, rows before it)
         self._ends: list[int] = []
+        self.file_ends: list[int] = []  # rows of the files up to each
         for file in files:
             before = 0
             for index, rows in enumerate(_guarded(file, 1, lambda f=file: _Table(f).sizes())):
                 self._parts.append((file, index, before))
                 self._ends.append(len(self) + rows)
                 before += rows
+            self.file_ends.append(len(self))
         self._opened: tuple[Path | None, Any] = (None, None)
         self._loaded: tuple[int, Any] = (-1, None)
         self._block: tuple[int, list[Any]] = (-1, [])

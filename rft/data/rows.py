@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
 from rft.config.data import SUFFIXES, DataConfig
-from rft.data.errors import DataError, missing_column
+from rft.data.errors import DataError, FolderSource, missing_column
 from rft.data.files import TableRows, read_file, read_json
 
 Split = Literal["train", "test"]
@@ -155,9 +156,13 @@ def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
     files = find_files(path, name)
     if len(files) == 1:
         return read_file(files[0]), str(files[0])
+    names = [str(file) for file in files]
     if files[0].name.endswith((".parquet", ".arrow")):
-        return TableRows(files), f"{path} ({name})"
-    return [row for file in files for row in read_json(file)], f"{path} ({name})"
+        table = TableRows(files)
+        return table, FolderSource(f"{path} ({name})", names, table.file_ends)
+    parts = [read_json(file) for file in files]
+    ends = list(accumulate(map(len, parts)))
+    return list(chain.from_iterable(parts)), FolderSource(f"{path} ({name})", names, ends)
 
 
 def find_files(path: str, split: str) -> list[Path]:

@@ -19,7 +19,7 @@ from typing import Any
 from rft.algorithms.base import DataKind
 from rft.batch import Group
 from rft.config.data import DataConfig
-from rft.data.errors import DataError
+from rft.data.errors import DataError, FolderSource, StreamSource
 from rft.data.files import TableRows, decode, parse_line, read_lines, unreadable
 from rft.data.groups import GroupMaker
 from rft.data.rows import Row, Split, data_source, find_files, load_hub, load_rows, map_columns
@@ -37,13 +37,17 @@ class Reader(ABC):
     @abstractmethod
     def state(self) -> dict[str, Any]: ...
 
+    def place(self) -> tuple[str, int] | None:
+        """The file of the row that was read last, and its row in it, from 1; None where that is not known."""
+        return None
+
     @abstractmethod
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Continue at a state; None is the beginning."""
 
 
 class LineReader(Reader):
-    """JSON lines from a list of files; the state is (file, byte, line)."""
+    """JSON lines from a list of files; the state is (file, byte, line, row)."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -52,9 +56,13 @@ class LineReader(Reader):
     def restore(self, state: Mapping[str, Any] | None) -> None:
         at = state or {"file": 0, "byte": 0, "line": 0}
         self.file, self.byte, self.line = at["file"], at["byte"], at["line"]
+        self.row = at.get("row", self.line)  # without blank lines; older checkpoints do not count it
+
+    def place(self) -> tuple[str, int]:
+        return str(self.files[self.file]), self.row
 
     def state(self) -> dict[str, Any]:
-        return {"file": self.file, "byte": self.byte, "line": self.line}
+        return {"file": self.file, "byte": self.byte, "line": self.line, "row": self.row}
 
     def __next__(self) -> Any:
         while self.file < len(self.files):
@@ -66,8 +74,9 @@ class LineReader(Reader):
                 if text.lstrip().startswith(b"[") and self.line == 1:
                     raise DataError("a JSON array cannot be streamed; set `streaming: false`", source=source)
                 if text.strip():
+                    self.row += 1
                     return parse_line(decode(text, self.line, source), self.line, source)
-            self.file, self.byte, self.line = self.file + 1, 0, 0
+            self.file, self.byte, self.line, self.row = self.file + 1, 0, 0, 0
         raise StopIteration
 
     def _lines(self) -> Any:
@@ -85,10 +94,14 @@ class TableReader(Reader):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.rows = TableRows(files)
+        self.source = FolderSource("", [str(file) for file in files], self.rows.file_ends)
         self.restore(None)
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         self.row = state["row"] if state else 0
+
+    def place(self) -> tuple[str, int]:
+        return self.source.locate(self.row)
 
     def state(self) -> dict[str, Any]:
         return {"row": self.row}
@@ -169,7 +182,8 @@ class GroupStream:
     ) -> None:
         self.config = config
         self.limit = config.limit if split == "train" else config.eval_limit
-        self.reader, self.source = open_reader(config, split)
+        self.reader, name = open_reader(config, split)
+        self.source = StreamSource(name)
         self.maker = GroupMaker(config, tokenizer, kind, self.source, max_length)
         self.epoch = 0
         self._begin_epoch()
@@ -220,7 +234,12 @@ class GroupStream:
         size = self.config.shuffle_buffer
         if self.limit is not None:
             size = min(size, self.limit - first)
-        self.first, self.rows = first, list(enumerate(islice(self.reader, size), first))
+        self.first, self.rows = first, []
+        self.source.places.clear()
+        for number, raw in enumerate(islice(self.reader, size), first):
+            self.rows.append((number, raw))
+            if place := self.reader.place():
+                self.source.places[number + 1] = place
 
     def _shuffle(self) -> None:
         if self.config.shuffle:
@@ -250,9 +269,19 @@ class GroupStream:
         self._begin_epoch()
         if state["block"] < 0:
             return
-        self.reader.restore(state["reader"])
+        reader = state["reader"]
+        if isinstance(self.reader, TableReader):
+            # The block begins at this row; older checkpoints hold the state of the library `datasets`.
+            reader = {"row": state["first"]}
+        elif not set(reader) <= set(self.reader.state()):
+            raise DataError(
+                "cannot resume the stream: the checkpoint's place is in data of another kind. Set "
+                "`data.path` to what the run began with, or start a new run",
+                source=self.source,
+            )
+        self.reader.restore(reader)
         self._fill(state["first"])
-        self.block, self.block_state = state["block"], state["reader"]
+        self.block, self.block_state = state["block"], reader
         self._shuffle()
         self.position, self.made = state["position"], state["made"]
         if self.position > len(self.rows):

@@ -7,13 +7,13 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rft.config.rewards import RewardConfig, RewardsConfig
-from rft.preflight.rewards import check_reward
+from rft.preflight.rewards import check_reward, check_values
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, text_of
 from rft.utils.terminal import say
@@ -33,6 +33,10 @@ class Rows:
     completions: list[Any]
     columns: dict[str, list[Any]]
     labels: list[Any] | None
+
+    def by_row(self) -> Iterator[dict[str, Any]]:
+        """The columns of each row."""
+        return ({name: values[i] for name, values in self.columns.items()} for i in range(len(self.prompts)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0, or 1 where any call failed, or 2 for bad input."""
+    """Run the command. Returns 0, or 1 where any call failed, or 2 for bad input, also where it is only some
+    rows, such as those whose gold answer is null: the others are scored."""
     args = parser().parse_intermixed_args(argv)
     try:
         config = _config(args)
@@ -78,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     scores = [r.scores["reward"] for r in rewards]
     say("\n".join(report(scores, rows, seconds, slowest=args.slowest, explain=args.explain)), sys.stdout)
+    bad = check_values(config, args.file, enumerate(rows.by_row(), 1))
+    if bad:
+        say("\n".join(f"rft reward: {problem}" for problem in bad))
+        return 2
     return 1 if any(s.failed for s in scores) else 0
 
 
@@ -110,6 +119,7 @@ def read_rows(path: str | Path, prompt: str, completion: str, label: str, limit:
     """The rows of a file or folder as a run reads them. Raises InputError and DataError with the row
     for what cannot be used."""
     from rft.config.data import DataConfig
+    from rft.data.errors import locate
     from rft.data.messages import is_messages
     from rft.data.rows import load_rows
 
@@ -118,14 +128,13 @@ def read_rows(path: str | Path, prompt: str, completion: str, label: str, limit:
     for number, row in zip(source.numbers, rows, strict=True):
         if completion not in row:
             have = ", ".join(map(str, row))
-            raise InputError(
-                f"{source.source}, row {number + 1}: no {completion!r} (found: {have}); name it by "
-                "--completion"
-            )
+            file, at = locate(source.source, number + 1)
+            raise InputError(f"{file}, row {at}: no {completion!r} (found: {have}); name it by --completion")
         for column, value in ((completion, row[completion]), (prompt, row.get(prompt) or "")):
             if not isinstance(value, str) and not is_messages(value):
+                file, at = locate(source.source, number + 1)
                 raise InputError(
-                    f"{source.source}, row {number + 1}, column {column!r}: must be a text or a list of "
+                    f"{file}, row {at}, column {column!r}: must be a text or a list of "
                     f"messages, not {value!r:.80}"
                 )
     names = {name for row in rows for name in row} - {prompt, completion, label}

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 def closest_match(word: object, known: Iterable[object]) -> str | None:
     """Return the known name most like `word`; None where none resembles it."""
-    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.6)
     return close[0] if close else None
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rft.config.data import DataConfig
@@ -98,6 +100,31 @@ def test_a_malformed_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="malformed JSON in line 3") as caught:
         load_rows(config(file))
     assert caught.value.row == 3
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+def test_a_bad_row_of_a_folder_is_named_by_its_file(tmp_path: Path, plain: Any, form: str) -> None:
+    good, late, bad = ({"prompt": p, "answer": a} for p, a in (("1+1=", "2"), ("2+3=", "5"), ("", "5")))
+    for i, rows in enumerate(([good] * 3, [late, bad, late, bad])):
+        file = tmp_path / f"train-{i}.{form}"
+        if form == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        elif form == "json":
+            file.write_text(json.dumps(rows))
+        else:
+            file.write_text("\n\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=rf"2 rows \(\S+train-1.{form} 2, 4\): ") as raised:
+        load_prompts(DataConfig(path=str(tmp_path)), plain)
+    assert raised.value.row == 2
+    with pytest.raises(DataError, match=rf"train-1.{form}, row 1, column 'answer': `answer_pattern`"):
+        list(load_rows(DataConfig(path=str(tmp_path), answer_pattern="(2)")))
+
+
+def test_hints_name_only_what_looks_alike(tmp_path: Path) -> None:
+    file = write(tmp_path, [{"completion": "a", "question": "b"}])
+    with pytest.raises(DataError) as raised:
+        load_rows(config(file, columns={"prompt": "prompt"}))
+    assert "Did you mean" not in str(raised.value)
 
 
 def test_an_answer_without_the_pattern_is_named(tmp_path: Path) -> None:

@@ -63,10 +63,44 @@ def test_in_order_and_limited(tmp_path: Path, plain: Any) -> None:
 
 def test_bad_rows_stop_or_are_counted(tmp_path: Path, plain: Any) -> None:
     rows = [*ROWS[:7], {"prompt": "x", "completion": ""}, *ROWS[7:]]
-    with pytest.raises(DataError, match=r"1 row \(8\): a response is empty"):
+    with pytest.raises(DataError, match=r"1 row \(\S+train-1.jsonl 3\): a response is empty"):
         GroupStream(config(tmp_path, rows=rows, shuffle=False), plain).next(12)
     stream = GroupStream(config(tmp_path, rows=rows, shuffle=False, bad_rows="skip"), plain)
     assert len(stream.next(11)) == 11 and stream.maker.bad.counts == {"a response is empty": 1}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_bad_row_is_named_by_its_file_also_after_a_resume(tmp_path: Path, plain: Any, form: str) -> None:
+    rows = [*ROWS[:7], {"prompt": "x", "completion": ""}, *ROWS[7:]]
+    c = config(tmp_path, form, rows=rows, shuffle=False, shuffle_buffer=3)
+    stream = GroupStream(c, plain)
+    stream.next(6)
+    resumed = GroupStream(c, plain)
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    with pytest.raises(DataError, match=rf"1 row \(\S+train-1.{form} 3\): a response is empty"):
+        resumed.next(2)
+
+
+def test_a_checkpoint_from_before_tables_were_read_by_rft_itself_resumes(tmp_path: Path, plain: Any) -> None:
+    """It holds a state of the library `datasets`; the number of the block's first row says the same."""
+    c = config(tmp_path, "parquet", shuffle_buffer=4, seed=5)
+    stream = GroupStream(c, plain)
+    whole = ids(stream, 7)
+    state = {**stream.state_dict(), "reader": {"dataset": {"examples_iterable": {"shard_idx": 0}}}}
+    resumed = GroupStream(c, plain)
+    resumed.load_state_dict(state)
+    assert whole + ids(resumed, 26) == ids(GroupStream(c, plain), 33)
+    again = GroupStream(c, plain)
+    again.load_state_dict(resumed.state_dict())
+    assert ids(again, 5) == ids(resumed, 5)
+
+
+def test_a_place_in_another_kind_of_data_is_said(tmp_path: Path, plain: Any) -> None:
+    c = config(tmp_path)
+    stream = GroupStream(c, plain)
+    stream.next(1)
+    with pytest.raises(DataError, match=r"data of another kind. Set `data.path` to what the run began with"):
+        GroupStream(c, plain).load_state_dict({**stream.state_dict(), "reader": {"dataset": {}}})
 
 
 def test_no_usable_row_is_an_error_not_an_endless_loop(tmp_path: Path, plain: Any) -> None:

@@ -44,6 +44,20 @@ def test_an_error_exits_1_and_shows_it(
     assert "the missing key" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("gold", ["Infinity", "null", "{}"])
+def test_a_gold_that_no_answer_can_equal_exits_2_after_the_table(
+    gold: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = [f'{{"prompt": "q", "completion": "4", "answer": {answer}}}\n' for answer in ("4", gold)]
+    file.write_text("".join(lines))
+    assert main(["math", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert "correct            1" in out and "1 row (2): column 'answer': the gold answer" in err
+    file.write_text(lines[0] + lines[0].replace("4}", '"Infinity"}'))  # a text may be right: of a limit, say
+    assert main(["math", str(file)]) == 0
+
+
 def test_options_and_columns_come_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
