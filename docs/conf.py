@@ -29,6 +29,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
+linkcheck_ignore = [r"https?://"]  # local links only
+
 html_theme = "furo"
 html_title = f"rft {version}"
 html_show_sphinx = False
