@@ -96,7 +96,16 @@ def _escape(text: str) -> str:
     )
 
 
+def mark_long_code(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Let long code in a table break anywhere (see rft.css); short words stay whole."""
+    for table in doctree.findall(nodes.table):
+        for code in table.findall(nodes.literal):
+            if len(code.astext()) > 22:
+                code["classes"].append("long")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("config-keys", ConfigKeys)
     app.connect("autodoc-process-docstring", plain_docstring)
-    return {"parallel_read_safe": True}
+    app.connect("doctree-resolved", mark_long_code)
+    return {"parallel_write_safe": True, "parallel_read_safe": True}
