@@ -33,7 +33,7 @@ from rft.data.rows import load_rows
 from rft.loops.offline import OfflineLoop
 from rft.metrics import Progress
 from rft.packing import shares_prefix
-from rft.plan import Plan, make_plan
+from rft.plan import OfflinePlan, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -268,10 +268,9 @@ def _start(case: Case, runs: Path) -> str:
     return str(folder)
 
 
-def train(plan: Plan, learner: InProcessLearner) -> None:
+def train(plan: OfflinePlan, learner: InProcessLearner) -> None:
     """The loop of an offline run, without evaluation and checkpoints."""
-    config, data = plan.config, plan.offline
-    assert data is not None
+    config, data = plan.config, plan.data
     with (
         tempfile.TemporaryDirectory() as nowhere,
         Progress(config.train.steps, config.name, display="quiet") as progress,

@@ -192,12 +192,13 @@ def _check(args: argparse.Namespace) -> int:
     from rft.config.load import load_config
     from rft.errors import ConfigError
     from rft.plan import make_plan
+    from rft.report.plan_text import plan_lines
 
     config = load_config(args.config, args.overrides)
     problems: list[str] = []
     for action in (
         lambda: run_dir.claim(config, "auto"),
-        lambda: say("\n".join(make_plan(config).lines()), sys.stdout),
+        lambda: say("\n".join(plan_lines(make_plan(config))), sys.stdout),
     ):
         try:
             action()

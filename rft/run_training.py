@@ -26,7 +26,7 @@ from rft.loops.offline_run import train_offline
 from rft.loops.online import Controller, Parts
 from rft.loops.warm_start import WARM_START_FOLDER, warm_start
 from rft.metrics import Progress, RunLog
-from rft.plan import Plan
+from rft.plan import OfflinePlan, OnlinePlan, Plan
 from rft.rewards import RewardError
 from rft.rewards.runner import RewardRunner
 from rft.rollout.fleet import Fleet
@@ -111,10 +111,13 @@ async def _train(
         if config.warm_start is not None:
             progress.stage("warm start")
             start = partial(start_learner, plan)
-            plan = plan.with_model(await warm_start(plan, start, progress, folder.path, stop))
+            model = await warm_start(plan, config.warm_start, start, progress, folder.path, stop)
+            plan = plan.with_model(model)
         on_head_death(lambda name: _end_with_ray(name, log, progress, signals))
-        body = _online if config.algorithm.online else _offline
-        result = await body(plan, folder, progress, log, stop)
+        if isinstance(plan, OnlinePlan):
+            result = await _online(plan, folder, progress, log, stop)
+        else:
+            result = await _offline(plan, folder, progress, log, stop)
         run_dir.write_result(folder.path, {"steps": config.train.steps, **result})
         signals.exit_code = DONE
     finally:
@@ -185,7 +188,7 @@ def _end_with_ray(name: str, log: RunLog, progress: Progress, signals: StopSigna
 
 
 async def _online(
-    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
+    plan: OnlinePlan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, Any]:
     config = plan.config
     pool, twin = make_pool(plan), None
@@ -231,7 +234,7 @@ async def _twin(plan: Plan, folder: RunFolder, log: RunLog, progress: Progress, 
 
 
 async def _offline(
-    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
+    plan: OfflinePlan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, Any]:
     progress.stage("starting the learner")
     learner = start_learner(plan, plan.learner_spec())

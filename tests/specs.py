@@ -1,4 +1,4 @@
-"""The learner and the plain engine of most tests: one process on CPU, a single thread."""
+"""The learner, the plain engine and the machine of most tests: one process on CPU, a single thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from rft.algorithms import ALGORITHMS, Algorithm
 from rft.config.learner import LearnerConfig
 from rft.config.rollout import SamplingConfig
-from rft.config.schema import ModelConfig, TrainConfig
+from rft.config.schema import Config, ModelConfig, TrainConfig
+from rft.config.validate import PACKAGES, Facts, problems
 from rft.learner.spec import LearnerSpec
 from rft.rollout.engine import EngineSpec
 
@@ -41,6 +42,29 @@ def changed(spec: LearnerSpec, **values: Any) -> LearnerSpec:
         inside = {key: values.pop(key) for key in list(values) if key in type(section).model_fields}
         spec = replace(spec, **{name: section.model_copy(update=inside)})
     return replace(spec, **values)
+
+
+def facts(**known: Any) -> Facts:
+    """Facts to check a config against: a machine with four cores, the hf engine and every package."""
+    machine = {"device": "cpu", "engine": "hf", "samples": True, "installed": frozenset(PACKAGES), "gpus": 0}
+    return Facts(**{**machine, "cores": frozenset(range(4)), "usable_cores": 4, **known})
+
+
+def problems_of(
+    algorithm: Algorithm,
+    *,
+    num_generations: int = 4,
+    minibatches: int = 1,
+    rewards: bool = True,
+    **known: Any,
+) -> list[str]:
+    """What is wrong with a config of the algorithm whose prompts have demonstrations."""
+    config = Config(
+        algorithm=algorithm,
+        train={"num_generations": num_generations, "minibatches": minibatches},
+        rewards=[{"function": "math"}] if rewards else [],
+    )
+    return problems(config, facts(**{"demonstrations": True, **known}))
 
 
 def engine_spec(model: Path, reference: Path | None = None) -> EngineSpec:

@@ -16,6 +16,7 @@ from rft.cli import main
 from rft.config.load import load_config
 from rft.config.schema import algorithm_name
 from rft.plan import Plan, make_plan
+from rft.report.plan_text import plan_lines
 from tests.specs import needs_vllm
 
 ROOT = Path(__file__).parent.parent
@@ -188,7 +189,7 @@ def planned(name: str, runs: Path, qwen: Path, *more: str) -> Plan:
 )
 def test_plans_for_gpus(name: str, transport: str, trains: str, learner: str, runs: Path, qwen: Path) -> None:
     plan = planned(name, runs, qwen, *CLUSTER)
-    text = "\n".join(plan.lines())
+    text = "\n".join(plan_lines(plan))
     assert plan.transport == transport and trains in text and learner in text
     assert plan.engine_spec().dtype == "bfloat16"
 
@@ -196,7 +197,7 @@ def test_plans_for_gpus(name: str, transport: str, trains: str, learner: str, ru
 @needs_vllm
 def test_the_large_example_runs_on_deepspeed_as_it_says(runs: Path, qwen: Path) -> None:
     plan = planned("gsm8k_qwen_7b", runs, qwen, *CLUSTER, "learner.parallel=deepspeed")
-    assert "4 ranks (deepspeed stage 2), one GPU each" in "\n".join(plan.lines())
+    assert "4 ranks (deepspeed stage 2), one GPU each" in "\n".join(plan_lines(plan))
 
 
 @needs_vllm
@@ -205,7 +206,7 @@ def test_the_cluster_s_example_is_planned_on_a_head_without_gpus(
 ) -> None:
     plan = planned("cluster/cluster", runs, qwen)
     assert plan.device == "cuda" and plan.transport == "nccl"
-    text = "\n".join(plan.lines())
+    text = "\n".join(plan_lines(plan))
     assert "8 ranks (fsdp2), one GPU each, on the cluster, packed on as few machines as hold them" in text
     overrides = [*local("cluster/cluster", runs, qwen, qwen), "ray.address=null"]
     assert main(["check", str(EXAMPLES / "cluster" / "cluster.yaml"), *overrides]) == 2

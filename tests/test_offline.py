@@ -144,7 +144,7 @@ def test_held_out_numbers_are_those_of_the_models_themselves(tiny_folder: Path, 
     first = run.lines[0]
     assert first["eval/preference_accuracy"] == 0.5 and first["eval/preference_margin"] == 0.0
     assert last["eval/preference_accuracy"] > 0.5 and last["eval/preference_margin"] > 0.0
-    offline = run.plan.offline
+    offline = run.plan.data
     assert offline is not None and offline.held_out is not None and run.learner.reference is not None
     margins, surprise, tokens = [], 0.0, 0
     for group in offline.held_out:
@@ -193,8 +193,7 @@ def test_the_cache_is_keyed_by_model_and_data(tiny_folder: Path, tmp_path: Path)
     from rft.loops.reference import cache_file
 
     plan = plan_of(tiny_folder, tmp_path)
-    assert plan.offline is not None
-    groups = plan.offline.sample
+    groups = plan.data.sample
     file = cache_file(tmp_path, groups, str(tiny_folder), "float32")
     assert file == cache_file(tmp_path, list(groups), str(tiny_folder), "float32")
     assert file != cache_file(tmp_path, groups[1:], str(tiny_folder), "float32")
@@ -214,8 +213,7 @@ def test_another_model_as_the_reference(tiny_folder: Path, tmp_path: Path) -> No
     run = Run(plan_of(tiny_folder, tmp_path, model=model), "run")
     reference = run.learner.reference
     assert reference is not None and reference.model.config.hidden_size == 32
-    assert run.plan.offline is not None
-    batch = Batch.build(run.plan.offline.sample[:2])
+    batch = Batch.build(run.plan.data.sample[:2])
     expected = run.learner.score(batch, model=reference)["logps"]
     torch.testing.assert_close(run.learner.score_reference(batch), expected)
     metrics = run.learner.step(batch, 0)
@@ -237,8 +235,7 @@ def test_dpo_trains_an_adapter_against_the_policy_without_it(tiny_folder: Path, 
     learner = {"learning_rate": 1e-2, "threads": 1, "adapter": {"r": 4}}
     plan = plan_of(tiny_folder, tmp_path, learner=learner)
     run = Run(plan, "lora")
-    assert plan.offline is not None
-    batch = Batch.build(plan.offline.sample[:3])
+    batch = Batch.build(plan.data.sample[:3])
 
     def of_folder(folder: Path) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -281,12 +278,11 @@ def test_dropped_groups_of_a_cut_cache_file_are_noticed(tiny_folder: Path, tmp_p
     from rft.loops.reference import attach
 
     plan = plan_of(tiny_folder, tmp_path)
-    assert plan.offline is not None
     file = tmp_path / "short.safetensors"
     save_file({"logps": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match=r"holds 3 log-probs, the data have \d+ tokens: delete it"):
-        attach(plan.offline.sample, file)
-    first = plan.offline.sample[0]
+        attach(plan.data.sample, file)
+    first = plan.data.sample[0]
     tokens = sum(len(c.tokens) for c in first.completions)
     save_file({"logps": torch.arange(tokens, dtype=torch.float32)}, file)
     (filled,) = attach([first], file)

@@ -12,6 +12,7 @@ from rft.config.load import parse_config
 from rft.data import GroupStream
 from rft.errors import ConfigError
 from rft.plan import Plan, make_plan
+from rft.report.plan_text import plan_lines
 
 ROWS = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a)} for a in range(12)]
 
@@ -39,10 +40,10 @@ def refused(raw: dict[str, Any], **changes: Any) -> str:
 
 
 def test_no_held_out_rows_is_said(raw: dict[str, Any]) -> None:
-    assert "evaluation   none: there are no held-out rows" in "\n".join(plan_of(raw).lines())
+    assert "evaluation   none: there are no held-out rows" in "\n".join(plan_lines(plan_of(raw)))
     data = {**raw["data"], "holdout": 4}
-    assert "evaluation   4 groups" in "\n".join(plan_of(raw, data=data).lines())
-    assert "evaluation" not in "\n".join(plan_of(raw, data=data, eval={"every": 0}).lines())
+    assert "evaluation   4 groups" in "\n".join(plan_lines(plan_of(raw, data=data)))
+    assert "evaluation" not in "\n".join(plan_lines(plan_of(raw, data=data, eval={"every": 0})))
 
 
 def test_a_folder_s_test_split_is_held_out(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -140,8 +141,8 @@ def test_rows_longer_than_the_model_reads_are_refused(raw: dict[str, Any], tmp_p
 def test_streams_are_read_in_the_preflight_and_not_for_online_runs(raw: dict[str, Any]) -> None:
     data = {**raw["data"], "streaming": True}
     plan = plan_of(raw, data=data)
-    assert plan.offline is not None and isinstance(plan.offline.train, GroupStream)
-    assert "streamed from" in "\n".join(plan.lines())
+    assert isinstance(plan.data.train, GroupStream)
+    assert "streamed from" in "\n".join(plan_lines(plan))
     assert "no such column" in refused(raw, data=data, algorithm="sft")
     online = {**raw, "algorithm": "grpo", "rewards": [{"function": "math"}]}
     assert "online training loads all of its prompts" in refused(online, data=data)

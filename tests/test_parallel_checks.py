@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import pytest
-import torch
 
 from rft.config.load import parse_config
 from rft.config.schema import Config
+from rft.config.validate import PACKAGES, problems
 from rft.learner.parallel.ranks import own_part
-from rft.preflight.parallel import describe_ranks, parallel_problems
+from rft.report.plan_text import describe_ranks
+from tests.specs import facts
 
 STAGE_1 = {"zero_optimization": {"stage": 1}}
 
@@ -28,12 +27,6 @@ def config(**changes: Any) -> Config:
             **changes,
         }
     )
-
-
-@pytest.fixture(autouse=True)
-def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setattr("rft.utils.cores.cpu_quota", lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -90,30 +83,25 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_cannot_work_is_told(changes: dict[str, Any], words: str) -> None:
-    found = parallel_problems(config(**changes), "cpu")
+    found = problems(config(**changes), facts())
     assert len(found) == 1 and words in found[0], found
 
 
-def test_gpus_are_counted_with_those_of_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+def test_gpus_are_counted_with_those_of_the_engines() -> None:
+    gpus = facts(device="cuda", gpus=4, engine="vllm")
     rollout = {"replicas": 1, "tensor_parallel": 2}
-    assert parallel_problems(config(rollout=rollout), "cuda") == []
-    assert (
-        "make 5, this machine has 4"
-        in parallel_problems(config(learner={"ranks": 3}, rollout=rollout), "cuda")[0]
-    )
-    assert "8 ranks need 8 GPUs" in parallel_problems(config(learner={"ranks": 8}), "cuda")[0]
+    assert problems(config(rollout=rollout), gpus) == []
+    (found,) = problems(config(learner={"ranks": 3}, rollout=rollout), gpus)
+    assert "make 5, this machine has 4" in found
+    assert "8 ranks need 8 GPUs" in problems(config(learner={"ranks": 8}), gpus)[0]
     cluster = config(learner={"ranks": 8}, train={"batch_size": 64}, ray={"address": "auto"})
-    assert parallel_problems(cluster, "cuda") == []
+    assert problems(cluster, gpus) == []
 
 
-def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "deepspeed" else found(name)
-    )
-    problems = parallel_problems(config(learner={"parallel": "deepspeed"}), "cpu")
-    assert "learner.parallel: deepspeed is not installed" in problems[0]
+def test_deepspeed_must_be_installed() -> None:
+    installed = frozenset(PACKAGES) - {"deepspeed"}
+    (found,) = problems(config(learner={"parallel": "deepspeed"}), facts(installed=installed))
+    assert "learner.parallel: deepspeed is not installed" in found
 
 
 def test_the_plan_says_where_the_ranks_go() -> None:

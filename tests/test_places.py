@@ -13,7 +13,7 @@ import pytest
 from rft.cli import main
 from rft.config.load import parse_config
 from rft.config.schema import Config
-from rft.preflight.places import SOCKET_PATH_BYTES, socket_problems, unwritable_folders
+from rft.preflight.machine import SOCKET_PATH_BYTES, check_folders, check_sockets
 
 CONFIG = "algorithm: sft\ndata: {kind: arithmetic, limit: 64}\nwarm_start: null\n"
 
@@ -54,18 +54,18 @@ def root() -> Iterator[Path]:
 def test_a_temporary_folder_too_long_for_rays_sockets(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", long_folder(root, 40))
-    (problem,) = socket_problems(config(), vllm=False)
+    (problem,) = check_sockets(config(), vllm=False)
     assert problem.startswith(f"TMPDIR={root}/") and "40 bytes, at most 39" in problem
     assert "RAY_TMPDIR=/tmp" in problem
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    assert socket_problems(config(), vllm=False) == []
+    assert check_sockets(config(), vllm=False) == []
     monkeypatch.setenv("RAY_TMPDIR", long_folder(root, 50))
-    (problem,) = socket_problems(config(), vllm=False)
+    (problem,) = check_sockets(config(), vllm=False)
     assert problem.startswith("RAY_TMPDIR=")
-    assert socket_problems(config(ray={"address": "auto"}), vllm=False) == []
+    assert check_sockets(config(ray={"address": "auto"}), vllm=False) == []
     monkeypatch.setenv("RAY_TMPDIR", f"{root}/{'ä' * 12}")
     assert len(os.environ["RAY_TMPDIR"]) < 39 - 3
-    assert bool(socket_problems(config(), vllm=False)) == (len(os.fsencode(os.environ["RAY_TMPDIR"])) > 39)
+    assert bool(check_sockets(config(), vllm=False)) == (len(os.fsencode(os.environ["RAY_TMPDIR"])) > 39)
 
 
 def test_the_limits_are_those_of_the_system_and_of_ray(root: Path) -> None:
@@ -74,38 +74,38 @@ def test_the_limits_are_those_of_the_system_and_of_ray(root: Path) -> None:
 
     name = f"/ray/session_2026-11-29_15-40-45_123456_{2**22 - 1}/sockets/plasma_store"
     folder = long_folder(root, SOCKET_PATH_BYTES - len(name))
-    assert socket_problems_of(folder) == []
+    assert check_socket_folder(folder) == []
     validate_socket_filepath(folder + name)
     with socket.socket(socket.AF_UNIX) as probe:
         os.makedirs(os.path.dirname(folder + name))
         probe.bind(folder + name)
     with pytest.raises(OSError, match="AF_UNIX"):
         validate_socket_filepath(folder + "x" + name)
-    assert socket_problems_of(folder + "x") != []
+    assert check_socket_folder(folder + "x") != []
 
 
-def socket_problems_of(folder: str) -> list[str]:
+def check_socket_folder(folder: str) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
-        return socket_problems(config(), vllm=False)
+        return check_sockets(config(), vllm=False)
 
 
 def test_vllms_sockets(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", long_folder(root, 71))
-    assert socket_problems(config(), vllm=False) == []
-    (problem,) = socket_problems(config(), vllm=True)
+    assert check_sockets(config(), vllm=False) == []
+    (problem,) = check_sockets(config(), vllm=True)
     assert "71 bytes, at most 70" in problem and "VLLM_RPC_BASE_PATH=/tmp" in problem
 
 
 def test_read_only_folders_are_found(read_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (problem,) = unwritable_folders(config(output_dir=str(read_only)))
+    (problem,) = check_folders(config(output_dir=str(read_only)))
     assert problem.startswith(f"output_dir: {read_only}/run cannot be written (Read-only file system): write")
     warm = {"cache": str(read_only / "cache")}
-    (problem,) = unwritable_folders(config(output_dir=str(read_only.parent / "runs"), warm_start=warm))
+    (problem,) = check_folders(config(output_dir=str(read_only.parent / "runs"), warm_start=warm))
     assert problem.startswith(f"warm_start.cache: {read_only}/cache")
     monkeypatch.setenv("RAY_TMPDIR", str(read_only))
-    problems = socket_problems(config(), vllm=False)
+    problems = check_sockets(config(), vllm=False)
     assert len(problems) == 1 and "RAY_TMPDIR" in problems[0]
 
 

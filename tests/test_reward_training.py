@@ -52,8 +52,7 @@ def train(tiny_folder: Path, where: Path, name: str, chat: str = "never", **sett
     )
     plan = make_plan(config)
     learner = Learner(plan.learner_spec())
-    assert plan.offline is not None
-    groups = plan.offline.sample
+    groups = plan.data.sample
     batch = Batch.build(groups, share_prefix=True)
     before = learner.evaluate(batch, 0)
     for step in range(30):
@@ -169,7 +168,7 @@ def test_held_out_rows_are_loaded_like_training_rows(tiny_folder: Path, tmp_path
     raw = {"algorithm": "reward_model", "model": {"path": str(tiny_folder)}, "output_dir": str(tmp_path)}
     raw |= {"data": {"kind": "arithmetic_pairs", "limit": 64}, "eval": {"problems": 24}}
     plan = make_plan(parse_config(raw))
-    assert plan.offline is not None and plan.offline.held_out is not None
-    assert len(plan.offline.held_out) == 24
+    assert plan.data.held_out is not None
+    assert len(plan.data.held_out) == 24
     expected = load_groups(plan.config.data, plan.tokenizer, "preference", "test").groups[:24]
-    assert list(plan.offline.held_out) == expected
+    assert list(plan.data.held_out) == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,10 @@ from rft.config.base import ConfigModel
 from rft.utils.paths import PathText
 
 LIGER_REMEDY = "pip install 'liger-kernel>=0.8.5,<0.9'"
+# peft's methods whose result is an ordinary LoRA adapter, by factor of its rank over the config's: where the
+# method moves a part of the base into the adapter, giving it back doubles the rank.
+PLAIN_LORA = {"lora": 1, "eva": 1, "pissa": 2, "olora": 2, "corda": 2, "lora_ga": 2}
+FROM_FIRST_BATCH = ("eva", "corda", "lora_ga")  # methods that are initialised from the first batch
 
 
 class AdapterConfig(ConfigModel):
@@ -30,6 +33,11 @@ class AdapterConfig(ConfigModel):
         description="names of layers, a regular expression, or all-linear (every linear layer but the head)",
     )
     options: dict[str, Any] = Field({}, description="further fields of the method's own config in peft")
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the result as an ordinary LoRA adapter; 0 where it is none."""
+        return (self.r or 8) * PLAIN_LORA.get(self.method, 0)  # 8: peft's default
 
 
 class LisaConfig(ConfigModel):
@@ -101,21 +109,6 @@ class KernelsConfig(ConfigModel):
         description="packed attention: log-sum-exp merge, FlexAttention (GPU), masks per tree, or auto: the "
         "merge where it serves a layer, else FlexAttention on a GPU and masks on a CPU",
     )
-
-    def misfits(self, device: str) -> list[str]:
-        """What cannot run on the learner's device, each in a sentence."""
-        gpu_only = {"logprob": (("triton", "liger"), "chunked"), "attention": (("flex",), "masked")}
-        found = [
-            f"learner.kernels.{name}: {kernel} needs a GPU, the learner is on {device}: write auto or {other}"
-            for name, (kernels, other) in gpu_only.items()
-            if (kernel := getattr(self, name)) in kernels and device != "cuda"
-        ]
-        if self.logprob == "liger" and importlib.util.find_spec("liger_kernel") is None:
-            found.append(
-                f"learner.kernels.logprob: liger needs liger-kernel, which is not installed: {LIGER_REMEDY}, "
-                "or write auto or triton"
-            )
-        return found
 
 
 class LearnerConfig(ConfigModel):

@@ -16,12 +16,12 @@ from rft.loops.offline import OfflineLoop
 from rft.loops.offline_eval import HeldOut, SampledMetrics
 from rft.metrics import Progress, RunLog
 from rft.packing import shares_prefix
-from rft.plan import Plan
+from rft.plan import OfflinePlan
 from rft.run_dir import RunFolder
 
 
 async def train_offline(
-    plan: Plan,
+    plan: OfflinePlan,
     folder: RunFolder,
     learner: LearnerHandle,
     progress: Progress,
@@ -30,8 +30,7 @@ async def train_offline(
     generate: SampledMetrics | None,
 ) -> dict[str, float]:
     """Train the learner on the plan's data; returns the last evaluation. Raises RunStopped."""
-    config, data = plan.config, plan.offline
-    assert data is not None
+    config, data = plan.config, plan.data
     for line in data.lines(config):
         progress.note(line)
     share = shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden)
@@ -67,7 +66,7 @@ async def train_offline(
 
 
 async def _with_reference(
-    plan: Plan, learner: LearnerHandle, groups: Sequence[Group], share: bool
+    plan: OfflinePlan, learner: LearnerHandle, groups: Sequence[Group], share: bool
 ) -> list[Group]:
     """The groups with the reference's log-probs, read from the cache or computed into it."""
     config = plan.config

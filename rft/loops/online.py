@@ -34,7 +34,7 @@ from rft.metrics.guards import Guards, GuardStop
 from rft.metrics.log import METRICS_FILE, read_jsonl
 from rft.metrics.phases import Phases
 from rft.packing import shares_prefix
-from rft.plan import Plan
+from rft.plan import OnlinePlan
 from rft.rewards import RewardError
 from rft.rewards.runner import RewardRunner
 from rft.rollout.buffer import SlotBuffer, State, Work
@@ -74,7 +74,7 @@ class Parts:
 class Controller:
     """One online run. `step` counts finished training steps and equals the policy's version."""
 
-    plan: Plan
+    plan: OnlinePlan
     parts: Parts
     checkpoints: Path
     step: int = 0
@@ -82,7 +82,6 @@ class Controller:
 
     def __post_init__(self) -> None:
         config = self.config
-        assert self.plan.train_prompts is not None
         self.prompts = self.plan.train_prompts.prompts
         seed, size = config.seed, len(self.prompts)
         self.sampler: Sampler | Curriculum = (

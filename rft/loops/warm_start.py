@@ -18,7 +18,7 @@ from rft.learner.workers import LearnerHandle
 from rft.loops.offline import OfflineLoop
 from rft.metrics import Progress
 from rft.plan import Plan, threads_for
-from rft.preflight.warm_start import is_finished, warm_start_data, warm_start_folder
+from rft.preflight.data import is_finished, warm_start_data, warm_start_folder
 
 WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage that is not finished
 
@@ -38,6 +38,7 @@ def _spec(plan: Plan, stage: WarmStartConfig) -> LearnerSpec:
 
 async def warm_start(
     plan: Plan,
+    stage: WarmStartConfig,
     start_learner: Callable[[LearnerSpec], LearnerHandle],
     progress: Progress,
     run: Path,
@@ -50,9 +51,7 @@ async def warm_start(
     the run's folder, from which the same run goes on, and raises RunStopped.
     """
     config = plan.config
-    stage = config.warm_start
-    assert stage is not None
-    folder = warm_start_folder(config, plan.model)
+    folder = warm_start_folder(config, stage, plan.model)
     partial = run / WARM_START_FOLDER
     if is_finished(folder):
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The preflight of rewards: every mistake in the config, found before anything is started."""
+"""Check reward functions, their options, and the data that they read, before anything is started."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.config.rewards import MaxFraction, RewardConfig, RewardsConfig, Schedule
+from rft.data import PromptSet
 from rft.data.errors import BadRows
 from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_options, signature_columns
 from rft.rewards.pool import Loaded, Spec, WorkerPool
@@ -20,6 +21,15 @@ from rft.utils.urls import has_credentials, without_credentials
 
 Rows = Mapping[int, Collection[str]]
 """By row number, counted from 1: the names of its columns."""
+
+
+def check_rewards(config: RewardsConfig, sets: Mapping[str, PromptSet]) -> list[str]:
+    """Check the reward functions, the columns that they need in each data set, and the values in them."""
+    rows = {name: {p.id + 1: p.columns for p in prompts.prompts} for name, prompts in sets.items()}
+    problems = check_reward(config, Path.cwd(), rows=rows)
+    for name, prompts in sets.items():
+        problems += check_values(config, prompts.source, rows[name].items())
+    return problems
 
 
 def check_reward(

@@ -10,51 +10,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from rft.config.schema import Config
 
-# peft's methods whose result is an ordinary LoRA adapter, by factor of its rank over the config's: where the
-# method moves a part of the base into the adapter, giving it back doubles the rank.
-PLAIN_LORA = {"lora": 1, "eva": 1, "pissa": 2, "olora": 2, "corda": 2, "lora_ga": 2}
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
-
-
-def adapter_problems(config: Config) -> list[str]:
-    """What keeps a config from the transport `adapter`; [] where nothing does."""
-    from rft.contrib.strategies.data_init import MAKERS  # not in engines, which import this module too
-
-    adapter, found = config.learner.adapter, []
-    if adapter is None:
-        return ["adapter sends a LoRA adapter, and learner.adapter trains none; use auto"]
-    if adapter.method not in PLAIN_LORA:
-        found.append(
-            f"vLLM does not compute learner.adapter.method {adapter.method} as an adapter (it knows "
-            f"{', '.join(PLAIN_LORA)}); use auto, which pushes the merged weights"
-        )
-    elif adapter.method in MAKERS:
-        found.append(
-            f"learner.adapter.method {adapter.method} is made of the first batch, before which there "
-            "is nothing to send; use auto, which pushes the merged weights"
-        )
-    elif adapter_rank(config) > _RANKS[-1]:
-        found.append(f"vLLM's adapters have a rank of at most {_RANKS[-1]}; lower learner.adapter.r")
-    if config.learner.quantize is not None:
-        found.append(
-            "the learner's base is quantised (learner.quantize), the engine's is not: adapter would sample "
-            "from another base than is trained on; use auto"
-        )
-    if config.rollout.update in ("keep", "continue"):
-        found.append("adapter cannot change under completions in flight; set rollout.update to wait or abort")
-    return found
-
-
-def adapter_rank(config: Config) -> int:
-    """The rank of what is sent."""
-    adapter = config.learner.adapter
-    assert adapter is not None
-    return (adapter.r or 8) * PLAIN_LORA[adapter.method]  # 8: peft's default
 
 
 def engine_args(config: Config) -> dict[str, Any]:
     """What vLLM's engine has to be told."""
-    rank = next(r for r in _RANKS if r >= adapter_rank(config))
+    adapter = config.learner.adapter
+    rank = next(r for r in _RANKS if adapter is not None and r >= adapter.lora_rank)
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 

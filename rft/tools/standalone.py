@@ -10,7 +10,7 @@ from rft.errors import ConfigError
 from rft.learner.learner import Learner
 from rft.loops.evaluate import evaluate
 from rft.plan import Plan, make_plan
-from rft.preflight.warm_start import warm_start_folder
+from rft.preflight.data import warm_start_folder
 from rft.rewards.runner import RewardRunner
 from rft.run_training import make_pool
 from rft.utils.deadlines import unless_stopped
@@ -63,8 +63,8 @@ def export_checkpoint(config: Path, checkpoint: Path, out: Path) -> None:
     Raises ConfigError where the base or the data that the run's config names are no longer there.
     """
     plan = make_plan(load_config(config), starts=False)
-    if plan.config.warm_start is not None:
-        plan = plan.with_model(str(warm_start_folder(plan.config, plan.model)))
+    if (stage := plan.config.warm_start) is not None:
+        plan = plan.with_model(str(warm_start_folder(plan.config, stage, plan.model)))
     learner = Learner(plan.learner_spec())
     learner.read_state(checkpoint)
     learner.export(str(out))

@@ -42,3 +42,9 @@ def path_argument(text: str) -> str:
 
 PathText = Annotated[str, AfterValidator(expand)]
 """A config field that holds a path, or a name that may be a path."""
+
+
+def absolute_if_local(path: str) -> str:
+    """Make a folder's path absolute, for processes with another working folder; leave a hub name as it is."""
+    local = path.startswith((".", "/")) or Path(path).exists()
+    return str(Path(path).absolute()) if local else path

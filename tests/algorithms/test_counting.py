@@ -11,7 +11,7 @@ from worlds import completion, fill, group, objective, random_groups, random_tab
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Group
 from rft.learner.objective import weigh
-from rft.preflight.algorithm import problems
+from tests.specs import problems_of
 
 
 def truncated(groups: list[Group], *places: int) -> Batch:
@@ -118,7 +118,6 @@ def test_reinforce_rej_judges_right_and_wrong_by_the_reward() -> None:
 
 
 REFRESHED = ["sppo", "reward_difference", "iterative_dpo", "ss_token"]
-HAS_ALL = {"num_generations": 4, "has_reference": True, "has_critic": True, "has_demonstrations": True}
 
 
 @pytest.mark.parametrize("name", REFRESHED)
@@ -128,14 +127,14 @@ HAS_ALL = {"num_generations": 4, "has_reference": True, "has_critic": True, "has
 def test_a_reference_that_is_always_the_policy_is_refused(
     name: str, every: int, minibatches: int, said: bool
 ) -> None:
-    found = problems(ALGORITHMS[name](refresh_reference=every), minibatches=minibatches, **HAS_ALL)
+    found = problems_of(ALGORITHMS[name](refresh_reference=every), minibatches=minibatches)
     assert [("refresh_reference: 20" in problem) for problem in found] == [True] * said
 
 
 @pytest.mark.parametrize("name", ["sppo", "reward_difference", "iterative_dpo"])
 def test_references_follow_every_twenty_steps_by_default(name: str) -> None:
     assert ALGORITHMS[name]().refresh_reference == 20
-    assert problems(ALGORITHMS[name](), minibatches=1, **HAS_ALL) == []
+    assert problems_of(ALGORITHMS[name]()) == []
 
 
 def test_with_a_reference_that_is_the_policy_sppo_is_reinforce_on_the_win_rate() -> None:

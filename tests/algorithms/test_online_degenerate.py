@@ -22,7 +22,7 @@ from worlds import (
 
 from rft.algorithms import ALGORITHMS, PolicyOutput
 from rft.batch import Batch, Group
-from rft.preflight.algorithm import problems
+from tests.specs import problems_of
 
 ONLINE = [name for name, cls in ALGORITHMS.items() if cls.online]
 # Where all rewards of a group are equal these have nothing to say. (The others do: PPO asks its critic,
@@ -216,25 +216,18 @@ def test_dynamic_sampling() -> None:
     assert ALGORITHMS["dapo"](dynamic_sampling=False).keep_group([0.0, 0.0])
 
 
-HAS_ALL = {"num_generations": 4, "has_reference": True, "has_critic": True, "has_demonstrations": True}
-
-
 @pytest.mark.parametrize("name", ONLINE)
 def test_no_problems_where_nothing_is_missing(name: str) -> None:
-    assert problems(ALGORITHMS[name](), **HAS_ALL) == []
+    assert problems_of(ALGORITHMS[name]()) == []
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "lack", "words"),
     [
         ("grpo", {}, {"num_generations": 1}, "num_generations: 2"),
-        ("grpo", {"beta": 0.1}, {"has_reference": False}, "or beta: 0"),
-        ("online_dpo", {}, {"has_reference": False}, "needs a reference"),
-        ("distill", {}, {"has_reference": False}, "needs a reference"),
-        ("ppo", {}, {"has_critic": False}, "needs a critic"),
-        ("prefix_rft", {}, {"has_demonstrations": False}, "needs demonstrations"),
-        ("luffy", {}, {"has_demonstrations": False}, "needs demonstrations"),
-        ("distill", {"demonstration_share": 0.5}, {"has_demonstrations": False}, "needs demonstrations"),
+        ("prefix_rft", {}, {"demonstrations": False}, "needs demonstrations"),
+        ("luffy", {}, {"demonstrations": False}, "needs demonstrations"),
+        ("distill", {"demonstration_share": 0.5}, {"demonstrations": False}, "needs demonstrations"),
         ("prefix_rft", {"hybrids": 4}, {}, "at most 3"),
         ("prefix_rft", {"share_from": 0.5, "share_to": 0.6}, {}, "at most 0.5"),
         ("prefix_rft", {"prefix_clip": False, "prefix_epsilon": 0.1}, {}, "leave one of them out"),
@@ -245,12 +238,12 @@ def test_no_problems_where_nothing_is_missing(name: str) -> None:
         ("ppo", {"kl_target": 0.1}, {}, "beta is 0"),
         ("grpo", {"dual_clip": 1.1}, {}, "more than 1.2"),
         ("opo", {}, {"minibatches": 2}, "num_iterations: 1"),
-        ("nash_md", {}, {"can_mix": False}, "mixture: 0"),
-        ("grpo", {}, {"has_rewards": False}, "needs a reward"),
+        ("nash_md", {}, {"engine": "vllm"}, "mixture: 0"),
+        ("grpo", {}, {"rewards": False}, "needs a reward"),
     ],
 )
 def test_what_is_missing_is_said(name: str, settings: Any, lack: dict[str, Any], words: str) -> None:
-    found = problems(ALGORITHMS[name](**settings), **{**HAS_ALL, **lack})
+    found = problems_of(ALGORITHMS[name](**settings), **lack)
     assert len(found) == 1 and words in found[0]
 
 

@@ -10,10 +10,8 @@ from worlds import completion, group
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.config.load import load_config
-from rft.preflight.algorithm import problems
-from rft.preflight.online import online_warnings
-
-HAS_ALL = {"num_generations": 4, "has_reference": True, "has_critic": True, "has_demonstrations": True}
+from rft.config.validate import warnings
+from tests.specs import problems_of
 
 
 def batch_of(*rewards: list[float]) -> Batch:
@@ -52,7 +50,7 @@ def test_equal_rewards_of_a_batch_are_spread_over_the_prompts() -> None:
 
 
 def test_a_batch_needs_a_share() -> None:
-    (found,) = problems(ALGORITHMS["raft"](rank="batch"), **HAS_ALL)
+    (found,) = problems_of(ALGORITHMS["raft"](rank="batch"))
     assert "top_share: 0.2" in found
 
 
@@ -71,6 +69,6 @@ def test_a_batch_needs_a_share() -> None:
 )
 def test_a_threshold_on_a_reward_models_scores_is_warned_of(algorithm: str, rewards: str, said: str) -> None:
     config = load_config("examples/arithmetic.yaml", [f"algorithm={algorithm}", f"rewards={rewards}"])
-    found = online_warnings(config)
+    found = warnings(config)
     assert len(found) == bool(said)
     assert said in "".join(found)

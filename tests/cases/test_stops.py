@@ -21,6 +21,7 @@ from rft.errors import ConfigError
 from rft.learner.learner import Learner
 from rft.learner.stops import stop_ids
 from rft.plan import Plan, make_plan
+from rft.report.plan_text import plan_lines
 from tests.cases.families import (
     CHATML,
     END,
@@ -89,7 +90,7 @@ def test_what_ends_a_trained_turn_stops_engines_and_the_exported_model(
     group = load_groups(plan.config.data, plan.tokenizer)[0]
     assert group.completions[0].tokens[-1] in plan.stop_ids
     assert plan.engine_spec().stop_token_ids == plan.stop_ids
-    assert any(line.startswith("stop tokens") for line in plan.lines())
+    assert any(line.startswith("stop tokens") for line in plan_lines(plan))
     Learner(plan.learner_spec()).export(str(tmp_path / "out"))
     exported = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
     assert exported["eos_token_id"] == list(plan.stop_ids)

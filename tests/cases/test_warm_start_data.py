@@ -73,12 +73,12 @@ def test_the_runs_own_data_must_demonstrate_too(tmp_path: Path, capsys: pytest.C
 def test_data_of_a_finished_warm_start_are_not_read_again(tmp_path: Path) -> None:
     from rft.config.load import load_config
     from rft.plan import make_plan
-    from rft.preflight.warm_start import warm_start_folder
+    from rft.preflight.data import warm_start_folder
 
     code, file = check(tmp_path, make_tokenizer(), [GOOD] * 4)
     assert code == 0
     plan = make_plan(load_config(tmp_path / "run.yaml"))
-    folder = warm_start_folder(plan.config, plan.model)
+    folder = warm_start_folder(plan.config, plan.config.warm_start, plan.model)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}", encoding="utf-8")
     file.unlink()

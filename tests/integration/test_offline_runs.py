@@ -15,7 +15,7 @@ from rft.loops.warm_start import warm_start
 from rft.metrics import Progress, RunLog
 from rft.metrics.names import is_documented
 from rft.plan import Plan, make_plan
-from rft.preflight.warm_start import warm_start_folder
+from rft.preflight.data import warm_start_folder
 from rft.report.report import write_report
 from rft.run_dir import RunFolder
 from rft.run_training import _offline, start_learner
@@ -83,7 +83,7 @@ def test_a_warm_start_stops_on_request_and_goes_on(ray_here: None, tiny_folder: 
     plan = plan_of(tiny_folder, tmp_path, warm_start={**stage, "learner": {"threads": 1}}, eval={"every": 0})
     whole = asyncio.run(_warm(plan, tmp_path / "whole", asyncio.Event()))
     expected = (Path(whole) / "model.safetensors").read_bytes()
-    folder = warm_start_folder(plan.config, plan.model)
+    folder = warm_start_folder(plan.config, plan.config.warm_start, plan.model)
     folder.rename(tmp_path / "kept")
 
     stop = asyncio.Event()

@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rft.config.learner import LIGER_REMEDY, KernelsConfig
+from rft.config.learner import LIGER_REMEDY
+from rft.config.load import parse_config
+from rft.config.validate import problems
 from rft.contrib import liger as rft_liger
 from rft.contrib.liger import ROUNDS, Kernel, Kind, Logps, Task, choose, task_of
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_common import LogitMap, pop_messages
 from rft.learner.learner import Learner
 from tests.kernels.on_device import answer
+from tests.specs import facts
 
 SCRIPT = """
 import json, sys, torch
@@ -247,12 +250,15 @@ def test_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"liger-kernel is not installed: pip install 'liger-kernel>=0\.8"):
         token_logps(h, w, y, backend="liger")
-    forced = KernelsConfig(logprob="liger")
-    assert forced.misfits("cuda") == [
+    forced = parse_config(
+        {"algorithm": "grpo", "rewards": [{"function": "math"}], "learner": {"kernels": {"logprob": "liger"}}}
+    )
+    gpu = facts(device="cuda", gpus=1)
+    assert problems(forced, facts(device="cuda", gpus=1, installed=frozenset())) == [
         "learner.kernels.logprob: liger needs liger-kernel, which is not installed: "
         f"{LIGER_REMEDY}, or write auto or triton"
     ]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="backend liger needs CUDA tensors, hidden is on cpu"):
         token_logps(h, w, y, backend="liger")
-    assert forced.misfits("cuda") == [] and len(forced.misfits("cpu")) == 1
+    assert problems(forced, gpu) == [] and len(problems(forced, facts())) == 1

@@ -20,7 +20,7 @@ import torch
 from rft.learner.learner import Learner
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.preflight.memory import ModelShape, learner_bytes, meta_network
-from rft.preflight.learner import trained_parameters
+from rft.preflight.model import count_adapter_parameters
 from rft.config.schema import ModelConfig
 from tests.specs import changed, learner_spec
 
@@ -47,7 +47,7 @@ def in_file():
 warm = torch.nn.Linear(8, 8)(torch.zeros(1, 8)).sum().backward()  # autograd's own threads and pools
 import peft, bitsandbytes, transformers  # code is no part of the prediction
 shape = ModelShape.of(folder, ModelConfig())
-adapter = trained_parameters(meta_network(folder, False), config.adapter) if config.adapter else 0
+adapter = count_adapter_parameters(meta_network(folder, False), config.adapter) if config.adapter else 0
 before = anonymous()
 learner = Learner(spec)
 peak, done = 0, threading.Event()

@@ -12,10 +12,10 @@ import torch
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.config.load import parse_config
+from rft.config.validate import choose_transport, problems
 from rft.learner.learner import Learner
 from rft.learner.offload import move, resident
-from rft.preflight.transport import choose_transport, layout_problems
-from tests.specs import learner_spec
+from tests.specs import facts, learner_spec
 
 
 def config(**more: Any) -> Any:
@@ -35,24 +35,25 @@ def config(**more: Any) -> Any:
         ({"algorithm": "cory"}, "two policies do not share one GPU"),
     ],
 )
-def test_what_may_share_one_gpu(layout: dict, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+def test_what_may_share_one_gpu(layout: dict, words: str | None) -> None:
+    gpu, cpu = facts(device="cuda", engine="vllm", gpus=1), facts(engine="vllm")
     asked = config(**layout, sync={"transport": "ipc"})
-    found = layout_problems(asked, "cuda", "vllm", None)
+    found = problems(asked, gpu)
     assert [words in problem for problem in found] == [True] if words else found == []
-    assert any("ipc needs a GPU" in problem for problem in layout_problems(asked, "cpu", "vllm", None))
-    assert any("needs rollout.engine vllm" in p for p in layout_problems(asked, "cuda", "hf", None))
-    assert choose_transport(config(**layout), "cuda", "vllm") == ("nccl" if words else "ipc")
+    assert any("ipc needs a GPU" in problem for problem in problems(asked, cpu))
+    assert any("needs rollout.engine vllm" in p for p in problems(asked, replace(gpu, engine="hf")))
+    assert choose_transport(config(**layout), gpu) == ("nccl" if words else "ipc")
 
 
-def test_more_parts_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert layout_problems(config(), "cuda", "vllm", None) == []
-    assert choose_transport(config(), "cuda", "vllm") == "nccl"
+def test_more_parts_than_gpus_are_refused() -> None:
+    gpus = facts(device="cuda", engine="vllm", gpus=2)
+    assert problems(config(), gpus) == []
+    assert choose_transport(config(), gpus) == "nccl"
     sparse = config(sync={"transport": "sparse"})
-    assert choose_transport(sparse, "cuda", "vllm") == "sparse_nccl"
-    assert choose_transport(sparse, "cpu", "vllm") == choose_transport(sparse, "cuda", "hf") == "sparse"
-    (told,) = layout_problems(config(rollout={"replicas": 2}), "cuda", "vllm", None)
+    assert choose_transport(sparse, gpus) == "sparse_nccl"
+    for other in (facts(engine="vllm"), replace(gpus, engine="hf")):
+        assert choose_transport(sparse, other) == "sparse"
+    (told,) = problems(config(rollout={"replicas": 2}), gpus)
     assert "the learner's GPU and 2 of rollout.replicas make 3, this machine has 2" in told
 
 

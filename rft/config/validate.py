@@ -1,0 +1,604 @@
+"""Every check of a config against itself, and against resolved facts: one list of (condition, message).
+
+`problems` evaluates the whole list, so that a user reads all mistakes at once. Checks that need files, data
+or the model's layers are in `rft/preflight/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from rft.algorithms.base import Algorithm, Rollout
+from rft.config.learner import (
+    FROM_FIRST_BATCH,
+    LIGER_REMEDY,
+    PLAIN_LORA,
+    GaloreConfig,
+    LearnerConfig,
+    LisaConfig,
+)
+from rft.config.schema import Config, algorithm_name
+from rft.utils.cores import parse_cores
+
+Device = Literal["cpu", "cuda"]
+Engine = Literal["vllm", "hf"]
+Check = tuple[bool, str]  # (whether the config is wrong, what to say then)
+
+PACKAGES = ("vllm", "bitsandbytes", "deepspeed", "liger_kernel")  # optional ones that a config can ask for
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was resolved about the machine, the model and the data. None: not known, so not checked.
+
+    device: of the learner and the engines. engine: the engine that samples. samples: whether any does.
+    gpus, cores: of this machine; `usable_cores` respects a container's CPU quota. rows: training rows;
+    None for a stream.
+    """
+
+    device: Device
+    engine: Engine
+    samples: bool
+    installed: frozenset[str]  # of PACKAGES
+    gpus: int
+    cores: frozenset[int]
+    usable_cores: int
+    layers: int | None = None
+    positions: int | None = None
+    vocabulary: int | None = None
+    largest_token: int | None = None  # that the tokenizer makes
+    stored_quantization: str | None = None  # method by which the model's own weights are quantised
+    rows: int | None = None
+    held_out_rows: int | None = None  # of an offline run
+    demonstrations: bool | None = None  # whether some training prompts have one
+
+
+def problems(config: Config, facts: Facts) -> list[str]:
+    """Return the message of every check that fails."""
+    return [message for checks in CHECKS for wrong, message in checks(config, facts) if wrong]
+
+
+# -- the algorithm and its data ------------------------------------------------------------------------
+
+
+def rollouts(config: Config, demonstration: bool = False) -> Sequence[Rollout]:
+    """Return the group that the algorithm plans at the start of the run."""
+    return config.algorithm.rollouts(config.train.num_generations, progress=0.0, demonstration=demonstration)
+
+
+def longest_sequence(config: Config) -> int:
+    """Count the tokens of the longest sequence that an engine sees: an observer's holds two turns."""
+    s = config.rollout.sampling
+    turns = 2 if any(r.role for r in rollouts(config)) else 1
+    return turns * (s.max_prompt_length + s.max_completion_length)
+
+
+def mixes_reference(config: Config) -> bool:
+    """Whether engines sample from a mixture of policy and reference."""
+    return config.algorithm.online and any(r.mixture for r in rollouts(config))
+
+
+def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    a, t, key = config.algorithm, config.train, f"algorithm.{algorithm_name(config.algorithm)}"
+    name, updates = type(a).__name__, t.num_iterations * t.minibatches
+    yield (
+        a.online and t.num_generations < a.min_generations,
+        f"{key}: {name} compares completions of one prompt, and num_generations is {t.num_generations}; "
+        f"write num_generations: {a.min_generations} or more",
+    )
+    yield (
+        a.online and a.uses_demonstrations and facts.demonstrations is False,
+        f"{key}: {name} needs demonstrations, and the data have none; name their column",
+    )
+    yield (
+        "rewards" in a.needs and not config.rewards.functions,
+        f"{key}: {name} needs a reward, and there is none; name at least one under rewards",
+    )
+    yield (
+        a.online
+        and any(r.mixture for r in rollouts(config, bool(facts.demonstrations)))
+        and facts.engine != "hf",
+        f"{key}: {name} samples from a mixture with the reference, which this rollout engine cannot; "
+        "write mixture: 0, or use the hf engine",
+    )
+    yield (
+        a.on_policy and updates > 1,
+        f"{key}: {name} is on-policy without a ratio, and each batch is stepped on {updates} times; "
+        "write num_iterations: 1 and one minibatch",
+    )
+    yield (
+        a.needs_reference and a.refresh_reference == 1 and updates == 1,
+        f"{key}: refresh_reference: 1 with one update per step makes the reference the policy at every "
+        "update: log-ratios to it are 0, and the loss is another one; write refresh_reference: 20, or take "
+        "several updates per step (train.minibatches, train.num_iterations)",
+    )
+    for conflict in a.conflicts(t.num_generations):
+        yield True, f"{key}: {conflict}"
+
+
+STEP_JUDGES = ("process", "process_reward_model")  # rewards that give every step a score
+_SEPARATOR = "\n\n"  # their default
+
+
+def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    a, key = config.algorithm, f"algorithm.{algorithm_name(config.algorithm)}"
+    if not a.online:
+        return
+    roles = [rollout.role for rollout in rollouts(config, bool(facts.demonstrations))]
+    yield (
+        any(roles) and roles != ["pioneer", "observer"] * (len(roles) // 2),
+        f"{key}: pioneers and observers must take turns, and take all places of the group",
+    )
+    yield (
+        not config.rewards.functions and "rewards" not in a.needs,
+        f"{key}: no reward is given; evaluation needs one: `rewards: [{{function: math}}]`",
+    )
+    if a.steps is not None and not a.steps.branches:
+        judge = next((f for f in config.rewards.functions if f.function in STEP_JUDGES), None)
+        yield (
+            judge is None,
+            f"{key}: source: process needs a reward that judges step by step; name one of "
+            f"{', '.join(STEP_JUDGES)} under rewards, or write source: continuations",
+        )
+        if judge is not None:
+            separator = judge.options.get("separator", _SEPARATOR)
+            yield (
+                separator != a.steps.separator,
+                f"{key}: separator: {a.steps.separator!r} is not where the reward {judge.label} ends its "
+                f"steps ({separator!r}); give both the same",
+            )
+    yield (
+        config.data.streaming,
+        "data.streaming: online training loads all of its prompts; set it to false",
+    )
+    length = longest_sequence(config)
+    yield (
+        facts.positions is not None and length > facts.positions,
+        f"rollout.sampling: max_prompt_length and max_completion_length make sequences of {length}, "
+        f"but the model has {facts.positions} positions; lower one of them",
+    )
+
+
+def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    a, c, name = config.algorithm, config.learner, algorithm_name(config.algorithm)
+    if a.online:
+        return
+    yield (
+        config.eval.generate and bool(a.score_heads),
+        f"eval.generate: {name} trains a reward model, which generates nothing; set it to false",
+    )
+    yield (
+        config.eval.generate and not config.rewards.functions,
+        "eval.generate: completions are scored by rewards; add `rewards: [{function: math}]`",
+    )
+    for part in ("adapter", "quantize", "strategy"):
+        yield (
+            bool(a.score_heads) and getattr(c, part) is not None,
+            f"learner.{part}: {name} trains a whole reward model with a new head; leave it out",
+        )
+    uncached = [
+        (not a.needs_reference, f"{name} reads no reference"),
+        (
+            a.compares_distributions,
+            f"{name} compares whole distributions, for which the reference has to run",
+        ),
+        (config.data.streaming, "a stream is never seen as a whole"),
+        (bool(a.refresh_reference), f"{name} moves its reference"),
+        (
+            a.data == "unpaired" and a.prescored,
+            f"{name} pairs prompts with other responses anew each epoch; or write baseline: zero",
+        ),
+    ]
+    why = next((why for wrong, why in uncached if wrong), "")
+    yield c.reference_logps == "cached" and bool(why), f"learner.reference_logps: {why}; write live"
+    yield (
+        name == "kto" and facts.held_out_rows is not None and facts.held_out_rows < 2,
+        "data: kto compares responses, and there is only one held-out row; set aside more",
+    )
+
+
+def run_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    t, name = config.train, algorithm_name(config.algorithm)
+    yield (
+        config.model.reference is not None and not config.algorithm.needs_reference,
+        f"model.reference: {name} reads no reference; leave it out",
+    )
+    yield (
+        facts.rows is not None and facts.rows < t.batch_size,
+        f"train.batch_size: {t.batch_size} rows a step, but the data has only {facts.rows}; lower it",
+    )
+    yield (
+        (facts.largest_token or 0) >= (facts.vocabulary or 2**63),
+        f"model.tokenizer: makes token ids up to {facts.largest_token}, but the model's vocabulary has "
+        f"{facts.vocabulary} entries; use the model's own tokenizer",
+    )
+    for key, cores in (("rollout.cores", config.rollout.cores), ("learner.cores", config.learner.cores)):
+        yield from _core_checks(key, cores, facts)
+
+
+def _core_checks(key: str, cores: str | None, facts: Facts) -> Iterator[Check]:
+    try:
+        missing = parse_cores(cores) - facts.cores if cores is not None else set()
+    except ValueError as error:
+        yield True, f"{key}: {error}"
+    else:
+        yield bool(missing), f"{key}: this machine has no core {min(missing, default=0)}"
+
+
+# -- the learner ---------------------------------------------------------------------------------------
+
+QUANTIZED = ("lora", "dora", "eva", "loftq")  # methods whose layers run, and merge, on a base in 4 or 8 bits
+ON_RANKS = ("lora", "dora")  # adapters that several ranks train
+
+# Keys that DeepSpeed's config may not hold, and the key of rft that replaces each.
+REPLACED_KEYS = {
+    "optimizer": "learner.learning_rate, betas, eps and weight_decay",
+    "scheduler": "learner.schedule",
+    "gradient_clipping": "learner.max_grad_norm",
+    "gradient_accumulation_steps": "learner.tokens_per_micro_batch",
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "learner.tokens_per_micro_batch",
+    "bf16": "learner.dtype",
+    "fp16": "learner.dtype",
+    "torch_autocast": "learner.dtype",
+}
+
+
+def learner_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    """Checks of the run's learner and of its warm start's, which has no algorithm to fit."""
+    learners: list[tuple[str, LearnerConfig, Algorithm | None]]
+    learners = [("learner", config.learner, config.algorithm)]
+    if config.warm_start is not None:
+        learners.append(("warm_start.learner", config.warm_start.learner, None))
+    for key, c, algorithm in learners:
+        for checks in (_method_checks(c, facts), _adapter_checks(c, algorithm)):
+            yield from ((wrong, f"{key}.{message}") for wrong, message in checks)
+    yield (
+        facts.stored_quantization is not None and (config.learner.adapter is None or config.algorithm.online),
+        f"model.path: its weights are stored quantised ({facts.stored_quantization}); give the "
+        "unquantised model, and set learner.quantize: nf4 with learner.adapter to hold it in 4 bits",
+    )
+    yield from _kernel_checks(config, facts)
+    for key, c, algorithm in learners:
+        checks = _parallel_checks(key, c, algorithm, config, facts)
+        yield from ((wrong, f"{key}.{message}") for wrong, message in checks)
+    yield from _batch_checks(config)
+
+
+def _method_checks(c: LearnerConfig, facts: Facts) -> Iterator[Check]:
+    """What is trained, and by which optimizer."""
+    strategy, no_bitsandbytes = c.strategy, "bitsandbytes" not in facts.installed
+    remedy = "needs bitsandbytes, which is not installed: install rft with the extra quant"
+    yield c.quantize is not None and no_bitsandbytes, f"quantize: {c.quantize} {remedy}"
+    yield (
+        c.quantize is not None and c.adapter is None,
+        f"quantize: weights in {8 if c.quantize == 'int8' else 4} bits cannot be trained themselves; add "
+        "an adapter (adapter: {method: lora}), or leave quantize out for full fine-tuning",
+    )
+    yield c.optimizer != "adamw" and no_bitsandbytes, f"optimizer: {c.optimizer} {remedy}"
+    yield (
+        c.optimizer != "adamw" and isinstance(strategy, GaloreConfig),
+        f"strategy: galore is an optimizer of its own, not {c.optimizer}; use adamw",
+    )
+    if isinstance(strategy, LisaConfig):
+        yield (
+            facts.layers is not None and strategy.layers >= facts.layers,
+            f"strategy.layers: {strategy.layers} at a time are all the model's {facts.layers} layers; "
+            "lower it, or leave the strategy out",
+        )
+
+
+def _adapter_checks(c: LearnerConfig, algorithm: Algorithm | None) -> Iterator[Check]:
+    adapter = c.adapter
+    if adapter is None:
+        return
+    yield (
+        c.quantize is not None and adapter.method not in QUANTIZED,
+        f"adapter.method: {adapter.method} does not work on a quantised base; "
+        f"use one of {', '.join(QUANTIZED)}, or leave quantize out",
+    )
+    yield (
+        c.strategy is not None,
+        f"strategy: {c.strategy and c.strategy.name} chooses among the policy's own weights, which an "
+        "adapter leaves frozen; use one of the two",
+    )
+    yield (
+        adapter.method == "loftq" and c.quantize not in ("nf4", "fp4"),
+        "adapter.method: loftq makes up for 4-bit rounding; set quantize: nf4, or use lora",
+    )
+    yield (
+        algorithm is not None and bool(algorithm.score_heads),
+        "adapter: a reward model's head cannot be trained through an adapter; leave it out",
+    )
+    yield (
+        algorithm is not None and algorithm.online and float(adapter.options.get("lora_dropout", 0) or 0) > 0,
+        "adapter.options.lora_dropout: with dropout the learner's log-probs are not those of the engine "
+        "that sampled; set it to 0 for online training",
+    )
+
+
+def _kernel_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    kernels = config.learner.kernels
+    gpu_only = {"logprob": (("triton", "liger"), "chunked"), "attention": (("flex",), "masked")}
+    for name, (needing_gpu, other) in gpu_only.items():
+        kernel = getattr(kernels, name)
+        yield (
+            kernel in needing_gpu and facts.device != "cuda",
+            f"learner.kernels.{name}: {kernel} needs a GPU, the learner is on {facts.device}: "
+            f"write auto or {other}",
+        )
+    yield (
+        kernels.logprob == "liger" and "liger_kernel" not in facts.installed,
+        f"learner.kernels.logprob: liger needs liger-kernel, which is not installed: {LIGER_REMEDY}, "
+        "or write auto or triton",
+    )
+
+
+def _parallel_checks(
+    key: str, c: LearnerConfig, algorithm: Algorithm | None, config: Config, facts: Facts
+) -> Iterator[Check]:
+    """Whether the ranks fit the machine, and what is trained fits the ranks."""
+    yield (
+        c.parallel == "single" and c.ranks > 1,
+        f"ranks: {c.ranks} ranks need {key}.parallel fsdp2 or deepspeed; single is one process",
+    )
+    yield (
+        c.cpu_offload and c.parallel != "fsdp2",
+        "cpu_offload: this is fsdp2's; for deepspeed write "
+        f"{key}.deepspeed={{zero_optimization: {{stage: 2, offload_optimizer: {{device: cpu}}}}}}",
+    )
+    yield (  # a resolved config names the default too, which must stay valid
+        c.parallel != "deepspeed" and c.deepspeed != LearnerConfig.model_fields["deepspeed"].default,
+        f"deepspeed: read with {key}.parallel deepspeed only, which is {c.parallel}",
+    )
+    if c.parallel == "single":
+        return
+    yield from _rank_checks(c, config, facts)
+    for name in ("quantize", "strategy"):
+        yield (
+            getattr(c, name) is not None,
+            f"{name}: works in one process only; set {key}.parallel to single",
+        )
+    yield c.optimizer != "adamw", f"optimizer: {c.optimizer} works in one process only; use adamw"
+    # The reference of other methods, and one that follows the policy, are kept aside as whole tensors.
+    follows = algorithm is not None and bool(algorithm.refresh_reference)
+    if c.adapter is not None:
+        method, start = c.adapter.method, c.adapter.options.get("init_lora_weights")
+        yield (
+            method not in ON_RANKS or isinstance(start, str),
+            f"adapter.method: {method} works in one process only (on several ranks: "
+            f"{', '.join(ON_RANKS)}, as peft begins them); set {key}.parallel to single",
+        )
+        yield follows, f"adapter: a reference that follows it needs one process; set {key}.parallel to single"
+        yield (
+            c.parallel == "deepspeed" and zero_stage(c) == 3,
+            "adapter: does not go with stage 3; use stage 2, or fsdp2",
+        )
+    if c.parallel == "deepspeed":
+        yield from _deepspeed_checks(c, algorithm, facts)
+
+
+def _rank_checks(c: LearnerConfig, config: Config, facts: Facts) -> Iterator[Check]:
+    try:
+        bound = len(parse_cores(c.cores)) if c.cores is not None else c.ranks
+    except ValueError:
+        bound = c.ranks  # `_core_checks` reports it
+    yield bound < c.ranks, f"cores: {c.ranks} ranks share {bound} cores; give at least one for each"
+    if config.ray.address is not None:
+        return  # the cluster's devices are counted when the learner starts
+    gpu, engines = facts.device == "cuda", _engine_devices(config) if config.algorithm.online else 0
+    there, name = (facts.gpus, "GPUs") if gpu else (facts.usable_cores, "CPU cores")
+    yield (
+        c.ranks > there,
+        f"ranks: {c.ranks} ranks need {c.ranks} {name}, this machine has {there}; "
+        "lower it, or join a cluster by ray.address",
+    )
+    yield (
+        gpu and c.ranks <= there < c.ranks + engines,
+        f"ranks: {c.ranks} ranks and the {engines} GPUs of rollout.replicas make {c.ranks + engines}, "
+        f"this machine has {there}; lower one of them",
+    )
+
+
+def _engine_devices(config: Config) -> int:
+    return config.rollout.replicas * config.rollout.tensor_parallel
+
+
+def _batch_checks(config: Config) -> Iterator[Check]:
+    """Every rank should have something to do in every update."""
+    c, t, a = config.learner, config.train, config.algorithm
+    units, what = t.batch_size // t.minibatches, "groups" if a.online else "rows"
+    if a.online and a.unit != "pair" and c.prefix_sharing != "on":
+        units, what = units * t.num_generations, "completions"
+    yield (
+        c.ranks > 1 and units < c.ranks,
+        f"learner.ranks: an update has {units} {what}, too few for {c.ranks} ranks; raise train.batch_size, "
+        "or lower learner.ranks or train.minibatches",
+    )
+
+
+def _deepspeed_checks(c: LearnerConfig, algorithm: Algorithm | None, facts: Facts) -> Iterator[Check]:
+    yield (
+        "deepspeed" not in facts.installed,
+        "parallel: deepspeed is not installed: install rft with the extra deepspeed, or use fsdp2",
+    )
+    for name in sorted(c.deepspeed.keys() & REPLACED_KEYS.keys()):
+        yield True, f"deepspeed.{name}: set by rft from {REPLACED_KEYS[name]}; remove it"
+    stage, zero = zero_stage(c), c.deepspeed.get("zero_optimization")
+    yield stage not in (1, 2, 3), f"deepspeed.zero_optimization.stage: {stage!r} is none of 1, 2 and 3"
+    for part in ("offload_optimizer", "offload_param"):
+        entry = zero.get(part) if isinstance(zero, dict) else None
+        yield (
+            isinstance(entry, dict) and entry.get("device") == "nvme",
+            f"deepspeed.zero_optimization.{part}: nvme is not supported; use cpu",
+        )
+    if algorithm is not None and stage == 3:
+        yield (
+            "kl" in algorithm.outputs,
+            "deepspeed: this algorithm reads the reference's head, which stage 3 shards; use fsdp2",
+        )
+        yield (
+            bool(algorithm.refresh_reference),
+            "deepspeed: the reference cannot follow the policy under stage 3; use fsdp2",
+        )
+
+
+def zero_stage(c: LearnerConfig) -> Any:
+    """Return DeepSpeed's ZeRO stage as the config gives it."""
+    zero = c.deepspeed.get("zero_optimization")
+    return zero.get("stage", 0) if isinstance(zero, dict) else zero
+
+
+# -- engines and the weights between -------------------------------------------------------------------
+
+_FOR_ANY_ENGINE = ("gloo", "sparse", "file")
+MAX_ADAPTER_RANK = 512  # that vLLM reserves room for
+
+
+def choose_transport(config: Config, facts: Facts) -> str:
+    """Return the transport's name: `auto` resolved, and `sparse` where it goes from GPU to GPU."""
+    chosen, gpus = config.sync.transport, facts.device == "cuda" and facts.engine == "vllm"
+    if chosen == "sparse" and gpus and config.sync.folder is None:
+        return "sparse_nccl"
+    if chosen != "auto":
+        return chosen
+    if not gpus:
+        return "gloo"
+    return "ipc" if facts.gpus == 1 and not any(wrong for wrong, _ in _ipc_checks(config, facts)) else "nccl"
+
+
+def engine_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    yield (
+        config.ray.device == "cuda" and facts.device == "cpu",
+        "ray.device: cuda, but this machine has no GPU; join a cluster by ray.address",
+    )
+    yield (
+        facts.samples and config.rollout.engine == "vllm" and "vllm" not in facts.installed,
+        "rollout.engine: vllm is not installed: install rft with the extra cpu or cuda, or set "
+        "rollout.engine=hf",
+    )
+
+
+def transport_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    """Whether the layout can use the transport that it asks for."""
+    sync, transport, cluster = config.sync, config.sync.transport, config.ray.address is not None
+    if not config.algorithm.online:
+        return
+    yield (
+        transport == "nccl" and facts.device == "cpu",
+        "sync.transport: nccl needs GPUs, and this machine has none; use gloo or auto",
+    )
+    yield (
+        facts.engine == "hf" and transport not in ("auto", *_FOR_ANY_ENGINE),
+        f"sync.transport: {transport} needs rollout.engine vllm; hf receives over "
+        f"{', '.join(_FOR_ANY_ENGINE)}",
+    )
+    own = {"adapter": _sent_adapter_checks, "ipc": _ipc_checks}.get(transport)
+    for wrong, message in own(config, facts) if own else ():
+        yield wrong, f"sync.transport: {message}"
+    needed = 1 + _engine_devices(config)
+    yield (
+        facts.device == "cuda"
+        and config.learner.parallel == "single"  # several ranks: `_rank_checks`
+        and choose_transport(config, facts) != "ipc"
+        and not cluster
+        and needed > facts.gpus,
+        f"rollout.replicas: the learner's GPU and {needed - 1} of rollout.replicas make {needed}, this "
+        f"machine has {facts.gpus}; lower it, or let one engine (vllm) share the learner's by "
+        "sync.transport ipc",
+    )
+    if transport not in ("file", "sparse"):
+        yield (
+            sync.folder is not None,
+            f"sync.folder: transport {transport} writes no files; remove it, or use file or sparse",
+        )
+    elif transport == "file" or sync.folder is not None:
+        yield (
+            config.algorithm.copies == 2,
+            "sync.folder: two policies would write to the same files; use transport gloo or nccl",
+        )
+        yield (
+            config.algorithm.copies != 2 and sync.folder is None and cluster,
+            "sync.folder: shared memory reaches one machine only, and ray.address names a cluster; give a "
+            "folder that all its nodes share under the same path",
+        )
+
+
+def _ipc_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    yield facts.device == "cpu", "ipc needs a GPU, and this machine has none; use gloo or auto"
+    yield (
+        config.learner.parallel != "single",
+        "ipc is for a learner of one rank; set learner.parallel to single, or use nccl",
+    )
+    yield (
+        _engine_devices(config) > 1,
+        "ipc shares one GPU between the learner and one engine; set rollout.replicas and "
+        "rollout.tensor_parallel to 1, or use nccl",
+    )
+    yield (
+        config.rollout.staleness > 0,
+        "with ipc the engine sleeps while the learner trains; set rollout.staleness to 0",
+    )
+    yield config.algorithm.copies == 2, "two policies do not share one GPU by ipc; use nccl"
+    yield (
+        config.ray.address is not None,
+        "ipc stays within one machine, and ray.address names a cluster; use nccl",
+    )
+
+
+def _sent_adapter_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    adapter = config.learner.adapter
+    if adapter is None:
+        yield True, "adapter sends a LoRA adapter, and learner.adapter trains none; use auto"
+        return
+    yield (
+        adapter.method not in PLAIN_LORA,
+        f"vLLM does not compute learner.adapter.method {adapter.method} as an adapter (it knows "
+        f"{', '.join(PLAIN_LORA)}); use auto, which pushes the merged weights",
+    )
+    yield (
+        adapter.method in FROM_FIRST_BATCH,
+        f"learner.adapter.method {adapter.method} is made of the first batch, before which there "
+        "is nothing to send; use auto, which pushes the merged weights",
+    )
+    yield (
+        adapter.method not in FROM_FIRST_BATCH and adapter.lora_rank > MAX_ADAPTER_RANK,
+        f"vLLM's adapters have a rank of at most {MAX_ADAPTER_RANK}; lower learner.adapter.r",
+    )
+    yield (
+        config.learner.quantize is not None,
+        "the learner's base is quantised (learner.quantize), the engine's is not: adapter would sample "
+        "from another base than is trained on; use auto",
+    )
+    yield (
+        config.rollout.update in ("keep", "continue"),
+        "adapter cannot change under completions in flight; set rollout.update to wait or abort",
+    )
+
+
+CHECKS = (
+    engine_checks,
+    algorithm_checks,
+    online_checks,
+    offline_checks,
+    run_checks,
+    learner_checks,
+    transport_checks,
+)
+
+
+def warnings(config: Config) -> list[str]:
+    """Return settings that may be meant and often are not, each as one sentence."""
+    threshold = getattr(config.algorithm, "threshold", None)
+    models = [f for f in config.rewards.functions if f.function == "reward_model" and f.weight != 0]
+    if threshold is None or not models or not config.algorithm.online:
+        return []
+    nullable = type(None) in get_args(get_type_hints(type(config.algorithm))["threshold"])
+    instead = "threshold: null" if nullable else "another algorithm"
+    return [
+        f"algorithm.threshold: {threshold:g} is compared with scores of the reward {models[0].label}, "
+        f"which have no zero: all prompts may lie below it and be dropped, or all above; write {instead}, or "
+        "a threshold that was read off the model's scores"
+    ]

@@ -1,0 +1,194 @@
+"""Load and check the data of a run: an offline run's rows, and a warm start's demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rft.algorithms import Algorithm, PolicyOutput
+from rft.algorithms.base import DataKind
+from rft.batch import Batch, Group
+from rft.config.data import DataConfig
+from rft.config.schema import Config, WarmStartConfig, algorithm_name
+from rft.data import (
+    DataError,
+    GroupSampler,
+    GroupSet,
+    GroupSource,
+    GroupStream,
+    PromptSet,
+    first_row,
+    has_held_out,
+    load_groups,
+    load_prompts,
+)
+from rft.data.prompts import any_demonstration
+from rft.learner.stops import unstopped_turns
+from rft.tasks import REVISION
+from rft.utils.hashing import fingerprint
+
+DRY_RUN_GROUPS = 8
+GENERATED = 64  # rows of a generated task that are checked: its code makes all of them alike
+
+
+def load_held_out(config: Config, tokenizer: Any) -> PromptSet:
+    """Load the prompts that completions are sampled of for evaluation. Raises DataError."""
+    prompts = load_prompts(config.data, tokenizer, "test", config.rollout.sampling.max_prompt_length)
+    return replace(prompts, prompts=prompts.prompts[: config.eval.problems])
+
+
+def has_demonstrations(prompts: PromptSet, algorithm: Algorithm) -> bool:
+    """Whether some prompts have a demonstration. Raises DataError where one that is needed is unusable."""
+    if algorithm.uses_demonstrations:
+        return any_demonstration(prompts.prompts)
+    return any(p.columns.get("completion") for p in prompts.prompts)
+
+
+# -- offline runs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OfflineData:
+    """The groups that an offline run trains on, `sample` of them (all, or a stream's first batch), and the
+    held-out ones."""
+
+    train: GroupSet | GroupStream
+    sample: list[Group]
+    held_out: GroupSet | None
+
+    def source(self, config: Config) -> GroupSource:
+        """Return the groups in the run's order."""
+        if isinstance(self.train, GroupStream):
+            return self.train
+        return GroupSampler(self.train, config.seed, shuffle=config.data.shuffle)
+
+    def lines(self, config: Config) -> list[str]:
+        """Describe both, for the plan."""
+        streamed = isinstance(self.train, GroupStream)
+        out = [f"data         {f'streamed from {self.train.source}' if streamed else self.train}"]
+        if self.held_out is not None:
+            out.append(f"evaluation   {self.held_out}, every {config.eval.every} steps")
+        elif config.eval.every:
+            out.append("evaluation   none: there are no held-out rows (data.holdout, data.eval_path)")
+        return out
+
+
+def load_offline(config: Config, tokenizer: Any) -> OfflineData:
+    """Read the data of an offline run; of a stream, the first batch. Raises DataError."""
+    kind, data = _group_kind(config), config.data
+    held_out = None
+    if config.eval.every and has_held_out(data):
+        limit = min(config.eval.problems, data.eval_limit or config.eval.problems)
+        whole = data.model_copy(update={"streaming": False, "eval_limit": limit})
+        try:
+            held_out = load_groups(whole, tokenizer, kind, "test")
+        except DataError as error:
+            raise DataError(f"held-out rows: {error}\n(without them: eval.every: 0)") from error
+    if not data.streaming:
+        train = load_groups(data, tokenizer, kind)
+        return OfflineData(train, train.groups, held_out)
+    first = GroupStream(data, tokenizer, kind).next(config.train.batch_size)
+    return OfflineData(GroupStream(data, tokenizer, kind), first, held_out)
+
+
+def _group_kind(config: Config) -> DataKind:
+    """The kind of groups that the algorithm trains on; preferences may come as ranked lists, too."""
+    kind = config.algorithm.data
+    if kind == "preference":
+        row = first_row(config.data)
+        if "completions" in row and "chosen" not in row:
+            return "ranked"
+    return kind
+
+
+def check_offline(
+    config: Config, data: OfflineData, tokenizer: Any, stops: Sequence[int] | None, positions: int | None
+) -> list[str]:
+    """Check the rows against the model that reads them and the algorithm that trains on them."""
+    algorithm, found = config.algorithm, []
+    if stops is not None and not algorithm.score_heads:
+        found += unstopped_turns(data.sample, stops, tokenizer)
+    found += check_lengths("data", data.sample, positions)
+    return found + check_batch(algorithm, data.sample[: min(DRY_RUN_GROUPS, config.train.batch_size)])
+
+
+def check_lengths(key: str, groups: Sequence[Group], positions: int | None) -> list[str]:
+    """Check that a model of so many positions reads the longest row. key: the data's key in the config."""
+    longest = max(len(g.prompt.tokens) + len(c.tokens) for g in groups for c in g.completions)
+    if positions is None or longest <= positions:
+        return []
+    return [
+        f"{key}: the longest row has {longest} tokens, and the model {positions} positions; set "
+        f"max_length: {positions}, and overlong: skip or truncate"
+    ]
+
+
+def check_batch(algorithm: Algorithm, groups: list[Group]) -> list[str]:
+    """Run an algorithm on real groups with made-up log-probs: a column may be missing, for one."""
+    try:
+        batch = Batch.build(algorithm.arrange(groups))
+        zeros = torch.zeros(batch.num_tokens)
+        batch = batch.with_(old_logps=zeros, ref_logps=zeros, state={"progress": 0.0})
+        batch = algorithm.prepare(batch)
+        scores = torch.zeros(batch.num_tokens, max(algorithm.score_heads, 1))
+        policy = PolicyOutput(logps=zeros, entropy=zeros, values=zeros, kl=zeros, scores=scores)
+        algorithm.loss(policy, batch)
+    except ValueError as error:
+        remedy = (
+            "; give it under data.numbers (weight: under data.sources)" if "columns[" in str(error) else ""
+        )
+        return [f"algorithm.{algorithm_name(algorithm)}: {error}{remedy}"]
+    return []
+
+
+# -- the warm start ------------------------------------------------------------------------------------
+
+
+def warm_start_folder(config: Config, stage: WarmStartConfig, model: str) -> Path:
+    """Return where the result of this warm start is (or will be) kept."""
+    key = {
+        "stage": stage.model_dump(mode="json", exclude={"cache"}),
+        "data": warm_start_data(config, stage).model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json"),
+        "seed": config.seed,
+        "code": REVISION,
+        "loaded": model,
+    }
+    return Path(stage.cache) / f"warm-start-{fingerprint(key)}"
+
+
+def warm_start_data(config: Config, stage: WarmStartConfig) -> DataConfig:
+    """Return the demonstrations of the stage: its `data`, or else the run's."""
+    return stage.data or config.data
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a warm start's folder holds its result."""
+    return (folder / "config.json").exists()
+
+
+def check_warm_start(
+    config: Config, model: str, tokenizer: Any, stops: Sequence[int] | None, positions: int
+) -> list[str]:
+    """Check the demonstrations of a warm start; not of a finished one, since its data are not read again.
+
+    stops: token ids that end a completion; None where they are not known yet. positions: of the model.
+    """
+    stage = config.warm_start
+    if stage is None or is_finished(warm_start_folder(config, stage, model)):
+        return []
+    data = warm_start_data(config, stage)
+    if data.resolved_kind not in ("file", "hub"):
+        data = data.model_copy(update={"limit": min(data.limit or GENERATED, GENERATED)})
+    key = "warm_start.data"
+    try:
+        groups = load_groups(data, tokenizer, "sft").groups
+    except DataError as error:
+        other = "" if stage.data else "\n(these are the run's own data; name others under warm_start.data)"
+        return [f"{key}: {error}{other}"]
+    unstopped = [] if stops is None else unstopped_turns(groups, stops, tokenizer, key)
+    return unstopped + check_lengths(key, groups, positions)

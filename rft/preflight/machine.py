@@ -1,0 +1,129 @@
+"""Facts about this machine, and checks of the folders that a run writes into, before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from rft.config.schema import Config
+from rft.config.validate import PACKAGES, Facts
+from rft.utils.cores import usable_cores
+from rft.utils.hashing import short_digest
+from rft.utils.run_lock import not_writable
+
+SHARED_MEMORY = Path("/dev/shm")
+SOCKET_PATH_BYTES = 107  # of a Unix socket's path on Linux, without its final NUL
+# What Ray appends to its temporary folder; a pid has at most seven digits.
+_RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+_VLLM_SOCKET = "/00000000-0000-0000-0000-000000000000"
+
+
+def machine_facts(config: Config, *, samples: bool) -> Facts:
+    """Return the facts that depend on this machine alone: devices, cores, installed packages."""
+    installed = frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
+    gpu_here, wanted = torch.cuda.is_available(), config.ray.device
+    on_gpu = gpu_here if wanted == "auto" else wanted == "cuda"
+    if on_gpu and not gpu_here and config.ray.address is None:
+        on_gpu = False  # a check reports it
+    engine = config.rollout.engine
+    if engine == "auto":
+        engine = "vllm" if "vllm" in installed else "hf"
+    return Facts(
+        device="cuda" if on_gpu else "cpu",
+        engine=engine if samples else "hf",
+        samples=samples,
+        installed=installed,
+        gpus=torch.cuda.device_count(),
+        cores=frozenset(os.sched_getaffinity(0)),
+        usable_cores=usable_cores(),
+    )
+
+
+def sync_folder(config: Config, transport: str) -> Path | None:
+    """Return the folder of this run's weight files, the same one after a resume; None: it has none."""
+    folder = config.sync.folder
+    if transport != "file" and not folder:
+        return None
+    base = SHARED_MEMORY if folder is None else Path(folder).expanduser().resolve()
+    return base / f"rft-{config.name}-{short_digest(str(config.run_dir.resolve()))}"
+
+
+def check_sync_folder(config: Config, weight_bytes: int | None) -> list[str]:
+    """Check that two versions of the weights fit the folder of transports `file` and `sparse`."""
+    sync, algorithm = config.sync, config.algorithm
+    writes = sync.transport == "file" or (sync.transport == "sparse" and sync.folder is not None)
+    refused = algorithm.copies == 2 or (sync.folder is None and config.ray.address is not None)
+    if not algorithm.online or not writes or refused:
+        return []
+    base = SHARED_MEMORY if sync.folder is None else Path(sync.folder).expanduser()
+    if not base.is_dir() or not os.access(base, os.W_OK):
+        return [f"sync.folder: {base} is no folder that this user can write to"]
+    need = 2 * (weight_bytes or 0)  # the version in use and the one that is being written
+    free = shutil.disk_usage(base).free
+    if need <= free:
+        return []
+    return [
+        f"sync.folder: two versions of the weights need {need / 2**30:.2f} GiB, {base} has "
+        f"{free / 2**30:.2f} free"
+    ]
+
+
+def check_folders(config: Config) -> list[str]:
+    """Check that the folders that a training run writes into can be written."""
+    written = {"output_dir": config.run_dir}
+    if config.warm_start is not None:
+        written["warm_start.cache"] = Path(config.warm_start.cache).expanduser()
+    if config.sync.folder is not None:
+        written["sync.folder"] = Path(config.sync.folder).expanduser()
+    return [
+        not_writable(key, folder, error)
+        for key, folder in written.items()
+        if (error := _write_error(folder.absolute())) is not None
+    ]
+
+
+def check_sockets(config: Config, *, vllm: bool) -> list[str]:
+    """Check the temporary folders that hold sockets: Ray's, and vLLM's where that runs here."""
+    if config.ray.address is not None:
+        return []
+    ray_folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as `ray.init` decides
+    found = _check_socket_folder("Ray", "RAY_TMPDIR", ray_folder, _RAY_SOCKET)
+    if vllm:
+        folder = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+        found += _check_socket_folder("vLLM", "VLLM_RPC_BASE_PATH", folder, _VLLM_SOCKET)
+    return found
+
+
+def _check_socket_folder(who: str, variable: str, folder: str, socket: str) -> list[str]:
+    source = variable if os.environ.get(variable) else "TMPDIR"
+    most = SOCKET_PATH_BYTES - len(socket)
+    if (size := len(os.fsencode(folder))) > most:
+        return [
+            f"{source}={folder} is too long for the sockets that {who} puts there: {size} bytes, at most "
+            f"{most} are possible. Set {variable} to a short folder: {variable}=/tmp rft ..."
+        ]
+    error = _write_error(Path(folder).absolute())
+    if error is None:
+        return []
+    return [
+        f"{source}: {folder}, where {who} puts its temporary files, cannot be written ({error.strerror}). "
+        f"Set {variable} to a folder with a short path that can: {variable}=/tmp rft ..."
+    ]
+
+
+def _write_error(folder: Path) -> OSError | None:
+    """Return why a file cannot be written in `folder`, or in the nearest existing parent; None: it can."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"rft")
+            file.flush()
+    except OSError as error:
+        return error
+    return None

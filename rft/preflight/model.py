@@ -1,0 +1,102 @@
+"""Resolve the policy, and check what is trained on it, from the model's config alone, without weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rft.config.learner import AdapterConfig
+from rft.config.schema import Config
+from rft.data.chat import Renderer
+from rft.learner.model import ModelError
+from rft.learner.stops import stop_ids
+from rft.learner.strategies.methods import check_layers, check_targets, peft_config
+from rft.tasks import REVISION
+from rft.utils.hashing import fingerprint
+from rft.utils.paths import absolute_if_local, expand
+
+
+def resolve_model(config: Config, model: str | None = None) -> str:
+    """Return the folder or hub name of the policy; `tiny` is built in the cache first. Raises ModelError."""
+    path = model or config.model.path
+    if path != "tiny":
+        resolved = absolute_if_local(expand(path))
+        if Path(resolved).is_absolute() and not (Path(resolved) / "config.json").exists():
+            raise ModelError(f"{path!r} is not a model folder: it has no config.json")
+        return resolved
+    from rft.tasks.tiny import build_tiny
+
+    options = {"seed": config.seed, **config.model.options}
+    folder = Path(config.output_dir) / ".cache" / f"tiny-{fingerprint({**options, 'code': REVISION})}"
+    if not (folder / "config.json").exists():
+        try:
+            build_tiny(folder, **options)
+        except TypeError as error:
+            raise ModelError(f"model.options: {error}") from error
+    return str(folder.absolute())
+
+
+def resolve_stops(config: Config, path: str, tokenizer: Any) -> tuple[int, ...]:
+    """Return the token ids that end a completion."""
+    turn_end = Renderer(config.data, tokenizer).turn_end
+    known = stop_ids(path, tokenizer, turn_end, trust_remote_code=config.model.trust_remote_code)
+    return tuple(sorted({*known, *config.rollout.sampling.stop_token_ids}))
+
+
+def stored_quantization(network: nn.Module) -> str | None:
+    """Return the method by which a model's own weights are stored quantised; None where they are not.
+
+    Such weights cannot be trained, and engines that hold them cannot take pushed ones."""
+    stored = getattr(network.config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(method, "value", method))
+
+
+def check_adapter(key: str, adapter: AdapterConfig, network: nn.Module | None) -> list[str]:
+    """Check an adapter's method, options and targets against a model on the meta device, if known."""
+    try:
+        peft_config(adapter)
+        if network is not None:
+            check_targets(adapter, network)
+            check_layers(network, adapter)
+    except ModelError as error:
+        return [f"{key}.adapter: {error}"]
+    return []
+
+
+def count_adapter_parameters(network: nn.Module, adapter: AdapterConfig) -> int | None:
+    """Count the parameters of an adapter on a model on the meta device; None where peft cannot put the method
+    on a model without weights."""
+    from peft import get_peft_model
+
+    plain = {"init_lora_weights": True} if hasattr(peft_config(adapter), "init_lora_weights") else {}
+    try:
+        with torch.device("meta"):
+            made = get_peft_model(copy.deepcopy(network), peft_config(adapter, **plain))
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return None
+    return sum(p.numel() for p in made.parameters() if p.requires_grad)
+
+
+def check_reference(reference: str, vocabulary: int, trust_remote_code: bool) -> list[str]:
+    """Check that a model can be the reference of a policy with that vocabulary."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(reference, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        return [f"model.reference: {reference!r} is neither a model folder nor a hub model: {why}"]
+    size = config.get_text_config().vocab_size
+    if size == vocabulary:
+        return []
+    return [
+        f"model.reference: {reference} has a vocabulary of {size:,}, the policy one of {vocabulary:,}; "
+        "its log-probs of the policy's tokens mean nothing"
+    ]
