@@ -6,9 +6,8 @@ import argparse
 import io
 import json
 import os
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rft import __version__
@@ -23,7 +22,10 @@ _EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    _print_any_text()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escape the characters that the locale's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"  # engines, learner and reward workers use UTF-8 whatever the locale is
     args = _arguments(argv)
     if not args.stoppable:
         return _run(args)
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Run the chosen command, and turn what it raises into a message and an exit code."""
     from rft.errors import ConfigError, RunStopped
 
     try:
@@ -62,13 +65,7 @@ def _run(args: argparse.Namespace) -> int:
         return report_failure(error)
 
 
-def _print_any_text() -> None:
-    """Escape the characters that the locale's encoding lacks, here; let Python processes started from here
-    (engines, learner, reward workers) use UTF-8 whatever the locale is."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    os.environ["PYTHONUTF8"] = "1"
+# -- arguments -----------------------------------------------------------------------------------------
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,21 +80,24 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class _HelpWithKeys(argparse.Action):
+    """--help that ends with every config key."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.print_help()
+        print("\nconfig keys, with defaults:")
+        _config(argparse.Namespace(prefix=""))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("rft", description=__doc__, epilog=_EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"rft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    class HelpWithKeys(argparse.Action):
-        """--help that ends with every config key."""
-
-        def __call__(self, sub: argparse.ArgumentParser, *_: object) -> None:
-            sub.print_help()
-            print("\nconfig keys, with defaults:")
-            _print_keys("")
-            sub.exit()
-
-    def command(name: str, run: object, text: str, *, config: bool = True) -> argparse.ArgumentParser:
+    def command(
+        run: Callable[[argparse.Namespace], int], name: str, text: str, *, config: bool = False
+    ) -> Callable[..., argparse.Action]:
         sub = commands.add_parser(
             name, help=text, description=text, epilog=_EXIT_CODES, add_help=name != "train"
         )
@@ -105,50 +105,45 @@ def _parser() -> argparse.ArgumentParser:
         if config:
             sub.add_argument("config", type=path_argument, help="YAML file")
             sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config overrides")
-        return sub
+        return sub.add_argument
 
-    train = command("train", _train, "train as the config says")
-    train.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        type=path_argument,
-        help="go on from the run's last checkpoint",
+    add = command(_train, "train", "train as the config says", config=True)
+    add("--resume", default="auto", metavar="auto|never|PATH", type=path_argument,
+        help="go on from the run's last checkpoint")  # fmt: skip
+    add("--restarts", type=int, default=0, metavar="N",
+        help="start again by itself after a fault, at most N times in a row without a new checkpoint"
+        )  # fmt: skip
+    add("-h", "--help", action=_HelpWithKeys, nargs=0, help="this help, and every config key")
+    add = command(
+        _verify, "verify-resume", "run, kill, resume, and compare with an uninterrupted run", config=True
     )
-    train.add_argument(
-        "--restarts", type=int, default=0, metavar="N",
-        help="start again by itself after a fault, at most N times in a row without a new checkpoint",
-    )  # fmt: skip
-    train.add_argument("-h", "--help", action=HelpWithKeys, nargs=0, help="this help, and every config key")
-    verify = command("verify-resume", _verify, "run, kill, resume, and compare with an uninterrupted run")
-    verify.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the run")
-    verify.add_argument("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
-    verify.add_argument(
-        "--out", type=path_argument, help="folder for the two runs (default: a temporary one)"
-    )
-    command("check", _check, "resolve everything and print the plan, without training")
-    evaluate = command("eval", _eval, "held-out accuracy and pass@k of a model, as JSON on stdout")
-    evaluate.add_argument("--model", type=path_argument, help="model folder or hub name (none: the config's)")
-    show = command("config", _config, "every config key with its default and meaning", config=False)
-    show.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
-    export = command("export", _export, "the run's final model as a Hugging Face folder", config=False)
-    export.add_argument("run_dir", type=path_argument, help="run folder")
-    export.add_argument("out", type=path_argument, help="folder to write")
-    report = command("report", _report, "write one HTML page about a run", config=False)
-    report.add_argument("run_dir", type=path_argument, help="run folder")
-    report.add_argument("--out", type=path_argument, help="file to write (default: RUN/report.html)")
-    watch = command("watch", _watch, "a live view of a running job, from its folder", config=False)
-    watch.add_argument("run_dir", type=path_argument, help="run folder")
-    watch.add_argument("--once", action="store_true", help="show one frame and end")
-    bench = command("bench", _bench, "run the benchmarks of this checkout", config=False)
-    bench.add_argument("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
-    bench.add_argument("--peers", action="store_true", help="also run the peers, in their own environments")
-    bench.add_argument(
-        "--fresh", action="store_true", help="measure anew what an interrupted run has measured"
-    )
-    reward = command("reward", _reward, "score a file with a reward and show how it judged", config=False)
-    reward.add_argument("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
+    add("--steps", type=int, required=True, metavar="N", help="steps of the run")
+    add("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
+    add("--out", type=path_argument, help="folder for the two runs (default: a temporary one)")
+    command(_check, "check", "resolve everything and print the plan, without training", config=True)
+    add = command(_eval, "eval", "held-out accuracy and pass@k of a model, as JSON on stdout", config=True)
+    add("--model", type=path_argument, help="model folder or hub name (none: the config's)")
+    add = command(_config, "config", "every config key with its default and meaning")
+    add("prefix", nargs="?", default="", help="only keys that start with this")
+    add = command(_export, "export", "the run's final model as a Hugging Face folder")
+    add("run_dir", type=path_argument, help="run folder")
+    add("out", type=path_argument, help="folder to write")
+    add = command(_report, "report", "write one HTML page about a run")
+    add("run_dir", type=path_argument, help="run folder")
+    add("--out", type=path_argument, help="file to write (default: RUN/report.html)")
+    add = command(_watch, "watch", "a live view of a running job, from its folder")
+    add("run_dir", type=path_argument, help="run folder")
+    add("--once", action="store_true", help="show one frame and end")
+    add = command(_bench, "bench", "run the benchmarks of this checkout")
+    add("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
+    add("--peers", action="store_true", help="also run the peers, in their own environments")
+    add("--fresh", action="store_true", help="measure anew what an interrupted run has measured")
+    add = command(_reward, "reward", "score a file with a reward and show how it judged")
+    add("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
     return parser
+
+
+# -- commands ------------------------------------------------------------------------------------------
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -177,12 +172,11 @@ def _verify(args: argparse.Namespace) -> int:
 
     from rft.tools.verify import verify_resume
 
-    def tell(text: str) -> None:
-        say(f"rft: {text}")
-
     with tempfile.TemporaryDirectory(prefix="rft-verify-") as temporary:
         out = Path(args.out or temporary)
-        verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, tell)
+        verdict = verify_resume(
+            args.config, args.overrides, args.steps, args.kill_at, out, lambda text: say(f"rft: {text}")
+        )
     say("\n".join(verdict.lines()), sys.stdout)
     return 0 if verdict.kept else 1
 
@@ -214,49 +208,27 @@ def _eval(args: argparse.Namespace) -> int:
 
     from rft.config.load import load_config
     from rft.plan import make_plan
-    from rft.tools.standalone import evaluate_model
+    from rft.run_training import evaluate_model
 
-    config = load_config(args.config, args.overrides)
-    plan = make_plan(config, model=args.model, evaluate=True)
+    plan = make_plan(load_config(args.config, args.overrides), model=args.model, evaluate=True)
     metrics = asyncio.run(evaluate_model(plan, args.signals))
     print(json.dumps(metrics, indent=2))
     return 0
 
 
 def _config(args: argparse.Namespace) -> int:
-    _print_keys(args.prefix)
-    return 0
-
-
-def _print_keys(prefix: str) -> None:
     from rft.config.load import describe_fields
 
     for key, default, text in describe_fields():
-        if key.startswith(prefix):
+        if key.startswith(args.prefix):
             print(f"{key:<44} {default:<24} {text}")
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from rft import checkpoint
-    from rft.errors import ConfigError
+    from rft.tools.export import export_run
 
-    run_dir, out = Path(args.run_dir), Path(args.out)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError([f"{out} is not empty: choose another folder"])
-    source = run_dir / "model"
-    if not (source / "config.json").exists():
-        found = checkpoint.latest(run_dir / "checkpoints")
-        if found is None:
-            raise ConfigError([f"{run_dir} has neither a final model nor a checkpoint"])
-        source = found.path / "model"
-        if not source.exists():  # an adapter's checkpoint: the base comes from where the run began
-            from rft.tools.standalone import export_checkpoint
-
-            export_checkpoint(run_dir / "config.yaml", found.path, out)
-            print(f"{found.path} -> {out}")
-            return 0
-    shutil.copytree(source, out, dirs_exist_ok=True)
-    print(f"{source} -> {out}")
+    print(f"{export_run(Path(args.run_dir), Path(args.out))} -> {args.out}")
     return 0
 
 

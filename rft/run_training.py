@@ -18,9 +18,10 @@ from ray.exceptions import RayError
 
 from rft import checkpoint, run_dir
 from rft.contrib.second_policy import Twin
-from rft.errors import CheckpointError, EngineError, RunStopped, TransferError
+from rft.errors import CheckpointError, ConfigError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerGroup, LearnerHandle
+from rft.loops.evaluate import evaluate
 from rft.loops.offline_eval import Sampled
 from rft.loops.offline_run import train_offline
 from rft.loops.online import Controller, Parts
@@ -274,6 +275,48 @@ async def _sampling(
     finally:
         await rewards.close()
         await pool.close()
+
+
+EVALUATION_END_S = 30.0  # for ending the engines after a stop signal
+
+
+async def evaluate_model(plan: Plan, signals: StopSignals) -> dict[str, float]:
+    """Return the `eval/...` metrics of the plan's model, without a learner.
+
+    Raises ConfigError where there is nothing to evaluate, and RunStopped on a stop signal.
+    """
+    config = plan.config
+    if plan.eval_prompts is None or not config.rewards.functions:
+        raise ConfigError(["eval: a config with rewards and eval.every above 0 is needed"])
+    with ray_cluster(config.ray.address, config.ray.object_store_gib):
+        pool = make_pool(plan)
+        rewards = RewardRunner(config.rewards, Path.cwd())
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def request(reason: str) -> float:
+            loop.call_soon_threadsafe(stop.set)
+            return EVALUATION_END_S
+
+        signals.handle(request=request)
+        try:
+            await unless_stopped(pool.start(), stop)
+            evaluating = evaluate(
+                pool.generate,
+                rewards,
+                plan.tokenizer,
+                plan.eval_prompts.prompts,
+                config.eval,
+                primary=config.rewards.functions[0].label,
+                max_tokens=config.rollout.sampling.max_completion_length,
+                seed=config.seed,
+                label="eval",
+            )
+            metrics, _ = await unless_stopped(evaluating, stop)
+            return metrics
+        finally:
+            signals.handle(request=lambda reason: EVALUATION_END_S)
+            await rewards.close()
+            await pool.close()
 
 
 # -- the parts -----------------------------------------------------------------------------------------

@@ -1,0 +1,43 @@
+"""`rft export`: the policy of a run as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rft import checkpoint
+from rft.config.load import load_config
+from rft.errors import ConfigError
+from rft.learner.learner import Learner
+from rft.plan import make_plan
+from rft.preflight.data import warm_start_folder
+
+
+def export_run(run_dir: Path, out: Path) -> Path:
+    """Write a run's final model, or the policy of its newest checkpoint, to `out`; returns the source folder.
+
+    Raises ConfigError where `out` is not empty, where the run has neither, or where a model or data that its
+    config names are gone and needed.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError([f"{out} is not empty: choose another folder"])
+    source = run_dir / "model"
+    if not (source / "config.json").exists():
+        newest = checkpoint.latest(run_dir / "checkpoints")
+        if newest is None:
+            raise ConfigError([f"{run_dir} has neither a final model nor a checkpoint"])
+        source = newest.path / "model"
+        if not source.exists():  # an adapter's checkpoint: the base comes from where the run began
+            _merge_adapter(run_dir / "config.yaml", newest.path, out)
+            return newest.path
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    return source
+
+
+def _merge_adapter(config: Path, newest: Path, out: Path) -> None:
+    plan = make_plan(load_config(config), starts=False)
+    if (stage := plan.config.warm_start) is not None:
+        plan = plan.with_model(str(warm_start_folder(plan.config, stage, plan.model)))
+    learner = Learner(plan.learner_spec())
+    learner.read_state(newest)
+    learner.export(str(out))
