@@ -57,7 +57,7 @@ class RunFolder:
 
     @property
     def resumed_at(self) -> int | None:
-        """What the run log wants to know: None for a new run, -1 for one that starts over."""
+        """The step that the run goes on from; None for a new run, -1 for one that starts over."""
         if self.resume is not None:
             return self.resume.step
         return -1 if self.interrupted else None
@@ -65,12 +65,12 @@ class RunFolder:
 
 @contextmanager
 def hold(config: Config) -> Iterator[str]:
-    """Keep other processes from training this run while the block lasts; yields a note for the user, or "".
+    """Lock the run against other processes while the block lasts; yields a note for the user, or "".
 
-    Raises ConfigError where one does, where the folder is another thing, or where it cannot be written. A
-    complete run is not written to and needs no lock.
+    Raises ConfigError where another process trains it, where the folder is not a run's, or where it cannot be
+    written. A complete run is not written to and needs no lock.
     """
-    path = _own_folder(config)
+    path = _folder_of(config)
     if _is_complete(config, read_result(path)):
         yield ""
         return
@@ -81,8 +81,8 @@ def hold(config: Config) -> Iterator[str]:
         lock.release()
 
 
-def _own_folder(config: Config) -> Path:
-    """The run's folder. Raises ConfigError where there is something else."""
+def _folder_of(config: Config) -> Path:
+    """Return the run's folder. Raises ConfigError where something else is in its place."""
     path = config.run_dir.absolute()  # the learner, which writes into it, has another working folder
     if path.exists() and not path.is_dir():
         raise ConfigError([f"output_dir/name: {path} is a file"])
@@ -99,11 +99,11 @@ def _is_complete(config: Config, result: dict[str, Any] | None) -> bool:
 
 
 def claim(config: Config, resume: str) -> RunFolder:
-    """Find out whether to start, resume or refuse. `resume`: auto, never, or a checkpoint's folder.
+    """Decide whether to start, resume or refuse. `resume`: auto, never, or a checkpoint's folder.
 
     Raises ConfigError where the folder belongs to another run, or the config differs in what matters.
     """
-    path = _own_folder(config)
+    path = _folder_of(config)
     existing = (path / "config.yaml").exists()
     if resume not in ("auto", "never"):
         return _resume_from(config, path, Path(resume))
@@ -162,7 +162,7 @@ def _check_same(config: Config, path: Path) -> list[str]:
 
 
 def _other_length(config: Config, path: Path, step: int) -> list[str]:
-    """What another number of steps changes besides the end: all that is a share of the whole run."""
+    """Note what another number of steps changes besides the end: all that is a share of the whole run."""
     old = yaml_files.read(path / "config.yaml")["train"]["steps"]
     if old == config.train.steps or step >= config.train.steps:
         return []
@@ -187,7 +187,7 @@ def _other_length(config: Config, path: Path, step: int) -> list[str]:
 
 
 def _other_versions(found: checkpoint.Checkpoint) -> list[str]:
-    """What was updated since the checkpoint was written: allowed, but numbers may come out otherwise."""
+    """Note libraries updated since the checkpoint was written: allowed, but numbers may differ."""
     now = checkpoint.library_versions()
     names = sorted(n for n in {*now, *found.versions} if now.get(n) != found.versions.get(n))
     return [f"{n}: version {found.versions.get(n)} -> {now.get(n)} since the checkpoint" for n in names]
@@ -205,7 +205,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """What a complete run left, or None. Raises ConfigError where the file is damaged."""
+    """Return the result of a complete run, or None. Raises ConfigError where the file is damaged."""
     file = path / "result.json"
     if not file.exists():
         return None

@@ -1,4 +1,4 @@
-"""How much memory a run needs, from the model's config alone."""
+"""Predict the memory of learner and replicas from the model's config alone."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class ModelShape:
         )
 
 
-# What transformers says where it cannot ask the hub.
+# Parts of transformers' messages when the hub cannot be reached.
 _UNREACHABLE = re.compile(r"couldn't connect|offline mode|[Oo]ffline|cannot reach|Max retries")
 
 
 @lru_cache(maxsize=4)
 def meta_network(path: str, trust_remote_code: bool) -> Any:
-    """A model without weights, from its config alone. Raises ModelError naming the path."""
+    """Build a model without weights, from its config alone. Raises ModelError naming the path."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -97,17 +97,17 @@ def learner_bytes(
     adapter: int = 0,
     tokens: int | None = None,
 ) -> int:
-    """Peak bytes of a learner in one process, on a micro-batch of `tokens`.
+    """Predict the peak bytes of a learner in one process, on a micro-batch of `tokens`.
 
-    What is always there: the weights in float32 with Adam's moments; with an adapter of `adapter` parameters
-    the base in the precision computed in (or quantised), and weights and moments of the adapter alone; a
-    reference of its own, if `reference` says so; a critic in float32 with its moments, if `critic` does. On
-    top of it comes the largest of three moments:
+    Peak = persistent + max(start of backward, end of backward, optimizer step).
 
-    - the backward pass begins: all activations are there, and no gradient is;
-    - it ends: of the activations the first layer's, and all gradients. In between, layer by layer, the one
-      falls and the other rises, so that neither the sum of the two is reached nor anything above both ends;
-    - the optimizer's step: all gradients, and the working copies of Adam.
+    - persistent: the weights in float32 with Adam's moments; with an adapter of `adapter` parameters, the
+      base in the compute precision (or quantised), and weights and moments of the adapter alone; with
+      `reference`, a second model; with `critic`, a critic in float32 with its moments;
+    - start of backward: all activations, no gradient;
+    - end of backward: the first layer's activations, all gradients. In between, layer by layer, activations
+      fall as gradients rise, so that the sum never exceeds both ends;
+    - optimizer step: all gradients, and Adam's working copies.
 
     CPU offload, sharding over ranks, a critic's activations and mixtures of experts are not counted.
     """
@@ -138,9 +138,9 @@ def learner_bytes(
 
 
 def _kept(shape: ModelShape, width: int, full: bool) -> float:
-    """Bytes that a decoder layer keeps of a token for its backward pass, counted on Llama and Qwen3: what its
-    linear maps read, what attention reads and writes (queries, keys, values, output), the four inner states
-    of a gated MLP, and what its norms read. A norm that is trained keeps its normalised input too.
+    """Return the bytes that a decoder layer keeps of a token for its backward pass, counted on Llama and
+    Qwen3: the inputs of its linear maps, attention's queries, keys, values and output, the four inner states
+    of a gated MLP, and the inputs of its norms. A trained norm keeps its normalised input too.
 
     Norms compute in float32: in a narrower precision their inputs are kept in float32 besides.
     """
@@ -155,20 +155,20 @@ def _kept(shape: ModelShape, width: int, full: bool) -> float:
 
 
 def _head_bytes(shape: ModelShape, count: int, width: int) -> int:
-    """The final states, and a chunk of logits with its gradient (`kernels/logprob_chunked.py`)."""
+    """Return the bytes of the final states, and of a chunk of logits with its gradient."""
     rows = min(count, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (shape.vocab * width)))
     return 4 * 3 * count * shape.hidden + 2 * rows * shape.vocab * width
 
 
 def _step_bytes(shape: ModelShape, config: LearnerConfig, trained: int, device: str) -> int:
-    """Adam's working copies: torch's takes all parameters at once on a GPU and one by one on a CPU, where the
-    embedding is the largest; bitsandbytes' has none."""
+    """Return the bytes of Adam's working copies: torch steps all parameters at once on a GPU and one by one
+    on a CPU, where the embedding is the largest; bitsandbytes makes none."""
     if config.optimizer != "adamw":
         return 0
     return 4 * trained if device == "cuda" else min(2 * 4 * shape.vocab * shape.hidden, 2 * 4 * trained)
 
 
 def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
-    """Bytes of a rollout replica on CPU: its weights and its KV cache."""
+    """Return the bytes of a rollout replica on CPU: its weights and its KV cache."""
     width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
     return shape.parameters * width + int(spec.kv_cache_gib * 2**30)

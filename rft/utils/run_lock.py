@@ -1,8 +1,8 @@
-"""One process at a time trains a run: a lock on its folder, held for the process's life.
+"""Lock a run's folder, so that one process at a time trains it.
 
 The lock is a POSIX record lock on RUN/run.lock: it ends with the process, however that dies, and no child
 inherits it. The file names its owner. Where the file system has no locks, the owner renews the file every few
-seconds instead, and a second start looks whether the owner named there still lives.
+seconds instead, and a second start checks whether the owner named there is alive.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rft.errors import ConfigError
 
 LOCK_FILE = "run.lock"
 RENEW_S = 5.0
-GONE_S = 4 * RENEW_S  # without a renewal for so long, the owner is dead
+GONE_S = 4 * RENEW_S  # without a renewal for this long, the owner is dead
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """The lock on a run's folder, from its making until `release` or the end of this process.
+    """A lock on a run's folder, from construction until `release` or the end of this process.
 
     Makes the folder. `note` is for the user, empty where all is well. Raises ConfigError where another
     process trains this run, or the folder cannot be written.
@@ -83,12 +83,12 @@ class RunLock:
         return True
 
     def _wait_for_owner(self) -> None:
-        """Without locks: raise ConfigError if the owner that the file names lives. It is looked up where it
-        is a process of this machine; elsewhere its renewals are waited for."""
+        """Without locks: raise ConfigError if the owner that the file names is alive. A process of this
+        machine is looked up; of another one, the next renewal is waited for."""
         owner = read_owner(self.path)
         if not owner:
             return
-        if owner.get("place") == _place():
+        if owner.get("place") == _machine():
             if _start_of(owner["pid"]) == owner.get("started"):
                 raise ConfigError([self._busy(owner)])
             return
@@ -99,10 +99,10 @@ class RunLock:
                 raise ConfigError([self._busy(owner)])
 
     def _check_alone(self) -> None:
-        """Without locks: of two starts at one time, the last one that wrote goes on."""
+        """Without locks: of two starts at the same time, the last one to write goes on."""
         time.sleep(1.0)
         owner = read_owner(self.path)
-        if (owner.get("pid"), owner.get("place")) != (os.getpid(), _place()):
+        if (owner.get("pid"), owner.get("place")) != (os.getpid(), _machine()):
             raise ConfigError([self._busy(owner)])
 
     def _busy(self, owner: Mapping[str, Any]) -> str:
@@ -122,7 +122,7 @@ class RunLock:
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "started": _start_of(os.getpid()),
-            "place": _place(),
+            "place": _machine(),
         }
         data = json.dumps(owner).encode()
         os.ftruncate(descriptor, 0)
@@ -148,8 +148,8 @@ class RunLock:
 
 
 def read_owner(path: Path) -> dict[str, Any]:
-    """The owner that a lock file names; {} where it names none (yet). For other processes than the owner:
-    closing the file would give its lock up."""
+    """Return the owner that a lock file names; {} where it names none (yet). Not for the owner itself:
+    closing the file would release its lock."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -158,21 +158,21 @@ def read_owner(path: Path) -> dict[str, Any]:
 
 
 def not_writable(key: str, folder: Path, error: OSError) -> str:
-    """The problem of a folder that cannot be written, in words."""
+    """Say that a folder cannot be written, and what to do."""
     return (
         f"{key}: {folder} cannot be written ({error.strerror}): write {key}=FOLDER with a folder that this "
         "user may write and that has space"
     )
 
 
-def _place() -> str:
-    """This machine since its start, and this container: within it a pid means one process."""
+def _machine() -> str:
+    """Identify this boot of this machine, and this container: within both, a pid means one process."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process began, in ticks since the start of the machine; None where there is no such process."""
+    """Return when a process began, in ticks since boot; None where there is no such process."""
     try:
         fields = (
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
