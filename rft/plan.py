@@ -212,6 +212,7 @@ def make_plan(
     samples = online or config.eval.generate or evaluate
     facts = machine_facts(config, samples=samples)
 
+    # Resolve the model, from its config alone, and the data.
     network = shape = tokenizer = train = offline = held_out = stops = None
     path = attempt("model", lambda: resolve_model(config, model))
     if path is not None:
@@ -228,7 +229,6 @@ def make_plan(
             vocabulary=shape.vocab,
             stored_quantization=stored_quantization(network),
         )
-
     if tokenizer is not None:
         facts = replace(facts, largest_token=max(tokenizer.get_vocab().values()))
         limit = config.rollout.sampling.max_prompt_length
@@ -249,6 +249,7 @@ def make_plan(
             held_out_rows=None if others is None else len(others),
         )
 
+    # Check that they fit each other, the algorithm and this machine.
     if path is not None and tokenizer is not None and shape is not None:
         if train is not None or offline is not None:  # the data are read, so the chat template works
             stops = attempt("model", lambda: resolve_stops(config, path, tokenizer))
