@@ -51,15 +51,15 @@ def test_a_folder_s_test_split_is_held_out(raw: dict[str, Any], tmp_path: Path) 
     folder.mkdir()
     for name, part in (("train", ROWS[:8]), ("test", ROWS[8:])):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
-    offline = plan_of(raw, data={"path": str(folder)}).offline
-    assert offline is not None and offline.held_out is not None
+    offline = plan_of(raw, data={"path": str(folder)}).data
+    assert offline.held_out is not None
     assert [len(offline.sample), len(offline.held_out)] == [8, 4]
     (folder / "test.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2"}')
     told = refused(raw, data={"path": str(folder)})
     assert "held-out rows" in told and "are equal" in told and "without them: eval.every: 0" in told
     (folder / "test.jsonl").unlink()
-    offline = plan_of(raw, data={"path": str(folder)}).offline
-    assert offline is not None and offline.held_out is None
+    offline = plan_of(raw, data={"path": str(folder)}).data
+    assert offline.held_out is None
 
 
 def test_a_column_that_the_algorithm_reads_is_asked_for(raw: dict[str, Any]) -> None:
@@ -77,8 +77,7 @@ def test_preferences_may_be_ranked_lists(raw: dict[str, Any], tmp_path: Path, st
     rows = [{"prompt": f"{a}=", "completions": [f"{a}", f"{a}{a}", "no"]} for a in range(8)]
     (tmp_path / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"path": str(tmp_path / "ranked.jsonl"), "streaming": streaming}
-    offline = plan_of(raw, data=data).offline
-    assert offline is not None
+    offline = plan_of(raw, data=data).data
     assert [c.reward for c in offline.sample[0].completions] == [2.0, 1.0, 0.0]
 
 

@@ -253,8 +253,8 @@ def test_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> N
     forced = parse_config(
         {"algorithm": "grpo", "rewards": [{"function": "math"}], "learner": {"kernels": {"logprob": "liger"}}}
     )
-    gpu = facts(device="cuda", gpus=1)
-    assert problems(forced, facts(device="cuda", gpus=1, installed=frozenset())) == [
+    gpu = facts(device="cuda", gpus=2)
+    assert problems(forced, facts(device="cuda", gpus=2, installed=frozenset())) == [
         "learner.kernels.logprob: liger needs liger-kernel, which is not installed: "
         f"{LIGER_REMEDY}, or write auto or triton"
     ]
