@@ -14,7 +14,7 @@ FROM python:3.11-slim-bookworm AS base
 RUN apt-get update \
     && apt-get install -y --no-install-recommends bubblewrap build-essential git libnuma1 libseccomp2 make \
     && rm -rf /var/lib/apt/lists/*
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 RAY_USAGE_STATS_ENABLED=0 PATH=/rft/.venv/bin:$PATH
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 RAY_USAGE_STATS_ENABLED=0 PATH=/rft/.venv/bin:$PATH
 WORKDIR /rft
 COPY . .
 

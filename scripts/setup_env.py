@@ -288,7 +288,7 @@ def setup(venv: Path, extras: Sequence[str], device: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("venv", type=Path)
-    parser.add_argument("--extras", default="", help="comma-separated: dev, deepspeed, quant, trackers")
+    parser.add_argument("--extras", default="", help="comma-separated: dev, docs, deepspeed, quant, trackers")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import re
 from functools import cache
 from pathlib import Path
@@ -108,6 +109,22 @@ def test_every_exception_is_explained_and_every_explained_one_exists() -> None:
     }
     assert explained | caught == exceptions()
     assert not explained & caught
+
+
+@pytest.mark.parametrize(("section", "code"), [("During the run", 1), ("Faults of the machine", 76)])
+def test_an_error_is_listed_under_its_exit_code(section: str, code: int) -> None:
+    from rft.run_training import report_failure
+
+    text = prose("docs/troubleshooting.md")
+    (part,) = re.findall(rf"^## {section}: exit code {code}$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    names = re.findall(r"^### (\w+)$", part, re.MULTILINE)
+    assert names
+    for file in (ROOT / "rft").rglob("*.py"):
+        for name in re.findall(r"^class (\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
+            if name in names:
+                module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+                kind = getattr(importlib.import_module(module), name)
+                assert report_failure(kind.__new__(kind)) == code, name
 
 
 def test_every_exit_code_is_explained() -> None:
