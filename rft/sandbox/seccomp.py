@@ -270,8 +270,8 @@ def _by_libseccomp(library: Any, rules: Sequence[Rule]) -> bytes:
     if not context:
         raise OSError(errno.ENOMEM, "seccomp_init failed")
     try:
-        # A binary tree: the kernel runs the filter once for every call number when it is installed. Version 2.5
-        # has this; an older one refuses, and its filter is a list.
+        # A binary tree: the kernel runs the filter once for every call number when it is installed. Before
+        # version 2.5 this is refused, and the filter is a list.
         library.seccomp_attr_set(context, OPTIMIZE, 2)
         for rule in rules:
             number = library.seccomp_syscall_resolve_name(rule.call.encode())
