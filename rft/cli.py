@@ -256,7 +256,7 @@ def _run_folder(text: str) -> Path:
 
 
 def _reward(args: argparse.Namespace) -> int:
-    from rft.rewards.dry_run import main as reward_main
+    from rft.tools.reward import main as reward_main
 
     return reward_main(args.rest)
 

@@ -25,7 +25,7 @@ def step_ends(pieces: Sequence[str], separator: str) -> tuple[int, ...]:
     """Where the steps of a completion end, in tokens; the last one ends with the completion.
 
     pieces: the text of each token. Steps are what `separator` parts, blank ones left out, so there are as
-    many as `rft.rewards.steps.split_steps` finds. ("1+", "1\\n", "=2") with "\\n" gives (2, 3).
+    many as `rft.contrib.rewards.steps.split_steps` finds. ("1+", "1\\n", "=2") with "\\n" gives (2, 3).
     """
     reached = list(accumulate(len(piece) for piece in pieces))
     text, ends, start = "".join(pieces), [], 0

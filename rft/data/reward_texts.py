@@ -6,7 +6,7 @@ from typing import Any
 
 from rft.config.data import DataConfig
 
-TEXTS = "rft_texts"  # in a reward model's config; read by rft/rewards/trained.py
+TEXTS = "rft_texts"  # in a reward model's config; read by rft/contrib/rewards/trained.py
 
 
 def reward_texts(kind: str, data: DataConfig) -> dict[str, Any]:

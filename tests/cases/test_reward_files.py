@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rft.rewards.dry_run import main
+from rft.tools.reward import main
 
 HERE = Path(__file__).parent
 ROWS = [{"prompt": "q", "completion": "#### 4", "answer": "4"}, {"completion": "5", "answer": "4"}]

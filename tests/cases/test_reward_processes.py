@@ -13,8 +13,8 @@ import pytest
 
 from rft.config.rewards import RewardConfig, RewardsConfig
 from rft.rewards import RewardError, SampleReward, load_reward
-from rft.rewards.dry_run import main as reward_command
 from rft.rewards.runner import RewardRunner
+from rft.tools.reward import main as reward_command
 from tests.cases import hostile_rewards
 
 HERE = Path(__file__).parent

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from rft.contrib.rewards.steps import split_steps
 from rft.contrib.step_values import _pieces, step_ends
 from rft.rewards import load_reward
-from rft.rewards.steps import split_steps
 from rft.rollout.engine import Generated
 from rft.rollout.sample import completions_of
 

@@ -10,7 +10,7 @@ import pytest
 
 from rft.config.rewards import RewardConfig, RewardsConfig
 from rft.preflight.rewards import check_reward, describe
-from rft.rewards.dry_run import main
+from rft.tools.reward import main
 
 HERE = Path(__file__).parent
 ROWS = [

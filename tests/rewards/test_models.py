@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.contrib.rewards.steps import aggregate
 from rft.rewards import Outcome, load_reward
 from rft.rewards.runner import RewardRunner
-from rft.rewards.steps import aggregate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HERE = Path(__file__).parent

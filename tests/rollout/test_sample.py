@@ -16,11 +16,11 @@ from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.data import DataConfig
 from rft.config.rewards import RewardsConfig
+from rft.contrib.rewards.steps import split_steps
 from rft.contrib.step_values import step_ends
 from rft.data.chat import Renderer
 from rft.learner.model import load_tokenizer
 from rft.rewards.runner import RewardRunner
-from rft.rewards.steps import split_steps
 from rft.rewards.types import Outcome, SampleReward, Score
 from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
 from rft.rollout.hf import HFEngine

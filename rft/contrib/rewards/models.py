@@ -17,9 +17,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from rft.contrib.rewards.steps import Aggregate, judged_steps, split_steps
+from rft.contrib.rewards.trained import TrainedTexts, Unreadable
 from rft.data.groups import PAIR_TEMPLATE
-from rft.rewards.steps import Aggregate, judged_steps, split_steps
-from rft.rewards.trained import TrainedTexts, Unreadable
 from rft.rewards.types import Score, Text, abstain, graded, text_of
 
 Rendered = str | list[int]  # a text, or, for models that rft trained, its token ids
