@@ -2,7 +2,7 @@
 
     python benchmarks/scale_sim.py [--replicas 8 64 512 4096] [--steps 4] [--profile]
 
-Real: Controller, SlotBuffer, Fleet, RolloutPool, PushChannel, the reward runner's bookkeeping, batch
+Real: Controller, SlotBuffer, Fleet, RolloutPool, WeightChannel, the reward runner's bookkeeping, batch
 building, metrics, run log, tokenizer. Simulated: what is behind an actor's call (engines, learner) and the
 reward workers. What an answer costs the receiving process is paid: every group of completions is unpickled,
 every batch pickled. Ray's own cost of a call is not, and neither is the writing to reward workers' pipes.
@@ -29,7 +29,7 @@ import selectors
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,9 @@ from rft.plan import Plan, make_plan
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, Score
 from rft.rollout.engine import Generated, Request
-from rft.rollout.pool import RolloutPool, _Member
-from rft.sync.channel import PushChannel
-from rft.sync.link import Link
-from rft.sync.spec import Sent
+from rft.rollout.pool import Member, RolloutPool
+from rft.sync.channel import WeightChannel
+from rft.sync.spec import Link, Sent
 from rft.utils.deadlines import within
 
 GENERATION = 16  # completions of a group
@@ -108,7 +107,7 @@ class Remote:
 
 
 class SimReplica:
-    """An engine's latencies. Methods as in rft.rollout.replica.Replica."""
+    """An engine's latencies. Methods as in rft.rollout.pool.Replica."""
 
     def __init__(self, index: int, templates: list[bytes]) -> None:
         self.dice, self.templates, self.held = random.Random(index), templates, -1
@@ -183,7 +182,7 @@ class SimPool(RolloutPool):
     templates: list[bytes]
 
     async def _start(self, index: int) -> None:
-        self.members[index] = _Member(Remote(SimReplica(index, self.templates)), next(self._serials))
+        self.members[index] = Member(Remote(SimReplica(index, self.templates)), next(self._serials))
 
     def kill(self, index: int) -> None:
         self.members.pop(index, None)
@@ -227,8 +226,15 @@ def make(replicas: int, steps: int, work: Path) -> Plan:
                 "data": {"kind": "arithmetic", "limit": max(2 * groups, 256)},
                 "rewards": [{"function": "math"}],
                 "train": {"steps": steps, "batch_size": groups, "num_generations": GENERATION},
-                "rollout": {"engine": "hf", "replicas": replicas, "staleness": 1, "health_every_s": 30},
+                "rollout": {
+                    "engine": "hf",
+                    "replicas": replicas,
+                    "staleness": 1,
+                    "health_every_s": 30,
+                    "generate_timeout_s": 1e6,
+                },
                 "eval": {"every": 0},
+                "sync": {"timeout_s": 600},
                 "checkpoint": {"every": 0},
                 "tracking": {"display": "plain"},
             }
@@ -239,15 +245,9 @@ def make(replicas: int, steps: int, work: Path) -> Plan:
 async def simulate(plan: Plan, tokens: int, work: Path, profile: cProfile.Profile | None) -> dict[str, Any]:
     config = plan.config
     SimPool.templates = list(answers(plan, tokens))
-    pool = SimPool(
-        [plan.engine_spec()] * config.rollout.replicas,
-        cpus=0,
-        gpus=0,
-        start_timeout_s=600,
-        generate_timeout_s=1e6,
-    )
+    pool = SimPool(plan.engine_spec())
     learner = SimLearner()
-    channel = PushChannel(learner, pool, replace(plan.channel_spec(), timeout_s=600), "keep")
+    channel = WeightChannel(learner, pool, plan.channel_spec(), "keep")
     log = RunLog(work / config.name, config.train.steps, config.tracking, config=config.to_dict())
     with Progress(config.train.steps, config.name, display="quiet") as progress:
         rewards = SimRewards(config.rewards, work)

@@ -23,6 +23,15 @@ class EngineError(RuntimeError):
     """An engine failed or did not answer in time; the message names the engine and the call."""
 
 
+class ReplicasLost(EngineError):
+    """Replicas that a push, or forming the channel, has lost, with the reasons. The others hold the pushed
+    version, or are paused and take the next push."""
+
+    def __init__(self, lost: dict[int, str]) -> None:
+        super().__init__("; ".join(lost.values()))
+        self.lost = lost
+
+
 class LearnerError(RuntimeError):
     """A fault in training itself: a non-finite gradient, an impossible batch."""
 

@@ -80,30 +80,24 @@ class BasePlan:
 
     def engine_spec(self) -> EngineSpec:
         """Return what each rollout replica is built from."""
-        c = self.config.rollout
+        c, adapter = self.config.rollout, self.config.learner.adapter
+        lora = adapter_args(adapter) if adapter and self.transport == "adapter" else {}
         return EngineSpec(
+            config=c,
             kind=self.engine,
             model=self.model,
+            tokenizer=self.tokenizer_path,
             dtype=str(resolve_dtype(c.dtype, self.device)).removeprefix("torch."),
             device=self.device,
             max_model_len=longest_sequence(self.config),
-            max_num_seqs=c.max_num_seqs,
-            tensor_parallel=c.tensor_parallel,
             seed=self.config.seed,
-            kv_cache_gib=c.kv_cache_gib,
-            gpu_memory_utilization=c.gpu_memory_utilization,
             threads=threads_for(c.threads, c.cores),
-            cores=c.cores,
-            eager=self.device == "cpu" if c.enforce_eager is None else c.enforce_eager,
-            needs_text=bool(c.sampling.stop),
             transport=self.transport,
-            sleeps=self.channel_spec().colocated,
-            control_timeout_s=c.control_timeout_s,
             stop_token_ids=self.stop_ids,
-            tokenizer=self.tokenizer_path,
             trust_remote_code=self.config.model.trust_remote_code,
             reference=(self.reference_path or self.model) if validate.mixes_reference(self.config) else None,
-            engine_args=(adapter_args(self.config) if self.transport == "adapter" else {}) | c.engine_args,
+            sleeps=self.channel_spec().colocated,
+            engine_args=lora | c.engine_args,
         )
 
     def learner_spec(self) -> LearnerSpec:
@@ -134,9 +128,7 @@ class BasePlan:
             transport=self.transport,
             wire_dtype=str(resolve_dtype(self.config.rollout.dtype, self.device)).removeprefix("torch."),
             folder=None if folder is None else str(folder),
-            full_every=self.config.sync.full_every,
-            measure=self.config.sync.measure_changes,
-            timeout_s=self.config.sync.timeout_s,
+            config=self.config.sync,
         )
 
     def gap_bounds(self) -> tuple[float | None, float | None]:

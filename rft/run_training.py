@@ -34,7 +34,7 @@ from rft.rollout.fleet import Fleet
 from rft.rollout.pool import RolloutPool
 from rft.run_dir import RunFolder
 from rft.sync import files
-from rft.sync.channel import PushChannel
+from rft.sync.channel import WeightChannel
 from rft.sync.ipc import ColocatedChannel
 from rft.utils.actors import ActorDied
 from rft.utils.deadlines import Overdue, unless_stopped
@@ -331,26 +331,20 @@ def start_learner(plan: Plan, spec: LearnerSpec, name: str = "the learner") -> L
 
 def make_pool(plan: Plan) -> RolloutPool:
     """The rollout replicas, not started yet."""
-    rollout = plan.config.rollout
-    return RolloutPool(
-        [plan.engine_spec()] * rollout.replicas,
-        cpus=0,
-        gpus=rollout.tensor_parallel * plan.channel_spec().gpu_share if plan.device == "cuda" else 0,
-        start_timeout_s=rollout.start_timeout_s,
-        generate_timeout_s=rollout.generate_timeout_s,
-    )
+    devices = plan.config.rollout.tensor_parallel * plan.channel_spec().gpu_share
+    return RolloutPool(plan.engine_spec(), gpus=devices if plan.device == "cuda" else 0)
 
 
-async def start_engines(channel: PushChannel, pool: RolloutPool) -> None:
+async def start_engines(channel: WeightChannel, pool: RolloutPool) -> None:
     """Start the replicas, on devices that are free for them."""
     await channel.before_start()
     await pool.start()
 
 
-def make_channel(plan: Plan, learner: LearnerHandle, pool: RolloutPool) -> PushChannel:
+def make_channel(plan: Plan, learner: LearnerHandle, pool: RolloutPool) -> WeightChannel:
     """The way of the weights from the learner to the replicas, not connected yet."""
     config, spec = plan.config, plan.channel_spec()
-    kind = ColocatedChannel if spec.colocated else PushChannel
+    kind = ColocatedChannel if spec.colocated else WeightChannel
     return kind(learner, pool, spec, config.rollout.update, plan.proof_spec())
 
 

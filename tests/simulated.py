@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from rft.plan import make_plan
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, Score
 from rft.rollout.engine import Generated, Request
-from rft.rollout.pool import RolloutPool, _Member
-from rft.sync.channel import PushChannel
-from rft.sync.link import Link
-from rft.sync.spec import Sent
+from rft.rollout.pool import Member, RolloutPool
+from rft.sync.channel import WeightChannel
+from rft.sync.spec import Link, Sent
 
 
 class Handle:
@@ -38,7 +37,7 @@ class Handle:
 
 
 class SimReplica:
-    """An engine that answers after `seconds`. Methods as in rft.rollout.replica.Replica."""
+    """An engine that answers after `seconds`. Methods as in rft.rollout.pool.Replica."""
 
     seconds = 0.0
 
@@ -110,7 +109,7 @@ class SimPool(RolloutPool):
     replica: type[SimReplica] = SimReplica
 
     async def _start(self, index: int) -> None:
-        self.members[index] = _Member(Handle(self.replica(index)), next(self._serials))
+        self.members[index] = Member(Handle(self.replica(index)), next(self._serials))
 
     def kill(self, index: int) -> None:
         self.members.pop(index, None)
@@ -182,6 +181,7 @@ def simulated(
         "rewards": [{"function": "math"}],
         "train": {"steps": 4, "batch_size": 4, "num_generations": 4},
         "rollout": {"engine": "hf"},
+        "sync": {"timeout_s": 10},
         "eval": {"every": 0},
         "checkpoint": {"every": 0},
         "tracking": {"display": "off", "trackers": []},
@@ -191,16 +191,10 @@ def simulated(
         config[name] = {**config[name], **values} if both else values
     plan = make_plan(parse_config(config))
     c = plan.config
-    pool = SimPool(
-        [plan.engine_spec()] * c.rollout.replicas,
-        cpus=0,
-        gpus=0,
-        start_timeout_s=10,
-        generate_timeout_s=c.rollout.generate_timeout_s,
-    )
+    pool = SimPool(plan.engine_spec())
     pool.replica = replica
     learner = learner or SimLearner()
-    channel = PushChannel(learner, pool, replace(plan.channel_spec(), timeout_s=10), "keep")
+    channel = WeightChannel(learner, pool, plan.channel_spec(), "keep")
     log = RunLog(c.run_dir, c.train.steps, c.tracking, config=c.to_dict())
     rewards = SimRewards(c.rewards, folder)
     rewards.judge = judge

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rft.rollout.engine import Generated, Request
-from rft.rollout.replica import Replica
+from rft.rollout.pool import Replica
 
 DONE = Generated((1,), (-1.0,), "stop", ((0, 0, 1),))
 

@@ -11,7 +11,7 @@ import pytest
 
 from rft.algorithms import ALGORITHMS, Algorithm
 from rft.config.learner import LearnerConfig
-from rft.config.rollout import SamplingConfig
+from rft.config.rollout import RolloutConfig, SamplingConfig
 from rft.config.schema import Config, ModelConfig, TrainConfig
 from rft.config.validate import PACKAGES, Facts, problems
 from rft.learner.spec import LearnerSpec
@@ -67,25 +67,20 @@ def problems_of(
     return problems(config, facts(**{"demonstrations": True, **known}))
 
 
-def engine_spec(model: Path, reference: Path | None = None) -> EngineSpec:
-    """An engine of plain transformers."""
+def engine_spec(model: Path, reference: Path | None = None, **config: Any) -> EngineSpec:
+    """An engine of plain transformers; `config` are fields of RolloutConfig."""
+    fields = {"engine": "hf", "max_num_seqs": 8, "kv_cache_gib": 0.1, "control_timeout_s": 10, **config}
     return EngineSpec(
+        config=RolloutConfig(**fields),
         kind="hf",
         model=str(model),
+        tokenizer=str(model),
         dtype="float32",
         device="cpu",
         max_model_len=128,
-        max_num_seqs=8,
-        tensor_parallel=1,
         seed=1,
-        kv_cache_gib=0.1,
-        gpu_memory_utilization=0.5,
         threads=1,
-        cores=None,
-        eager=True,
-        needs_text=False,
         transport="gloo",
-        control_timeout_s=10,
         stop_token_ids=(1,),
         reference=None if reference is None else str(reference),
     )

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from rft.config.base import ConfigModel
 
 InFlight = Literal["keep", "continue", "wait", "abort"]
+"""What a weight push does to completions in flight: they are paused, and their keys and values are computed
+again (`keep`) or stay (`continue`); they are finished first; or they are aborted."""
 
 
 class SamplingConfig(ConfigModel):
@@ -71,7 +73,7 @@ class RolloutConfig(ConfigModel):
         ge=0,
         description="times that dead engines are rebuilt within one step before the run stops",
     )
-    health_every_s: float = Field(10, gt=0, description="seconds between two questions for a sign of life")
+    health_every_s: float = Field(10, gt=0, description="health-check interval in seconds")
     health_timeout_s: float = Field(
         60, gt=0, description="seconds without an answer after which an engine counts as dead"
     )

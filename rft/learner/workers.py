@@ -35,10 +35,8 @@ from rft.learner.offload import move, resident
 from rft.learner.parallel.make import make_parallel
 from rft.learner.parallel.ranks import Rendezvous, RendezvousStore
 from rft.learner.spec import LearnerInfo, LearnerSpec
-from rft.sync.broadcast import Manifest, manifest_of
-from rft.sync.link import Link
 from rft.sync.publisher import Publisher
-from rft.sync.spec import ChannelSpec, Sent, Update, WeightSource
+from rft.sync.spec import ChannelSpec, Link, Manifest, Sent, Update, WeightSource, manifest_of
 from rft.utils.actors import ActorDied, require_here
 from rft.utils.deadlines import within
 
@@ -304,7 +302,7 @@ class LearnerGroup:
     ) -> None:
         self.name = name
         self.start_timeout_s = start_timeout_s
-        self.step_timeout_s, self.push_timeout_s = spec.config.step_timeout_s, channel.timeout_s
+        self.step_timeout_s, self.push_timeout_s = spec.config.step_timeout_s, channel.config.timeout_s
         self._bundles: PlacementGroup | None = None
         self._ended: ActorDied | None = None
         ranks = spec.config.ranks

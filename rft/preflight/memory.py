@@ -171,4 +171,4 @@ def _step_bytes(shape: ModelShape, config: LearnerConfig, trained: int, device: 
 def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
     """Return the bytes of a rollout replica on CPU: its weights and its KV cache."""
     width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
-    return shape.parameters * width + int(spec.kv_cache_gib * 2**30)
+    return shape.parameters * width + int(spec.config.kv_cache_gib * 2**30)

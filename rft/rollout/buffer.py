@@ -20,7 +20,7 @@ from rft.batch import Group, Prompt
 
 
 class State(StrEnum):
-    """Where a piece of work is."""
+    """The state of a work."""
 
     waiting = "waiting"
     inflight = "inflight"
@@ -30,12 +30,12 @@ class State(StrEnum):
 
 
 class SlotError(RuntimeError):
-    """The accounting is broken: a bug, never a user's mistake."""
+    """The accounting is broken: a bug in rft."""
 
 
 @dataclass(eq=False)
 class Work:
-    """One prompt handed out. `key` is (epoch, row): what a checkpoint remembers of it."""
+    """One prompt that was handed out. `key` is (epoch, row), which a checkpoint stores."""
 
     ticket: int
     key: tuple[int, int]
@@ -84,10 +84,10 @@ class SlotBuffer:
         return work
 
     def dispatch(self, work: Work, version: int) -> None:
-        """The work goes to an engine that samples with policy `version` or a later one.
+        """Send the work to an engine that samples with policy `version` or a later one.
 
-        A group that is dispatched a second time (its engine died) keeps its first version: the
-        bound stays on the safe side.
+        A group that is dispatched again (its engine died) keeps its first version, which is the safe side
+        of the bound.
         """
         self._expect(work, State.waiting, State.inflight)
         if work.version < 0:
@@ -95,7 +95,7 @@ class SlotBuffer:
         self._move(work, State.inflight)
 
     def score(self, work: Work, group: Group) -> None:
-        """The work's completions are there, with their rewards."""
+        """Store the work's completions with their rewards."""
         self._expect(work, State.inflight)
         work.group = group
         self._move(work, State.scored)
@@ -121,13 +121,13 @@ class SlotBuffer:
         return sorted(chosen, key=lambda w: w.ticket)
 
     def put_back(self, works: list[Work]) -> None:
-        """Works that were taken and not trained on after all, since the step failed: scored, as before."""
+        """Return works to `scored` that were taken for a step that failed."""
         for work in works:
             self._expect(work, State.trained)
             self._move(work, State.scored)
 
     def _left(self) -> Counter[int]:
-        """Works by version that stay behind once the `batch` oldest scored ones are taken."""
+        """Works by version that are left once the `batch` oldest scored ones are taken."""
         left, wanted = Counter(self._inflight), self.batch
         for version in sorted(self._scored):
             taken = min(wanted, self._scored[version])
@@ -146,7 +146,7 @@ class SlotBuffer:
         return True
 
     def acknowledge(self) -> int:
-        """Every live engine has the version that the trained works led to: free their slots."""
+        """Free the slots of trained works: every live engine has the version that they led to."""
         done = [w for w in self.live.values() if w.state == State.trained]
         for work in done:
             del self.live[work.ticket]
@@ -163,7 +163,7 @@ class SlotBuffer:
         return [w.key for _, w in sorted(self.live.items()) if w.state != State.trained]
 
     def _move(self, work: Work, state: State) -> None:
-        """Change a work's state and the books by version."""
+        """Change a work's state and the counts by version."""
         books = {State.scored: self._scored, State.inflight: self._inflight}
         for book, change in ((books.get(work.state), -1), (books.get(state), 1)):
             if book is not None:

@@ -1,16 +1,16 @@
-"""What a rollout engine is: tokens in, tokens with their log-probs and policy versions out."""
+"""The interface of rollout engines: tokens in; tokens with their log-probs and policy versions out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from rft.config.rollout import InFlight
-from rft.sync.link import Link
+from rft.config.rollout import InFlight, RolloutConfig
+from rft.sync.spec import Link, Update
 
 
 class Aborted(Exception):
-    """A weight push cut a request off (`rollout.update: abort`): it has to be sent again."""
+    """A weight push aborted a request (`rollout.update: abort`): it has to be sent again."""
 
 
 @dataclass(frozen=True)
@@ -60,30 +60,23 @@ class Generate(Protocol):
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Everything that a replica needs to build its engine; plain data, so that it travels."""
+    """What a replica builds its engine from: the config's section, and what the plan resolved."""
 
+    config: RolloutConfig
     kind: Literal["vllm", "hf"]
-    model: str
+    model: str  # folder or hub name, as of `tokenizer` and `reference`
+    tokenizer: str
     dtype: str
     device: Literal["cpu", "cuda"]
     max_model_len: int
-    max_num_seqs: int
-    tensor_parallel: int
     seed: int
-    kv_cache_gib: float
-    gpu_memory_utilization: float
     threads: int
-    cores: str | None
-    eager: bool
-    needs_text: bool
     transport: str
-    control_timeout_s: float
     stop_token_ids: tuple[int, ...]
-    tokenizer: str | None = None  # folder or hub name (None: the model's)
     trust_remote_code: bool = False
     reference: str | None = None  # the frozen model that `Sampling.mixture` mixes in
     sleeps: bool = False  # while the learner has the device that the two share (vLLM only)
-    engine_args: dict[str, Any] = field(default_factory=dict)
+    engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM's, over those made from the other fields
 
 
 class RolloutEngine(Protocol):
@@ -95,15 +88,15 @@ class RolloutEngine(Protocol):
     async def generate(self, request: Request) -> list[Generated]: ...
 
     async def score(self, tokens: tuple[int, ...]) -> list[float]:
-        """The log-probs of `tokens[1:]`, each after those before it, under the weights that the engine holds:
-        at temperature 1, from no cache, ahead of requests that wait."""
+        """The log-probs of `tokens[1:]`, each after those before it, with the engine's weights: at
+        temperature 1, from no cache, ahead of requests that wait."""
         ...
 
     async def join(self, link: Link) -> None: ...
 
     async def begin_update(self, in_flight: InFlight) -> None: ...
 
-    async def receive(self, update: dict[str, Any]) -> None: ...
+    async def receive(self, update: Update) -> None: ...
 
     async def finish_update(self, version: int) -> None: ...
 

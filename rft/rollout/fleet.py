@@ -1,8 +1,8 @@
-"""The engines as the loop sees them: requests that outlive an engine, pushes that come through, health.
+"""The replicas as the loop sees them: requests that outlive a replica, pushes that recover, health checks.
 
-One task at a time may have to do with the learner and the weight channel (`gate`): a training step, a
-push, or the mending of lost replicas. So a rebuilt engine is never given weights of a version that is
-only half trained, and two recoveries never get into each other's way.
+`gate`: one task at a time may use the learner and the weight channel, for a training step, a push, or
+rebuilding lost replicas. So a rebuilt engine never gets weights of a half-trained version, and two
+recoveries never interfere.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from rft.config.rollout import RolloutConfig
-from rft.errors import EngineError
+from rft.errors import EngineError, ReplicasLost
 from rft.metrics import Progress, RunLog
 from rft.rollout.engine import Aborted, Generated, Request
-from rft.rollout.pool import ReplicaDied, ReplicasLost, RolloutPool
+from rft.rollout.pool import ReplicaDied, RolloutPool
 from rft.sync.channel import PushReport, WeightChannel
 from rft.sync.proof import Proof
 
-HEALTH_TOLD_EVERY = 60.0  # seconds between two signs of life in events.jsonl
+HEALTH_LOGGED_EVERY = 60.0  # seconds between two health events of a replica in events.jsonl
 
 
 @dataclass
 class Fleet:
-    """The replicas of a run. `version` is the one that they hold, or are about to; `held` is the newest that
-    all of them hold."""
+    """The replicas of a run. `version`: target policy version; `held`: newest version acknowledged by all
+    replicas."""
 
     pool: RolloutPool
     channel: WeightChannel
@@ -39,12 +39,12 @@ class Fleet:
     requeued: int = 0
     proof: Proof | None = None  # of the version that the last step began with
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _failure: BaseException | None = None  # of a recovery that nobody may have waited for
+    _failure: BaseException | None = None  # of a recovery that perhaps nobody waited for
     _recovering: set[asyncio.Task[None]] = field(default_factory=set)
-    _in_a_row: int = 0
-    _first: tuple[str, EngineError] | None = None  # of the faults since the last finished step
-    _changing: bool = False
-    _told: dict[int, float] = field(default_factory=dict)
+    _in_a_row: int = 0  # rebuilds since the last finished step
+    _first: tuple[str, EngineError] | None = None  # of the faults since then
+    _changing: bool = False  # weights are being replaced
+    _logged: dict[int, float] = field(default_factory=dict)
 
     async def open(self, version: int) -> None:
         """Connect and push `version`: always, since an engine loads from disk and the learner may have
@@ -55,16 +55,18 @@ class Fleet:
             try:
                 await self.channel.connect()
             except EngineError as error:
-                await self._mend(self._lost(error), "the weight channel did not form", error)
+                await self._recover(self._lost(error), "the weight channel did not form", error)
             else:
                 await self.push(version)
             self.held = version
             for index, member in sorted(self.pool.members.items()):
-                found = {"version": version, "node": member.node, "seconds": _since(begin)}
-                self.log.event("engine/started", engine=index, **found)
+                seconds = time.perf_counter() - begin
+                self.log.event(
+                    "engine/started", engine=index, version=version, node=member.node, seconds=seconds
+                )
 
     async def generate(self, request: Request) -> list[Generated]:
-        """Complete a request: on another replica where one dies, again where a push cut it off."""
+        """Complete a request: on another replica where one dies, again where a push aborted it."""
         attempt = 0
         while True:
             name = request.id if attempt == 0 else f"{request.id}-again-{attempt}"
@@ -72,7 +74,7 @@ class Fleet:
                 return await self.pool.generate(replace(request, id=name))
             except ReplicaDied as error:
                 reason = error.why
-                await self._recover(error)
+                await self._replace(error)
             except Aborted:
                 reason = "aborted by a push"
             attempt += 1
@@ -81,13 +83,13 @@ class Fleet:
 
     async def push(self, version: int) -> PushReport:
         """Push a version to every engine. Call it with the gate held. After a push that failed half-way
-        the replicas that it has lost are rebuilt, then all are pushed to again."""
+        the lost replicas are rebuilt, then all are pushed to again."""
         self.version = version
         self._changing = True
         try:
             report = await self.channel.push(version)
-        except EngineError as error:  # all else is the learner's trouble, or a mistake
-            report = await self._mend(self._lost(error), f"pushing version {version} failed", error)
+        except EngineError as error:  # any other error is the learner's, or a mistake
+            report = await self._recover(self._lost(error), f"pushing version {version} failed", error)
         finally:
             self._changing = False
         self.held = version
@@ -103,9 +105,9 @@ class Fleet:
             try:
                 self.proof = await self.channel.proved()
                 break
-            except ReplicaDied as died:  # its successor is proven instead
+            except ReplicaDied as died:  # the rebuilt one is proven instead
                 self.pool.discard(died)
-                await self._mend([died.index], "an engine was lost", died)
+                await self._recover([died.index], "an engine was lost", died)
         if self.proof is not None:
             gaps = {str(index): gap.largest for index, gap in sorted(self.proof.gaps.items())}
             self.log.event("version/proved", version=self.proof.version, tokens=self.proof.tokens, gaps=gaps)
@@ -116,55 +118,55 @@ class Fleet:
         try:
             await self.channel.before_step()
         except EngineError as error:
-            await self._mend(self._everyone(), "the engines did not make room for the learner", error)
+            await self._recover(self.pool.indices, "the engines did not make room for the learner", error)
             await self.channel.before_step()
 
     def progressed(self) -> None:
-        """A step was finished: the engines work, and the count of rebuilds in a row starts anew."""
+        """A step was finished: the count of rebuilds in a row restarts."""
         self._in_a_row, self._first = 0, None
 
     async def close(self) -> None:
-        """Mend nothing any more."""
+        """Cancel all recoveries."""
         recovering = list(self._recovering)
         for task in recovering:
             task.cancel()
         await asyncio.gather(*recovering, return_exceptions=True)
 
-    def _lost(self, error: EngineError) -> list[int]:
-        """The replicas that an error says are lost; all of them where it cannot say."""
-        return sorted(error.lost) if isinstance(error, ReplicasLost) else self._everyone()
+    # -- recovery ------------------------------------------------------------------------------------
 
-    def _everyone(self) -> list[int]:
-        return list(range(len(self.pool.specs)))
-
-    async def _recover(self, died: ReplicaDied) -> None:
-        """Rebuild a replica that died, once, however many requests it took with it. That goes on where the
-        request that noticed is cancelled meanwhile: the others need the replica too."""
-        task = asyncio.create_task(self._replace(died))
-        self._recovering.add(task)
-        task.add_done_callback(self._recovered)
-        await asyncio.shield(task)
-
-    def _recovered(self, task: asyncio.Task[None]) -> None:
-        self._recovering.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self._failure = task.exception()
+    def _lost(self, error: EngineError) -> Iterable[int]:
+        """The replicas that an error names as lost; all of them where it names none."""
+        return error.lost if isinstance(error, ReplicasLost) else self.pool.indices
 
     async def _replace(self, died: ReplicaDied) -> None:
-        self.pool.discard(died)
-        async with self.gate:
-            if self.pool.is_lost(died):
-                await self._mend([died.index], "an engine was lost", died)
+        """Rebuild a replica that died, once, however many requests it took with it. The rebuild continues
+        where the request that noticed is cancelled: the others need the replica too."""
 
-    async def _mend(self, lost: Iterable[int], what: str, error: EngineError) -> PushReport:
-        """Rebuild replicas and give all of them the current version. `what` happened, and the error that said
-        so. Raises EngineError, from the first of these errors, once that was needed more than
+        async def rebuild() -> None:
+            self.pool.discard(died)
+            async with self.gate:
+                if self.pool.is_lost(died):
+                    await self._recover([died.index], "an engine was lost", died)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._recovering.discard(task)
+            if not task.cancelled() and task.exception() is not None:
+                self._failure = task.exception()
+
+        task = asyncio.create_task(rebuild())
+        self._recovering.add(task)
+        task.add_done_callback(done)
+        await asyncio.shield(task)
+
+    async def _recover(self, lost: Iterable[int], what: str, error: EngineError) -> PushReport:
+        """Rebuild the lost replicas, and only those, and give all replicas the current version. `what` failed
+        with `error`. Raises EngineError, from the first such error, once that was needed more than
         `max_restarts` times without a finished step."""
         limit = self.config.max_restarts
         while True:
             why = f"{what}: {error}"
             self._first = self._first or (why, error)
-            lost = sorted({*lost, *(i for i in self._everyone() if i not in self.pool.members)})
+            indices = sorted({*lost, *(i for i in self.pool.indices if i not in self.pool.members)})
             self._in_a_row += 1
             if self._in_a_row > limit:
                 first, cause = self._first
@@ -173,70 +175,64 @@ class Fleet:
                     f"rollout: {first}. That was the first fault{last}. Engines were rebuilt {limit} times "
                     "since the last finished step (rollout.max_restarts): giving up"
                 ) from cause
-            names = "replica " + ", ".join(map(str, lost))
-            self.progress.note(f"{why}; building {names} anew ({self._in_a_row} of {limit} in a row)")
-            for index in lost:
+            names = "replica " + ", ".join(map(str, indices))
+            self.progress.note(f"{why}; rebuilding {names} ({self._in_a_row} of {limit} in a row)")
+            for index in indices:
                 self.log.event("engine/lost", engine=index, reason=why, held=self.pool.load(index))
             begin = time.perf_counter()
+            self._changing = True
             try:
-                return await self._rebuild(lost, begin)
+                await self.channel.before_start()
+                await self.pool.rebuild_all(indices)
+                await self.channel.connect()
+                report = await self.channel.push(self.version)
             except EngineError as again:
                 lost, what, error = self._lost(again), "rebuilding failed", again
-
-    async def _rebuild(self, lost: list[int], begin: float) -> PushReport:
-        self._changing = True
-        try:
-            await self.channel.before_start()
-            await self.pool.rebuild_all(lost)
-            await self.channel.connect()
-            report = await self.channel.push(self.version)
-        finally:
-            self._changing = False
-        self.restarts += len(lost)
-        for index in lost:
-            self.log.event("engine/rebuilt", engine=index, version=self.version, seconds=_since(begin))
-        return report
+                continue
+            finally:
+                self._changing = False
+            self.restarts += len(indices)
+            for index in indices:
+                seconds = time.perf_counter() - begin
+                self.log.event("engine/rebuilt", engine=index, version=self.version, seconds=seconds)
+            return report
 
     # -- health ------------------------------------------------------------------------------------
 
     async def watch_health(self) -> None:
-        """Ask every replica for a sign of life, for ever; what does not answer is killed and rebuilt. Raises
-        what a recovery failed with."""
+        """Check every replica's health, for ever; one that does not answer is killed and rebuilt. Raises the
+        error of a recovery that failed."""
         while True:
             await asyncio.sleep(self.config.health_every_s)
             if self._failure is not None:
                 raise self._failure
-            await asyncio.gather(*(self._ask_health(i) for i in sorted(self.pool.members)))
+            await asyncio.gather(*(self._check_health(i) for i in sorted(self.pool.members)))
 
-    async def _ask_health(self, index: int) -> None:
-        changing = self._changing  # an engine may be deaf while it takes weights in; its actor is not
+    async def _check_health(self, index: int) -> None:
+        changing = self._changing  # an engine may not answer while its weights change; its actor does
         member = self.pool.members.get(index)
         if member is None or (changing and not member.serving):
-            return  # it is being built, with a deadline of its own
+            return  # it is being built, which has a deadline
         try:
             load = await self.pool.health(index, self.config.health_timeout_s, engine=not changing)
         except ReplicaDied as died:
-            await self._recover(died)
+            await self._replace(died)
             return
         now = time.monotonic()
-        if now - self._told.get(index, -HEALTH_TOLD_EVERY) >= HEALTH_TOLD_EVERY:
-            self._told[index] = now
+        if now - self._logged.get(index, -HEALTH_LOGGED_EVERY) >= HEALTH_LOGGED_EVERY:
+            self._logged[index] = now
             self.log.event("engine/health", engine=index, version=self.version, inflight=load)
 
     def metrics(self) -> dict[str, float]:
-        """`engine/...`: who is alive, with which version, silent for how long."""
+        """`engine/...`: replicas alive, their versions, and the seconds since their last answers."""
         now, members = time.monotonic(), sorted(self.pool.members.items())
-        found = {
+        metrics = {
             "engine/alive": float(sum(m.serving for _, m in members)),
             "engine/restarts": float(self.restarts),
             "rollout/requeued": float(self.requeued),
             **({} if self.proof is None else self.proof.metrics),
         }
         for index, member in members:
-            found[f"engine/{index}/version"] = float(member.version)
-            found[f"engine/{index}/silence"] = now - member.last_sign
-        return found
-
-
-def _since(begin: float) -> float:
-    return time.perf_counter() - begin
+            metrics[f"engine/{index}/version"] = float(member.version)
+            metrics[f"engine/{index}/silence"] = now - member.last_answer
+        return metrics

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rft.config.rollout import InFlight
 from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
-from rft.sync.link import Link
-from rft.sync.receiver import Receiver, load_into
+from rft.sync.gloo import Receiver, load_into
+from rft.sync.spec import Link, Update
 
 
 class HFEngine:
@@ -41,11 +41,11 @@ class HFEngine:
         self.model: Any = load(self.spec.model)
         self.reference: Any = load(self.spec.reference) if self.spec.reference else None
         self.tokenizer: Any = None
-        if self.spec.needs_text:
+        if self.spec.config.sampling.stop:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(
-                self.spec.tokenizer or self.spec.model, trust_remote_code=self.spec.trust_remote_code
+                self.spec.tokenizer, trust_remote_code=self.spec.trust_remote_code
             )
 
     async def generate(self, request: Request) -> list[Generated]:
@@ -54,17 +54,17 @@ class HFEngine:
             await self._open.wait()
             async with self._lock:
                 if self._open.is_set():
-                    given_up = Event()
-                    sampling = asyncio.ensure_future(asyncio.to_thread(self._sample, request, given_up))
+                    cancelled = Event()
+                    sampling = asyncio.ensure_future(asyncio.to_thread(self._sample, request, cancelled))
                     try:
                         return await asyncio.shield(sampling)
                     except asyncio.CancelledError:
-                        given_up.set()
-                        await sampling  # the thread has the model until it ends
+                        cancelled.set()
+                        await sampling  # the thread uses the model until it ends
                         raise
 
     @torch.inference_mode()
-    def _sample(self, request: Request, given_up: Event) -> list[Generated]:
+    def _sample(self, request: Request, cancelled: Event) -> list[Generated]:
         s = request.sampling
         generator = torch.Generator(self.spec.device)
         if s.seed is None:
@@ -88,7 +88,7 @@ class HFEngine:
                     logps[i].append(logp)
                     if token in stop_ids or self._hits_stop_string(tokens[i], s.stop):
                         finish[i] = "stop"
-            if all(finish) or given_up.is_set():
+            if all(finish) or cancelled.is_set():
                 break
         return [
             Generated(tuple(t), tuple(p), f or "length", ((self._version, 0, len(t)),))
@@ -96,7 +96,7 @@ class HFEngine:
         ]
 
     async def score(self, tokens: tuple[int, ...]) -> list[float]:
-        """Score between two requests; those that queue come after it."""
+        """Score between two requests, ahead of those in the queue."""
         self._open.clear()
         try:
             async with self._lock:
@@ -108,8 +108,8 @@ class HFEngine:
     def _score(self, tokens: tuple[int, ...]) -> list[float]:
         ids = torch.tensor([tokens], device=self.spec.device)
         logps = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        found: list[float] = logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
-        return found
+        chosen: list[float] = logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        return chosen
 
     def _hits_stop_string(self, tokens: list[int], stop: Iterable[str]) -> bool:
         if not stop:
@@ -123,13 +123,13 @@ class HFEngine:
         self.receiver = await asyncio.to_thread(Receiver, link)
 
     async def begin_update(self, in_flight: InFlight) -> None:
-        """Requests run one by one, each to its end. `wait` lets those that queue come first; else they
-        stay in the queue during the update."""
+        """Requests run one by one, each to its end. With `wait` queued requests run first; else they stay in
+        the queue during the update."""
         if in_flight != "wait":
             self._open.clear()
         await self._lock.acquire()
 
-    async def receive(self, update: dict[str, Any]) -> None:
+    async def receive(self, update: Update) -> None:
         assert self.receiver is not None, "join comes first"
         await asyncio.to_thread(load_into, self.model, self.receiver.receive(update))
 
@@ -150,13 +150,13 @@ class HFEngine:
 
 
 class _Reader:
-    """A model that reads on and on, with its KV cache."""
+    """A model with its KV cache, which reads a sequence in parts."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.cache = model, None
 
     def read(self, ids: Tensor) -> Tensor:
-        """[n, V] float32: the logits after `ids` [n, t], which follow what was read before."""
+        """[n, V] float32: the logits after `ids` [n, t], which continue the tokens read before."""
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
         logits: Tensor = out.logits[:, -1].float()

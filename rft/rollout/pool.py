@@ -1,210 +1,347 @@
-"""The rollout replicas as one: least-loaded dispatch in order of arrival, a bound on what each is sent,
-deadlines of work, rebuilding the dead."""
+"""The rollout replicas. `Replica` is an engine in a Ray actor; `RolloutPool` is the driver's view of all of
+them: dispatch in order of arrival to the least loaded, deadlines of work, and the calls of a weight push."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import heapq
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import ray
 
 from rft.config.rollout import InFlight
-from rft.errors import EngineError
-from rft.rollout.engine import EngineSpec, Generated, Request
-from rft.rollout.replica import CONTROL, Replica
-from rft.sync.link import Link
-from rft.utils.actors import ActorDied, call, kill_actor
+from rft.errors import EngineError, ReplicasLost, TransferError, is_engine_fault
+from rft.rollout.engine import EngineSpec, Generated, Request, RolloutEngine
+from rft.rollout.hf import HFEngine
+from rft.rollout.vllm import VLLMAdapterEngine, VLLMEngine, VLLMSleepingEngine
+from rft.sync.spec import GRACE_S, Link, Update
+from rft.utils.actors import ActorDied, call, kill_actor, require_here
+from rft.utils.cores import parse_cores
 from rft.utils.deadlines import Overdue
 
-QUEUED = 2  # times what a replica decodes at once is sent to it, so that the next completions wait there
-CONTROL_CALLS = 1000  # at once; they are short, but for those of a push
-GRACE_S = 30.0  # for the other replicas to end their part of a push that one of them failed in
+QUEUED = 2  # a replica is sent this many times what it decodes at once: the next completions wait there
+CONTROL = "control"
+CONTROL_CALLS = 1000  # at once; they are short, except for those of a push
 
-
-class ReplicasLost(EngineError):
-    """What a push, or forming the channel, has lost: `lost` says which replicas, and why. The others hold the
-    pushed version, or stand still and take the next push."""
-
-    def __init__(self, lost: dict[int, str]) -> None:
-        super().__init__("; ".join(lost.values()))
-        self.lost = lost
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 class ReplicaDied(ReplicasLost):
-    """A replica is gone or its engine is. `index` says which; `serial` which of those that had this
-    index (-1: none is there)."""
+    """A replica or its engine is gone. `index`: which one; `serial`: which of the actors that had this index
+    (-1: there is none)."""
 
     def __init__(self, index: int, why: str, serial: int = -1) -> None:
         super().__init__({index: f"rollout replica {index} died: {why}"})
         self.index, self.why, self.serial = index, why, serial
 
 
+# -- in the actor ------------------------------------------------------------------------------------------
+
+
+def build_engine(spec: EngineSpec) -> RolloutEngine:
+    """The engine of a spec, not started."""
+    if spec.kind == "hf":
+        return HFEngine(spec)
+    if spec.transport == "adapter":
+        return VLLMAdapterEngine(spec)
+    return VLLMSleepingEngine(spec) if spec.sleeps else VLLMEngine(spec)
+
+
+def control(method: Method) -> Method:
+    """Have Ray run a method in the concurrency group of control calls."""
+    marked: Method = ray.method(concurrency_group=CONTROL)(method)
+    return marked
+
+
+class Replica:
+    """The actor's class: `ray.remote(Replica)`. Ray runs the calls of a concurrency group in order of
+    arrival, up to a number at once, on the group's event loop. Control calls have their own group, so that
+    none waits behind queued completions. The engine lives on that group's loop: `generate` passes requests
+    on to it."""
+
+    def __init__(self, spec: EngineSpec, index: int) -> None:
+        self.name = f"rollout replica {index}"
+        self.spec = spec
+        if spec.config.cores:
+            os.sched_setaffinity(0, parse_cores(spec.config.cores))
+        self.engine = build_engine(spec)
+        self.load = 0
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.running: dict[str, asyncio.Future[list[Generated]]] = {}  # by request id
+
+    @control
+    async def whereabouts(self) -> tuple[str, int]:
+        """This process's node and id."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    @control
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        require_here(self.spec.model, "the policy that model.path names")
+        try:
+            await self.engine.start()
+        except Exception as error:
+            raise EngineError(f"{self.name} could not start its engine: {error}") from error
+        gc.collect()
+        gc.freeze()  # requests are many objects: keep the collector from scanning the libraries' as well
+
+    async def generate(self, request: Request) -> list[Generated]:
+        assert self.loop is not None, "start comes first"
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._generate(request), self.loop))
+
+    async def _generate(self, request: Request) -> list[Generated]:
+        self.load += request.sampling.n
+        self.running[request.id] = asyncio.ensure_future(self.engine.generate(request))
+        try:
+            return await self.running[request.id]
+        except asyncio.CancelledError:
+            return []  # nobody reads it: see `cancel`
+        finally:
+            del self.running[request.id]
+            self.load -= request.sampling.n
+
+    @control
+    async def cancel(self, request_id: str) -> None:
+        """End a request that nobody waits for; one that is not running has ended already."""
+        if request_id in self.running:
+            self.running[request_id].cancel()
+
+    @control
+    async def score(self, tokens: tuple[int, ...]) -> list[float]:
+        return await self.engine.score(tokens)
+
+    @control
+    async def health(self, engine: bool) -> int:
+        """Answer, after the engine did if it is asked too; returns the completions that it works on."""
+        if engine:
+            await self.engine.version()
+        return self.load
+
+    @control
+    async def join(self, link: Link) -> None:
+        with self._blame_engine("joining the weight channel"):
+            await self.engine.join(link)
+
+    @control
+    async def begin_update(self, in_flight: InFlight) -> None:
+        with self._blame_engine("pausing for a push"):
+            await self.engine.begin_update(in_flight)
+
+    @control
+    async def receive(self, update: Update) -> None:
+        with self._blame_engine("receiving weights"):
+            await self.engine.receive(update)
+
+    @control
+    async def finish_update(self, version: int) -> int:
+        """Sample from the new weights; returns the version that the engine reports. It is asked before it
+        resumes: while it samples, an answer takes as long as one of its steps."""
+        with self._blame_engine("taking new weights into use"):
+            await self.engine.finish_update(version)
+            reported = await self.engine.version()
+            await self.engine.resume()
+        return reported
+
+    @contextmanager
+    def _blame_engine(self, what: str) -> Iterator[None]:
+        """Raise EngineError for a fault of the engine or its machine, and a mistake as it is."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, TransferError):
+                raise EngineError(f"{self.name}, {what}: {error}") from error
+            if not is_engine_fault(error):
+                raise
+            raise EngineError(f"{self.name}, {what}: {type(error).__name__}: {error}") from error
+
+    @control
+    async def sleep(self) -> None:
+        assert isinstance(self.engine, VLLMSleepingEngine)
+        await self.engine.sleep()
+
+    @control
+    async def wake(self) -> None:
+        assert isinstance(self.engine, VLLMSleepingEngine)
+        await self.engine.wake()
+
+    @control
+    async def call_workers(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        if not isinstance(self.engine, VLLMEngine):
+            raise EngineError(f"{self.name} does not use vLLM; it has no workers to call")
+        return await self.engine.collective_rpc(method, args)
+
+    @control
+    async def close(self) -> None:
+        await self.engine.close()
+
+
+# -- in the driver -----------------------------------------------------------------------------------------
+
+
 @dataclass(eq=False)
-class _Turn:
-    """A request that was sent to a replica. `began`: by the replica's working time, when the engine came to
-    it; None while it is queued."""
+class _Dispatched:
+    """A request that was sent to a replica. `began`: by the replica's working time, when the engine started
+    on it; None while it is queued."""
 
     size: int  # completions
     began: float | None = None
 
 
 @dataclass
-class _Member:
-    actor: Any
+class Member:
+    """One replica of a pool."""
+
+    actor: Any  # handle of a Replica
     serial: int
     node: str = ""
     pid: int = 0
-    load: int = 0
+    load: int = 0  # completions sent and not answered
     serving: bool = False  # it may sample: it holds weights that the run knows
     version: int = -1
-    last_sign: float = 0.0  # monotonic
-    turns: dict[_Turn, None] = field(default_factory=dict)  # of the requests sent, in order
-    begun: bool = False  # it stands still for a push
-    received: bool = False  # and has all weights of it
-    still: float = 0.0  # seconds that it stood still so far
-    still_since: float | None = None
+    last_answer: float = 0.0  # monotonic
+    dispatched: dict[_Dispatched, None] = field(default_factory=dict)  # in order
+    paused_since: float | None = None  # by a push
+    paused_seconds: float = 0.0  # in all pauses before
+    received: bool = False  # all weights of the push
 
     def working_time(self) -> float:
-        """Seconds on a clock that stops while the replica stands still."""
-        now = asyncio.get_running_loop().time()
-        return (now if self.still_since is None else self.still_since) - self.still
+        """Seconds on a clock that stops while the replica is paused."""
+        now = asyncio.get_running_loop().time() if self.paused_since is None else self.paused_since
+        return now - self.paused_seconds
 
-    def stand_still(self) -> None:
-        self.begun, self.received = True, False
-        if self.still_since is None:
-            self.still_since = asyncio.get_running_loop().time()
+    def pause(self) -> None:
+        self.received = False
+        if self.paused_since is None:
+            self.paused_since = asyncio.get_running_loop().time()
 
-    def go_on(self) -> None:
-        self.begun = self.received = False
-        if self.still_since is not None:
-            self.still += asyncio.get_running_loop().time() - self.still_since
-            self.still_since = None
+    def resume(self) -> None:
+        self.received = False
+        if self.paused_since is not None:
+            self.paused_seconds += asyncio.get_running_loop().time() - self.paused_since
+            self.paused_since = None
 
 
 class RolloutPool:
-    """k replicas. Calls on a replica that died raise ReplicaDied; `rebuild` replaces it."""
+    """The replicas of a spec, `rollout.replicas` of them. gpus: what Ray reserves for each.
 
-    def __init__(
-        self,
-        specs: list[EngineSpec],
-        *,
-        cpus: float,
-        gpus: float,
-        start_timeout_s: float,
-        generate_timeout_s: float,
-    ) -> None:
-        self.specs = specs
-        self.cpus, self.gpus = cpus, gpus
-        self.start_timeout_s, self.generate_timeout_s = start_timeout_s, generate_timeout_s
-        self.control_timeout_s = specs[0].control_timeout_s
-        self.members: dict[int, _Member] = {}
+    Calls on a replica that died raise ReplicaDied; `rebuild` replaces it.
+    """
+
+    def __init__(self, spec: EngineSpec, gpus: float = 0) -> None:
+        self.spec, self.gpus = spec, gpus
+        self.config = spec.config
+        self.members: dict[int, Member] = {}
         self._serials = count()
-        self._waiting: deque[tuple[int, asyncio.Future[tuple[int, _Member, _Turn]]]] = deque()  # size, place
-        # A heap of (load, index, serial), so that the least loaded of thousands is found at once. What an
-        # entry says may have changed since: then a newer entry says so too, and this one is skipped.
-        self._queue: list[tuple[int, int, int]] = []
+        self._waiting: deque[tuple[int, asyncio.Future[tuple[int, Member, _Dispatched]]]] = deque()
+        # A heap of (load, index, serial), so that the least loaded of thousands is found at once. An entry
+        # may be outdated: then a newer one has the replica's load, and this one is skipped.
+        self._by_load: list[tuple[int, int, int]] = []
 
     @property
-    def world_size(self) -> int:
-        """Ranks in the weight group: the sender and every worker of every replica."""
-        return 1 + sum(spec.tensor_parallel for spec in self.specs)
+    def indices(self) -> range:
+        """All replicas, also those that are lost."""
+        return range(self.config.replicas)
+
+    @property
+    def workers(self) -> list[int]:
+        """Workers of each replica that receive weights."""
+        return [self.config.tensor_parallel for _ in self.indices]
 
     async def start(self) -> None:
-        """Start all replicas, side by side."""
-        await asyncio.gather(*(self._start(i) for i in range(len(self.specs))))
+        """Start all replicas, in parallel."""
+        await asyncio.gather(*map(self._start, self.indices))
         for member in self.members.values():
             member.serving = True
-        self._line_up()
-        self._hand_on()
-
-    def _decodes(self, index: int) -> int:
-        """Completions that a replica works on at once; the plain engine takes one request after another."""
-        spec = self.specs[index]
-        return spec.max_num_seqs if spec.kind == "vllm" else 1
-
-    def _room(self, index: int) -> int:
-        """Completions that are sent to a replica at most."""
-        return QUEUED * self.specs[index].max_num_seqs
+        self._reorder()
+        self._dispatch_waiting()
 
     async def _start(self, index: int) -> None:
         grouped = ray.remote(concurrency_groups={CONTROL: CONTROL_CALLS})(Replica)  # type: ignore[call-overload]
         remote = grouped.options(
-            num_cpus=self.cpus,
+            num_cpus=0,
             num_gpus=self.gpus,
-            max_concurrency=max(1024, 2 * self._room(index)),  # of `generate`: cancelled ones may linger
+            max_concurrency=max(1024, 2 * self._room),  # of `generate`: cancelled ones may linger
             max_restarts=0,
             scheduling_strategy="SPREAD",  # over the nodes of a cluster
             memory=2**20,  # Ray places an actor that asks for nothing at random, whatever the strategy
         )
-        member = _Member(remote.remote(self.specs[index], index), next(self._serials))
+        member = Member(remote.remote(self.spec, index), next(self._serials))
         self.members[index] = member
-        member.node, member.pid = await self._ask(index, "whereabouts", seconds=self.start_timeout_s)
-        await self._ask(index, "start", seconds=self.start_timeout_s)
+        member.node, member.pid = await self._ask(
+            index, Replica.whereabouts, seconds=self.config.start_timeout_s
+        )
+        await self._ask(index, Replica.start, seconds=self.config.start_timeout_s)
 
-    def _line_up(self) -> None:
-        self._queue = [(m.load, index, m.serial) for index, m in self.members.items()]
-        heapq.heapify(self._queue)
+    # -- dispatch ------------------------------------------------------------------------------------------
 
-    def _add_load(self, index: int, member: _Member, change: int) -> None:
-        member.load += change
-        heapq.heappush(self._queue, (member.load, index, member.serial))
-        if len(self._queue) > 8 * len(self.members) + 64:  # mostly entries that say nothing any more
-            self._line_up()
+    @property
+    def _decodes(self) -> int:
+        """Completions that a replica decodes at once; the plain engine takes one request after another."""
+        return self.config.max_num_seqs if self.spec.kind == "vllm" else 1
+
+    @property
+    def _room(self) -> int:
+        """The most completions that are sent to a replica."""
+        return QUEUED * self.config.max_num_seqs
 
     async def generate(self, request: Request) -> list[Generated]:
         """Complete a prompt on the replica with the least work, in order of arrival: waits while none serves,
-        or all have as much as they may. `generate_timeout_s` counts from when the engine comes to it."""
-        index, member, turn = await self._place(request.sampling.n)
+        or all have as much as they may. `generate_timeout_s` counts from when the engine starts on it."""
+        index, member, sent = await self._acquire(request.sampling.n)
         what = f"generate on rollout replica {index}"
         try:
-            answer = member.actor.generate.remote(request)
-            in_time = self._while_worked_on(member, turn, answer, what)
-            result: list[Generated] = await self._answer(index, member, in_time, math.inf, what)
+            answer = self._within_work(member, sent, member.actor.generate.remote(request), what)
+            return await self._answer(index, member, answer, math.inf, what)
         except asyncio.CancelledError:
             member.actor.cancel.remote(request.id)  # nobody waits for it any more
             raise
         finally:
-            self._leave(index, member, turn)
-        return result
+            self._release(index, member, sent)
 
-    async def _while_worked_on(self, member: _Member, turn: _Turn, answer: Any, what: str) -> Any:
+    async def _within_work(
+        self, member: Member, sent: _Dispatched, answer: Awaitable[list[Generated]], what: str
+    ) -> list[Generated]:
         """Await an answer. Raises Overdue once the engine has worked `generate_timeout_s` on the request:
-        time in a queue, and time in which the replica stood still for a push, do not count."""
-        waiting = asyncio.ensure_future(_plain(answer))
+        time in a queue, and time in which the replica was paused for a push, do not count."""
+        waiting, limit = asyncio.ensure_future(_plain(answer)), self.config.generate_timeout_s
         try:
             while True:
-                worked = 0.0 if turn.began is None else member.working_time() - turn.began
-                if worked >= self.generate_timeout_s:
-                    raise Overdue(f"{what} did not finish within {self.generate_timeout_s:.0f} s of work")
-                await asyncio.wait({waiting}, timeout=self.generate_timeout_s - worked)
+                worked = 0.0 if sent.began is None else member.working_time() - sent.began
+                if worked >= limit:
+                    raise Overdue(f"{what} did not finish within {limit:.0f} s of work")
+                await asyncio.wait({waiting}, timeout=limit - worked)
                 if waiting.done():
                     return waiting.result()
         finally:
             waiting.cancel()
 
-    async def _place(self, size: int) -> tuple[int, _Member, _Turn]:
-        """A place for a request of `size` completions; `_leave` gives it back."""
-        place: asyncio.Future[tuple[int, _Member, _Turn]] = asyncio.get_running_loop().create_future()
+    async def _acquire(self, size: int) -> tuple[int, Member, _Dispatched]:
+        """Wait for a replica with room for `size` completions; `_release` gives the room back."""
+        place: asyncio.Future[tuple[int, Member, _Dispatched]] = asyncio.get_running_loop().create_future()
         self._waiting.append((size, place))
-        self._hand_on()
+        self._dispatch_waiting()
         try:
             return await place
         except asyncio.CancelledError:
             if place.cancelled():
-                self._hand_on()  # it may have been the first in the line, which held up the others
+                self._dispatch_waiting()  # it may have been the first in the line and held up the others
             else:
-                self._leave(*place.result())
+                self._release(*place.result())
             raise
 
-    def _hand_on(self) -> None:
-        """Give waiting requests their places, as far as there are any, first come, first served."""
+    def _dispatch_waiting(self) -> None:
+        """Dispatch waiting requests while there is room, first come, first served."""
         while self._waiting:
             size, place = self._waiting[0]
             if not place.done():
@@ -212,47 +349,57 @@ class RolloutPool:
                 if index is None:
                     return
                 member = self.members[index]
-                if member.load and member.load + size > self._room(index):
+                if member.load and member.load + size > self._room:
                     return
-                turn = _Turn(size)
-                member.turns[turn] = None
+                sent = _Dispatched(size)
+                member.dispatched[sent] = None
                 self._add_load(index, member, size)
-                self._begin_turns(index, member)
-                place.set_result((index, member, turn))
+                place.set_result((index, member, sent))
             self._waiting.popleft()
 
-    def _leave(self, index: int, member: _Member, turn: _Turn) -> None:
-        del member.turns[turn]
-        self._add_load(index, member, -turn.size)
-        self._begin_turns(index, member)
-        self._hand_on()
+    def _release(self, index: int, member: Member, sent: _Dispatched) -> None:
+        del member.dispatched[sent]
+        self._add_load(index, member, -sent.size)
+        self._dispatch_waiting()
 
-    def _begin_turns(self, index: int, member: _Member) -> None:
-        """Start the clocks of the requests that the engine has come to. It takes them in order, as far as it
-        decodes at once; of those that are half done it may have come further already."""
+    def _add_load(self, index: int, member: Member, change: int) -> None:
+        member.load += change
+        heapq.heappush(self._by_load, (member.load, index, member.serial))
+        if len(self._by_load) > 8 * len(self.members) + 64:  # mostly outdated entries
+            self._reorder()
+        # Start the clocks of the requests that the engine has reached: it takes them in order, as many as it
+        # decodes at once, and perhaps more of those that are half done.
         busy = 0
-        for turn in member.turns:
-            busy += turn.size
-            if busy > max(self._decodes(index), turn.size):
+        for sent in member.dispatched:
+            busy += sent.size
+            if busy > max(self._decodes, sent.size):
                 return
-            if turn.began is None:
-                turn.began = member.working_time()
+            if sent.began is None:
+                sent.began = member.working_time()
+
+    def _reorder(self) -> None:
+        self._by_load = [(member.load, index, member.serial) for index, member in self.members.items()]
+        heapq.heapify(self._by_load)
 
     def _least_loaded(self) -> int | None:
-        while self._queue:
-            load, index, serial = self._queue[0]
+        while self._by_load:
+            load, index, serial = self._by_load[0]
             member = self.members.get(index)
             if member is not None and member.serving and (member.load, member.serial) == (load, serial):
                 return index
-            heapq.heappop(self._queue)
+            heapq.heappop(self._by_load)
         return None
 
-    async def score(self, tokens: tuple[int, ...]) -> dict[int, list[float]]:
-        """The log-probs of `tokens[1:]`, each after those before it, by every replica with the weights that
-        it holds."""
-        indices = sorted(self.members)
-        found = await self._all("score", tokens, seconds=self.generate_timeout_s)
-        return dict(zip(indices, found, strict=True))
+    # -- losing and replacing replicas ---------------------------------------------------------------------
+
+    def load(self, index: int) -> int:
+        """Completions that a replica was sent and has not answered; 0 where there is none."""
+        return self.members[index].load if index in self.members else 0
+
+    async def health(self, index: int, timeout_s: float, *, engine: bool = True) -> int:
+        """Have a replica answer, with its `engine` or without; returns the completions that it works on.
+        Raises ReplicaDied."""
+        return await self._ask(index, Replica.health, engine, seconds=timeout_s)
 
     def is_lost(self, died: ReplicaDied) -> bool:
         """False where the replica that died was replaced in the meantime."""
@@ -264,134 +411,122 @@ class RolloutPool:
         if member is not None and member.serial == died.serial:
             self.kill(died.index)
 
-    def load(self, index: int) -> int:
-        """Completions that a replica works on, by the pool's books; 0 where there is none."""
-        return self.members[index].load if index in self.members else 0
-
     async def rebuild(self, index: int) -> None:
-        """Replace a replica. The new one has the weights from disk and serves once it was pushed to."""
+        """Replace a replica. The new one has the weights from disk and serves after the next push."""
         self.kill(index)
         await self._start(index)
 
     async def rebuild_all(self, indices: Iterable[int]) -> None:
-        """Replace replicas side by side. Raises ReplicasLost in the end where some did not start."""
-        wanted = list(indices)
-        results = await asyncio.gather(*(self.rebuild(i) for i in wanted), return_exceptions=True)
-        lost = {}
-        for index, result in zip(wanted, results, strict=True):
-            if isinstance(result, BaseException) and not isinstance(result, EngineError):
-                raise result
-            if isinstance(result, EngineError):
-                lost[index] = str(result)
-        if lost:
-            raise ReplicasLost(lost)
+        """Replace replicas in parallel. Raises ReplicasLost in the end where some did not start."""
+        _, lost = await self._each({index: self.rebuild(index) for index in indices})
+        _raise_lost(lost)
 
     def kill(self, index: int) -> None:
-        """Kill a replica's actor and whatever processes it started, frozen ones too."""
+        """Kill a replica's actor and the processes that it started, frozen ones too."""
         member = self.members.pop(index, None)
         if member is not None:
             kill_actor(member.actor, member.node, member.pid)
 
-    async def health(self, index: int, timeout_s: float, *, engine: bool = True) -> int:
-        """Have a replica answer, with its `engine` or for itself; returns the completions that it works on.
-        Raises ReplicaDied."""
-        load: int = await self._ask(index, "health", engine, seconds=timeout_s)
-        return load
+    async def close(self) -> None:
+        """Stop every engine. A replica that does not stop in time is killed with its processes, and one that
+        has not started yet at once."""
+        for index, member in list(self.members.items()):
+            if not member.serving:
+                self.kill(index)
+                continue
+            try:
+                await self._ask(index, Replica.close, seconds=10)
+            except EngineError:
+                self.kill(index)
+            else:
+                ray.kill(self.members.pop(index).actor)
 
-    # -- weights: the same call on every replica, all acknowledged ------------------------------------
-
-    # Each raises ReplicasLost after all replicas have ended their part, and what is no fault of an engine as
-    # it is.
+    # -- weights: the same call on every replica, all acknowledged -----------------------------------------
+    # Each raises ReplicasLost after all replicas have ended their part, and an error that is not an engine's
+    # fault as it is.
 
     async def join(self, links: list[Link]) -> None:
-        asked = {i: self._ask(i, "join", link) for i, link in enumerate(links)}
+        asked = {i: self._ask(i, Replica.join, link) for i, link in enumerate(links)}
         _, lost = await self._each(asked, GRACE_S)
-        if lost:
-            raise _loss(_culprits(lost))
+        _raise_lost(_dead(lost) or lost)  # where some died, the others have only waited for them
 
     async def begin_update(self, in_flight: InFlight) -> None:
-        """Replicas that stand still already, since a push before failed elsewhere, are left as they are."""
+        """Pause sampling. Replicas that are paused already, since a push before failed, are left alone."""
 
         def seconds(index: int) -> float | None:
             if in_flight != "wait":
                 return None
-            rounds = math.ceil(self.load(index) / self._decodes(index))
-            return self.generate_timeout_s * max(rounds, 1)  # what is in flight may take as long as any
+            rounds = math.ceil(self.load(index) / self._decodes)
+            return self.config.generate_timeout_s * max(rounds, 1)  # the longest that is in flight
 
-        still = {i for i, member in self.members.items() if member.begun}
-        asked = {
-            i: self._ask(i, "begin_update", in_flight, seconds=seconds(i))
-            for i in range(len(self.specs))
-            if i not in still
-        }
+        running = [i for i in self.indices if i not in self.members or self.members[i].paused_since is None]
+        asked = {i: self._ask(i, Replica.begin_update, in_flight, seconds=seconds(i)) for i in running}
         answers, lost = await self._each(asked)
         for index in answers:
             if index in self.members:
-                self.members[index].stand_still()
-        if lost:
-            raise _loss(lost)
+                self.members[index].pause()
+        _raise_lost(lost)
 
-    async def receive(self, update: dict[str, Any]) -> None:
-        asked = {i: self._ask(i, "receive", update) for i in sorted(self.members)}
+    async def receive(self, update: Update) -> None:
+        asked = {i: self._ask(i, Replica.receive, update) for i in sorted(self.members)}
         answers, lost = await self._each(asked, GRACE_S)
         for index in answers:
             self.members[index].received = True
-        if lost:  # vLLM cannot begin an update anew; the plain engine's weights are overwritten by the next
-            usable = {i for i in lost if self.specs[i].kind == "hf" and not isinstance(lost[i], ReplicaDied)}
-            broken = {i: error for i, error in lost.items() if i not in usable}
-            raise _loss(broken or lost)
+        if self.spec.kind == "hf":  # can take the next update; vLLM cannot begin one anew
+            lost = _dead(lost) or lost
+        _raise_lost(lost)
 
     async def finish_update(self, version: int) -> None:
         """Let the replicas that received everything sample from it; one that then reports another version
         than `version` is lost."""
         ready = [i for i, member in sorted(self.members.items()) if member.received]
-        answers, lost = await self._each({i: self._ask(i, "finish_update", version) for i in ready})
+        answers, lost = await self._each({i: self._ask(i, Replica.finish_update, version) for i in ready})
         for index, reported in answers.items():
             if reported != version:
                 what = f"rollout replica {index} reports version {reported} after a push of {version}"
                 lost[index] = EngineError(what)
                 continue
             member = self.members[index]
-            member.go_on()
+            member.resume()
             member.version, member.serving = version, True
-        self._line_up()
-        self._hand_on()
-        if lost:
-            raise _loss(lost)
+        self._reorder()
+        self._dispatch_waiting()
+        _raise_lost(lost)
+
+    async def score(self, tokens: tuple[int, ...]) -> dict[int, list[float]]:
+        """The log-probs of `tokens[1:]`, each after those before it, by every replica with its weights."""
+        indices = sorted(self.members)
+        scored = await self._all(Replica.score, tokens, seconds=self.config.generate_timeout_s)
+        return dict(zip(indices, scored, strict=True))
 
     async def sleep(self) -> None:
-        """Have engines leave the device that they share with the learner."""
-        await self._all("sleep")
+        """Free the device that engines share with the learner."""
+        await self._all(Replica.sleep)
 
     async def wake(self) -> None:
-        """Have them take it back."""
-        await self._all("wake")
+        """Take the device again, and sample."""
+        await self._all(Replica.wake)
 
     async def call_workers(self, method: str, *args: Any) -> None:
         """Call a method of rft's worker extension on all replicas (vLLM only)."""
-        await self._all("call_workers", method, args)
+        await self._all(Replica.call_workers, method, args)
 
-    async def close(self) -> None:
-        """Stop every engine; what does not stop in time is killed with its processes, and what has not
-        started yet at once."""
-        for index, member in list(self.members.items()):
-            if not member.serving:
-                self.kill(index)
-                continue
-            try:
-                await self._ask(index, "close", seconds=10)
-            except EngineError:
-                self.kill(index)
-            else:
-                ray.kill(self.members.pop(index).actor)
+    async def _all(
+        self,
+        method: Callable[[Replica, *Ts], Coroutine[Any, Any, R]],
+        *args: *Ts,
+        seconds: float | None = None,
+    ) -> list[R]:
+        calls = (self._ask(i, method, *args, seconds=seconds) for i in sorted(self.members))
+        return list(await asyncio.gather(*calls))
 
     async def _each(
-        self, calls: dict[int, Coroutine[Any, Any, Any]], grace_s: float | None = None
-    ) -> tuple[dict[int, Any], dict[int, EngineError]]:
+        self, calls: dict[int, Coroutine[Any, Any, R]], grace_s: float | None = None
+    ) -> tuple[dict[int, R], dict[int, EngineError]]:
         """The answers by replica, and the errors of those that failed. Once one has, the others get
-        `grace_s` to end, where they may wait for it. Raises what is no fault of an engine."""
+        `grace_s` to end, since they may wait for it. Raises an error that is not an engine's fault."""
         tasks = {index: asyncio.ensure_future(coroutine) for index, coroutine in calls.items()}
-        answers: dict[int, Any] = {}
+        answers: dict[int, R] = {}
         lost: dict[int, EngineError] = {}
         try:
             if tasks:
@@ -399,12 +534,11 @@ class RolloutPool:
                 if pending:
                     await asyncio.wait(pending, timeout=grace_s)
             for index, task in tasks.items():
-                if not task.done():
-                    lost[index] = EngineError(
-                        f"rollout replica {index} did not end its part of a failed push"
-                    )
-                    continue
-                error = task.exception()
+                error = (
+                    task.exception()
+                    if task.done()
+                    else EngineError(f"rollout replica {index} did not end its part of a failed push")
+                )
                 if error is None:
                     answers[index] = task.result()
                 elif isinstance(error, EngineError):
@@ -416,44 +550,46 @@ class RolloutPool:
                 task.cancel()
         return answers, lost
 
-    async def _all(self, method: str, *args: Any, seconds: float | None = None) -> list[Any]:
-        calls = (self._ask(i, method, *args, seconds=seconds) for i in sorted(self.members))
-        return list(await asyncio.gather(*calls))
-
-    async def _ask(self, index: int, method: str, *args: Any, seconds: float | None = None) -> Any:
-        member = self.members.get(index)
+    async def _ask(
+        self,
+        index: int,
+        method: Callable[[Replica, *Ts], Coroutine[Any, Any, R]],
+        *args: *Ts,
+        seconds: float | None = None,
+    ) -> R:
+        member, name = self.members.get(index), method.__name__
         if member is None:
             raise ReplicaDied(index, "it is not running")
-        what = f"{method} on rollout replica {index}"
-        answer = getattr(member.actor, method).remote(*args)
-        return await self._answer(index, member, answer, seconds or self.control_timeout_s, what)
+        what = f"{name} on rollout replica {index}"
+        answer = getattr(member.actor, name).remote(*args)
+        return await self._answer(index, member, answer, seconds or self.config.control_timeout_s, what)
 
-    async def _answer(self, index: int, member: _Member, answer: Any, seconds: float, what: str) -> Any:
+    async def _answer(self, index: int, member: Member, answer: Awaitable[R], seconds: float, what: str) -> R:
         """Await an answer. Raises ReplicaDied where the replica or its engine is gone, or does not answer."""
         try:
-            result = await call(answer, seconds, what)
+            result: R = await call(answer, seconds, what)
         except (ActorDied, Overdue) as error:  # a replica that does not answer is as good as dead
             raise ReplicaDied(index, str(error), member.serial) from error
         except Exception as error:
-            if type(error).__name__ in ("EngineDeadError", "EngineGenerateError"):
+            if type(error).__name__ in ("EngineDeadError", "EngineGenerateError"):  # of vLLM
                 raise ReplicaDied(index, f"{what}: {error}", member.serial) from error
             raise
-        member.last_sign = time.monotonic()
+        member.last_answer = time.monotonic()
         return result
 
 
-def _loss(lost: dict[int, EngineError]) -> ReplicasLost:
-    """The error to raise for these of single replicas."""
-    first = next(iter(lost.values()))
+def _dead(lost: dict[int, EngineError]) -> dict[int, EngineError]:
+    return {index: error for index, error in lost.items() if isinstance(error, ReplicaDied)}
+
+
+def _raise_lost(lost: dict[int, EngineError]) -> None:
+    """Raise the errors of single replicas as one, if there are any."""
+    first = next(iter(lost.values()), None)
     if len(lost) == 1 and isinstance(first, ReplicaDied):
-        return first
-    return ReplicasLost({index: str(error) for index, error in lost.items()})
+        raise first
+    if lost:
+        raise ReplicasLost({index: str(error) for index, error in lost.items()})
 
 
-def _culprits(lost: dict[int, EngineError]) -> dict[int, EngineError]:
-    """Those that died, where any did: the others have waited for them in vain."""
-    return {index: error for index, error in lost.items() if isinstance(error, ReplicaDied)} or lost
-
-
-async def _plain(answer: Any) -> Any:
+async def _plain(answer: Awaitable[R]) -> R:
     return await answer

@@ -1,4 +1,5 @@
-"""vLLM as a rollout engine: AsyncLLM, token ids in and out, weights over vLLM's transfer API."""
+"""vLLM as a rollout engine: AsyncLLM, token ids in and out, weights over vLLM's transfer API; also with the
+policy as a LoRA adapter, and taking turns with the learner on one device."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ from typing import Any
 from rft.config.rollout import InFlight
 from rft.errors import EngineError
 from rft.rollout.engine import Aborted, EngineSpec, Generated, Request, Sampling
-from rft.sync.link import Link
+from rft.sync import nccl
+from rft.sync.spec import Link, Update
 from rft.utils.deadlines import within
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 
 
 def _version(label: str) -> int:
-    """The policy version behind vLLM's label; what vLLM calls weights that were never pushed is none."""
+    """The policy version of vLLM's label; vLLM's own label for weights that were never pushed is not one."""
     return int(label) if label.isdigit() else _INITIAL_VERSION
 
 
@@ -33,9 +35,10 @@ class VLLMEngine:
 
     async def start(self) -> None:
         """Start vLLM. Environment variables are read by vLLM's own worker processes."""
-        if self.spec.device == "cpu":
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.spec.kv_cache_gib)))
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self.spec.cores or "nobind"
+        config, on_cpu = self.spec.config, self.spec.device == "cpu"
+        if on_cpu:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or "nobind"
         os.environ["OMP_NUM_THREADS"] = str(self.spec.threads)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -45,15 +48,15 @@ class VLLMEngine:
 
         args: dict[str, Any] = {
             "model": self.spec.model,
-            "tokenizer": self.spec.tokenizer or self.spec.model,
+            "tokenizer": self.spec.tokenizer,
             "dtype": self.spec.dtype,
             "seed": self.spec.seed,
             "max_model_len": self.spec.max_model_len,
-            "max_num_seqs": self.spec.max_num_seqs,
-            "tensor_parallel_size": self.spec.tensor_parallel,
-            "gpu_memory_utilization": self.spec.gpu_memory_utilization,
-            "enforce_eager": self.spec.eager,
-            "skip_tokenizer_init": not self.spec.needs_text,
+            "max_num_seqs": config.max_num_seqs,
+            "tensor_parallel_size": config.tensor_parallel,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
+            "skip_tokenizer_init": not config.sampling.stop,
             "trust_remote_code": self.spec.trust_remote_code,
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # the model's own sampling defaults would bend the log-probs
@@ -64,14 +67,14 @@ class VLLMEngine:
             "disable_log_stats": True,
             "enable_log_requests": False,
         }
-        if self.spec.device == "cpu":
+        if on_cpu:
             # A prompt split over two engine steps rewinds its random generator, and a CPU generator
             # cannot be rewound: seeded requests then kill the engine. So no prompt is ever split.
             args |= {"enable_chunked_prefill": False}
             args["max_num_batched_tokens"] = max(8192, self.spec.max_model_len)
-            if self.spec.tensor_parallel == 1:
-                # vLLM's default on CPU is a worker process of its own, for which the engine waits in a
-                # busy loop on a core that the worker needs. (It rewrites "uni" to that, not the class.)
+            if config.tensor_parallel == 1:
+                # vLLM's default on CPU is a separate worker process, for which the engine waits in a busy
+                # loop on a core that the worker needs. (It rewrites "uni" to that, not the class.)
                 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
                 args["distributed_executor_backend"] = UniProcExecutor
@@ -94,7 +97,7 @@ class VLLMEngine:
         ordered = sorted(output.outputs, key=lambda o: o.index)
         generated = [self._generated(request.id, o) for o in ordered]
         if self._continued and self._version != began:
-            # Whatever sampled its last tokens, it did so on keys and values of the version that began.
+            # Its last tokens were sampled from keys and values of the version that began, too.
             return [replace(g, versions=((began, 0, len(g.tokens)),)) for g in generated]
         return generated
 
@@ -116,7 +119,7 @@ class VLLMEngine:
         return [row[token].logprob for token, row in rows]
 
     def _request_args(self) -> dict[str, Any]:
-        """What else vLLM is told with every request."""
+        """Further arguments of every request to vLLM."""
         return {}
 
     def _params(self, s: Sampling) -> Any:
@@ -156,12 +159,10 @@ class VLLMEngine:
         if self.spec.transport == "ipc":
             info = {"packed": False}
         elif self.spec.transport in ("nccl", "sparse_nccl"):
-            from rft.sync.nccl import PACKED_BYTES
-
             # vLLM forgets the communicator that it has, and would never give its memory back.
             await self._control("shutdown_weight_transfer", self._engine.shutdown_weight_transfer_engine())
             info |= {"master_address": link.host, "master_port": link.port}
-            info |= {"packed": self.spec.transport == "nccl", "packed_buffer_size_bytes": PACKED_BYTES}
+            info |= {"packed": self.spec.transport == "nccl", "packed_buffer_size_bytes": nccl.PACKED_BYTES}
         else:
             info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}
         await within(
@@ -183,7 +184,7 @@ class VLLMEngine:
         # Draining takes as long as the completions in flight: the caller's deadline holds, not this one.
         await (pause if mode == "wait" else self._control("pause", pause))
 
-    async def receive(self, update: dict[str, Any]) -> None:
+    async def receive(self, update: Update) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         for part in update.get("parts", [update]):  # in the order in which they are sent
@@ -214,4 +215,71 @@ class VLLMEngine:
             self._engine = None
 
     async def _control(self, what: str, awaitable: Any) -> Any:
-        return await within(self.spec.control_timeout_s, f"vLLM {what}", awaitable)
+        return await within(self.spec.config.control_timeout_s, f"vLLM {what}", awaitable)
+
+
+class VLLMAdapterEngine(VLLMEngine):
+    """vLLM with the policy as a LoRA adapter on an unchanged base. To vLLM every version is another adapter:
+    the prefix cache tells adapters apart by name, so a stale prefix cannot be taken for a fresh one.
+
+    No request outlives its adapter: completions in flight end or are aborted before the next one comes.
+    """
+
+    async def begin_update(self, in_flight: InFlight) -> None:
+        assert in_flight in ("wait", "abort"), "the preflight refuses the others for this transport"
+        await self._pause(in_flight, clear_cache=True)
+
+    async def receive(self, update: Update) -> None:
+        await self.collective_rpc("load_adapter", (update,))
+
+    async def finish_update(self, version: int) -> None:
+        held = await self.collective_rpc("adapter_version")
+        self._version = held[0] if len(set(held)) == 1 else _INITIAL_VERSION
+
+    async def version(self) -> int:
+        """The version that all workers hold; -1 before the first push."""
+        return self._version
+
+    def _request_args(self) -> dict[str, Any]:
+        from vllm.lora.request import LoRARequest
+
+        if self._version < 0:
+            return {}
+        name = f"policy-{self._version}"
+        return {"lora_request": LoRARequest(name, self._version + 1, f"memory:{name}")}
+
+    async def generate(self, request: Request) -> list[Generated]:
+        version = self._version
+        generated = await super().generate(request)
+        return [replace(g, versions=((version, 0, len(g.tokens)),)) for g in generated]
+
+
+class VLLMSleepingEngine(VLLMEngine):
+    """vLLM that sleeps while the learner has the device that the two share. Its weights wake for an update,
+    its KV cache only with `wake`: the learner is offloaded in between. Requests wait while it sleeps."""
+
+    async def start(self) -> None:
+        # CUDA handles travel pickled, from this run's own learner.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        if self.spec.device != "cpu":  # on a CPU sleeping is allowed without this, and frees nothing
+            engine_args = {"enable_sleep_mode": True, **self.spec.engine_args}
+            self.spec = replace(self.spec, engine_args=engine_args)
+        await super().start()
+
+    async def sleep(self) -> None:
+        """Drop weights and KV cache: the next push brings all weights. Nothing is in flight by then, since a
+        step's last completion has come."""
+        await self._control("sleep", self._engine.sleep(level=2, mode="wait"))
+
+    async def begin_update(self, in_flight: InFlight) -> None:
+        await self._control("wake_up", self._engine.wake_up(tags=["weights"]))
+        await self._control("start_weight_update", self._engine.start_weight_update())
+
+    async def resume(self) -> None:
+        """No-op: `wake` resumes, once there is a KV cache again."""
+
+    async def wake(self) -> None:
+        """Wake the KV cache, and sample again."""
+        awake: Any = await self._control("wake_up", self._engine.wake_up())
+        if not awake:
+            raise EngineError("vLLM woke up only in part: its weights or its KV cache are still asleep")

@@ -1,27 +1,25 @@
-"""The transport `adapter`: LoRA factors alone, which vLLM computes beside its own copy of the base."""
+"""The transport `adapter`: only LoRA factors are sent, which vLLM applies to its own copy of the base."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rft.config.schema import Config
+from rft.config.learner import AdapterConfig
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
 
 
-def engine_args(config: Config) -> dict[str, Any]:
-    """What vLLM's engine has to be told."""
-    adapter = config.learner.adapter
-    rank = next(r for r in _RANKS if adapter is not None and r >= adapter.lora_rank)
+def engine_args(adapter: AdapterConfig) -> dict[str, Any]:
+    """vLLM's arguments for an adapter."""
+    rank = next(r for r in _RANKS if r >= adapter.lora_rank)
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 
 def load_adapter(manager: Any, version: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Put an adapter in the place of the one before, in a vLLM worker's LoRA manager.
+    """Replace the adapter in a vLLM worker's LoRA manager.
 
     tensors: by peft's names. settings: peft's config of it. Raises ValueError for what vLLM refuses.
     """

@@ -1,8 +1,8 @@
-"""From GPU to GPU: vLLM's communicator with the deadline that NCCL lacks, and the sending end of vLLM's
-packed broadcast over it.
+"""Weights over NCCL: vLLM's communicator with the deadline that NCCL lacks, and the sending end of vLLM's
+packed broadcast.
 
-NCCL waits for a peer that is gone until its communicator is aborted, and then says nothing. So a group is
-formed on a thread that can be left behind, and a push that takes too long is aborted from one.
+NCCL waits for a lost peer until its communicator is aborted, and then raises nothing. So a group is formed on
+a thread that can be abandoned, and a push that takes too long is aborted by a timer.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ import torch
 from torch import Tensor
 
 from rft.errors import TransferError
-from rft.sync.broadcast import Manifest, as_announced
-from rft.sync.link import Link
-from rft.sync.sender import as_update
-from rft.sync.spec import Named, Update
+from rft.sync.gloo import as_announced
+from rft.sync.publisher import Sender
+from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Update, as_update
 
-PACKED_BYTES = 2**30  # of tensors that travel as one; both ends of vLLM's packed broadcast have to agree
+PACKED_BYTES = 2**30  # of tensors sent as one; both ends of vLLM's packed broadcast have to agree
 
 
 class NcclGroup:
     """The learner (NCCL rank 0, on the current CUDA device) and vLLM's workers, which join meanwhile.
 
-    Raises TransferError where they do not come, or a broadcast is not taken, within the link's deadline;
-    the group is of no use any more then.
+    Raises TransferError where they do not join, or a broadcast is not received, within the link's deadline;
+    the group cannot be used afterwards.
     """
 
     def __init__(self, link: Link) -> None:
         self.timeout_s = link.timeout_s
         self.overdue = Event()
         self.comm = _join(link)
-        if self.comm.disabled:  # every broadcast would do nothing, and say so to nobody
+        if self.comm.disabled:  # every broadcast would silently do nothing
             raise TransferError(
                 "vLLM has switched its NCCL communicator off: VLLM_DISABLE_PYNCCL is set, or NCCL's library "
                 "cannot be loaded; use sync.transport gloo"
@@ -44,9 +43,9 @@ class NcclGroup:
 
     @contextmanager
     def deadline(self) -> Iterator[None]:
-        """All that is broadcast within has arrived at the end of the block, or it raises."""
+        """Raise TransferError unless everything that the block broadcasts arrives in time."""
         torch.cuda.synchronize()  # vLLM packs on streams that do not wait for the learner's last step
-        timer = Timer(self.timeout_s, self._give_up)
+        timer = Timer(self.timeout_s, self._abort)
         timer.daemon = True
         timer.start()
         try:
@@ -54,20 +53,20 @@ class NcclGroup:
             torch.cuda.synchronize()
         finally:
             timer.cancel()
-        self._in_time()
+        self._check_deadline()
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> None:
-        """As vLLM's, but on the current stream: by itself it makes one of its own the current one."""
-        self._in_time()
+        """As vLLM's, but on the current stream, which vLLM's would replace."""
+        self._check_deadline()
         self.comm.broadcast(tensor, src=src, stream=torch.cuda.current_stream())
 
-    def _in_time(self) -> None:
+    def _check_deadline(self) -> None:
         if self.overdue.is_set():
             raise TransferError(
                 f"an engine did not take its part of a push within {self.timeout_s:g} s; the group is aborted"
             )
 
-    def _give_up(self) -> None:
+    def _abort(self) -> None:
         self.overdue.set()
         self.close()
 
@@ -100,12 +99,10 @@ def _join(link: Link) -> Any:
         ) from None
 
 
-class NcclSender:
-    """vLLM's packed NCCL broadcast, sender side."""
+class NcclSender(Sender):
+    """Sends by vLLM's packed NCCL broadcast."""
 
-    early = False
-
-    def __init__(self, link: Link) -> None:
+    def __init__(self, spec: ChannelSpec, link: Link) -> None:
         self.group = NcclGroup(link)
         self.manifest: Manifest = []
 

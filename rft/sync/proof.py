@@ -16,7 +16,7 @@ PROOF_TOKENS = 192  # more than one KV block, which holds 128 tokens on CPU
 
 @dataclass(frozen=True)
 class ProofSpec:
-    """What is scored, how often, and how far engine and learner may differ (nats; None: any distance).
+    """The tokens to score, how often, and the largest gaps allowed (nats; None: any gap).
 
     Every `every`-th version is proven, and always the first push to a new set of engines.
     """
@@ -43,7 +43,7 @@ class Gap(NamedTuple):
 
 @dataclass(frozen=True)
 class Proof:
-    """One version, and how far each replica's log-probs are from the learner's."""
+    """The gaps between each replica's log-probs and the learner's at one version."""
 
     version: int
     tokens: int
@@ -61,20 +61,20 @@ class Proof:
 
     def check(self, spec: ProofSpec) -> None:
         """Raises LogpGapError that names every replica whose gap exceeds a bound."""
-        found = []
+        problems = []
         for index, gap in sorted(self.gaps.items()):
             for what, value, bound in (
                 ("mean", gap.mean, spec.max_gap_mean),
                 ("largest", gap.largest, spec.max_gap),
             ):
                 if bound is not None and value > bound:
-                    found.append(f"replica {index}: {what} gap {value:.4g}, allowed {bound:.4g}")
+                    problems.append(f"replica {index}: {what} gap {value:.4g}, allowed {bound:.4g}")
                     break
-        if found:
+        if problems:
             raise LogpGapError(
                 f"rollout engine and learner disagree at policy version {self.version} about the log-probs "
-                f"of {self.tokens} fixed tokens ({'; '.join(found)}). Version {self.version} did not arrive "
-                "as it was sent, or the two compute differently (sync.max_logp_gap and "
+                f"of {self.tokens} fixed tokens ({'; '.join(problems)}). Version {self.version} did not "
+                "arrive as it was sent, or the two compute differently (sync.max_logp_gap and "
                 "sync.max_logp_gap_mean set the bounds)."
             )
 

@@ -1,20 +1,54 @@
-"""The learner's side of every push: wire precision, one sender, and what a push changed."""
+"""The learner's end of a weight channel: weights in wire precision, one sender, and what a push changed.
+
+A push has two parts. `announce` describes, as plain data, what is about to arrive, while engines still
+sample; `send` moves the bytes, while engines are paused and receive. A sender that is `early` reads the
+weights in `announce`, the others stream them in `send`: they are read once.
+"""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rft.contrib.sparse_sync.changes import ChangeMeter, change_metrics
 from rft.errors import BrokenWeights
-from rft.sync.broadcast import Manifest, manifest_of
-from rft.sync.link import Link
-from rft.sync.sender import AdapterSender, Sender, SparseState, open_sender
-from rft.sync.spec import ChannelSpec, Named, Sent, Update
+from rft.sync.changes import ChangeMeter, Changes, change_metrics
+from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Sent, Update, manifest_of
+from rft.utils.dotted import load_dotted
+
+SENDERS = {  # by transport, each built as Sender(spec, link)
+    "gloo": "rft.sync.gloo.GlooSender",
+    "adapter": "rft.sync.gloo.PayloadSender",
+    "file": "rft.sync.files.FileSender",
+    "nccl": "rft.sync.nccl.NcclSender",
+    "ipc": "rft.sync.ipc.IpcSender",
+    "sparse": "rft.contrib.sparse_sync.sender.SparseSender",
+    "sparse_nccl": "rft.contrib.sparse_sync.sparse_nccl.SparseNcclSender",
+}
+
+
+class Sender(ABC):
+    """Brings named tensors, in manifest order, to every engine, over one transport."""
+
+    early: ClassVar[bool] = False
+
+    @abstractmethod
+    def announce(self, version: int, manifest: Manifest, named: Named) -> Update: ...
+
+    @abstractmethod
+    def send(self, named: Named) -> int:
+        """Move the bytes; returns how many each engine got."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def changes(self) -> Changes | None:
+        """The changes of the last push, for a sender that compares bits anyway (None: it does not)."""
+        return None
 
 
 class Publisher:
@@ -32,38 +66,40 @@ class Publisher:
     def open(self, link: Link) -> None:
         """Open the sending end; replaces an earlier one. The next push is a full one."""
         self.close()
-        self.sender = open_sender(self.spec, link)
-        counted = isinstance(self.sender, SparseState) and self.wire_dtype == torch.bfloat16
-        self.meter = None if counted or self.spec.measure == "off" else ChangeMeter()
+        self.sender = load_dotted(SENDERS[self.spec.transport])(self.spec, link)
+        counted = self._open_sender().changes() is not None and self.wire_dtype == torch.bfloat16
+        self.meter = None if counted or self.spec.config.measure_changes == "off" else ChangeMeter()
 
     @property
     def early(self) -> bool:
         return self._open_sender().early
 
-    def wire_manifest(self, manifest: Manifest) -> Manifest:
-        """The manifest in wire precision."""
-        return [(name, self.spec.wire_dtype, shape) for name, _, shape in manifest]
-
     def announce(self, version: int, manifest: Manifest, weights: Named) -> Update:
-        """What is about to arrive; `weights` is read here where the sender is early, else left alone."""
+        """Describe the tensors that are about to arrive. `weights` is read here where the sender is early."""
         self.tensors, self.meter_seconds = len(manifest), 0.0
-        return self._open_sender().announce(version, self.wire_manifest(manifest), self._on_wire(weights))
+        wire = [(name, self.spec.wire_dtype, shape) for name, _, shape in manifest]
+        return self._open_sender().announce(version, wire, self._on_wire(weights))
 
     def announce_adapter(self, version: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Update:
-        """What is about to arrive where the policy is an adapter: its tensors, and peft's config of it."""
+        """Describe a policy that is an adapter: its tensors, and peft's config of it."""
         payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         broken = [name for name, tensor in payload.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise BrokenWeights(f"the adapter of version {version} is not finite, first {broken[0]}")
-        self.tensors, sender = len(payload), self._open_sender()
-        assert isinstance(sender, AdapterSender)
-        update = sender.announce(version, manifest_of(payload.items()), payload.items())
+        self.tensors = len(payload)
+        update = self._open_sender().announce(version, manifest_of(payload.items()), payload.items())
         return {**update, "adapter": as_json(settings), "version": version}
 
     def send(self, weights: Named) -> Sent:
         """Move the bytes. `weights` is read here where the sender is not early."""
-        total = self._open_sender().send(self._on_wire(weights))
-        return Sent(total, self.tensors, self._changes())
+        sender = self._open_sender()
+        total, metrics = sender.send(self._on_wire(weights)), {}
+        if self.meter is not None:
+            metrics = change_metrics(*self.meter.take(), self.spec.config.measure_changes)
+            metrics |= {"time/sync_measure": self.meter_seconds} if metrics else {}
+        elif (changes := sender.changes()) is not None:
+            metrics = change_metrics(*changes, self.spec.config.measure_changes)
+        return Sent(total, self.tensors, metrics)
 
     def _on_wire(self, weights: Named) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
@@ -74,21 +110,12 @@ class Publisher:
                 self.meter_seconds += time.perf_counter() - begin
             yield name, wire
 
-    def _changes(self) -> dict[str, float]:
-        if self.meter is not None:
-            found = change_metrics(*self.meter.take(), self.spec.measure)
-            return {**found, "time/sync_measure": self.meter_seconds} if found else {}
-        if isinstance(self.sender, SparseState):  # it has compared the same bits already
-            sizes = {name: tensor.numel() for name, tensor in self.sender.known.items()}
-            return change_metrics(self.sender.changes, sizes, self.spec.measure)
-        return {}
-
     def _open_sender(self) -> Sender:
         assert self.sender is not None, "open comes first"
         return self.sender
 
     def release(self) -> None:
-        """Give up what engines that share the device have read from it."""
+        """Free the weights that an engine on the same device has read."""
         if self.spec.transport == "ipc" and self.sender is not None:
             self.sender.close()
 

@@ -1,35 +1,85 @@
-"""What both ends of a weight channel agree on before anything is sent."""
+"""Types that both ends of a weight channel share: how weights travel, addresses, and messages."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
 
 from torch import Tensor
 
-from rft.config.sync import Measure
-from rft.sync.link import Link
+from rft.config.sync import SyncConfig
+
+GRACE_S = 30.0  # for the other engines to end their part of a push that one of them failed in
 
 Named = Iterable[tuple[str, Tensor]]
-Update = dict[str, Any]  # what is about to arrive: plain data, as vLLM's `update_weights` takes it
+Manifest = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype without "torch.", shape)
+
+
+def manifest_of(named: Named) -> Manifest:
+    """Names, dtypes and shapes of the given tensors, in order."""
+    return [(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in named]
+
+
+class Update(TypedDict, total=False):
+    """An announcement of the tensors that are about to arrive: plain data, as vLLM's `update_weights` takes
+    it. The first three keys are a manifest as vLLM's lists; the others each belong to one transport."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    # file
+    path: str
+    digest: str
+    # sparse: changed elements by name (None: everything is sent), and the states before and after
+    delta: dict[str, int] | None
+    base: str
+    state: str
+    # sparse_nccl: updates that are sent one after the other
+    parts: list[Update]
+    num_updates_list: list[int]
+    # ipc
+    ipc_handles_pickled: str
+    # adapter: peft's config, and the policy version
+    adapter: dict[str, Any]
+    version: int
+
+
+def as_update(manifest: Manifest) -> Update:
+    """A manifest as the three lists that vLLM's transfer engines take."""
+    return {
+        "names": [name for name, _, _ in manifest],
+        "dtype_names": [dtype for _, dtype, _ in manifest],
+        "shapes": [list(shape) for _, _, shape in manifest],
+    }
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where the sender of weights listens, and the engine's (first) rank in the group.
+
+    `host` is empty where weights travel without a process group.
+    """
+
+    host: str
+    port: int
+    rank_offset: int
+    world_size: int
+    timeout_s: float
 
 
 @dataclass(frozen=True)
 class ChannelSpec:
-    """How weights travel; plain data, so that it travels too.
+    """How weights travel: the config's section, and what the plan resolved.
 
-    `transport` is one of `sync.transport`'s, or `sparse_nccl`: what `sparse` is between GPUs. `folder` is
-    where `file` writes; `sparse` writes there as well where it is given, and otherwise goes over the process
-    group.
+    `transport` is one of `sync.transport`'s, or `sparse_nccl`: `sparse` between GPUs. `folder` is where
+    `file` writes; `sparse` writes there too where it is given, and otherwise uses the process group.
     """
 
     transport: str
     wire_dtype: str
     folder: str | None = None
-    full_every: int = 20
-    measure: Measure = "off"
-    timeout_s: float = 120.0  # for a push, a rendezvous, or a switch of the device
+    config: SyncConfig = field(default_factory=SyncConfig)
 
     @property
     def colocated(self) -> bool:
@@ -50,7 +100,7 @@ class ChannelSpec:
 
 @dataclass(frozen=True)
 class Sent:
-    """One push as the learner saw it: bytes and tensors for each engine, and what it measured."""
+    """One push as the learner saw it: bytes and tensors for each engine, and its measurements."""
 
     bytes: int
     tensors: int

@@ -15,15 +15,14 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rft.sync.adapter import load_adapter
-from rft.sync.link import Link
-from rft.sync.receiver import Receiver
-from rft.sync.spec import Update
+from rft.sync.gloo import Receiver
+from rft.sync.spec import Link, Update
 
 
 @dataclass
 class ChannelInit(WeightTransferInitInfo):
-    """Where the sender listens (no host: nowhere, weights come as files); `rank_offset` plus the
-    worker's own rank is its rank in the group."""
+    """Where the sender listens (no host: weights come as files). A worker's rank in the group is
+    `rank_offset` plus its rank in the engine."""
 
     host: str
     port: int
@@ -34,13 +33,13 @@ class ChannelInit(WeightTransferInitInfo):
 
 @dataclass
 class ChannelUpdate(WeightTransferUpdateInfo):
-    """What is about to arrive, as the learner's sender announced it."""
+    """The announcement of the learner's sender."""
 
     update: Update
 
 
 class ChannelEngine(WeightTransferEngine[ChannelInit, ChannelUpdate]):
-    """Receives checkpoint-format weights the ways that rft sends them: vLLM's protocol, other bytes."""
+    """Receives checkpoint-format weights over rft's transports: vLLM's protocol with other bytes."""
 
     init_info_cls = ChannelInit
     update_info_cls = ChannelUpdate
@@ -91,14 +90,14 @@ for _transport in ("gloo", "sparse", "file", "adapter"):
 
 
 class Extension:
-    """Methods that `collective_rpc` reaches on every worker."""
+    """Methods of every worker that `collective_rpc` calls."""
 
     def set_repack_tied_head(self, on: bool) -> None:
-        """Switch the tied-head repair; off only in the test that proves the proof of arrival."""
+        """Switch the tied-head repair; off only in the test that the proof of a push detects a wrong one."""
         ChannelEngine.repack_tied_head = on
 
     def load_adapter(self, update: Update) -> None:
-        """Receive an announced adapter and take it in the place of the one before (LoRA only)."""
+        """Receive an announced adapter, which replaces the one before (LoRA only)."""
         worker: Any = self  # vLLM's worker, which this class is mixed into
         receiver: Receiver = worker.weight_transfer_engine.receiver
         tensors = {name: tensor.clone() for name, tensor in receiver.receive(update)}
@@ -106,5 +105,5 @@ class Extension:
         worker.held_adapter = update["version"]
 
     def adapter_version(self) -> int:
-        """The version of the policy whose adapter this worker holds; -1 before the first."""
+        """The policy version of this worker's adapter; -1 before the first."""
         return getattr(self, "held_adapter", -1)

@@ -17,7 +17,7 @@ import pytest
 from rft.config.load import parse_config
 from rft.plan import make_plan
 from rft.run_training import make_channel, make_pool, start_engines, start_learner
-from rft.sync.channel import PushChannel
+from rft.sync.channel import WeightChannel
 from rft.sync.ipc import ColocatedChannel
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,7 +32,7 @@ class Stage:
     plan: Any
     pool: Any
     learner: Any
-    channel: PushChannel
+    channel: WeightChannel
 
     def run(self, awaitable: Any) -> Any:
         return self.loop.run_until_complete(awaitable)
@@ -80,7 +80,7 @@ def raise_stage(
     if nccl_on_cpu is not None:
         stand_in(learner, pool)
     if in_turn:
-        pool.specs = [dataclasses.replace(spec, sleeps=True) for spec in pool.specs]
+        pool.spec = dataclasses.replace(pool.spec, sleeps=True)
         how = (plan.channel_spec(), plan.config.rollout.update, plan.proof_spec())
         channel = ColocatedChannel(learner, pool, *how)
     loop.run_until_complete(start_engines(channel, pool))
@@ -94,7 +94,7 @@ def stand_in(learner: Any, pool: Any) -> None:
     import ray
 
     args = {"worker_extension_cls": "tests.sync.nccl_worker.Extension"}
-    pool.specs = [dataclasses.replace(spec, engine_args={**spec.engine_args, **args}) for spec in pool.specs]
+    pool.spec = dataclasses.replace(pool.spec, engine_args={**pool.spec.engine_args, **args})
 
     def in_learner(actor: Any) -> None:
         from tests.sync import nccl_on_cpu
@@ -111,7 +111,7 @@ def with_transport(stage: Stage, transport: str, folder: str | None = None) -> S
     config = stage.plan.config.model_copy(update={"sync": sync})
     plan = dataclasses.replace(stage.plan, config=config, transport=transport)
     learner = start_learner(plan, plan.learner_spec())
-    channel = PushChannel(learner, stage.pool, plan.channel_spec(), "keep", plan.proof_spec())
+    channel = WeightChannel(learner, stage.pool, plan.channel_spec(), "keep", plan.proof_spec())
     return Stage(stage.loop, plan, stage.pool, learner, channel)
 
 

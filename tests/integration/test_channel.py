@@ -87,7 +87,7 @@ def test_a_learner_killed_half_way_ends_the_push(two_replicas: Stage, transport:
     stage.run(stage.channel.push(0))
 
     async def die_half_way() -> None:
-        update = await stage.channel._learner("announce", 1)
+        update = await stage.learner.announce(1)
         await stage.pool.begin_update("keep")
         receiving = asyncio.ensure_future(stage.pool.receive(update))
         await asyncio.sleep(0.5)

@@ -30,16 +30,21 @@ def in_turn(ray_here: None, tiny_folder: Path) -> Iterator[Stage]:
 def recorded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every call on the engine and on the learner from now on, in order, by its name."""
     calls: list[str] = []
-    ask, submit = stage.pool._ask, stage.learner.submit
+    ask, submit, generate = stage.pool._ask, stage.learner.submit, stage.pool.generate
 
-    async def ask_engine(index: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        calls.append(f"engine {method}")
+    async def ask_to_generate(request: Any) -> Any:
+        calls.append("engine generate")
+        return await generate(request)
+
+    async def ask_engine(index: int, method: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(f"engine {method.__name__}")
         return await ask(index, method, *args, **kwargs)
 
     def ask_learner(method: Any, *args: Any) -> Any:
         calls.append(f"learner {method.__name__}")
         return submit(method, *args)
 
+    monkeypatch.setattr(stage.pool, "generate", ask_to_generate)
     monkeypatch.setattr(stage.pool, "_ask", ask_engine)
     monkeypatch.setattr(stage.learner, "submit", ask_learner)
     return calls

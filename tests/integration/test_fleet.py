@@ -20,7 +20,7 @@ from rft.metrics.log import read_jsonl
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
 from rft.run_training import start_learner
-from rft.sync.channel import PushChannel
+from rft.sync.channel import WeightChannel
 from tests.integration.conftest import Stage, raise_stage
 from tests.integration.live import is_gone
 
@@ -209,18 +209,18 @@ def test_a_recovery_that_failed_ends_the_watch(
     stage: Stage, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where nobody waits for it any more: without the replica the run would wait for ever."""
-    mend = fleet._mend
+    recover = fleet._recover
 
     async def give_up(lost: list[int], what: str, error: EngineError) -> None:
         fleet.log.event("engine/lost", engine=lost[0], reason=str(error), held=0)
         await asyncio.sleep(0.2)
         raise EngineError("giving up")
 
-    monkeypatch.setattr(fleet, "_mend", give_up)
+    monkeypatch.setattr(fleet, "_recover", give_up)
     stage.run(asyncio.wait_for(cancelled_when(fleet, "engine/lost"), 60))
     with pytest.raises(EngineError, match="giving up"):
         stage.run(asyncio.wait_for(fleet.watch_health(), 10))
-    stage.run(mend([0], "the test is over", EngineError("given up")))
+    stage.run(recover([0], "the test is over", EngineError("given up")))
 
 
 def test_until_a_push_has_ended_engines_hold_the_version_before(
@@ -274,7 +274,7 @@ def test_weights_that_are_no_numbers_are_not_pushed(stage: Stage, fleet: Fleet) 
     spec = stage.plan.learner_spec()
     config = spec.config.model_copy(update={"learning_rate": 1e37, "weight_decay": 1e3})
     wild = start_learner(stage.plan, replace(spec, config=config, expects_fresh=False))
-    fleet.channel = PushChannel(wild, stage.pool, stage.plan.channel_spec(), "keep")
+    fleet.channel = WeightChannel(wild, stage.pool, stage.plan.channel_spec(), "keep")
     completions = tuple(
         Completion((7, 8 + i), logps=(-5.0, -5.0), versions=((-1, 0, 2),), reward=float(i)) for i in range(2)
     )

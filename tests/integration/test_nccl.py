@@ -66,11 +66,12 @@ def test_an_engine_killed_in_a_push_is_built_anew(stage: Stage) -> None:
     version = stage.run(stage.learner.describe()).version
 
     async def killed() -> None:
-        update = await stage.channel._learner("announce", version)
+        update = await stage.learner.announce(version)
         await stage.pool.begin_update("keep")
         for child in psutil.Process(stage.pool.members[0].pid).children(recursive=True):
             child.kill()
-        await stage.channel._transfer(version, update)
+        sent, received = stage.learner.send_weights(), stage.pool.receive(update)
+        await stage.channel._both("the push", sent, received, stage.channel.timeout_s)
 
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"did not finish within \d+ s|rollout replica 0 died"):

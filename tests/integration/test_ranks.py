@@ -16,9 +16,8 @@ import pytest
 from rft.batch import Batch
 from rft.errors import TransferError
 from rft.learner.workers import LearnerGroup
-from rft.sync.link import Link
-from rft.sync.receiver import Receiver
-from rft.sync.spec import ChannelSpec
+from rft.sync.gloo import Receiver
+from rft.sync.spec import ChannelSpec, Link
 from rft.utils.actors import ActorDied
 from tests.integration.conftest import rft
 from tests.parallel_ranks import spec

@@ -49,9 +49,9 @@ class Pool(SimPool):
         self.engines = getattr(self, "engines", {}) | {index: self.members[index].actor._target}
 
 
-async def started(folder: Path, replicas: int = 1, timeout_s: float = 60, **changes: Any) -> Any:
-    spec = replace(engine_spec(folder), **{"kind": "vllm", "max_num_seqs": 4, **changes})
-    pool = Pool([spec] * replicas, cpus=0, gpus=0, start_timeout_s=5, generate_timeout_s=timeout_s)
+async def started(folder: Path, timeout_s: float = 60, kind: Any = "vllm", **changes: Any) -> Any:
+    config = {"max_num_seqs": 4, "generate_timeout_s": timeout_s, **changes}
+    pool = Pool(replace(engine_spec(folder, **config), kind=kind))
     await pool.start()
     return pool
 
@@ -80,7 +80,7 @@ async def test_a_replica_gets_twice_what_it_decodes_and_the_rest_in_order(tmp_pa
             if not future.done():
                 future.set_result(None)
         await settled()
-    assert pool.load(0) == 0 and not pool.members[0].turns
+    assert pool.load(0) == 0 and not pool.members[0].dispatched
     assert [len(task.result()) for i, task in enumerate(running) if i not in (1, 5)] == [2] * 10
 
 
@@ -102,11 +102,11 @@ async def test_one_cancelled_in_the_moment_that_it_gets_its_place_gives_it_back(
     waits = asyncio.ensure_future(pool.generate(request("a")))
     await settled()
     pool.members[0].serving = True
-    pool._line_up()
-    pool._hand_on()
+    pool._reorder()
+    pool._dispatch_waiting()
     waits.cancel()
     await settled()
-    assert waits.cancelled() and pool.load(0) == 0 and not pool.members[0].turns
+    assert waits.cancelled() and pool.load(0) == 0 and not pool.members[0].dispatched
 
 
 @pytest.mark.parametrize("kind", ["vllm", "hf"])
@@ -147,8 +147,7 @@ def test_control_calls_do_not_wait_behind_queued_completions(
 ) -> None:
     """Two thousand calls, whoever sent them: health is answered at once, and a push would be."""
     monkeypatch.setattr(pool_module, "Replica", SlowReplica)
-    spec = replace(engine_spec(tmp_path), max_num_seqs=4)
-    pool = RolloutPool([spec], cpus=0, gpus=0, start_timeout_s=120, generate_timeout_s=60)
+    pool = RolloutPool(engine_spec(tmp_path, max_num_seqs=4))
 
     async def body() -> tuple[float, int]:
         await pool.start()

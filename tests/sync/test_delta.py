@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from rft.config.sync import Measure, SyncConfig
-from rft.contrib.sparse_sync.changes import ChangeMeter, change_metrics
-from rft.contrib.sparse_sync.delta import WHOLE, Delta, apply_delta, digest, make_delta
+from rft.contrib.sparse_sync.delta import WHOLE, Delta, apply_delta, make_delta
 from rft.errors import TransferError
-from rft.sync.broadcast import manifest_of
-from rft.sync.link import Link
+from rft.sync.changes import ChangeMeter, change_metrics
+from rft.sync.files import digest
 from rft.sync.publisher import Publisher
-from rft.sync.spec import ChannelSpec
+from rft.sync.spec import ChannelSpec, Link, manifest_of
 
 
 def test_a_delta_names_exactly_the_elements_whose_bits_changed() -> None:
@@ -94,8 +93,8 @@ def test_changes_are_counted_in_bfloat16() -> None:
 @pytest.mark.parametrize("measure", ["off", "overall"])
 def test_by_default_no_push_copies_the_weights_to_measure_them(tmp_path: Path, measure: Measure) -> None:
     """What it costs is measured only where it is asked for."""
-    assert SyncConfig().measure_changes == ChannelSpec("file", "float32").measure == "off"
-    publisher = Publisher(ChannelSpec("file", "float32", str(tmp_path), measure=measure))
+    assert SyncConfig().measure_changes == "off"
+    publisher = Publisher(ChannelSpec("file", "float32", str(tmp_path), SyncConfig(measure_changes=measure)))
     publisher.open(Link("", 0, 0, 1, 5))
     weights = {"a": torch.ones(3)}
     for version in (0, 1):

@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from rft.errors import TransferError
-from rft.sync.broadcast import manifest_of
-from rft.sync.link import Link
 from rft.sync.publisher import Publisher
+from rft.sync.spec import Link, manifest_of
 from rft.utils.deadlines import Overdue
 from tests.sync.wires import HOST, NCCL, Wire, channel, forty_shapes, free_port, nudge, same_bits, together
 
@@ -141,7 +140,8 @@ def test_a_sender_killed_half_way_fails_the_receiver_in_time(
     other, pipe = start(dies_sending, port, broadcasts)
     end = VllmEnd(spec, Link(HOST, port, 1, 2, 30), forty_shapes())
     update = pipe.recv()
-    end.engine.spec = replace(end.engine.spec, control_timeout_s=DEADLINE_S)
+    config = end.engine.spec.config.model_copy(update={"control_timeout_s": DEADLINE_S})
+    end.engine.spec = replace(end.engine.spec, config=config)
     begin = time.monotonic()
     with pytest.raises(Overdue, match="vLLM update_weights did not finish within 2 s"):
         list(end.receive(update))

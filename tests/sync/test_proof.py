@@ -16,10 +16,9 @@ from rft.errors import LogpGapError
 from rft.learner.learner import Learner
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.hf import HFEngine
-from rft.sync.channel import PushChannel
-from rft.sync.link import Link
+from rft.sync.channel import WeightChannel
 from rft.sync.proof import PROOF_TOKENS, Gap, Proof, ProofSpec, fixed_tokens
-from rft.sync.spec import ChannelSpec, Sent
+from rft.sync.spec import ChannelSpec, Link, Sent
 from tests.specs import changed, engine_spec, learner_spec
 
 
@@ -77,7 +76,7 @@ class _Learner:
 class _Pool:
     """Three replicas that take whatever comes; `logps` is what they score."""
 
-    world_size, specs = 4, ()
+    workers = (1, 1, 1)
 
     def __init__(self) -> None:
         self.logps = dict.fromkeys(range(3), -1.0)
@@ -91,10 +90,10 @@ class _Pool:
         return {index: [logp] * (len(tokens) - 1) for index, logp in self.logps.items()}
 
 
-def channel(every: int) -> tuple[PushChannel, _Pool]:
+def channel(every: int) -> tuple[WeightChannel, _Pool]:
     pool = _Pool()
     spec = ProofSpec((1, 2, 3, 4), every, 1e-3, None)
-    found = PushChannel(_Learner(), pool, ChannelSpec("file", "float32"), "keep", spec)  # type: ignore[arg-type]
+    found = WeightChannel(_Learner(), pool, ChannelSpec("file", "float32"), "keep", spec)  # type: ignore[arg-type]
     return found, pool
 
 

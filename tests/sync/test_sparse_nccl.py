@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rft.errors import TransferError
-from rft.sync.broadcast import manifest_of
+from rft.sync.spec import manifest_of
 from tests.sync.wires import Wire, channel, forty_shapes, nudge, same_bits
 
 pytestmark = pytest.mark.parametrize("transport", ["sparse_nccl"], indirect=True)
@@ -31,7 +31,7 @@ def test_every_bit_arrives_and_little_travels(transport: str) -> None:
         nudge(weights, seed)
         parts, sent = push(wire, weights)
         assert 0 < sent < 0.1 * 6 * elements and parts == 1
-        assert sent == 6 * sum(wire.publisher.sender.changes.values())
+        assert sent == 6 * sum(wire.publisher.sender.changed.values())
     assert push(wire, weights)[1] == 6 * elements  # every fourth
 
 
@@ -40,7 +40,7 @@ def test_a_step_that_changed_nothing_is_a_push_too(transport: str) -> None:
     weights = forty_shapes()
     push(wire, weights)
     assert push(wire, weights) == (1, 6)
-    assert set(wire.publisher.sender.changes.values()) == {0}
+    assert set(wire.publisher.sender.changed.values()) == {0}
 
 
 def test_a_tensor_beyond_int32_is_refused(transport: str) -> None:

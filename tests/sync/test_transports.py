@@ -8,17 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from rft.config.sync import SyncConfig
 from rft.errors import BrokenWeights, EngineError, TransferError
-from rft.rollout.pool import RolloutPool, _Member
-from rft.sync.link import Link
-from rft.sync.publisher import Publisher
-from rft.sync.receiver import Receiver, load_into
-from rft.sync.spec import ChannelSpec
+from rft.rollout.pool import Member, RolloutPool
+from rft.sync.gloo import Receiver, load_into
+from rft.sync.publisher import SENDERS, Publisher, Sender
+from rft.sync.spec import ChannelSpec, Link
+from rft.utils.dotted import load_dotted
 from tests.specs import engine_spec
 from tests.sync.wires import (
     HOST,
@@ -50,6 +51,12 @@ def test_forty_shapes_arrive_bit_for_bit(transport: str, dtype: str, tmp_path: P
         odd = weights["layer.36.weight"]
         last = -torch.inf if transport == "sparse_nccl" else torch.nan
         odd[:4] = torch.tensor([0.0, -0.0, torch.inf, last]).roll(version)
+
+
+def test_every_transport_has_a_sender() -> None:
+    named = set(get_args(SyncConfig.model_fields["transport"].annotation)) - {"auto"}
+    assert set(SENDERS) == {*named, "sparse_nccl"}
+    assert all(issubclass(load_dotted(path), Sender) for path in SENDERS.values())
 
 
 @pytest.mark.parametrize("transport", (*TRANSPORTS, *NCCL), indirect=True)
@@ -91,7 +98,7 @@ def test_an_update_for_another_state_is_refused(transport: str, tmp_path: Path) 
     wire = Wire(channel(transport, tmp_path), size=1)
     weights = forty_shapes()
     wire.push(weights)
-    wire.receivers[0].state = "the state before"
+    wire.receivers[0].sparse.state = "the state before"
     nudge(weights, 1)
     with pytest.raises(TransferError, match="needs a full one first"):
         list(wire.receivers[0].receive(wire.announce(weights)))
@@ -171,11 +178,10 @@ def test_weights_that_were_not_announced_are_not_sent(transport: str, tmp_path: 
 
 RECEIVER = """
 import os, sys
-from rft.sync.link import Link
-from rft.sync import broadcast
-from rft.sync.receiver import Receiver
-broadcast.BUCKET_BYTES = 4096
-receiver = Receiver(Link("127.0.0.1", int(sys.argv[1]), 1, 2, 60))
+from rft.sync import gloo
+from rft.sync.spec import Link
+gloo.BUCKET_BYTES = 4096
+receiver = gloo.Receiver(Link("127.0.0.1", int(sys.argv[1]), 1, 2, 60))
 names, taken = [f"w{i}" for i in range(8)], int(sys.argv[2])
 update = {"names": names, "dtype_names": ["bfloat16"] * 8, "shapes": [[512, 512]] * 8}
 for name, _ in receiver.receive(update) if taken else ():
@@ -186,13 +192,12 @@ os._exit(9)
 
 SENDER = """
 import os, sys, torch
-from rft.sync.link import Link
-from rft.sync import broadcast
-from rft.sync.sender import GlooSender
-broadcast.BUCKET_BYTES = 4096
-sender = GlooSender(Link("127.0.0.1", int(sys.argv[1]), 0, 2, 60))
+from rft.sync import gloo
+from rft.sync.spec import ChannelSpec, Link, manifest_of
+gloo.BUCKET_BYTES = 4096
+sender = gloo.GlooSender(ChannelSpec("gloo", "float32"), Link("127.0.0.1", int(sys.argv[1]), 0, 2, 60))
 weights = [(f"w{i}", torch.ones(1024)) for i in range(8)]
-sender.announce(1, broadcast.manifest_of(weights), ())
+sender.announce(1, manifest_of(weights), ())
 def some():
     yield from weights[:3]
     os._exit(9)
@@ -219,7 +224,7 @@ def test_a_receiver_killed_half_way_fails_the_push(
     transport: str, taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first byte, and after three tensors of eight."""
-    monkeypatch.setattr("rft.sync.broadcast.BUCKET_BYTES", 4096)
+    monkeypatch.setattr("rft.sync.gloo.BUCKET_BYTES", 4096)
     port = free_port()
     other = start(RECEIVER, port, taken)
     publisher = Publisher(channel(transport, tmp_path))
@@ -246,7 +251,7 @@ def test_a_sender_killed_half_way_fails_the_receiver() -> None:
     }
     got = []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr("rft.sync.broadcast.BUCKET_BYTES", 4096)
+        patch.setattr("rft.sync.gloo.BUCKET_BYTES", 4096)
         for name, _ in receiver.receive(update):
             got.append(name)
     assert other.wait(60) == 9
@@ -264,7 +269,7 @@ def test_a_writer_killed_half_way_leaves_nothing_to_take(tmp_path: Path) -> None
 
 def test_an_adapter_arrives_bit_for_bit_with_its_config() -> None:
     """In the precision that it is trained in, with a config that is plain data, whatever peft's holds."""
-    wire = Wire(ChannelSpec("adapter", "bfloat16", measure="off"))
+    wire = Wire(ChannelSpec("adapter", "bfloat16"))
     tensors = {name: tensor for name, tensor in forty_shapes().items() if tensor.ndim == 2}
     for version in (1, 2):
         update = wire.publisher.announce_adapter(version, tensors, {"r": 8, "target_modules": {"v", "q"}})
@@ -282,10 +287,10 @@ def test_an_adapter_arrives_bit_for_bit_with_its_config() -> None:
 
 
 def test_a_replica_that_holds_another_version_fails_the_push(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = RolloutPool([engine_spec(Path())] * 2, cpus=0, gpus=0, start_timeout_s=1, generate_timeout_s=1)
-    pool.members = {index: _Member(None, index, received=True) for index in (0, 1)}
+    pool = RolloutPool(engine_spec(Path(), replicas=2))
+    pool.members = {index: Member(None, index, received=True) for index in (0, 1)}
 
-    async def reported(index: int, method: str, *args: Any, **kwargs: Any) -> int:
+    async def reported(index: int, method: Any, *args: Any, **kwargs: Any) -> int:
         return 3 - index
 
     monkeypatch.setattr(pool, "_ask", reported)

@@ -23,8 +23,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.v1.worker.gpu_worker import Worker
 
 from rft.rollout.vllm import VLLMEngine
-from rft.sync.link import Link
-from rft.sync.spec import ChannelSpec, Update
+from rft.sync.spec import ChannelSpec, Link, Update
 from tests.specs import engine_spec
 
 _loading = threading.Lock()
@@ -82,7 +81,7 @@ class VllmEnd:
         dtype = getattr(torch, spec.wire_dtype)
         self.models = [Model(weights, dtype) for _ in range(ranks)]
         self.workers = [ModelWorker(spec.transport, m, rank, ranks) for rank, m in enumerate(self.models)]
-        wanted = replace(engine_spec(Path()), transport=spec.transport, control_timeout_s=link.timeout_s)
+        wanted = replace(engine_spec(Path(), control_timeout_s=link.timeout_s), transport=spec.transport)
         self.engine = VLLMEngine(wanted)
         self.engine._engine = self
         self.version = ""

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft.sync.broadcast import manifest_of
-from rft.sync.link import Link
+from rft.config.sync import SyncConfig
+from rft.sync.gloo import Receiver
 from rft.sync.publisher import Publisher
-from rft.sync.receiver import Receiver
-from rft.sync.spec import ChannelSpec, Sent
+from rft.sync.spec import ChannelSpec, Link, Sent, manifest_of
 
 HOST = "127.0.0.1"
 TRANSPORTS = ("gloo", "sparse", "sparse over files", "file")
@@ -26,7 +25,7 @@ NCCL = ("nccl", "sparse_nccl")  # to vLLM's own engines, with gloo in NCCL's pla
 def channel(transport: str, folder: Any, dtype: str = "bfloat16", **more: Any) -> ChannelSpec:
     """The spec of one of TRANSPORTS or NCCL."""
     files = transport in ("sparse over files", "file")
-    return ChannelSpec(transport.split()[0], dtype, str(folder) if files else None, **more)
+    return ChannelSpec(transport.split()[0], dtype, str(folder) if files else None, SyncConfig(**more))
 
 
 def free_port() -> int:
@@ -125,7 +124,7 @@ def nudge(weights: dict[str, Tensor], seed: int, share: float = 0.05) -> None:
 
 def same_bits(received: dict[str, Tensor], weights: dict[str, Tensor], dtype: torch.dtype) -> bool:
     """True where names, order, shapes and every bit in wire precision are equal."""
-    from rft.contrib.sparse_sync.delta import bits
+    from rft.sync.changes import bits
 
     return list(received) == list(weights) and all(
         received[n].dtype == dtype

@@ -1,8 +1,8 @@
 """Sparse weight updates: the elements whose bits changed, lossless, with a checksum.
 
-A delta is two flat tensors, `indices` [I] int32 and `values` [V] in wire precision, and a record per
-tensor that says how many of each are its own: vLLM's sparse format (flat checkpoint indices and
-values), concatenated. A tensor of which so much changed that its whole is smaller travels whole.
+A delta is two flat tensors, `indices` [I] int32 and `values` [V] in wire precision, and a record of each
+tensor's share of them: vLLM's sparse format (flat checkpoint indices and values), concatenated. A tensor that
+is smaller whole than as changes is sent whole.
 
 Every state of the weights has an id: that of a full push is a digest of all its bytes, that of a delta a
 digest of the id it builds on and of its own bytes. A receiver applies a delta only to the state that it
@@ -11,36 +11,24 @@ was made for, and only if its bytes are those that were sent.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rft.errors import TransferError
+from rft.sync.changes import bits
+from rft.sync.files import digest
+from rft.sync.spec import Update
 
 LARGEST_INDEX = 2**31 - 1  # that int32 holds
-WHOLE = -1  # in place of a count: the tensor travels whole
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers of its size, flat: unlike values, NaN equals itself and 0 is not -0."""
-    return tensor.reshape(-1).view(_BITS[tensor.element_size()])
+WHOLE = -1  # in place of a count: the tensor is sent whole
 
 
 def changed(old: Tensor, new: Tensor) -> Tensor:
     """Flat indices [changed] int64 of the elements whose bits differ."""
     return (bits(old) != bits(new)).nonzero()[:, 0]
-
-
-def digest(base: str, tensors: Iterable[Tensor]) -> str:
-    """Hex digest of `base` and the bytes of CPU tensors, in order."""
-    found = hashlib.blake2b(base.encode(), digest_size=16)
-    for tensor in tensors:
-        found.update(bits(tensor.contiguous()).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -118,3 +106,36 @@ def apply_delta(known: dict[str, Tensor], delta: Delta) -> None:
             flat[delta.indices[at_index : at_index + count].long()] = values
             at_index += count
         at_value += size
+
+
+class SparseReceiver:
+    """An engine's state of sparse updates: its weights in wire precision, since engines load whole layers in
+    other formats."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Tensor] = {}
+        self.state = ""
+
+    def apply(self, update: Update, arriving: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the whole model after an update. Raises TransferError where it is for another state, or its
+        checksum is wrong."""
+        if update["delta"] is None:
+            self.known = {name: tensor.clone() for name, tensor in arriving}
+            _verify("", self.known.values(), update)
+        else:
+            if update["base"] != self.state:
+                raise TransferError(
+                    f"a sparse update for state {update['base'][:8]} met an engine in state "
+                    f"{self.state[:8] or 'none'}: it needs a full one first"
+                )
+            payload = {name: tensor.clone() for name, tensor in arriving}
+            _verify(self.state, payload.values(), update)
+            apply_delta(self.known, Delta(update["delta"], **payload))
+        self.state = update["state"]
+        yield from self.known.items()
+
+
+def _verify(base: str, tensors: Iterable[Tensor], update: Update) -> None:
+    found = digest(base, tensors)
+    if found != update["state"]:
+        raise TransferError(f"the checksum is {found[:8]}, but {update['state'][:8]} was sent")

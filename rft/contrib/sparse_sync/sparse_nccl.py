@@ -1,8 +1,8 @@
-"""What changed, from GPU to GPU: the sending end of vLLM's own `sparse_nccl` engine, which writes flat
+"""Sparse updates between GPUs: the sending end of vLLM's own `sparse_nccl` engine, which writes flat
 checkpoint indices and values into its weights in place.
 
-That engine knows sparse updates alone, and takes a whole one into memory before it writes. So a full push
-is one of all indices, and every push travels in parts.
+That engine takes only sparse updates, and each into memory as a whole before it writes. So a full push is
+an update of all indices, and every push is sent in parts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from rft.contrib.sparse_sync.delta import LARGEST_INDEX, changed
+from rft.contrib.sparse_sync.sender import SparseState
 from rft.errors import TransferError
-from rft.sync.broadcast import Manifest
-from rft.sync.link import Link
 from rft.sync.nccl import NcclGroup
-from rft.sync.sender import SparseState
-from rft.sync.spec import Named, Update
+from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Update
 
 PART_BYTES = 512 * 2**20  # of indices and values; what an engine holds of an update at once
 _INDEX_BYTES = 4
@@ -31,20 +29,18 @@ class SparseNcclSender(SparseState):
     own: NCCL's transports have theirs, and the learner compares the next log-probs.
     """
 
-    early = True
-
-    def __init__(self, link: Link, full_every: int) -> None:
-        super().__init__(full_every)
+    def __init__(self, spec: ChannelSpec, link: Link) -> None:
+        super().__init__(spec)
         self.group = NcclGroup(link)
         self.indices: dict[str, Tensor | None] = {}  # of what travels; None: all
 
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
         """Returns `parts`: one update each, as vLLM's `update_weights` takes them, in sending order."""
-        everything = self.everything_is_due()
-        self.indices, self.changes = {}, {}
+        full = self.full_push()
+        self.indices, self.changed = {}, {}
         for name, tensor in named:
             where = self._take(name, tensor.detach())
-            if everything:
+            if full:
                 self.indices[name] = None
             elif where.numel():
                 self.indices[name] = where
@@ -66,7 +62,7 @@ class SparseNcclSender(SparseState):
             return torch.empty(0, dtype=torch.int32, device=tensor.device)
         where = changed(old, tensor)
         old.view(-1)[where] = tensor.reshape(-1)[where]
-        self.changes[name] = where.numel()
+        self.changed[name] = where.numel()
         return where.to(torch.int32)
 
     def _count(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""How much of the weights a step changes, in bfloat16: most of Adam's small steps round away."""
+"""Measure how much of the weights a step changes in bfloat16: most of Adam's small steps round away."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from rft.config.sync import Measure
-from rft.contrib.sparse_sync.delta import bits
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Changes = tuple[dict[str, int], dict[str, int]]
+"""(changed elements, elements) by tensor."""
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bits as integers of its size, flat: unlike values, NaN equals itself and 0 is not -0."""
+    return tensor.reshape(-1).view(_BITS[tensor.element_size()])
 
 
 class ChangeMeter:
@@ -30,11 +39,10 @@ class ChangeMeter:
             self.changes[name] = int((bits(before) != bits(now)).sum())
         self.known[name] = now
 
-    def take(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(changed elements, elements) by name since the last call; empty after the first push."""
-        found = self.changes, self.sizes
-        self.changes, self.sizes = {}, {}
-        return found
+    def take(self) -> Changes:
+        """The changes since the last call; empty after the first push."""
+        changes, self.changes, self.sizes = (self.changes, self.sizes), {}, {}
+        return changes
 
 
 def change_metrics(changes: dict[str, int], sizes: dict[str, int], measure: Measure) -> dict[str, float]:
