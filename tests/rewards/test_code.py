@@ -40,7 +40,7 @@ def sandbox() -> Any:
 
 @pytest.fixture(scope="module")
 def code(sandbox: Sandbox) -> Any:
-    return load_reward("code", timeout_s=6.0, cpu_s=2, scoring="fraction")
+    return load_reward("code", timeout_s=4.0, cpu_s=2, scoring="fraction")
 
 
 def test_all_protections_are_on_and_named(sandbox: Sandbox) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from digit_share import digits
 
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Algorithm, PolicyOutput
@@ -28,12 +29,7 @@ from rft.rollout.sample import GroupSampler, Judged, completions_of, continued, 
 from tests.specs import engine_spec
 
 SAMPLING = Sampling(n=4, max_tokens=10, seed=3)
-DIGITS = "tests/rollout/test_sample.py:digits"
-
-
-def digits(completions: list[str]) -> list[float]:
-    """A reward: the share of digits."""
-    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]
+DIGITS = "tests/rollout/digit_share.py:digits"
 
 
 class Watched(HFEngine):

@@ -218,7 +218,7 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def test_a_thousand_requests_leave_the_machine_as_it_was(best: Sandbox) -> None:
+def test_hundreds_of_requests_leave_the_machine_as_it_was(best: Sandbox) -> None:
     best.run("pass")
     assert best._process is not None
 
@@ -236,10 +236,10 @@ def test_a_thousand_requests_leave_the_machine_as_it_was(best: Sandbox) -> None:
 
     before = state()
     memory = _resident(best._process.pid)
-    for i in range(1000):
+    for i in range(400):
         assert best.run(f"open('x', 'w').write('x' * 1000); print({i})").stdout == f"{i}\n"
     assert state() == before
-    assert _resident(best._process.pid) - memory < 4 << 20
+    assert _resident(best._process.pid) - memory < 2 << 20
 
 
 def _resident(pid: int) -> int:
