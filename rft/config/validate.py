@@ -309,10 +309,6 @@ def _adapter_checks(c: LearnerConfig, algorithm: Algorithm | None) -> Iterator[C
         "adapter.method: loftq makes up for 4-bit rounding; set quantize: nf4, or use lora",
     )
     yield (
-        algorithm is not None and bool(algorithm.score_heads),
-        "adapter: a reward model's head cannot be trained through an adapter; leave it out",
-    )
-    yield (
         algorithm is not None and algorithm.online and float(adapter.options.get("lora_dropout", 0) or 0) > 0,
         "adapter.options.lora_dropout: with dropout the learner's log-probs are not those of the engine "
         "that sampled; set it to 0 for online training",

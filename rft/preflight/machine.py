@@ -14,7 +14,7 @@ from rft.config.schema import Config
 from rft.config.validate import PACKAGES, Facts
 from rft.utils.cores import usable_cores
 from rft.utils.hashing import short_digest
-from rft.utils.run_lock import not_writable
+from rft.utils.paths import not_writable
 
 SHARED_MEMORY = Path("/dev/shm")
 SOCKET_PATH_BYTES = 107  # of a Unix socket's path on Linux, without its final NUL

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rft.config.rewards import MaxFraction, RewardConfig, RewardsConfig, Schedule
+from rft.config.rewards import RewardConfig, RewardsConfig
 from rft.data import PromptSet
 from rft.data.errors import BadRows
 from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_options, signature_columns
@@ -17,7 +17,7 @@ from rft.rewards.pool import Loaded, Spec, WorkerPool
 from rft.rewards.types import RewardError
 from rft.sandbox import PROTECTIONS, Backend, Sandbox, SandboxError
 from rft.utils.did_you_mean import did_you_mean
-from rft.utils.urls import has_credentials, without_credentials
+from rft.utils.urls import has_credentials
 
 Rows = Mapping[int, Collection[str]]
 """By row number, counted from 1: the names of its columns."""
@@ -38,11 +38,10 @@ def check_reward(
     columns: Collection[str] | None = None,
     rows: Mapping[str, Rows] | None = None,
 ) -> list[str]:
-    """Problems in words, empty where all is well.
+    """Check that each function can be loaded, and finds the columns that it needs.
 
-    columns: the dataset's columns, where known; a reward that needs another one is a problem. rows: the
-    same row by row, for several datasets by name. Custom functions are loaded as the run would load them,
-    in worker processes.
+    columns: those of the one dataset. rows: those of each row of several datasets, by the datasets' names.
+    Custom functions are loaded as the run would load them, in worker processes.
     """
     problems = [] if config.functions else ["rewards.functions is empty: name at least one reward"]
     datasets = dict(rows or {}) if columns is None else {"the dataset": {1: columns}}
@@ -60,7 +59,7 @@ def check_reward(
 def check_values(
     config: RewardsConfig, source: str, rows: Iterable[tuple[int, Mapping[str, Any]]]
 ) -> list[str]:
-    """Problems with the values of the columns that built-ins read, such as a gold answer that is null.
+    """Check the values of the columns that built-ins read, such as a gold answer that is null.
 
     rows: (number, columns); numbers are counted from 1. One problem for each reward, with the rows.
     """
@@ -110,7 +109,7 @@ def _column_problems(c: RewardConfig, need: Loaded, dataset: str, rows: Rows) ->
 
 
 def _needs(config: RewardsConfig, base_dir: Path) -> list[Loaded | str]:
-    """What each reward says of itself once it is loaded, or why it cannot be loaded."""
+    """Load every reward; return what each needs, or why it cannot be loaded."""
     result: dict[int, Loaded | str] = {}
     custom = [i for i, c in enumerate(config.functions) if ":" in c.function]
     for i, c in enumerate(config.functions):
@@ -151,7 +150,7 @@ async def _load_all(
         finally:
             await pool.close()
 
-    for i in custom:  # one after another: a check is no reason to crowd the machine
+    for i in custom:  # one after another, so that a check does not fill the machine with processes
         await one(i)
 
 
@@ -162,9 +161,9 @@ CREDENTIALS = (
 
 
 def protection(c: RewardConfig) -> str:
-    """What protects this machine from the programs that a reward runs; empty for one that runs none.
+    """Say what protects this machine from the programs that a reward runs; "" for one that runs none.
 
-    Raises SandboxError where a protection that the reward requires is not to be had here.
+    Raises SandboxError where a protection that the reward requires is not available here.
     """
     if c.function not in ("code", "translated_code"):
         return ""
@@ -174,27 +173,6 @@ def protection(c: RewardConfig) -> str:
 
 @lru_cache
 def _sandbox_of(readable: tuple[str, ...], require: tuple[str, ...], backend: Backend) -> str:
-    """The protections that a sandbox has here: started once for a check and for the plan that is printed."""
+    """Describe a sandbox's protections here: it is started once for the check and the printed plan."""
     with Sandbox(readable, require, backend) as sandbox:
         return sandbox.describe()
-
-
-def describe(config: RewardsConfig) -> str:
-    """A few lines: what is rewarded, how it is combined, what happens on failure."""
-    lines = []
-    for c in config.functions:
-        weight = c.weight
-        if isinstance(weight, Schedule):
-            shown = f"{weight.start:g} -> {weight.end:g} ({weight.shape})"
-        else:
-            shown = f"{weight:g}"
-        role = f"gate at {c.threshold:g}" if c.gate else f"weight {shown}"
-        name = "" if c.label == c.function else f"{c.label} = "
-        options = without_credentials("".join(f", {k}={v!r}" for k, v in c.options.items()))
-        lines.append(f"{name}{c.function} ({role}, timeout {c.call_timeout_s:g} s{options})")
-        if protected := protection(c):
-            lines.append(f"  {protected}")
-    on = [config.on_error, config.on_timeout]
-    error, timeout = (f"at most {p.max_fraction:.2%}" if isinstance(p, MaxFraction) else p for p in on)
-    lines.append(f"combine: {config.combine}; on error: {error}; on timeout: {timeout}")
-    return "\n".join(lines)

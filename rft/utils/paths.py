@@ -48,3 +48,11 @@ def absolute_if_local(path: str) -> str:
     """Make a folder's path absolute, for processes with another working folder; leave a hub name as it is."""
     local = path.startswith((".", "/")) or Path(path).exists()
     return str(Path(path).absolute()) if local else path
+
+
+def not_writable(key: str, folder: Path, error: OSError) -> str:
+    """Say that a folder cannot be written, and what to do."""
+    return (
+        f"{key}: {folder} cannot be written ({error.strerror}): write {key}=FOLDER with a folder that this "
+        "user may write and that has space"
+    )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.errors import ConfigError
+from rft.utils.paths import not_writable
 
 LOCK_FILE = "run.lock"
 RENEW_S = 5.0
@@ -155,14 +156,6 @@ def read_owner(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) and {"pid", "host", "since"} <= owner.keys() else {}
-
-
-def not_writable(key: str, folder: Path, error: OSError) -> str:
-    """Say that a folder cannot be written, and what to do."""
-    return (
-        f"{key}: {folder} cannot be written ({error.strerror}): write {key}=FOLDER with a folder that this "
-        "user may write and that has space"
-    )
 
 
 def _machine() -> str:
