@@ -98,9 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         run: Callable[[argparse.Namespace], int], name: str, text: str, *, config: bool = False
     ) -> Callable[..., argparse.Action]:
-        sub = commands.add_parser(
-            name, help=text, description=text, epilog=_EXIT_CODES, add_help=name != "train"
-        )
+        help_ = name != "train"
+        sub = commands.add_parser(name, help=text, description=text, epilog=_EXIT_CODES, add_help=help_)
         sub.set_defaults(run=run, stoppable=name in ("train", "eval"))
         if config:
             sub.add_argument("config", type=path_argument, help="YAML file")
@@ -146,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
 # -- commands ------------------------------------------------------------------------------------------
 
 
+def _note(text: str) -> None:
+    say(f"rft: {text}")
+
+
 def _train(args: argparse.Namespace) -> int:
     from rft import run_dir, run_training
     from rft.config.load import load_config
@@ -159,24 +162,19 @@ def _train(args: argparse.Namespace) -> int:
         return supervise([args.config, *args.overrides], config.run_dir, args.restarts, args.resume)
     with run_dir.hold(config) as warning:
         folder = run_dir.claim(config, args.resume)
-        for note in filter(None, (warning, *folder.notes)):
-            say(f"rft: {note}")
+        for text in filter(None, (warning, *folder.notes)):
+            _note(text)
         if folder.finished is not None:
-            say(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}")
+            _note(f"{folder.path} is complete: {json.dumps(folder.finished)}")
             return 0
         return run_training.train(make_plan(config), folder, args.signals)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    import tempfile
-
     from rft.tools.verify import verify_resume
 
-    with tempfile.TemporaryDirectory(prefix="rft-verify-") as temporary:
-        out = Path(args.out or temporary)
-        verdict = verify_resume(
-            args.config, args.overrides, args.steps, args.kill_at, out, lambda text: say(f"rft: {text}")
-        )
+    out = None if args.out is None else Path(args.out)
+    verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, _note)
     say("\n".join(verdict.lines()), sys.stdout)
     return 0 if verdict.kept else 1
 

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,12 +69,15 @@ class Verdict:
 
 
 def verify_resume(
-    config_file: str, overrides: Sequence[str], steps: int, kill_at: int, out: Path, say: Say
+    config_file: str, overrides: Sequence[str], steps: int, kill_at: int, out: Path | None, say: Say
 ) -> Verdict:
-    """Run, kill, resume, compare; run folders are `out`/whole and `out`/resumed.
+    """Run, kill, resume, compare; run folders are `out`/whole and `out`/resumed (None: temporary ones).
 
     Raises ConfigError for settings that test nothing, RuntimeError if a run fails.
     """
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="rft-verify-") as folder:
+            return verify_resume(config_file, overrides, steps, kill_at, Path(folder), say)
     if not 0 < kill_at < steps:
         raise ConfigError([f"--kill-at {kill_at}: write a step between 1 and --steps {steps}, exclusive"])
     for name in ("whole", "resumed"):
