@@ -19,7 +19,10 @@ from typing import Any
 from rft.data.errors import DataError
 
 _BLOCK = 1000  # rows of a table that are turned into Python objects at a time
-ROW_BYTES = 16 << 20  # of one JSON line: a longer one is no row, and would fill the memory
+# The most that a row may have, in every format: a longer one would fill the memory, a deeper one overflow the
+# stack of what reads it.
+ROW_BYTES = 16 << 20
+ROW_DEPTH = 100  # lists and objects inside one another, the row included
 _GZIP = b"\x1f\x8b"
 # How files of other kinds begin, and what to do with them.
 _OTHER_FORMATS = (
@@ -101,7 +104,9 @@ def _whole(raw: bytes, first: int, source: str) -> list[Any]:
     text = "".join(lines)
     try:
         rows = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:  # of the row no position is known
+        raise DataError(_TOO_DEEP, source=source, row=first) from None
+    except ValueError as error:
         if getattr(error, "msg", "") == "Extra data" and not text.lstrip().startswith("["):
             return [parse_line(line, n, source) for n, line in enumerate(lines, first) if line.strip()]
         number = first - 1 + getattr(error, "lineno", 1)
@@ -109,6 +114,9 @@ def _whole(raw: bytes, first: int, source: str) -> list[Any]:
         raise DataError(f"malformed JSON in line {number}: {what}", source=source, row=number) from None
     if not isinstance(rows, list):
         raise DataError("a .json file must hold a list of rows; else name it .jsonl", source=source)
+    if len(raw) > ROW_BYTES or _may_be_deep(text):
+        for number, row in enumerate(rows, 1):
+            refuse_large(row, number, source)
     if _SURROGATE.search(text):
         for number, row in enumerate(rows, 1):
             _refuse_surrogates(row, number, source)
@@ -131,13 +139,55 @@ def parse_line(line: str, number: int, source: str) -> Any:
     """One JSON line; `number` is its line number, counted from 1."""
     try:
         value = json.loads(line, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise DataError(f"malformed JSON in line {number}: {_TOO_DEEP}", source=source, row=number) from None
+    except ValueError as error:
         at = f", at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         what = getattr(error, "msg", error)
         raise DataError(f"malformed JSON in line {number}{at}: {what}", source=source, row=number) from None
+    if len(line) > ROW_BYTES or _may_be_deep(line):
+        refuse_large(value, number, source)
     if _SURROGATE.search(line):
         _refuse_surrogates(value, number, source)
     return value
+
+
+_TOO_DEEP = f"the row is nested more than {ROW_DEPTH} levels deep, the most that a row may have"
+
+
+def _may_be_deep(text: str) -> bool:
+    return text.count("[") + text.count("{") > ROW_DEPTH
+
+
+def refuse_large(row: Any, number: int, source: str) -> None:
+    """Raise DataError for a row of more than `ROW_BYTES` or `ROW_DEPTH`.
+
+    Its bytes are those of its texts, and one for every other value: at most what it has as JSON.
+    """
+    size, level = 0, [row]
+    for _ in range(ROW_DEPTH + 1):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                size += len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+            elif isinstance(value, bytes):
+                size += len(value)
+            elif isinstance(value, dict):
+                below += [*value, *value.values()]
+            elif isinstance(value, list | tuple):
+                below += value
+            else:
+                size += 1
+        if size > ROW_BYTES:
+            raise DataError(
+                f"the row is larger than {ROW_BYTES >> 20} MiB, the most that a row may have",
+                source=source,
+                row=number,
+            )
+        if not below:
+            return
+        level = below
+    raise DataError(_TOO_DEEP, source=source, row=number)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,7 +250,11 @@ class TableRows(Sequence[Any]):
             if self._loaded[0] != part:
                 self._loaded = part, _guarded(file, before + 1, lambda: self._table(file).part(number))
             table, first = self._loaded[1], block - begin
-            rows = _guarded(file, before + first + 1, lambda: table.slice(first, _BLOCK).to_pylist())
+            part_rows = table.slice(first, _BLOCK)
+            rows = _guarded(file, before + first + 1, part_rows.to_pylist)
+            if part_rows.nbytes > ROW_BYTES:  # deeper ones than `ROW_DEPTH` are refused by pyarrow
+                for row_number, row in enumerate(rows, before + first + 1):
+                    refuse_large(row, row_number, str(file))
             self._block = block, rows
         return self._block[1][index - block]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rft.config.data import SUFFIXES, DataConfig
 from rft.data.errors import DataError, FolderSource, missing_column
-from rft.data.files import TableRows, read_file, read_json
+from rft.data.files import TableRows, read_file, read_json, refuse_large
 
 Split = Literal["train", "test"]
 Row = dict[str, Any]
@@ -87,6 +87,8 @@ def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number:
     out = dict(row)
     for used in set(config.columns.values()):
         out.pop(used, None)
+    if config.resolved_kind == "hub":
+        refuse_large(row, number + 1, source)
     for name, given in config.columns.items():
         if given not in row:
             raise missing_column(given, row, source, number + 1)
