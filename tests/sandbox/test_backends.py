@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from sandbox_backends import open_sandbox
 
-from rft.sandbox import PROTECTIONS, Limits, Sandbox, SandboxError
+from rft.sandbox import PROTECTIONS, Limits, Result, Sandbox, SandboxError
 
 ADD = "def add(a, b):\n    return a + b\n"
 SMALL = Limits(wall_s=8.0, memory=128 << 20)
@@ -184,6 +186,41 @@ prog = ("import ctypes, os, time\\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\\nos.f
         "print('up', flush=True)\\ntime.sleep(60)")
 s.run(prog, limits=Limits(wall_s=50.0))
 """
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", "native", "landlock"])
+def test_a_zygote_killed_in_the_middle_of_a_request_is_replaced(backend: str) -> None:
+    """With a namespace the request dies with it; with Landlock alone, whose pid 1 has to end the program
+    itself, the request goes on. Either way the next one works, and nothing stays."""
+    from rft.sandbox.zygote import descendants
+
+    with open_sandbox(backend) as sandbox:
+        assert sandbox._process is not None
+        top = sandbox._process.pid
+        ends: list[Result | SandboxError] = []
+
+        def run() -> None:
+            try:
+                ends.append(sandbox.run("import time; time.sleep(4)", limits=Limits(wall_s=30.0)))
+            except SandboxError as error:
+                ends.append(error)
+
+        request = threading.Thread(target=run)
+        request.start()
+        zygote_and_below = 2 + 2 * (backend == "bubblewrap")
+        deadline = time.monotonic() + 20
+        while len(descendants(top)) < zygote_and_below and time.monotonic() < deadline:
+            time.sleep(0.02)
+        below = descendants(top)
+        os.kill(below[1] if backend == "bubblewrap" else top, signal.SIGKILL)
+        request.join(20)
+        assert not request.is_alive()
+        (end,) = ends
+        assert end.code == 0 if isinstance(end, Result) else backend != "landlock"
+        assert printed(sandbox, "print('again')") == "again"
+        while any(os.path.exists(f"/proc/{pid}") for pid in below) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not [pid for pid in below if os.path.exists(f"/proc/{pid}")]
 
 
 @pytest.mark.parametrize("backend", ["bubblewrap", "native", "landlock"])
