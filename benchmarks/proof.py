@@ -62,7 +62,6 @@ def measure(folder: Path, size: str) -> dict[str, Any]:
             train=TrainConfig(steps=100),
             sampling=SamplingConfig(max_completion_length=answered),
             device="cpu",
-            threads=1,
             seed=1,
         )
     )

@@ -176,7 +176,9 @@ class Ours:
     """rft's learner on the same groups."""
 
     def __init__(self, case: Case, groups: list[Group], model: str, threads: int, device: str) -> None:
-        config = LearnerConfig(learning_rate=LEARNING_RATE, entropy=False, tokens_per_micro_batch=4096)
+        config = LearnerConfig(
+            learning_rate=LEARNING_RATE, entropy=False, tokens_per_micro_batch=4096, threads=threads
+        )
         self.learner = Learner(
             LearnerSpec(
                 algorithm=ALGORITHMS[case.algorithm](),
@@ -185,7 +187,6 @@ class Ours:
                 train=TrainConfig(steps=1000),
                 sampling=SamplingConfig(max_completion_length=4 * case.completion),
                 device=device,
-                threads=threads,
                 seed=1,
             )
         )

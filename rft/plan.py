@@ -42,7 +42,6 @@ from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
-from rft.utils.cores import usable_cores
 from rft.utils.paths import absolute_if_local
 
 T = TypeVar("T")
@@ -91,7 +90,6 @@ class BasePlan:
             device=self.device,
             max_model_len=longest_sequence(self.config),
             seed=self.config.seed,
-            threads=threads_for(c.threads, c.cores),
             transport=self.transport,
             stop_token_ids=self.stop_ids,
             trust_remote_code=self.config.model.trust_remote_code,
@@ -112,7 +110,6 @@ class BasePlan:
             train=c.train,
             sampling=c.rollout.sampling,
             device=self.device,
-            threads=threads_for(c.learner.threads, c.learner.cores),
             seed=c.seed,
             max_gap_mean=mean,
             max_gap=largest,
@@ -174,11 +171,6 @@ class OfflinePlan(BasePlan):
 
 
 Plan = OnlinePlan | OfflinePlan
-
-
-def threads_for(threads: int | None, cores: str | None) -> int:
-    """Return the CPU threads of a process: as asked, else as many as it can keep busy."""
-    return usable_cores(cores) if threads is None else threads
 
 
 class _Problems(list[str]):

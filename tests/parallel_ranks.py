@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
@@ -69,6 +70,26 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.weights()}
 
 
+class Gathered(TorchDispatchMode):
+    """Counts the bytes that this rank contributes to all-gathers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_gather_into_tensor" in str(func):
+            self.bytes += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def gathered(learner: Learner, dtype: torch.dtype | None) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that a push in this dtype gathers from this rank, and what arrives."""
+    with Gathered() as gathered:
+        tensors = {name: tensor.clone() for name, tensor in learner.weights(dtype)}
+    return gathered.bytes, tensors
+
+
 def work(model: Path, root: Path, kind: str, parallel: Parallel | None) -> None:
     """Three steps, the state saved after the first two; then, on several ranks, a second learner that goes on
     from the state of the single one. Rank 0 leaves what came of it in the kind's folder."""
@@ -83,6 +104,8 @@ def work(model: Path, root: Path, kind: str, parallel: Parallel | None) -> None:
         result["weights"].append(weights(learner))  # after a forward without backward
         if step == 1:
             learner.write_state(folder / "state")
+    if kind == "fsdp2":
+        result["pushes"] = [gathered(learner, dtype) for dtype in (None, torch.bfloat16)]
     learner.export(str(folder / "model"))
     if parallel is not None:
         second = Learner(replace(own, seed=2), parallel_again(learner.parallel))

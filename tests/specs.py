@@ -26,11 +26,10 @@ def learner_spec(model: Path | str, algorithm: Algorithm | None = None, **config
     return LearnerSpec(
         algorithm=algorithm or ALGORITHMS["grpo"](),
         model=ModelConfig(path=str(model)),
-        config=LearnerConfig(**config),
+        config=LearnerConfig(**{"threads": 1, **config}),
         train=TrainConfig(steps=10, batch_size=4),
         sampling=SamplingConfig(max_completion_length=12),
         device="cpu",
-        threads=1,
         seed=1,
     )
 
@@ -69,7 +68,14 @@ def problems_of(
 
 def engine_spec(model: Path, reference: Path | None = None, **config: Any) -> EngineSpec:
     """An engine of plain transformers; `config` are fields of RolloutConfig."""
-    fields = {"engine": "hf", "max_num_seqs": 8, "kv_cache_gib": 0.1, "control_timeout_s": 10, **config}
+    fields = {
+        "engine": "hf",
+        "threads": 1,
+        "max_num_seqs": 8,
+        "kv_cache_gib": 0.1,
+        "control_timeout_s": 10,
+        **config,
+    }
     return EngineSpec(
         config=RolloutConfig(**fields),
         kind="hf",
@@ -79,7 +85,6 @@ def engine_spec(model: Path, reference: Path | None = None, **config: Any) -> En
         device="cpu",
         max_model_len=128,
         seed=1,
-        threads=1,
         transport="gloo",
         stop_token_ids=(1,),
         reference=None if reference is None else str(reference),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from rft.plan import threads_for
-from rft.utils.cores import cpu_quota, usable_cores
+from rft.utils.cores import cpu_quota, threads_for, usable_cores
+from tests.specs import engine_spec, learner_spec
 
 V2_MOUNT = "31 23 0:27 {root} {point} ro,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "33 32 0:29 {root} {point} ro,nosuid master:11 - cgroup cgroup rw,cpu,cpuacct"
@@ -116,3 +119,29 @@ def test_threads_are_bounded_by_the_quota(
     monkeypatch.setattr("rft.utils.cores.cpu_quota", lambda: quota)
     assert usable_cores(cores) == threads_for(None, cores) == count
     assert threads_for(5, cores) == 5  # as asked
+
+
+ELSEWHERE = """
+import asyncio, os, pickle, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from rft.learner.learner import Learner
+from rft.rollout.hf import HFEngine
+with open(sys.argv[1], "rb") as file:
+    learner, engine = pickle.load(file)
+torch.set_num_threads(7)
+Learner(learner)
+print(torch.get_num_threads())
+torch.set_num_threads(7)
+asyncio.run(HFEngine(engine).start())
+print(torch.get_num_threads())
+"""
+
+
+def test_threads_are_counted_on_the_machine_that_runs_the_actor(tiny_folder: Path, tmp_path: Path) -> None:
+    """The driver of a cluster may have more cores than the actors' machines, here one."""
+    specs = learner_spec(tiny_folder, threads=None), engine_spec(tiny_folder, threads=None)
+    (tmp_path / "specs").write_bytes(pickle.dumps(specs))
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "specs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "1"], done.stderr[-3000:]

@@ -79,6 +79,15 @@ def test_a_checkpoint_of_one_process_goes_on_in_two_ranks(runs: Path, kind: str)
     assert two["resumed"]["train/grad_norm"] == pytest.approx(one["metrics"][2]["train/grad_norm"], rel=1e-5)
 
 
+def test_weights_are_cast_to_the_engines_precision_before_they_are_gathered(runs: Path) -> None:
+    """Half the bytes travel between the ranks, and the same bits arrive."""
+    (exact_bytes, exact), (half_bytes, half) = result(runs, "fsdp2")["pushes"]
+    each = sum(tensor.nbytes for tensor in exact.values()) / 2
+    assert exact_bytes == pytest.approx(each, rel=0.02)  # uneven halves are padded
+    assert half_bytes == exact_bytes / 2
+    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in exact.items())
+
+
 @pytest.mark.parametrize("kind", ranks.KINDS)
 def test_the_export_is_an_ordinary_model(runs: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM

@@ -36,7 +36,13 @@ def save(name: str, s: Settings, folder: Path) -> str:
 def step(name: str, model: str, s: Settings, **options: Any) -> dict[str, Any]:
     """SFT steps on `tokens` tokens: seconds and the peak of everything held, in 10^6 bytes."""
     tokens = 256 if s.small else 4096
-    config = LearnerConfig(learning_rate=1e-6, entropy=False, tokens_per_micro_batch=tokens, **options)
+    config = LearnerConfig(
+        learning_rate=1e-6,
+        entropy=False,
+        tokens_per_micro_batch=tokens,
+        threads=torch.get_num_threads(),
+        **options,
+    )
     learner = Learner(
         LearnerSpec(
             algorithm=ALGORITHMS["sft"](),
@@ -45,7 +51,6 @@ def step(name: str, model: str, s: Settings, **options: Any) -> dict[str, Any]:
             train=TrainConfig(steps=100),
             sampling=SamplingConfig(max_completion_length=tokens),
             device=s.device,
-            threads=torch.get_num_threads(),
             seed=1,
         )
     )

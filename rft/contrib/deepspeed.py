@@ -125,13 +125,13 @@ class ZeRO(Ranks):
         """No turns with ZeRO-3: there all ranks take part in setting each weight."""
         return nullcontext() if self.stage == 3 else super().one_rank_at_a_time()
 
-    def full_tensor(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if not hasattr(tensor, "ds_id"):
-            return tensor.detach()
+            return super().full_tensor(tensor, dtype)
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
-            return tensor.detach().clone()
+            return tensor.detach().to(dtype or tensor.dtype, copy=True)
 
     def model_state(self, module: nn.Module) -> dict[str, Tensor]:
         own = module.state_dict(keep_vars=True)

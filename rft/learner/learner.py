@@ -28,6 +28,7 @@ from rft.learner.scoring import load_scoring_model
 from rft.learner.spec import LearnerInfo, LearnerSpec
 from rft.learner.strategies import make_strategy
 from rft.packing import micro_batches, tree_tokens
+from rft.utils.cores import parse_cores, threads_for
 from rft.utils.seeds import derive_seed, seed_everything
 
 
@@ -40,11 +41,10 @@ class Learner:
         if spec.config.cores:
             import os
 
-            from rft.utils.cores import parse_cores
-
             cores = own_part(parse_cores(spec.config.cores), self.parallel.rank, self.parallel.ranks)
             os.sched_setaffinity(0, cores)
-        torch.set_num_threads(spec.threads)
+        sharing = self.parallel.ranks if spec.device == "cpu" and not spec.config.cores else 1
+        torch.set_num_threads(threads_for(spec.config.threads, None, sharing))
         seed_everything(spec.seed)
         self.algorithm = spec.algorithm
         self.strategy = make_strategy(spec)
@@ -433,11 +433,11 @@ class Learner:
 
     # -- weights -----------------------------------------------------------------------------------
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The plain policy's parameters under their Hugging Face names, tied ones once, adapters merged in
-        one layer at a time."""
+        one layer at a time. dtype: what the caller casts them to; they may come in it, or as they are."""
         self.parallel.reshard()
-        return self.strategy.weights(self.policy.model, self.parallel.full_tensor)
+        return self.strategy.weights(self.policy.model, self.parallel.full_tensor, dtype)
 
     def export(self, folder: str) -> str:
         """Write the policy and its tokenizer as an ordinary Hugging Face folder, and an adapter besides in

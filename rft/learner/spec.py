@@ -28,7 +28,6 @@ class LearnerSpec:
     train: TrainConfig
     sampling: SamplingConfig
     device: str
-    threads: int
     seed: int
     max_gap_mean: float | None = None
     max_gap: float | None = None

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -200,7 +199,7 @@ class LearnerActor:
             return self.publisher.announce_adapter(version, *found) if self.rank == 0 else {}
         weights = self._finite_weights() if self._early() else iter(())
         if self._manifest is None:  # it never changes, and making it gathers every weight
-            self._manifest = manifest_of(learner.weights())
+            self._manifest = manifest_of(learner.weights(self.publisher.wire_dtype))
         if self.rank == 0:
             return self.publisher.announce(version, self._manifest, weights)
         deque(weights, maxlen=0)  # takes part in gathering each
@@ -225,7 +224,7 @@ class LearnerActor:
         return self.learner.parallel.gather(self.rank == 0 and self.publisher.early)[0]
 
     def _finite_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.learner.weights():
+        for name, tensor in self.learner.weights(self.publisher.wire_dtype):
             if not bool(torch.isfinite(tensor).all()):
                 raise BrokenWeights(
                     f"the weights of version {self.learner.version} are not finite, first {name}: not "
@@ -306,8 +305,6 @@ class LearnerGroup:
         self._bundles: PlacementGroup | None = None
         self._ended: ActorDied | None = None
         ranks = spec.config.ranks
-        if spec.config.threads is None and spec.device == "cpu" and not spec.config.cores:
-            spec = replace(spec, threads=max(1, spec.threads // ranks))
         if ranks > 1:
             self._bundles = _reserve(spec)
         self._actors = [self._start(spec, channel, rank) for rank in range(ranks)]
@@ -316,7 +313,8 @@ class LearnerGroup:
         self._loading: asyncio.Task[list[None]] | None = None
 
     def _start(self, spec: LearnerSpec, channel: ChannelSpec, rank: int) -> Any:
-        env = {"OMP_NUM_THREADS": str(spec.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        threads = spec.config.threads  # none: the actor counts the cores of the machine that it is on
+        env = {"OMP_WAIT_POLICY": "PASSIVE", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         gpus = channel.gpu_share if spec.device == "cuda" else 0
         options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": gpus, "runtime_env": {"env_vars": env}}
         if self._bundles is not None:

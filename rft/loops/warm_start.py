@@ -17,7 +17,7 @@ from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerHandle
 from rft.loops.offline import OfflineLoop
 from rft.metrics import Progress
-from rft.plan import Plan, threads_for
+from rft.plan import Plan
 from rft.preflight.data import is_finished, warm_start_data, warm_start_folder
 
 WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage that is not finished
@@ -29,7 +29,6 @@ def _spec(plan: Plan, stage: WarmStartConfig) -> LearnerSpec:
         algorithm=SFT(),
         config=stage.learner,
         train=TrainConfig(steps=stage.steps, batch_size=stage.batch_size),
-        threads=threads_for(stage.learner.threads, stage.learner.cores),
         max_gap_mean=None,
         max_gap=None,
         expects_fresh=False,

@@ -48,7 +48,7 @@ def _online_lines(plan: OnlinePlan) -> list[str]:
         f"batch        {t.batch_size} prompts x {t.num_generations} completions = "
         f"{t.batch_size * t.num_generations} a step; {t.num_iterations} passes x {t.minibatches} updates",
         f"rollout      {r.replicas} x {plan.engine} ({spec.dtype}, {r.tensor_parallel} device(s), "
-        f"{spec.threads} threads, about {gib:.2f} GiB each), staleness {r.staleness}",
+        f"{r.threads or 'all'} threads, about {gib:.2f} GiB each), staleness {r.staleness}",
         f"actors       the learner and {r.replicas} rollout replicas on {plan.device}, "
         f"{c.rewards.workers} reward workers; weights over {plan.transport}",
         f"rewards      {rewards}",

@@ -70,7 +70,6 @@ class EngineSpec:
     device: Literal["cpu", "cuda"]
     max_model_len: int
     seed: int
-    threads: int
     transport: str
     stop_token_ids: tuple[int, ...]
     trust_remote_code: bool = False

@@ -14,6 +14,7 @@ from rft.config.rollout import InFlight
 from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
 from rft.sync.gloo import Receiver, load_into
 from rft.sync.spec import Link, Update
+from rft.utils.cores import threads_for
 
 
 class HFEngine:
@@ -30,7 +31,7 @@ class HFEngine:
     async def start(self) -> None:
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(self.spec.threads)
+        torch.set_num_threads(threads_for(self.spec.config.threads, self.spec.config.cores))
         dtype = "auto" if self.spec.dtype == "auto" else getattr(torch, self.spec.dtype)
 
         def load(path: str) -> Any:

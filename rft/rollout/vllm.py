@@ -13,6 +13,7 @@ from rft.errors import EngineError
 from rft.rollout.engine import Aborted, EngineSpec, Generated, Request, Sampling
 from rft.sync import nccl
 from rft.sync.spec import Link, Update
+from rft.utils.cores import threads_for
 from rft.utils.deadlines import within
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
@@ -39,7 +40,7 @@ class VLLMEngine:
         if on_cpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(self.spec.threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads_for(config.threads, config.cores))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 

@@ -31,6 +31,13 @@ def usable_cores(cores: str | None = None) -> int:
     return count if quota is None else max(1, min(count, int(quota)))
 
 
+def threads_for(threads: int | None, cores: str | None, processes: int = 1) -> int:
+    """CPU threads of this process: as asked (`threads`), else its share of the cores that it and the other
+    `processes` of its machine may keep busy. A process asks for itself: the driver's machine may have more
+    cores."""
+    return max(1, usable_cores(cores) // processes) if threads is None else threads
+
+
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Read how many CPUs the control groups (v1 and v2) allow this process; None where they set no limit.
 

@@ -88,9 +88,10 @@ class Parallel:
 
     # -- weights and state ---------------------------------------------------------------------------
 
-    def full_tensor(self, tensor: Tensor) -> Tensor:
-        """A parameter (or anything else) with all its elements, detached, on every rank. Collective."""
-        return tensor.detach()
+    def full_tensor(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter (or anything else) with all its elements, detached, on every rank; in `dtype` if given.
+        Collective."""
+        return tensor.detach() if dtype is None else tensor.detach().to(dtype)
 
     def set_full(self, tensor: Tensor, value: Tensor) -> None:
         """Set a parameter (or anything else) to a whole value; each rank keeps its part. Collective."""

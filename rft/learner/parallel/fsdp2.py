@@ -86,8 +86,8 @@ class FSDP2(Ranks):
         norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def full_tensor(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
+    def full_tensor(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = super().full_tensor(tensor, dtype)  # cast before it is gathered: fewer bytes travel
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def reshard(self) -> None:

@@ -187,8 +187,8 @@ class Adapter(Strategy):
 
     # -- weights and state ---------------------------------------------------------------------------
 
-    def weights(self, model: nn.Module, full_tensor: FullTensor) -> Named:
-        return merged_weights(model, self.names, full_tensor)
+    def weights(self, model: nn.Module, full_tensor: FullTensor, dtype: torch.dtype | None = None) -> Named:
+        return merged_weights(model, self.names, full_tensor, dtype)
 
     def adapter(self, full_tensor: FullTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The adapter on the *original* base: tensors by peft's names, and its config as plain data.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from rft.learner.spec import LearnerSpec
 
 Named = Iterator[tuple[str, Tensor]]
-FullTensor = Callable[[Tensor], Tensor]  # a tensor with all its elements, whatever part of it rests here
+
+
+class FullTensor(Protocol):
+    """Return a tensor with all its elements, whichever part of it this rank holds; in `dtype` if given."""
+
+    def __call__(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
+
+
 SetFull = Callable[
     [Tensor, Tensor], None
 ]  # sets a tensor to a whole value; both are `Parallel`'s, and collective
@@ -72,10 +79,10 @@ class Strategy:
 
     # -- weights and state ---------------------------------------------------------------------------
 
-    def weights(self, model: nn.Module, full_tensor: FullTensor) -> Named:
+    def weights(self, model: nn.Module, full_tensor: FullTensor, dtype: torch.dtype | None = None) -> Named:
         """(name, tensor) of the plain model's parameters under their Hugging Face names, tied ones once."""
         for name, parameter in model.named_parameters():
-            yield name, full_tensor(parameter)
+            yield name, full_tensor(parameter, dtype)
 
     def adapter(self, full_tensor: FullTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """An adapter alone: its tensors and its config. Raises ValueError where there is none (the preflight

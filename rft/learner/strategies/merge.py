@@ -88,7 +88,7 @@ def gathered(layer: nn.Module, full_tensor: FullTensor) -> Iterator[None]:
 
 
 def merged_weights(
-    model: nn.Module, names: list[str], full_tensor: FullTensor
+    model: nn.Module, names: list[str], full_tensor: FullTensor, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter of the plain model, adapters merged, in the order of `names`.
 
@@ -110,8 +110,8 @@ def merged_weights(
                     at, merged = path, merged_layer(module)
             yield name, merged[leaf]
         elif isinstance(module, ModulesToSaveWrapper):
-            yield name, full_tensor(getattr(module.modules_to_save[module.active_adapters[0]], leaf))
+            yield name, full_tensor(getattr(module.modules_to_save[module.active_adapters[0]], leaf), dtype)
         elif is_quantized(module) and leaf == "weight":
             yield name, full_weight(module)
         else:
-            yield name, full_tensor(getattr(module, leaf))
+            yield name, full_tensor(getattr(module, leaf), dtype)
