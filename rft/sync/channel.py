@@ -30,7 +30,7 @@ from typing import Any, Protocol, TypeVar
 
 from rft.config.rollout import InFlight
 from rft.errors import EngineError, ReplicasLost, TransferError
-from rft.sync import files
+from rft.sync import files, gloo
 from rft.sync.proof import Gap, Proof, ProofSpec
 from rft.sync.spec import GRACE_S, ChannelSpec, Link, Update, WeightSource
 from rft.utils.deadlines import Overdue
@@ -123,8 +123,17 @@ class WeightChannel:
         host, port = await self.learner.reserve_address() if self.spec.grouped else ("", 0)
         *offsets, world = accumulate(self.engines.workers, initial=1)  # each replica's first rank, all ranks
         links = [Link(host, port, offset, world, self.timeout_s) for offset in offsets]
-        opened = self.learner.open_channel(Link(host, port, 0, world, self.timeout_s))
-        await self._both("forming the weight channel", opened, self.engines.join(links), self.timeout_s + 5)
+        opened = asyncio.ensure_future(
+            _plain(self.learner.open_channel(Link(host, port, 0, world, self.timeout_s)))
+        )
+        opened.add_done_callback(lambda task: task.cancelled() or task.exception())  # `_both` raises it
+        joined = self.engines.join(links)
+        try:
+            await self._both("forming the weight channel", asyncio.shield(opened), joined, self.timeout_s + 5)
+        except Exception:
+            if self.spec.grouped and not opened.done():  # the learner waits for engines that will not come
+                await asyncio.to_thread(gloo.call_off, host, port)
+            raise
 
     async def push(self, version: int) -> PushReport:
         """Raises ReplicasLost where some replicas failed: the others hold the version, or are paused until

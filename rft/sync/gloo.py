@@ -5,6 +5,8 @@ Sender and receivers plan the same buckets from the same manifest, so only raw b
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -22,6 +24,7 @@ from rft.utils.dotted import load_dotted
 from rft.utils.network import use_interface_of
 
 BUCKET_BYTES = 64 * 2**20
+CALLED_OFF = "called off"
 SPARSE_RECEIVER = "rft.contrib.sparse_sync.delta.SparseReceiver"  # the engines' state of sparse updates
 
 
@@ -33,12 +36,33 @@ def open_group(
 ) -> Any:
     """Join (rank 0: open) a gloo group that is independent of torch.distributed's default group.
 
-    Raises torch.distributed.DistStoreError or RuntimeError when the others do not come in time.
+    Raises TransferError or RuntimeError when the others do not come in time, or the group is called off.
     """
     use_interface_of(host)
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    _wait_for_all(store, rank, world_size, timeout_s)
     return ProcessGroupGloo(PrefixStore(name, store), rank, world_size, timeout)
+
+
+def _wait_for_all(store: TCPStore, rank: int, world_size: int, timeout_s: float) -> None:
+    """Return once every rank is here. Gloo itself cannot be interrupted while it waits for one."""
+    deadline = time.monotonic() + timeout_s
+    store.set(f"here/{rank}", "")
+    while not store.check([f"here/{r}" for r in range(world_size)]):
+        if store.check([CALLED_OFF]):
+            raise TransferError("the weight channel could not be formed: another rank failed")
+        if time.monotonic() > deadline:
+            missing = [r for r in range(world_size) if not store.check([f"here/{r}"])]
+            raise TransferError(f"ranks {missing} did not join the weight channel within {timeout_s:g} s")
+        time.sleep(0.02)
+
+
+def call_off(host: str, port: int) -> None:
+    """Make the ranks that wait in `open_group` raise TransferError. No error if none waits."""
+    with contextlib.suppress(RuntimeError):  # torch's errors of stores and networks
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        store.set(CALLED_OFF, "")
 
 
 def plan_buckets(manifest: Manifest) -> list[list[int]]:
