@@ -83,7 +83,7 @@ def text_problem(answer: Any) -> str | None:
 
 def _final(completion: str) -> str:
     """What the completion answers: in `<answer>`, in a box, or all of it after `</think>`."""
-    from rft.rewards.extract import extract
+    from rft.rewards.math import extract
 
     found = extract(completion, ("boxed", "tag"))
     if found is not None and found.text is not None:
@@ -105,7 +105,7 @@ def exact_match(completion: str, answer: str, *, strip: bool = True, ignore_case
 
 def choice(completion: str, answer: str, *, letters: str = "ABCDEFGHIJ") -> Score:
     """1 where the letter that the completion chooses is the answer's: "(B)", "B.", "the answer is B"."""
-    from rft.rewards.extract import extract
+    from rft.rewards.math import extract
 
     found = extract(completion, ("boxed", "tag", "hash", "phrase"))
     text = completion.strip() if found is None else found.text or ""

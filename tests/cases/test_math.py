@@ -16,7 +16,7 @@ from rft.config.rewards import RewardConfig, RewardsConfig
 from rft.preflight.rewards import check_values
 from rft.rewards import Outcome, load_reward
 from rft.rewards.equal import equal
-from rft.rewards.extract import extract
+from rft.rewards.math import extract
 
 HERE = Path(__file__).parent
 

@@ -13,8 +13,7 @@ from math_cases import Case, gsm8k, math500, model_solutions
 
 from rft.rewards import Outcome, load_reward
 from rft.rewards.equal import equal
-from rft.rewards.extract import extract
-from rft.rewards.limit import OutOfTime, time_limit
+from rft.rewards.math import OutOfTime, extract, time_limit
 
 
 @pytest.mark.parametrize(
