@@ -38,7 +38,7 @@ def restore_defaults() -> None:
     """Give this process the default stop signals back, for programs of the user, which may send and expect
     them. Call it in the main thread, or between fork and exec."""
     for number in to_catch():
-        signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)  # of SIGINT too: Python's own would write a traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 

@@ -76,6 +76,20 @@ async def test_stop_signals_are_the_default_ones_in_a_worker() -> None:
     assert values(rewards) == [1.0] * 5
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+async def test_a_stop_signal_ends_a_worker_without_a_traceback(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A job scheduler sends it to every process of a run, which then says once that it stops."""
+    async with RewardRunner(config("length", workers=1), HERE) as runner:
+        (pid,) = runner.pids
+        os.kill(pid, signal.Signals[name])
+        async with asyncio.timeout(10):
+            while is_running(pid):
+                await asyncio.sleep(0.01)
+    assert capfd.readouterr().err == ""
+
+
 async def test_a_hang_is_a_timeout_and_takes_its_children_along() -> None:
     rewards = await score("hangs", ["a", "b", "hang", "c", "d", "e"], timeout_s=0.6)
     assert values(rewards) == [1.0, 1.0, None, 1.0, 1.0, 1.0]
