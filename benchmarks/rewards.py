@@ -1,20 +1,27 @@
 """How often the math reward errs and how fast it is, against math-verify in the same run.
 
-    python benchmarks/rewards.py [--peers]        # writes benchmarks/results/rewards.json
+    python benchmarks/rewards.py [--peers] [--sandbox]        # writes benchmarks/results/rewards.json
 
 One process, one thread. Cases: GSM8K and MATH-500 gold solutions with their own and with perturbed
 answers, solutions written by models, and labelled pairs of spellings. Each contestant sees the same
 (completion, answer) strings. With `--peers` TRL's `accuracy_reward` runs too, from its own
-environment. Then the overhead of the worker pool, and the sandbox.
+environment. Then the overhead of the worker pool, and the sandbox against the one
+before `rft.sandbox` (from the repository's history).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
+import os
+import shutil
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "rewards")]
 
 import math_cases  # noqa: E402
-from common import RESULTS, peer_versions, use_peer, write_result  # noqa: E402
+from common import RESULTS, machine, peer_versions, use_peer, write_result  # noqa: E402
 from equivalences import CASES  # noqa: E402
 from math_cases import Case  # noqa: E402
 
@@ -125,23 +132,96 @@ async def pool_overhead(n: int = 256, rounds: int = 20) -> dict[str, float]:
     }
 
 
-def sandbox_speed(n: int = 30) -> dict[str, Any]:
-    from rft.sandbox import Sandbox
+BASELINE = "1a308a4"  # the last commit with the sandbox before `rft.sandbox`
+ASKED = """
+import sys, time
+from {module} import Sandbox
+sandbox = Sandbox({options})
+requests = {{
+    "run": lambda: sandbox.run("print(1)"),
+    "test": lambda: sandbox.test("def f(x):\\n    return x + 1\\n", ["assert f(1) == 2"]),
+}}
+for line in sys.stdin:
+    begin = time.perf_counter()
+    requests[line.strip()]()
+    print(time.perf_counter() - begin, flush=True)
+"""
 
-    with Sandbox() as sandbox:
-        begin = time.perf_counter()
-        for _ in range(n):
-            sandbox.test("def f(x):\n    return x + 1\n", ["assert f(1) == 2"])
-        return {
-            "programs_per_second": round(n / (time.perf_counter() - begin), 1),
-            "protections": sandbox.protections,
-        }
+
+def sandbox_speed(rounds: int = 4, n: int = 80) -> dict[str, Any]:
+    """Milliseconds of a request, and the throughput as a share of the old sandbox's, in this run.
+
+    The contestants answer by turns, request by request, so that the load of the machine is the same for all.
+    """
+    with tempfile.TemporaryDirectory() as old, contextlib.ExitStack() as stack:
+        archive = subprocess.run(
+            ["git", "archive", BASELINE, "rft"], cwd=ROOT, check=True, capture_output=True
+        )
+        subprocess.run(["tar", "x", "-C", old], input=archive.stdout, check=True)
+        contestants = {BASELINE: _contestant(stack, Path(old), "rft.rewards.sandbox", "")}
+        for backend in ("native", "bubblewrap"):
+            if backend == "native" or shutil.which("bwrap"):
+                contestants[backend] = _contestant(stack, ROOT, "rft.sandbox", f"backend={backend!r}")
+        result: dict[str, Any] = {"load_average": os.getloadavg()[0]}
+        for request in ("run", "test"):
+            medians: dict[str, list[float]] = {name: [] for name in contestants}
+            for _ in range(rounds):
+                times: dict[str, list[float]] = {name: [] for name in contestants}
+                for _ in range(n):
+                    for name, process in contestants.items():
+                        times[name].append(_asked(process, request))
+                for name, values in times.items():
+                    medians[name].append(statistics.median(values))
+            result[request] = {
+                name: {
+                    "ms": [round(1000 * m, 2) for m in values],
+                    "throughput_of_baseline": round(
+                        statistics.median(
+                            old_ms / m for old_ms, m in zip(medians[BASELINE], values, strict=True)
+                        ),
+                        3,
+                    ),
+                }
+                for name, values in medians.items()
+            }
+    return result
+
+
+def _contestant(stack: contextlib.ExitStack, root: Path, module: str, options: str) -> subprocess.Popen[str]:
+    process = stack.enter_context(
+        subprocess.Popen(
+            [sys.executable, "-c", ASKED.format(module=module, options=options)],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    )
+    stack.callback(process.kill)
+    for request in ("run", "test") * 5:
+        _asked(process, request)
+    return process
+
+
+def _asked(process: subprocess.Popen[str], request: str) -> float:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(request + "\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--peers", action="store_true", help="also TRL, from its own environment")
+    parser.add_argument("--sandbox", action="store_true", help="only the sandbox; the other results stay")
     args = parser.parse_args()
+    if args.sandbox:
+        earlier = json.loads((RESULTS / "rewards.json").read_text())
+        speed = {"machine": machine(), **sandbox_speed()}
+        print(json.dumps(speed, indent=1))
+        (RESULTS / "rewards.json").write_text(json.dumps({**earlier, "sandbox": speed}, indent=1) + "\n")
+        return
     logging.disable(logging.WARNING)
     contestants: dict[str, Judge] = {"rft": rft_math(), "math-verify": math_verify()}
     if args.peers:
