@@ -19,7 +19,6 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -90,36 +89,40 @@ def test_the_page_of_rewards_has_an_example_for_each_family() -> None:
 # -- run -----------------------------------------------------------------------------------------------
 
 
-@cache
-def results_of(page: str, folder: Path) -> dict[int, dict[str, str]]:
-    """Run the blocks of a page in order, in one process and folder: {line: {"stdout", "error"}}."""
-    folder.mkdir()
-    (folder / "examples").symlink_to(ROOT / "examples")
-    todo = [b for b in BLOCKS if b.page == page and b.mark == "run" and b.language != "text"]
-    for block in todo:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Run the blocks of all pages in one process, in a folder per page: {id: {"stdout", "error"}}."""
+    top, jobs = tmp_path_factory.mktemp("pages"), []
+    for block in BLOCKS:
+        folder = top / block.page.replace("/", "-")
+        if block.mark != "run" or block.language == "text":
+            continue
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "examples").symlink_to(ROOT / "examples")
         if block.argument:
             (folder / block.argument).write_text(block.text, encoding="utf-8")
-    jobs = [[b.line, b.language, b.text] for b in todo if not b.argument]
+        else:
+            jobs.append({"id": block.id, "folder": str(folder), "line": block.line, "text": block.text})
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, page]
     done = subprocess.run(
-        command, input=json.dumps(jobs), capture_output=True, text=True, cwd=folder, env=env, timeout=200
+        [sys.executable, __file__],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    return {result["line"]: result for result in json.loads(done.stdout.splitlines()[-1])}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pages")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @marked("run", "python", "bash")
-def test_a_block_runs_and_prints_what_it_says(block: Block, folder: Path) -> None:
+def test_a_block_runs_and_prints_what_it_says(block: Block, results: dict[str, dict[str, str]]) -> None:
     if block.argument:
         compile(block.text, block.id, "exec")
         return
-    result = results_of(block.page, folder / block.page.replace("/", "-"))[block.line]
+    result = results[block.id]
     if "this machine cannot protect" in result["error"]:
         pytest.skip("no sandbox on this machine: " + result["error"].strip().splitlines()[-1])
     assert not result["error"], result["error"]
@@ -128,33 +131,36 @@ def test_a_block_runs_and_prints_what_it_says(block: Block, folder: Path) -> Non
 
 
 @marked("run", "text")
-def test_shown_output_is_what_the_command_above_prints(block: Block, folder: Path) -> None:
+def test_shown_output_is_what_the_command_above_prints(
+    block: Block, results: dict[str, dict[str, str]]
+) -> None:
     above = [b for b in BLOCKS if b.page == block.page and b.mark == "run" and b.line < block.line]
-    result = results_of(block.page, folder / block.page.replace("/", "-"))[above[-1].line]
-    assert [line for line in block.text.splitlines() if line not in result["stdout"].splitlines()] == []
+    printed = results[above[-1].id]["stdout"].splitlines()
+    assert [line for line in block.text.splitlines() if line not in printed] == []
 
 
-def run_jobs(page: str) -> None:
-    """The child process: run each job of stdin, then print all results as one line of JSON."""
+def run_jobs() -> None:
+    """The child process: run each job of stdin in its folder, then print all results as one line of JSON."""
     import traceback
 
     from rft.cli import main
 
-    results = []
-    for line, language, text in json.loads(sys.stdin.read()):
+    results = {}
+    for job in json.loads(sys.stdin.read()):
         stdout, error = io.StringIO(), ""
+        os.chdir(job["folder"])
         try:
             with redirect_stdout(stdout):
-                if language == "python":
-                    code = compile("\n" * (line - 1) + text, page, "exec")
-                    exec(code, {"__name__": "__main__"})
-                else:
-                    for command in commands(text):
+                if job["text"].startswith("rft "):
+                    for command in commands(job["text"]):
                         assert command[0] == "rft", f"only rft commands are run, not {command[0]}"
                         assert main(command[1:]) == 0, f"{shlex.join(command)} failed"
+                else:
+                    code = compile("\n" * (job["line"] - 1) + job["text"], job["id"], "exec")
+                    exec(code, {"__name__": "__main__"})
         except BaseException:
             error = traceback.format_exc()
-        results.append({"line": line, "stdout": stdout.getvalue(), "error": error})
+        results[job["id"]] = {"stdout": stdout.getvalue(), "error": error}
     print(json.dumps(results))
 
 
@@ -243,4 +249,4 @@ def check_rft(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_jobs(sys.argv[1])
+    run_jobs()

@@ -65,6 +65,7 @@ def test_the_metadata(wheel: zipfile.ZipFile) -> None:
         "deepspeed",
         "quant",
         "dev",
+        "docs",
         "trackers",
     }
     assert metadata["Requires-Python"] in ("<3.13,>=3.11", ">=3.11,<3.13")
