@@ -12,8 +12,8 @@ from rft.batch import Batch, Group
 from rft.config.data import DataConfig
 from rft.config.load import parse_config
 from rft.data import load_groups, load_prompts
-from rft.learner.forward import PolicyModel
 from rft.learner.learner import Learner
+from rft.learner.model import PolicyModel
 from rft.plan import Plan
 from rft.rewards import load_reward
 

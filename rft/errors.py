@@ -19,6 +19,10 @@ class ConfigError(ValueError):
         self.problems = list(problems)
 
 
+class ModelError(ValueError):
+    """A model cannot be loaded or used; the message says which and why."""
+
+
 class EngineError(RuntimeError):
     """An engine failed or did not answer in time; the message names the engine and the call."""
 

@@ -23,7 +23,6 @@ from rft.batch import Batch, Group
 
 MERGE_COST = 0.05  # of a token's matrix products, for merging a completion's token with its prompt's keys
 
-Oversize = Literal["alone", "raise"]
 Sharing = Literal["auto", "on", "off"]
 
 
@@ -33,7 +32,6 @@ def micro_batches(
     ranks: int = 1,
     *,
     keep_groups: bool = False,
-    oversize: Oversize = "alone",
     hidden_size: int = 1024,
 ) -> list[list[list[int]]]:
     """Split a batch into micro-batches of whole trees: `[rank][micro-batch] -> tree ids, ascending`.
@@ -43,11 +41,10 @@ def micro_batches(
     the step's collectives. The same batch always gives the same split.
 
     keep_groups: all trees of a group share a micro-batch (pairwise losses need both sides).
-    oversize: what a tree (or kept group) above `max_tokens` does: a micro-batch of its own, or raise.
+    A tree (or kept group) above `max_tokens` gets a micro-batch to itself.
     hidden_size: the model's width; it weighs attention against matrix products.
 
-    Raises ValueError for a non-positive `max_tokens` or `ranks`, and, with `oversize="raise"`, for a
-    tree that does not fit, by number.
+    Raises ValueError for a non-positive `max_tokens` or `ranks`.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -56,7 +53,7 @@ def micro_batches(
     tokens = tree_tokens(batch).tolist()
     costs = tree_costs(batch, hidden_size).tolist()
     units = _group_units(batch) if keep_groups else [[tree] for tree in range(len(tokens))]
-    bins = _best_fit(units, tokens, costs, max_tokens, oversize)
+    bins = _best_fit(units, tokens, costs, max_tokens)
     per_rank = max(1, -(-len(bins) // ranks))
     bins = _split_to(bins, per_rank * ranks)
     return _deal(bins, ranks)
@@ -79,21 +76,9 @@ def tree_costs(batch: Batch, hidden_size: int) -> Tensor:
     return tokens.cpu().double() + pairs / (6 * hidden_size)
 
 
-def predicted_gain(batch: Batch, hidden_size: int = 1024) -> float:
-    """How many times less work a batch is than the same sequences without shared prefixes: at least 1."""
-    shared = float(tree_costs(batch, hidden_size).sum())
-    lengths = torch.bincount(batch.segment, minlength=batch.parent.numel()).tolist()
-    parents = batch.parent.tolist()
-    inner, total = set(parents), list(lengths)
-    for s, p in enumerate(parents):
-        if p >= 0:
-            total[s] += total[p]
-    leaves = [total[s] for s in range(len(parents)) if s not in inner]
-    return sum(_sequence_cost(n, hidden_size) for n in leaves) / shared if shared else 1.0
-
-
 def sharing_gain(prompt: int, completions: Sequence[int], hidden_size: int = 1024) -> float:
-    """`predicted_gain` of one prompt with its completions, from their numbers of tokens."""
+    """How many times less work a prompt with completions is than the same sequences without a shared prompt,
+    from their numbers of tokens: at least 1."""
     separate = sum(_sequence_cost(prompt + n, hidden_size) for n in completions)
     tokens = prompt + sum(completions)
     pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in completions)
@@ -181,7 +166,6 @@ def _best_fit(
     tokens: Sequence[int],
     costs: Sequence[float],
     max_tokens: int,
-    oversize: Oversize,
 ) -> list[_Bin]:
     """Best-fit decreasing: the largest unit first, each into the fullest bin that still has room."""
     sized = [(sum(tokens[t] for t in unit), unit) for unit in units]
@@ -191,12 +175,6 @@ def _best_fit(
     for size, unit in sized:
         cost = sum(costs[t] for t in unit)
         if size > max_tokens:
-            if oversize == "raise":
-                name = f"tree {unit[0]}" if len(unit) == 1 else f"the group of trees {unit}"
-                raise ValueError(
-                    f"{name} has {size} tokens, more than max_tokens = {max_tokens}: raise max_tokens, "
-                    "or shorten prompts and completions"
-                )
             bins.append(_Bin())
             bins[-1].add(cost, size, unit)
             continue

@@ -16,8 +16,8 @@ from rft.config import validate
 from rft.config.schema import Config
 from rft.config.validate import Device, Engine, longest_sequence
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
-from rft.errors import ConfigError
-from rft.learner.model import ModelError, load_tokenizer, resolve_dtype
+from rft.errors import ConfigError, ModelError
+from rft.learner.model import load_tokenizer, resolve_dtype
 from rft.learner.spec import LearnerSpec
 from rft.preflight.data import (
     OfflineData,

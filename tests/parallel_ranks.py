@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
+from rft.config.learner import LearnerConfig
 from rft.learner.learner import Learner
-from rft.learner.parallel.base import Parallel
-from rft.learner.parallel.ranks import Rendezvous, join
+from rft.learner.parallel import Parallel, Rendezvous, join
 from rft.learner.spec import LearnerSpec
 from tests.specs import learner_spec
 
@@ -103,7 +103,9 @@ def work(model: Path, root: Path, kind: str, parallel: Parallel | None) -> None:
         result["scores"].append(torch.tensor(learner.score_tokens(range(6, 200))))
         result["weights"].append(weights(learner))  # after a forward without backward
         if step == 1:
-            learner.write_state(folder / "state")
+            write = learner.capture_state()
+            if learner.parallel.rank == 0:
+                write(folder / "state")
     if kind == "fsdp2":
         result["pushes"] = [gathered(learner, dtype) for dtype in (None, torch.bfloat16)]
     learner.export(str(folder / "model"))
@@ -118,12 +120,12 @@ def work(model: Path, root: Path, kind: str, parallel: Parallel | None) -> None:
 
 def parallel_of(kind: str) -> Parallel:
     from rft.contrib.deepspeed import ZeRO
-    from rft.learner.parallel.fsdp2 import FSDP2
+    from rft.learner.fsdp2 import FSDP2
 
     name = kind.partition(" ")[0]
     if name == "fsdp2":
-        return FSDP2("cpu", torch.float32, cpu_offload=False, reshard_after_forward=True)
-    return ZeRO("cpu", torch.float32, {"zero_optimization": {"stage": int(name[-1])}})
+        return FSDP2(LearnerConfig(), "cpu")
+    return ZeRO(LearnerConfig(deepspeed={"zero_optimization": {"stage": int(name[-1])}}), "cpu")
 
 
 def parallel_again(parallel: Parallel) -> Parallel:

@@ -16,12 +16,11 @@ from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch, Group
 from rft.config.learner import KernelsConfig
-from rft.learner import distribution, forward
-from rft.learner.critic import Critic
+from rft.learner import distribution
+from rft.learner import model as policy_model
 from rft.learner.distribution import next_logps
-from rft.learner.forward import PolicyModel
 from rft.learner.learner import Learner
-from rft.learner.model import Head
+from rft.learner.model import Critic, Head, PolicyModel
 from tests.kernels.architectures import build
 from tests.test_learner import spec
 
@@ -48,8 +47,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.dtype]]:
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(forward, "token_logps")
-    watch(distribution, "full_kl")
+    watch(policy_model, "token_logps")
+    watch(distribution, "head_divergence")
     watch(distribution, "wide_product")
     watch(Critic, "forward")
     return calls
@@ -122,7 +121,7 @@ def test_divergences(name: str, fused: bool, make_groups: Any, seen: Any, monkey
         assert out.kl is not None
         found.append(out.kl)
         if dtype == BF16:
-            used = seen["full_kl" if fused else "wide_product"]
+            used = seen["head_divergence" if fused else "wide_product"]
             assert used and set(used) == {BF16}
     close(*found)
 

@@ -13,8 +13,8 @@ from rft.batch import Batch
 from rft.config.learner import LearnerConfig
 from rft.errors import LearnerError
 from rft.learner.learner import Learner
-from rft.learner.schedule import learning_rate
 from rft.learner.spec import LearnerSpec
+from rft.learner.strategy import learning_rate
 from tests.specs import changed, learner_spec
 
 pytestmark = pytest.mark.numerics
@@ -96,7 +96,7 @@ def test_state_read_back_goes_on_to_the_same_weights(tiny_folder, make_groups, t
     one = Learner(spec(tiny_folder, num_iterations=2, minibatches=3))
     for i, batch in enumerate(batches[:2]):
         one.step(batch, i)
-    one.write_state(tmp_path)
+    one.capture_state()(tmp_path)
     two = Learner(spec(tiny_folder, num_iterations=2, minibatches=3))
     two.read_state(tmp_path)
     assert two.version == one.version == 2
@@ -140,7 +140,7 @@ def test_a_critic_learns_beside_the_policy_and_survives(tiny_folder, make_groups
     assert losses[1] < losses[0]
     assert all(torch.equal(p, before[name]) for name, p in learner.policy.model.named_parameters())
     values = learner.score(batch, outputs=frozenset({"values"}))["values"]
-    learner.write_state(tmp_path)
+    learner.capture_state()(tmp_path)
     other = Learner(spec(tiny_folder, settings=settings, config={"weight_decay": 0.1}))
     other.read_state(tmp_path)
     assert torch.equal(other.score(batch, outputs=frozenset({"values"}))["values"], values)
@@ -163,7 +163,7 @@ def test_the_reference_follows_the_policy_every_so_many_steps(tiny_folder, make_
         learner.step(batch, i)
         distances.append(apart(learner))
     assert distances[0] > 1e-3 and distances[1] == 0 and distances[2] > 1e-3
-    learner.write_state(tmp_path)
+    learner.capture_state()(tmp_path)
     other = Learner(spec(tiny_folder, settings=settings))
     other.read_state(tmp_path)
     assert apart(other) == distances[2]

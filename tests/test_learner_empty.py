@@ -16,7 +16,7 @@ from rft.algorithms.base import Algorithm
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LogpGapError
 from rft.learner.learner import Learner
-from rft.learner.parallel.ranks import RendezvousStore
+from rft.learner.parallel import RendezvousStore
 from tests import parallel_ranks as ranks
 from tests.parallel_ranks import MASKED, masked_groups
 from tests.specs import changed, learner_spec

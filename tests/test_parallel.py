@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from rft.learner.learner import Learner
-from rft.learner.parallel.ranks import RendezvousStore
+from rft.learner.parallel import RendezvousStore
 from tests import parallel_ranks as ranks
 
 pytestmark = pytest.mark.timeout(400)

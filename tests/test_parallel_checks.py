@@ -9,7 +9,7 @@ import pytest
 from rft.config.load import parse_config
 from rft.config.schema import Config
 from rft.config.validate import PACKAGES, problems
-from rft.learner.parallel.ranks import own_part
+from rft.learner.parallel import local_share
 from rft.report.plan_text import describe_ranks
 from tests.specs import facts
 
@@ -114,6 +114,6 @@ def test_the_plan_says_where_the_ranks_go() -> None:
 
 
 def test_ranks_share_the_cores_of_their_machine() -> None:
-    assert [own_part({4, 5, 6, 7, 9}, rank, 2) for rank in range(2)] == [{4, 5}, {6, 7, 9}]
+    assert [local_share({4, 5, 6, 7, 9}, rank, 2) for rank in range(2)] == [{4, 5}, {6, 7, 9}]
     with pytest.raises(ValueError, match="1 cores cannot be shared by 2 ranks"):
-        own_part({3}, 0, 2)
+        local_share({3}, 0, 2)

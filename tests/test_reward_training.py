@@ -16,8 +16,8 @@ from rft.algorithms.reward_models.reward_model import response_scores
 from rft.batch import Batch, Group
 from rft.config.load import parse_config
 from rft.data import load_groups
-from rft.learner.held_out import Sums
 from rft.learner.learner import Learner
+from rft.learner.objective import Sums
 from rft.plan import make_plan
 from rft.rewards import load_reward
 from rft.rewards.types import Outcome
@@ -152,7 +152,7 @@ def test_an_end_token_that_pads_is_not_taken_for_padding(tiny_folder: Path, tmp_
 
 def test_a_resumed_reward_model_is_the_same(tiny_folder: Path, tmp_path: Path) -> None:
     done = train(tiny_folder, tmp_path, "reward_model")
-    done.learner.write_state(tmp_path / "state")
+    done.learner.capture_state()(tmp_path / "state")
     other = Learner(done.learner.spec)
     other.read_state(tmp_path / "state")
     batch = Batch.build(done.groups)

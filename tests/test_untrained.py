@@ -13,8 +13,8 @@ from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch, Group
 from rft.learner import objective
-from rft.learner.forward import PolicyModel
 from rft.learner.learner import Learner
+from rft.learner.model import PolicyModel
 from tests.test_learner import Watched, spec
 
 

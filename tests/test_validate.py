@@ -51,6 +51,6 @@ def test_what_is_not_known_is_not_checked() -> None:
 
 
 def test_methods_that_read_the_first_batch_are_those_that_are_made_of_it() -> None:
-    from rft.contrib.strategies.data_init import MAKERS
+    from rft.learner.adapters.methods import DATA_DRIVEN
 
-    assert set(FROM_FIRST_BATCH) == set(MAKERS) <= PLAIN_LORA.keys()
+    assert set(FROM_FIRST_BATCH) == set(DATA_DRIVEN) <= PLAIN_LORA.keys()

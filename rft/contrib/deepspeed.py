@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rft.learner.forward import PolicyModel
-from rft.learner.model import head_of
-from rft.learner.parallel.base import MakeOptimizer
-from rft.learner.parallel.ranks import Ranks, device_of
+from rft.config.learner import LearnerConfig
+from rft.learner.model import PolicyModel, head_of, resolve_dtype
+from rft.learner.parallel import MakeOptimizer, Ranks, device_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
@@ -24,17 +23,17 @@ class ZeRO(Ranks):
     The policy's network runs inside the engine; in bfloat16 the engine keeps float32 master weights.
     """
 
-    def __init__(self, device: str, compute_dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: LearnerConfig, device: str) -> None:
         super().__init__()
         os.environ.setdefault("DS_ACCELERATOR", device)
         self.device = device
         self.config: dict[str, Any] = {
             "zero_allow_untested_optimizer": True,  # torch's AdamW is the one that all parallelisms share
             "zero_force_ds_cpu_optimizer": False,
-            **config,
+            **config.deepspeed,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "bf16": {"enabled": compute_dtype == torch.bfloat16},
+            "bf16": {"enabled": resolve_dtype(config.dtype, device) == torch.bfloat16},
             "steps_per_print": 2**62,
         }
         self.stage = int(self.config.get("zero_optimization", {}).get("stage", 0))
@@ -121,9 +120,11 @@ class ZeRO(Ranks):
 
     # -- weights and state ---------------------------------------------------------------------------
 
-    def one_rank_at_a_time(self) -> AbstractContextManager[None]:
-        """No turns with ZeRO-3: there all ranks take part in setting each weight."""
-        return nullcontext() if self.stage == 3 else super().one_rank_at_a_time()
+    @contextmanager
+    def one_rank_at_a_time(self) -> Iterator[None]:
+        """All ranks at once with ZeRO-3: there they all take part in setting each weight."""
+        with nullcontext() if self.stage == 3 else super().one_rank_at_a_time():
+            yield
 
     def full_tensor(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if not hasattr(tensor, "ds_id"):

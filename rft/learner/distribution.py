@@ -1,5 +1,5 @@
-"""What a few algorithms ask beyond log-probs of tokens: whole next-token distributions (a divergence to
-the reference, the embedding that the policy expected), and other embeddings than the tokens'."""
+"""Whole next-token distributions, which a few algorithms need: a divergence to the reference, the expected
+embedding, and changed input embeddings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CELLS = 2**24  # log-probs held at once: 64 MiB in float32
 
 
 def next_logps(head: Head, hidden: Tensor, temperature: float) -> Tensor:
-    """[n, V] float32: log-probs over the vocabulary from hidden states [n, H]."""
+    """Return log-probs over the vocabulary [n, V] float32 at hidden states [n, H]."""
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
         z = wide_product(hidden, head.weight.to(hidden.dtype))
         low, low_rank = low_rank_factors(hidden, head.lora)
@@ -41,8 +41,8 @@ def _chunks(n: int, vocabulary: int) -> Iterator[slice]:
 
 
 def _fuses(head: Head, reference: Head) -> bool:
-    """Whether the fused kernel serves two heads: it has no LoRA factors, and one map from products to
-    logits for both."""
+    """Whether the fused kernel serves two heads: it takes no LoRA factors, and one softcap and scale for
+    both."""
     same = head.softcap == reference.softcap and head.logit_scale == reference.logit_scale
     return same and head.lora is None and reference.lora is None
 
@@ -107,14 +107,11 @@ def expected_embeddings(model: Any, batch: Batch, temperature: float) -> Tensor:
 
 
 @contextmanager
-def reading(model: Any, batch: Batch, algorithm: Algorithm | None, temperature: float) -> Iterator[None]:
+def reading(model: Any, batch: Batch, algorithm: Algorithm, temperature: float) -> Iterator[None]:
     """Within, the model reads what `algorithm.embed` makes of the tokens' embeddings.
 
     Raises ValueError where the model's sequences cannot be packed: there is then no [T, H] to change.
     """
-    if algorithm is None or not algorithm.embeds:
-        yield
-        return
 
     def change(module: Any, inputs: Any, output: Tensor) -> Tensor:
         if output.shape[:-1] != (1, batch.num_tokens):

@@ -1,11 +1,15 @@
-"""The learner: owns forward, reduction, backward and optimizer. Runs as a Ray actor or in process."""
+"""One training step: prepare the batch, weigh the loss, accumulate gradients, update.
+
+    metrics = Learner(spec).step(batch, 0)
+
+A learner runs in a Ray actor (workers.py) or in process. Every rank calls every method.
+"""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,144 +17,29 @@ from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.data.reward_texts import reward_texts
 from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_common
-from rft.learner import objective, state
-from rft.learner.critic import Critic
-from rft.learner.forward import PolicyModel
-from rft.learner.held_out import Sums, held_out_sums
-from rft.learner.model import count_parameters, load_causal_lm, load_tokenizer, resolve_dtype
-from rft.learner.parallel.base import Parallel
-from rft.learner.parallel.ranks import own_part
-from rft.learner.schedule import learning_rate
-from rft.learner.scoring import load_scoring_model
-from rft.learner.spec import LearnerInfo, LearnerSpec
-from rft.learner.strategies import make_strategy
+from rft.learner import objective
+from rft.learner.model import PolicyModel
+from rft.learner.objective import Sums
+from rft.learner.parallel import Parallel
+from rft.learner.spec import LearnerSpec
+from rft.learner.state import TrainState
+from rft.learner.strategy import learning_rate
 from rft.packing import micro_batches, tree_tokens
-from rft.utils.cores import parse_cores, threads_for
-from rft.utils.seeds import derive_seed, seed_everything
+from rft.utils.quantized import evaluation_mode
 
 
-class Learner:
-    """One policy in training. Every method is synchronous and leaves the learner consistent."""
+class Learner(TrainState):
+    """A policy in training, and its steps. Every method leaves the learner consistent."""
 
     def __init__(self, spec: LearnerSpec, parallel: Parallel | None = None) -> None:
-        self.spec = spec
-        self.parallel = parallel or Parallel()
-        if spec.config.cores:
-            import os
-
-            cores = own_part(parse_cores(spec.config.cores), self.parallel.rank, self.parallel.ranks)
-            os.sched_setaffinity(0, cores)
-        sharing = self.parallel.ranks if spec.device == "cpu" and not spec.config.cores else 1
-        torch.set_num_threads(threads_for(spec.config.threads, None, sharing))
-        seed_everything(spec.seed)
-        self.algorithm = spec.algorithm
-        self.strategy = make_strategy(spec)
-        with self.parallel.one_rank_at_a_time():
-            self.policy = self._load_policy()
-            self.parallel.shard(self.policy)
-        self.reference = None if spec.config.reference_logps == "cached" else self._load_reference()
-        self.make_optimizer()
-        self.version = 0
+        super().__init__(spec, parallel)
         self.scoring_seconds = 0.0  # of the step that runs
-        self.state: dict[str, float] = {}
-        self.updates_made = 0  # of the step at hand
+        self.updates_made = 0  # of the step that runs
         self.messages: list[str] = []
         self.previewed: list[Batch] = []
         self.self_checked = spec.config.self_check == "off"
-        if self.parallel.rank:  # the same weights on all ranks, but not the same dropout
-            seed_everything(derive_seed(spec.seed, self.parallel.rank))
-
-    # -- set-up ------------------------------------------------------------------------------------
-
-    def _load_policy(self) -> PolicyModel:
-        spec = self.spec
-        device = self.parallel.loading_device(spec.device)
-        model = self.load_model(spec.model.path, device, self.strategy.dtype, self.strategy.quantize)
-        self.parameters = count_parameters(model)
-        self.strategy.attach(model)
-        model.train()
-        if spec.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        value_head = None
-        if "values" in spec.algorithm.outputs:
-            trunk = (
-                self.load_model(spec.model.path, device).train() if spec.algorithm.separate_critic else None
-            )
-            width, kernel = model.config.get_text_config().hidden_size, spec.config.kernels.attention
-            value_head = Critic(width, trunk, kernel).to(device)
-        return self._wrap(model, value_head)
-
-    def load_model(
-        self, path: str, device: str, dtype: torch.dtype = torch.float32, quantize: str | None = None
-    ) -> Any:
-        """The trained network: a language model, or, for an algorithm with score heads, a reward model."""
-        spec = self.spec
-        if not spec.algorithm.score_heads:
-            model = load_causal_lm(path, dtype, device, spec.model.trust_remote_code, quantize)
-            if spec.stop_token_ids and model.generation_config is not None:
-                model.generation_config.eos_token_id = list(spec.stop_token_ids)
-            return model
-        return load_scoring_model(
-            path,
-            spec.algorithm.score_heads,
-            per_token=spec.algorithm.unit == "token",
-            texts=None if spec.data is None else reward_texts(spec.algorithm.data, spec.data),
-            dtype=torch.float32,
-            device=device,
-            trust_remote_code=spec.model.trust_remote_code,
-        )
-
-    def _load_reference(self) -> PolicyModel | None:
-        if not self.algorithm.needs_reference:
-            return None
-        if self.spec.model.reference in (None, self.spec.model.path):
-            shared = self.strategy.reference(self.policy)
-            if shared is not None:
-                return shared
-        dtype = resolve_dtype(self.spec.config.dtype, self.spec.device)
-        path = self.spec.model.reference or self.spec.model.path
-        device = self.parallel.loading_device(self.spec.device)
-        with self.parallel.one_rank_at_a_time():
-            model = load_causal_lm(path, dtype, device, self.spec.model.trust_remote_code)
-            reference = self._wrap(model.eval().requires_grad_(False), None)
-            self.parallel.shard(reference)
-        self.parallel.freeze(reference)
-        return reference
-
-    def _wrap(self, model: Any, value_head: Any) -> PolicyModel:
-        return PolicyModel(
-            model,
-            temperature=self.spec.temperature,
-            compute_dtype=resolve_dtype(self.spec.config.dtype, self.spec.device),
-            value_head=value_head,
-            kernels=self.spec.config.kernels,
-        )
-
-    def make_optimizer(self) -> None:
-        """A new optimizer of what the strategy trains, and of the critic. Collective."""
-        extra: list[dict[str, Any]] = []
-        if self.policy.value_head is not None:
-            critic = list(self.policy.value_head.trained())
-            rate = self.algorithm.critic_rate
-            extra.append({"params": critic, "weight_decay": 0.0, "scale": rate, "critic": True})
-        self.optimizer: Any = self.parallel.optimizer(
-            self.policy, lambda: self.strategy.optimizer(self.policy.model, extra)
-        )
-
-    def describe(self) -> LearnerInfo:
-        """Return facts for the log."""
-        return LearnerInfo(
-            parameters=self.parameters,
-            trained=sum(getattr(p, "ds_numel", p.numel()) for p in self.strategy.trained(self.policy)),
-            device=self.spec.device,
-            ranks=self.parallel.ranks,
-            compute_dtype=str(self.policy.compute_dtype),
-            threads=torch.get_num_threads(),
-            version=self.version,
-        )
 
     def pop_messages(self) -> list[str]:
         """Return the messages for the user since the last call: which kernels this rank chose by measuring
@@ -161,7 +50,7 @@ class Learner:
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
-        """Train on a batch (all inner epochs and mini-batches); returns the step's metrics.
+        """Train on a batch (all inner epochs and mini-batches); return the step's metrics.
 
         The policy's version rises by one. Where nothing is trained on (every completion was cut off and
         `mask_truncated` leaves those out), weights, optimizer and algorithm state stay as they are; of
@@ -181,15 +70,15 @@ class Learner:
         batch = self.prepare(self.at_step(batch, step), gap)
         trained = objective.has_units(self.algorithm, batch)
         if trained and self.strategy.begin(
-            lambda: self._look_at(batch), lambda: self._accumulate(batch, None)
+            lambda: self._score_previewed(batch), lambda: self._accumulate(batch, None)
         ):
             self.parallel.discard(self.optimizer)
             self.make_optimizer()
             self.previewed.clear()
         lr = learning_rate(spec.config, step, spec.train.steps)
-        alone = self.algorithm.critic_only(batch.state)
+        critic_only = self.algorithm.critic_only(batch.state)
         for group in self.optimizer.param_groups:  # a rate of 0 stops weight decay too
-            group["lr"] = lr * group.get("scale", 1.0) if group.get("critic") or not alone else 0.0
+            group["lr"] = lr * group.get("scale", 1.0) if group.get("critic") or not critic_only else 0.0
         updates: list[dict[str, float]] = []
         self.updates_made = 0
         for iteration in range(spec.train.num_iterations if trained else 0):
@@ -197,14 +86,15 @@ class Learner:
                 if not objective.has_units(self.algorithm, mini):
                     continue
                 first = not updates and batch.old_logps is None
-                updates.append(self._update(mini, gap if first else None))
+                metrics = self._accumulate(mini, gap if first else None)
+                updates.append({**metrics, **self._optimize()})
                 self.updates_made += 1
         self.version += 1
         metrics = objective.merge_means(updates)
         if updates:
             self.state = self.algorithm.next_state(self.state, metrics)
         else:
-            self.messages.append(_why_nothing_was_trained(batch, step))
+            self.messages.append(_no_update_message(batch, step))
         every = self.algorithm.refresh_reference
         if self.reference is not None and every and self.version % every == 0:
             self.parallel.reshard()
@@ -226,24 +116,24 @@ class Learner:
         }
 
     def preview(self, batch: Batch) -> None:
-        """Show a batch of later steps to an adapter that begins as the data say; the first step makes it."""
+        """Show a batch of later steps to an adapter that is initialised from data, in the first step."""
         self.previewed.append(batch)
 
-    def _look_at(self, batch: Batch) -> None:
-        """Run the first batch, and those previewed, forward: an adapter is made of what its layers read."""
+    def _score_previewed(self, batch: Batch) -> None:
+        """Run the first batch and the previewed ones forward: the adapter reads the inputs of its layers."""
         for one in (batch, *self.previewed):
             self.score(one)
 
     def at_step(self, batch: Batch, step: int) -> Batch:
-        """The batch with the algorithm's state and the place in the run."""
+        """Add the algorithm's state and the progress of the run to a batch."""
         progress = step / max(self.spec.train.steps - 1, 1)
         length = float(self.spec.sampling.max_completion_length)
         now = {"progress": progress, "max_completion_length": length, "version": float(self.version)}
         return batch.with_(state={**self.state, **now})
 
     def prepare(self, batch: Batch, gap: objective.LogpGap) -> Batch:
-        """The algorithm's prepared batch, with all that its loss needs computed. What `prepare` does not read
-        is computed after it, and not for what it left out of the mask."""
+        """Let the algorithm prepare a batch, and compute all that its loss needs. Needs that `prepare` does
+        not read are computed after it, without the tokens that it left out of the mask."""
         before = self.algorithm.before_prepare
         batch = self.algorithm.prepare(self.fill(batch, before, gap))
         return self.fill(batch, self.algorithm.needs - before, gap)
@@ -271,26 +161,26 @@ class Learner:
     def score(
         self, batch: Batch, *, outputs: frozenset[str] = frozenset(), model: PolicyModel | None = None
     ) -> dict[str, Tensor]:
-        """Log-probs (and `outputs`) of a batch under the policy or another model, without gradient,
-        on CPU: {"logps": [T] float32, ...}."""
+        """Score a batch with the policy or another model, without gradient: log-probs and `outputs`, on CPU,
+        {"logps": [T] float32, ...}. Collective."""
         begin = time.perf_counter()
         model = model or self.policy
         names = ("logps", *sorted(outputs))
-        found = {name: torch.zeros(batch.num_tokens) for name in names}
+        scores = {name: torch.zeros(batch.num_tokens) for name in names}
         scored, place = batch.pruned(batch.mask)
         tree_of_token = scored.tree[scored.segment]
         for trees in self.plan(scored) if scored.num_tokens else ():
             out = model.run(self.micro(scored if trees else batch, trees), outputs)
             where = place[torch.isin(tree_of_token, torch.tensor(trees, dtype=torch.int64))]
             for name in names if trees else ():
-                found[name][where] = getattr(out, name).float().cpu()
-        whole = {name: self.parallel.sum(values) for name, values in found.items()}
+                scores[name][where] = getattr(out, name).float().cpu()
+        scores = {name: self.parallel.sum(values) for name, values in scores.items()}
         self.scoring_seconds += time.perf_counter() - begin
-        return whole
+        return scores
 
     def score_tokens(self, tokens: Sequence[int]) -> list[float]:
-        """The policy's log-probs of `tokens[1:]`, each after those before it, at temperature 1 (which engines
-        score prompts at). Collective."""
+        """Score `tokens[1:]`, each after those before it, at temperature 1, as engines score prompts.
+        Collective."""
         group = Group(Prompt(0, tuple(tokens[:1]), ""), (Completion(tuple(tokens[1:])),))
         batch = Batch.build([group])
         scored = self.score(batch, model=self.policy.at_temperature(1.0))
@@ -298,22 +188,47 @@ class Learner:
         return logps
 
     def score_reference(self, batch: Batch) -> Tensor:
-        """[T] float32: the reference's log-probs, for a cache; the reference is loaded where it is not."""
+        """Return the reference's log-probs, [T] float32, for a cache. Loads the reference if necessary."""
         if self.reference is None:
             self.reference = self._load_reference()
-        assert self.reference is not None, "the algorithm needs no reference"
+        if self.reference is None:
+            raise LearnerError(
+                f"{type(self.algorithm).__name__} needs no reference, so there is none to score"
+            )
         return self.score(batch, model=self.reference)["logps"]
 
     def release_reference(self) -> None:
         """Free the reference's memory: batches bring `ref_logps` from now on."""
         self.reference = None
 
+    @torch.no_grad()
     def evaluate(self, batch: Batch, step: int) -> Sums:
-        """Sums and counts of the held-out measures over a batch; see `held_out_sums`."""
-        return held_out_sums(self, batch, step)
+        """Return sums and counts, over units, of the algorithm's loss and of what its `held_out` measures, on
+        held-out data. Dropout and changed embeddings are off; the learner is left as it was."""
+        algorithm = self.algorithm
+        batch = self.prepare(self.at_step(batch, step), objective.LogpGap())
+        batch, scale = objective.weigh(algorithm, batch, self.spec.sampling.max_completion_length)
+        units = float(batch.mask.sum() if algorithm.unit == "token" else round(1 / scale))
+        plain = None if algorithm.embeds else algorithm
+        sums: Sums = {}
+        loss = 0.0
+        with evaluation_mode(self.policy.model):
+            for trees in self.plan(batch):
+                micro = self.micro(batch, trees)
+                out = self.policy.run(micro, algorithm.outputs, algorithm=plain, reference=self.reference)
+                if not trees:
+                    continue
+                micro = micro.to(self.policy.device)
+                loss += float(objective.reduce_loss(algorithm, out, micro, scale))
+                for name, values in algorithm.held_out(out, micro).items():
+                    measured = {name: (float(values.sum(dtype=torch.float64)), float(values.numel()))}
+                    sums = objective.add_sums([sums, measured])
+        parts = self.parallel.gather((loss, sums))
+        loss = sum(part for part, _ in parts)
+        return {"loss": (loss * units, units), **objective.add_sums(part for _, part in parts)}
 
     def plan(self, batch: Batch) -> list[list[int]]:
-        """This rank's micro-batches of a batch, as tree ids: as many on every rank, some of them empty."""
+        """Split a batch into this rank's micro-batches of tree ids: as many on every rank, some empty."""
         if not batch.num_tokens:
             return [[]]
         keep = self.algorithm.unit == "pair"
@@ -322,8 +237,8 @@ class Learner:
         return micro_batches(batch, size, ranks, keep_groups=keep, hidden_size=width)[self.parallel.rank]
 
     def micro(self, batch: Batch, trees: list[int]) -> Batch:
-        """A micro-batch. For an empty one the batch's smallest tree, whose results must not count: a rank
-        without work still takes part in the collectives of forward and backward."""
+        """Select a micro-batch. An empty one gets the batch's smallest tree, whose results must not count: a
+        rank without work still takes part in the collectives of forward and backward."""
         return batch.select(trees or [int(tree_tokens(batch).argmin())])
 
     def _minibatches(self, batch: Batch, step: int, iteration: int) -> Iterator[Batch]:
@@ -337,12 +252,8 @@ class Learner:
             chosen = torch.tensor(sorted(groups[part :: self.spec.train.minibatches]))
             yield batch.select_groups(chosen)
 
-    def _update(self, mini: Batch, gap: objective.LogpGap | None) -> dict[str, float]:
-        """Accumulate the gradient of one mini-batch and step the optimizer."""
-        return {**self._accumulate(mini, gap), **self._optimize()}
-
     def _accumulate(self, mini: Batch, gap: objective.LogpGap | None) -> dict[str, float]:
-        """Add the gradient of one mini-batch's loss; returns its metrics."""
+        """Add the gradient of one mini-batch's loss; return its metrics."""
         mini, scale = objective.weigh(self.algorithm, mini, self.spec.sampling.max_completion_length)
         means, total = objective.TokenMeans(), 0.0
         measured = self.spec.config.entropy and not self.algorithm.score_heads
@@ -369,12 +280,12 @@ class Learner:
         plan = self.plan(trained)
         for trees in plan:
             micro, last = self.micro(trained if trees else mini, trees), trees is plan[-1]
-            expected = objective.foreseen(self.algorithm, micro, scale) if trees else None
+            expected = objective.constant_logp_grad(self.algorithm, micro, scale) if trees else None
             out = self.policy.run(
                 micro, outputs, algorithm=self.algorithm, reference=self.reference, expected=expected
             )
             if not trees:
-                self.parallel.backward(objective.nothing(out), last=last)
+                self.parallel.backward(objective.zero_loss(out), last=last)
                 continue
             loss = objective.reduce_loss(self.algorithm, out, micro.to(self.policy.device), scale)
             total += float(loss.detach())
@@ -392,6 +303,7 @@ class Learner:
         }
 
     def _optimize(self) -> dict[str, float]:
+        """Clip the accumulated gradient and update the weights; return metrics."""
         bound = self.spec.config.max_grad_norm
         norm, finite = self.parallel.update(self.strategy.trained(self.policy), self.optimizer, bound)
         if not finite and self.spec.config.on_nonfinite == "stop":
@@ -431,47 +343,8 @@ class Learner:
                     "(sync.max_logp_gap and sync.max_logp_gap_mean set the bounds)."
                 )
 
-    # -- weights -----------------------------------------------------------------------------------
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The plain policy's parameters under their Hugging Face names, tied ones once, adapters merged in
-        one layer at a time. dtype: what the caller casts them to; they may come in it, or as they are."""
-        self.parallel.reshard()
-        return self.strategy.weights(self.policy.model, self.parallel.full_tensor, dtype)
-
-    def export(self, folder: str) -> str:
-        """Write the policy and its tokenizer as an ordinary Hugging Face folder, and an adapter besides in
-        its folder `adapter`. Collective."""
-        if self.strategy.model_state() is not None:
-            self.strategy.export(Path(folder), self.parallel.full_tensor, self.parallel.rank == 0)
-            if self.parallel.rank:
-                return folder
-        else:
-            weights = self.parallel.model_state(self.policy.model)
-            if self.parallel.rank:
-                return folder
-            self.policy.model.save_pretrained(folder, state_dict=weights)
-        load_tokenizer(self.spec.tokenizer, self.spec.model.trust_remote_code).save_pretrained(folder)
-        return folder
-
-    # -- state -------------------------------------------------------------------------------------
-
-    def capture_state(self) -> state.Writer:
-        """Copy all that a resumed learner needs; returns a writer of the copies. See `state.capture`."""
-        return state.capture(self)
-
-    def write_state(self, folder: Path) -> None:
-        """Write all that a resumed learner needs into `folder`. Collective; rank 0 writes."""
-        write = self.capture_state()
-        if self.parallel.rank == 0:
-            write(folder)
-
-    def read_state(self, folder: Path) -> None:
-        """Take over the state that `write_state` left."""
-        state.restore(self, folder)
-
-
-def _why_nothing_was_trained(batch: Batch, step: int) -> str:
+def _no_update_message(batch: Batch, step: int) -> str:
     cut_off = batch.truncated is not None and bool(batch.truncated.all())
     if batch.mask.any():
         why = "no two rewards of a group differ, so there is no pair"

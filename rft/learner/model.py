@@ -1,18 +1,32 @@
-"""Loading a policy: any Hugging Face causal language model, with its head laid open."""
+"""The policy: load it, find its head, and run it on packed batches, with a critic or as a reward model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rft.algorithms.base import Algorithm, PolicyOutput
+from rft.algorithms.math.sequences import last_tokens
+from rft.batch import Batch
+from rft.config.learner import KernelsConfig
+from rft.data.reward_texts import TEXTS
+from rft.errors import ModelError
+from rft.kernels.attention import hidden_states, prepare_model, self_check
+from rft.kernels.attention_route import Kernel
+from rft.kernels.logprob import token_logps
+from rft.utils.dotted import load_dotted
 from rft.utils.quantized import keep_row_major
 
-
-class ModelError(ValueError):
-    """A model cannot be loaded or used; the message says which and why."""
+# Only few algorithms change embeddings or need whole distributions.
+READING = "rft.learner.distribution.reading"
+DIVERGENCE = "rft.learner.distribution.full_divergence"
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,69 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"tokenizer of {path!r} cannot be loaded: {error}") from error
 
 
+def load_scoring_model(
+    path: str,
+    heads: int,
+    *,
+    per_token: bool,
+    texts: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model with `heads` outputs for each sequence, or with `per_token` for each token.
+
+    From a causal model's folder the head is made anew, small and random; from a scoring model's it is read.
+    `texts` is kept in the config. Raises ModelError naming the path.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    kind = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
+    try:
+        model = kind.from_pretrained(
+            path,
+            num_labels=heads,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            problem_type="regression",
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no reward model can be made of {path!r}: {error}") from error
+    score_layer(model)
+    config = model.config.get_text_config()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if config.pad_token_id in ends:
+        config.pad_token_id = None  # else transformers takes the end token for padding, and reads before it
+    if texts is not None:
+        setattr(model.config, TEXTS, dict(texts))
+    return model.to(device)
+
+
+def score_layer(model: Any) -> nn.Linear | None:
+    """The linear layer that gives the scores; None for a language model. Raises ModelError where a
+    classification model keeps its head elsewhere."""
+    if "Classification" not in type(model).__name__:
+        return None
+    layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(f"{type(model).__name__} has no single linear head to train")
+    return layer
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, each shared one counted once."""
+    shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in model.parameters())
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on CPU."""
+    if name == "auto":
+        name = "bfloat16" if device == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def head_of(model: Any) -> Head:
     """The head of a causal LM, with what its family does to the logits."""
     layer = model.get_output_embeddings()
@@ -116,25 +193,224 @@ def _softcap(config: Any) -> float | None:
     return float(value) if value else None
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters, each shared one counted once."""
-    shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in model.parameters())
-    return sum(torch.Size(shape).numel() for shape in shapes)
+class Critic(nn.Module):
+    """A linear head that starts at 0, on the policy's hidden states or on those of `trunk`.
+
+    trunk: a causal LM that is trained with the head and shares nothing with the policy; its language
+    model head is not used. None: the head reads the policy's states, and its gradient goes there too, but
+        for steps that train the critic only.
+    kernel: the attention of `trunk`, as in `prepare_model`.
+    """
+
+    def __init__(self, hidden_size: int, trunk: Any | None = None, kernel: Kernel = "auto") -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        if trunk is not None:
+            prepare_model(trunk, kernel)
+
+    def states(self, batch: Batch, of_policy: Tensor) -> Tensor:
+        """Return the states [T, H] that the head reads; of_policy: the policy's [T, H]."""
+        if self.trunk is None:
+            return of_policy
+        found: Tensor = hidden_states(self.trunk, batch)
+        return found
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the values [n] float32 at states [n, H]."""
+        # The head is float32, but where DeepSpeed holds the whole network in bfloat16.
+        values: Tensor = self.head(states.to(self.head.weight.dtype))
+        return values[:, 0].float()
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """Yield the critic's parameters, without the trunk's language-model head where that is not tied."""
+        yield from self.head.parameters()
+        if self.trunk is None:
+            return
+        output = self.trunk.get_output_embeddings()
+        tied = output.weight is self.trunk.get_input_embeddings().weight
+        for parameter in self.trunk.parameters():
+            if parameter.requires_grad and (tied or all(parameter is not p for p in output.parameters())):
+                yield parameter
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices decay, vectors (norms, biases) never do."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+class Network(nn.Module):
+    """The modules of a policy as one. All that reads their weights is called through `forward`: there sharded
+    weights (FSDP2, ZeRO-3) are gathered, and after it their gradients are reduced."""
+
+    def __init__(self, model: Any, critic: Critic | None) -> None:
+        super().__init__()
+        self.model = model
+        self.critic = critic
+
+    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+        """`work(*args)`. What it returns must show its tensors: a tensor, or a dict of them."""
+        return work(*args)
 
 
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on CPU."""
-    if name == "auto":
-        name = "bfloat16" if device == "cuda" else "float32"
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+class PolicyModel:
+    """A causal LM, its head, and an optional critic, run on packed batches.
+
+    `compute_dtype` bfloat16 runs the float32 parameters under autocast.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        temperature: float,
+        compute_dtype: torch.dtype,
+        value_head: Critic | None = None,
+        kernels: KernelsConfig = KernelsConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.model = model
+        self.route = prepare_model(model, kernels.attention)
+        self.kernels = kernels
+        self.temperature = temperature
+        self.compute_dtype = compute_dtype
+        self.value_head = value_head
+        self.score_layer = score_layer(model)
+        self.network: nn.Module = Network(model, value_head)
+        self.device = next(model.parameters()).device
+
+    def run(
+        self,
+        batch: Batch,
+        outputs: frozenset[str] = frozenset(),
+        *,
+        algorithm: Algorithm | None = None,
+        reference: PolicyModel | None = None,
+        expected: Tensor | None = None,
+    ) -> PolicyOutput:
+        """Compute the log-probs of the masked-in tokens, and `outputs`: entropy, values, end_values, kl.
+        Other tokens get 0. A reward model has scores and nothing else: its log-probs are 0.
+
+        algorithm: in training; it may change embeddings, and defines the divergence `kl` from `reference`.
+        expected: [T], the gradient that the log-probs will get, where it is known; the head is then faster.
+        """
+        expected = None if expected is None else expected.to(self.device)
+        arguments = (batch.to(self.device), outputs, algorithm, reference, expected)
+        return PolicyOutput(**self.network(self._run, *arguments))
+
+    def _run(
+        self,
+        batch: Batch,
+        outputs: frozenset[str],
+        algorithm: Algorithm | None,
+        reference: PolicyModel | None,
+        expected: Tensor | None,
+    ) -> dict[str, Tensor]:
+        rows = batch.mask.nonzero()[:, 0]
+        embedding: AbstractContextManager[None] = nullcontext()
+        if algorithm is not None and algorithm.embeds:
+            embedding = load_dotted(READING)(self.model, batch, algorithm, self.temperature)
+        with self._autocast(), embedding:
+            states = hidden_states(self.model, batch)
+        values: dict[str, Tensor] = {}  # at `rows`
+        if self.score_layer is not None:
+            values["scores"] = self.score_layer(states[rows].to(self.score_layer.weight.dtype)).float()
+            values["logps"] = values["scores"].new_zeros(len(rows))
+            return {name: _spread(value, rows, batch.num_tokens) for name, value in values.items()}
+        hidden, head = states[batch.source[rows]], self.head()
+        options: dict[str, Any] = {
+            "bias": None if head.bias is None else head.bias.to(hidden.dtype),
+            "temperature": self.temperature,
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+            "lora": head.lora,
+            "expected": None if expected is None else expected[rows],
+            "backend": self.kernels.logprob,
+        }
+        weight, targets = head.weight.to(hidden.dtype), batch.tokens[rows]
+        if "entropy" in outputs:
+            values["logps"], values["entropy"] = token_logps(hidden, weight, targets, entropy=True, **options)
+        else:
+            values["logps"] = token_logps(hidden, weight, targets, **options)
+        if outputs & {"values", "end_values"}:
+            if self.value_head is None:
+                raise ValueError("the algorithm reads values, but no value head was made")
+            detached = algorithm is not None and algorithm.critic_only(batch.state)
+            with self._autocast():
+                seen = self.value_head.states(batch, states.detach() if detached else states)
+            at_rows = self.value_head(seen[batch.source[rows]])
+            if "values" in outputs:
+                values["values"] = at_rows
+            if "end_values" in outputs:
+                ends = _cut_off(batch)
+                values["end_values"] = torch.zeros_like(at_rows).index_put(
+                    (torch.searchsorted(rows, ends),), self.value_head(seen[ends])
+                )
+        if "kl" in outputs:
+            if algorithm is None:
+                raise ValueError("kl is the divergence of an algorithm, and none was given")
+            other = reference if algorithm.compares_distributions else None
+            backend = self.kernels.logprob
+            values["kl"] = load_dotted(DIVERGENCE)(
+                algorithm,
+                head,
+                hidden,
+                None if other is None else other.head(),
+                None if other is None else other.states(batch, rows),
+                self.temperature,
+                "auto" if backend == "triton" or backend == "liger" else backend,
+            )
+        return {name: _spread(value, rows, batch.num_tokens) for name, value in values.items()}
+
+    def at_temperature(self, temperature: float) -> PolicyModel:
+        """Return the same network with log-probs at another temperature."""
+        other = copy(self)
+        other.temperature = temperature
+        return other
+
+    def self_check(self, batch: Batch, *, fall_back: bool) -> float:
+        """The largest relative difference of packed hidden states from those of separate sequences, on part
+        of a batch. Raises RuntimeError where it is more than rounding explains; with `fall_back` it warns
+        and the model runs unpacked from now on."""
+        with self._autocast():
+            check = partial(self_check, fall_back=fall_back)
+            found = self.network(lambda *args: torch.tensor(check(*args)), self.model, batch.to(self.device))
+        return float(found)
+
+    @torch.no_grad()
+    def states(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Return the hidden states [n, H] that predict the tokens at `rows`, without gradient."""
+        with self._autocast():
+            found: Tensor = self.network(hidden_states, self.model, batch.to(self.device))
+        return found[batch.source[rows]]
+
+    def head(self) -> Head:
+        """Return the language-model head with its present weights."""
+        return head_of(self.model)
+
+    def follow(self, policy: PolicyModel) -> None:
+        """Copy the weights of a policy, which refreshes a reference."""
+        self.model.load_state_dict(policy.model.state_dict())
+
+    def own_state(self) -> nn.Module | None:
+        """Return the module whose weights are not shared with the policy; None where all of them are."""
+        own: nn.Module = self.model
+        return own
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that the optimizer updates."""
+        yield from (p for p in self.model.parameters() if p.requires_grad)
+        if self.value_head is not None:
+            yield from self.value_head.trained()
+
+
+def _cut_off(batch: Batch) -> Tensor:
+    """[E] int64: the last masked-in token of each sequence that ran into the length limit."""
+    last = last_tokens(batch)
+    chosen = last >= 0 if batch.truncated is None else batch.truncated & (last >= 0)
+    return last[chosen] if batch.truncated is not None else last[:0]
+
+
+def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:
+    return values.new_zeros(total, *values.shape[1:]).index_put((rows,), values)

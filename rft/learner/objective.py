@@ -17,7 +17,7 @@ from rft.batch import Batch
 
 
 def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tuple[Batch, float]:
-    """Fix what each unit of the loss counts.
+    """Set the weight of each unit of the loss.
 
     Returns the batch with `weight` [T] filled (token losses), and the scale of one sequence or pair
     (sequence and pair losses). Weights of token losses, for a sequence of L masked-in tokens:
@@ -48,9 +48,9 @@ def _counted(algorithm: Algorithm, batch: Batch) -> Tensor:
 
 
 def divide(algorithm: Algorithm, batch: Batch) -> tuple[Batch, Batch]:
-    """(trained, idle): a weighed batch's sequences that the loss can have a gradient at, and the others with
-    masked-in tokens (groups of equal rewards), which are there to be measured. Sequences without a
-    masked-in token are in neither. Sequences stay whole, as ratios and means may be over all their tokens."""
+    """Split a weighed batch into (trained, idle): sequences with a gradient, and the others with masked-in
+    tokens (groups of equal rewards), which are only measured. Sequences without a masked-in token are in
+    neither. Sequences stay whole, as ratios and means may be over all their tokens."""
     acting = batch.sum_by_sequence(algorithm.acts_on(batch).float()) > 0
     trained = batch.to_tokens(acting)
 
@@ -61,38 +61,40 @@ def divide(algorithm: Algorithm, batch: Batch) -> tuple[Batch, Batch]:
 
 
 def has_units(algorithm: Algorithm, batch: Batch) -> bool:
-    """Whether anything of a prepared batch is trained on: a token that the mask leaves, and a pair where the
-    loss is about pairs. Without, no update may be made: moments and weight decay would move the weights."""
+    """Whether a prepared batch has a unit to train on: a masked-in token or, for a pair loss, a pair. Without
+    one there must be no update: moments and weight decay would move the weights."""
     return bool(batch.mask.any() if algorithm.unit == "token" else _counted(algorithm, batch).any())
 
 
 def reduce_loss(algorithm: Algorithm, policy: PolicyOutput, micro: Batch, scale: float) -> Tensor:
-    """This micro-batch's part of the objective: a scalar with gradient."""
+    """Return this micro-batch's part of the objective, a scalar with gradient."""
     loss = algorithm.loss(policy, micro)
     if algorithm.unit == "token":
-        assert micro.weight is not None, "weigh() was not called on this batch"
+        if micro.weight is None:
+            raise ValueError("weigh() was not called on this batch")
         return (loss * micro.weight)[micro.mask].sum()
     return loss[_counted(algorithm, micro)].sum() * scale
 
 
-def foreseen(algorithm: Algorithm, micro: Batch, scale: float) -> Tensor | None:
-    """[T]: the gradient of this micro-batch's loss to its log-probs, where that does not depend on them
-    (SFT, a policy gradient stepped on once): it is the same at two places far apart. None elsewhere."""
+def constant_logp_grad(algorithm: Algorithm, micro: Batch, scale: float) -> Tensor | None:
+    """Return the gradient [T] of this micro-batch's loss with respect to its log-probs where that does not
+    depend on them (SFT, a policy gradient with one update per batch): it is equal at two distant points.
+    None elsewhere."""
     if algorithm.outputs or algorithm.unit != "token":
         return None
-    found: list[Tensor] = []
-    for place in (torch.zeros(micro.num_tokens), -torch.linspace(1, 9, micro.num_tokens)):
-        logps = place.to(micro.tokens.device).requires_grad_()
+    grads: list[Tensor] = []
+    for point in (torch.zeros(micro.num_tokens), -torch.linspace(1, 9, micro.num_tokens)):
+        logps = point.to(micro.tokens.device).requires_grad_()
         loss = reduce_loss(algorithm, PolicyOutput(logps), micro, scale)
         if not loss.requires_grad:
             return None
-        found += torch.autograd.grad(loss, logps)
-    here, there = found
-    return here if torch.allclose(here, there, rtol=1e-6, atol=0.0) else None
+        grads += torch.autograd.grad(loss, logps)
+    first, second = grads
+    return first if torch.allclose(first, second, rtol=1e-6, atol=0.0) else None
 
 
-def nothing(policy: PolicyOutput) -> Tensor:
-    """A loss of 0 whose gradient, 0 too, runs through everything that `policy` was computed from."""
+def zero_loss(policy: PolicyOutput) -> Tensor:
+    """Return a loss of 0 whose zero gradient flows through all that `policy` was computed from."""
     outputs = (policy.logps, policy.entropy, policy.values, policy.kl, policy.scores)
     return torch.stack([t.sum() * 0.0 for t in outputs if t is not None and t.requires_grad]).sum()
 
@@ -117,12 +119,12 @@ class TokenMeans:
 
     @staticmethod
     def merged(parts: Iterable[TokenMeans]) -> TokenMeans:
-        """The sums of several ranks as one."""
-        whole = TokenMeans()
+        """Add the sums of several ranks."""
+        total = TokenMeans()
         for part in parts:
-            for name, total in part.sums.items():
-                whole._add(name, total, part.counts[name])
-        return whole
+            for name, value in part.sums.items():
+                total._add(name, value, part.counts[name])
+        return total
 
     def means(self) -> dict[str, float]:
         return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
@@ -148,10 +150,10 @@ class LogpGap:
             self.tokens += gap.numel()
 
     def merge(self, parts: Iterable[LogpGap | None]) -> None:
-        """Become what several ranks have seen together; the own part is one of them."""
-        found = [part for part in parts if part is not None]
-        self.total, self.tokens = sum(p.total for p in found), sum(p.tokens for p in found)
-        self.largest = max(p.largest for p in found)
+        """Set this to the gaps of all ranks together; this rank's are one of the parts."""
+        gaps = [part for part in parts if part is not None]
+        self.total, self.tokens = sum(g.total for g in gaps), sum(g.tokens for g in gaps)
+        self.largest = max(g.largest for g in gaps)
 
     @property
     def mean(self) -> float:
@@ -164,8 +166,21 @@ class LogpGap:
         return {"sync/logp_gap": self.largest, "sync/logp_gap_mean": self.mean} if self.tokens else {}
 
 
+Sums = dict[str, tuple[float, float]]  # name -> (sum over units, number of units)
+
+
+def add_sums(parts: Iterable[Sums]) -> Sums:
+    """Add the sums and counts of several parts of a batch."""
+    total: Sums = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + value, before[1] + count)
+    return total
+
+
 def merge_means(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The plain mean of several updates' metrics, of each over the updates that have it."""
+    """Average several updates' metrics, each over the updates that have it."""
     rows = list(parts)
     values = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
-    return {name: sum(found) / len(found) for name, found in values.items()}
+    return {name: sum(column) / len(column) for name, column in values.items()}

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from rft.learner.learner import Learner
+from rft.learner.state import TrainState
 
 
-def resident(learner: Learner) -> list[Tensor]:
-    """Weights, buffers, gradients, moments and the reference, each tensor once. What stays on the device is
-    small: the scales of a quantised base, and what a strategy keeps beside the optimizer."""
-    modules: list[object] = [learner.policy.network]
-    if learner.reference is not None:
-        modules.append(learner.reference.own_state())
-    found: dict[int, Tensor] = {}
-    for module in modules:
-        if isinstance(module, nn.Module):
-            for tensor in (*module.parameters(), *module.buffers()):
-                found[id(tensor)] = tensor
-                if tensor.grad is not None:
-                    found[id(tensor.grad)] = tensor.grad
-    for group in learner.optimizer.param_groups:  # a subnetwork trains parameters of its own
-        found |= {id(parameter): parameter for parameter in group["params"]}
+def resident(learner: TrainState) -> list[Tensor]:
+    """List weights, buffers, gradients, moments and the reference, each tensor once. Not listed, and small:
+    the scales of a quantised base, and what a strategy keeps beside the optimizer."""
+    reference = None if learner.reference is None else learner.reference.own_state()
+    tensors: dict[int, Tensor] = {}
+    for module in (learner.policy.network, reference):
+        for tensor in () if module is None else (*module.parameters(), *module.buffers()):
+            tensors[id(tensor)] = tensor
+            if tensor.grad is not None:
+                tensors[id(tensor.grad)] = tensor.grad
+    for group in learner.optimizer.param_groups:  # a subnetwork trains its gathered elements instead
+        tensors |= {id(parameter): parameter for parameter in group["params"]}
     for state in learner.optimizer.state.values():
         for name, value in state.items():
             # AdamW counts its steps on the CPU; bitsandbytes moves its paged moments itself.
             if isinstance(value, Tensor) and name != "step" and not getattr(value, "is_paged", False):
-                found[id(value)] = value
-    return list(found.values())
+                tensors[id(value)] = value
+    return list(tensors.values())
 
 
 @torch.no_grad()

@@ -28,11 +28,10 @@ from torch import Tensor
 from rft import checkpoint
 from rft.batch import Batch
 from rft.errors import BrokenWeights, LearnerError, TransferError, lost_a_peer
-from rft.learner.held_out import Sums
 from rft.learner.learner import Learner
+from rft.learner.objective import Sums
 from rft.learner.offload import move, resident
-from rft.learner.parallel.make import make_parallel
-from rft.learner.parallel.ranks import Rendezvous, RendezvousStore
+from rft.learner.parallel import Rendezvous, RendezvousStore, make_parallel
 from rft.learner.spec import LearnerInfo, LearnerSpec
 from rft.sync.publisher import Publisher
 from rft.sync.spec import ChannelSpec, Link, Manifest, Sent, Update, WeightSource, manifest_of
@@ -121,7 +120,9 @@ class LearnerActor:
     def load(self, address: Rendezvous | None) -> None:
         """Join the other ranks (None: there are none) and load the policy."""
         require_here(self.spec.model.path, "the policy that model.path names")
-        self._learner = Learner(self.spec, make_parallel(self.spec, address, self.rank, self._store))
+        spec = self.spec
+        parallel = make_parallel(spec.config, spec.device, address, self.rank, self._store)
+        self._learner = Learner(spec, parallel)
 
     def require_folder(self, path: str) -> None:
         require_here(path, "the run folder (output_dir)")
@@ -292,6 +293,8 @@ class LearnerGroup:
     rank's number.
     """
 
+    _at = ""  # the step of the newest step call, for messages
+
     def __init__(
         self,
         spec: LearnerSpec,
@@ -326,8 +329,11 @@ class LearnerGroup:
 
     # -- the handle ------------------------------------------------------------------------------------
 
+    def step(self, batch: Batch, step: int) -> Awaitable[dict[str, float]]:
+        self._at = f" at step {step}"
+        return self.submit(LearnerActor.step, self.step_timeout_s, batch, step)
+
     describe = _remote(LearnerActor.describe)
-    step = _remote(LearnerActor.step)
     preview = _remote(LearnerActor.preview)
     evaluate = _remote(LearnerActor.evaluate)
     score_reference = _remote(LearnerActor.score_reference)
@@ -370,6 +376,7 @@ class LearnerGroup:
         if self._ended is not None:
             raise self._ended
         name = method.__name__
+        what = f"{name} on {self.name}{self._at}"
         shared: tuple[Any, ...] = args
         if len(self._actors) > 1:
             shared = tuple(ray.put(value) for value in args)  # once, not once a rank
@@ -377,7 +384,7 @@ class LearnerGroup:
 
         async def answer() -> R:
             await self._loaded()
-            results: list[R] = await within(seconds, f"{name} on {self.name}", self._all(name, calls))
+            results: list[R] = await within(seconds, what, self._all(name, calls))
             return results[0]
 
         return _Answer(answer)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from rft.batch import Batch, Group
-from rft.learner.held_out import Sums
+from rft.learner.objective import Sums, add_sums
 from rft.loops.evaluate import evaluate
 from rft.metrics import RunLog
 from rft.metrics.step import sample_rows
@@ -48,11 +48,7 @@ class HeldOut:
 
     def metrics(self, parts: Sequence[Sums]) -> dict[str, float]:
         """`eval/...`: means over all units of all parts; a measure without a unit is left out."""
-        sums: dict[str, tuple[float, float]] = {}
-        for part in parts:
-            for name, (total, count) in part.items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + total, before[1] + count)
+        sums = add_sums(parts)
         found = {f"eval/{name}": total / count for name, (total, count) in sums.items() if count}
         return {**found, "eval/examples": float(len(self.groups))}
 

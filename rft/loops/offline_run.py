@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rft.batch import Group
-from rft.contrib.strategies.data_init import samples
 from rft.data import GroupSampler
+from rft.learner.adapters.methods import previewed_sequences
 from rft.learner.model import resolve_dtype
 from rft.learner.workers import LearnerHandle
 from rft.loops import reference
@@ -56,7 +56,7 @@ async def train_offline(
         checkpoints=folder.checkpoints,
         arrange=config.algorithm.arrange,
         held_out=held_out,
-        preview=samples(config.learner),
+        preview=previewed_sequences(config.learner),
         log=log,
         save_every=config.checkpoint.every,
         keep=config.checkpoint.keep,

@@ -27,7 +27,7 @@ from rft.data import (
     load_prompts,
 )
 from rft.data.prompts import any_demonstration
-from rft.learner.stops import unstopped_turns
+from rft.data.stops import unstopped_turns
 from rft.tasks import REVISION
 from rft.utils.hashing import fingerprint
 

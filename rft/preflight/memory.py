@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from rft.config.learner import LearnerConfig
+from rft.errors import ModelError
 from rft.kernels.logprob_chunked import CHUNK_BYTES, MIN_CHUNK_ROWS
-from rft.learner.model import ModelError, resolve_dtype
+from rft.learner.model import resolve_dtype
 from rft.rollout.engine import EngineSpec
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from torch import nn
 from rft.config.learner import AdapterConfig
 from rft.config.schema import Config
 from rft.data.chat import Renderer
-from rft.learner.model import ModelError
-from rft.learner.stops import stop_ids
-from rft.learner.strategies.methods import check_layers, check_targets, peft_config
+from rft.data.stops import stop_ids
+from rft.errors import ModelError
+from rft.learner.adapters.methods import check_layers, check_targets, peft_config
 from rft.tasks import REVISION
 from rft.utils.hashing import fingerprint
 from rft.utils.paths import absolute_if_local, expand

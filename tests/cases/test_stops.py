@@ -17,9 +17,9 @@ from rft.config.load import parse_config
 from rft.config.schema import Config
 from rft.data import load_groups
 from rft.data.chat import Renderer
+from rft.data.stops import stop_ids
 from rft.errors import ConfigError
 from rft.learner.learner import Learner
-from rft.learner.stops import stop_ids
 from rft.plan import Plan, make_plan
 from rft.report.plan_text import plan_lines
 from tests.cases.families import (
@@ -103,7 +103,7 @@ def test_a_checkpoint_and_a_merged_adapter_carry_the_stop_tokens_too(tmp_path: P
         made = Learner(make_plan(config(tmp_path, str(folder), learner=learner)).learner_spec())
         made.export(str(tmp_path / name))
         if name == "full":
-            made.write_state(tmp_path)
+            made.capture_state()(tmp_path)
     for out in (tmp_path / "full", tmp_path / "lora", tmp_path / "model"):
         assert out.is_dir()
         assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [0, 2]

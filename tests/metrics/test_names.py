@@ -64,7 +64,7 @@ READERS = (
 
 # Names that are put together: the words that a template's last `*` stands for are strings of these modules.
 WORDS = {
-    "eval/*": ("algorithms", "learner/held_out.py"),
+    "eval/*": ("algorithms", "learner/learner.py"),
     "data/*": ("rollout/buffer.py",),
     "reward/*/*": ("rewards/types.py",),
     "reward/workers/*": ("rewards/runner.py",),

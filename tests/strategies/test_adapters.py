@@ -12,10 +12,10 @@ import torch
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.config.learner import AdapterConfig
+from rft.errors import ModelError
+from rft.learner.adapters.merge import plain_name
+from rft.learner.adapters.methods import REFUSED, known_methods, peft_config
 from rft.learner.learner import Learner
-from rft.learner.model import ModelError
-from rft.learner.strategies.merge import plain_name
-from rft.learner.strategies.methods import REFUSED, known_methods, peft_config
 from tests.test_learner import spec
 
 # What a method needs to fit a model of 64 hidden units, or cannot do without.
@@ -86,7 +86,7 @@ def test_method(tiny_folder: Path, make_groups, tmp_path: Path, borrowed: Learne
         original = Learner(spec(tiny_folder)).policy.model.state_dict()
         assert all(torch.equal(after[n], original[plain_name(n)]) for n in after if plain_name(n) in original)
 
-    one.write_state(tmp_path)
+    one.capture_state()(tmp_path)
     assert not (tmp_path / "model").exists(), "the checkpoint holds the whole model"
     torch.manual_seed(5)
     two = adapted(tiny_folder, method)

@@ -116,7 +116,7 @@ def test_three_steps_with_pushes(
     ]
     assert moved and min(moved) > 0
     (tmp_path / "state").mkdir()
-    one.write_state(tmp_path / "state")
+    one.capture_state()(tmp_path / "state")
     one.export(str(tmp_path / "export"))
     assert not repacks
     now = base_of(one)

@@ -13,8 +13,8 @@ from rft.batch import Batch
 from rft.config.learner import GaloreConfig, HftConfig, LisaConfig, SubnetworkConfig
 from rft.contrib.strategies.galore import GaloreAdamW
 from rft.contrib.strategies.subnetwork import find_mask
+from rft.errors import ModelError
 from rft.learner.learner import Learner
-from rft.learner.model import ModelError
 from tests.test_learner import spec
 
 
@@ -85,7 +85,7 @@ def test_galore_keeps_small_moments_and_resumes(tiny_folder: Path, make_groups, 
 
 def again(one: Learner, build: Any, make_groups, folder: Path) -> None:
     """Saved and read back, the run goes on to the same weights."""
-    one.write_state(folder)
+    one.capture_state()(folder)
     two = build()
     two.read_state(folder)
     for step in (1, 2):

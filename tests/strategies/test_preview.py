@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rft.config.learner import AdapterConfig
+from rft.learner.adapters.methods import peft_config
 from rft.learner.learner import Learner
-from rft.learner.strategies.methods import peft_config
 from tests.test_offline import ROWS, Run, plan_of
 
 
@@ -29,17 +29,17 @@ def test_it_sees_a_pass_over_small_data_before_the_first_step(
     """Twenty pairs in batches of four: forty sequences, each once, and then the steps as ever."""
     seen: list[int] = []
     trained: list[list[int]] = []
-    look_at, step = Learner._look_at, Learner.step
+    score, step = Learner._score_previewed, Learner.step
 
     def noted(self: Learner, batch: Any) -> None:
         seen.extend(int(b.num_sequences) for b in (batch, *self.previewed))
-        look_at(self, batch)
+        score(self, batch)
 
     def stepped(self: Learner, batch: Any, number: int) -> dict[str, float]:
         trained.append(batch.tokens.tolist())
         return step(self, batch, number)
 
-    monkeypatch.setattr(Learner, "_look_at", noted)
+    monkeypatch.setattr(Learner, "_score_previewed", noted)
     monkeypatch.setattr(Learner, "step", stepped)
     learner = {"learning_rate": 3e-3, "threads": 1, "adapter": {"method": method, "r": 4}}
     plan = plan_of(tiny_folder, tmp_path, learner=learner, train={"steps": 2, "batch_size": 4})

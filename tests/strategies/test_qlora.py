@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.config.learner import AdapterConfig
+from rft.learner.adapters.merge import plain_name
 from rft.learner.learner import Learner
-from rft.learner.strategies.merge import plain_name
 from rft.tasks.tiny import build_tiny
 from tests.test_learner import spec
 
@@ -57,7 +57,7 @@ def test_a_quantised_base(tiny_folder: Path, make_groups, tmp_path: Path, quanti
     now = {plain_name(n): t for n, t in one.policy.model.state_dict().items()}
     assert all(torch.equal(t, now[n]) for n, t in base.items()), "the quantised base changed"
 
-    one.write_state(tmp_path)
+    one.capture_state()(tmp_path)
     two = quantized(tiny_folder, quantize, method)
     two.read_state(tmp_path)
     assert one.step(other, 1)["train/loss"] == two.step(other, 1)["train/loss"]

@@ -1,4 +1,4 @@
-"""Adapters that begin as something the data or the base's own numbers say, through peft's functions."""
+"""Initialise adapters from data (EVA, CorDA, LoRA-GA) or from the base's rounding (LoftQ), through peft."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rft.config.learner import AdapterConfig, LearnerConfig
-from rft.learner.model import ModelError
+from rft.errors import ModelError
 from rft.utils.quantized import full_weight
 
 Settings = Callable[..., Any]
@@ -17,24 +16,28 @@ Wrap = Callable[[Any], Any]
 Run = Callable[[], Any]
 
 
-def rewrites_base(config: AdapterConfig, settings: Any) -> bool:
-    """Whether the method moves a part of the base's weights into the adapter.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "eva": {"rho": 1.0},
+    # Previewing the task, by its own batches. kpm keeps what the given samples need untouched: it wants
+    # samples of other knowledge, and of the task's would leave out just the directions that it needs.
+    "corda": {"corda_method": "ipm"},
+    "lora_ga": {},
+}
 
-    Raises ModelError for combinations in which that part cannot be told from the rest.
-    """
-    init = getattr(settings, "init_lora_weights", None)
-    moves = isinstance(init, str) and init.lower().split("_niter_")[0] in (
-        "pissa",
-        "olora",
-        "corda",
-        "lora_ga",
-    )
-    if moves and (settings.use_dora or settings.lora_bias):
-        raise ModelError(
-            f"learner.adapter: {init} takes a part of the base over, which goes with neither use_dora nor "
-            "lora_bias; use one of the two"
-        )
-    return moves
+
+def data_config(method: str, options: dict[str, Any]) -> Any:
+    """peft's config of a data-driven beginning. Raises ModelError for ranks that the data would choose."""
+    from peft import EvaConfig, LoraGAConfig
+    from peft.tuners.lora.config import CordaConfig
+
+    kind = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}[method]
+    try:
+        made = kind(**(_SETTINGS[method] | options))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{method}_config: {error}") from error
+    if method == "eva" and made.rho != 1:
+        raise ModelError("eva_config.rho: only 1 (every layer keeps the rank r) can be saved and resumed")
+    return made
 
 
 def eva(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
@@ -86,16 +89,6 @@ def lora_ga(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: R
     made = settings(**_targets(base, settings))
     preprocess_loraga(base, made, train_step=backward)
     wrap(made)
-
-
-MAKERS = {"eva": eva, "corda": corda, "lora_ga": lora_ga}  # those that need the first batch
-# Sequences that those by activations look at, where the data are known beforehand: CorDA's authors take 256.
-SAMPLES = {"eva": 256, "corda": 256}
-
-
-def samples(config: LearnerConfig) -> int:
-    """How many sequences an adapter is made of, where it begins as the data say."""
-    return 0 if config.adapter is None else SAMPLES.get(config.adapter.method, 0)
 
 
 @torch.no_grad()

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from rft.config.learner import GaloreConfig
-from rft.learner.model import decay_groups
-from rft.learner.strategies.base import Strategy
+from rft.learner.spec import LearnerSpec
+from rft.learner.strategy import Strategy, decay_groups
 
 
 class Galore(Strategy):
     """All parameters are trained; the optimizer's memory is that of low-rank factors."""
 
+    def __init__(self, spec: LearnerSpec, config: GaloreConfig) -> None:
+        super().__init__(spec)
+        self.config = config
+
     def optimizer(self, model: nn.Module, extra: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        strategy, config = self.spec.config.strategy, self.spec.config
-        assert isinstance(strategy, GaloreConfig)
+        strategy, config = self.config, self.spec.config
         table = getattr(model, "get_input_embeddings", lambda: None)()
         head = getattr(model, "get_output_embeddings", lambda: None)()
         # Projected are the layers' matrices, as in the paper; embeddings and head have no low-rank gradient.
@@ -78,7 +81,8 @@ class GaloreAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient; `closure` is not supported."""
-        assert closure is None, "GaLore takes no closure"
+        if closure is not None:
+            raise ValueError("GaLore takes no closure")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

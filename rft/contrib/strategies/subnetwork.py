@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rft.config.learner import SubnetworkConfig
-from rft.learner.forward import PolicyModel
-from rft.learner.model import ModelError, load_causal_lm
-from rft.learner.strategies.base import SetFull, Strategy
-from rft.learner.strategies.optimizers import make_optimizer
+from rft.errors import ModelError
+from rft.learner.model import PolicyModel, load_causal_lm
+from rft.learner.spec import LearnerSpec
+from rft.learner.strategy import SetFull, Strategy, make_optimizer
 from rft.utils.files import write_atomic
 
 
@@ -44,11 +44,13 @@ class Subnetwork(Strategy):
     The dense gradient of a parameter is gathered, and freed, as soon as the backward pass has it.
     """
 
+    def __init__(self, spec: LearnerSpec, config: SubnetworkConfig) -> None:
+        super().__init__(spec)
+        self.config = config
+
     def attach(self, model: Any) -> None:
-        strategy = self.spec.config.strategy
-        assert isinstance(strategy, SubnetworkConfig)
         parameters = dict(model.named_parameters())
-        self.mask = self._read(strategy, parameters)
+        self.mask = self._read(self.config, parameters)
         self._install(parameters)
 
     def _read(self, strategy: SubnetworkConfig, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -60,7 +62,10 @@ class Subnetwork(Strategy):
                 raise ModelError(
                     f"learner.strategy.mask: {str(path)!r} is no safetensors file: {error}"
                 ) from error
-        assert strategy.tuned is not None
+        if strategy.tuned is None:
+            raise ModelError(
+                f"learner.strategy.mask: {str(path)!r} does not exist; set learner.strategy.tuned"
+            )
         tuned = load_causal_lm(strategy.tuned, torch.float32, "cpu", self.spec.model.trust_remote_code)
         before = {name: p.detach().cpu() for name, p in parameters.items()}
         mask = find_mask(before, dict(tuned.named_parameters()), strategy.tolerance)
@@ -119,7 +124,8 @@ class Subnetwork(Strategy):
 
 def _gatherer(places: Tensor, gathered: nn.Parameter) -> Any:
     def gather(parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            return
         part = parameter.grad.reshape(-1)[places]
         gathered.grad = part if gathered.grad is None else gathered.grad + part
         parameter.grad = None

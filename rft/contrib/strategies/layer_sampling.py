@@ -1,22 +1,20 @@
-"""Full fine-tuning of changing parts: LISA and HFT. A part is a pure function of seed and update."""
+"""Train a random part of the parameters at a time: LISA and HFT. Draws depend on seed and update only."""
 
 from __future__ import annotations
 
 import abc
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from rft.config.learner import HftConfig, LisaConfig
+from rft.errors import ModelError
 from rft.kernels.attention_route import decoder_of
-from rft.learner.model import ModelError
-from rft.learner.strategies.base import SetFull, Strategy
-
-if TYPE_CHECKING:
-    from rft.learner.spec import LearnerSpec
+from rft.learner.spec import LearnerSpec
+from rft.learner.strategy import SetFull, Strategy
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -29,10 +27,10 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     raise ModelError(f"{type(decoder).__name__} has no list of its {count} layers")
 
 
-class Draws(Strategy, abc.ABC):
-    """Trains what `draw` chooses, and chooses anew every `every` updates (0: never).
+class LayerSampling(Strategy, abc.ABC):
+    """Freeze the parameters that `frozen` draws, anew every `every` updates (0: once).
 
-    The optimizer's moments of what is no longer trained are dropped: that is the memory saved.
+    The optimizer's moments of frozen parameters are dropped: that is the memory saved.
     """
 
     every: int
@@ -44,7 +42,7 @@ class Draws(Strategy, abc.ABC):
 
     @abc.abstractmethod
     def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
-        """The parameters that are left alone until the next draw."""
+        """Yield the parameters that are not trained until the next draw."""
 
     def attach(self, model: Any) -> None:
         self.model = model
@@ -80,14 +78,12 @@ class Draws(Strategy, abc.ABC):
         return False
 
 
-class Lisa(Draws):
+class Lisa(LayerSampling):
     """Layerwise importance sampling: embeddings, head and `layers` decoder layers at a time."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, config: LisaConfig) -> None:
         super().__init__(spec)
-        strategy = spec.config.strategy
-        assert isinstance(strategy, LisaConfig)
-        self.layers, self.every = strategy.layers, strategy.every
+        self.layers, self.every = config.layers, config.every
 
     def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
         layers = layers_of(model)
@@ -102,17 +98,15 @@ class Lisa(Draws):
                 yield from layer.parameters()
 
 
-class Hft(Draws):
+class Hft(LayerSampling):
     """Half fine-tuning: in every layer one half of the attention's, and of the rest's, matrices is frozen.
 
     Embeddings and head are trained, as in the paper; vectors go with the half that is trained.
     """
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, config: HftConfig) -> None:
         super().__init__(spec)
-        strategy = spec.config.strategy
-        assert isinstance(strategy, HftConfig)
-        self.every = strategy.every
+        self.every = config.every
 
     def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
         spare = 0  # an odd group gives its odd matrix to either side in turn

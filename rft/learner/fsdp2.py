@@ -17,9 +17,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rft.config.learner import LearnerConfig
 from rft.kernels.attention_route import decoder_of
-from rft.learner.forward import PolicyModel
-from rft.learner.parallel.ranks import Ranks, device_of
+from rft.learner.model import PolicyModel, resolve_dtype
+from rft.learner.parallel import Ranks, device_of
 
 
 class FSDP2(Ranks):
@@ -31,15 +32,13 @@ class FSDP2(Ranks):
     dtype and gradients are reduced in float32.
     """
 
-    def __init__(
-        self, device: str, compute_dtype: torch.dtype, *, cpu_offload: bool, reshard_after_forward: bool
-    ) -> None:
+    def __init__(self, config: LearnerConfig, device: str) -> None:
         super().__init__()
         self.device = device
         self.mesh: DeviceMesh = init_device_mesh(device, (self.ranks,))
-        self.compute_dtype = compute_dtype
-        self.offload: OffloadPolicy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-        self.reshard_after_forward = reshard_after_forward
+        self.compute_dtype = resolve_dtype(config.dtype, device)
+        self.offload: OffloadPolicy = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+        self.reshard_after_forward = config.reshard_after_forward
         self.roots: list[FSDPModule] = []
 
     def loading_device(self, device: str) -> str:
@@ -54,7 +53,7 @@ class FSDP2(Ranks):
             if head is not None:  # small, and its arithmetic is float32 everywhere
                 fully_shard(head, mesh=self.mesh, mp_policy=exact, offload_policy=self.offload)
         trunks = [policy.model] if critic is None or critic.trunk is None else [policy.model, critic.trunk]
-        for layer in (layer for trunk in trunks for layer in layers_of(trunk)):
+        for layer in (layer for trunk in trunks for layer in gathered_units(trunk)):
             fully_shard(
                 layer,
                 mesh=self.mesh,
@@ -62,16 +61,14 @@ class FSDP2(Ranks):
                 offload_policy=self.offload,
                 reshard_after_forward=self.reshard_after_forward,
             )
-        assert isinstance(policy.network, nn.Module)
-        fully_shard(
+        root = fully_shard(
             policy.network,
             mesh=self.mesh,
             mp_policy=mixed,
             offload_policy=self.offload,
             reshard_after_forward=False,
         )
-        assert isinstance(policy.network, FSDPModule)
-        self.roots.append(policy.network)
+        self.roots.append(root)
         for module in policy.network.modules():
             if isinstance(module, FSDPModule):
                 # A learner's loss is weighed by the whole batch: gradients add up. (Summed as such,
@@ -134,7 +131,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def gathered_units(model: nn.Module) -> list[nn.Module]:
     """The decoder's layers: the units that are gathered one after another."""
     decoder = decoder_of(model)
     found = [m for name, m in decoder.named_children() if name in ("layers", "h", "blocks")]

@@ -1,39 +1,42 @@
-"""Adapters on a frozen policy, through peft. The policy's own object stays: layers are put in in place."""
+"""Train an adapter on a frozen policy, through peft, which replaces layers in place."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rft.batch import Batch
 from rft.config.learner import AdapterConfig
-from rft.contrib.strategies import data_init
-from rft.learner.forward import PolicyModel
-from rft.learner.model import Head, ModelError, load_causal_lm, resolve_dtype
-from rft.learner.strategies.base import FullTensor, Named, SetFull, Strategy
-from rft.learner.strategies.convert import as_plain_lora
-from rft.learner.strategies.merge import merged_layer, merged_weights, plain_name
-from rft.learner.strategies.methods import check_layers, check_targets, peft_config
-
-if TYPE_CHECKING:
-    from rft.learner.spec import LearnerSpec
+from rft.errors import ModelError
+from rft.learner.adapters.merge import merged_layer, merged_weights, plain_name
+from rft.learner.adapters.methods import (
+    DATA_DRIVEN,
+    LOFTQ,
+    check_layers,
+    check_targets,
+    peft_config,
+    rewrites_base,
+)
+from rft.learner.model import Head, PolicyModel, load_causal_lm, resolve_dtype
+from rft.learner.spec import LearnerSpec
+from rft.learner.strategy import FullTensor, Named, SetFull, Strategy
+from rft.utils.dotted import load_dotted
 
 NAME = "default"  # peft's name of the one adapter
 
 
 class Adapter(Strategy):
-    """Only an adapter is trained; the base is frozen, and quantised if `learner.quantize` says so."""
+    """Train only an adapter; the base is frozen, and quantised where `learner.quantize` asks for it."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, config: AdapterConfig) -> None:
         super().__init__(spec)
-        config = spec.config.adapter
-        assert config is not None
-        self.config: AdapterConfig = config
+        self.config = config
         self.quantize = spec.config.quantize
         self.names: list[str] = []
         self.keys: set[str] = set()  # of the plain model's state
@@ -46,7 +49,7 @@ class Adapter(Strategy):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The base is never updated, so it is held in the precision that is computed in."""
+        """The compute dtype, as the base is never updated."""
         return resolve_dtype(self.spec.config.dtype, self.spec.device)
 
     # -- making the adapter --------------------------------------------------------------------------
@@ -56,13 +59,13 @@ class Adapter(Strategy):
         check_layers(model, self.config)
         self.base, self.names = model, [name for name, _ in model.named_parameters()]
         self.keys = set(model.state_dict())
-        if self.config.method in data_init.MAKERS:
+        if self.config.method in DATA_DRIVEN:
             self._settings()  # what is wrong with it is said at once
             model.requires_grad_(False)  # made of the first batch
             return
         self._wrap(self._settings())
         if self.config.method == "loftq":
-            data_init.loftq(tuner_layers(model), self._full_weights())
+            load_dotted(LOFTQ)(tuner_layers(model), self._full_weights())
             self.follow()  # the run starts from base and adapter together
 
     def _settings(self, **fixed: Any) -> Any:
@@ -74,11 +77,11 @@ class Adapter(Strategy):
         return peft_config(self.config, **fixed)
 
     def _wrap(self, settings: Any) -> Any:
-        """Put the adapter in; returns peft's model. Keeps the beginning where a part of the base moved."""
+        """Put the adapter in; return peft's model. Keep its initial state where a part of the base moved."""
         from peft import get_peft_model
 
         marks = {name: _mark(p) for name, p in self.base.named_parameters()}
-        copies = self._originals() if data_init.rewrites_base(self.config, settings) else {}
+        copies = self._originals() if rewrites_base(settings) else {}
         try:
             self.peft = get_peft_model(self.base, settings)
         except (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError) as error:
@@ -115,7 +118,7 @@ class Adapter(Strategy):
 
     @torch.no_grad()
     def _rebase(self, originals: dict[str, Tensor]) -> None:
-        """base = original - what the adapter added at the beginning: the same numbers on every start."""
+        """Set base = original - initial adapter: the same numbers on every start."""
         now = self._tensors(copy=True)
         self._put(self.initial)
         for path, layer in tuner_layers(self.base):
@@ -127,7 +130,7 @@ class Adapter(Strategy):
     def begin(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> bool:
         if self.peft is not None:
             return False
-        make = data_init.MAKERS[self.config.method]
+        make = load_dotted(DATA_DRIVEN[self.config.method])
         make(self.base, self._settings, self._wrap, forward, backward)
         return True
 
@@ -138,7 +141,7 @@ class Adapter(Strategy):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within, the model is what the run started from, or what `follow` made of it."""
+        """Within, the model is the reference: as the run started, or as `follow` left it."""
         if self.peft is None:
             yield
             return
@@ -158,7 +161,7 @@ class Adapter(Strategy):
                 own[name].data = data
 
     def follow(self) -> None:
-        """The reference becomes what the policy is now."""
+        """Make the present policy the reference."""
         self.snapshot = self._tensors(copy=True)
 
     # -- training ------------------------------------------------------------------------------------
@@ -170,12 +173,12 @@ class Adapter(Strategy):
         return made
 
     def _allocate(self, *_: Any) -> None:
-        """AdaLoRA moves ranks to where they matter, after each update and before gradients are dropped."""
+        """Let AdaLoRA reassign ranks, after each update and before gradients are dropped."""
         self.peft.base_model.update_and_allocate(self.updates)
         self.updates += 1
 
     def penalty(self) -> Tensor | None:
-        """AdaLoRA keeps its factors orthogonal (Zhang et al. 2023, eq. 4)."""
+        """Return AdaLoRA's orthogonality penalty (Zhang et al. 2023, eq. 4)."""
         if self.config.method != "adalora" or self.peft is None:
             return None
         weight = self.peft.peft_config[NAME].orth_reg_weight
@@ -217,7 +220,7 @@ class Adapter(Strategy):
             self.snapshot = snapshot
 
     def export(self, folder: Path, full_tensor: FullTensor, write: bool) -> None:
-        """The merged model in the base's precision, and the adapter in peft's format beside it."""
+        """Write the merged model in the base's dtype, and the adapter in peft's format beside it."""
         from transformers import AutoModelForCausalLM
 
         config = type(self.base.config).from_dict(
@@ -252,7 +255,7 @@ class Adapter(Strategy):
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Everything that the adapter added: parameters and buffers by their names in the model."""
+        """Return the parameters and buffers that the adapter added, by their names in the model."""
         known = self.keys
         state: dict[str, Tensor] = self.base.state_dict(keep_vars=True)
         return {n: t for n, t in state.items() if n not in known and not _of_base(n)}
@@ -278,7 +281,6 @@ class Adapter(Strategy):
         return state
 
     def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], set_full: SetFull) -> bool:
-        assert model_state is not None
         if not model_state:  # saved before the first batch made the adapter
             return False
         made = self.peft is None
@@ -301,7 +303,7 @@ class Adapter(Strategy):
         return made
 
     def _restore_base(self, initial: dict[str, Tensor]) -> None:
-        """Make the base what it was in the run that began with `initial`."""
+        """Set the base to that of the run that began with `initial`."""
         if not initial or _same(initial, self.initial):
             return
         if self.initial:  # this start took over something else: begin from the original again
@@ -312,13 +314,13 @@ class Adapter(Strategy):
         self._rebase(originals)
 
     def _full_weights(self) -> dict[str, Tensor]:
-        """The base's parameters as they are on disk, on CPU."""
+        """Load the base's parameters from disk to CPU."""
         plain = load_causal_lm(self.spec.model.path, self.dtype, "cpu", self.spec.model.trust_remote_code)
         return {name: p.detach() for name, p in plain.named_parameters()}
 
 
 class AdapterReference(PolicyModel):
-    """The policy's own model, run as it began: no second copy of the weights."""
+    """The policy's model with its initial adapter, or none: no second copy of the weights."""
 
     def __init__(self, policy: PolicyModel, strategy: Adapter) -> None:
         self.__dict__.update(policy.__dict__)
@@ -345,7 +347,7 @@ class AdapterReference(PolicyModel):
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(path, layer) of every layer that carries an adapter, the outermost where they lie in each other."""
+    """Yield (path, layer) of every layer with an adapter, the outermost of nested ones."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, module in model.named_modules():
@@ -354,13 +356,13 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _of_base(name: str) -> bool:
-    """Whether a state entry belongs to a layer of the plain model that an adapter lies around. bitsandbytes
-    adds entries of 8-bit layers with the first forward."""
+    """Whether a state entry belongs to a wrapped layer of the plain model. bitsandbytes adds entries of 8-bit
+    layers in the first forward."""
     return ".base_layer." in name or ".original_module." in name or name.endswith((".SCB", ".weight_format"))
 
 
 def _mark(parameter: nn.Parameter) -> tuple[Any, ...]:
-    """Tells whether a weight was changed without keeping a copy of it."""
+    """Return a checksum by which a changed weight is found without a copy of it."""
     data = parameter.detach()
     total = data.sum(dtype=torch.float64 if data.is_floating_point() else torch.int64)
     some = data.reshape(-1)[:: max(1, data.numel() // 97)].float().norm()
@@ -369,3 +371,31 @@ def _mark(parameter: nn.Parameter) -> tuple[Any, ...]:
 
 def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(t.to(b[n].device), b[n]) for n, t in a.items())
+
+
+def as_plain_lora(
+    now: dict[str, Tensor], begun: dict[str, Tensor], settings: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """LoRA of twice the rank, whose product is s (B A - B0 A0): what training changed on the original base.
+
+    now, begun: peft's state dicts of the same adapter, A [r, in] and B [out, r] per layer.
+    Returns tensors and config as plain data.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in now.items():
+        if ".lora_A." in name:
+            tensors[name] = torch.cat([tensor, begun[name]], 0)
+        elif ".lora_B." in name:
+            tensors[name] = torch.cat([tensor, -begun[name]], 1)
+        else:
+            tensors[name] = tensor
+    config: dict[str, Any] = settings.to_dict()
+    grown = math.sqrt(2) if settings.use_rslora else 2  # keeps the scale: alpha / sqrt(r), or alpha / r
+    config["r"] = 2 * settings.r
+    config["lora_alpha"] = grown * settings.lora_alpha
+    config["rank_pattern"] = {k: 2 * v for k, v in settings.rank_pattern.items()}
+    config["alpha_pattern"] = {k: grown * v for k, v in settings.alpha_pattern.items()}
+    config["init_lora_weights"] = True
+    for key in ("eva_config", "corda_config", "lora_ga_config"):
+        config[key] = None
+    return tensors, config

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from rft.config.learner import AdapterConfig
-from rft.learner.model import ModelError
+from rft.config.learner import AdapterConfig, LearnerConfig
+from rft.errors import ModelError
 from rft.utils.did_you_mean import did_you_mean, did_you_mean_or_list
+from rft.utils.dotted import load_dotted
 
 # What LoRA's variants are called by their papers, as fields of peft's LoraConfig.
 LORA: dict[str, dict[str, Any]] = {
@@ -46,28 +47,21 @@ REFUSED: dict[str, str] = {
 }
 
 
-_DATA_DRIVEN: dict[str, dict[str, Any]] = {
-    "eva": {"rho": 1.0},
-    # Previewing the task, by its own batches. kpm keeps what the given samples need untouched: it wants
-    # samples of other knowledge, and of the task's would leave out just the directions that it needs.
-    "corda": {"corda_method": "ipm"},
-    "lora_ga": {},
+# Initialised from the first batch, and by what; LoftQ from the base's rounding.
+DATA_DRIVEN = {
+    "eva": "rft.contrib.strategies.data_init.eva",
+    "corda": "rft.contrib.strategies.data_init.corda",
+    "lora_ga": "rft.contrib.strategies.data_init.lora_ga",
 }
+DATA_CONFIG = "rft.contrib.strategies.data_init.data_config"
+LOFTQ = "rft.contrib.strategies.data_init.loftq"
+# Sequences that those by activations look at, where the data are known beforehand: CorDA's authors take 256.
+_PREVIEWED = {"eva": 256, "corda": 256}
 
 
-def _data_config(method: str, options: dict[str, Any]) -> Any:
-    """peft's config of a data-driven beginning. Raises ModelError for ranks that the data would choose."""
-    from peft import EvaConfig, LoraGAConfig
-    from peft.tuners.lora.config import CordaConfig
-
-    kind = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}[method]
-    try:
-        made = kind(**(_DATA_DRIVEN[method] | options))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{method}_config: {error}") from error
-    if method == "eva" and made.rho != 1:
-        raise ModelError("eva_config.rho: only 1 (every layer keeps the rank r) can be saved and resumed")
-    return made
+def previewed_sequences(config: LearnerConfig) -> int:
+    """How many sequences an adapter that is initialised from data looks at."""
+    return 0 if config.adapter is None else _PREVIEWED.get(config.adapter.method, 0)
 
 
 def known_methods() -> list[str]:
@@ -95,8 +89,9 @@ def peft_config(config: AdapterConfig, **fixed: Any) -> Any:
         raise ModelError(f"unknown method {config.method!r}{did_you_mean_or_list(method, known_methods())}")
     fields = {f.name for f in dataclasses.fields(kinds[name]) if f.init}
     given = {**_settings(config, method, fields), **LORA.get(method, {}), **config.options, **fixed}
-    if method in _DATA_DRIVEN:
-        given[f"{method}_config"] = _data_config(method, config.options.get(f"{method}_config", {}))
+    if method in DATA_DRIVEN:
+        options = config.options.get(f"{method}_config", {})
+        given[f"{method}_config"] = load_dotted(DATA_CONFIG)(method, options)
     for key in given:
         if key not in fields:
             raise ModelError(
@@ -132,6 +127,26 @@ def _first(method: str, what: str, names: tuple[str, ...], fields: set[str]) -> 
         if name in fields:
             return name
     raise ModelError(f"method {method!r} has no setting {what!r}; see its options in peft")
+
+
+def rewrites_base(settings: Any) -> bool:
+    """Whether a method with these peft settings moves a part of the base's weights into the adapter.
+
+    Raises ModelError for combinations in which that part cannot be told from the rest.
+    """
+    init = getattr(settings, "init_lora_weights", None)
+    moves = isinstance(init, str) and init.lower().split("_niter_")[0] in (
+        "pissa",
+        "olora",
+        "corda",
+        "lora_ga",
+    )
+    if moves and (settings.use_dora or settings.lora_bias):
+        raise ModelError(
+            f"learner.adapter: {init} takes a part of the base over, which goes with neither use_dora nor "
+            "lora_bias; use one of the two"
+        )
+    return moves
 
 
 def check_targets(config: AdapterConfig, model: nn.Module) -> None:

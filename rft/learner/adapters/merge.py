@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rft.learner.strategies.base import FullTensor
+from rft.learner.strategy import FullTensor
 from rft.utils.quantized import full_weight, is_quantized
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.batch import Completion, Group
-from rft.learner.model import ModelError
+from rft.errors import ModelError
 
 
 def stop_ids(

@@ -1,1 +1,0 @@
-"""How one policy is trained by several processes: `single`, `fsdp2`, `deepspeed`."""
