@@ -31,6 +31,7 @@ from rft.config.data import DataConfig
 from rft.config.load import parse_config
 from rft.data.rows import load_rows
 from rft.loops.offline import OfflineLoop
+from rft.loops.saver import Saver
 from rft.metrics import Progress
 from rft.packing import shares_prefix
 from rft.plan import OfflinePlan, make_plan
@@ -202,6 +203,7 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
                 "entropy": False,
             },
             "eval": {"every": 0},
+            "checkpoint": {"every": 0},
             **case.more,
         }
     )
@@ -259,6 +261,7 @@ def _start(case: Case, runs: Path) -> str:
                 "train": {"steps": 120, "batch_size": 16},
                 "learner": {"learning_rate": 5e-3, "schedule": "cosine", "threads": 1, "entropy": False},
                 "eval": {"every": 0},
+                "checkpoint": {"every": 0},
             }
         )
         plan = make_plan(config)
@@ -282,7 +285,7 @@ def train(plan: OfflinePlan, learner: InProcessLearner) -> None:
             config.train.batch_size,
             share_prefix=shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden),
             progress=progress,
-            checkpoints=Path(nowhere),
+            saver=Saver(learner, Path(nowhere), config, progress, None),
             arrange=config.algorithm.arrange,
             save_last=False,
         )

@@ -1,18 +1,18 @@
 """Checkpoints that survive being killed at any instant, and the search for the last good one.
 
-A checkpoint is a folder `ROOT/step-00000010` with whatever files its writer laid there, plus
-`manifest.json`: the step, the caller's `meta`, a hash of the config, the versions of the libraries,
-and the size and SHA-256 of every file. Order of writing:
+A checkpoint is a folder `ROOT/step-00000010` with the files of its writer, plus `manifest.json`: the step,
+the caller's `meta`, a hash of the config, the versions of the libraries, and the size and SHA-256 of every
+file. Order of writing:
 
 1. everything goes into a temporary folder beside the others (`.writing-*`);
 2. every file is hashed and fsynced, then the manifest, then the folders;
 3. one rename makes it a checkpoint, and the root is fsynced;
 4. only now are older ones removed, down to the last `keep` (each by a rename to `.removing-*` first).
 
-So whatever the instant, a folder named `step-*` is complete, or damaged in a way that its manifest
-shows. There is no pointer file to go stale: `latest` reads the manifests. "Latest" is the one written
-last (`order` in the manifest), not the one with the highest step: a run that was set back to step 20
-goes on from where it then got to.
+So at every instant a folder named `step-*` is complete, or damaged in a way that its manifest shows. There is
+no pointer file to go stale: `latest` reads the manifests. "Latest" is the one written last (`order` in the
+manifest), not the one with the highest step: a run that was set back to step 20 continues from its progress
+since then.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ Write = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint whose files were found to match their hashes.
+    """A complete checkpoint whose files match their hashes.
 
-    `meta` is what the caller gave to `save`; `config_hash` is None where no config was given.
+    `meta`: as given to `save`; `config_hash`: None where no config was given.
     """
 
     path: Path
@@ -151,7 +151,7 @@ def _storage_errors(root: Path, step: int) -> Iterator[None]:
 
 
 def _remedy(error: Exception) -> str:
-    """What to do about it, as far as the error tells."""
+    """The remedy for a storage error."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Give this user the right to write there, or choose another output folder."
@@ -264,7 +264,7 @@ def _discard(folder: Path) -> None:
 
 
 def _clean(root: Path) -> None:
-    """Remove what killed processes left half-written or half-removed. Call with the lock held."""
+    """Remove half-written and half-removed folders of killed processes. Call with the lock held."""
     for prefix in (_WRITING, _REMOVING):
         for path in root.glob(f"{prefix}*"):
             shutil.rmtree(path)
@@ -272,8 +272,7 @@ def _clean(root: Path) -> None:
 
 def _prune(root: Path, keep: int, written: Path) -> None:
     """Remove all but the newest `keep` checkpoints. One whose files are missing or of a wrong size
-    does not count towards `keep`, so that a damaged one never costs a good one its place; it is left
-    where it is, for whoever wants to know what happened to it."""
+    does not count towards `keep`: a damaged one never displaces a good one. It stays for inspection."""
     sound = [path for _, path, reason in sorted(_candidates(root), reverse=True) if reason is None]
     for path in sound[keep:]:
         away = root / f"{_REMOVING}{path.name}"
@@ -391,7 +390,7 @@ def _wrong_sizes(path: Path, manifest: Mapping[str, Any]) -> str | None:
     return None
 
 
-# -- what a manifest says of the run ---------------------------------------------------------------
+# -- the run in a manifest ---------------------------------------------------------------
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

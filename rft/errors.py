@@ -56,6 +56,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is not fit to be read. The text says why and what to do."""
 
 
+class NoSignal(RuntimeError):
+    """Too many groups in a row without a learning signal."""
+
+
 class RunStopped(Exception):
     """The run was asked to stop, after `step` finished steps (None: before the first one could begin).
     `stage` is empty for the run itself."""

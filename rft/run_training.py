@@ -1,29 +1,24 @@
-"""A run from plan to final model: starts the parts, hands them to the loop, ends them all."""
+"""A run from plan to final model: start the parts, hand them to the loop, end them all."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import sys
 import traceback
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ray.exceptions import RayError
 
 from rft import checkpoint, run_dir
-from rft.contrib.second_policy import Twin
 from rft.errors import CheckpointError, ConfigError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerGroup, LearnerHandle
-from rft.loops.evaluate import evaluate
-from rft.loops.offline_eval import Sampled
-from rft.loops.offline_run import train_offline
+from rft.loops.evaluate import SampledEvaluation, evaluate
+from rft.loops.offline import train_offline
 from rft.loops.online import Controller, Parts
 from rft.loops.warm_start import WARM_START_FOLDER, warm_start
 from rft.metrics import Progress, RunLog
@@ -31,6 +26,7 @@ from rft.plan import OfflinePlan, OnlinePlan, Plan
 from rft.rewards import RewardError
 from rft.rewards.runner import RewardRunner
 from rft.rollout.fleet import Fleet
+from rft.rollout.hooks import LoopHooks
 from rft.rollout.pool import RolloutPool
 from rft.run_dir import RunFolder
 from rft.sync import files
@@ -38,12 +34,15 @@ from rft.sync.channel import WeightChannel
 from rft.sync.ipc import ColocatedChannel
 from rft.utils.actors import ActorDied
 from rft.utils.deadlines import Overdue, unless_stopped
-from rft.utils.ray_cluster import kill, on_head_death, ray_cluster
+from rft.utils.dotted import load_dotted
+from rft.utils.files import folder_atomic
+from rft.utils.process import kill_tree
+from rft.utils.ray_cluster import on_head_death, ray_cluster
 from rft.utils.signals import SAME_REQUEST_S, STOPPED, StopSignals, print_stop
 from rft.utils.terminal import say
 
 DONE, FAILED, USER_ERROR, FAULT = 0, 1, 2, 76
-# What the death of another process looks like here: a stop signal may have reached that one as well.
+# Raised here when another process dies: a stop signal may have reached that one as well.
 _OF_ANOTHER_PROCESS = (ActorDied, EngineError, Overdue, RayError, RewardError, TransferError)
 
 
@@ -95,7 +94,7 @@ async def _train(
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     seconds = config.train.stop_grace_s
 
-    def tell(reason: str) -> None:
+    def announce(reason: str) -> None:
         progress.note(
             f"{reason}: finishing the step and saving a checkpoint, within {seconds:g} s "
             f"(a signal more than {SAME_REQUEST_S:g} s from now: stop at once)"
@@ -104,7 +103,7 @@ async def _train(
         stop.set()
 
     def request(reason: str) -> float:
-        loop.call_soon_threadsafe(tell, reason)
+        loop.call_soon_threadsafe(announce, reason)
         return seconds
 
     signals.handle(request=request)
@@ -122,12 +121,12 @@ async def _train(
         run_dir.write_result(folder.path, {"steps": config.train.steps, **result})
         signals.exit_code = DONE
     finally:
-        signals.handle(request=lambda reason: seconds)  # only the parts are left to be ended
+        signals.handle(request=lambda reason: seconds)  # only the parts remain to be ended
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run that was asked to stop says what became of it."""
+    """Reports how a run that was asked to stop has ended."""
 
     folder: RunFolder
     log: RunLog
@@ -136,7 +135,7 @@ class Ending:
     weights: str | None  # folder of weights in transfer, often in shared memory
 
     def stopped(self, stopped: RunStopped, error: str = "") -> int:
-        """Tell of a tidy stop; `error`: what failed meanwhile. Returns the exit code."""
+        """Report a tidy stop; `error`: a failure meanwhile. Returns the exit code."""
         if stopped.step is None and not stopped.stage and self.log.last_step > 0:
             stopped = RunStopped(self.log.last_step)  # in the export, or while a resumed run started
         saved = self._newest(stopped.stage)
@@ -150,7 +149,7 @@ class Ending:
         return STOPPED
 
     def at_once(self, reason: str) -> None:
-        """Tell of an end that waits for nothing, just before it."""
+        """Report an end that waits for nothing, just before it."""
         if self.signals.exit_code == DONE:
             print_stop(f"the run is complete; its processes are ended at once ({reason})")
             return
@@ -174,26 +173,36 @@ def _standing(saved: int | None) -> str:
 
 
 def _end_with_ray(name: str, log: RunLog, progress: Progress, signals: StopSignals) -> None:
-    """Without its head Ray can neither be asked nor shut down: say so, kill what is left, and go."""
-    import psutil
-
+    """End the process: without its head Ray can be neither asked nor shut down."""
     what = f"Ray's {name} died; every actor is lost with it"
     log.event("fault/ray", part=name, what=what, action="the run ends; the last checkpoint is sound")
     code = STOPPED if signals.asked(within=1.0) else FAULT  # a signal to every process may have ended it
     log.close(what)
     progress.close()
     say(f"rft: {signals.reason or 'failed'}: {what}")
-    for process in psutil.Process().children(recursive=True):
-        kill(process.pid)
+    kill_tree(os.getpid())
     os._exit(code)
 
 
 async def _online(
     plan: OnlinePlan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
-) -> dict[str, Any]:
+) -> dict[str, float]:
     config = plan.config
-    pool, twin = make_pool(plan), None
+    pool, hooks = make_pool(plan), LoopHooks()
     rewards = RewardRunner(config.rewards, Path.cwd(), config.train.steps)
+
+    async def start_policy(name: str) -> tuple[LearnerHandle, Fleet]:
+        """Start a further learner with engines, for hooks that train one."""
+        progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and {name}")
+        more = make_pool(plan)
+        other = start_learner(plan, plan.learner_spec(), name)
+        try:
+            await unless_stopped(more.start(), stop)
+        except BaseException:
+            await more.close()
+            raise
+        return other, Fleet(more, make_channel(plan, other, more), config.rollout, log, progress)
+
     try:
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
         learner = start_learner(plan, plan.learner_spec())
@@ -202,79 +211,51 @@ async def _online(
         _, _, info = await unless_stopped(starting, stop)
         progress.note(f"learner: {info.parameters:,} parameters on {info.device}")
         await learner.require_folder(str(folder.path))
-        twin = await _twin(plan, folder, log, progress, stop) if config.algorithm.copies == 2 else None
-        parts = Parts(learner, pool, channel, rewards, log, progress, twin)
-        controller = Controller(plan, parts, folder.checkpoints, stop=stop)
-        result = await controller.run(folder.resume)
+        if config.algorithm.hooks:
+            hooks = await load_dotted(config.algorithm.hooks)(config, folder.path, start_policy)
+        parts = Parts(learner, pool, channel, rewards, log, progress, hooks)
+        result = await Controller(plan, parts, folder.checkpoints, stop=stop).run(folder.resume)
         await channel.before_step()
         await unless_stopped(export(learner, folder.path / "model"), stop)
-        if twin is not None:
-            await unless_stopped(export(twin.learner, folder.path / "model-second"), stop)
-            await twin.fleet.channel.close()
+        await unless_stopped(hooks.export(folder.path), stop)
         await channel.close()
         return result
     finally:
         await rewards.close()
         await pool.close()
-        if twin is not None:
-            await twin.fleet.pool.close()
-
-
-async def _twin(plan: Plan, folder: RunFolder, log: RunLog, progress: Progress, stop: asyncio.Event) -> Twin:
-    """The second copy of the model, started."""
-    config, pool = plan.config, make_pool(plan)
-    progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner of the second copy")
-    learner = start_learner(plan, plan.learner_spec(), "the second learner")
-    try:
-        await unless_stopped(pool.start(), stop)
-    except BaseException:
-        await pool.close()
-        raise
-    fleet = Fleet(pool, make_channel(plan, learner, pool), config.rollout, log, progress)
-    return Twin(learner, fleet, config, folder.path / "checkpoints-second")
+        await hooks.close()
 
 
 async def _offline(
     plan: OfflinePlan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
-) -> dict[str, Any]:
+) -> dict[str, float]:
+    config = plan.config
     progress.stage("starting the learner")
     learner = start_learner(plan, plan.learner_spec())
-    async with _sampling(plan, learner, log, progress, stop) as generate:
-        result = await train_offline(plan, folder, learner, progress, log, stop, generate)
+    async with AsyncExitStack() as parts:
+        sampled = None
+        if plan.eval_prompts is not None:  # engines and rewards, for the evaluation
+            pool, rewards = make_pool(plan), RewardRunner(config.rewards, Path.cwd(), config.train.steps)
+            parts.push_async_callback(pool.close)
+            parts.push_async_callback(rewards.close)
+            progress.stage(f"starting {config.rollout.replicas} x {plan.engine}")
+            channel = make_channel(plan, learner, pool)
+            await unless_stopped(asyncio.gather(start_engines(channel, pool), rewards.start()), stop)
+            await unless_stopped(channel.connect(), stop)
+            await channel.before_step()
+            held_out = (plan.tokenizer, plan.eval_prompts.prompts, config, log)
+            sampled = SampledEvaluation(pool.generate, rewards, *held_out, channel)
+        result = await train_offline(plan, folder, learner, progress, log, stop, sampled)
+        if sampled is not None:
+            await channel.close()
     await unless_stopped(export(learner, folder.path / "model"), stop)
     return result
 
 
 async def export(learner: LearnerHandle, folder: Path) -> None:
-    """Write the final model; the folder appears by a rename, complete."""
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was interrupted
-    await learner.export(str(temporary))
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that went on after its end
-    temporary.rename(folder)
-
-
-@asynccontextmanager
-async def _sampling(
-    plan: Plan, learner: LearnerHandle, log: RunLog, progress: Progress, stop: asyncio.Event
-) -> AsyncIterator[Sampled | None]:
-    """Engines and rewards for the evaluation of an offline run; None where it asks for none."""
-    if plan.eval_prompts is None:
-        yield None
-        return
-    config = plan.config
-    pool, rewards = make_pool(plan), RewardRunner(config.rewards, Path.cwd(), config.train.steps)
-    try:
-        progress.stage(f"starting {config.rollout.replicas} x {plan.engine}")
-        channel = make_channel(plan, learner, pool)
-        await unless_stopped(asyncio.gather(start_engines(channel, pool), rewards.start()), stop)
-        await unless_stopped(channel.connect(), stop)
-        await channel.before_step()
-        yield Sampled(plan, pool, channel, rewards, log)
-        await channel.close()
-    finally:
-        await rewards.close()
-        await pool.close()
+    """Write the final model, atomically."""
+    with folder_atomic(folder) as temporary:
+        await learner.export(str(temporary))
 
 
 EVALUATION_END_S = 30.0  # for ending the engines after a stop signal
@@ -305,10 +286,7 @@ async def evaluate_model(plan: Plan, signals: StopSignals) -> dict[str, float]:
                 rewards,
                 plan.tokenizer,
                 plan.eval_prompts.prompts,
-                config.eval,
-                primary=config.rewards.functions[0].label,
-                max_tokens=config.rollout.sampling.max_completion_length,
-                seed=config.seed,
+                config,
                 label="eval",
             )
             metrics, _ = await unless_stopped(evaluating, stop)
@@ -342,15 +320,15 @@ async def start_engines(channel: WeightChannel, pool: RolloutPool) -> None:
 
 
 def make_channel(plan: Plan, learner: LearnerHandle, pool: RolloutPool) -> WeightChannel:
-    """The way of the weights from the learner to the replicas, not connected yet."""
-    config, spec = plan.config, plan.channel_spec()
+    """The weight channel from the learner to the replicas, not connected yet."""
+    spec = plan.channel_spec()
     kind = ColocatedChannel if spec.colocated else WeightChannel
-    return kind(learner, pool, spec, config.rollout.update, plan.proof_spec())
+    return kind(learner, pool, spec, plan.config.rollout.update, plan.proof_spec())
 
 
 def report_failure(error: BaseException) -> int:
-    """Tell a failure on stderr, with its traceback; returns the exit code: FAULT where a part of the
-    machine failed, so that the same command may well succeed, FAILED for all else."""
+    """Print a failure on stderr, with its traceback; returns the exit code: FAULT where a part of the
+    machine failed, so that the same command may well succeed, FAILED otherwise."""
     traceback.print_exception(error, file=sys.stderr)
     say(f"rft: failed: {type(error).__name__}: {error}")
     of_the_machine = ActorDied | EngineError | Overdue | CheckpointError | RayError

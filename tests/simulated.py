@@ -18,9 +18,11 @@ from rft.plan import make_plan
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, Score
 from rft.rollout.engine import Generated, Request
+from rft.rollout.hooks import LoopHooks
 from rft.rollout.pool import Member, RolloutPool
 from rft.sync.channel import WeightChannel
 from rft.sync.spec import Link, Sent
+from rft.utils.dotted import load_dotted
 
 
 class Handle:
@@ -198,7 +200,9 @@ def simulated(
     log = RunLog(c.run_dir, c.train.steps, c.tracking, config=c.to_dict())
     rewards = SimRewards(c.rewards, folder)
     rewards.judge = judge
+    start = c.algorithm.hooks
+    hooks = asyncio.run(load_dotted(start)(c, c.run_dir, None)) if start else LoopHooks()
     with Progress(c.train.steps, c.name, display="off") as progress:
-        parts = Parts(learner, pool, channel, rewards, log, progress)
+        parts = Parts(learner, pool, channel, rewards, log, progress, hooks)
         yield Run(Controller(plan, parts, folder / "checkpoints"), learner, c.run_dir)
     log.close("done")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError
-from rft.loops.online import NoSignal
+from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError, NoSignal
 from tests.simulated import Run, SimLearner, alternating, simulated
 
 OUTCOMES = ("correct", "wrong", "abstain", "error", "timeout", "unparseable")

@@ -110,5 +110,5 @@ def test_offline_pairs_in_one_micro_batch_of_two_keep_their_mean(tiny_folder: Pa
 def test_a_curriculum_that_has_measured_nothing_has_no_pass_rate() -> None:
     curriculum = Curriculum(10, 1, CurriculumConfig())
     assert curriculum.metrics() == {"data/measured": 0.0}
-    curriculum.observe(3, 0.5)
+    curriculum.observe_rate(3, 0.5)
     assert curriculum.metrics() == {"data/measured": 1.0, "data/pass_rate": 0.5}

@@ -14,10 +14,9 @@ import torch
 from rft import checkpoint
 from rft.batch import Batch
 from rft.config.load import parse_config
-from rft.errors import LearnerError
+from rft.errors import LearnerError, RunStopped
 from rft.learner.learner import Learner
-from rft.loops.offline import RunStopped
-from rft.loops.offline_run import train_offline
+from rft.loops.offline import train_offline
 from rft.metrics import Progress, RunLog
 from rft.metrics.names import is_documented
 from rft.plan import Plan, make_plan
@@ -190,7 +189,7 @@ def test_cached_reference_log_probs_are_those_of_the_live_reference(
 
 
 def test_the_cache_is_keyed_by_model_and_data(tiny_folder: Path, tmp_path: Path) -> None:
-    from rft.loops.reference import cache_file
+    from rft.loops.offline import cache_file
 
     plan = plan_of(tiny_folder, tmp_path)
     groups = plan.data.sample
@@ -275,7 +274,7 @@ def test_evaluation_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
 def test_dropped_groups_of_a_cut_cache_file_are_noticed(tiny_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from rft.loops.reference import attach
+    from rft.loops.offline import attach
 
     plan = plan_of(tiny_folder, tmp_path)
     file = tmp_path / "short.safetensors"

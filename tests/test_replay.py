@@ -13,11 +13,11 @@ from rft.contrib.replay import Replay
 def test_past_groups_are_mixed_in_and_forgotten_in_order(make_groups) -> None:
     steps = [make_groups(groups=1, seed=i) for i in range(4)]
     replay = Replay(2)
-    mixed = [replay.mix(s) for s in steps]
+    mixed = [replay.select(s) for s in steps]
     assert mixed[0] == steps[0]
     assert mixed[1] == steps[1] + steps[0]
     assert mixed[3] == steps[3] + steps[1] + steps[2]
-    assert Replay(0).mix(steps[0]) == steps[0] and not Replay(0).past
+    assert Replay(0).select(steps[0]) == steps[0] and not Replay(0).past
 
 
 def test_a_replay_survives_a_checkpoint(make_groups) -> None:
@@ -27,7 +27,7 @@ def test_a_replay_survives_a_checkpoint(make_groups) -> None:
         for g in groups
     ]
     replay, other = Replay(3), Replay(3)
-    replay.mix(with_values)
+    replay.select(with_values)
     other.load_state_dict(
         json.loads(json.dumps(replay.state_dict())), {g.prompt.id: g.prompt for g in groups}
     )
@@ -38,7 +38,7 @@ def test_expert_iteration_imitates_good_answers_of_past_steps(make_groups) -> No
     """Two old groups and one new one: the loss acts on all their right answers and on nothing else."""
     old, new = make_groups(groups=2, seed=1), make_groups(groups=1, seed=2)
     replay = Replay(ALGORITHMS["expert_iteration"]().replay)
-    replay.mix(old)
-    batch = ALGORITHMS["expert_iteration"]().prepare(Batch.build(replay.mix(new)))
+    replay.select(old)
+    batch = ALGORITHMS["expert_iteration"]().prepare(Batch.build(replay.select(new)))
     trained = batch.lengths > 0
     assert trained.tolist() == [c.reward > 0 for g in (*new, *old) for c in g.completions]

@@ -288,9 +288,10 @@ class Algorithm(ABC):
         return 0
 
     @property
-    def replay(self) -> int:
-        """How many past steps' groups are trained on again beside this step's. 0: none."""
-        return 0
+    def hooks(self) -> str:
+        """Dotted path of the function that makes the algorithm's hooks of the online loop
+        (`rft/rollout/hooks.py`). Empty: it needs none."""
+        return ""
 
     @property
     def refresh_reference(self) -> int:

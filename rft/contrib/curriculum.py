@@ -1,4 +1,4 @@
-"""A sampler that prefers prompts which the policy solves now and then, by their measured pass rate."""
+"""A prompt sampler that prefers prompts with an intermediate pass rate."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rft.rewards.types import Outcome
 
 
 class Curriculum:
-    """Rows 0..size-1: a share `explore` in the order of `Sampler`, which measures all of them in time; the
-    others drawn among the measured ones, in proportion to how near their pass rate p is to `target` t:
+    """Rows 0..size-1: a share `explore` in the order of `Sampler`, so that all are measured in time; the
+    others drawn among the measured ones, by how near their pass rate p is to `target` t:
 
         weight(p) = floor + (1 - floor) * p^(t/m) (1-p)^((1-t)/m) / its maximum,   m = max(t, 1-t)
 
     (for t = 1/2 the variance p (1 - p) of a single trial, which the gradient of a group with 0/1 rewards is
-    proportional to). Every draw is a function of the seed, its number and what was observed before.
-    `epoch` after a draw says how often that row was drawn before.
+    proportional to). Every draw is a function of the seed, its number and the earlier observations.
+    `epoch` after a draw is the number of earlier draws of that row.
     """
 
     TRIES = 64
@@ -55,7 +55,7 @@ class Curriculum:
         return row
 
     def _by_rate(self, dice: random.Random) -> int | None:
-        """A measured row, accepted with the chance that is its weight; None where none is."""
+        """A measured row, accepted with a probability equal to its weight; None where none is accepted."""
         for _ in range(self.TRIES if self._rows else 0):
             row = dice.choice(self._rows)
             rested = self.draws - self.visits[row][1] > self.config.rest
@@ -64,14 +64,20 @@ class Curriculum:
         return None
 
     def weight(self, rate: float) -> float:
-        """Chance of a prompt with this pass rate over that of the best one: in [floor, 1]."""
+        """The probability of a prompt with this pass rate over that of the best one: in [floor, 1]."""
         t, floor = self.config.target, self.config.floor
         m = max(t, 1 - t)
         height = (rate / t) ** (t / m) * ((1 - rate) / (1 - t)) ** ((1 - t) / m)
         return floor + (1 - floor) * height
 
-    def observe(self, row: int, rate: float) -> None:
-        """A row's completions were judged: `rate` of them are correct."""
+    def observe(self, row: int, group: Group, primary: str) -> None:
+        """Take note of a scored group's pass rate, where it has one."""
+        rate = pass_rate(group, primary)
+        if rate is not None:
+            self.observe_rate(row, rate)
+
+    def observe_rate(self, row: int, rate: float) -> None:
+        """Take note that `rate` of a row's completions are correct."""
         if row not in self.rates:
             self._rows.append(row)
             self.rates[row] = rate
@@ -99,8 +105,7 @@ class Curriculum:
 
 
 def pass_rate(group: Group, primary: str) -> float | None:
-    """The share of a group's completions that the reward named `primary` found correct. Completions that
-    began with a demonstration count nowhere: they do not say how often the policy solves the prompt. None:
-    there is no other one."""
+    """The share of a group's completions that the reward named `primary` judged correct; None where there are
+    none. Completions that begin with a demonstration do not count: the policy did not solve the prompt."""
     own = [c for c in group.completions if not c.demonstrated]
     return sum(c.scores[primary].outcome == Outcome.correct for c in own) / len(own) if own else None

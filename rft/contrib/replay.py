@@ -1,42 +1,50 @@
-"""Expert iteration's memory: the groups of past steps, which are trained on again beside the new ones."""
+"""Expert iteration: the groups of past steps are trained on again with the fresh ones."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from rft.algorithms.policy_gradient.raft import ExpertIteration
 from rft.batch import Completion, Group, Prompt
+from rft.config.schema import Config
+from rft.rollout.hooks import LoopHooks
 
 
-class Replay:
-    """The groups of the last `steps` steps. `steps` 0: it remembers nothing and adds nothing."""
+async def start(config: Config, folder: Path, start_policy: object) -> Replay:
+    """Make the hooks of a run with expert iteration."""
+    assert isinstance(config.algorithm, ExpertIteration)
+    return Replay(config.algorithm.replay)
+
+
+class Replay(LoopHooks):
+    """The groups of the last `steps` steps; 0: none."""
 
     def __init__(self, steps: int) -> None:
         self.past: deque[list[Group]] = deque(maxlen=steps)
         self._before = self.past.copy()
 
-    def mix(self, groups: Sequence[Group]) -> list[Group]:
-        """This step's groups, then those of the steps before it, the oldest first; remembers this step's."""
+    def select(self, groups: Sequence[Group]) -> list[Group]:
+        """Return this step's groups, then those of the kept steps, the oldest first; keep this step's."""
         mixed = [*groups, *(group for step in self.past for group in step)]
         self._before = self.past.copy()
         self.past.append(list(groups))
         return mixed
 
-    def take_back(self) -> None:
-        """Forget the groups of the last `mix`: no step was taken on them."""
+    def step_failed(self) -> None:
         self.past = self._before
 
     def state_dict(self) -> list[Any]:
-        """What is remembered, as plain JSON; prompts by their id."""
+        """Return the groups as plain JSON; prompts by their id."""
         return [
             [[group.prompt.id, [_plain(c) for c in group.completions]] for group in step]
             for step in self.past
         ]
 
     def load_state_dict(self, state: Sequence[Any], prompts: Mapping[int, Prompt]) -> None:
-        """Remember what `state_dict` wrote. `prompts`: the run's prompts by id."""
         self.past.clear()
         for step in state:
             self.past.append(

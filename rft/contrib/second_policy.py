@@ -1,10 +1,10 @@
-"""The second copy of the model, where an algorithm trains two (CORY): a learner, engines and a weight
-channel of its own, always at the same version as the first."""
+"""The second copy of the model of an algorithm that trains two (CORY): a learner with engines, always at the
+version of the first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rft import checkpoint
@@ -14,11 +14,21 @@ from rft.errors import CheckpointError
 from rft.learner.workers import LearnerHandle
 from rft.rollout.engine import Generate, Generated, Request
 from rft.rollout.fleet import Fleet
+from rft.rollout.hooks import LoopHooks
+from rft.utils.files import folder_atomic
+
+StartPolicy = Callable[[str], Awaitable[tuple[LearnerHandle, Fleet]]]
+
+
+async def start(config: Config, folder: Path, start_policy: StartPolicy) -> SecondPolicy:
+    """Start the second copy. folder: of the run."""
+    learner, fleet = await start_policy("the second learner")
+    return SecondPolicy(learner, fleet, config, folder / "checkpoints-second")
 
 
 def own(groups: Sequence[Group], copy: int) -> list[Group]:
-    """The groups as one copy learns from them: the other one's completions are there, for the rewards that
-    the two share, but the loss acts on none of their tokens."""
+    """The groups as one copy learns from them: the other one's completions stay, for the rewards that the two
+    share, but the loss acts on none of their tokens."""
 
     def seen(group: Group) -> Group:
         completions = tuple(
@@ -30,32 +40,36 @@ def own(groups: Sequence[Group], copy: int) -> list[Group]:
     return [seen(group) for group in groups]
 
 
-@dataclass
-class Twin:
-    """root: where its checkpoints are, beside those of the first."""
+class SecondPolicy(LoopHooks):
+    """root: folder of its checkpoints, beside those of the first copy."""
 
-    learner: LearnerHandle
-    fleet: Fleet
-    config: Config
-    root: Path
-    saved_at: int = -1
-    version: int = 0  # finished steps
+    def __init__(self, learner: LearnerHandle, fleet: Fleet, config: Config, root: Path) -> None:
+        self.learner, self.fleet, self.config, self.root = learner, fleet, config, root
+        self.fleets = [fleet]
+        self.version = 0  # finished steps
+        self.saved_at = -1
+        self._groups: list[Group] = []
 
-    def route(self, first: Fleet) -> Generate:
-        """A generator that asks the engines of the copy that a request is for."""
+    def route(self, generate: Generate) -> Generate:
+        """Send each request to the engines of the copy that it is for."""
 
-        async def generate(request: Request) -> list[Generated]:
-            return await (self.fleet if request.copy else first).generate(request)
+        async def routed(request: Request) -> list[Generated]:
+            return await (self.fleet.generate if request.copy else generate)(request)
 
-        return generate
+        return routed
 
-    async def step(self, batch: Batch, step: int) -> dict[str, float]:
-        """Train on a batch and push what came of it; returns the metrics as `copy/...`."""
+    def select(self, groups: list[Group]) -> list[Group]:
+        self._groups = groups
+        return own(groups, 0)
+
+    async def after_push(self, step: int, build: Callable[[list[Group]], Batch]) -> dict[str, float]:
+        """Train on the same groups and push the result; return the metrics as `copy/...`."""
+        batch = build(own(self._groups, 1))
         async with self.fleet.gate:
             await self.fleet.before_step()
-            metrics = await self.learner.step(batch, step)
-            self.version = step + 1
-            await self.fleet.push(step + 1)
+            metrics = await self.learner.step(batch, step - 1)
+            self.version = step
+            await self.fleet.push(step)
         self.fleet.progressed()
         if self.fleet.proof is not None:
             metrics |= self.fleet.proof.metrics
@@ -64,8 +78,10 @@ class Twin:
         return {f"copy/{name}": value for name, value in metrics.items()}
 
     async def save(self, step: int) -> None:
-        """Save its learner, once per step and before the first copy is saved: where that one has a
-        checkpoint, there is one of the same step here."""
+        """Save its learner, once per step and before the first copy: where that one has a checkpoint, there
+        is one of the same step here."""
+        if self.version != step:
+            raise CheckpointError("the second copy has not finished this step")
         if self.saved_at != step:
             keep = self.config.checkpoint.keep + 1
             await self.learner.begin_save(str(self.root), step, keep, {"step": step})
@@ -73,7 +89,7 @@ class Twin:
             self.saved_at = step
 
     async def restore(self, step: int) -> None:
-        """Take over the last checkpoint of a step. Raises CheckpointError where there is none."""
+        """Load the last checkpoint of a step. Raises CheckpointError where there is none."""
         found = [c for c in map(checkpoint.load, self.root.glob("step-*")) if c.step == step]
         if not found:
             raise CheckpointError(
@@ -82,3 +98,11 @@ class Twin:
             )
         await self.learner.restore(str(max(found, key=lambda c: c.order).path))
         self.saved_at = self.version = step
+
+    async def export(self, folder: Path) -> None:
+        with folder_atomic(folder / "model-second") as temporary:
+            await self.learner.export(str(temporary))
+        await self.fleet.channel.close()
+
+    async def close(self) -> None:
+        await self.fleet.pool.close()

@@ -47,6 +47,12 @@ class Sampler:
             out += took
         return out
 
+    def observe(self, row: int, group: Group, primary: str) -> None:
+        """Ignored: the order depends on the seed alone."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "size": self.size,
@@ -66,6 +72,32 @@ class Sampler:
                 )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._order = self._shuffled()
+
+
+class PromptSampler(Protocol):
+    """The order of an online run's prompts: `Sampler`, or one that learns from the rewards (a curriculum)."""
+
+    size: int
+    epoch: int  # of the last row returned
+
+    @property
+    def seen(self) -> int:
+        """Rows handed out since the start, repeated ones counted each time."""
+
+    def next(self, k: int) -> list[int]:
+        """The next k rows."""
+
+    def observe(self, row: int, group: Group, primary: str) -> None:
+        """Take note of a row's scored group. primary: name of the reward that judges correctness."""
+
+    def metrics(self) -> dict[str, float]:
+        """`data/...` metrics of the order itself."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state, as plain data."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken."""
 
 
 class GroupSource(Protocol):

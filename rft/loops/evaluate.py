@@ -1,21 +1,26 @@
-"""Held-out evaluation: the run's own engines and rewards on prompts that it never trains on."""
+"""Held-out evaluation of both loops: accuracy of sampled completions, and the loss on held-out groups."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rft.batch import Prompt
-from rft.config.schema import EvalConfig
+from rft.batch import Batch, Group, Prompt
+from rft.config.schema import Config
+from rft.learner.objective import Sums, add_sums
+from rft.loops.step_metrics import sample_rows
+from rft.metrics import RunLog
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, SampleReward
 from rft.rollout.engine import Generate, Request, Sampling
 from rft.rollout.sample import Judged, completions_of, judge
+from rft.sync.channel import WeightChannel
 from rft.utils.seeds import derive_seed
 
 
@@ -30,33 +35,31 @@ async def evaluate(
     rewards: RewardRunner,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    config: EvalConfig,
+    config: Config,
     *,
-    primary: str,
-    max_tokens: int,
-    seed: int,
     label: str,
     progress: float = 0.0,
 ) -> tuple[dict[str, float], list[Judged]]:
-    """Accuracy over `config.samples` samples per prompt, pass@k, and greedy accuracy.
+    """Measure accuracy over `eval.samples` samples per prompt, pass@k, and greedy accuracy.
 
-    The seeds depend on `seed` and the prompt alone, so two policies see the same dice. Returns the
-    metrics (`eval/...`) and the judged samples.
+    The seeds depend on the run's seed and the prompt alone: two policies are evaluated with the same seeds.
+    label: distinguishes the requests from others in flight. progress: share of the run that is done, for the
+    rewards. Returns the metrics (`eval/...`) and the judged samples.
     """
-    sampled = [
-        Sampling(
-            config.samples, max_tokens, config.temperature, config.top_p, seed=derive_seed(seed, "eval", p.id)
-        )
-        for p in prompts
-    ]
+    settings, primary = config.eval, config.rewards.functions[0].label
+    max_tokens = config.rollout.sampling.max_completion_length
 
     async def one(kind: str, prompt: Prompt, sampling: Sampling) -> Judged:
         request = Request(f"{label}-{kind}-{prompt.id}", prompt.tokens, sampling)
         completions = completions_of(await generate(request), tokenizer)
         return await judge(prompt, completions, rewards, progress, training=False)
 
-    work = [one("sample", p, s) for p, s in zip(prompts, sampled, strict=True)]
-    if config.greedy:
+    work = []
+    for p in prompts:
+        seed = derive_seed(config.seed, "eval", p.id)
+        sampling = Sampling(settings.samples, max_tokens, settings.temperature, settings.top_p, seed=seed)
+        work.append(one("sample", p, sampling))
+    if settings.greedy:
         work += [one("greedy", p, Sampling(1, max_tokens, temperature=0.0)) for p in prompts]
     judged = await asyncio.gather(*work)
     by_sample, by_greedy = judged[: len(prompts)], judged[len(prompts) :]
@@ -74,7 +77,7 @@ async def evaluate(
 
 
 def _accuracy(table: list[list[bool | None]]) -> dict[str, float]:
-    """Accuracy and pass@k (k = 1, 2, 4, ...) over prompts; what could not be judged is left out."""
+    """Accuracy and pass@k (k = 1, 2, 4, ...) over prompts; samples that could not be judged are left out."""
     rows = [[x for x in row if x is not None] for row in table]
     judged = [row for row in rows if row]
     if not judged:
@@ -96,3 +99,60 @@ def _accuracy(table: list[list[bool | None]]) -> dict[str, float]:
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """The unbiased chance that one of k of n samples is correct (Chen et al. 2021, eq. 1)."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+@dataclass(frozen=True)
+class SampledEvaluation:
+    """Accuracy of completions to held-out prompts, sampled by the run's engines.
+
+    channel: where the engines hold no current weights (an offline run), the way to push them.
+    """
+
+    generate: Generate
+    rewards: RewardRunner
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    config: Config
+    log: RunLog
+    channel: WeightChannel | None = None
+
+    async def run(self, step: int) -> dict[str, float]:
+        """Evaluate the policy after `step` steps; keep some samples in the log."""
+        if self.channel is not None:
+            await self.channel.push(step)
+        parts = (self.generate, self.rewards, self.tokenizer, self.prompts, self.config)
+        progress = step / self.config.train.steps
+        metrics, judged = await evaluate(*parts, label=f"eval-{step}", progress=progress)
+        if self.channel is not None:
+            await self.channel.proved()
+            await self.channel.before_step()
+        self.log.samples(step, [row for j in judged for row in sample_rows(j, "eval")])
+        return metrics
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The loss and the algorithm's measures on held-out groups of an offline run.
+
+    The groups are split into parts of at least `batch_size` groups, so that losses that compare within a
+    batch have something to compare.
+    """
+
+    groups: Sequence[Group]
+    batch_size: int
+    share_prefix: bool
+    arrange: Callable[[list[Group]], list[Group]]
+
+    def batches(self) -> list[Batch]:
+        """Lay out the groups in equal parts."""
+        parts = max(1, len(self.groups) // self.batch_size)
+        return [
+            Batch.build(self.arrange(list(self.groups[i::parts])), share_prefix=self.share_prefix)
+            for i in range(parts)
+        ]
+
+    def metrics(self, parts: Sequence[Sums]) -> dict[str, float]:
+        """`eval/...`: means over all units of all parts; a measure without a unit is left out."""
+        sums = add_sums(parts)
+        means = {f"eval/{name}": total / count for name, (total, count) in sums.items() if count}
+        return {**means, "eval/examples": float(len(self.groups))}

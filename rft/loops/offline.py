@@ -1,33 +1,104 @@
-"""Training on a dataset: the same learner, fed without rollouts (SFT, preferences, reward models)."""
+"""The offline loop: train on a dataset (SFT, preferences, reward models) through the learner, saver, guards
+and evaluation of online runs.
+
+    GroupSource (data) --groups--> Batch.build --batch--> LearnerHandle.step (Ray actors) --metrics--> RunLog
+         ^                                                     | version + 1                   Saver, Guards
+         '-- the next batch is built while the learner steps --'
+
+`train_offline` prepares a run: the order of the rows, reference log-probs that are computed once, the
+held-out groups. `OfflineLoop` trains; a warm start uses it as well.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rft.batch import Batch, Group
+import torch
+from safetensors.torch import load_file, save_file
+
+from rft.batch import Batch, Completion, Group
 from rft.checkpoint import Checkpoint
-from rft.data import GroupSource
-from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError, RunStopped
+from rft.data import GroupSampler, GroupSource
+from rft.errors import RunStopped
+from rft.learner.adapters.methods import previewed_sequences
+from rft.learner.model import resolve_dtype
 from rft.learner.workers import LearnerHandle
-from rft.loops.offline_eval import HeldOut
+from rft.loops.evaluate import HeldOut, SampledEvaluation
+from rft.loops.saver import Saver
 from rft.metrics import Progress, RunLog
-from rft.rewards.types import RewardError
-from rft.utils.actors import ActorDied
-from rft.utils.deadlines import Overdue, unless_stopped
+from rft.metrics.guards import Guards
+from rft.packing import shares_prefix
+from rft.plan import OfflinePlan
+from rft.run_dir import RunFolder
+from rft.utils.deadlines import unless_stopped
+from rft.utils.files import write_atomic
+from rft.utils.hashing import model_digest
+
+# -- a run ---------------------------------------------------------------------------------------------
+
+
+async def train_offline(
+    plan: OfflinePlan,
+    folder: RunFolder,
+    learner: LearnerHandle,
+    progress: Progress,
+    log: RunLog,
+    stop: asyncio.Event,
+    sampled: SampledEvaluation | None,
+) -> dict[str, float]:
+    """Train the learner on the plan's data; returns the last evaluation. Raises RunStopped."""
+    config, data = plan.config, plan.data
+    for line in data.lines(config):
+        progress.note(line)
+    share = shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden)
+    source = data.source(config)
+    tests = list(data.held_out) if data.held_out is not None else []
+    if config.learner.reference_logps == "cached":
+        progress.stage("reference log-probs")
+        train = await with_reference(plan, learner, data.sample, share)
+        tests = await with_reference(plan, learner, tests, share) if tests else []
+        await learner.release_reference()
+        source = GroupSampler(train, config.seed, shuffle=config.data.shuffle)
+    arrange = config.algorithm.arrange
+    guards = Guards(config.guards, online=False)
+    if folder.resume is not None:
+        guards.resume(log.run_dir, folder.resume.step)
+    loop = OfflineLoop(
+        learner,
+        source,
+        config.train.steps,
+        config.train.batch_size,
+        share_prefix=share,
+        progress=progress,
+        saver=Saver(learner, folder.checkpoints, config, progress, log),
+        arrange=arrange,
+        held_out=HeldOut(tests, config.train.batch_size, share, arrange) if tests else None,
+        sampled=sampled if tests else None,
+        eval_every=config.eval.every,
+        log=log,
+        guards=guards,
+        preview=previewed_sequences(config.learner),
+        stop=stop,
+    )
+    return await loop.run(folder.resume)
+
+
+# -- the loop ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class OfflineLoop:
     """Trains a learner on groups, `batch_size` per step. `step` counts finished steps.
 
-    `arrange` rearranges each step's groups before they are laid out (the algorithm's own).
-    `save_every` 0: a checkpoint only on a stop and, with `save_last`, at the end.
-    `preview`: sequences that the learner sees before the first step, beside those of its batch.
-    `log` None: nothing is written (a warm start).
+    arrange: rearranges each step's groups before they are laid out (`Algorithm.arrange`).
+    preview: sequences to show the learner before the first step, including those of the first batch.
+    log, guards: None for a stage without them (a warm start). save_last: whether to save at the end.
+    stage: its name in messages; empty for the run itself.
     """
 
     learner: LearnerHandle
@@ -36,20 +107,20 @@ class OfflineLoop:
     batch_size: int
     share_prefix: bool
     progress: Progress
-    checkpoints: Path
+    saver: Saver
     arrange: Callable[[list[Group]], list[Group]] | None = None
     held_out: HeldOut | None = None
+    sampled: SampledEvaluation | None = None
+    eval_every: int = 0
     log: RunLog | None = None
+    guards: Guards | None = None
     preview: int = 0
-    save_every: int = 0
     save_last: bool = True
-    keep: int = 1
     stage: str = ""
     step: int = 0
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.saved_at = -1
         self.upcoming = self.source.state_dict()  # of the source, before the batch that was laid out last
         self.trained = self.upcoming  # and before the first batch that was not trained on
 
@@ -59,76 +130,54 @@ class OfflineLoop:
         if resume is not None:
             self.step = await unless_stopped(self.learner.restore(str(resume.path)), self.stop)
             self.source.load_state_dict(resume.meta["data"])
-            self.saved_at = self.step
+            self.saver.saved_at = self.step
         last: dict[str, float] = {}
-        if self.step == 0 and self.held_out is not None:
-            last = await unless_stopped(self._evaluate(), self.stop)
-            self._tell(last)
-        try:
-            return await self._train(last)
-        except (LearnerError, LogpGapError, EngineError, RewardError) as error:
-            await self._save_before_the_end(error)
-            raise
-
-    async def _train(self, last: dict[str, float]) -> dict[str, float]:
-        """The steps that are left; returns as `run` does. `last`: the evaluation before them."""
-        batch = self._next_batch()
-        self.trained = self.upcoming
-        if self.step == 0 and self.preview:
-            await self._show(batch.num_sequences)
-        while self.step < self.steps:
-            await self._check_stop()
-            metrics, batch = await self._one_step(batch)
-            if self.held_out is not None and self.held_out.due(self.step, self.steps):
-                last = await self._evaluate_unless_stopped()
-                metrics |= last
-            elif self.held_out is None:
-                last = metrics
-            self._tell(metrics)
-            if self.save_every and self.step % self.save_every == 0:
-                await self._save()  # after the log: a kill in between repeats the step, its line is set aside
-        await self._check_stop()
-        if self.held_out is not None and not last:  # the last evaluation was interrupted
-            last = await self._evaluate_unless_stopped()
-            await self._check_stop()
-        if self.save_last:
-            await self._save()
-        return last
-
-    async def _check_stop(self) -> None:
-        """Save and raise RunStopped where a stop is asked for; before the first step nothing is saved."""
-        if not self.stop.is_set():
-            return
-        if self.step:
-            await self._save()
-        raise RunStopped(self.step or None, self.stage)
-
-    async def _show(self, seen: int) -> None:
-        """Show the learner the batches that come next: `preview` sequences with the `seen` ones, or one pass
-        over the data. They are drawn again when it is their turn."""
-        waiting, here = self.upcoming, self.source.state_dict()
-        while seen < self.preview and self.source.epochs < 1:
+        async with self.saver.save_at_end(self):
+            if self.step == 0 and self.held_out is not None:
+                last = await unless_stopped(self._evaluate(self.held_out), self.stop)
+                self._log(last)
             batch = self._next_batch()
-            await self.learner.preview(batch)
-            seen += batch.num_sequences
-        self.source.load_state_dict(here)
-        self.upcoming = waiting
+            self.trained = self.upcoming
+            if self.step == 0 and self.preview:
+                await self._show(batch.num_sequences)
+            while self.step < self.steps:
+                self._check_stop()
+                last, batch = await self._one_step(batch, last)
+            self._check_stop()
+            if self.held_out is not None and not last:  # the last evaluation was interrupted
+                last = await self._evaluate_unless_stopped(self.held_out)
+                self._check_stop()
+            if self.save_last:
+                await self.save(final=True)
+            return last
 
-    async def _one_step(self, batch: Batch) -> tuple[dict[str, float], Batch]:
-        """Train on a batch; returns the metrics and the next batch, laid out in the meantime."""
+    async def _one_step(self, batch: Batch, last: dict[str, float]) -> tuple[dict[str, float], Batch]:
+        """Train on a batch; returns the last evaluation (without one, the metrics) and the next batch."""
         begin = time.perf_counter()
-        running = self.learner.step(batch, self.step)  # runs while the next batch is laid out
+        running = self.learner.step(batch, self.step)
         passes = self.source.epochs
-        upcoming = self._next_batch()
+        upcoming = self._next_batch()  # while the learner steps
         metrics = await running
         for message in await self.learner.pop_messages():
             self.progress.note(message)
         self.step += 1
         self.trained = self.upcoming
         metrics["time/step"] = time.perf_counter() - begin
+        metrics["time/checkpoint"] = self.saver.take_seconds()
         metrics["throughput/tokens_per_s"] = float(batch.mask.sum()) / metrics["time/step"]
         metrics["data/epoch"] = passes
-        return metrics, upcoming
+        if self.held_out is None:
+            last = metrics
+        elif self.step == self.steps or self.step % self.eval_every == 0:
+            last = await self._evaluate_unless_stopped(self.held_out)
+            metrics |= last
+        self._log(metrics)
+        if self.saver.due(self.step):  # after the log: a kill in between repeats the step, not its line
+            await self.save()
+        await self.saver.poll()
+        if self.guards is not None and self.log is not None:
+            self.guards.enforce(self.step, metrics, self.log, self.progress)
+        return last, upcoming
 
     def _next_batch(self) -> Batch:
         self.upcoming = self.source.state_dict()
@@ -137,58 +186,97 @@ class OfflineLoop:
             groups = self.arrange(groups)
         return Batch.build(groups, share_prefix=self.share_prefix)
 
-    def _tell(self, metrics: dict[str, float]) -> None:
+    async def _show(self, seen: int) -> None:
+        """Show the learner the batches that come next: `preview` sequences with the `seen` ones, or one pass
+        over the data. They are drawn again for their steps."""
+        waiting, here = self.upcoming, self.source.state_dict()
+        while seen < self.preview and self.source.epochs < 1:
+            batch = self._next_batch()
+            await self.learner.preview(batch)
+            seen += batch.num_sequences
+        self.source.load_state_dict(here)
+        self.upcoming = waiting
+
+    def _log(self, metrics: dict[str, float]) -> None:
         if self.log is not None:
             self.log.log(self.step, metrics)
         self.progress.update(self.step, metrics)
 
-    async def _evaluate(self) -> dict[str, float]:
-        """The held-out metrics of the present weights."""
-        assert self.held_out is not None
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise RunStopped(self.step or None, self.stage)
+
+    async def save(self, *, final: bool = False) -> None:
+        """Save a checkpoint of this step, once. The batch that waits was not trained on: a resumed run draws
+        it again."""
+        await self.saver.save(self.step, {"step": self.step, "data": self.trained}, final=final)
+
+    async def _evaluate(self, held_out: HeldOut) -> dict[str, float]:
+        """The held-out metrics of the current weights."""
         begin = time.perf_counter()
-        sums = [await self.learner.evaluate(batch, self.step) for batch in self.held_out.batches()]
-        metrics = self.held_out.metrics(sums)
-        if self.held_out.generate is not None:
-            metrics |= await self.held_out.generate(self.step)
-        metrics["time/eval"] = time.perf_counter() - begin
+        sums = [await self.learner.evaluate(batch, self.step) for batch in held_out.batches()]
+        metrics = held_out.metrics(sums)
+        if self.sampled is not None:
+            metrics |= await self.sampled.run(self.step)
+        seconds = metrics["time/eval"] = time.perf_counter() - begin
         if self.log is not None:
             shown = {"accuracy": metrics["eval/accuracy"]} if "eval/accuracy" in metrics else {}
-            self.log.event(
-                "eval/done", step=self.step, loss=metrics["eval/loss"], seconds=metrics["time/eval"], **shown
-            )
+            self.log.event("eval/done", step=self.step, loss=metrics["eval/loss"], seconds=seconds, **shown)
         return metrics
 
-    async def _evaluate_unless_stopped(self) -> dict[str, float]:
-        """As `_evaluate`; {} where a stop is asked for meanwhile."""
+    async def _evaluate_unless_stopped(self, held_out: HeldOut) -> dict[str, float]:
+        """As `_evaluate`; {} where a stop is requested meanwhile: the loop saves and ends."""
         try:
-            return await unless_stopped(self._evaluate(), self.stop)
+            return await unless_stopped(self._evaluate(held_out), self.stop)
         except RunStopped:
             return {}
 
-    async def _save(self) -> None:
-        """Save once per step. The batch that waits was not trained on: a resumed run draws it again."""
-        if self.saved_at == self.step:
-            return
-        begin = time.perf_counter()
-        meta = {"step": self.step, "data": self.trained}
-        await self.learner.begin_save(str(self.checkpoints), self.step, self.keep, meta)
-        path = await self.learner.finish_save()
-        self.saved_at = self.step
-        if self.log is not None:
-            seconds = time.perf_counter() - begin
-            self.log.event("checkpoint/saved", step=self.step, path=path, seconds=seconds)
 
-    async def _save_before_the_end(self, error: Exception) -> None:
-        """Keep the steps since the last checkpoint where `error` has left the learner whole. A failure to
-        save is told and does not take the error's place."""
-        saved = f"a checkpoint of step {self.step} is saved"
-        try:
-            if isinstance(error, BrokenWeights):
-                raise error
-            await self._save()
-        except (BrokenWeights, CheckpointError, ActorDied, Overdue) as failure:
-            saved = f"no checkpoint is saved: {failure}"
-        if self.log is not None and isinstance(error, LearnerError | LogpGapError):
-            action = f"{saved}; the run ends"
-            self.log.event("fault/learner", part="learner", what=str(error), action=action)
-        self.progress.note(f"{type(error).__name__} after step {self.step}; {saved}")
+# -- reference log-probs that are computed once ----------------------------------------------------------
+
+
+async def with_reference(
+    plan: OfflinePlan, learner: LearnerHandle, groups: Sequence[Group], share_prefix: bool
+) -> list[Group]:
+    """The groups with the reference's log-probs, read from the cache or computed into it."""
+    config = plan.config
+    dtype = str(resolve_dtype(config.learner.dtype, plan.device))
+    cache = Path(config.output_dir) / ".cache"
+    file = cache_file(cache, groups, plan.reference_path or plan.model, dtype)
+    if not file.exists():
+        parts = []
+        for start in range(0, len(groups), config.train.batch_size):
+            some = groups[start : start + config.train.batch_size]
+            batch = Batch.build(some, share_prefix=share_prefix)
+            parts.append((await learner.score_reference(batch))[batch.mask])
+        cache.mkdir(parents=True, exist_ok=True)
+        with write_atomic(file) as temporary:
+            save_file({"logps": torch.cat(parts)}, temporary)
+    return attach(groups, file)
+
+
+def cache_file(folder: Path, groups: Sequence[Group], model: str, dtype: str) -> Path:
+    """The file for the reference's log-probs of these groups, named by a hash of the model's weights, every
+    token, and the precision."""
+    digest = hashlib.sha256(f"{model_digest(model)} {dtype}\n".encode())
+    for group in groups:
+        digest.update(repr((group.prompt.tokens, [(c.tokens, c.mask) for c in group.completions])).encode())
+    return folder / f"reference-{digest.hexdigest()[:16]}.safetensors"
+
+
+def attach(groups: Sequence[Group], file: Path) -> list[Group]:
+    """The groups with `ref_logps` at each completion. Raises ValueError where the file does not fit."""
+    logps = load_file(file)["logps"].tolist()
+    values = iter(logps)
+    wanted = sum(sum(_mask(c)) for g in groups for c in g.completions)
+    if wanted != len(logps):
+        raise ValueError(f"{file} holds {len(logps)} log-probs, the data have {wanted} tokens: delete it")
+    return [replace(g, completions=tuple(_filled(c, values) for c in g.completions)) for g in groups]
+
+
+def _mask(c: Completion) -> tuple[bool, ...]:
+    return c.mask if c.mask is not None else (True,) * len(c.tokens)
+
+
+def _filled(c: Completion, values: Iterator[float]) -> Completion:
+    return replace(c, ref_logps=tuple(next(values) if trained else 0.0 for trained in _mask(c)))

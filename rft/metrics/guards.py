@@ -1,7 +1,7 @@
-"""Guards: does the run look sick? Pure functions over the metrics so far, and `Guards`, which asks them.
+"""Guards: checks of a run's health over its metrics so far, and `Guards`, which runs them after each step.
 
-A history is the list of rows of `metrics.jsonl`, oldest first; each function looks at the newest row
-and gives a `Finding` or None. They cost a few slices a step, whatever the run's length.
+A history is the list of rows of `metrics.jsonl`, oldest first; each function judges the newest row and
+returns a `Finding` or None. They cost a few slices a step, whatever the run's length.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from rft.config.metrics import Action, GuardsConfig
+from rft.metrics.log import METRICS_FILE, RunLog, read_jsonl
+from rft.metrics.progress import Progress
 
 Row = Mapping[str, float | None]
 History = Sequence[Row]
@@ -20,7 +23,7 @@ History = Sequence[Row]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a guard has to say: its name, the number that it saw, and the limit that it holds it against."""
+    """A guard's complaint: its name, the number that it saw, and the limit that the number exceeds."""
 
     guard: str
     step: int
@@ -170,26 +173,19 @@ def stale_engines(history: History, config: GuardsConfig, staleness: int = 0) ->
     return Finding("stale_engines", _step(history), age, float(limit), text)
 
 
-# Guards of the policy's health wait for `warmup` steps; what is broken is told at once.
-AT_ONCE = ("non_finite", "stale_engines")
-SLOW = {
-    "loss_spike": loss_spike,
-    "entropy_collapse": entropy_collapse,
-    "length_explosion": length_explosion,
-    "duplicates": duplicates,
-    "reward_hacking": reward_hacking,
-}
+# They wait for `warmup` steps; `non_finite` and `stale_engines` do not.
+SLOW = (loss_spike, entropy_collapse, length_explosion, duplicates, reward_hacking)
 
 
 def check(
     history: History, config: GuardsConfig, staleness: int = 0, *, online: bool = False
 ) -> list[Finding]:
-    """What all guards that are not `off` say of the newest row, with the actions of the config."""
+    """The findings for the newest row of all guards that are not `off`, with the config's actions."""
     if not history:
         return []
     found = [non_finite(history, config), stale_engines(history, config, staleness)]
     if len(history) > config.warmup:
-        found += [guard(history, config) for guard in SLOW.values()]
+        found += [guard(history, config) for guard in SLOW]
     named = [finding for finding in found if finding is not None]
     actions = {f.guard: config.action(f.guard, online=online) for f in named}
     return [Finding(**{**asdict(f), "action": actions[f.guard]}) for f in named if actions[f.guard] != "off"]
@@ -206,10 +202,9 @@ WATCHED = frozenset(
 
 
 class Guards:
-    """Asks the guards after every step and keeps each from repeating itself.
+    """Runs the guards after every step and keeps each from repeating itself.
 
-    history: the rows of a run that is resumed, so that "at first" means the run's beginning. online: the
-    algorithm trains on completions of its own, which decides some guards' default action.
+    online: the algorithm trains on completions that the policy samples, which decides some default actions.
     """
 
     def __init__(
@@ -220,8 +215,7 @@ class Guards:
         self._spoke: dict[str, int] = {}
 
     def observe(self, step: int, metrics: Row) -> list[Finding]:
-        """The findings for a step's metrics, worst (`stop`) first. The caller writes them down (event
-        `guard/NAME`), and raises `GuardStop` for one whose action is `stop`."""
+        """The findings for a step's metrics, worst (`stop`) first; `enforce` acts on them."""
         self._history.append(_watched({**metrics, "step": step}))
         self._thin()
         fresh = []
@@ -232,9 +226,22 @@ class Guards:
                 fresh.append(finding)
         return sorted(fresh, key=lambda finding: finding.action != "stop")
 
+    def enforce(self, step: int, metrics: Row, log: RunLog, progress: Progress) -> None:
+        """Log the findings for a step's metrics. Raises GuardStop for the first whose action is `stop`."""
+        for finding in self.observe(step, metrics):
+            log.event(f"guard/{finding.guard}", **finding.fields())
+            progress.note(finding.message)
+            if finding.action == "stop":
+                raise GuardStop(finding)
+
+    def resume(self, run_dir: Path, step: int) -> None:
+        """Read the history of a run that is resumed at `step`: "at first" means the run's beginning."""
+        rows = read_jsonl(run_dir / METRICS_FILE)
+        self._history = [_watched(row) for row in rows if row["step"] <= step]
+
     def _thin(self) -> None:
-        """Forget rows that no guard looks at any more, so that memory does not grow with the run: all but
-        the first and the last ones, the evaluations, and the steps up to the best one."""
+        """Forget rows that no guard reads any more, so that memory does not grow with the run: all but the
+        first and the last ones, the evaluations, and the steps up to the best one."""
         size, window = len(self._history), self.config.window
         if size < MOST_ROWS:
             return

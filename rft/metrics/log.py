@@ -1,8 +1,8 @@
-"""`RunLog`: what a run writes down, one JSON object a line, whole lines only.
+"""`RunLog`: the log files of a run, one JSON object per line.
 
-`metrics.jsonl` has one line a step, `samples.jsonl` completions to read, `events.jsonl` what happened
-when. A run that resumes at step k first sets the lines after k aside (`*.superseded.jsonl`): they are
-the dead process's, and the steps are about to be taken again.
+`metrics.jsonl` has one line per step, `samples.jsonl` completions to read, `events.jsonl` events with their
+times. A run that resumes at step k first moves the lines after k to `*.superseded.jsonl`: an earlier process
+wrote them, and these steps are taken again.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class RunLog:
         )
         kept = resumed_at if resumed_at is not None else -1
         moved = [set_aside(self.run_dir / name, after=kept) for name in (METRICS_FILE, SAMPLES_FILE)]
-        mend(self.run_dir / EVENTS_FILE)
+        end_torn_line(self.run_dir / EVENTS_FILE)
         self._metrics, self._samples, self._events = (
             self._append_to(name) for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
         )
         self.last_step = max((row["step"] for row in read_jsonl(metrics)), default=-1)
-        # What the earlier process wrote of the very step that this one goes on from.
+        # Splits whose samples the earlier process wrote for the step that this one resumes from.
         self._there = {
             row["split"] for row in read_jsonl(self.run_dir / SAMPLES_FILE) if row["step"] == resumed_at
         }
@@ -112,18 +112,18 @@ class RunLog:
                 f"step {step} cannot be logged after step {self.last_step}: one line a step, in order"
             )
         row: dict[str, float | None] = {"step": step, "time/wall": round(time.time(), 3)}
-        strange: dict[str, str] = {}
+        non_finite: dict[str, str] = {}
         for name, value in metrics.items():
             if name == "step":
                 continue
             number = _number(name, value)
             row[name] = number if math.isfinite(number) else None
             if not math.isfinite(number):
-                strange[name] = str(number)
+                non_finite[name] = str(number)
         _write(self._metrics, row)
         self.last_step = step
-        if strange:
-            self.event("metric/non_finite", step=step, values=strange)
+        if non_finite:
+            self.event("metric/non_finite", step=step, values=non_finite)
         finite = {name: v for name, v in row.items() if v is not None and name not in ("step", "time/wall")}
         for tracker in self._trackers:
             tracker.log(step, finite)
@@ -153,7 +153,7 @@ class RunLog:
     def event(self, kind: str, **fields: Any) -> None:
         """Write an event: wall time (`time`), monotonic time (`clock`), `kind` and `fields`.
 
-        A field that JSON does not know is written as its `repr`; a fault must not die of its report.
+        A field that JSON cannot represent is written as its `repr`: reporting a fault must not fail.
         """
         stamp = {"time": round(time.time(), 3), "clock": round(time.monotonic(), 3), "kind": kind}
         _write(self._events, {**stamp, **fields})
@@ -208,15 +208,15 @@ def _strict(value: Any) -> Any:
 
 
 def _write(file: Lines, row: Mapping[str, Any]) -> None:
-    """One line, on its way to the disk: what was written survives the process."""
+    """Write one line to the operating system, so that it survives the process."""
     text = json.dumps(_strict(row), ensure_ascii=False, allow_nan=False, default=repr)
     # A lone surrogate (half of a character that sampling cut) cannot be UTF-8; show it as \udXXX.
     file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 class Lines:
-    """A file that grows by whole lines. While its disk is full they wait in memory, the newest
-    `MOST_WAITING` of them: a run of days does not end because of its diary."""
+    """A file that grows by whole lines. While its disk is full, the newest `MOST_WAITING` lines wait in
+    memory: a full disk must not stop a long run."""
 
     MOST_WAITING = 100_000
 
@@ -271,8 +271,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def set_aside(path: Path, after: int) -> dict[str, Any] | None:
     """Move lines of steps later than `after`, and torn ones, to `NAME.superseded.jsonl`.
 
-    Safe to be killed in: the lines are on disk over there before they go from here, and are not
-    written twice when it is called again. Returns what an event should tell, or None if nothing moved.
+    A process killed meanwhile loses nothing: the lines are flushed there before they are removed here, and
+    are not written twice when it is called again. Returns the fields of an event, None if nothing moved.
     """
     kept, moved, steps = _divide(path, after)
     if not moved:
@@ -309,8 +309,8 @@ def _divide(path: Path, after: int) -> tuple[list[str], list[str], list[int]]:
     return kept, moved, steps
 
 
-def mend(path: Path) -> None:
-    """End a torn last line, so that the next one starts on a line of its own."""
+def end_torn_line(path: Path) -> None:
+    """End an incomplete last line, so that the next one starts on a new line."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("rb+") as file:

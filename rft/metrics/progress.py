@@ -1,4 +1,4 @@
-"""What a person sees on the terminal while a run goes: a live display, or plain lines. All on stderr.
+"""The progress of a run on the terminal: a live display, or plain lines. All on stderr.
 
 with Progress(total_steps=150, title="arithmetic") as progress:
     progress.stage("starting the rollout engine")
@@ -76,8 +76,8 @@ def phase_bar(times: Mapping[str, float], width: int) -> Text:
     return bar + Text("\n") + legend if known else Text("")
 
 
-class State:
-    """What both displays tell: the newest numbers and the time that is left."""
+class ProgressState:
+    """The contents of both displays: the newest numbers and the time left."""
 
     def __init__(self, total_steps: int, title: str) -> None:
         self.total_steps, self.title = total_steps, title
@@ -129,7 +129,7 @@ class Progress:
         display: "live", "plain", "off"; "auto" takes live if `stream` is a terminal, else plain.
         stream: where to write; stderr by default, so that stdout stays clean for JSON.
         line_every: seconds between two plain step lines at least. Steps with an evaluation, and the
-            last one, are always told.
+            last one, are always printed.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Progress:
         stream: IO[str] | None = None,
         line_every: float = 1.0,
     ) -> None:
-        self.state = State(total_steps, title)
+        self.state = ProgressState(total_steps, title)
         self._stream = stream or sys.stderr
         self._line_every, self._last_line = line_every, float("-inf")
         if display == "auto":
@@ -161,18 +161,17 @@ class Progress:
         elif display == "plain":
             self._say(f"{title}: {total_steps} steps")
 
-    # -- what the run tells ------------------------------------------------------------------------
+    # -- reports of the run ------------------------------------------------------------------------
 
     def stage(self, text: str) -> None:
-        """A part that is no step: installing, warm start, starting the engine. Ends with the next
-        stage or step."""
+        """A part outside of the steps, such as starting the engine. Ends with the next stage or step."""
         self.state.stage, self.state.stage_since = text, time.monotonic()
         self.state.phase = None
         if self._display == "plain":
             self._say(f"{text} ...")
 
     def phase(self, name: str, done: int, total: int) -> None:
-        """How far the running part of a step (or stage) is. Live display only: it changes too often."""
+        """Progress within a part of a step or stage; live display only, since it changes too often."""
         self.state.phase = (name, done, total)
 
     def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -181,13 +180,13 @@ class Progress:
         if self._display != "plain":
             return
         now = time.monotonic()
-        told = "eval/accuracy" in metrics or step >= self.state.total_steps
-        if told or now - self._last_line >= self._line_every:
+        always = "eval/accuracy" in metrics or step >= self.state.total_steps
+        if always or now - self._last_line >= self._line_every:
             self._last_line = now
             self._say(self.state.line())
 
     def note(self, text: str) -> None:
-        """A line that stays: a warning, a checkpoint, a fault."""
+        """Print a line that stays: a warning, a checkpoint, a fault."""
         if self._display != "off":
             self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
@@ -205,7 +204,7 @@ class Progress:
     ) -> None:
         self.close()
 
-    # -- how it looks ------------------------------------------------------------------------------
+    # -- rendering ------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
         say(text, self._stream)
@@ -214,7 +213,7 @@ class Progress:
         return render(self.state, self._console.width, self._spinner)
 
 
-def render(state: State, width: int, spinner: Spinner) -> RenderableType:
+def render(state: ProgressState, width: int, spinner: Spinner) -> RenderableType:
     """The live display's frame: stage or numbers, the bar, and where the time goes."""
     inner = max(20, width - 6)
     parts: list[RenderableType] = []
@@ -257,7 +256,7 @@ def _bar(total: int, completed: int, width: int) -> ProgressBar:
     )
 
 
-def _numbers(state: State) -> Table:
+def _numbers(state: ProgressState) -> Table:
     """Reward and accuracy with their course so far, step time and time left."""
     m = state.metrics
     table = Table.grid(padding=(0, 2))

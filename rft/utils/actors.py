@@ -18,8 +18,8 @@ class NotHere(RuntimeError):
 
 
 def require_here(path: str, what: str) -> None:
-    """Raise NotHere, which names this node, unless `path` exists on it. A name that is no absolute path,
-    such as a hub's, passes."""
+    """Raise NotHere, which names this node, unless `path` exists on it. A name that is not an absolute path
+    (a hub's) passes."""
     if path.startswith("/") and not os.path.exists(path):
         import ray
 
@@ -48,8 +48,10 @@ def _first_and_last(text: str) -> str:
 
 
 def kill_actor(actor: Any, node: str, pid: int) -> None:
-    """End an actor and every process that it started, at once: also one that is frozen, which Ray's own
-    way of ending an actor would wait for. `node` and `pid` ("" and 0: unknown) say where it runs."""
+    """Kill an actor and every process that it started; also a frozen one, which `ray.kill` would wait for.
+
+    node, pid: where it runs; "" and 0 where that is unknown.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -25,16 +25,16 @@ async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
 
 
 async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:
-    """Await `work`, or raise RunStopped as soon as a stop is asked for. For what takes minutes and leaves
+    """Await `work`, or raise RunStopped as soon as a stop is requested. For work of minutes that leaves
     nothing to save: a start, an evaluation, an export."""
-    doing, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    running, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     try:
-        await asyncio.wait((doing, asked), return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set() and not doing.done():
+        await asyncio.wait((running, asked), return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set() and not running.done():
             raise RunStopped(None)
-        return doing.result()
+        return running.result()
     finally:
         asked.cancel()
-        if not doing.done():
-            doing.cancel()
-            await asyncio.wait((asyncio.gather(doing, return_exceptions=True),), timeout=5)
+        if not running.done():
+            running.cancel()
+            await asyncio.wait((asyncio.gather(running, return_exceptions=True),), timeout=5)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 from rft.utils.process import Guardian
 from rft.utils.python import safe_workers
@@ -44,7 +45,7 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
         object_store_memory=int(object_store_gib * 2**30),
         **safe_workers(),
     )
-    guardian, watched = Guardian(), _family()  # Ray's agents outlive a driver that was killed by a minute
+    guardian, watched = Guardian(), _family()  # Ray's agents survive a killed driver for about a minute
     for process in watched:
         guardian.watch(process.pid)
     try:
@@ -62,11 +63,9 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
 def on_head_death(act: Callable[[str], None]) -> None:
     """Have the running loop call `act(name)` when a process of the Ray head that was started here ends.
 
-    Ray itself notices after a minute or so, and then aborts the driver. Nothing is watched where the
-    cluster is another one's.
+    Ray itself notices after about a minute, and then aborts the driver. A cluster that was not started here
+    is not watched.
     """
-    import psutil
-
     loop = asyncio.get_running_loop()
 
     def ended(descriptor: int, name: str) -> None:
@@ -81,7 +80,7 @@ def on_head_death(act: Callable[[str], None]) -> None:
 
 
 def _kill_instead_of_terminate() -> None:
-    """Have Ray's shutdown kill the processes of its head: it sends SIGTERM, which they block, and waits a
+    """Have Ray's shutdown kill the processes of its head: it sends SIGTERM, which they block, and waits for a
     second for each of them."""
     import ray
 
@@ -92,37 +91,24 @@ def _kill_instead_of_terminate() -> None:
 
 
 def _reap(family: list[Any]) -> None:
-    """Kill what is left of Ray, whose shutdown has ended all that had something to finish."""
-    import psutil
-
+    """Kill the processes that Ray's shutdown has left."""
     _, alive = psutil.wait_procs(family, timeout=0.2)
     for process in alive:
-        kill(process.pid)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(alive, timeout=5)
 
 
 def _family() -> list[Any]:
     """The processes of the Ray head that was started here, and of its actors."""
-    import psutil
-
     return [p for p in psutil.Process().children(recursive=True) if _is_of_a_run(p)]
 
 
 def _is_of_a_run(process: Any) -> bool:
     """True for Ray's own processes and what they started, such as engines: all but reward workers,
     which their runner ends."""
-    import psutil
-
     try:
         lineage = [process, *process.parents()]
         return any("raylet" in p.name() or "gcs_server" in p.name() for p in lineage)
     except psutil.NoSuchProcess:
         return False
-
-
-def kill(pid: int) -> None:
-    """SIGKILL; a process that is gone is no error."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return

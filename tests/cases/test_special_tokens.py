@@ -108,7 +108,7 @@ def test_what_is_left(name: str, written: str, finish: str, seen: str) -> None:
 
 def test_samples_judges_and_steps_see_the_same(tmp_path: Path) -> None:
     from rft.batch import Prompt
-    from rft.metrics.step import sample_rows
+    from rft.loops.step_metrics import sample_rows
     from rft.rewards.types import Outcome, SampleReward, Score
     from rft.rollout.sample import Judged
 

@@ -21,7 +21,7 @@ def trained(size: int = 40, draws: int = 4000) -> tuple[Curriculum, Counter[int]
     sampler, seen = Curriculum(size, 3, CONFIG), Counter[int]()
     for draw in range(draws):
         (row,) = sampler.next(1)
-        sampler.observe(row, row / (size - 1))
+        sampler.observe_rate(row, row / (size - 1))
         seen[row] += draw >= draws // 2
     return sampler, seen
 
@@ -49,8 +49,8 @@ def test_it_resumes_to_the_draw() -> None:
     for _ in range(200):
         (a,), (b,) = one.next(1), two.next(1)
         assert (a, one.epoch) == (b, two.epoch)
-        one.observe(a, 0.5)
-        two.observe(b, 0.5)
+        one.observe_rate(a, 0.5)
+        two.observe_rate(b, 0.5)
 
 
 def test_a_row_drawn_again_has_another_key_and_rests() -> None:
@@ -63,7 +63,7 @@ def test_a_row_drawn_again_has_another_key_and_rests() -> None:
         if sampler.plain.seen == before:  # out of turn
             assert draw - last[row] > CONFIG.rest
         last[row] = draw
-        sampler.observe(row, 0.5)
+        sampler.observe_rate(row, 0.5)
 
 
 def test_a_checkpoint_of_the_plain_sampler_is_refused() -> None:

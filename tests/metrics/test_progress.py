@@ -7,7 +7,7 @@ import io
 import pytest
 
 from rft.metrics import Progress
-from rft.metrics.progress import State, duration, phase_bar, sparkline
+from rft.metrics.progress import ProgressState, duration, phase_bar, sparkline
 
 
 class Terminal(io.StringIO):
@@ -82,7 +82,7 @@ def test_stdout_stays_clean(capsys: pytest.CaptureFixture[str]) -> None:
 def test_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("rft.metrics.progress.time.monotonic", lambda: now)
-    state = State(100, "demo")
+    state = ProgressState(100, "demo")
     state.update(10, {})
     assert state.seconds_left is None
     now += 4.0

@@ -31,6 +31,10 @@ class CORY(GRPO):
     copies: int = setting(2, "copies of the model that are trained; 1: it plays both roles", ge=1, le=2)
     swap_every: int = setting(50, "steps after which the two copies trade roles", ge=1)
 
+    @property
+    def hooks(self) -> str:
+        return "rft.contrib.second_policy.start" if self.copies == 2 else ""
+
     def copy_of(self, step: int, *, observer: bool) -> int:
         return (step // self.swap_every + observer) % 2 if self.copies == 2 else 0
 

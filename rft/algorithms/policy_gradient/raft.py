@@ -130,3 +130,7 @@ class ExpertIteration(RAFT):
     top_share: float = setting(1.0, "share that is chosen, rounded up; 0: the best one of each", ge=0, le=1)
     threshold: float | None = setting(0.0, "rewards at or below are never chosen; null: no bound")
     replay: int = setting(8, "past steps whose completions are trained on again", ge=0)
+
+    @property
+    def hooks(self) -> str:
+        return "rft.contrib.replay.start" if self.replay else ""

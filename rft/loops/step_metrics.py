@@ -1,4 +1,4 @@
-"""What a step of an online run writes down: pure functions of the works it trained on."""
+"""Metrics and samples of an online step: pure functions of the groups that it trained on."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from rft.batch import Batch, Completion
-from rft.contrib.curriculum import Curriculum
-from rft.data import Sampler
+from rft.data.sampler import PromptSampler
 from rft.metrics.diversity import diversity
 from rft.rollout.buffer import SlotBuffer, State, Work
 from rft.rollout.sample import Judged
 
 
 def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, float]:
-    """Rewards, groups and completions of the works that a step trained on, and how many of the batch that
-    was made of them it took a second."""
+    """Rewards, groups and completions that a step trained on, and its throughput."""
     groups = [w.group for w in works if w.group is not None]
     completions = [c for g in groups for c in g.completions]
     rewards = [c.reward for c in completions if c.reward is not None]
@@ -46,7 +44,7 @@ def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, 
 
 
 def age_metrics(ages: list[int]) -> dict[str, float]:
-    """How many versions behind the trained groups were dispatched."""
+    """Ages of the trained groups: policy versions between dispatch and training."""
     shares = Counter(ages)
     return {
         "rollout/age_mean": sum(ages) / len(ages),
@@ -55,8 +53,8 @@ def age_metrics(ages: list[int]) -> dict[str, float]:
     }
 
 
-def slot_metrics(slots: SlotBuffer, sampler: Sampler | Curriculum) -> dict[str, float]:
-    """How far the data is, and where the prompts are that were handed out."""
+def slot_metrics(slots: SlotBuffer, sampler: PromptSampler) -> dict[str, float]:
+    """Progress through the data, and the states of the prompts that were handed out."""
     dropped = {k: v for k, v in slots.counts.items() if k.startswith("dropped/")}
     busy = [w.state for w in slots.live.values() if w.state != State.trained]
     return {
@@ -64,15 +62,15 @@ def slot_metrics(slots: SlotBuffer, sampler: Sampler | Curriculum) -> dict[str, 
         "data/prompts": float(sampler.seen),
         "data/dropped": float(sum(dropped.values())),
         **{f"data/{name}": float(count) for name, count in dropped.items()},
-        **(sampler.metrics() if isinstance(sampler, Curriculum) else {}),
+        **sampler.metrics(),
         "rollout/inflight": float(busy.count(State.inflight)),
         "rollout/waiting": float(slots.capacity - len(busy)),
     }
 
 
 def reward_faults(metrics: Mapping[str, float], known: float) -> tuple[float, dict[str, Any]]:
-    """How many reward workers were lost so far, and, where that is more than `known`, the fields of an
-    event `fault/reward`. The runner has replaced them already."""
+    """Return the number of reward workers lost so far and, where it exceeds `known`, the fields of an event
+    `fault/reward`. The runner has replaced them already."""
     killed, crashed = metrics["reward/workers/killed"], metrics["reward/workers/crashed"]
     if killed + crashed <= known:
         return known, {}
