@@ -14,10 +14,10 @@ DONE = Generated((1,), (-1.0,), "stop", ((0, 0, 1),))
 
 
 class SlowEngine:
-    """As an engine: four completions at once, a fifth of a second each."""
+    """As an engine: `slots` requests at once, a fifth of a second each."""
 
-    def __init__(self) -> None:
-        self.slots = asyncio.Semaphore(4)
+    def __init__(self, slots: int) -> None:
+        self.slots = asyncio.Semaphore(slots)
 
     async def start(self) -> None: ...
 
@@ -35,4 +35,4 @@ class SlowEngine:
 class SlowReplica(Replica):
     def __init__(self, spec: Any, index: int) -> None:
         super().__init__(replace(spec, model="no path"), index)
-        self.engine = SlowEngine()  # type: ignore[assignment]
+        self.engine = SlowEngine(spec.config.max_num_seqs)  # type: ignore[assignment]

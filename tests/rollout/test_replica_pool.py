@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from rft.config.load import parse_config
+from rft.loops.evaluate import evaluate
+from rft.plan import make_plan
 from rft.rollout import pool as pool_module
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.pool import ReplicaDied, RolloutPool
-from tests.simulated import SimPool, SimReplica
+from tests.simulated import SimPool, SimReplica, SimRewards
 from tests.slow_replica import DONE, SlowReplica
 from tests.specs import engine_spec
 
@@ -169,3 +172,59 @@ def test_control_calls_do_not_wait_behind_queued_completions(
 
     seconds, load = asyncio.run(body())
     assert seconds < 1 and load > 0
+
+
+@pytest.mark.timeout(200)
+def test_an_evaluation_as_large_as_gsm8k_lets_control_calls_pass(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """1,319 problems, sampled and greedy, are 2,638 calls. A replica is sent twice what it decodes at
+    once, and answers for its health meanwhile."""
+    monkeypatch.setattr(pool_module, "Replica", SlowReplica)
+    slots = 64
+    plan = make_plan(
+        parse_config(
+            {
+                "algorithm": "grpo",
+                "model": {"path": str(tiny_folder)},
+                "data": {"kind": "arithmetic", "limit": 64, "eval_limit": 1319},
+                "rewards": [{"function": "math"}],
+                "rollout": {"engine": "hf"},
+                "eval": {"problems": 1319, "samples": 1},
+            }
+        )
+    )
+    assert plan.eval_prompts is not None
+    pool = RolloutPool(engine_spec(tmp_path, max_num_seqs=slots))
+    rewards = SimRewards(plan.config.rewards, tmp_path)
+    rewards.judge = lambda prompt, n: [1.0] * n
+
+    async def body() -> tuple[dict[str, float], list[tuple[float, int]]]:
+        await pool.start()
+        evaluation = evaluate(
+            pool.generate,
+            rewards,
+            plan.tokenizer,
+            plan.eval_prompts.prompts,
+            plan.config.eval,
+            primary="math",
+            max_tokens=4,
+            seed=0,
+            label="eval-0",
+        )
+        running, asked = asyncio.ensure_future(evaluation), []
+        while not running.done():
+            began = time.monotonic()
+            load = await pool.health(0, 60)
+            asked.append((time.monotonic() - began, load))
+            await asyncio.sleep(0.2)
+        metrics, _ = await running
+        pool.kill(0)
+        return metrics, asked
+
+    metrics, asked = asyncio.run(body())
+    assert metrics["eval/problems"] == 1319
+    assert metrics["eval/accuracy"] == metrics["eval/greedy_accuracy"] == 1.0
+    assert len(asked) > 5, "it took no time, so nothing was queued"
+    assert max(seconds for seconds, _ in asked) < 2
+    assert slots <= max(load for _, load in asked) <= pool_module.QUEUED * slots
