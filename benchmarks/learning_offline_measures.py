@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rft.algorithms import ALGORITHMS
-from rft.algorithms.preference.offline_preference import preference
+from rft.algorithms.preference.base import preference
 from rft.algorithms.supervised.asft import ASFT
 from rft.batch import Batch, Group
 from rft.config.data import DataConfig

@@ -6,7 +6,7 @@ length and the median ratio of prefix to completion. A profile here is pairs of 
 every pair alike; "length" is read as prompt plus one completion. What spread would add is not modelled.
 
 `gsm8k`: the lengths of gsm8k's preference pairs (preferences.jsonl), in words and signs, a stand-in for
-tokens: RFT_DATA names the folder that holds gsm8k/, else ../shared/data beside the checkout.
+tokens: those of examples/data, or of the folder gsm8k/ in RFT_DATA.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def pieces(text: str) -> int:
 
 def gsm8k_pairs(tokens: int) -> Sizes | None:
     """Lengths of gsm8k's first preference pairs, about `tokens` together; None where the file is absent."""
-    data = Path(os.environ.get("RFT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = Path(os.environ.get("RFT_DATA", Path(__file__).parents[1] / "examples" / "data"))
     pairs = data / "gsm8k" / "preferences.jsonl"
     if not pairs.exists():
         return None

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from rft.algorithms import ALGORITHMS
+from rft.algorithms.extras import score_heads
 from rft.algorithms.reward_models.reward_model import response_scores
 from rft.batch import Batch, Group
 from rft.config.load import parse_config
@@ -160,7 +161,7 @@ def test_a_resumed_reward_model_is_the_same(tiny_folder: Path, tmp_path: Path) -
 
 
 def test_every_offline_score_algorithm_is_tested_here() -> None:
-    names = {name for name, kind in ALGORITHMS.items() if not kind.online and kind().score_heads}
+    names = {name for name, kind in ALGORITHMS.items() if not kind.online and score_heads(kind())}
     assert names == {"reward_model", "reward_regression", "pairwise_reward", "process_reward"}
 
 

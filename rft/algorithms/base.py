@@ -1,22 +1,23 @@
-"""What an algorithm is: a frozen dataclass whose fields are its config and whose methods are its math.
+"""The base of all algorithms: a frozen dataclass whose fields are its config and whose methods are its math.
 
 The learner runs the model, hands the algorithm what it computed (`PolicyOutput`) and the `Batch`,
 and gets back an unreduced loss. Reduction is the learner's: it weighs every unit of the loss by its
 share of the *whole* batch before splitting, so micro-batches, packing and data parallelism cannot
-change a gradient.
+change a gradient. What only a few algorithms do besides (a critic, a reward head, other embeddings, a second
+model) is in `extras`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from rft.algorithms.math.policy_gradient import full_kl
-from rft.batch import Batch, Group
+from rft.batch import Batch
 
 Normalization = Literal["token", "sequence", "constant"]
 Unit = Literal["token", "sequence", "pair"]
@@ -25,7 +26,7 @@ DataKind = Literal["sft", "preference", "pairwise", "unpaired", "ranked", "score
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """What the current policy says of a batch, with gradient.
+    """Outputs of the current policy for a batch, with gradient.
 
     logps: [T] float32, log-prob of `batch.tokens[t]`; 0 where the mask is False.
     entropy, values, kl: [T] float32, present when the algorithm's `outputs` names them: the
@@ -47,10 +48,10 @@ class PolicyOutput:
 
 @dataclass(frozen=True)
 class Rollout:
-    """How to get one completion for a prompt. The controller carries it out.
+    """A request for one completion of a prompt. The rollout carries it out.
 
     greedy: the most likely token every time, instead of sampling.
-    train: False for a completion that only serves as a yardstick: it is scored, but takes no part in
+    train: False for a completion that only serves as a baseline: it is scored, but takes no part in
         the batch; its reward stands in `columns["baseline"]` [N] of the others of its group.
     prefix_share: the share of a demonstration's tokens that the completion starts with; the policy
         goes on from there, with at least two tokens left to it. 1: the whole demonstration, nothing is
@@ -71,20 +72,6 @@ class Rollout:
     role: Literal["", "pioneer", "observer"] = ""
 
 
-@dataclass(frozen=True)
-class Steps:
-    """How a completion is cut into steps that are valued one by one. The controller carries it out, and
-    fills in `columns["step_ends"]` [N, K] with how many tokens lie before the end of each step, and
-
-    - `columns["step_values"]` [N, K], the mean reward of `branches` continuations from before each step
-      (nan before the first one), or, where `branches` is 0,
-    - `columns["step_rewards"]` [N, K], the steps' scores from a reward that judges step by step.
-    """
-
-    separator: str
-    branches: int
-
-
 def setting(
     default: Any,
     doc: str,
@@ -94,7 +81,8 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """A dataclass field with a one-line description and an optional range, checked at construction."""
+    """A dataclass field with a one-line description and an optional range, checked at construction (as are
+    the choices of a `Literal`)."""
     bounds = {k: v for k, v in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if v is not None}
     return field(default=default, metadata={"doc": doc, **bounds})
 
@@ -105,6 +93,13 @@ _CHECKS = {
     "le": (lambda x, b: x <= b, "at most"),
     "lt": (lambda x, b: x < b, "less than"),
 }
+
+
+@cache
+def _choices(kind: type[Algorithm]) -> dict[str, tuple[Any, ...]]:
+    """The values that the fields annotated as a `Literal` may have."""
+    hints = get_type_hints(kind)
+    return {f.name: get_args(hints[f.name]) for f in fields(kind) if get_origin(hints[f.name]) is Literal}
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,6 @@ class Algorithm(ABC):
         needs_demonstrations: True if prompts must come with a demonstrated completion.
         on_policy: True if a batch may be stepped on only once.
         data: offline, the kind of groups it trains on, a `kind` of `rft.data.load_groups`.
-        embeds: True if `embed` changes what the model reads in training.
     """
 
     online: ClassVar[bool] = True
@@ -127,11 +121,14 @@ class Algorithm(ABC):
     needs_demonstrations: ClassVar[bool] = False
     on_policy: ClassVar[bool] = False
     data: ClassVar[DataKind] = "sft"
-    embeds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        choices = _choices(type(self))
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name in choices and value not in choices[f.name]:
+                known = ", ".join(map(str, choices[f.name]))
+                raise ValueError(f"{f.name} must be one of {known}, got {value!r}")
             for name, (check, words) in _CHECKS.items():
                 bound = f.metadata.get(name)
                 if bound is not None and value is not None and not check(value, bound):
@@ -157,15 +154,9 @@ class Algorithm(ABC):
         return self.needs
 
     @property
-    def compares_distributions(self) -> bool:
-        """Whether `divergence` reads the reference's distribution, for which that model runs beside the
-        policy. False: `kl` is a function of the policy's alone."""
-        return "kl" in self.outputs
-
-    @property
     def needs_reference(self) -> bool:
-        """Whether a reference model is kept: for its log-probs, or for its distributions."""
-        return "ref_logps" in self.needs or self.compares_distributions
+        """Whether a reference model is kept."""
+        return "ref_logps" in self.needs
 
     @property
     def uses_demonstrations(self) -> bool:
@@ -176,25 +167,6 @@ class Algorithm(ABC):
     def outputs(self) -> frozenset[str]:
         """`PolicyOutput` fields that the loss reads beside `logps`: `entropy`, `values`, `kl`, `scores`."""
         return frozenset()
-
-    @property
-    def separate_critic(self) -> bool:
-        """Whether the critic is a model of its own, instead of a head on the policy's trunk."""
-        return False
-
-    def critic_only(self, state: Mapping[str, float]) -> bool:
-        """Whether a step with this `Batch.state` trains the critic and nothing else."""
-        return False
-
-    @property
-    def critic_rate(self) -> float:
-        """The critic's learning rate over the policy's."""
-        return 1.0
-
-    @property
-    def score_heads(self) -> int:
-        """K of `PolicyOutput.scores`: how many numbers the reward head gives. 0: there is none."""
-        return 0
 
     @property
     def normalizer(self) -> Normalization:
@@ -217,31 +189,10 @@ class Algorithm(ABC):
         the loss, and the loss of the others must be the same without them."""
         return batch.mask
 
-    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
-        """What `PolicyOutput.kl` is, where `outputs` names it: a divergence of two next-token
-        distributions, given as log-probs over the vocabulary, [..., V] each: [...]."""
-        return full_kl(logps, reference)
-
-    @property
-    def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
-        """The direction and the beta by which `rft.kernels.divergence` computes the same as `divergence`,
-        without the vocabulary's distributions in memory; None where it has none."""
-        return ("reverse", 0.5) if type(self).divergence is Algorithm.divergence else None
-
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """([P], [P]): sequence indices of the pairs that a loss of unit `pair` is about. Pairs lie
         within groups, so they survive any split that keeps groups whole."""
         return batch.pairs()
-
-    def arrange(self, groups: Sequence[Group]) -> list[Group]:
-        """Offline: the groups of one step, before they are laid out as a batch."""
-        return list(groups)
-
-    def embed(self, embeddings: Tensor, batch: Batch, expected: Callable[[], Tensor]) -> Tensor:
-        """Where `embeds`: what the model reads in training in place of `embeddings`, [T, H]. `expected()`,
-        at the price of a forward, is [T, H] without gradient: at each token the mean embedding under
-        what the policy predicted there (its own embedding where nothing predicts it)."""
-        return embeddings
 
     def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
         """The numbers that live from step to step (an adaptive KL coefficient): they reach the next
@@ -261,7 +212,7 @@ class Algorithm(ABC):
         """Numbers about a whole prepared batch, once a step (how many groups carry no gradient)."""
         return {}
 
-    # -- what the controller asks ------------------------------------------------------------------
+    # -- what rollouts ask -------------------------------------------------------------------------
 
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         """The completions to get for one prompt. `progress` in [0, 1] is the share of the run that is
@@ -272,20 +223,6 @@ class Algorithm(ABC):
         """Whether a scored group enters the step. A group that does not is dropped, counted, and
         another prompt is sampled in its place (dynamic sampling)."""
         return True
-
-    @property
-    def steps(self) -> Steps | None:
-        """The steps that completions are cut into, where they are valued one by one."""
-        return None
-
-    @property
-    def copies(self) -> int:
-        """How many copies of the model are trained, 1 or 2."""
-        return 1
-
-    def copy_of(self, step: int, *, observer: bool) -> int:
-        """Which copy, 0 or 1, plays a role (pioneer or observer) after `step` finished steps."""
-        return 0
 
     @property
     def hooks(self) -> str:
@@ -306,3 +243,15 @@ class Algorithm(ABC):
 def default_of(f: Any) -> Any:
     """The default of a dataclass field, made if it has a factory."""
     return f.default if f.default is not MISSING else f.default_factory()
+
+
+def required(x: Tensor | None, name: str) -> Tensor:
+    """`x`, or a ValueError that names what the batch or the policy output lacks."""
+    if x is None:
+        raise ValueError(f"the algorithm needs {name}, and it was not filled in")
+    return x
+
+
+def column(batch: Batch, name: str) -> Tensor:
+    """A column of the batch, or a ValueError that names it."""
+    return required(batch.columns.get(name), f'columns["{name}"]')

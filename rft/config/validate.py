@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from rft.algorithms.base import Algorithm, Rollout
+from rft.algorithms.extras import ValuesSteps, compares_distributions, copies, score_heads
 from rft.config.learner import (
     FROM_FIRST_BATCH,
     LIGER_REMEDY,
@@ -135,7 +136,7 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
         not config.rewards.functions and "rewards" not in a.needs,
         f"{key}: no reward is given; evaluation needs one: `rewards: [{{function: math}}]`",
     )
-    if a.steps is not None and not a.steps.branches:
+    if isinstance(a, ValuesSteps) and not a.steps.branches:
         judge = next((f for f in config.rewards.functions if f.function in STEP_JUDGES), None)
         yield (
             judge is None,
@@ -166,7 +167,7 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     if a.online:
         return
     yield (
-        config.eval.generate and bool(a.score_heads),
+        config.eval.generate and bool(score_heads(a)),
         f"eval.generate: {name} trains a reward model, which generates nothing; set it to false",
     )
     yield (
@@ -175,13 +176,13 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     for part in ("adapter", "quantize", "strategy"):
         yield (
-            bool(a.score_heads) and getattr(c, part) is not None,
+            bool(score_heads(a)) and getattr(c, part) is not None,
             f"learner.{part}: {name} trains a whole reward model with a new head; leave it out",
         )
     uncached = [
         (not a.needs_reference, f"{name} reads no reference"),
         (
-            a.compares_distributions,
+            compares_distributions(a),
             f"{name} compares whole distributions, for which the reference has to run",
         ),
         (config.data.streaming, "a stream is never seen as a whole"),
@@ -512,11 +513,11 @@ def transport_checks(config: Config, facts: Facts) -> Iterator[Check]:
         )
     elif transport == "file" or sync.folder is not None:
         yield (
-            config.algorithm.copies == 2,
+            copies(config.algorithm) == 2,
             "sync.folder: two policies would write to the same files; use transport gloo or nccl",
         )
         yield (
-            config.algorithm.copies != 2 and sync.folder is None and cluster,
+            copies(config.algorithm) != 2 and sync.folder is None and cluster,
             "sync.folder: shared memory reaches one machine only, and ray.address names a cluster; give a "
             "folder that all its nodes share under the same path",
         )
@@ -537,7 +538,7 @@ def _ipc_checks(config: Config, facts: Facts) -> Iterator[Check]:
         config.rollout.staleness > 0,
         "with ipc the engine sleeps while the learner trains; set rollout.staleness to 0",
     )
-    yield config.algorithm.copies == 2, "two policies do not share one GPU by ipc; use nccl"
+    yield copies(config.algorithm) == 2, "two policies do not share one GPU by ipc; use nccl"
     yield (
         config.ray.address is not None,
         "ipc stays within one machine, and ray.address names a cluster; use nccl",

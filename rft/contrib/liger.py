@@ -11,8 +11,8 @@ gradient and d logp / d hidden is taken in the forward (4 T H V, to Triton's 6).
 LoRA factors, sampled support and float64 are not served.
 
 The choice between it and Triton: both are timed where they run, on the caller's tensors, once for every
-`Kind` of call and process, and the choice is reported. A choice by time can differ between ranks and from run
-to run. Nothing is exchanged between ranks inside a head, so theirs need not agree; and both kernels take
+`CallKind` and process, and the choice is reported. A choice by time can differ between ranks and from run to
+run. Nothing is exchanged between ranks inside a head, so theirs need not agree; and both kernels take
 softmax in float32, so results differ by the rounding of float32 sums. Triton's block sizes are tuned by time
 too: a run on a GPU that must repeat bit by bit takes "chunked". Liger's speed on a GPU is unmeasured so far;
 tests run it under TRITON_INTERPRET=1.
@@ -41,11 +41,11 @@ AGREEMENT = 2e-2  # of log-probs (nats) and gradients (relative) by two right ke
 NAMES = {"triton": "Triton", "liger": "Liger's kernel"}
 
 Task = Literal["scoring", "frozen"]
-Kernel = Literal["triton", "liger"]
+Choice = Literal["triton", "liger"]
 Logps = Callable[[Tensor], Tensor]
 
 _logger = logging.getLogger(__name__)
-_chosen: dict[Kind, Kernel] = {}
+_chosen: dict[CallKind, Choice] = {}
 
 
 def try_token_logps(
@@ -63,11 +63,11 @@ def try_token_logps(
     if task is None:
         return None
     if triton is not None:
-        runs: dict[Kernel, Logps] = {
+        runs: dict[Choice, Logps] = {
             "triton": triton,
             "liger": lambda x: token_logps(x, weight, bias, targets, f),
         }
-        if choose(Kind.of(task, hidden, weight, bias, f), hidden, runs) == "triton":
+        if choose(CallKind.of(task, hidden, weight, bias, f), hidden, runs) == "triton":
             return None
     return token_logps(hidden, weight, bias, targets, f)
 
@@ -160,7 +160,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Kind:
+class CallKind:
     """Calls for which one kernel is chosen. `rows` is rounded up to a power of two."""
 
     task: Task
@@ -173,7 +173,7 @@ class Kind:
     map: LogitMap
 
     @classmethod
-    def of(cls, task: Task, hidden: Tensor, weight: Tensor, bias: Tensor | None, f: LogitMap) -> Kind:
+    def of(cls, task: Task, hidden: Tensor, weight: Tensor, bias: Tensor | None, f: LogitMap) -> CallKind:
         rows = 1 << (hidden.shape[0] - 1).bit_length()
         vocab, width = weight.shape
         return cls(task, rows, width, vocab, hidden.dtype, hidden.device, bias is not None, f)
@@ -184,7 +184,7 @@ class Kind:
         return f"log-probs ({task}, up to {self.rows} rows, H={self.width}, V={self.vocab}, {dtype})"
 
 
-def choose(kind: Kind, hidden: Tensor, runs: Mapping[Kernel, Logps]) -> Kernel:
+def choose(kind: CallKind, hidden: Tensor, runs: Mapping[Choice, Logps]) -> Choice:
     """The faster kernel for a kind of call: measured on `hidden` at the first one, remembered after that.
 
     `runs`: log-probs [T] of hidden by each kernel. Liger's is taken only where it agrees with Triton's. Where
@@ -197,12 +197,12 @@ def choose(kind: Kind, hidden: Tensor, runs: Mapping[Kernel, Logps]) -> Kernel:
     return _chosen[kind]
 
 
-def _measured(kind: Kind, hidden: Tensor, runs: Mapping[Kernel, Logps]) -> tuple[Kernel, str, int]:
+def _measured(kind: CallKind, hidden: Tensor, runs: Mapping[Choice, Logps]) -> tuple[Choice, str, int]:
     """The kernel, the line that reports it, and the line's level."""
     expected = _call(runs["triton"], kind.task, hidden)  # compiles and tunes; if it fails, so would the call
     try:
         found = _call(runs["liger"], kind.task, hidden)
-        times: dict[Kernel, list[float]] = {"triton": [], "liger": []}
+        times: dict[Choice, list[float]] = {"triton": [], "liger": []}
         for _ in range(ROUNDS):
             for kernel, spent in times.items():
                 spent.append(_seconds(partial(_call, runs[kernel], kind.task, hidden), hidden.device))
@@ -212,7 +212,7 @@ def _measured(kind: Kind, hidden: Tensor, runs: Mapping[Kernel, Logps]) -> tuple
     if not (off := _difference(found, expected)) <= AGREEMENT:
         return "triton", f"{kind}: Triton; Liger's kernel is off by {off:.1e}", logging.WARNING
     ms = {kernel: 1e3 * statistics.median(spent) for kernel, spent in times.items()}
-    chosen: Kernel = "liger" if ms["liger"] < ms["triton"] else "triton"
+    chosen: Choice = "liger" if ms["liger"] < ms["triton"] else "triton"
     measured = ", ".join(f"{NAMES[kernel]} {spent:.3g} ms" for kernel, spent in ms.items())
     line = f"{kind}: {NAMES[chosen]}; measured {measured}"
     return chosen, line, logging.INFO

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from rft.algorithms.base import Steps
+from rft.algorithms.extras import Steps
 from rft.batch import Completion
 from rft.rollout.engine import Generate, Request, Sampling
 from rft.rollout.sample import Judged, completions_of, continued, decode, text_length

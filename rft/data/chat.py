@@ -89,7 +89,7 @@ class Renderer:
 
     @cached_property
     def _empty_prompt(self) -> tuple[str, str]:
-        """What the template puts before and after the text of a prompt."""
+        """The text that the template puts before and after a prompt."""
         try:
             before, _, after = self.render([_said("user", _ASKED)], generate=True).partition(_ASKED)
         except RowProblem:
@@ -98,8 +98,8 @@ class Renderer:
 
     @cached_property
     def turn_end(self) -> str | None:
-        """What the template writes after an assistant's words, up to the special token that ends the turn:
-        a token that closes it, or else the one that opens the next turn. None: no special token follows."""
+        """The text after an assistant's words in the template, up to the special token that ends the turn: a
+        token that closes it, or else the one that opens the next turn. None: no special token follows."""
         if not self.chat:
             return None
         turn = [_said("user", _ASKED), _said("assistant", _ANSWERED)]
@@ -127,7 +127,7 @@ class Renderer:
 
     @property
     def end(self) -> str:
-        """What follows an assistant's words where it ends its turn."""
+        """The text that follows an assistant's words where it ends its turn."""
         return self.turn_end or self.tokenizer.eos_token or ""
 
     def without_end(self, text: str) -> str:
@@ -350,8 +350,8 @@ def _locate(render: Renderer, messages: Messages, turn: int, text: str, tools: l
 
 
 def _length_of(head: str, text: str) -> int | None:
-    """How much of `text` renders what `head` does: some templates put other spaces before a turn that is
-    there than before one that is to come. None: it begins with other words."""
+    """The length of the beginning of `text` that renders the same as `head`: some templates put other spaces
+    before a turn that is there than before one that is to come. None: it begins with other words."""
     if text.startswith(head):
         return len(head)
     words, bare = _squeezed(head), head.rstrip()
@@ -369,7 +369,7 @@ def _length_of(head: str, text: str) -> int | None:
 def _generation_prompt(
     render: Renderer, messages: Messages, turn: int, tools: list[Any] | None, before: str
 ) -> str:
-    """What stands before the first turn with a loss, spaced as it is when the model generates that turn."""
+    """The text before the first turn with a loss, spaced as it is when the model generates that turn."""
     head = render.render(messages[:turn], tools, generate=True)
     return head if _squeezed(head) == _squeezed(before) else before
 

@@ -267,7 +267,7 @@ class TableRows(Sequence[Any]):
 
 
 def _guarded(file: Path, row: int, read: Any) -> Any:
-    """What `read` returns. Raises DataError that names the file and the first row that it reads."""
+    """Return `read()`. Raises DataError that names the file and the first row that it reads."""
     import pyarrow as pa
 
     try:

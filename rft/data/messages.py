@@ -108,7 +108,7 @@ def _content(content: Any, where: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RowProblem(f"{where} has content that is no text: {content!r:.40}")
+        raise RowProblem(f"{where} has content that is not text: {content!r:.40}")
     texts = []
     for part in content:
         kept = {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else part
@@ -133,7 +133,7 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
     out = []
     for call in _listed(_parsed(calls, where) if isinstance(calls, str) else calls):
         if not isinstance(call, Mapping):
-            raise RowProblem(f"{where} has a tool call that is no object: {call!r:.40}")
+            raise RowProblem(f"{where} has a tool call that is not an object: {call!r:.40}")
         inner = call.get("function", call)
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             raise RowProblem(f"{where} has a tool call without the name of its function")

@@ -83,7 +83,7 @@ def load_prompts(
 def prompt_of(row: Row, config: DataConfig, rows: Rows, number: int) -> Text:
     """A row's prompt: the `prompt` column, or the `template` filled in, behind its source's prefix.
 
-    Raises DataError for a missing column, RowProblem for a value that is no prompt.
+    Raises DataError for a missing column, RowProblem for a value that is not a prompt.
     """
     if config.template is None and "prompt" not in row:
         raise missing_column("prompt", row, rows.source, number + 1)

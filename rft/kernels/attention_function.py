@@ -48,7 +48,7 @@ _HARMLESS = frozenset(
 
 @dataclass
 class Layout:
-    """What travels through the model as the keyword `rft_layout`. It lives as long as autograd needs
+    """Passed through the model as the keyword `rft_layout`. It lives as long as autograd needs
     it, so a checkpointed layer finds it again when it reruns during backward.
 
     kinds: the kind of each layer, or None where all are plain. kernel: see `AttentionRoute`.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-Kind = Literal["merge", "mask", "sequences"]
+RouteKind = Literal["merge", "mask", "sequences"]
 Kernel = Literal["auto", "merge", "flex", "masked"]
 
 _RECURRENT = re.compile(
@@ -27,7 +27,7 @@ _KNOWN = re.compile(
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What a layer's attention leaves out: keys `window` or more positions back, or outside its `chunk`."""
+    """Keys that a layer's attention leaves out: `window` or more positions back, or outside its `chunk`."""
 
     window: int | None = None
     chunk: int | None = None
@@ -35,7 +35,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class AttentionRoute:
-    """How packed batches run through a model.
+    """The way in which packed batches run through a model.
 
     kind: "merge" (the forest attention function), "mask" (one explicit mask over the packed batch,
         through the model's own attention), "sequences" (unshared, a padded row each).
@@ -47,7 +47,7 @@ class AttentionRoute:
         (GPU), dense masks per tree, or auto, the first of them that serves the layer.
     """
 
-    kind: Kind
+    kind: RouteKind
     reason: str = ""
     layers: int = 0
     layer_kinds: tuple[LayerKind, ...] | None = None
@@ -64,7 +64,9 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} is no transformers model, nor a peft wrapper around one")
+        raise ValueError(
+            f"{type(model).__name__} is neither a transformers model nor a peft wrapper around one"
+        )
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or (decoder is model and hasattr(model, "lm_head")):
         decoder = model.base_model if model.base_model is not model else getattr(model, "model", model)
@@ -99,7 +101,7 @@ def candidates(model: nn.Module, decoder: PreTrainedModel) -> list[AttentionRout
 
 
 def _layer_kinds(config: Any) -> tuple[tuple[LayerKind, ...] | None, list[str]]:
-    """The kind of every layer, and the names of layer types that are no attention over tokens."""
+    """The kind of every layer, and the names of layer types that are not attention over tokens."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None

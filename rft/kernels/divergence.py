@@ -141,7 +141,7 @@ def _divergence(policy: Part, ref: Part, f: LogitMap, measure: Divergence, backe
 
 
 def _passes(policy: Part, ref: Part, f: LogitMap) -> tuple[chunked.Chunks, chunked.Chunks]:
-    none = chunked.Rows(policy[0].new_empty(0, dtype=torch.int64))
+    none = chunked.Targets(policy[0].new_empty(0, dtype=torch.int64))
     ours, theirs = (HeadProducts(x[1], None) for x in (policy, ref))
     p = chunked.Chunks(ours, policy[0], None, policy[2], none, f)
     return p, chunked.Chunks(theirs, ref[0], None, ref[2], none, f, like=p)

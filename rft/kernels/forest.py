@@ -26,7 +26,7 @@ class Rows:
     """B rows of up to L tokens, as places in the packed batch.
 
     index: [B * L] int64, the token at each place; padding repeats the row's last token.
-    kept: [n] int64, the places that are no padding, or None if all are real.
+    kept: [n] int64, the places that are not padding, or None if all are real.
     start: where the rows are a contiguous stretch of tokens, its first token: no copy is needed.
     """
 

@@ -193,7 +193,7 @@ def _dispatch(
         return logps, entropies if entropy else None
     if chosen in ("triton", "liger"):
         return _on_gpu(hidden, weight, targets, bias, f, entropy, backend)
-    rows = chunked.Rows(targets, support)
+    rows = chunked.Targets(targets, support)
     head = [x for x in (weight, bias) if x is not None]
     frozen = hidden.requires_grad and not any(x.requires_grad for x in head)
     if frozen and torch.is_grad_enabled() and not entropy and lora is None:

@@ -33,7 +33,7 @@ PREDICTED = 1e-5  # relative difference of an upstream gradient from the predict
 
 
 @dataclass(frozen=True)
-class Rows:
+class Targets:
     """Per row: the target [T] and the packed support [T, ceil(V/8)] or None."""
 
     targets: Tensor
@@ -49,7 +49,7 @@ class Chunks:
         hidden: Tensor,
         low: Tensor | None,
         bias: Tensor | None,
-        rows: Rows,
+        rows: Targets,
         f: LogitMap,
         like: Chunks | None = None,
         buffer: Tensor | None = None,
@@ -303,7 +303,7 @@ class ChunkedLogps(torch.autograd.Function):
         bias: Tensor | None,
         low: Tensor | None,
         low_rank: Tensor | None,
-        rows: Rows,
+        rows: Targets,
         f: LogitMap,
         entropy: bool,
         expected: Tensor | None,
@@ -319,7 +319,7 @@ class ChunkedLogps(torch.autograd.Function):
             count = hidden.shape[0]
 
             def part(index: Tensor | None) -> Chunks:
-                few = Rows(_at(rows.targets, index), _at(rows.support, index))
+                few = Targets(_at(rows.targets, index), _at(rows.support, index))
                 return Chunks(head, _at(hidden, index), _at(low, index), bias, few, f)
 
             wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
@@ -374,7 +374,7 @@ def recomputed(
         low, support, entropies, grad_entropy = (
             _at(x, used) for x in (low, support, entropies, grad_entropy)
         )
-    rows = Rows(targets, support)
+    rows = Targets(targets, support)
     chunks = Chunks(HeadProducts(weight, low_rank), hidden, low, bias, rows, ctx.map, buffer=buffer)
     if kept is not None and grad_entropy is None:
         grads = backward_from_kept(chunks, grad, kept[1], wants)
@@ -420,7 +420,7 @@ class FrozenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, f: LogitMap
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Targets, f: LogitMap
     ) -> Tensor:
         chunks = Chunks(HeadProducts(weight, None), hidden, None, bias, rows, f)
         ones = hidden.new_ones(hidden.shape[0], dtype=chunks.acc)

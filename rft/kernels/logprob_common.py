@@ -1,4 +1,4 @@
-"""What every log-prob kernel shares: how a head's products become logits, and the checks of inputs."""
+"""Shared by all log-prob kernels: the map from a head's products to logits, and the checks of inputs."""
 
 from __future__ import annotations
 

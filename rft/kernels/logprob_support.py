@@ -44,7 +44,7 @@ def sampled_support(
         raise ValueError(f"top_k must be at least 1, or None for no limit, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in 0 < top_p <= 1, got {top_p}")
-    none = chunked.Rows(hidden.new_empty(0, dtype=torch.int64))
+    none = chunked.Targets(hidden.new_empty(0, dtype=torch.int64))
     f = LogitMap(temperature, softcap, logit_scale)
     chunks = chunked.Chunks(HeadProducts(weight, None), hidden, None, bias, none, f)
     out = hidden.new_empty((hidden.shape[0], -(-weight.shape[0] // 8)), dtype=torch.uint8)

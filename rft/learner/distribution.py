@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rft.algorithms.base import Algorithm
+from rft.algorithms.extras import ChangesEmbeddings, ReadsDistributions
 from rft.batch import Batch
 from rft.kernels.attention import hidden_states
 from rft.kernels.divergence import head_divergence
@@ -48,7 +48,7 @@ def _fuses(head: Head, reference: Head) -> bool:
 
 
 def full_divergence(
-    algorithm: Algorithm,
+    algorithm: ReadsDistributions,
     head: Head,
     hidden: Tensor,
     reference: Head | None,
@@ -107,7 +107,7 @@ def expected_embeddings(model: Any, batch: Batch, temperature: float) -> Tensor:
 
 
 @contextmanager
-def reading(model: Any, batch: Batch, algorithm: Algorithm, temperature: float) -> Iterator[None]:
+def reading(model: Any, batch: Batch, algorithm: ChangesEmbeddings, temperature: float) -> Iterator[None]:
     """Within, the model reads what `algorithm.embed` makes of the tokens' embeddings.
 
     Raises ValueError where the model's sequences cannot be packed: there is then no [T, H] to change.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput
+from rft.algorithms.extras import ChangesEmbeddings, critic_only, score_heads
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_common
@@ -76,9 +77,9 @@ class Learner(TrainState):
             self.make_optimizer()
             self.previewed.clear()
         lr = learning_rate(spec.config, step, spec.train.steps)
-        critic_only = self.algorithm.critic_only(batch.state)
+        alone = critic_only(self.algorithm, batch.state)
         for group in self.optimizer.param_groups:  # a rate of 0 stops weight decay too
-            group["lr"] = lr * group.get("scale", 1.0) if group.get("critic") or not critic_only else 0.0
+            group["lr"] = lr * group.get("scale", 1.0) if group.get("critic") or not alone else 0.0
         updates: list[dict[str, float]] = []
         self.updates_made = 0
         for iteration in range(spec.train.num_iterations if trained else 0):
@@ -209,7 +210,7 @@ class Learner(TrainState):
         batch = self.prepare(self.at_step(batch, step), objective.LogpGap())
         batch, scale = objective.weigh(algorithm, batch, self.spec.sampling.max_completion_length)
         units = float(batch.mask.sum() if algorithm.unit == "token" else round(1 / scale))
-        plain = None if algorithm.embeds else algorithm
+        plain = None if isinstance(algorithm, ChangesEmbeddings) else algorithm
         sums: Sums = {}
         loss = 0.0
         with evaluation_mode(self.policy.model):
@@ -256,7 +257,7 @@ class Learner(TrainState):
         """Add the gradient of one mini-batch's loss; return its metrics."""
         mini, scale = objective.weigh(self.algorithm, mini, self.spec.sampling.max_completion_length)
         means, total = objective.TokenMeans(), 0.0
-        measured = self.spec.config.entropy and not self.algorithm.score_heads
+        measured = self.spec.config.entropy and not score_heads(self.algorithm)
         outputs = self.algorithm.outputs | (frozenset({"entropy"}) if measured else frozenset())
 
         def note(out: PolicyOutput, micro: Batch) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rft.algorithms.base import Algorithm, PolicyOutput
+from rft.algorithms.extras import ChangesEmbeddings, ReadsDistributions, critic_only
 from rft.algorithms.math.sequences import last_tokens
 from rft.batch import Batch
 from rft.config.learner import KernelsConfig
@@ -304,7 +305,7 @@ class PolicyModel:
     ) -> dict[str, Tensor]:
         rows = batch.mask.nonzero()[:, 0]
         embedding: AbstractContextManager[None] = nullcontext()
-        if algorithm is not None and algorithm.embeds:
+        if algorithm is not None and isinstance(algorithm, ChangesEmbeddings):
             embedding = load_dotted(READING)(self.model, batch, algorithm, self.temperature)
         with self._autocast(), embedding:
             states = hidden_states(self.model, batch)
@@ -331,7 +332,7 @@ class PolicyModel:
         if outputs & {"values", "end_values"}:
             if self.value_head is None:
                 raise ValueError("the algorithm reads values, but no value head was made")
-            detached = algorithm is not None and algorithm.critic_only(batch.state)
+            detached = algorithm is not None and critic_only(algorithm, batch.state)
             with self._autocast():
                 seen = self.value_head.states(batch, states.detach() if detached else states)
             at_rows = self.value_head(seen[batch.source[rows]])
@@ -343,8 +344,10 @@ class PolicyModel:
                     (torch.searchsorted(rows, ends),), self.value_head(seen[ends])
                 )
         if "kl" in outputs:
-            if algorithm is None:
-                raise ValueError("kl is the divergence of an algorithm, and none was given")
+            if not isinstance(algorithm, ReadsDistributions):
+                raise ValueError(
+                    "kl is the divergence of an algorithm that reads distributions; none was given"
+                )
             other = reference if algorithm.compares_distributions else None
             backend = self.kernels.logprob
             values["kl"] = load_dotted(DIVERGENCE)(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rft.algorithms.extras import TrainsCritic, score_heads, separate_critic
 from rft.data.reward_texts import reward_texts
 from rft.errors import BrokenWeights
 from rft.learner.model import (
@@ -67,9 +68,8 @@ class TrainState:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         value_head = None
         if "values" in spec.algorithm.outputs:
-            trunk = (
-                self.load_model(spec.model.path, device).train() if spec.algorithm.separate_critic else None
-            )
+            separate = separate_critic(spec.algorithm)
+            trunk = self.load_model(spec.model.path, device).train() if separate else None
             width, kernel = model.config.get_text_config().hidden_size, spec.config.kernels.attention
             value_head = Critic(width, trunk, kernel).to(device)
         return self._wrap(model, value_head)
@@ -79,14 +79,14 @@ class TrainState:
     ) -> Any:
         """Load the network: a language model or, for an algorithm with score heads, a reward model."""
         spec = self.spec
-        if not spec.algorithm.score_heads:
+        if not score_heads(spec.algorithm):
             model = load_causal_lm(path, dtype, device, spec.model.trust_remote_code, quantize)
             if spec.stop_token_ids and model.generation_config is not None:
                 model.generation_config.eos_token_id = list(spec.stop_token_ids)
             return model
         return load_scoring_model(
             path,
-            spec.algorithm.score_heads,
+            score_heads(spec.algorithm),
             per_token=spec.algorithm.unit == "token",
             texts=None if spec.data is None else reward_texts(spec.algorithm.data, spec.data),
             dtype=torch.float32,
@@ -125,7 +125,7 @@ class TrainState:
         extra: list[dict[str, Any]] = []
         if self.policy.value_head is not None:
             critic = list(self.policy.value_head.trained())
-            rate = self.algorithm.critic_rate
+            rate = self.algorithm.critic_rate if isinstance(self.algorithm, TrainsCritic) else 1.0
             extra.append({"params": critic, "weight_decay": 0.0, "scale": rate, "critic": True})
         self.optimizer: Any = self.parallel.optimizer(
             self.policy, lambda: self.strategy.optimizer(self.policy.model, extra)

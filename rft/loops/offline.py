@@ -16,11 +16,13 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from rft.algorithms.extras import arrange
 from rft.batch import Batch, Completion, Group
 from rft.checkpoint import Checkpoint
 from rft.data import GroupSampler, GroupSource
@@ -64,7 +66,7 @@ async def train_offline(
         tests = await with_reference(plan, learner, tests, share) if tests else []
         await learner.release_reference()
         source = GroupSampler(train, config.seed, shuffle=config.data.shuffle)
-    arrange = config.algorithm.arrange
+    rearrange = partial(arrange, config.algorithm)
     guards = Guards(config.guards, online=False)
     if folder.resume is not None:
         guards.resume(log.run_dir, folder.resume.step)
@@ -76,8 +78,8 @@ async def train_offline(
         share_prefix=share,
         progress=progress,
         saver=Saver(learner, folder.checkpoints, config, progress, log),
-        arrange=arrange,
-        held_out=HeldOut(tests, config.train.batch_size, share, arrange) if tests else None,
+        arrange=rearrange,
+        held_out=HeldOut(tests, config.train.batch_size, share, rearrange) if tests else None,
         sampled=sampled if tests else None,
         eval_every=config.eval.every,
         log=log,

@@ -11,6 +11,7 @@ import torch
 
 from rft.algorithms import Algorithm, PolicyOutput
 from rft.algorithms.base import DataKind
+from rft.algorithms.extras import arrange, score_heads
 from rft.batch import Batch, Group
 from rft.config.data import DataConfig
 from rft.config.schema import Config, WarmStartConfig, algorithm_name
@@ -110,7 +111,7 @@ def check_offline(
 ) -> list[str]:
     """Check the rows against the model that reads them and the algorithm that trains on them."""
     algorithm, found = config.algorithm, []
-    if stops is not None and not algorithm.score_heads:
+    if stops is not None and not score_heads(algorithm):
         found += unstopped_turns(data.sample, stops, tokenizer)
     found += check_lengths("data", data.sample, positions)
     return found + check_batch(algorithm, data.sample[: min(DRY_RUN_GROUPS, config.train.batch_size)])
@@ -130,11 +131,11 @@ def check_lengths(key: str, groups: Sequence[Group], positions: int | None) -> l
 def check_batch(algorithm: Algorithm, groups: list[Group]) -> list[str]:
     """Run an algorithm on real groups with made-up log-probs: a column may be missing, for one."""
     try:
-        batch = Batch.build(algorithm.arrange(groups))
+        batch = Batch.build(arrange(algorithm, groups))
         zeros = torch.zeros(batch.num_tokens)
         batch = batch.with_(old_logps=zeros, ref_logps=zeros, state={"progress": 0.0})
         batch = algorithm.prepare(batch)
-        scores = torch.zeros(batch.num_tokens, max(algorithm.score_heads, 1))
+        scores = torch.zeros(batch.num_tokens, max(score_heads(algorithm), 1))
         policy = PolicyOutput(logps=zeros, entropy=zeros, values=zeros, kl=zeros, scores=scores)
         algorithm.loss(policy, batch)
     except ValueError as error:

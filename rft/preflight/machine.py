@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from rft.algorithms.extras import copies
 from rft.config.schema import Config
 from rft.config.validate import PACKAGES, Facts
 from rft.utils.cores import usable_cores
@@ -57,7 +58,7 @@ def check_sync_folder(config: Config, weight_bytes: int | None) -> list[str]:
     """Check that two versions of the weights fit the folder of transports `file` and `sparse`."""
     sync, algorithm = config.sync, config.algorithm
     writes = sync.transport == "file" or (sync.transport == "sparse" and sync.folder is not None)
-    refused = algorithm.copies == 2 or (sync.folder is None and config.ray.address is not None)
+    refused = copies(algorithm) == 2 or (sync.folder is None and config.ray.address is not None)
     if not algorithm.online or not writes or refused:
         return []
     base = SHARED_MEMORY if sync.folder is None else Path(sync.folder).expanduser()

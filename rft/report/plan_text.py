@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rft.algorithms.extras import separate_critic
 from rft.config import validate
 from rft.config.schema import Config, algorithm_name
 from rft.plan import OnlinePlan, Plan
@@ -85,7 +86,7 @@ def _learner_gib(plan: Plan) -> float:
         plan.shape,
         c.learner,
         reference=c.algorithm.needs_reference and separate,
-        critic="values" in c.algorithm.outputs and c.algorithm.separate_critic,
+        critic="values" in c.algorithm.outputs and separate_critic(c.algorithm),
         device=plan.device,
         adapter=plan.adapter_parameters or 0,
     )

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from rft.algorithms.base import Algorithm, Rollout
+from rft.algorithms.extras import ValuesSteps, copy_of
 from rft.batch import Completion, Group, Prompt
 from rft.data.chat import Renderer
 from rft.data.messages import read_tools
@@ -63,7 +64,7 @@ class GroupSampler:
         )
         plan = self.algorithm.rollouts(sampling.n, progress=progress, demonstration=demonstration)
         if any(rollout.role for rollout in plan):
-            copies = [self.algorithm.copy_of(step, observer=observer) for observer in (False, True)]
+            copies = [copy_of(self.algorithm, step, observer=observer) for observer in (False, True)]
             sample_pairs = load_dotted(PAIRS)
             completions = await sample_pairs(
                 self.generate, name, prompt, len(plan) // 2, sampling, self.render, copies
@@ -77,7 +78,7 @@ class GroupSampler:
 
         judged = await score(completions)
         seconds = time.perf_counter() - begin
-        if self.algorithm.steps is not None:
+        if isinstance(self.algorithm, ValuesSteps):
             value_steps = load_dotted(STEPS)
             tokenizer = self.render.tokenizer
             judged = await value_steps(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rft.algorithms import ALGORITHMS, Algorithm
 from rft.algorithms.base import default_of
+from rft.algorithms.extras import compares_distributions
 
 HEAD = """\
 # Algorithms
@@ -51,7 +52,7 @@ def _needs(cls: type[Algorithm]) -> str:
     needs = cls().needs
     words = {"rewards": "rewards", "ref_logps": "reference", "values": "critic", "old_entropy": "entropy"}
     found = [word for field, word in words.items() if field in needs]
-    if cls().compares_distributions:
+    if compares_distributions(cls()):
         found.append("vocabulary of the reference")
     return ", ".join(found + (["demonstrations"] if cls.needs_demonstrations else []))
 

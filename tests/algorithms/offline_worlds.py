@@ -10,6 +10,7 @@ from torch import Tensor
 from worlds import LOGPS, OVER_REFERENCE, completion, fill, group, spread
 
 from rft.algorithms import Algorithm, PolicyOutput
+from rft.algorithms.extras import arrange, score_heads
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.learner.objective import reduce_loss, weigh
 
@@ -92,14 +93,14 @@ def objective(
     parts: Callable[[Batch], Iterable[list[int]]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient by token id of log-probs and scores), reduced as the learner does."""
-    batch = Batch.build(algorithm.arrange(groups), share_prefix=share_prefix)
+    batch = Batch.build(arrange(algorithm, groups), share_prefix=share_prefix)
     batch = algorithm.prepare(fill(batch, tables).with_(state={"progress": 0.5}))
     batch, scale = weigh(algorithm, batch, max_completion_length=8)
     leaves = [tables["logps"].clone().requires_grad_(), tables["scores"].clone().requires_grad_()]
     total = torch.zeros((), dtype=torch.float64)
     for trees in parts(batch) if parts else [range(int((batch.parent < 0).sum()))]:
         micro = batch.select(trees)
-        heads = [spread(micro, leaves[1][:, k], torch.float64) for k in range(max(algorithm.score_heads, 1))]
+        heads = [spread(micro, leaves[1][:, k], torch.float64) for k in range(max(score_heads(algorithm), 1))]
         policy = PolicyOutput(
             logps=spread(micro, leaves[0], torch.float64),
             kl=spread(micro, leaves[0].square(), torch.float64),  # any function of the policy will do

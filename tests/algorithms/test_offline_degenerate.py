@@ -15,6 +15,7 @@ from torch import Tensor
 from worlds import completion, fill, group, spread
 
 from rft.algorithms import ALGORITHMS, PolicyOutput
+from rft.algorithms.extras import arrange, score_heads
 from rft.algorithms.math.preferences import PAIR_LOSSES, LossParams, f_score, log1mexp
 from rft.algorithms.math.sequences import last_tokens, token_index, top_share
 from rft.batch import Batch
@@ -44,11 +45,11 @@ def test_extreme_log_probs_give_finite_losses_and_gradients(name: str, scale: fl
     groups = random_groups(algorithm.data, 5)
     tables = random_tables(5)
     tables["old_logps"] = tables["logps"] * scale
-    batch = fill(Batch.build(algorithm.arrange(groups)), tables).with_(state={"progress": 1.0})
+    batch = fill(Batch.build(arrange(algorithm, groups)), tables).with_(state={"progress": 1.0})
     batch = algorithm.prepare(batch)
     logps = spread(batch, tables["logps"] * scale, torch.float32).requires_grad_()
     scores = torch.stack([spread(batch, tables["scores"][:, k] * scale) for k in range(2)], -1)
-    policy = PolicyOutput(logps=logps, kl=logps.abs(), scores=scores[:, : max(algorithm.score_heads, 1)])
+    policy = PolicyOutput(logps=logps, kl=logps.abs(), scores=scores[:, : max(score_heads(algorithm), 1)])
     loss = algorithm.loss(policy, batch)
     assert loss.isfinite().all()
     if loss.requires_grad:
@@ -103,9 +104,10 @@ def test_top_share_keeps_at_least_one_and_breaks_ties_by_order() -> None:
         ("dpo", {"loss_type": "exo"}, "write label_smoothing"),
         ("dpo", {"loss_type": "nca", "divergence_type": "js"}, "reverse_kl only"),
         ("dpo", {"loss_type": "aot", "weighting": "plain"}, "write none"),
-        ("cpo", {"loss_type": "nca"}, "sigmoid, hinge or ipo"),
-        ("kto", {"baseline": "own"}, "mismatched or zero"),
-        ("masked_thought", {"replace": "mask"}, "shuffle, zero or mean"),
+        ("cpo", {"loss_type": "nca"}, "loss_type must be one of sigmoid, hinge, ipo"),
+        ("kto", {"baseline": "own"}, "baseline must be one of mismatched, zero"),
+        ("masked_thought", {"replace": "mask"}, "replace must be one of shuffle, zero, mean"),
+        ("asft", {"direction": "both"}, "direction must be one of reverse, forward"),
         ("token_cleaning", {"share": 0.0}, "share must be greater than 0"),
         ("ift", {"lam": 1.0}, "lam must be less than 1"),
     ],

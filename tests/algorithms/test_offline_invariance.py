@@ -10,6 +10,7 @@ import torch
 from offline_worlds import objective, random_groups, random_tables
 
 from rft.algorithms import ALGORITHMS, Algorithm
+from rft.algorithms.extras import arrange
 from rft.batch import Batch, Group
 from rft.packing import micro_batches
 
@@ -55,11 +56,11 @@ def test_layout_and_order(name: str, settings: dict[str, Any]) -> None:
     algorithm, tables = ALGORITHMS[name](**settings), random_tables(1)
     groups = groups_for(algorithm, 1)
     if name == "kto" and algorithm.prescored:
-        groups = algorithm.arrange(groups)  # who meets whose response depends on the order: fix it first
+        groups = arrange(algorithm, groups)  # who meets whose response depends on the order: fix it first
         object.__setattr__(algorithm, "arrange", list)
     expected = objective(algorithm, groups, tables)
     for share_prefix in (False, True):
-        batch = Batch.build(algorithm.arrange(groups), share_prefix=share_prefix)
+        batch = Batch.build(arrange(algorithm, groups), share_prefix=share_prefix)
         assert len(parts(algorithm, batch)) > 1
         same(objective(algorithm, groups, tables, share_prefix=share_prefix), expected)
         split = objective(

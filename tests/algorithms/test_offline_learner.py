@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rft.algorithms import ALGORITHMS, Algorithm, PolicyOutput
+from rft.algorithms.extras import arrange
 from rft.algorithms.math.sequences import token_index
 from rft.batch import Batch
 from rft.config.data import DataConfig
@@ -52,7 +53,7 @@ def batch_for(tiny: Path, tmp_path: Path, algorithm: Algorithm, *, share_prefix:
     file.write_text("\n".join(json.dumps(row) for row in ROWS))
     config = DataConfig(path=str(file), numbers=("weight",), chat_template="never")
     groups = load_groups(config, load_tokenizer(str(tiny)), algorithm.data)  # type: ignore[arg-type]
-    return Batch.build(algorithm.arrange(groups.groups), share_prefix=share_prefix)
+    return Batch.build(arrange(algorithm, groups.groups), share_prefix=share_prefix)
 
 
 def sequence_logps(learner: Learner, batch: Batch) -> torch.Tensor:

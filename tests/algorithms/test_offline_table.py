@@ -18,6 +18,7 @@ from torch import Tensor
 from worlds import fill
 
 from rft.algorithms import ALGORITHMS, Algorithm, PolicyOutput
+from rft.algorithms.extras import arrange, score_heads
 from rft.batch import Batch
 
 
@@ -155,8 +156,15 @@ def compute(algorithm: Algorithm, batch: Batch, policy: PolicyOutput) -> Tensor:
 def test_loss_is_what_one_computes_by_hand(case: Case) -> None:
     algorithm = ALGORITHMS[case.name](**case.settings)
     batch = algorithm.prepare(hand_batch())
-    loss = compute(algorithm, batch, hand_policy(batch, algorithm.score_heads))
+    loss = compute(algorithm, batch, hand_policy(batch, score_heads(algorithm)))
     torch.testing.assert_close(loss.tolist(), [float(x) for x in case.loss], rtol=2e-6, atol=2e-6)
+
+
+def test_labels_of_steps_are_no_advantages() -> None:
+    """They would be reported as policy/advantage_mean."""
+    batch = ALGORITHMS["process_reward"]().prepare(hand_batch())
+    assert batch.advantages is None
+    assert batch.labels is not None and batch.labels[batch.mask].tolist() == [1.0, 0.0]
 
 
 def test_every_offline_algorithm_has_a_case() -> None:
@@ -174,7 +182,7 @@ def test_gradient(case: Case) -> None:
         return
     algorithm = ALGORITHMS[case.name](**case.settings)
     groups = random_groups(algorithm.data, seed=3, groups=3)
-    batch = Batch.build(algorithm.arrange(groups))
+    batch = Batch.build(arrange(algorithm, groups))
     batch = algorithm.prepare(fill(batch, random_tables(4)).with_(state={"progress": 0.5}))
     start = hand_inputs(algorithm, batch)
 
@@ -186,7 +194,7 @@ def test_gradient(case: Case) -> None:
 
 def hand_inputs(algorithm: Algorithm, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(9)
-    t, k = batch.num_tokens, max(algorithm.score_heads, 1)
+    t, k = batch.num_tokens, max(score_heads(algorithm), 1)
     logps = torch.where(batch.mask, -torch.rand(t, generator=g, dtype=torch.float64) - 0.2, 0.0)
     kl = torch.rand(t, generator=g, dtype=torch.float64)
     scores = torch.randn(t, k, generator=g, dtype=torch.float64)
@@ -236,7 +244,7 @@ def test_kto_measures_against_mismatched_responses() -> None:
 
     algorithm = ALGORITHMS["kto"]()
     groups = [group(0, completion((10,), 1.0)), group(1, completion((11,), 0.0))]
-    batch = Batch.build(algorithm.arrange(groups))
+    batch = Batch.build(arrange(algorithm, groups))
     tables = {"old_logps": {10: -1.0, 11: -2.0}, "ref_logps": {10: -1.3, 11: -1.9}}
     batch = algorithm.prepare(fill(batch, tables))
     assert batch.old_logps is not None
@@ -279,7 +287,7 @@ HELD_OUT = {  # the pair's implicit rewards, or the scores 0.7 and 0.2
 def test_held_out_measures(name: str) -> None:
     algorithm = ALGORITHMS[name](**({"heads": 2} if name == "reward_regression" else {}))
     batch = algorithm.prepare(hand_batch())
-    found = algorithm.held_out(hand_policy(batch, algorithm.score_heads), batch)
+    found = algorithm.held_out(hand_policy(batch, score_heads(algorithm)), batch)
     assert {n: v.tolist() for n, v in found.items()} == {
         n: pytest.approx(v, rel=1e-5, abs=1e-6) for n, v in HELD_OUT[name].items()
     }

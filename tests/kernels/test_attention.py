@@ -370,7 +370,7 @@ def test_models_that_are_no_causal_lm_are_refused_by_name() -> None:
     config = T5Config(vocab_size=96, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8)
     with pytest.raises(ValueError, match="encoder-decoder"):
         prepare_model(T5ForConditionalGeneration(config))
-    with pytest.raises(ValueError, match="Linear is no transformers model"):
+    with pytest.raises(ValueError, match="Linear is neither a transformers model"):
         prepare_model(torch.nn.Linear(2, 2))
     tuned = peft.get_peft_model(
         build("qwen3"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

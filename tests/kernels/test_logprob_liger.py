@@ -17,7 +17,7 @@ from rft.config.learner import LIGER_REMEDY
 from rft.config.load import parse_config
 from rft.config.validate import problems
 from rft.contrib import liger as rft_liger
-from rft.contrib.liger import ROUNDS, Kernel, Kind, Logps, Task, choose, task_of
+from rft.contrib.liger import ROUNDS, CallKind, Choice, Logps, Task, choose, task_of
 from rft.kernels.logprob import token_logps
 from rft.kernels.logprob_common import LogitMap, pop_messages
 from rft.learner.learner import Learner
@@ -97,7 +97,7 @@ for x in (x, x.clone().requires_grad_()):
         logps, _ = logprob._on_gpu(x, w, y, None, f, False, "auto")
         assert torch.allclose(logps, right, atol=1e-4 if device == "cpu" else 2e-2)
         lines += pop_messages()
-    kind = liger.Kind.of("frozen" if x.requires_grad else "scoring", x, w, None, f)
+    kind = liger.CallKind.of("frozen" if x.requires_grad else "scoring", x, w, None, f)
     assert len(served) == (liger._chosen[kind] == "liger")
     assert len(lines) == len(liger._chosen)
 logprob._liger_installed = lambda: False
@@ -139,7 +139,7 @@ def test_on_gpu_agrees_with_the_reference() -> None:
 # -- the choice ------------------------------------------------------------------------------------
 
 HIDDEN = torch.randn(5, 8)
-KIND = Kind("scoring", 8, 8, 16, torch.float32, HIDDEN.device, False, LogitMap())
+KIND = CallKind("scoring", 8, 8, 16, torch.float32, HIDDEN.device, False, LogitMap())
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +172,7 @@ def failing(hidden: Tensor) -> Tensor:
 def test_the_faster_one_is_taken_told_and_remembered(
     triton: float, liger: float, chosen: str, path: Task, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs: dict[Kernel, Run] = {"triton": Run(triton), "liger": Run(liger)}
+    runs: dict[Choice, Run] = {"triton": Run(triton), "liger": Run(liger)}
     kind = replace(KIND, task=path)
     with caplog.at_level(logging.INFO, logger="rft"):
         assert choose(kind, HIDDEN, runs) == chosen

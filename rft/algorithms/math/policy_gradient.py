@@ -69,7 +69,7 @@ def degenerate(x: Tensor, group: Tensor) -> Tensor:
 
 
 def count_degenerate(rewards: Tensor, group: Tensor) -> int:
-    """How many groups have all rewards equal, and so no gradient to give."""
+    """The number of groups with all rewards equal, which have no gradient."""
     return int(torch.unique(group[degenerate(rewards, group)]).numel())
 
 

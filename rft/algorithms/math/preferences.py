@@ -16,7 +16,7 @@ from rft.algorithms.math.sequences import token_index
 from rft.batch import Batch
 
 Preference = Literal["bradley_terry", "compare"]
-Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+DivergenceType = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 # -- preferences within groups, from rewards or a pairwise judge ---------------------------------------
 
@@ -202,7 +202,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 OF_MARGIN = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo", "discopop", "aot"})
 
 
-def f_score(log_ratio: Tensor, divergence: Divergence, alpha: float) -> Tensor:
+def f_score(log_ratio: Tensor, divergence: DivergenceType, alpha: float) -> Tensor:
     """The implicit reward f'(t), t = exp(log_ratio), of DPO under another divergence (Wang et al. 2023,
     "Beyond reverse KL", table 1), up to a constant that cancels in a margin."""
     if divergence == "reverse_kl" or (divergence == "alpha" and abs(alpha - 1) < 1e-6):

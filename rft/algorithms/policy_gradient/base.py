@@ -1,4 +1,4 @@
-"""What the policy-gradient algorithms share: the KL to the reference, the correction for the
+"""Bases of the policy-gradient algorithms: the KL to the reference, the correction for the
 sampler, the averaging, the diagnostics. A subclass gives `advantages`, and one of the two objectives
 here, or its own."""
 
@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, Normalization, PolicyOutput, setting
+from rft.algorithms.base import Normalization, PolicyOutput, required, setting
+from rft.algorithms.extras import ReadsDistributions
 from rft.algorithms.math.policy_gradient import (
     Correction,
     KLEstimator,
@@ -30,7 +31,7 @@ from rft.batch import Batch
 
 
 @dataclass(frozen=True)
-class PolicyGradient(Algorithm):
+class PolicyGradient(ReadsDistributions):
     """loss = - correction * objective + beta * KL(policy || reference) - entropy_coef * entropy, per token.
     Demonstrated tokens have no entropy term."""
 
@@ -136,13 +137,13 @@ class PolicyGradient(Algorithm):
         return loss.masked_fill(~batch.mask, 0)
 
     def conflicts(self, num_generations: int) -> list[str]:
-        found = super().conflicts(num_generations)
+        problems = super().conflicts(num_generations)
         if self.entropy_coef and self._full_kl:
-            found.append(
+            problems.append(
                 "entropy_coef and kl_estimator: full both read the vocabulary in the loss, and there is one "
                 "such reading; write kl_estimator: k3, or entropy_coef: 0"
             )
-        return found
+        return problems
 
     def weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         """[T], detached: old policy against sampler."""
@@ -180,26 +181,26 @@ class PolicyGradient(Algorithm):
         the reference: both k3, the latter exact where `kl_estimator` is full."""
         batch, logps = self.around(policy, batch), policy.logps.detach()
         ratio = safe_exp(logps - batch.old_logps_or(logps))
-        found = {"policy/ratio": ratio, "policy/ratio_spread": (ratio - 1).abs()}
+        metrics = {"policy/ratio": ratio, "policy/ratio_spread": (ratio - 1).abs()}
         given = torch.zeros_like(batch.mask) if batch.demonstrated is None else batch.demonstrated
         sampler = batch.old_logps if batch.sampler_logps is None else batch.sampler_logps
         if sampler is not None:
-            found["policy/kl"] = sampled_kl(logps, sampler).masked_fill(given, torch.nan)
+            metrics["policy/kl"] = sampled_kl(logps, sampler).masked_fill(given, torch.nan)
         if batch.sampler_logps is not None:
             mismatch = sampled_kl(batch.old_logps_or(logps), batch.sampler_logps)
-            found["policy/mismatch_kl"] = mismatch.masked_fill(given, torch.nan)
+            metrics["policy/mismatch_kl"] = mismatch.masked_fill(given, torch.nan)
         if self.correction != "none" and batch.sampler_logps is not None:
             weights = self.weights(policy, batch)
-            found["policy/correction"] = weights
-            found["policy/corrected_away"] = ((weights == 0) | (weights >= self.correction_cap)).float()
-            found["policy/masked_fraction"] = (weights == 0).float()
+            metrics["policy/correction"] = weights
+            metrics["policy/corrected_away"] = ((weights == 0) | (weights >= self.correction_cap)).float()
+            metrics["policy/masked_fraction"] = (weights == 0).float()
         if batch.ref_logps is not None:
-            found["policy/kl_ref"] = sampled_kl(logps, batch.ref_logps)
+            metrics["policy/kl_ref"] = sampled_kl(logps, batch.ref_logps)
         elif policy.kl is not None and self._full_kl:
-            found["policy/kl_ref"] = policy.kl.detach()
+            metrics["policy/kl_ref"] = policy.kl.detach()
         if policy.entropy is not None:
-            found["policy/entropy"] = policy.entropy.detach()
-        return found
+            metrics["policy/entropy"] = policy.entropy.detach()
+        return metrics
 
     def report(self, batch: Batch) -> dict[str, float]:
         """group/degenerate: how many groups have all rewards equal; group/degenerate_share: of all."""
@@ -218,12 +219,12 @@ class ClippedPolicyGradient(PolicyGradient):
     dual_clip: float | None = setting(None, "bound on the ratio where the advantage is negative", gt=1)
 
     def conflicts(self, num_generations: int) -> list[str]:
-        found = super().conflicts(num_generations)
+        problems = super().conflicts(num_generations)
         if self.dual_clip is not None and self.dual_clip <= 1 + self.high:
-            found.append(
+            problems.append(
                 f"dual_clip: {self.dual_clip} lies within the clip range; write more than {1 + self.high:g}"
             )
-        return found
+        return problems
 
     @property
     def high(self) -> float:
@@ -240,12 +241,12 @@ class ClippedPolicyGradient(PolicyGradient):
         )
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        found = super().metrics(policy, batch)
+        metrics = super().metrics(policy, batch)
         with torch.no_grad():
             batch = self.around(policy, batch)
             ratio, advantages = self.ratio(policy, batch), required(batch.advantages, "advantages")
-            found["policy/clip_fraction"] = clipped(ratio, advantages, self.epsilon, self.high)
-        return found
+            metrics["policy/clip_fraction"] = clipped(ratio, advantages, self.epsilon, self.high)
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -257,27 +258,6 @@ class Reinforce(PolicyGradient):
 
     def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         return required(batch.advantages, "advantages") * policy.logps
-
-
-def required(x: Tensor | None, name: str) -> Tensor:
-    """`x`, or a ValueError that names what the batch or the policy output lacks."""
-    if x is None:
-        raise ValueError(f"the algorithm needs {name}, and it was not filled in")
-    return x
-
-
-def column(batch: Batch, name: str) -> Tensor:
-    """A column of the batch, or a ValueError that names it."""
-    return required(batch.columns.get(name), f'columns["{name}"]')
-
-
-def without_unknown(batch: Batch, name: str) -> Batch:
-    """The batch without the sequences whose column `name` is nan: they leave the mask."""
-    unknown = column(batch, name).isnan()
-    if not unknown.any():
-        return batch
-    known = {**batch.columns, name: batch.columns[name].nan_to_num()}
-    return batch.with_(mask=batch.mask & ~batch.to_tokens(unknown), columns=known)
 
 
 def behaviour_logps(batch: Batch) -> Tensor:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.policy_gradient.base import required
+from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.policy_gradient.grpo import GRPO
 from rft.batch import Batch
 

@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rft.algorithms.base import Rollout, setting
+from rft.algorithms.base import Rollout, column, setting
 from rft.algorithms.math.policy_gradient import group_sum
-from rft.algorithms.policy_gradient.base import column
 from rft.algorithms.policy_gradient.grpo import GRPO
 from rft.batch import Batch
 
@@ -59,9 +58,9 @@ class CORY(GRPO):
         return batch.to_tokens(self.relative(self.sequence_rewards(batch), self.task_rewards(batch), role))
 
     def conflicts(self, num_generations: int) -> list[str]:
-        found = super().conflicts(num_generations)
+        problems = super().conflicts(num_generations)
         if num_generations % 2:
-            found.append(
+            problems.append(
                 f"pioneers and observers come in pairs; write num_generations: {num_generations + 1}"
             )
-        return found
+        return problems

@@ -8,14 +8,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, PolicyOutput, Rollout, setting
+from rft.algorithms.base import PolicyOutput, Rollout, required, setting
+from rft.algorithms.extras import ReadsDistributions
 from rft.algorithms.math.policy_gradient import jensen_shannon, safe_exp, sampled_kl
-from rft.algorithms.policy_gradient.base import log_ratio, required
+from rft.algorithms.policy_gradient.base import log_ratio
 from rft.batch import Batch
 
 
 @dataclass(frozen=True)
-class Distill(Algorithm):
+class Distill(ReadsDistributions):
     """Agarwal et al., "On-policy distillation of language models" (GKD, 2023), eq. 1 and algorithm 1.
 
     full: the generalised Jensen-Shannon divergence of student and teacher over the vocabulary at each

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, Rollout, setting
-from rft.algorithms.policy_gradient.base import required
+from rft.algorithms.base import PolicyOutput, Rollout, required, setting
 from rft.algorithms.policy_gradient.dr_grpo import DrGRPO
 from rft.algorithms.policy_gradient.prefix_rft import demonstration_report
 from rft.batch import Batch
@@ -49,9 +48,9 @@ class LUFFY(DrGRPO):
         return {**super().report(batch), **demonstration_report(batch)}
 
     def conflicts(self, num_generations: int) -> list[str]:
-        found = super().conflicts(num_generations)
+        problems = super().conflicts(num_generations)
         if self.demonstrations >= num_generations:
-            found.append(
+            problems.append(
                 f"demonstrations: {self.demonstrations} leaves no rollout; at most {num_generations - 1}"
             )
-        return found
+        return problems

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import Steps, setting
+from rft.algorithms.base import column, setting
+from rft.algorithms.extras import Steps
 from rft.algorithms.math.policy_gradient import group_mean
 from rft.algorithms.math.sequences import to_grid
-from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, column
+from rft.algorithms.policy_gradient.base import ClippedPolicyGradient
 from rft.batch import Batch
 
 

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import explained_variance, gae, whiten
 from rft.algorithms.math.sequences import at_last_token
-from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, required
+from rft.algorithms.policy_gradient.base import ClippedPolicyGradient
 from rft.batch import Batch
 
 
@@ -138,13 +138,13 @@ class PPO(ClippedPolicyGradient):
     def report(self, batch: Batch) -> dict[str, float]:
         values, returns = required(batch.values, "values"), required(batch.returns, "returns")
         explained = explained_variance(values, returns, batch.mask)
-        found = {} if math.isnan(explained) else {"critic/explained_variance": explained}
+        metrics = {} if math.isnan(explained) else {"critic/explained_variance": explained}
         if self.kl_target is not None:
-            found["policy/kl_coefficient"] = self.kl_weight(batch.state)
-        return {**super().report(batch), **found}
+            metrics["policy/kl_coefficient"] = self.kl_weight(batch.state)
+        return {**super().report(batch), **metrics}
 
     def conflicts(self, num_generations: int) -> list[str]:
-        found = super().conflicts(num_generations)
+        problems = super().conflicts(num_generations)
         if self.kl_target is not None and not self.beta:
-            found.append("kl_target adapts beta, and beta is 0; write beta: 0.05 or leave kl_target out")
-        return found
+            problems.append("kl_target adapts beta, and beta is 0; write beta: 0.05 or leave kl_target out")
+        return problems

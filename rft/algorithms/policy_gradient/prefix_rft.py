@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, Rollout, setting
+from rft.algorithms.base import PolicyOutput, Rollout, required, setting
 from rft.algorithms.math.policy_gradient import clipped, clipped_surrogate
-from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.policy_gradient.dr_grpo import DrGRPO
 from rft.batch import Batch
 
@@ -93,36 +92,36 @@ class PrefixRFT(DrGRPO):
         return torch.where(batch.demonstrated, prefix, own)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        found = super().metrics(policy, batch)
+        metrics = super().metrics(policy, batch)
         if batch.demonstrated is None:
-            return found
+            return metrics
         with torch.no_grad():
             near = self.around(policy, batch)
             ratio, advantages = self.ratio(policy, near), required(near.advantages, "advantages")
             prefix = torch.zeros_like(ratio)
             if self.prefix_clip:
                 prefix = clipped(ratio, advantages, *self._prefix_range())
-            own = found["policy/clip_fraction"]
-            found["policy/clip_fraction"] = torch.where(batch.demonstrated, prefix, own)
-        return found
+            own = metrics["policy/clip_fraction"]
+            metrics["policy/clip_fraction"] = torch.where(batch.demonstrated, prefix, own)
+        return metrics
 
     def report(self, batch: Batch) -> dict[str, float]:
         return {**super().report(batch), **demonstration_report(batch)}
 
     def conflicts(self, num_generations: int) -> list[str]:
-        found = super().conflicts(num_generations)
+        problems = super().conflicts(num_generations)
         if self.share_to > self.share_from:
-            found.append(
+            problems.append(
                 f"share_to: {self.share_to:g} lies above share_from: {self.share_from:g}, the largest share; "
                 f"write at most {self.share_from:g}"
             )
         if not self.prefix_clip and (self.prefix_epsilon, self.prefix_epsilon_high) != (None, None):
-            found.append("prefix_epsilon is a clip range, and prefix_clip is false; leave one of them out")
+            problems.append("prefix_epsilon is a clip range, and prefix_clip is false; leave one of them out")
         if self.hybrids >= num_generations:
-            found.append(
+            problems.append(
                 f"hybrids: {self.hybrids} leaves no ordinary rollout; write at most {num_generations - 1}"
             )
-        return found
+        return problems
 
 
 def demonstration_report(batch: Batch) -> dict[str, float]:
@@ -131,8 +130,8 @@ def demonstration_report(batch: Batch) -> dict[str, float]:
         return {}
     given = torch.zeros(batch.num_sequences, dtype=torch.bool, device=batch.tokens.device)
     given[batch.sequence[batch.demonstrated]] = True
-    found: dict[str, Tensor] = {
+    metrics: dict[str, Tensor] = {
         "reward/demonstrated": batch.rewards[given],
         "reward/own": batch.rewards[~given],
     }
-    return {name: float(x.mean()) for name, x in found.items() if x.numel()}
+    return {name: float(x.mean()) for name, x in metrics.items() if x.numel()}

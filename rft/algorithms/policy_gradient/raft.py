@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import setting
+from rft.algorithms.base import required, setting
 from rft.algorithms.math.policy_gradient import Correction, degenerate, group_size, rank_in_group
-from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, PolicyGradient, Reinforce, required
+from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, PolicyGradient, Reinforce
 from rft.batch import Batch
 
 
@@ -41,10 +41,10 @@ class Chosen(PolicyGradient):
         return top if self.threshold is None else top & (required(batch.rewards, "rewards") > self.threshold)
 
     def conflicts(self, num_generations: int) -> list[str]:
-        found = super().conflicts(num_generations)
+        problems = super().conflicts(num_generations)
         if self.rank == "batch" and not self.top_share:
-            found.append("rank: batch chooses a share of all completions; write top_share: 0.2, for one")
-        return found
+            problems.append("rank: batch chooses a share of all completions; write top_share: 0.2, for one")
+        return problems
 
     def trained(self, batch: Batch) -> Tensor:
         return super().trained(batch) & batch.to_tokens(self.chosen(batch))

@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from rft.algorithms.base import setting
+from rft.algorithms.base import required, setting
 from rft.algorithms.math.policy_gradient import discounted, group_mean, whiten
 from rft.algorithms.math.sequences import at_last_token
-from rft.algorithms.policy_gradient.base import ClippedPolicyGradient, required
+from rft.algorithms.policy_gradient.base import ClippedPolicyGradient
 from rft.batch import Batch
 
 
@@ -41,7 +41,9 @@ class ReinforcePP(ClippedPolicyGradient):
         return whiten(returns, self.trained(batch))
 
     def conflicts(self, num_generations: int) -> list[str]:
-        found = super().conflicts(num_generations)
+        problems = super().conflicts(num_generations)
         if self.baseline == "group" and num_generations < 2:
-            found.append("baseline: group needs num_generations of at least 2; write baseline: none for one")
-        return found
+            problems.append(
+                "baseline: group needs num_generations of at least 2; write baseline: none for one"
+            )
+        return problems

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from rft.algorithms.base import Normalization, Rollout, setting
-from rft.algorithms.policy_gradient.base import Reinforce, column
+from rft.algorithms.base import Normalization, Rollout, column, setting
+from rft.algorithms.policy_gradient.base import Reinforce
 from rft.batch import Batch
 
 

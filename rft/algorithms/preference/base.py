@@ -1,16 +1,17 @@
-"""What the online preference algorithms share: groups of two or more, and a reference."""
+"""Bases of the preference algorithms: online, on groups and a reference; offline, on pairs of responses."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, PolicyOutput
+from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, column, required
 from rft.algorithms.math.policy_gradient import count_degenerate, sampled_kl
 from rft.algorithms.math.preferences import sequence_log_ratio
-from rft.algorithms.policy_gradient.base import required
 from rft.batch import Batch
 
 
@@ -30,12 +31,12 @@ class OnlinePreference(Algorithm):
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         logps = policy.logps.detach()
-        found = {"policy/kl_ref": sampled_kl(logps, required(batch.ref_logps, "ref_logps"))}
+        metrics = {"policy/kl_ref": sampled_kl(logps, required(batch.ref_logps, "ref_logps"))}
         if batch.sampler_logps is not None:
-            found["policy/kl"] = sampled_kl(logps, batch.sampler_logps)
+            metrics["policy/kl"] = sampled_kl(logps, batch.sampler_logps)
         if policy.entropy is not None:
-            found["policy/entropy"] = policy.entropy.detach()
-        return found
+            metrics["policy/entropy"] = policy.entropy.detach()
+        return metrics
 
     def report(self, batch: Batch) -> dict[str, float]:
         """group/degenerate: how many groups have all rewards equal; group/degenerate_share: of all."""
@@ -43,3 +44,67 @@ class OnlinePreference(Algorithm):
         if not batch.num_groups:
             return {}
         return {"group/degenerate": float(count), "group/degenerate_share": count / batch.num_groups}
+
+
+def without_unknown(batch: Batch, name: str) -> Batch:
+    """The batch without the sequences whose column `name` is nan: they leave the mask."""
+    unknown = column(batch, name).isnan()
+    if not unknown.any():
+        return batch
+    known = {**batch.columns, name: batch.columns[name].nan_to_num()}
+    return batch.with_(mask=batch.mask & ~batch.to_tokens(unknown), columns=known)
+
+
+def preference(margin: Tensor) -> dict[str, Tensor]:
+    """Held-out accuracy and margin of pairs, from the margins [P] of their rewards."""
+    right = ((margin > 0).to(margin) + (margin >= 0).to(margin)) / 2
+    return {"preference_accuracy": right, "preference_margin": margin}
+
+
+@dataclass(frozen=True)
+class OfflinePreference(Algorithm):
+    """Losses [P] on pairs of responses to a prompt: chosen and rejected, or neighbours in a ranking."""
+
+    online: ClassVar[bool] = False
+    unit: ClassVar[Unit] = "pair"
+    data: ClassVar[DataKind] = "preference"
+
+    @abstractmethod
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+        """[N]: the reward that the policy implies for each sequence, up to a constant per prompt."""
+
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """preference_accuracy, preference_margin: of the implicit rewards, by pair (a tie counts half);
+        nll: of the preferred responses' tokens."""
+        first, second = self.pairs(batch)
+        reward = self.implicit_rewards(policy, batch)
+        preferred = torch.zeros(batch.num_sequences, device=reward.device).index_fill(0, first, 1.0)
+        return {
+            **preference(reward[first] - reward[second]),
+            "nll": -policy.logps[batch.to_tokens(preferred) > 0],
+        }
+
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+        """preference/accuracy: pairs whose chosen has the higher implicit reward (a tie counts half);
+        preference/margin: by how much; preference/chosen, preference/rejected: log-prob per token.
+
+        Pairs are spread over their tokens, so long pairs count more here. Never in the loss.
+        """
+        first, second = self.pairs(batch)
+        if not len(first):
+            return {}
+        reward = self.implicit_rewards(policy, batch).detach()
+        margin = reward[first] - reward[second]
+        mean = batch.mean_by_sequence(policy.logps.detach())
+
+        def spread(of_pair: Tensor) -> Tensor:
+            both = torch.zeros_like(mean).index_add(0, first, of_pair).index_add(0, second, of_pair)
+            count = torch.bincount(torch.cat([first, second]), minlength=len(mean)).clamp(min=1)
+            return batch.to_tokens(both / count)
+
+        return {
+            "preference/accuracy": spread(preference(margin)["preference_accuracy"]),
+            "preference/margin": spread(margin),
+            "preference/chosen": spread(mean[first]),
+            "preference/rejected": spread(mean[second]),
+        }

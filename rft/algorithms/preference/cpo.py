@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
 from rft.algorithms.math.preferences import PAIR_LOSSES, LossParams
-from rft.algorithms.preference.offline_preference import OfflinePreference
+from rft.algorithms.preference.base import OfflinePreference
 from rft.batch import Batch
 
 
@@ -26,11 +26,6 @@ class CPO(OfflinePreference):
     nll: float = setting(1.0, "weight of the chosen response's negative log-likelihood per token", ge=0)
     loss_type: Literal["sigmoid", "hinge", "ipo"] = setting("sigmoid", "the loss of the margin")
     label_smoothing: float = setting(0.0, "share of pairs whose labels are taken to be flipped", ge=0, lt=0.5)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss_type not in ("sigmoid", "hinge", "ipo"):
-            raise ValueError(f"loss_type must be sigmoid, hinge or ipo, got {self.loss_type!r}")
 
     def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         return self.beta * batch.sum_by_sequence(policy.logps)

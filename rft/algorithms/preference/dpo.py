@@ -8,19 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.base import PolicyOutput, column, required, setting
+from rft.algorithms.extras import ReadsDistributions
 from rft.algorithms.math.preferences import (
     OF_MARGIN,
     PAIR_LOSSES,
-    Divergence,
+    DivergenceType,
     LossParams,
     f_score,
     of_same_rank,
     paired_sums,
     sigmoid,
 )
-from rft.algorithms.policy_gradient.base import column, required
-from rft.algorithms.preference.offline_preference import OfflinePreference
+from rft.algorithms.preference.base import OfflinePreference
 from rft.batch import Batch
 
 LossType = Literal[
@@ -40,7 +40,7 @@ LossType = Literal[
 
 
 @dataclass(frozen=True)
-class DPO(OfflinePreference):
+class DPO(ReadsDistributions, OfflinePreference):
     """loss = -log sigmoid(beta * (s(chosen) - s(rejected))), s = log policy - log reference of a response;
     Rafailov et al., "Direct preference optimization" (2023), eq. 7.
 
@@ -59,7 +59,7 @@ class DPO(OfflinePreference):
     loss_type: LossType = setting("sigmoid", "the loss of the two scores")
     beta: float = setting(0.1, "how far the policy may move from the reference: small is far", gt=0)
     label_smoothing: float = setting(0.0, "share of pairs whose labels are taken to be flipped", ge=0, lt=0.5)
-    divergence_type: Divergence = setting("reverse_kl", "divergence to the reference: the shape of s")
+    divergence_type: DivergenceType = setting("reverse_kl", "divergence to the reference: the shape of s")
     alpha: float = setting(1.0, "divergence_type alpha: its order", gt=0)
     length_normalized: bool = setting(False, "take log-ratios per token")
     tail: float = setting(1.0, "weight of tokens past the shorter response's length", ge=0, le=1)
@@ -70,9 +70,6 @@ class DPO(OfflinePreference):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss_type != "aot" and self.loss_type not in PAIR_LOSSES:
-            known = ", ".join([*PAIR_LOSSES, "aot"])
-            raise ValueError(f"loss_type must be one of {known}, got {self.loss_type!r}")
         if self.loss_type == "exo" and not self.label_smoothing:
             raise ValueError("exo compares with smoothed labels: write label_smoothing: 0.001 or more")
         if self.divergence_type != "reverse_kl" and self.loss_type not in OF_MARGIN - {"aot"}:

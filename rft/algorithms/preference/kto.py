@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, setting
-from rft.algorithms.policy_gradient.base import column, required
+from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, column, required, setting
 from rft.batch import Batch, Group
 
 
@@ -34,11 +33,6 @@ class KTO(Algorithm):
     undesirable: float = setting(1.0, "weight of bad responses", ge=0)
     baseline: Literal["mismatched", "zero"] = setting("mismatched", "what z is estimated from")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.baseline not in ("mismatched", "zero"):
-            raise ValueError(f"baseline must be mismatched or zero, got {self.baseline!r}")
-
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"ref_logps"} | ({"old_logps"} if self.prescored else set()))
@@ -60,8 +54,8 @@ class KTO(Algorithm):
         for i, group in enumerate(groups):
             own = [replace(c, values={**c.values, "mismatched": 0.0}) for c in group.completions]
             other = groups[(i + 1) % len(groups)].completions[0]
-            strange = replace(other, values={**other.values, "mismatched": 1.0})
-            out.append(Group(group.prompt, (*own, strange)))
+            mismatched = replace(other, values={**other.values, "mismatched": 1.0})
+            out.append(Group(group.prompt, (*own, mismatched)))
         return out
 
     def prepare(self, batch: Batch) -> Batch:
@@ -71,10 +65,10 @@ class KTO(Algorithm):
         weight = torch.where(good, self.desirable, self.undesirable)
         z = torch.zeros(())
         if self.baseline == "mismatched":
-            strange = column(batch, "mismatched") > 0.5
+            mismatched = column(batch, "mismatched") > 0.5
             old = required(batch.old_logps, "old_logps") - required(batch.ref_logps, "ref_logps")
-            z = batch.sum_by_sequence(old)[strange].mean().clamp(min=0)
-            weight = weight.masked_fill(strange, 0) * (len(strange) / (~strange).sum())
+            z = batch.sum_by_sequence(old)[mismatched].mean().clamp(min=0)
+            weight = weight.masked_fill(mismatched, 0) * (len(mismatched) / (~mismatched).sum())
         columns = {"kto_z": z.expand(batch.num_sequences), "kto_weight": weight}
         return batch.with_(columns={**batch.columns, **columns})
 

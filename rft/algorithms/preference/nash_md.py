@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rft.algorithms.base import Rollout, setting
+from rft.algorithms.base import Rollout, column, required, setting
 from rft.algorithms.math.policy_gradient import KLEstimator
 from rft.algorithms.math.preferences import Preference, win_probability
-from rft.algorithms.policy_gradient.base import Reinforce, column, required, without_unknown
+from rft.algorithms.policy_gradient.base import Reinforce
+from rft.algorithms.preference.base import without_unknown
 from rft.batch import Batch
 
 

@@ -8,9 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, Unit, setting
+from rft.algorithms.base import PolicyOutput, Unit, required, setting
 from rft.algorithms.math.preferences import PAIR_LOSSES, LossParams, best_and_worst
-from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.preference.base import OnlinePreference
 from rft.batch import Batch
 

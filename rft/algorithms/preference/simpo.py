@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
 from rft.algorithms.math.preferences import LossParams, sigmoid
-from rft.algorithms.preference.offline_preference import OfflinePreference
+from rft.algorithms.preference.base import OfflinePreference
 from rft.batch import Batch
 
 

@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, Unit, setting
+from rft.algorithms.base import PolicyOutput, Unit, column, required, setting
 from rft.algorithms.math.preferences import Preference, win_rate
-from rft.algorithms.policy_gradient.base import column, required, without_unknown
-from rft.algorithms.preference.base import OnlinePreference
+from rft.algorithms.preference.base import OnlinePreference, without_unknown
 from rft.batch import Batch
 
 

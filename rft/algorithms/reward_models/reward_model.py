@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, setting
+from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, column, required, setting
 from rft.algorithms.math.sequences import last_tokens, token_index
-from rft.algorithms.policy_gradient.base import column, required
-from rft.algorithms.preference.offline_preference import preference
+from rft.algorithms.preference.base import preference
 from rft.batch import Batch
 
 
@@ -23,7 +22,7 @@ def response_scores(policy: PolicyOutput, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class ScoreHead(Algorithm):
-    """What reward models share: they train offline, on the scores of a head with `score_heads` outputs."""
+    """Base of reward models: they train offline, on the scores of a head with `score_heads` outputs."""
 
     online: ClassVar[bool] = False
 
@@ -152,8 +151,9 @@ class ProcessReward(ScoreHead):
     data: ClassVar[DataKind] = "steps"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Leave out steps without a label."""
-        return batch.with_(mask=batch.mask & ~self.labels(batch).isnan(), advantages=self.labels(batch))
+        """Fill in `labels`, and leave out steps without one."""
+        labels = self.labels(batch)
+        return batch.with_(mask=batch.mask & ~labels.isnan(), labels=labels)
 
     def labels(self, batch: Batch) -> Tensor:
         """[T]: at the end of each step, its label; elsewhere that of a first step."""
@@ -162,12 +162,12 @@ class ProcessReward(ScoreHead):
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         scores = required(policy.scores, "scores")[:, 0]
-        label = required(batch.advantages, "advantages").masked_fill(~batch.mask, 0).to(scores.dtype)
+        label = required(batch.labels, "labels").masked_fill(~batch.mask, 0).to(scores.dtype)
         loss = F.binary_cross_entropy_with_logits(scores, label, reduction="none")
         return loss.masked_fill(~batch.mask, 0)
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         """step_accuracy: share of labelled steps that it puts on the right side of 1/2."""
         scores = required(policy.scores, "scores")[batch.mask, 0]
-        label = required(batch.advantages, "advantages")[batch.mask]
+        label = required(batch.labels, "labels")[batch.mask]
         return {"step_accuracy": ((scores > 0) == (label > 0.5)).to(scores.dtype)}

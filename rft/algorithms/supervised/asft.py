@@ -7,15 +7,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.base import PolicyOutput, required, setting
+from rft.algorithms.extras import ReadsDistributions
 from rft.algorithms.math.policy_gradient import full_kl
-from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.supervised.dft import DFT
 from rft.batch import Batch
 
 
 @dataclass(frozen=True)
-class ASFT(DFT):
+class ASFT(ReadsDistributions, DFT):
     """loss = -sg(p) log p + lam * KL per token; Zhu et al., "Anchored supervised fine-tuning" (2025).
 
     Against `dft`, a divergence to the reference over the whole vocabulary, at each response token,

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput
-from rft.algorithms.policy_gradient.base import column
+from rft.algorithms.base import PolicyOutput, column
 from rft.algorithms.supervised.sft import SFT
 from rft.batch import Batch
 

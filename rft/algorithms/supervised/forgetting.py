@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.sequences import top_share
-from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.supervised.token_cleaning import TokenCleaning
 from rft.batch import Batch
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,8 +24,6 @@ class IFT(SFT):
     discounted by gamma^(j - i); the weights of a response average 1. With `lam: 0` and `gamma: 0`
     it is `sft`. Costs one more forward.
     """
-
-    embeds: ClassVar[bool] = True
 
     lam: float = setting(0.2, "share of the policy's own expectation in what it reads", ge=0, lt=1)
     gamma: float = setting(0.95, "discount of a token's loss at later places", ge=0, lt=1)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, setting
+from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import safe_exp
-from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.supervised.sft import SFT
 from rft.batch import Batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,16 +25,11 @@ class MaskedThought(SFT):
     which needs a mask token in the vocabulary.
     """
 
-    embeds: ClassVar[bool] = True
-
     share: float = setting(0.4, "share of response tokens that are hidden", ge=0, le=1)
     warmup: float = setting(0.67, "part of the run over which the share rises from 0", ge=0, le=1)
-    replace: str = setting("shuffle", "shuffle (another token of the batch), zero or mean")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.replace not in ("shuffle", "zero", "mean"):
-            raise ValueError(f"replace must be shuffle, zero or mean, got {self.replace!r}")
+    replace: Literal["shuffle", "zero", "mean"] = setting(
+        "shuffle", "shuffle: another token of the batch; zero; or mean"
+    )
 
     def current_share(self, batch: Batch) -> float:
         """The share at this point of the run."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ class NEFT(SFT):
     Noise of each entry is uniform in +- alpha / sqrt(L * H), for L tokens of prompt and response (a
     shared prompt counts with its first response) and hidden size H. `alpha: 0` is `sft`.
     """
-
-    embeds: ClassVar[bool] = True
 
     alpha: float = setting(5.0, "scale of the noise", ge=0)
 

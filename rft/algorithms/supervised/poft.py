@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, PolicyOutput, Unit, setting
-from rft.algorithms.policy_gradient.base import required
+from rft.algorithms.base import Algorithm, PolicyOutput, Unit, required, setting
 from rft.batch import Batch
 
 

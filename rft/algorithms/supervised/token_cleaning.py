@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rft.algorithms.base import setting
+from rft.algorithms.base import required, setting
 from rft.algorithms.math.sequences import top_share
-from rft.algorithms.policy_gradient.base import required
 from rft.algorithms.supervised.sft import SFT
 from rft.batch import Batch
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.policy_gradient.base import required
+from rft.algorithms.base import PolicyOutput, required, setting
+from rft.algorithms.extras import ReadsDistributions
 from rft.algorithms.supervised.sft import SFT
 from rft.batch import Batch
 
 
 @dataclass(frozen=True)
-class WeakToStrong(SFT):
+class WeakToStrong(ReadsDistributions, SFT):
     """loss = (1 - a) * -log p(token) + a * -log max p; Burns et al., "Weak-to-strong generalization"
     (2023), eq. 1, taken per token.
 
