@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from learning import rft, start
 from learning_offline_measures import HELD_OUT, demonstrations, embedded_pairs, held_out, preferences, task
 from learning_offline_report import RESULTS, Row, load, merge, write_page
 
+from rft.algorithms.extras import arrange
 from rft.config.data import DataConfig
 from rft.config.load import parse_config
 from rft.data.rows import load_rows
@@ -286,7 +288,7 @@ def train(plan: OfflinePlan, learner: InProcessLearner) -> None:
             share_prefix=shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden),
             progress=progress,
             saver=Saver(learner, Path(nowhere), config, progress, None),
-            arrange=config.algorithm.arrange,
+            arrange=partial(arrange, config.algorithm),
             save_last=False,
         )
         asyncio.run(loop.run())
