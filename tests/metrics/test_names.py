@@ -102,7 +102,8 @@ def _written() -> dict[str, set[Path]]:
                 and text.split("/")[0] in FIRST_PARTS | EVENT_PARTS
             ):
                 found.setdefault(text, set()).add(path)
-    return found
+    guards = ROOT / "rft" / "metrics" / "guards.py"  # reads metrics, and writes its events
+    return found | {text: {guards} for text in _literals(guards) if text.startswith("guard/")}
 
 
 def _put_together(template: str) -> set[str]:
