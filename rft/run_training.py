@@ -245,6 +245,7 @@ async def _offline(
             await channel.before_step()
             held_out = (plan.tokenizer, plan.eval_prompts.prompts, config, log)
             sampled = SampledEvaluation(pool.generate, rewards, *held_out, channel)
+        await unless_stopped(learner.describe(), stop)  # it answers once the model is loaded
         result = await train_offline(plan, folder, learner, progress, log, stop, sampled)
         if sampled is not None:
             await channel.close()

@@ -62,8 +62,9 @@ async def train_offline(
     tests = list(data.held_out) if data.held_out is not None else []
     if config.learner.reference_logps == "cached":
         progress.stage("reference log-probs")
-        train = await with_reference(plan, learner, data.sample, share)
-        tests = await with_reference(plan, learner, tests, share) if tests else []
+        train = await unless_stopped(with_reference(plan, learner, data.sample, share), stop)
+        if tests:
+            tests = await unless_stopped(with_reference(plan, learner, tests, share), stop)
         await learner.release_reference()
         source = GroupSampler(train, config.seed, shuffle=config.data.shuffle)
     rearrange = partial(arrange, config.algorithm)
