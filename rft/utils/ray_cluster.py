@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from rft.utils.process import Guardian
+from rft.utils.process import PR_SET_CHILD_SUBREAPER, Guardian, prctl
 from rft.utils.python import safe_workers
 
 
@@ -51,10 +51,13 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     try:
         yield
     finally:
-        family = _family()  # asked while their parents still live
+        known = _below()  # while their parents still live
+        family = [p for p in known if _is_of_a_run(p)]
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # a worker that the raylet starts from now on comes here at its end
         _kill_instead_of_terminate()
         ray.shutdown()
-        _reap(family)
+        _reap([*family, *(p for p in _below() if p not in known)])
+        prctl(PR_SET_CHILD_SUBREAPER, 0)
         for process in watched:
             guardian.forget(process.pid)
         guardian.close()
@@ -99,9 +102,14 @@ def _reap(family: list[Any]) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
+def _below() -> list[Any]:
+    """All processes below this one."""
+    return list(psutil.Process().children(recursive=True))
+
+
 def _family() -> list[Any]:
     """The processes of the Ray head that was started here, and of its actors."""
-    return [p for p in psutil.Process().children(recursive=True) if _is_of_a_run(p)]
+    return [p for p in _below() if _is_of_a_run(p)]
 
 
 def _is_of_a_run(process: Any) -> bool:
