@@ -57,11 +57,12 @@ test-gpu: ## run the tests that need a GPU, in the same environment
 	@$(BIN)/pytest -m "gpu and not soak" $(ARGS) || { code=$$?; \
 		echo "[test-gpu] FAILED with exit code $$code. Remedy: the failures above; nvidia-smi must list a GPU" >&2; exit $$code; }
 
-lint: ## ruff check, ruff format --check and mypy of rft/
+lint: ## ruff check, ruff format --check, mypy of rft/ and the contracts between packages
 	$(SETUP) --extras $(TEST_EXTRAS)
 	@echo "[lint] ruff check"; $(BIN)/ruff check . || { echo "[lint] FAILED: ruff check. Remedy: $(VENV)/bin/ruff check --fix ." >&2; exit 1; }
 	@echo "[lint] ruff format --check"; $(BIN)/ruff format --check . || { echo "[lint] FAILED: ruff format. Remedy: make format" >&2; exit 1; }
 	@echo "[lint] mypy (a minute the first time)"; $(BIN)/mypy || { echo "[lint] FAILED: mypy. Remedy: the errors above" >&2; exit 1; }
+	@echo "[lint] lint-imports"; $(BIN)/lint-imports --no-cache || { echo "[lint] FAILED: lint-imports. Remedy: the imports above; docs/architecture.md names the layers" >&2; exit 1; }
 
 format: ## put the code into ruff's format
 	$(SETUP) --extras $(TEST_EXTRAS)
