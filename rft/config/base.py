@@ -1,4 +1,4 @@
-"""ConfigModel, the base class of every config section: typed, frozen, unknown keys forbidden."""
+"""Base class of all config sections: typed, frozen, unknown keys rejected."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class ConfigModel(BaseModel):
-    """A section of the config. Every field carries a one-line `description`."""
+    """Config section. Every field has a `description`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
     def _words_not_booleans(cls, values: Any) -> Any:
-        """YAML reads a bare `on` or `off` as true or false; a field that lists the word means the word."""
+        """Restore `on` and `off`, which YAML parses as booleans, in fields that accept them as literals."""
         if not isinstance(values, Mapping):
             return values
         return {key: _as_word(cls.model_fields, key, value) for key, value in values.items()}

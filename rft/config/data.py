@@ -1,4 +1,4 @@
-"""What data a run uses: a generated task, local files, or a dataset from the hub."""
+"""Config section `data`: a generated task, local files, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["arithmetic", "arithmetic_hard", "arithmetic_pairs", "reasoning_g
 _ARITHMETIC: tuple[Kind, ...] = ("arithmetic", "arithmetic_hard", "arithmetic_pairs")
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
 
-# Fields that mean something for some kinds only; naming one elsewhere is a mistake worth an error.
+# Fields that apply to some kinds only; setting one for another kind is an error.
 _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "path": ("file", "hub"),
     "eval_path": ("file", "hub"),
@@ -29,80 +29,86 @@ _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
 
 
 class SourceClass(ConfigModel):
-    """One class of demonstrations by where they came from (class-conditioned fine-tuning)."""
+    """Class of demonstrations that share a source (class-conditioned fine-tuning)."""
 
-    weight: float = Field(1.0, gt=0, description="weight of a demonstration of this class in the loss")
-    prefix: str = Field("", description="text put before the prompt, so that the model knows the class")
+    weight: float = Field(1.0, gt=0, description="loss weight of demonstrations of this class")
+    prefix: str = Field("", description="text prepended to the prompt to identify the class")
 
 
 class DataConfig(ConfigModel):
-    """The prompts, demonstrations or preferences that a run trains on and is evaluated on."""
+    """Prompts, demonstrations or preferences for training and evaluation."""
 
     kind: Kind | None = Field(
         None,
-        description="arithmetic, arithmetic_hard, arithmetic_pairs, reasoning_gym, file or hub; "
-        "inferred when unset",
+        description="arithmetic, arithmetic_hard, arithmetic_pairs, reasoning_gym, file or hub "
+        "(none: inferred from `path` and `task`)",
     )
     path: PathText | None = Field(
-        None, description="JSONL/JSON/Parquet/Arrow file, a folder of them, or a hub dataset's name"
+        None, description="JSONL, JSON, Parquet or Arrow file, a folder of such files, or a hub dataset name"
     )
-    eval_path: PathText | None = Field(
-        None, description="like `path`, for evaluation; unset: the same as `path`"
-    )
-    split: str = Field("train", description="split to train on (a folder's files are matched by this name)")
-    eval_split: str = Field("test", description="split to evaluate on")
-    holdout: int = Field(0, ge=0, description="rows set aside for evaluation where there is no test split")
-    subset: str | None = Field(None, description="hub only: the dataset's configuration name")
+    eval_path: PathText | None = Field(None, description="like `path`, for evaluation (none: same as `path`)")
+    split: str = Field("train", description="training split; in a folder, files are matched by this name")
+    eval_split: str = Field("test", description="evaluation split")
+    holdout: int = Field(0, ge=0, description="rows held out for evaluation if there is no test split")
+    subset: str | None = Field(None, description="hub only: configuration name of the dataset")
     revision: str | None = Field(None, description="hub only: branch, tag or commit")
-    task: str | None = Field(None, description="reasoning_gym only: name of the task, such as chain_sum")
+    task: str | None = Field(None, description="reasoning_gym only: name of the task, e.g. chain_sum")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the generated task")
 
     columns: dict[str, str] = Field(
-        default_factory=dict, description="rft's column name: the name in your data, as in `prompt: question`"
+        default_factory=dict,
+        description="mapping from rft column names to dataset columns, e.g. `prompt: question`",
     )
     answer_pattern: str | None = Field(
-        None, description="regular expression; its first group, found in `answer`, becomes the answer"
+        None, description="regular expression applied to `answer`; its first group becomes the answer"
     )
     numbers: tuple[str, ...] = Field(
-        (), description="numeric columns handed to the algorithm per sequence (a margin, a weight)"
+        (),
+        description="numeric columns passed to the algorithm, one value per sequence (e.g. margin, weight)",
     )
     sources: dict[str, SourceClass] = Field(
-        default_factory=dict, description="per value of the `source` column: its weight and prompt prefix"
+        default_factory=dict,
+        description="loss weight and prompt prefix for each value of the `source` column",
     )
     eval_source: str | None = Field(
-        None, description="source class whose prefix evaluation prompts get (none: that of their own row)"
+        None, description="source class whose prefix is used for evaluation prompts (none: that of each row)"
     )
     template: str | None = Field(
-        None, description="prompt built from columns, as in `Question: {prompt}\\nAnswer:`"
+        None, description="prompt template over columns, e.g. `Question: {prompt}\\nAnswer:`"
     )
-    system: str | None = Field(None, description="system message put before the prompt")
+    system: str | None = Field(None, description="system message prepended to the prompt")
     chat_template: Literal["auto", "never", "always"] = Field(
-        "auto", description="render prompts with the tokenizer's chat template: auto = where it has one"
+        "auto", description="render prompts with the tokenizer's chat template; auto: if it has one"
     )
     chat_template_options: dict[str, Any] = Field(
-        default_factory=dict, description="extra variables of the chat template, as `enable_thinking: false`"
+        default_factory=dict, description="additional chat template variables, e.g. `enable_thinking: false`"
     )
     train_on: Literal["all", "last"] = Field(
-        "all", description="`messages`: put the loss on all assistant turns, or on the last one only"
+        "all", description="`messages`: compute the loss on all assistant turns, or only on the last"
     )
 
-    limit: int | None = Field(None, ge=1, description="use this many training rows; generated tasks: 8192")
-    eval_limit: int | None = Field(None, ge=1, description="use this many evaluation rows; generated: 512")
-    max_prompt_length: int | None = Field(None, ge=1, description="longest prompt, in tokens")
+    limit: int | None = Field(
+        None, ge=1, description="maximum training rows (none: all; generated tasks: 8192)"
+    )
+    eval_limit: int | None = Field(
+        None, ge=1, description="maximum evaluation rows (none: all; generated tasks: 512)"
+    )
+    max_prompt_length: int | None = Field(None, ge=1, description="maximum prompt length, in tokens")
     max_length: int | None = Field(
-        None, ge=2, description="offline: longest prompt with its completion, in tokens"
+        None, ge=2, description="offline: maximum length of prompt and completion together, in tokens"
     )
     overlong: Literal["reject", "skip", "truncate"] = Field(
         "reject",
-        description="a too long row stops the run, is left out, or (completions only) is cut; counted",
+        description="overlong rows: reject (stop the run), skip, or truncate (completions only); "
+        "skipped and truncated rows are counted",
     )
     bad_rows: Literal["reject", "skip"] = Field(
-        "reject", description="offline: a row that cannot be used stops the run, or is left out; counted"
+        "reject", description="offline: invalid rows: reject (stop the run), or skip and count them"
     )
-    streaming: bool = Field(False, description="offline: read row by row instead of loading everything")
-    shuffle_buffer: int = Field(10_000, ge=1, description="streaming: rows that are shuffled together")
-    shuffle: bool = Field(True, description="visit rows in a new random order each epoch")
-    seed: int = Field(0, ge=0, description="seed of the order, of the holdout and of generated tasks")
+    streaming: bool = Field(False, description="offline: stream rows instead of loading the dataset")
+    shuffle_buffer: int = Field(10_000, ge=1, description="streaming: size of the shuffle buffer, in rows")
+    shuffle: bool = Field(True, description="reshuffle rows at each epoch")
+    seed: int = Field(0, ge=0, description="random seed of data order, holdout and generated tasks")
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -136,8 +142,11 @@ class DataConfig(ConfigModel):
 
     @property
     def resolved_kind(self) -> Kind:
-        """`kind`, or what the other fields imply: an existing path or a data file's name is a file,
-        any other path is a name on the hub, a task is reasoning_gym's, and nothing is arithmetic."""
+        """Return `kind`, or infer it.
+
+        An existing path or the name of a data file means `file`, any other path `hub`, a task
+        `reasoning_gym`, and neither of the two `arithmetic`.
+        """
         if self.kind is not None:
             return self.kind
         if self.path is not None:

@@ -1,6 +1,7 @@
-"""From a YAML file to a config: `load_config` reads it (laid over the file that its `base` names), applies
-`key.sub=value` overrides and validates. Every problem is reported at once, each with the key it is about and,
-for an unknown key, the nearest right one."""
+"""Load a YAML config, merge it over its `base`, apply `key.sub=value` overrides and validate.
+
+All problems are reported at once, each with its key and, for an unknown key, the closest known one.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +21,15 @@ from rft.utils.paths import expand
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override and validate a config. Raises ConfigError with every problem found."""
+    """Read, override and validate a config. Raises ConfigError listing all problems."""
     return parse_config(apply_overrides(_read(Path(path), ()), overrides))
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML file laid over its `base`, if it names one (a path relative to its own folder)."""
+    """Read a YAML file and merge it over its `base`, a path relative to the file's folder.
+
+    above: files that lead here through `base`, to detect cycles.
+    """
     if path.resolve() in above:
         raise ConfigError([f"config {path}: its `base` leads back to itself"])
     try:
@@ -50,7 +54,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections merge key by key; all else replaces, an `algorithm` whole: its settings are its own."""
+    """Merge `above` over `below`, sections key by key; other values, and `algorithm`, are replaced."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
@@ -61,7 +65,7 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
-    """Validate plain data. Raises ConfigError with every problem found."""
+    """Validate plain data. Raises ConfigError listing all problems."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -69,9 +73,9 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`a.b=value` into a copy of `raw`; values are YAML, a number is an index into a list.
+    """Apply overrides `a.b=value` to a copy of `raw`; values are YAML, numeric keys are list indices.
 
-    Raises ConfigError with every override that is malformed or leads nowhere.
+    Raises ConfigError listing all malformed or inapplicable overrides.
     """
     result: dict[str, Any] = deepcopy(dict(raw))
     problems = []
@@ -86,7 +90,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
-    """Put one override into `raw`. Raises ValueError saying what is wrong with it."""
+    """Apply one override to `raw` in place. Raises ValueError."""
     key, equals, text = override.partition("=")
     keys = key.split(".")
     if not equals or not all(part and part == part.strip() for part in keys):
@@ -108,13 +112,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ValueError(f"{where} is not a section (it is {child!r:.40})")
         node[int(part) if isinstance(node, list) else part] = child
         node = child
-    _entry(node, keys[-1], keys[:-1])  # refuses an index that is out of range
+    _entry(node, keys[-1], keys[:-1])  # raises for an index out of range
     node[int(keys[-1]) if isinstance(node, list) else keys[-1]] = value
 
 
 def _entry(node: dict[str, Any] | list[Any], part: str, above: Sequence[str]) -> Any:
-    """What a section or list holds under `part`; None where a section lacks it. Raises ValueError for
-    an index that the list does not have."""
+    """Return entry `part` of a section (None if missing) or of a list. Raises ValueError for a bad index."""
     if isinstance(node, dict):
         return node.get(part)
     where = ".".join(above)
@@ -127,7 +130,7 @@ def _entry(node: dict[str, Any] | list[Any], part: str, above: Sequence[str]) ->
 
 
 def _explain(error: Any) -> str:
-    """One pydantic error as `key: what is wrong, what to write instead`."""
+    """Format a pydantic error as `key: problem, remedy`."""
     location = [str(part) for part in error["loc"]]
     where = ".".join(location) or "config"
     if error["type"] == "extra_forbidden":
@@ -143,7 +146,7 @@ def _explain(error: Any) -> str:
 
 
 def _model_at(location: Sequence[str]) -> type[ConfigModel] | None:
-    """The ConfigModel at a path of keys."""
+    """Return the section class at a path of keys; None if there is none."""
     section: type[ConfigModel] | None = Config
     for part in location:
         if section is None:
@@ -161,7 +164,7 @@ def _model_of(annotation: Any) -> type[ConfigModel] | None:
 
 
 def describe_fields(section: type[ConfigModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(key, default, description) of every field in the tree, in order."""
+    """Yield (key, default, description) of all fields, recursively, in order of definition."""
     for name, info in section.model_fields.items():
         child = _model_of(info.annotation)
         required = info.is_required()
@@ -181,7 +184,7 @@ def describe_fields(section: type[ConfigModel] = Config, prefix: str = "") -> It
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) wherever two plain configs differ."""
+    """Return (key, old value, new value) for every key that differs between two plain configs."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)

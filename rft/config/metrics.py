@@ -1,4 +1,4 @@
-"""Config of what a run writes down and of the guards that watch it."""
+"""Config sections `tracking` and `guards`: experiment tracking and training-health checks."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ Action = Literal["off", "warn", "stop"]
 
 
 class TrackingConfig(ConfigModel):
-    """Where metrics go beside `metrics.jsonl`, and how many completions are kept to read."""
+    """Experiment trackers (in addition to `metrics.jsonl`), logged completions and terminal display."""
 
     trackers: tuple[TrackerName, ...] = Field(
-        ("tensorboard",), description="trackers to feed: tensorboard, wandb, mlflow; [] for none"
+        ("tensorboard",), description="trackers to log to: tensorboard, wandb, mlflow; [] for none"
     )
-    project: str = Field("rft", description="project (W&B) or experiment (MLflow) that the run belongs to")
-    run_name: str | None = Field(None, description="name of the run in the trackers; none: the run folder's")
+    project: str = Field("rft", description="W&B project or MLflow experiment of the run")
+    run_name: str | None = Field(
+        None, description="name of the run in the trackers (none: name of the run folder)"
+    )
     wandb_mode: Literal["offline", "online"] = Field(
-        "offline", description="W&B mode; offline writes into the run folder, to be sent with `wandb sync`"
+        "offline", description="W&B mode; offline writes to the run folder, for upload with `wandb sync`"
     )
     mlflow_uri: PathText | None = Field(
-        None, description="MLflow tracking URI; none: a file store in the run folder (RUN/mlflow)"
+        None, description="MLflow tracking URI (none: a file store in the run folder, RUN/mlflow)"
     )
     sample_every: int = Field(
-        10, ge=1, description="steps between two writings of completions to samples.jsonl"
+        10, ge=1, description="interval, in steps, at which completions are logged to samples.jsonl"
     )
     samples_kept: int = Field(
-        8, ge=0, description="completions written each time, for training and for evaluation each; 0 for none"
+        8, ge=0, description="completions logged each time, separately for training and evaluation; 0: none"
     )
     display: Display = Field(
-        "auto", description="terminal display: live, plain lines, off; auto: live on a terminal, else plain"
+        "auto",
+        description="terminal display: live, plain (lines), off, or auto: live on a terminal, else plain",
     )
 
     @field_validator("trackers")
@@ -47,50 +50,57 @@ class TrackingConfig(ConfigModel):
 
 
 class GuardsConfig(ConfigModel):
-    """What to do when a run looks sick: nothing, a named warning with the number, or stop."""
+    """Guards against training failures; each takes no action, warns or stops the run."""
 
-    window: int = Field(20, ge=2, description="steps that a value is compared with")
-    warmup: int = Field(10, ge=0, description="first steps in which no guard speaks")
-    repeat_every: int = Field(20, ge=1, description="steps before the same guard speaks again")
+    window: int = Field(20, ge=2, description="number of recent steps that a value is compared with")
+    warmup: int = Field(10, ge=0, description="initial steps during which guards are inactive")
+    repeat_every: int = Field(20, ge=1, description="minimum steps between warnings of the same guard")
 
     loss_spike: Action | None = Field(
         None,
-        description="action when the loss jumps away from its recent values (none: warn in offline training; "
-        "off online, where a policy gradient's loss is around zero by construction)",
+        description="action on a loss spike (none: warn in offline training; off in online training, where "
+        "the loss of a policy gradient is near zero by construction)",
     )
     loss_spike_sigmas: float = Field(
-        8.0, gt=0, description="how many robust standard deviations above the recent median make a spike"
+        8.0, gt=0, description="spike threshold, in robust standard deviations above the recent median loss"
     )
-    non_finite: Action = Field("stop", description="action when the loss or gradient norm is NaN or infinite")
-    entropy_collapse: Action = Field("warn", description="action when the policy's entropy falls too low")
-    entropy_floor: float = Field(0.005, ge=0, description="entropy (nats per token) below which it collapsed")
+    non_finite: Action = Field("stop", description="action on a NaN or infinite loss or gradient norm")
+    entropy_collapse: Action = Field("warn", description="action on a collapse of the policy's entropy")
+    entropy_floor: float = Field(
+        0.005, ge=0, description="entropy, in nats per token, that counts as collapse"
+    )
     entropy_drop: float = Field(
-        0.9, gt=0, le=1, description="share of its first values that entropy may lose before it collapsed"
+        0.9,
+        gt=0,
+        le=1,
+        description="relative drop of entropy from its initial values that counts as collapse",
     )
-    length_explosion: Action = Field("warn", description="action when completions grow much longer")
+    length_explosion: Action = Field("warn", description="action when completion length explodes")
     length_factor: float = Field(
-        3.0, gt=1, description="growth of the mean length over the run's first values that is an explosion"
+        3.0, gt=1, description="ratio of the mean length to its initial values that counts as an explosion"
     )
-    duplicates: Action = Field("warn", description="action when completions repeat each other")
+    duplicates: Action = Field("warn", description="action when too many completions are duplicates")
     duplicate_share: float = Field(
-        0.5, gt=0, le=1, description="share of completions that repeat another one"
+        0.5, gt=0, le=1, description="fraction of duplicate completions that triggers the guard"
     )
     reward_hacking: Action = Field(
         "warn", description="action when the reward rises while held-out accuracy falls"
     )
     accuracy_drop: float = Field(
-        0.05, gt=0, le=1, description="fall of held-out accuracy below its best that counts"
+        0.05, gt=0, le=1, description="drop of held-out accuracy below its best that triggers the guard"
     )
-    stale_engines: Action = Field("warn", description="action when an engine samples with too old a version")
+    stale_engines: Action = Field(
+        "warn", description="action when an engine samples from an outdated policy version"
+    )
     age_limit: int | None = Field(
-        None, ge=0, description="oldest policy version allowed, in versions; none: the run's staleness"
+        None, ge=0, description="policy versions that an engine may lag behind (none: the run's staleness)"
     )
     engine_silence: float = Field(
-        300.0, gt=0, description="seconds without a sign of life after which an engine is stale"
+        300.0, gt=0, description="seconds without a response after which an engine counts as stale"
     )
 
     def action(self, guard: str, *, online: bool) -> Action:
-        """What to do when a guard speaks: the user's word, else its default for this kind of training."""
+        """Return the configured action of a guard, or its default for online or offline training."""
         chosen: Action | None = getattr(self, guard)
         if chosen is None:
             return "off" if online else "warn"

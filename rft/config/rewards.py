@@ -1,4 +1,4 @@
-"""The config of rewards: which functions, how they are combined, and what happens when one fails."""
+"""Config section `rewards`: reward functions, their combination and error handling."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rft.utils.paths import PathText, expand
 
 
 class MaxFraction(ConfigModel):
-    """Failures are dropped until they exceed a fraction of what was scored."""
+    """Error policy that drops failed samples up to a fraction of all scored samples."""
 
-    max_fraction: float = Field(description="highest fraction of failed samples over the run", gt=0, lt=1)
+    max_fraction: float = Field(description="maximum fraction of failed samples over the run", gt=0, lt=1)
 
 
 SLOW = ("judge", "local_judge", "reward_model", "pairwise_model", "process_reward_model", "process")
-"""Built-ins that take whole batches and long."""
+"""Slow built-in rewards that score whole batches."""
 
 _PATH_OPTIONS = {"model", "tokenizer", "cache", "readable"}
 
@@ -25,14 +25,14 @@ ErrorPolicy = Literal["stop", "drop"] | MaxFraction
 
 
 class Schedule(ConfigModel):
-    """A number that moves from `start` to `end` while the run's progress goes from `begin` to `until`."""
+    """Schedule from `start` to `end` between progress `begin` and `until`."""
 
-    start: float = Field(description="value up to progress `begin`")
-    end: float = Field(description="value from progress `until` on")
-    begin: float = Field(0.0, description="progress (0 to 1) at which it begins to move", ge=0, le=1)
-    until: float = Field(1.0, description="progress (0 to 1) at which it arrives", ge=0, le=1)
+    start: float = Field(description="value until progress `begin`")
+    end: float = Field(description="value after progress `until`")
+    begin: float = Field(0.0, description="progress (0 to 1) at which the schedule starts", ge=0, le=1)
+    until: float = Field(1.0, description="progress (0 to 1) at which the schedule ends", ge=0, le=1)
     shape: Literal["linear", "cosine", "step"] = Field(
-        "linear", description="how it moves; step jumps at `until`"
+        "linear", description="interpolation; step: jump at `until`"
     )
 
     @model_validator(mode="after")
@@ -43,34 +43,43 @@ class Schedule(ConfigModel):
 
 
 class ActorConfig(ConfigModel):
-    """A Ray actor of the reward's own, for example on a GPU."""
+    """Ray actor for a reward function, e.g. on a GPU."""
 
-    num_cpus: float = Field(1.0, description="CPUs that Ray reserves for it", ge=0)
-    num_gpus: float = Field(0.0, description="GPUs that Ray reserves for it", ge=0)
+    num_cpus: float = Field(1.0, description="CPUs reserved by Ray", ge=0)
+    num_gpus: float = Field(0.0, description="GPUs reserved by Ray", ge=0)
 
 
 class RewardConfig(ConfigModel):
-    """One reward function."""
+    """Reward function and its execution."""
 
     function: PathText = Field(
-        description="built-in name (`math`), `file.py:function` or `package.module:function`"
+        description="name of a built-in (e.g. `math`), `file.py:function` or `package.module:function`"
     )
-    name: str | None = Field(None, description="its name in metrics; by default the function's name")
-    weight: float | Schedule = Field(1.0, description="factor in the sum, or a schedule of it")
-    gate: bool = Field(False, description="the combined reward is `gate_value` unless this one passes")
-    threshold: float = Field(0.5, description="a gate passes where its value is at least this")
+    name: str | None = Field(None, description="name in metrics (none: the function's name)")
+    weight: float | Schedule = Field(1.0, description="weight in the sum, or a schedule of it")
+    gate: bool = Field(False, description="gate: if it does not pass, the combined reward is `gate_value`")
+    threshold: float = Field(0.5, description="minimum value at which a gate passes")
     timeout_s: float | None = Field(
-        None, description="seconds for one call, then its process is killed; 30, judges and models 600", gt=0
+        None,
+        description="timeout of one call, in seconds, after which its process is killed (none: 30; judges "
+        "and models: 600)",
+        gt=0,
     )
-    batch_size: int | None = Field(None, description="most samples per call; by default an even share", ge=1)
-    workers: int | None = Field(None, description="processes of its own; by default it shares the pool", ge=1)
-    actor: ActorConfig | None = Field(None, description="run in a Ray actor instead of a worker process")
-    columns: dict[str, str] = Field({}, description="parameter name -> dataset column, where they differ")
-    options: dict[str, Any] = Field({}, description="the function's own options")
+    batch_size: int | None = Field(
+        None, description="maximum samples per call (none: split evenly among workers)", ge=1
+    )
+    workers: int | None = Field(
+        None, description="dedicated worker processes (none: shared pool; judges and models: 1)", ge=1
+    )
+    actor: ActorConfig | None = Field(None, description="run in a Ray actor instead of worker processes")
+    columns: dict[str, str] = Field(
+        {}, description="mapping from parameter names to dataset columns, if they differ"
+    )
+    options: dict[str, Any] = Field({}, description="options passed to the function")
 
     @model_validator(mode="after")
     def _expanded(self) -> RewardConfig:
-        """Expand the built-ins' options that are paths; a user's own function gets its options as given."""
+        """Expand path options of built-ins; options of custom functions are left unchanged."""
         if ":" not in self.function:
             for name in _PATH_OPTIONS & self.options.keys():
                 value = self.options[name]
@@ -82,51 +91,54 @@ class RewardConfig(ConfigModel):
 
     @property
     def own_workers(self) -> int | None:
-        """The size of its own pool; None: it shares. Judges and models get a process of their own."""
+        """Return the number of dedicated workers; None: shared pool. Judges and models default to 1."""
         return 1 if self.workers is None and self.function in SLOW else self.workers
 
     @property
     def call_timeout_s(self) -> float:
-        """`timeout_s`, or the default of its kind."""
+        """Return `timeout_s`, or its default for the kind of reward."""
         return self.timeout_s or (600.0 if self.function in SLOW else 30.0)
 
     @property
     def label(self) -> str:
-        """The name in metrics and messages."""
+        """Return the name used in metrics and messages."""
         return self.name or self.function.rpartition(":")[2]
 
 
 class RewardsConfig(ConfigModel):
-    """All reward functions of a run, their worker processes and their combination."""
+    """Reward functions, worker processes and combination."""
 
-    functions: list[RewardConfig] = Field([], description="the reward functions")
+    functions: list[RewardConfig] = Field([], description="reward functions")
     combine: Literal["sum", "product", "min", "vector", "gdpo"] = Field(
         "sum",
-        description="sum: of weight * value; product and min: of the values; vector: direction . values "
-        "(DPA); gdpo: sum of weight * value normalised over the group",
+        description="combination: sum (of weight * value), product or min (of the values), vector (dot "
+        "product of `direction` and the values, DPA), gdpo (sum of weight * group-normalised value)",
     )
     direction: list[float] | None = Field(
-        None, description="preference direction of `vector`, one per function"
+        None, description="preference direction of `vector`, one number per function"
     )
-    gate_value: float = Field(0.0, description="combined reward where a gate does not pass")
-    clip: tuple[float, float] | None = Field(None, description="lowest and highest combined reward")
-    workers: int = Field(2, description="worker processes of the shared pool", ge=1)
-    recycle_after: int = Field(20_000, description="a worker is replaced after this many judgements", ge=1)
+    gate_value: float = Field(0.0, description="combined reward if a gate does not pass")
+    clip: tuple[float, float] | None = Field(None, description="lower and upper bound of the combined reward")
+    workers: int = Field(2, description="number of worker processes in the shared pool", ge=1)
+    recycle_after: int = Field(20_000, description="scored samples after which a worker is replaced", ge=1)
     worker_memory_gib: float | None = Field(
         8.0,
-        description="memory that a worker process may hold, in GiB, before it is replaced (none: no limit; "
-        "judges and models have none)",
+        description="memory limit of a worker process, in GiB, above which it is replaced (none: no limit); "
+        "not applied to judges and models",
         gt=0,
     )
     start_timeout_s: float = Field(
-        120.0, description="seconds for a worker to start and load its rewards", gt=0
+        120.0, description="timeout of a worker's start, in seconds, including loading its rewards", gt=0
     )
-    on_error: ErrorPolicy = Field("stop", description="stop | drop | {max_fraction: f}: when a call fails")
-    max_errors: int = Field(0, description="errors that are dropped before `stop` or the fraction acts", ge=0)
+    on_error: ErrorPolicy = Field(
+        "stop", description="policy on a failed call: stop, drop or {max_fraction: f}"
+    )
+    max_errors: int = Field(0, description="errors dropped before `on_error` applies", ge=0)
     on_timeout: ErrorPolicy = Field(
-        MaxFraction(max_fraction=0.1), description="stop | drop | {max_fraction: f}: when a call hangs"
+        MaxFraction(max_fraction=0.1),
+        description="policy on a timed-out call: stop, drop or {max_fraction: f}",
     )
-    max_timeouts: int = Field(16, description="timeouts that are dropped before `on_timeout` acts", ge=0)
+    max_timeouts: int = Field(16, description="timeouts dropped before `on_timeout` applies", ge=0)
 
     @model_validator(mode="after")
     def _coherent(self) -> RewardsConfig:

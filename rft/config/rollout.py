@@ -1,4 +1,4 @@
-"""Config of the rollout workers: which engine, how many, and how they sample."""
+"""Config section `rollout`: inference engine, replicas, sampling and staleness."""
 
 from __future__ import annotations
 
@@ -9,75 +9,83 @@ from pydantic import Field, model_validator
 from rft.config.base import ConfigModel
 
 InFlight = Literal["keep", "continue", "wait", "abort"]
-"""What a weight push does to completions in flight: they are paused, and their keys and values are computed
-again (`keep`) or stay (`continue`); they are finished first; or they are aborted."""
+"""Treatment of in-flight completions at a weight sync: paused, then resumed with a recomputed (`keep`) or the
+old (`continue`) KV cache; finished before the sync (`wait`); or aborted and sampled again (`abort`)."""
 
 
 class SamplingConfig(ConfigModel):
-    """How completions are sampled for training."""
+    """Sampling parameters of training rollouts."""
 
-    max_prompt_length: int = Field(512, ge=1, description="longest prompt, in tokens; none is ever cut")
-    max_completion_length: int = Field(512, ge=1, description="longest completion, in tokens")
-    temperature: float = Field(1.0, gt=0, description="softmax temperature; log-probs are taken at it too")
-    stop: tuple[str, ...] = Field((), description="strings that end a completion (needs detokenising)")
-    stop_token_ids: tuple[int, ...] = Field((), description="further token ids that end a completion")
+    max_prompt_length: int = Field(
+        512, ge=1, description="maximum prompt length, in tokens; prompts are never truncated"
+    )
+    max_completion_length: int = Field(512, ge=1, description="maximum completion length, in tokens")
+    temperature: float = Field(1.0, gt=0, description="softmax temperature, of sampling and of log-probs")
+    stop: tuple[str, ...] = Field((), description="stop strings (require detokenisation)")
+    stop_token_ids: tuple[int, ...] = Field((), description="additional stop token ids")
 
 
 class RolloutConfig(ConfigModel):
-    """The rollout workers."""
+    """Rollout engines and their replicas."""
 
     engine: Literal["auto", "vllm", "hf"] = Field(
-        "auto", description="vllm, hf (plain transformers), or auto: vllm where it is installed"
+        "auto", description="vllm, hf (transformers), or auto: vllm if installed, else hf"
     )
-    replicas: int = Field(1, ge=1, description="independent engines, each a Ray actor")
+    replicas: int = Field(1, ge=1, description="number of engine replicas, each a Ray actor")
     tensor_parallel: int = Field(1, ge=1, description="devices per replica")
-    sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="sampling parameters of training rollouts")
     staleness: int = Field(
-        0, ge=0, description="how many policy versions a rollout may lag: 0 synchronous, 1 one step off, ..."
+        0,
+        ge=0,
+        description="maximum policy versions a rollout may lag behind; 0: synchronous, 1: one-step off",
     )
     late: Literal["wait", "drop"] = Field(
         "wait",
-        description="a group still in flight when it would get older than staleness allows: the learner "
-        "waits for it, or it is dropped and its prompt sampled again",
+        description="treatment of an in-flight group that would exceed staleness: wait for it before the "
+        "update, or drop it and sample its prompt again",
     )
     update: InFlight = Field(
         "keep",
-        description="what a weight push does to completions in flight: keep them and compute their keys and "
-        "values anew, continue on those that they have, wait for them, or abort and sample them again",
+        description="treatment of in-flight completions at a weight sync: keep (pause, recompute the KV "
+        "cache, resume), continue (resume with the old KV cache), wait (finish them first), or abort (sample "
+        "them again)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="engine weights; auto: bfloat16 on GPU, float32 on CPU"
+        "auto", description="dtype of the engine's weights; auto: bfloat16 on GPU, float32 on CPU"
     )
     max_num_seqs: int = Field(
-        256, ge=1, description="completions that an engine decodes at once; it is sent twice as many at most"
+        256,
+        ge=1,
+        description="maximum concurrent completions per engine; at most twice as many are dispatched",
     )
-    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="share of a GPU that vLLM may take")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a replica on CPU, in GiB")
+    gpu_memory_utilization: float = Field(
+        0.85, gt=0, lt=1, description="fraction of GPU memory that vLLM may use"
+    )
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache size of a CPU replica, in GiB")
     threads: int | None = Field(
         None, ge=1, description="CPU threads per replica (none: one per core, up to a container's CPU quota)"
     )
-    cores: str | None = Field(None, description='CPU cores to pin a replica to, such as "0" or "0-3"')
+    cores: str | None = Field(None, description='CPU cores to pin a replica to, e.g. "0" or "0-3"')
     enforce_eager: bool | None = Field(
-        None, description="run vLLM without graph capture (none: eager on CPU, captured on GPU)"
+        None, description="run vLLM without CUDA graphs (none: eager on CPU, graphs on GPU)"
     )
-    start_timeout_s: float = Field(600, gt=0, description="seconds that an engine may take to start")
-    control_timeout_s: float = Field(120, gt=0, description="seconds that a control call may take")
+    start_timeout_s: float = Field(600, gt=0, description="timeout of an engine start, in seconds")
+    control_timeout_s: float = Field(120, gt=0, description="timeout of a control call, in seconds")
     generate_timeout_s: float = Field(
         1800,
         gt=0,
-        description="seconds that an engine may work on one group; time in a queue or in a push does not "
-        "count",
+        description="timeout of one group's generation, in seconds, excluding queueing and weight syncs",
     )
     max_restarts: int = Field(
         3,
         ge=0,
-        description="times that dead engines are rebuilt within one step before the run stops",
+        description="engine rebuilds allowed within one step before the run stops",
     )
     health_every_s: float = Field(10, gt=0, description="health-check interval in seconds")
     health_timeout_s: float = Field(
-        60, gt=0, description="seconds without an answer after which an engine counts as dead"
+        60, gt=0, description="health-check timeout in seconds, after which an engine counts as dead"
     )
-    engine_args: dict[str, Any] = Field({}, description="further arguments for vLLM's AsyncEngineArgs")
+    engine_args: dict[str, Any] = Field({}, description="additional arguments of vLLM's AsyncEngineArgs")
 
     @model_validator(mode="after")
     def _late_groups_need_staleness(self) -> RolloutConfig:

@@ -1,4 +1,4 @@
-"""Every section of the config: typed, frozen, validated once, never mutated."""
+"""Root config and its remaining sections: validated once, immutable."""
 
 from __future__ import annotations
 
@@ -25,55 +25,56 @@ class ModelConfig(ConfigModel):
     """The policy."""
 
     path: PathText = Field(
-        "tiny", description="Hugging Face folder or hub name; `tiny`: a small model made on the spot"
+        "tiny", description="Hugging Face model folder or hub name; `tiny`: a small model built for tests"
     )
     reference: PathText | None = Field(
         None,
-        description="folder or hub name of the reference model (none: the model that the run starts from)",
+        description="folder or hub name of the reference model (none: the initial policy)",
     )
     tokenizer: PathText | None = Field(
-        None, description="folder or hub name of the tokenizer (none: the model's)"
+        None, description="folder or hub name of the tokenizer (none: that of the model)"
     )
     options: dict[str, Any] = Field({}, description="sizes of the `tiny` model (see rft.tasks.tiny)")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
 
 
 class CurriculumConfig(ConfigModel):
-    """Sample prompts by how often the policy solves them."""
+    """Curriculum: sample prompts by the policy's pass rate on them."""
 
-    explore: float = Field(
-        0.3, gt=0, le=1, description="share of the prompts that come in the plain shuffled order instead"
-    )
-    target: float = Field(0.5, gt=0, lt=1, description="pass rate that is sampled most")
+    explore: float = Field(0.3, gt=0, le=1, description="fraction of prompts taken in shuffled order instead")
+    target: float = Field(0.5, gt=0, lt=1, description="pass rate sampled most often")
     floor: float = Field(
-        0.05, gt=0, le=1, description="chance of a prompt that is always or never solved, over the best one's"
+        0.05,
+        gt=0,
+        le=1,
+        description="sampling weight of an always or never solved prompt, relative to the highest weight",
     )
-    rate: float = Field(0.5, gt=0, le=1, description="weight of a new measurement over the earlier ones")
-    rest: int = Field(64, ge=0, description="draws before a prompt may come again out of turn")
+    rate: float = Field(0.5, gt=0, le=1, description="weight of a new pass rate in the moving average")
+    rest: int = Field(64, ge=0, description="minimum draws before the curriculum repeats a prompt")
 
 
 class TrainConfig(ConfigModel):
-    """How much is trained on."""
+    """Training steps and batch sizes."""
 
-    steps: int = Field(100, ge=1, description="training steps")
+    steps: int = Field(100, ge=1, description="number of training steps")
     batch_size: int = Field(32, ge=1, description="prompts (online) or rows (offline) per step")
     num_generations: int = Field(8, ge=1, description="completions per prompt (online)")
     num_iterations: int = Field(1, ge=1, description="passes over each step's batch")
     minibatches: int = Field(1, ge=1, description="optimizer updates per pass; must divide batch_size")
     curriculum: CurriculumConfig | None = Field(
-        None, description="prefer prompts that the policy solves now and then (none: plain shuffled order)"
+        None, description="prefer prompts of intermediate pass rate (none: shuffled order)"
     )
     max_filtered: int = Field(
         10,
         ge=1,
-        description="batches of groups in a row that may be dropped without a learning signal (filtered, or "
-        "not judged) before the run stops; a kept group starts the count anew",
+        description="consecutive batches of groups without a learning signal (filtered, or not scored) "
+        "before the run stops; a kept group resets the count",
     )
     stop_grace_s: float = Field(
         600,
         gt=0,
-        description="seconds that a requested stop (a signal) may take to finish the step and save; past "
-        "them the run ends at once, and its last complete checkpoint stands",
+        description="grace period of a stop signal, in seconds, to finish the step and save a checkpoint; "
+        "after it the run ends immediately, with its last complete checkpoint",
     )
 
     @model_validator(mode="after")
@@ -87,79 +88,80 @@ class TrainConfig(ConfigModel):
 
 
 class EvalConfig(ConfigModel):
-    """Held-out evaluation: completions scored by the run's own rewards; offline, the loss on examples."""
+    """Held-out evaluation: rewards of sampled completions; offline, the loss on examples."""
 
     every: int = Field(
-        20, ge=0, description="steps between evaluations, besides the first and last (0: none)"
+        20, ge=0, description="interval between evaluations, in steps, besides the first and last (0: none)"
     )
-    problems: int = Field(512, ge=1, description="held-out problems, or rows of an offline run")
-    samples: int = Field(
-        4, ge=1, description="samples per problem; accuracy is their mean, pass@k their best"
-    )
-    temperature: float = Field(1.0, gt=0, description="temperature of the samples")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of the samples")
-    greedy: bool = Field(True, description="measure greedy accuracy too")
+    problems: int = Field(512, ge=1, description="number of held-out problems (online) or rows (offline)")
+    samples: int = Field(4, ge=1, description="samples per problem, for mean accuracy and pass@k")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of evaluation")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling (top-p) of evaluation")
+    greedy: bool = Field(True, description="also measure accuracy of greedy decoding")
     generate: bool = Field(
-        False, description="offline: sample completions of held-out prompts too, scored by the run's rewards"
+        False, description="offline: also sample completions of held-out prompts and score them by `rewards`"
     )
 
 
 class CheckpointConfig(ConfigModel):
-    """Saving, so that a killed run goes on where it was."""
+    """Checkpoints, from which an interrupted run resumes."""
 
     every: int = Field(
-        50, ge=0, description="steps between checkpoints, besides the last (0: only on a stop)"
+        50, ge=0, description="interval between checkpoints, in steps, besides the last (0: only on a stop)"
     )
-    keep: int = Field(2, ge=1, description="checkpoints kept")
+    keep: int = Field(2, ge=1, description="number of checkpoints kept")
     background: bool = Field(
-        True, description="write while training goes on; costs a second copy of the learner's state"
+        True,
+        description="write checkpoints while training continues; needs a second copy of the learner state",
     )
     max_failures: int = Field(
-        3, ge=0, description="checkpoints in a row that may fail (a full disk) before the run stops"
+        3, ge=0, description="consecutive failed checkpoints (e.g. disk full) tolerated before the run stops"
     )
 
 
 class RayConfig(ConfigModel):
     """The Ray cluster."""
 
-    address: str | None = Field(None, description="an existing cluster's address (none: start one here)")
+    address: str | None = Field(None, description="address of an existing cluster (none: start a local one)")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="what the cluster's nodes compute on (auto: what this machine has)"
+        "auto", description="device of the cluster's nodes (auto: cuda if this machine has a GPU, else cpu)"
     )
-    object_store_gib: float = Field(0.5, gt=0, description="shared memory of a cluster started here")
+    object_store_gib: float = Field(0.5, gt=0, description="object store of a local cluster, in GiB")
 
 
 class WarmStartConfig(ConfigModel):
-    """A supervised stage before the run, by the same learner; its result is cached."""
+    """Supervised fine-tuning stage before the run; its result is cached."""
 
-    steps: int = Field(500, ge=1, description="training steps")
+    steps: int = Field(500, ge=1, description="number of training steps")
     batch_size: int = Field(64, ge=1, description="demonstrations per step")
-    data: DataConfig | None = Field(None, description="demonstrations (none: the run's own data)")
-    learner: LearnerConfig = Field(LearnerConfig(learning_rate=1e-3), description="optimizer of this stage")
-    cache: PathText = Field("runs/.cache", description="folder where finished warm starts are kept")
+    data: DataConfig | None = Field(None, description="demonstrations (none: the run's `data`)")
+    learner: LearnerConfig = Field(LearnerConfig(learning_rate=1e-3), description="learner of this stage")
+    cache: PathText = Field("runs/.cache", description="cache folder of finished warm starts")
 
 
 class Config(ConfigModel):
-    """A run."""
+    """Config of a run."""
 
     name: str = Field(
-        "run", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", description="name of the run, and of its folder"
+        "run", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", description="name of the run and of its folder"
     )
-    output_dir: PathText = Field("runs", description="where run folders are")
-    seed: int = Field(1, ge=0, description="seed of the model, the data order and the sampling")
+    output_dir: PathText = Field("runs", description="parent folder of run folders")
+    seed: int = Field(1, ge=0, description="random seed of model initialisation, data order and sampling")
     algorithm: SerializeAsAny[Algorithm] = Field(description="name and settings of the algorithm")
-    model: ModelConfig = Field(ModelConfig(), description="the policy")
-    warm_start: WarmStartConfig | None = Field(None, description="supervised stage before the run")
-    data: DataConfig = Field(DataConfig(), description="prompts or examples")
-    rewards: RewardsConfig = Field(RewardsConfig(), description="reward functions; a list is short for it")
-    train: TrainConfig = Field(TrainConfig(), description="how much is trained on")
-    rollout: RolloutConfig = Field(RolloutConfig(), description="the engines that sample")
-    learner: LearnerConfig = Field(LearnerConfig(), description="the optimizer and its memory")
-    sync: SyncConfig = Field(SyncConfig(), description="weights from learner to engines")
+    model: ModelConfig = Field(ModelConfig(), description="policy, reference and tokenizer")
+    warm_start: WarmStartConfig | None = Field(None, description="supervised fine-tuning before the run")
+    data: DataConfig = Field(DataConfig(), description="dataset of the run")
+    rewards: RewardsConfig = Field(
+        RewardsConfig(), description="reward functions; a list is shorthand for `functions`"
+    )
+    train: TrainConfig = Field(TrainConfig(), description="training steps and batch sizes")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="rollout engines and sampling")
+    learner: LearnerConfig = Field(LearnerConfig(), description="optimizer, parallelism and memory")
+    sync: SyncConfig = Field(SyncConfig(), description="weight sync from learner to engines")
     eval: EvalConfig = Field(EvalConfig(), description="held-out evaluation")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints")
-    tracking: TrackingConfig = Field(TrackingConfig(), description="metrics, samples, trackers")
-    guards: GuardsConfig = Field(GuardsConfig(), description="warnings about a run that goes wrong")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="trackers, logged completions and display")
+    guards: GuardsConfig = Field(GuardsConfig(), description="training-health checks")
     ray: RayConfig = Field(RayConfig(), description="the Ray cluster")
 
     @field_validator("algorithm", mode="before")
@@ -181,22 +183,22 @@ class Config(ConfigModel):
         return Path(self.output_dir) / self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole tree as plain JSON-able data."""
+        """Return the config as JSON-serialisable data."""
         return self.model_dump(mode="json")
 
 
 def list_as_functions(rewards: Any) -> Any:
-    """The section `rewards` where a plain list of functions is given for it."""
+    """Expand a list of reward functions to a `rewards` section; return anything else unchanged."""
     return {"functions": rewards} if isinstance(rewards, list) else rewards
 
 
 def algorithm_name(algorithm: Algorithm) -> str:
-    """The registered name of an algorithm."""
+    """Return the registered name of an algorithm."""
     return next(name for name, kind in ALGORITHMS.items() if type(algorithm) is kind)
 
 
 def build_algorithm(value: Any) -> Algorithm:
-    """`"grpo"` or `{"name": "grpo", "beta": 0.01}` -> the algorithm. Raises ValueError."""
+    """Build an algorithm from its name, or from `{"name": "grpo", "beta": 0.01}`. Raises ValueError."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or "name" not in value:

@@ -1,4 +1,4 @@
-"""Options of the embedded tasks."""
+"""Options of the built-in tasks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rft.config.base import ConfigModel
 Operator = Literal["+", "-", "*"]
 Style = Literal["lines", "chain", "prose", "code", "direct"]
 
-# Defaults that a variant changes; a field that the user names always wins. `hard` is for a model that was
-# warm-started on the standard problems: it knows the steps, but has never made a chain this long.
+# Defaults per variant; explicit fields take precedence. `hard` is for a model warm-started on the standard
+# problems: it knows the single steps, but has not seen chains of this length.
 VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {},
     "hard": {
@@ -33,31 +33,31 @@ def _wrong_fraction() -> float | dict[Style, float]:
 
 
 class ArithmeticConfig(ConfigModel):
-    """An arithmetic problem of a few steps, as a short story or as an expression."""
+    """Multi-step arithmetic problems, as word problems or expressions."""
 
     variant: Literal["standard", "hard"] = Field(
         "standard",
-        description="a set of defaults for the fields below; `hard`: longer problems, clean demonstrations",
+        description="preset of the options below; `hard`: longer problems, demonstrations without errors",
     )
     form: Literal["words", "expression", "mixed"] = Field(
-        "words", description="how a problem is put: a short story, an expression, or either by a coin flip"
+        "words", description="form of the problems: words (word problem), expression, or mixed (50 % each)"
     )
-    min_operands: int = Field(3, ge=2, le=12, description="fewest numbers in a problem")
-    max_operands: int = Field(3, ge=2, le=12, description="most numbers in a problem")
-    operators: tuple[Operator, ...] = Field(("+", "-"), description="operators in use, of + - *")
+    min_operands: int = Field(3, ge=2, le=12, description="minimum operands per problem")
+    max_operands: int = Field(3, ge=2, le=12, description="maximum operands per problem")
+    operators: tuple[Operator, ...] = Field(("+", "-"), description="operators used, of + - *")
     largest: int = Field(9, ge=2, description="largest operand of + and -")
     largest_factor: int = Field(4, ge=2, description="largest operand of *")
-    limit: int = Field(99, ge=4, description="largest intermediate result; none is below 0")
+    limit: int = Field(99, ge=4, description="largest intermediate result; results are never negative")
     styles: dict[Style, float] = Field(
-        default_factory=_styles, description="solution formats of the demonstrations, each with its weight"
+        default_factory=_styles, description="solution formats of the demonstrations, with sampling weights"
     )
     wrong_fraction: float | dict[Style, float] = Field(
         default_factory=_wrong_fraction,
-        description="share of a demonstration's steps that are wrong; one number, or one for each format",
+        description="fraction of wrong steps in demonstrations; one number, or one per format",
     )
     slips: tuple[int, ...] = Field(
         (1, 2),
-        description="what a wrong step is off by: one of these (of one sign, two slips never cancel out)",
+        description="error sizes of wrong steps, one drawn per step; errors of one sign cannot cancel out",
     )
 
     @model_validator(mode="before")
@@ -75,7 +75,7 @@ class ArithmeticConfig(ConfigModel):
         return styles
 
     def wrong(self, style: Style) -> float:
-        """The share of wrong steps in demonstrations of a format; 0 where none is given."""
+        """Return the fraction of wrong steps in demonstrations of a format; 0 if not configured."""
         shares = self.wrong_fraction
         return shares.get(style, 0.0) if isinstance(shares, dict) else shares
 
@@ -104,13 +104,13 @@ class ArithmeticConfig(ConfigModel):
 
 
 class ReasoningGymConfig(ConfigModel):
-    """Any task of the reasoning-gym package, by name."""
+    """Task of the reasoning-gym package."""
 
-    task: str = Field("chain_sum", description="name of the task in reasoning-gym, such as chain_sum")
+    task: str = Field("chain_sum", description="name of the reasoning-gym task, e.g. chain_sum")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="the task's own options, handed to reasoning-gym as they are"
+        default_factory=dict, description="options of the task, passed to reasoning-gym unchanged"
     )
     suffix: str = Field(
         "\nGive the final answer as <answer>...</answer>.\n",
-        description="text put after each question, so that the answer can be found",
+        description="text appended to each question, which defines the answer format",
     )

@@ -1,7 +1,7 @@
-"""Every check of a config against itself, and against resolved facts: one list of (condition, message).
+"""Consistency checks of a config, by itself and against resolved facts, as pairs of (condition, message).
 
-`problems` evaluates the whole list, so that a user reads all mistakes at once. Checks that need files, data
-or the model's layers are in `rft/preflight/`.
+`problems` evaluates all checks, so that all errors are reported at once. Checks that need files, data or the
+model's layers are in `rft/preflight/`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ from rft.utils.cores import parse_cores
 
 Device = Literal["cpu", "cuda"]
 Engine = Literal["vllm", "hf"]
-Check = tuple[bool, str]  # (whether the config is wrong, what to say then)
+Check = tuple[bool, str]  # (condition of an invalid config, error message)
 
-PACKAGES = ("vllm", "bitsandbytes", "deepspeed", "liger_kernel")  # optional ones that a config can ask for
+PACKAGES = (
+    "vllm",
+    "bitsandbytes",
+    "deepspeed",
+    "liger_kernel",
+)  # optional packages that a config may require
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was resolved about the machine, the model and the data. None: not known, so not checked.
+    """Facts resolved from the machine, the model and the data. None: unknown, so not checked.
 
-    device: of the learner and the engines. engine: the engine that samples. samples: whether any does.
-    gpus, cores: of this machine; `usable_cores` respects a container's CPU quota. rows: training rows;
-    None for a stream.
+    device: device of learner and engines. engine: resolved rollout engine. samples: whether the run samples
+    completions. gpus, cores: of this machine; `usable_cores` respects a container's CPU quota. rows: number
+    of training rows; None for a stream.
     """
 
     device: Device
@@ -49,11 +54,11 @@ class Facts:
     layers: int | None = None
     positions: int | None = None
     vocabulary: int | None = None
-    largest_token: int | None = None  # that the tokenizer makes
-    stored_quantization: str | None = None  # method by which the model's own weights are quantised
+    largest_token: int | None = None  # largest token id of the tokenizer
+    stored_quantization: str | None = None  # quantisation method of the model's stored weights
     rows: int | None = None
     held_out_rows: int | None = None  # of an offline run
-    demonstrations: bool | None = None  # whether some training prompts have one
+    demonstrations: bool | None = None  # whether any training prompt has one
 
 
 def problems(config: Config, facts: Facts) -> list[str]:
@@ -65,19 +70,19 @@ def problems(config: Config, facts: Facts) -> list[str]:
 
 
 def rollouts(config: Config, demonstration: bool = False) -> Sequence[Rollout]:
-    """Return the group that the algorithm plans at the start of the run."""
+    """Return the algorithm's rollouts of one group at the start of the run."""
     return config.algorithm.rollouts(config.train.num_generations, progress=0.0, demonstration=demonstration)
 
 
 def longest_sequence(config: Config) -> int:
-    """Count the tokens of the longest sequence that an engine sees: an observer's holds two turns."""
+    """Return the maximum sequence length of the engines, in tokens; an observer reads two turns."""
     s = config.rollout.sampling
     turns = 2 if any(r.role for r in rollouts(config)) else 1
     return turns * (s.max_prompt_length + s.max_completion_length)
 
 
 def mixes_reference(config: Config) -> bool:
-    """Whether engines sample from a mixture of policy and reference."""
+    """Return whether engines sample from a mixture of policy and reference."""
     return config.algorithm.online and any(r.mixture for r in rollouts(config))
 
 
@@ -119,8 +124,8 @@ def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
         yield True, f"{key}: {conflict}"
 
 
-STEP_JUDGES = ("process", "process_reward_model")  # rewards that give every step a score
-_SEPARATOR = "\n\n"  # their default
+STEP_JUDGES = ("process", "process_reward_model")  # rewards that score every step
+_SEPARATOR = "\n\n"  # default separator of STEP_JUDGES
 
 
 def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
@@ -230,10 +235,10 @@ def _core_checks(key: str, cores: str | None, facts: Facts) -> Iterator[Check]:
 
 # -- the learner ---------------------------------------------------------------------------------------
 
-QUANTIZED = ("lora", "dora", "eva", "loftq")  # methods whose layers run, and merge, on a base in 4 or 8 bits
-ON_RANKS = ("lora", "dora")  # adapters that several ranks train
+QUANTIZED = ("lora", "dora", "eva", "loftq")  # methods that support a 4- or 8-bit base
+ON_RANKS = ("lora", "dora")  # methods that support several ranks
 
-# Keys that DeepSpeed's config may not hold, and the key of rft that replaces each.
+# Keys not allowed in the DeepSpeed config, with the rft keys that replace them.
 REPLACED_KEYS = {
     "optimizer": "learner.learning_rate, betas, eps and weight_decay",
     "scheduler": "learner.schedule",
@@ -248,7 +253,7 @@ REPLACED_KEYS = {
 
 
 def learner_checks(config: Config, facts: Facts) -> Iterator[Check]:
-    """Checks of the run's learner and of its warm start's, which has no algorithm to fit."""
+    """Check the learner of the run and of its warm start; the latter has no algorithm."""
     learners: list[tuple[str, LearnerConfig, Algorithm | None]]
     learners = [("learner", config.learner, config.algorithm)]
     if config.warm_start is not None:
@@ -269,7 +274,7 @@ def learner_checks(config: Config, facts: Facts) -> Iterator[Check]:
 
 
 def _method_checks(c: LearnerConfig, facts: Facts) -> Iterator[Check]:
-    """What is trained, and by which optimizer."""
+    """Check quantisation, optimizer and strategy."""
     strategy, no_bitsandbytes = c.strategy, "bitsandbytes" not in facts.installed
     remedy = "needs bitsandbytes, which is not installed: install rft with the extra quant"
     yield c.quantize is not None and no_bitsandbytes, f"quantize: {c.quantize} {remedy}"
@@ -336,7 +341,7 @@ def _kernel_checks(config: Config, facts: Facts) -> Iterator[Check]:
 def _parallel_checks(
     key: str, c: LearnerConfig, algorithm: Algorithm | None, config: Config, facts: Facts
 ) -> Iterator[Check]:
-    """Whether the ranks fit the machine, and what is trained fits the ranks."""
+    """Check the number of ranks against the machine, and the trained parameters against the parallelism."""
     yield (
         c.parallel == "single" and c.ranks > 1,
         f"ranks: {c.ranks} ranks need {key}.parallel fsdp2 or deepspeed; single is one process",
@@ -346,7 +351,7 @@ def _parallel_checks(
         "cpu_offload: this is fsdp2's; for deepspeed write "
         f"{key}.deepspeed={{zero_optimization: {{stage: 2, offload_optimizer: {{device: cpu}}}}}}",
     )
-    yield (  # a resolved config names the default too, which must stay valid
+    yield (  # the default is allowed: a resolved config contains it
         c.parallel != "deepspeed" and c.deepspeed != LearnerConfig.model_fields["deepspeed"].default,
         f"deepspeed: read with {key}.parallel deepspeed only, which is {c.parallel}",
     )
@@ -359,7 +364,7 @@ def _parallel_checks(
             f"{name}: works in one process only; set {key}.parallel to single",
         )
     yield c.optimizer != "adamw", f"optimizer: {c.optimizer} works in one process only; use adamw"
-    # The reference of other methods, and one that follows the policy, are kept aside as whole tensors.
+    # The reference of other methods, and a refreshed reference, are stored as full (unsharded) tensors.
     follows = algorithm is not None and bool(algorithm.refresh_reference)
     if c.adapter is not None:
         method, start = c.adapter.method, c.adapter.options.get("init_lora_weights")
@@ -381,10 +386,10 @@ def _rank_checks(c: LearnerConfig, config: Config, facts: Facts) -> Iterator[Che
     try:
         bound = len(parse_cores(c.cores)) if c.cores is not None else c.ranks
     except ValueError:
-        bound = c.ranks  # `_core_checks` reports it
+        bound = c.ranks  # the error is reported by `_core_checks`
     yield bound < c.ranks, f"cores: {c.ranks} ranks share {bound} cores; give at least one for each"
     if config.ray.address is not None:
-        return  # the cluster's devices are counted when the learner starts
+        return  # devices of an existing cluster are counted when the learner starts
     gpu, engines = facts.device == "cuda", _engine_devices(config) if config.algorithm.online else 0
     there, name = (facts.gpus, "GPUs") if gpu else (facts.usable_cores, "CPU cores")
     yield (
@@ -404,7 +409,7 @@ def _engine_devices(config: Config) -> int:
 
 
 def _batch_checks(config: Config) -> Iterator[Check]:
-    """Every rank should have something to do in every update."""
+    """Check that every update has at least one unit of data per rank."""
     c, t, a = config.learner, config.train, config.algorithm
     units, what = t.batch_size // t.minibatches, "groups" if a.online else "rows"
     if a.online and a.unit != "pair" and c.prefix_sharing != "on":
@@ -443,19 +448,19 @@ def _deepspeed_checks(c: LearnerConfig, algorithm: Algorithm | None, facts: Fact
 
 
 def zero_stage(c: LearnerConfig) -> Any:
-    """Return DeepSpeed's ZeRO stage as the config gives it."""
+    """Return the ZeRO stage of the DeepSpeed config, unvalidated."""
     zero = c.deepspeed.get("zero_optimization")
     return zero.get("stage", 0) if isinstance(zero, dict) else zero
 
 
-# -- engines and the weights between -------------------------------------------------------------------
+# -- engines and weight sync ---------------------------------------------------------------------------
 
 _FOR_ANY_ENGINE = ("gloo", "sparse", "file")
-MAX_ADAPTER_RANK = 512  # that vLLM reserves room for
+MAX_ADAPTER_RANK = 512  # vLLM's limit
 
 
 def choose_transport(config: Config, facts: Facts) -> str:
-    """Return the transport's name: `auto` resolved, and `sparse` where it goes from GPU to GPU."""
+    """Return the transport name, with `auto` resolved and the GPU-to-GPU variant of `sparse` selected."""
     chosen, gpus = config.sync.transport, facts.device == "cuda" and facts.engine == "vllm"
     if chosen == "sparse" and gpus and config.sync.folder is None:
         return "sparse_nccl"
@@ -479,7 +484,7 @@ def engine_checks(config: Config, facts: Facts) -> Iterator[Check]:
 
 
 def transport_checks(config: Config, facts: Facts) -> Iterator[Check]:
-    """Whether the layout can use the transport that it asks for."""
+    """Check that the transport supports the layout of learner and engines."""
     sync, transport, cluster = config.sync, config.sync.transport, config.ray.address is not None
     if not config.algorithm.online:
         return
@@ -498,7 +503,7 @@ def transport_checks(config: Config, facts: Facts) -> Iterator[Check]:
     needed = 1 + _engine_devices(config)
     yield (
         facts.device == "cuda"
-        and config.learner.parallel == "single"  # several ranks: `_rank_checks`
+        and config.learner.parallel == "single"  # several ranks are checked by `_rank_checks`
         and choose_transport(config, facts) != "ipc"
         and not cluster
         and needed > facts.gpus,
@@ -587,7 +592,7 @@ CHECKS = (
 
 
 def warnings(config: Config) -> list[str]:
-    """Return settings that may be meant and often are not, each as one sentence."""
+    """Return warnings about settings that are valid but often unintended, one sentence each."""
     threshold = getattr(config.algorithm, "threshold", None)
     models = [f for f in config.rewards.functions if f.function == "reward_model" and f.weight != 0]
     if threshold is None or not models or not config.algorithm.online:
