@@ -142,3 +142,14 @@ def test_a_base_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> No
     (tmp_path / "child.yaml").write_text(text + "\n")
     with pytest.raises(ConfigError, match=words):
         load_config(tmp_path / "child.yaml")
+
+
+def test_public_names_are_reached_from_their_packages() -> None:
+    import rft.config
+    import rft.rewards
+
+    for package in (rft.config, rft.rewards):
+        for name in package.__all__:
+            assert getattr(package, name) is not None, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rft.config.nothing  # noqa: B018

@@ -118,4 +118,4 @@ async def _warm(plan: Plan, run: Path, stop: asyncio.Event, stop_after: int | No
         return Watched(handles[-1]) if stop_after else handles[-1]
 
     with Progress(1, "test", display="off") as progress:
-        return await warm_start(plan, start, progress, run, stop)
+        return await warm_start(plan, plan.config.warm_start, start, progress, run, stop)
