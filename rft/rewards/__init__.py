@@ -1,4 +1,4 @@
-"""Rewards: verifiable, sandboxed, pluggable. One file per family; a reward is a plain function."""
+"""Reward functions, one file per family, and the worker processes that run them."""
 
 from __future__ import annotations
 

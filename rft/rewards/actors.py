@@ -1,4 +1,4 @@
-"""Rewards that live in Ray actors: on another machine, or on a GPU of their own."""
+"""Run rewards in Ray actors, on another machine or on a dedicated GPU."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rft.utils.signals import STOP_SIGNALS
 
 
 class RewardActor:
-    """The actor's side: one reward function, loaded once."""
+    """Ray actor that loads one reward function and scores with it."""
 
     def __init__(self, function: str, options: dict[str, Any], base_dir: str) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # for what the reward starts; see worker.py
-        os.environ.pop("PYTHONSAFEPATH", None)  # for rft's processes, not for those that a reward starts
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # for the reward's children; see worker.py
+        os.environ.pop("PYTHONSAFEPATH", None)  # meant for rft's processes, not for a reward's children
         self.reward: Any = load_reward(function, base_dir=base_dir, **options)
 
     def loaded(self) -> tuple[Any, ...]:
-        """What `Loaded` holds, and the process id."""
+        """Return the fields of `Loaded`, and the process id."""
         r = self.reward
         return r.columns, r.required, r.any_of, r.per_sample, os.getpid()
 
@@ -36,8 +36,10 @@ class RewardActor:
         batch: int,
         state: TrainerState | None,
     ) -> tuple[list[Any], Logged]:
-        """All scores of a call, encoded, and what `log_metric` got; what the function raises is an `error`
-        of its samples."""
+        """Return the encoded scores of a call, and the values passed to `log_metric`.
+
+        An exception of the function gives its samples the outcome `error`.
+        """
         scores: list[Score] = []
         logged: Logged = {}
         call = Call(lambda first, part: scores.extend(part), lambda index: None, logged.update)
@@ -46,8 +48,10 @@ class RewardActor:
 
 
 class ActorPool:
-    """One Ray actor, with the interface of `WorkerPool`. A call that hangs ends with its actor, which
-    is then made anew; so does a crash. Needs `ray.init` before `start`."""
+    """One Ray actor with the interface of `WorkerPool`.
+
+    The actor is replaced after a crash or a call that exceeds its deadline. Needs `ray.init` before `start`.
+    """
 
     def __init__(self, spec: Spec, num_cpus: float, num_gpus: float, start_timeout_s: float = 120.0) -> None:
         self.spec = spec
@@ -58,10 +62,10 @@ class ActorPool:
         self.pids: list[int] = []
         self._actor: Any = None
         self._making = asyncio.Lock()
-        self._turn = asyncio.Lock()  # one call at a time: none spends its deadline behind another one
+        self._turn = asyncio.Lock()  # one call at a time: waiting for others must not use up the deadline
 
     async def start(self) -> None:
-        """Make the actor and wait until it has loaded. Raises RewardError where it cannot."""
+        """Create the actor and wait until it has loaded the reward. Raises RewardError on failure."""
         async with self._making:
             if self._actor is None:
                 await self._make()
@@ -96,7 +100,7 @@ class ActorPool:
         state: TrainerState | None = None,
         logged: Logged | None = None,
     ) -> list[Score]:
-        """One Score per completion. A hang is a `timeout` of the whole call, a crash an `error`."""
+        """Return one Score per completion. A hang is a `timeout` of the whole call, a crash an `error`."""
         if not completions:
             return []
         given_up = asyncio.Event()
@@ -106,7 +110,7 @@ class ActorPool:
         try:
             return await asyncio.shield(asyncio.create_task(judging))
         except asyncio.CancelledError:
-            given_up.set()  # a call that has begun keeps its deadline: the next one waits for the actor
+            given_up.set()  # a call that has started keeps its deadline: the next one waits for the actor
             raise
 
     async def _judge(
@@ -153,6 +157,5 @@ class ActorPool:
                 ray.kill(actor)
 
     async def close(self) -> None:
-        """End the actor."""
         if self._actor is not None:
             await self._drop(self._actor)

@@ -1,6 +1,7 @@
-r"""Final answers as small values: numbers, expressions, sequences, names, sets of reals, choices, times.
+r"""Parse final answers into values: numbers, expressions, sequences, names, sets of reals, choices, times.
 
-`read` takes LaTeX and plain text. The rest is an `Expr`, which `rft.rewards.equal` compares by value.
+`read` accepts LaTeX and plain text. Anything else becomes an `Expr`, which `rft.rewards.equal` compares by
+value.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from rft.rewards.numeric import parse, real_value, same_value
 from rft.rewards.units import Tail, Unit, leading_currency, split_tail
 
 MAX_DIGITS = 1000
-MAX_DEPTH = 12  # brackets within brackets that are taken apart
+MAX_DEPTH = 12  # deepest nesting of brackets that is parsed
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A rational number. `digits`: the significant ones of a decimal, 0 where it is written exactly;
-    `step`: one unit of its last digit; `letter`: the unit is a bare letter, which may be a variable."""
+    """A rational number.
+
+    digits: significant digits of a decimal, 0 for an exact notation. step: one unit of the last digit.
+    letter: the unit is a bare letter, which may also be a variable.
+    """
 
     value: Fraction
     percent: bool = False
@@ -50,7 +54,7 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """kind: `list` (no brackets), `{}`, `matrix`, `row`, `det`, or a pair of brackets such as `(]`."""
+    """A sequence. kind: `list` (no brackets), `{}`, `matrix`, `row`, `det`, or brackets such as `(]`."""
 
     kind: str
     items: tuple[Value, ...]
@@ -76,7 +80,7 @@ class Reals:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """`x = 3, y = 2`. `equation`: the two sides as they were written, of a single name."""
+    """Named values: `x = 3, y = 2`. equation: both sides as written, for a single name."""
 
     pairs: tuple[tuple[str, Value], ...]
     equation: tuple[str, str] | None = None
@@ -84,7 +88,7 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """An equation or inequality that does not say what one name is; sign: `=`, `<`, `<=` or `!=`."""
+    """An equation or inequality that does not give the value of one name. sign: `=`, `<`, `<=` or `!=`."""
 
     sign: str
     left: str
@@ -99,7 +103,7 @@ class Residue:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A letter of a multiple choice, with the text of that choice where it is given."""
+    """A letter of a multiple-choice question, with the text of that choice where it is given."""
 
     letter: str
     rest: Value | None = None
@@ -107,7 +111,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """`3:45 PM`; half: am, pm, or empty."""
+    """A time: `3:45 PM`. half: am, pm, or empty."""
 
     hour: int
     minute: int
@@ -122,7 +126,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Numeral:
-    """Digits with their base."""
+    """Digits in a given base."""
 
     digits: str
     base: int
@@ -130,7 +134,7 @@ class Numeral:
 
 @dataclass(frozen=True, slots=True)
 class Approximate:
-    r"""`\frac{1}{3} \approx 0.333`."""
+    r"""An approximation: `\frac{1}{3} \approx 0.333`."""
 
     exact: Value
     shown: Value
@@ -138,7 +142,7 @@ class Approximate:
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """`2 + 2 = 5`, `3 = x = 4`: equal to nothing."""
+    """A contradiction, equal to nothing: `2 + 2 = 5`, `3 = x = 4`."""
 
     text: str
 
@@ -184,7 +188,7 @@ _WORDY_NAME = re.compile(
     r"|[A-Za-z]\([^()=]{1,20}\)"
     r"|(?:\\words\{[^{}]*\}|[A-Za-z]{3,})(?:[ ](?:\\words\{[^{}]*\}|[A-Za-z]+)){0,5})"
 )
-# Words of a sentence that does not say what something equals.
+# Words of a sentence that does not give a value for a name.
 _NO_NAME = re.compile(
     r"(?<![a-zA-Z])(?:not|never|no|nor|neither|wrong|incorrect|false|least|most|than|except|unless|if|but|between|"
     r"opposite|minus|negative|without|half|twice|maybe|perhaps|or)(?![a-zA-Z])",
@@ -266,7 +270,7 @@ _WORD_FORMS = {
 
 @lru_cache(maxsize=65_536)
 def read(text: str) -> Value:
-    """A final answer as a value."""
+    """Parse a final answer."""
     return _read(plain_tex(text), 0)
 
 
@@ -286,7 +290,7 @@ def _read(text: str, depth: int) -> Value:
 
 
 def _unbraced(text: str) -> str:
-    """Without braces around all of it."""
+    """Strip braces that enclose the whole text."""
     for _ in range(4):
         if not (text.startswith("{") and text.endswith("}") and _spans(text)):
             break
@@ -340,7 +344,7 @@ def _read_fraction(text: str) -> Fraction | None:
     if match and int(match[4]):
         part = Fraction(int(match[3]), int(match[4]))
         if match[2] and not 0 <= part < 1:
-            return None  # 2 \frac{5}{3} is no mixed number
+            return None  # 2 \frac{5}{3} is not a mixed number
         value = int(match[2] or 0) + part
         return -value if match[1] == "-" else value
     match = _RATIONAL.fullmatch(text)
@@ -350,7 +354,7 @@ def _read_fraction(text: str) -> Fraction | None:
 
 
 def _read_repeating(text: str) -> Fraction | None:
-    r"""`0.1\overline{6}`, `0.1(6)`, `0.\dot{3}`, `0.333...`."""
+    r"""Read a repeating decimal: `0.1\overline{6}`, `0.1(6)`, `0.\dot{3}`, `0.333...`."""
     if match := _DOTTED.fullmatch(text):
         sign, whole, fixed, period = match[1], match[2], match[3], match[4] + match[5] + match[6]
     elif match := _REPEATING.fullmatch(text):
@@ -371,7 +375,7 @@ def _read_repeating(text: str) -> Fraction | None:
 
 
 def _period(digits: str) -> str | None:
-    """The shortest block that the digits end with at least twice (three times where it is all of them)."""
+    """Return the shortest block repeated at least twice at the end (three times if there is nothing else)."""
     for size in range(1, min(len(digits) // 2, 50) + 1):
         block = digits[-size:]
         if digits.endswith(block * 2):
@@ -380,11 +384,11 @@ def _period(digits: str) -> str | None:
 
 
 def expanded_fractions(text: str) -> str:
-    r"""`\frac12` as `\frac{1}{2}`."""
+    r"""Write `\frac12` as `\frac{1}{2}`."""
     return _FRAC_BARE.sub(lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
 
 
-# -- readers, in order: each takes plain LaTeX and gives a value, or None where it is not its kind -------
+# -- readers, in order: each takes plain LaTeX and returns a value, or None if it does not apply ---------
 
 
 def _infinity(text: str, depth: int) -> Value | None:
@@ -396,7 +400,7 @@ def _infinity(text: str, depth: int) -> Value | None:
 
 
 def _words(text: str, depth: int) -> Value | None:
-    """Plain words and phrases."""
+    """Read plain words and phrases."""
     inner = re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text)
     inner = " ".join(inner.split()).strip(" .,")
     wrapped = inner != text
@@ -418,7 +422,7 @@ def _words(text: str, depth: int) -> Value | None:
     if {"and", "or", "mod", "to"} & set(low.split()):
         return _read(inner, depth) if wrapped else None
     if not wrapped and re.fullmatch(r"[b-df-hj-np-tv-z]{3}", inner):
-        return None  # xyz: a product
+        return None  # xyz is a product
     return Words(_WORD_FORMS.get(low, re.sub(r"^(?:the|an|a) (?=\w)", "", low)))
 
 
@@ -511,7 +515,7 @@ def _matrix(text: str, depth: int) -> Value | None:
 
 
 def _unqualified(text: str, depth: int) -> Value | None:
-    r"""`\pi n, n \in \mathbb{Z}` without its last part."""
+    r"""Read `\pi n, n \in \mathbb{Z}` without its qualifier."""
     match = _QUALIFIER.search(text) if r"\mathbb" in text else None
     return (
         _read(text[: match.start()], depth)
@@ -526,7 +530,7 @@ def _about(text: str, depth: int) -> Value | None:
 
 
 def _intervals_from_outside(text: str, depth: int) -> Value | None:
-    """`]1,2[`, `]1,2]`, `[1,2[`."""
+    """Read intervals with outward brackets: `]1,2[`, `]1,2]`, `[1,2[`."""
     if not (len(text) > 4 and text[0] in "[]" and text[-1] in "[]" and (text[0] == "]" or text[-1] == "[")):
         return None
     if re.search(r"[\[\]]", text[1:-1]):
@@ -563,7 +567,7 @@ def _union(text: str, depth: int) -> Value | None:
 
 
 def as_pieces(value: Value) -> list[Piece] | None:
-    """A set of reals as intervals: of an interval, a finite set (points), an inequality."""
+    """Return the intervals of an interval, an inequality or a finite set (as points)."""
     if isinstance(value, Reals):
         return list(value.pieces)
     if isinstance(value, Items) and len(value.items) == 2 and value.kind in ("()", "(]", "[)", "[]"):
@@ -575,7 +579,7 @@ def as_pieces(value: Value) -> list[Piece] | None:
 
 
 def _all_but(points: list[Value], name: str = "") -> Value | None:
-    """The reals without some points."""
+    """Return the reals without the given points."""
     placed = []
     for value in points:
         expression = parse(show(value)) if isinstance(value, Number | Expr) else None
@@ -589,7 +593,7 @@ def _all_but(points: list[Value], name: str = "") -> Value | None:
 
 
 def _bracketed(text: str, depth: int) -> Value | None:
-    """Sets, tuples, intervals."""
+    """Read sets, tuples and intervals."""
     if text in (r"\emptyset", r"\{\}", r"\{ \}"):
         return Items("{}", ())
     if text.startswith(r"\{") and text.endswith(r"\}") and r"\}" not in text[2:-2]:
@@ -612,7 +616,7 @@ def _bracketed(text: str, depth: int) -> Value | None:
 
 
 def _flat(values: object) -> tuple[Value, ...]:
-    """Lists within a list (from a plus-minus) as one."""
+    """Flatten lists within a list, which a plus-minus sign produces."""
     out: list[Value] = []
     for value in values:  # type: ignore[attr-defined]
         out += value.items if isinstance(value, Items) and value.kind == "list" else [value]
@@ -620,7 +624,7 @@ def _flat(values: object) -> tuple[Value, ...]:
 
 
 def _listed(text: str) -> tuple[list[str], list[str]]:
-    """The parts of a list, and what joins them: commas, semicolons, and, or."""
+    """Split a list into its items and its separators: commas, semicolons, "and", "or"."""
     parts, joints, start, depth = [], [], 0, 0
     grouped = re.search(r"[,;]\s|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|;", text) is not None
     at = 0
@@ -662,7 +666,7 @@ def _listed(text: str) -> tuple[list[str], list[str]]:
 
 
 def _system(text: str, depth: int) -> Value | None:
-    """The lines of a system of equations."""
+    """Read the lines of a system of equations."""
     match = _SYSTEM.fullmatch(text) if r"\begin" in text else None
     if match is None or r"\words" in match[2] or r"\begin" in match[2]:
         return None
@@ -692,12 +696,12 @@ def _list(text: str, depth: int) -> Value | None:
     ):
         return Items("list", (Items("()", tuple(v for _, v in first.pairs)), *values[1:]))
     if len(set(values)) == 1 and len({spaceless(part) for part in parts}) > 1:
-        return first  # one answer, written in several ways
+        return first  # one answer in several notations
     return Items("list", _flat(values))
 
 
 def _mapping(values: list[Named]) -> Value:
-    """Named values: several of one name are a list."""
+    """Collect named values; several values of one name form a list."""
     grouped: dict[str, list[Value]] = {}
     for named in values:
         for name, value in named.pairs:
@@ -709,7 +713,7 @@ def _mapping(values: list[Named]) -> Value:
 
 
 def _combined(values: list[Reals], either: bool) -> Value | None:
-    """Inequalities joined by or, a union; by and or a comma, the part between two bounds."""
+    """Combine inequalities: the union for "or", the intersection for "and" or a comma."""
     names = {v.name for v in values}
     if len(names) > 1:
         return Items("list", tuple(values))
@@ -728,7 +732,7 @@ def _combined(values: list[Reals], either: bool) -> Value | None:
 
 
 def _relation(text: str, depth: int) -> Value | None:
-    """Equations, assignments, inequalities."""
+    """Read equations, assignments and inequalities."""
     if match := _MEMBER.fullmatch(text):
         return _read(match[2], depth)
     if match := _EQUIVALENT.fullmatch(text):
@@ -756,7 +760,7 @@ def _relation(text: str, depth: int) -> Value | None:
 
 
 def _compared(text: str) -> tuple[list[str], list[str]]:
-    """The sides of a chain of comparisons, and the signs between them."""
+    """Split a chain of comparisons into its sides and signs."""
     sides, signs, start, depth = [], [], 0, 0
     for match in re.finditer(r"\\(?:le|ge|ne)(?![a-zA-Z])|\\[{}]|[()\[\]{}<>=]", text):
         token = match[0]
@@ -772,7 +776,7 @@ def _compared(text: str) -> tuple[list[str], list[str]]:
 
 
 def _name(text: str) -> str | None:
-    """The variable that a text is: `x`, `x_1`, `f(x)` is f, words and segments are nameless (empty)."""
+    """Return the variable that `text` consists of: `x`, `x_1`; f for `f(x)`; "" for words and segments."""
     text = text.strip()
     if match := _NAME.fullmatch(text):
         return None if text in ("e", "i") else match[1].lstrip("\\") + (f"_{match[2]}" if match[2] else "")
@@ -797,7 +801,7 @@ def _equation(text: str, sides: list[str], depth: int) -> Value | None:
             return Contradiction(text)
         name = _name(first)
         if name and any(_mentions(side, name) for side in sides[1:-1]):
-            return Contradiction(text)  # y = 2x y = 3x: two equations, of which none is the answer
+            return Contradiction(text)  # y = 2x y = 3x: two equations, neither of which is the answer
         value = _read(sides[-1], depth)
         return value if name is None else Named(((name, value),))
     left, right = sides
@@ -820,7 +824,7 @@ def _equation(text: str, sides: list[str], depth: int) -> Value | None:
 
 
 def _mentions(text: str, name: str) -> bool:
-    """Whether a variable stands in a text, other than as a function or with an index."""
+    """Whether a variable occurs in a text, other than as a function or with an index."""
     return re.search(rf"(?<![a-zA-Z\\]){re.escape(name)}(?![a-zA-Z_(])", text) is not None
 
 
@@ -832,7 +836,7 @@ def _names_of_tuple(text: str) -> list[str] | None:
 
 
 def _distance(inside: str, sign: str, right: str, depth: int) -> Value | None:
-    """`|x - 2| < 3` as an interval or two."""
+    """Read `|x - 2| < 3` as one or two intervals."""
     match = re.fullmatch(rf"({_VARIABLE})\s*(?:([-+])\s*(.+))?", inside.strip())
     radius = _read(right, depth)
     middle = _read(match[3], depth) if match and match[3] else Number(Fraction(0))
@@ -878,7 +882,7 @@ def _parts_of_quantity(text: str) -> tuple[str, Tail, Unit | None] | None:
 
 
 def _counted(text: str, depth: int) -> Value | None:
-    """A number with a currency in front, or a unit or noun behind."""
+    """Read a number preceded by a currency or followed by a unit or noun."""
     parts = _parts_of_quantity(text)
     number = _read_number(parts[0]) if parts else None
     if parts is None or number is None:
@@ -891,7 +895,7 @@ def _counted(text: str, depth: int) -> Value | None:
 
 
 def _quantity(text: str, depth: int) -> Value | None:
-    """An expression with a currency in front, or a unit or noun behind."""
+    """Read an expression preceded by a currency or followed by a unit or noun."""
     parts = _parts_of_quantity(text)
     if parts is None:
         return None
@@ -952,16 +956,16 @@ _READERS = (
 )
 
 
-# -- texts -------------------------------------------------------------------------------------------
+# -- text helpers ------------------------------------------------------------------------------------
 
 
 def spaceless(text: str) -> str:
-    """Without spaces, but for those between digits."""
+    """Remove all spaces except those between digits."""
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
 
 
 def show(value: Value) -> str:
-    """LaTeX of a number or expression."""
+    """Format a number or expression as LaTeX."""
     if isinstance(value, Number):
         f = value.value
         text = (
@@ -978,7 +982,7 @@ def show(value: Value) -> str:
 
 
 def _spans(text: str) -> bool:
-    """True where the first bracket closes with the last one, whatever their shapes."""
+    """Whether the first bracket closes with the last one, whatever their shapes."""
     depth = 0
     for i, char in enumerate(text):
         if char in _OPEN:
@@ -991,7 +995,7 @@ def _spans(text: str) -> bool:
 
 
 def _split(text: str, separators: str) -> list[str]:
-    """At the separators outside of all brackets."""
+    """Split at the separators outside all brackets."""
     parts, depth, last = [], 0, 0
     for i, char in enumerate(text):
         if char in _OPEN:

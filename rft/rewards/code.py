@@ -1,7 +1,7 @@
-"""Programs against unit tests, in a sandbox.
+"""Score programs with unit tests in a sandbox.
 
-The tests run in a process that the program cannot reach (see `rft.sandbox.testing`); what a program
-prints or how it exits decides nothing but its own stdin/stdout tests.
+The tests run in a process that the program cannot reach (see `rft.sandbox.testing`). The program's output and
+exit status affect only its stdin/stdout tests.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*```", re.DO
 
 
 def extract_code(completion: str) -> str | None:
-    """The last fenced block of a completion, after any `</think>`; without fences the whole text.
+    """Return the last fenced block of a completion, after any `</think>`; without fences the whole text.
 
-    None where nothing is left, or where a fence is opened and never closed (a cut-off program).
+    None if the result is empty, or if a fence is never closed (a cut-off program).
     """
     text = completion.rpartition("</think>")[2] if "</think>" in completion else completion
     blocks = _FENCE.findall(text)
@@ -37,7 +37,7 @@ def extract_code(completion: str) -> str | None:
 
 
 def same_output(got: str, want: str, tolerance: float = 0.0) -> bool:
-    """Equal but for trailing spaces and blank lines at the end; numbers to a relative tolerance."""
+    """Compare outputs up to trailing spaces and blank lines at the end; numbers to a relative tolerance."""
     a, b = (["".join(line.rstrip()) for line in t.rstrip().splitlines()] for t in (got, want))
     if a == b:
         return True
@@ -52,13 +52,13 @@ def _near(a: str, b: str, tolerance: float) -> bool:
         got, want = float(a), float(b)
     except ValueError:
         return a == b
-    if not (math.isfinite(got) and math.isfinite(want)):  # a tolerance relative to infinity takes everything
+    if not (math.isfinite(got) and math.isfinite(want)):  # a tolerance relative to infinity accepts anything
         return got == want or (math.isnan(got) and math.isnan(want))
     return abs(got - want) <= tolerance * max(1.0, abs(want))
 
 
 def stdio_cases(tests: Any) -> list[tuple[str, str]] | None:
-    """(stdin, stdout) pairs from the forms that datasets use; None where `tests` has no such form."""
+    """Return (stdin, stdout) pairs from the formats that datasets use; None if `tests` has another format."""
     if isinstance(tests, Mapping) and "inputs" in tests and not tests.get("fn_name"):
         return [(_lines(i), _lines(o)) for i, o in zip(tests["inputs"], tests["outputs"], strict=True)]
     if isinstance(tests, Sequence) and not isinstance(tests, str) and tests:
@@ -83,8 +83,11 @@ def _same(got, want):
 
 
 def call_asserts(tests: Mapping[str, Any]) -> str:
-    """Asserts for `{fn_name, inputs, outputs}`: lists of arguments, and what is to come back, which some
-    datasets wrap in a list. The function may be a method of a class `Solution`; tuples count as lists."""
+    """Write asserts for `{fn_name, inputs, outputs}`: argument lists and return values.
+
+    Some datasets wrap each return value in a list. The function may be a method of a class `Solution`; tuples
+    are compared as lists.
+    """
     name = tests["fn_name"]
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"`fn_name` must be the name of a function, not {name!r}")
@@ -98,7 +101,7 @@ def call_asserts(tests: Mapping[str, Any]) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Python source of JSON data, which may hold infinities."""
+    """Write JSON data, which may contain infinities, as Python source."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"float({str(value)!r})"
     if isinstance(value, list):
@@ -109,7 +112,7 @@ def _literal(value: Any) -> str:
 
 
 def _from_json(tests: Any) -> Any:
-    """Tests that a dataset holds as the text of a JSON object or list."""
+    """Decode tests that a dataset stores as the text of a JSON object or list."""
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(tests)
@@ -123,7 +126,7 @@ def _lines(value: Any) -> str:
 
 
 class _Runner:
-    """A sandbox, limits, and the score of what came out."""
+    """Run programs in a sandbox with limits, and score the results."""
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class _Runner:
         self.sandbox = Sandbox(readable, require, backend)
 
     def scored(self, passed: int, total: int, detail: str, broken: str = "") -> Score:
-        """All or nothing, or the fraction; a program out of its time is a `timeout` worth 0."""
+        """Score all or nothing, or the fraction passed; exceeding a time limit is a `timeout` worth 0."""
         if total and passed == total and not broken:
             return Score(1.0, Outcome.correct, f"{total} of {total} tests passed")
         value = passed / total if self.scoring == "fraction" and total and not broken else 0.0
@@ -178,15 +181,15 @@ class _Runner:
 
 
 class Code:
-    """Python programs against asserts, stdin/stdout pairs, or HumanEval's `check`.
+    """Score Python programs with asserts, stdin/stdout pairs, or HumanEval's `check`.
 
-    scoring: `all` (1 where every test passes) or `fraction` of the tests passed; a program that dies
-        or runs out of time in assert tests earns 0 in either.
-    timeout_s: wall time of one program with its asserts, or of one stdin/stdout pair; cpu_s: its CPU
-        time; memory_mb, processes: of all that it starts. readable: further folders that it may read.
-    require: protections without which this reward refuses to start; all by default. sandbox: `bubblewrap`,
-        `native` (namespaces made by rft), `landlock`, or `auto`: the first of them that works here.
-    tolerance: relative, for numbers in stdout.
+    scoring: `all` (1 if every test passes) or `fraction` of the tests passed; a program that crashes
+        or exceeds its time limit in assert tests scores 0 in both modes.
+    timeout_s: wall time of one program with its asserts, or of one stdin/stdout pair. cpu_s: its CPU time.
+        memory_mb, processes: limits for the program with all its children.
+    readable: further folders that it may read. require: protections without which this reward refuses to
+        start; all by default. sandbox: `bubblewrap`, `native` (namespaces made by rft), `landlock`, or
+        `auto`: the first of them that works here. tolerance: relative, for numbers in stdout.
     Raises SandboxError where this machine lacks a required protection.
     """
 
@@ -218,9 +221,12 @@ class Code:
         test: str | None = None,
         entry_point: str | None = None,
     ) -> Score:
-        """tests: asserts (a source, or a list of them), stdin/stdout pairs ([{input, output}],
-        {inputs, outputs}), or calls ({fn_name, inputs, outputs}); the
-        last two as JSON text too. test and entry_point: HumanEval's columns; the prompt then is code too."""
+        """Score one completion.
+
+        tests: asserts (a source, or a list of them), stdin/stdout pairs ([{input, output}],
+            {inputs, outputs}), or calls ({fn_name, inputs, outputs}); the last two also as JSON text.
+        test, entry_point: HumanEval's columns; the prompt is then part of the program.
+        """
         program = extract_code(completion)
         if program is None:
             return Score(0.0, Outcome.unparseable, "no program found")
@@ -249,14 +255,14 @@ class Code:
 
 
 def complete(prompt: str, code: str, entry_point: str) -> str:
-    """HumanEval: a completion is the function's body, or the whole function again."""
+    """Join a HumanEval prompt with a completion that is the function's body or the whole function."""
     definition = re.search(rf"^def\s+{re.escape(entry_point)}\b", prompt, re.MULTILINE)
     if re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", code, re.MULTILINE) is None:
         return prompt + code
     return (prompt[: definition.start()] if definition else "") + code
 
 
-# command to build (None: nothing to build), command to run, file name, needs no address-space limit
+# build command (None: no build), run command, file name
 LANGUAGES: dict[str, tuple[list[str] | None, list[str], str]] = {
     "python": (None, ["python3", "main.py"], "main.py"),
     "javascript": (None, ["node", "--max-old-space-size=256", "main.js"], "main.js"),
@@ -268,10 +274,10 @@ LANGUAGES: dict[str, tuple[list[str] | None, list[str], str]] = {
 
 
 class TranslatedCode:
-    """A program translated into another language, against the original's stdin/stdout pairs.
+    """Score a translated program with the stdin/stdout pairs of the original.
 
     language: of `LANGUAGES`; its compiler or interpreter must be installed below /usr. The program is
-    built once, in the sandbox too, and run on every pair. Other options as in `Code`.
+    built once, also in the sandbox, and run on every pair. Other options as in `Code`.
     """
 
     def __init__(
@@ -304,7 +310,7 @@ class TranslatedCode:
             raise SandboxError(f"{language} needs {tool!r}, which is not installed below /usr")
 
     def judge(self, completion: str, tests: Any) -> Score:
-        """tests: stdin/stdout pairs of the original program."""
+        """Score one completion. tests: stdin/stdout pairs of the original program."""
         cases = stdio_cases(tests)
         if not cases:
             raise ValueError("translated code needs stdin/stdout pairs in the column `tests`")

@@ -1,7 +1,7 @@
-"""From several rewards to one number per completion: pure functions over plain lists.
+"""Combine several rewards into one number per completion: pure functions on plain lists.
 
-`None` is kept apart from 0 throughout: a component that abstains is left out of the sum; a component
-that failed makes the whole sample None.
+`None` is never treated as 0: a component that abstains is left out of the sum; a component that failed makes
+the whole sample None.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Values = list[float | None]
 
 
 def scheduled(weight: float | Schedule, progress: float) -> float:
-    """A weight at `progress` (0 at the start of the run, 1 at its end)."""
+    """Return a weight at `progress` (0 at the start of the run, 1 at its end)."""
     if isinstance(weight, int | float):
         return float(weight)
     span = weight.until - weight.begin
@@ -30,15 +30,15 @@ def scheduled(weight: float | Schedule, progress: float) -> float:
 
 
 def weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """sum of w_i * r_i over the components that apply; None where none does."""
+    """Return the sum of w_i * r_i over the components that apply; None if none does."""
     present = [w * v for v, w in zip(values, weights, strict=True) if v is not None]
     return sum(present) if present else None
 
 
 def direction_product(vector: Sequence[float | None], direction: Sequence[float]) -> float | None:
-    """v . r with the preference direction v scaled to length 1 (DPA, arXiv:2402.18571, eq. 2).
+    """Return v . r with the preference direction v scaled to length 1 (DPA, arXiv:2402.18571, eq. 2).
 
-    None where a component is missing: the direction has no meaning without it.
+    None if a component is missing: the product is undefined without it.
     """
     norm = math.sqrt(sum(d * d for d in direction))
     if any(v is None for v in vector):
@@ -47,9 +47,9 @@ def direction_product(vector: Sequence[float | None], direction: Sequence[float]
 
 
 def normalized(values: Sequence[float | None], groups: Sequence[int], epsilon: float = 1e-4) -> Values:
-    """(r - mean) / (std + epsilon) within each group (population std), over the values that apply.
+    """Return (r - mean) / (std + epsilon) within each group (population std), over the values that apply.
 
-    A group whose values are all equal gives 0, whatever the rounding of its mean.
+    A group whose values are all equal gives exactly 0, whatever the rounding of its mean.
     """
     members: dict[int, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
@@ -69,18 +69,18 @@ def normalized(values: Sequence[float | None], groups: Sequence[int], epsilon: f
 def gdpo(
     components: Sequence[Sequence[float | None]], weights: Sequence[float], groups: Sequence[int]
 ) -> Values:
-    """Sum over components of w_k times r_k normalised within its group (GDPO, arXiv:2601.05242, eq. 4-5).
+    """Sum w_k times r_k normalised within its group over the components (GDPO, arXiv:2601.05242, eq. 4-5).
 
-    components: one list of N values per reward. Normalising each reward by itself keeps combinations
-    apart that the normalised sum would merge. The batch-wise normalisation of eq. 6 is the
-    algorithm's (advantage whitening).
+    components: one list of N values per reward. Normalising each reward separately keeps combinations
+    distinct that normalising the sum would merge. The batch-wise normalisation of eq. 6 is left to the
+    algorithm (advantage whitening).
     """
     per_reward = [normalized(values, groups) for values in components]
     return [weighted_sum(row, weights) for row in zip(*per_reward, strict=True)]
 
 
 def gates_pass(scores: Sequence[Score], configs: Sequence[RewardConfig]) -> bool:
-    """True where every gate that applies reaches its threshold."""
+    """Whether every gate that applies reaches its threshold."""
     return all(
         s.value is None or s.value >= c.threshold for s, c in zip(scores, configs, strict=True) if c.gate
     )
@@ -93,7 +93,7 @@ def combine(
     groups: Sequence[int] | None = None,
     progress: float = 0.0,
 ) -> list[SampleReward]:
-    """The combined rewards of N completions.
+    """Combine the rewards of N completions.
 
     scores: by reward name, N each, in config order. groups: the group of each completion (for `gdpo`;
     by default all N are one group). progress: 0 to 1, for schedules.

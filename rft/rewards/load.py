@@ -1,11 +1,11 @@
-"""From a spec (`math`, `file.py:function`, `package.module:function`) to a reward function.
+"""Load a reward function from a spec (`math`, `file.py:function`, `package.module:function`).
 
 A built-in is a plain function of one sample,
 
     def math(completion, answer, *, extraction=..., tolerance=...) -> Score
 
 whose positional parameters are `prompt`, `completion` and dataset columns, and whose keyword-only
-parameters are its options; or, where it keeps state (a sandbox, a model, a connection), a class whose
+parameters are its options; or, if it keeps state (a sandbox, a model, a connection), a class whose
 constructor takes the options: its `judge` is such a function, or its `score` takes whole lists.
 """
 
@@ -68,25 +68,25 @@ VERL = "rft.contrib.rewards.verl.from_verl"
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 SAMPLED = ("num_tokens", "truncated", "completion_ids")
-"""Columns that the sampler gives."""
+"""Columns provided by the sampler."""
 PER_CALL = ("trainer_state", "log_extra", "log_metric")
-"""What TRL gives to a reward besides lists; so does rft."""
+"""Arguments other than lists that TRL, and therefore rft, passes to a reward."""
 
 
 class SpecError(ValueError):
-    """A reward cannot be loaded as written; the message says what to write instead."""
+    """A reward cannot be loaded from its spec; the message says how to correct it."""
 
 
 class CallError(ValueError):
-    """A call that concerns all of its samples failed: wrong length, no list, a missing column."""
+    """A call failed for all of its samples: wrong length, not a list, a missing column."""
 
 
 def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> RewardFunction:
-    """The reward function that `spec` names, with its options bound.
+    """Load the reward function that `spec` names, with its options bound.
 
     The result is called as `(prompts, completions, **columns) -> list[float | None]` (a coroutine for
     an async custom function), and has `.score(prompts, completions, **columns) -> list[Score]`.
-    Paths are relative to `base_dir`. Raises SpecError for anything that does not exist.
+    Paths are relative to `base_dir`. Raises SpecError if the spec cannot be resolved.
     """
     if spec.startswith("verl:"):
         target = resolve(spec.removeprefix("verl:"), base_dir)
@@ -101,7 +101,7 @@ def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> 
 
 
 def builtin(name: str) -> Any:
-    """The function or class of a built-in; SpecError with the nearest name where there is none."""
+    """Return the function or class of a built-in. Raises SpecError with the nearest name if there is none."""
     if name not in BUILTINS:
         hint = did_you_mean(name, BUILTINS)
         if name.endswith(".py"):
@@ -112,7 +112,7 @@ def builtin(name: str) -> Any:
 
 
 def resolve(spec: str, base_dir: Path | str = ".") -> Any:
-    """The object that `file.py:name` or `package.module:name` names; SpecError where it does not exist."""
+    """Return the object that `file.py:name` or `package.module:name` names. Raises SpecError if missing."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
         raise SpecError(f"{spec!r} is not `file.py:function` or `package.module:function`")
@@ -139,7 +139,7 @@ def _import_file(where: str, base_dir: Path | str) -> Any:
     if spec is None or spec.loader is None:
         raise SpecError(f"{path} cannot be imported as Python")
     if str(path.parent) not in sys.path:  # so that the file can import its neighbours; last, so that none
-        sys.path.append(str(path.parent))  # of them stands for a module of Python or of a package
+        sys.path.append(str(path.parent))  # of them shadows a module of Python or of a package
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -165,7 +165,7 @@ def _import_module(where: str, base_dir: Path | str) -> Any:
 
 
 def describe_error(error: BaseException) -> str:
-    """The traceback from the reward's own code on, cut in the middle where it is endless."""
+    """Format the traceback from the reward's frames on; a very long one is cut in the middle."""
     told = traceback.TracebackException.from_exception(error)
     part: traceback.TracebackException | None = told
     while part is not None:
@@ -179,12 +179,12 @@ def describe_error(error: BaseException) -> str:
     return text if len(text) <= MAX_DETAIL else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
-MAX_DETAIL = 20_000  # characters of a failure that are kept
+MAX_DETAIL = 20_000  # longest error text, in characters
 _MACHINERY = (str(Path(__file__).parents[1]) + "/", "<frozen importlib")  # frames of rft around the user's
 
 
 def option_parameters(target: Any) -> dict[str, inspect.Parameter] | None:
-    """The options that a built-in or custom function takes; None: any (it takes `**kwargs`)."""
+    """Return the options that a built-in or custom function takes; None if it takes any (`**kwargs`)."""
     parameters = inspect.signature(target).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return None
@@ -194,7 +194,7 @@ def option_parameters(target: Any) -> dict[str, inspect.Parameter] | None:
 
 
 def checked_options(spec: str, target: Any, options: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
-    """The options, converted to the types that `target` declares. Raises SpecError with what to write."""
+    """Convert the options to the types that `target` declares. Raises SpecError with a correction."""
     known = option_parameters(target)
     if not strict and not inspect.isclass(target):  # a custom function may take options by position
         known = None if known is None else dict(inspect.signature(target).parameters)
@@ -222,7 +222,7 @@ def _converted(spec: str, name: str, value: Any, hint: Any) -> Any:
 
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # the hint is a model of its own and takes no config
+    except PydanticUserError:  # a hint that is a pydantic model does not accept a config
         adapter = TypeAdapter(hint)
     try:
         return adapter.validate_python(value)
@@ -238,7 +238,7 @@ def _rows(columns: Mapping[str, Sequence[Any]], n: int, label: str) -> None:
 
 
 def require_columns(reward: Any, label: str, columns: Collection[str]) -> None:
-    """Raise CallError where `columns` lack one that `reward` (what was loaded, or its `Loaded`) must have."""
+    """Raise CallError if `columns` lack one that `reward` (the loaded function, or its `Loaded`) requires."""
     have = ", ".join(sorted(columns)) or "none"
     lacks = [(repr(name), name) for name in reward.required if name not in columns]
     if reward.any_of and not set(reward.any_of) & set(columns):
@@ -251,7 +251,7 @@ def require_columns(reward: Any, label: str, columns: Collection[str]) -> None:
 
 
 def signature_columns(target: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The columns that a built-in must have, and those that it can use."""
+    """Return the columns that a built-in requires, and those that it can use."""
     if inspect.isclass(target):
         judge = getattr(target, "judge", None)
         if judge is None:
@@ -300,7 +300,7 @@ class PerSample:
         progress: Callable[[int], None] | None = None,
         **columns: Sequence[Any],
     ) -> list[Score]:
-        """One Score per completion. What the function raises is an `error`, never a zero.
+        """Return one Score per completion. An exception of the function is an `error`, never a zero.
 
         `progress` is called with each index before its sample is judged.
         """
@@ -330,7 +330,7 @@ class PerSample:
 
 
 class Stateful:
-    """A built-in that keeps state and judges whole lists: models, judges."""
+    """A built-in that keeps state and scores whole lists, such as a model or a judge."""
 
     per_sample = False
     any_of: tuple[str, ...] = ()
@@ -344,7 +344,6 @@ class Stateful:
         self.columns: tuple[str, ...] | None = None if getattr(cls, "all_columns", False) else known
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Score]:
-        """One Score per completion."""
         _rows(columns, len(completions), self.spec)
         start = perf_counter()
         scores = self.inner.score(prompts, completions, **columns)
@@ -358,7 +357,7 @@ class Stateful:
 
 
 class Arguments:
-    """How a user's function takes what a call offers: by name, whatever the kinds of its parameters.
+    """Match the values offered in a call to a user's function by name, whatever the kinds of its parameters.
 
     required: parameters without a default. takes_all: it has `**kwargs`. names: all of its parameters.
     """
@@ -375,7 +374,7 @@ class Arguments:
         self.required = tuple(n for n, p in named.items() if p.default is p.empty)
 
     def call(self, function: Any, offered: Mapping[str, Any]) -> Any:
-        """Call `function` with what it takes of `offered`."""
+        """Call `function` with those values of `offered` that it accepts."""
         by_place: list[Any] = []
         by_name = dict(offered) if self.takes_all else {k: v for k, v in offered.items() if k in self.names}
         for name, p in self.parameters.items():
@@ -388,7 +387,7 @@ _ATOMS = (str, int, float, bool, type(None), bytes)
 
 
 def private(value: Any) -> Any:
-    """A copy that shares no list or dict with `value`: what a function does to it concerns nobody else."""
+    """Copy lists and dicts, so that changes made by a function stay invisible to other functions."""
     if type(value) is list:
         return [v if type(v) in _ATOMS else private(v) for v in value]
     if type(value) is dict:
@@ -397,9 +396,9 @@ def private(value: Any) -> Any:
 
 
 class Custom:
-    """A user's function (or class, made with its options), sync or async, in TRL's convention.
+    """A user's function (or class, instantiated with its options), sync or async, in TRL's convention.
 
-    any_of: columns of which it needs one. state: where the run is, for `trainer_state`.
+    any_of: columns of which it needs at least one. state: progress of the run, for `trainer_state`.
     """
 
     per_sample = False
@@ -436,9 +435,9 @@ class Custom:
         return self.arguments.call(self.function, offered)
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Score]:
-        """One Score per completion; garbage in a place is an `error` there. Not from a running loop.
+        """Return one Score per completion; an invalid item is an `error`. Do not call from a running loop.
 
-        Raises what the function raises, and CallError for a result of the wrong length.
+        Raises the function's exceptions, and CallError for a result of the wrong length.
         """
         start = perf_counter()
         self._extra.clear()
@@ -459,7 +458,7 @@ class Custom:
         return [replace(s, detail=self._with_extra(s.detail, i, n)) for i, s in enumerate(scores)]
 
     def take_logged(self) -> dict[str, list[float]]:
-        """What the function gave to `log_metric` since the last time."""
+        """Return and clear the values passed to `log_metric`."""
         logged, self._logged = self._logged, {}
         return logged
 
@@ -470,7 +469,7 @@ class Custom:
         self._extra[str(column)] = list(values)
 
     def _with_extra(self, detail: str, i: int, n: int) -> str:
-        """The detail of sample `i`, with what the function gave to `log_extra` for it."""
+        """Append the `log_extra` values of sample `i` to its detail."""
         for name, values in self._extra.items():
             if len(values) != n:
                 raise CallError(
@@ -481,7 +480,7 @@ class Custom:
 
 
 def as_score(spec: str, value: Any, seconds: float = 0.0) -> Score:
-    """A custom function's return value as a Score: None abstains, what is no finite number is an error."""
+    """Convert a custom function's result to a Score: None abstains, all but finite numbers are errors."""
     if value is None:
         return Score(None, Outcome.abstain, "", seconds)
     if isinstance(value, Score):
@@ -494,20 +493,20 @@ def as_score(spec: str, value: Any, seconds: float = 0.0) -> Score:
 
 
 def _number(value: Any) -> float | None:
-    """A finite float; None for all that is none."""
+    """Return a finite float; None for anything else."""
     if hasattr(value, "item"):  # numpy or torch scalar
         value = value.item()
     if not isinstance(value, Real | Decimal):
         return None
     try:
         number = float(value)
-    except OverflowError:  # an int beyond what a float holds
+    except OverflowError:  # an int too large for a float
         return None
     return number if math.isfinite(number) else None
 
 
 def _sound(spec: str, score: Score, seconds: float) -> Score:
-    """A Score that a custom function made, or an error that says what does not fit in it."""
+    """Validate a Score made by a custom function; an invalid one becomes an error that names the problem."""
     value = None if score.value is None else _number(score.value)
     steps = tuple(_number(step) for step in score.steps)
     problem = ""
@@ -521,7 +520,7 @@ def _sound(spec: str, score: Score, seconds: float) -> Score:
         return Score(None, Outcome.error, f"{spec} returned {score!r:.200}: {problem}", seconds)
     outcome = Outcome(score.outcome)
     kept = tuple(step for step in steps if step is not None)
-    lost = outcome in (Outcome.error, Outcome.abstain)  # these carry no number
+    lost = outcome in (Outcome.error, Outcome.abstain)  # their value is None
     return Score(None if lost else value, outcome, str(score.detail), score.seconds or seconds, kept)
 
 

@@ -1,17 +1,17 @@
-r"""Math with a checkable answer: find the final answer, compare it with the gold one.
+r"""Score math with a checkable answer: extract the final answer and compare it with the gold answer.
 
-The ways of finding it, tried in this order by default; the first that finds something decides:
+The extraction methods, in their default order; the first one that finds something decides:
 
-1. `boxed`   the last `\boxed{...}` (or `\fbox{...}`), braces balanced, nested boxes unwrapped; boxes with
-             nothing but space, commas, "and", "or" or a name between them (`x = \boxed{2}, y = \boxed{5}`)
+1. `boxed`   the last `\boxed{...}` (or `\fbox{...}`), braces balanced, nested boxes unwrapped; boxes
+             separated only by space, commas, "and", "or" or a name (`x = \boxed{2}, y = \boxed{5}`)
              are one answer
-2. `tag`     the last `<answer>...</answer>`; a sentence in it ("The answer is 5.") by the way `phrase`
-3. `hash`    what follows the last `####` on its line (GSM8K)
-4. `phrase`  what follows the last "the answer is", "final answer:", "answer:", to the end of the sentence
+2. `tag`     the last `<answer>...</answer>`; `phrase` reads a sentence in it ("The answer is 5.")
+3. `hash`    the text after the last `####` on its line (GSM8K)
+4. `phrase`  the text after the last "the answer is", "final answer:", "answer:", to the end of the sentence
 5. `number`  the last number in the text
 
-Text up to a closing `</think>` is never searched. A thought, box or tag that is opened and never closed is a
-cut-off answer, and an empty last box is none: then nothing is found, rather than something by a weaker way.
+Text up to a closing `</think>` is never searched. An unclosed thought, box or tag is a cut-off answer, and an
+empty last box is not an answer: then the result is empty, and the weaker methods are not tried.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rft.rewards.types import Outcome, Score, Text, text_of
 
 Way = Literal["boxed", "tag", "hash", "phrase", "number"]
 WAYS: tuple[Way, ...] = ("boxed", "tag", "hash", "phrase", "number")
-MAX_PROMPT = 20_000  # characters that are searched for a repeated expression
+MAX_PROMPT = 20_000  # longest prompt, in characters, that is searched for a repeated expression
 
 
 def math(
@@ -48,15 +48,15 @@ def math(
     wrong: float = 0.0,
     unparseable: float = 0.0,
 ) -> Score:
-    """`correct` where the completion's final answer equals the column `answer`.
+    """Score `correct` if the completion's final answer equals the column `answer`.
 
     answer: a number, a string (plain, LaTeX, a GSM8K solution with `####`, a solution with `\\boxed{}`),
         or a list of them, of which one must match.
-    prompt: an answer that only repeats an expression of it, where the gold is written otherwise, is wrong.
-    extraction: the ways of finding the final answer, in order (see the top of this file).
-    limit_s: time for sympy; beyond it the score is None with the outcome `timeout`. In a thread that is
-        not the main one no limit is possible here; a worker pool's own limit holds everywhere.
-    correct, wrong, unparseable: the values. Raises ValueError for a gold answer that is none.
+    prompt: an answer that only repeats one of its expressions is wrong, unless the gold is written alike.
+    extraction: the methods for finding the final answer, in order (see the top of this file).
+    limit_s: time limit for sympy, in seconds; beyond it the value is None with the outcome `timeout`. It
+        applies in the main thread only; a worker pool's limit applies everywhere.
+    correct, wrong, unparseable: the values. Raises ValueError for a gold entry without an answer.
     """
     golds = gold_answers(answer)
     found = extract(completion, extraction)
@@ -89,7 +89,7 @@ def _limited(gold: str, answer: str, limit_s: float) -> Verdict:
 
 
 def gold_answers(answer: Any) -> list[str]:
-    """The final answers of a gold entry, one of which must match. Raises ValueError where there is none."""
+    """Return the final answers of a gold entry, one of which must match. Raises ValueError if it has none."""
     if type(answer) is str:
         return [gold_answer(answer)]
     if isinstance(answer, list | tuple):
@@ -100,7 +100,7 @@ def gold_answers(answer: Any) -> list[str]:
 
 
 def gold_answer(answer: Any) -> str:
-    """The final answer of a gold entry. Raises ValueError where there is none."""
+    """Return the final answer of a gold entry. Raises ValueError if there is none."""
     if isinstance(answer, float):
         if not real.isfinite(answer):
             raise ValueError(f"the gold answer is no number: {answer!r}")
@@ -118,7 +118,7 @@ def gold_answer(answer: Any) -> str:
 
 
 def gold_problem(answer: Any) -> str | None:
-    """Why nothing can ever equal a gold entry; None where it is an answer. In words that fit many rows."""
+    """Explain why nothing can equal a gold entry, in terms that fit many rows; None if it is an answer."""
     if (
         isinstance(answer, str)
         and answer.isalnum()
@@ -152,7 +152,7 @@ def _unbalanced(text: str) -> bool:
     return plain.count("{") != plain.count("}")
 
 
-# -- answers that are the question -------------------------------------------------------------------
+# -- answers that repeat the question ----------------------------------------------------------------
 
 _OPERATION = re.compile(
     r"[-+*/^!:=]|\d(?=[a-zA-Z(\\])"
@@ -163,9 +163,9 @@ _BEFORE, _AFTER = "+-*/^_({[\\,.", "+*/^_)}]!"
 
 
 def _repeats(prompt: str, answer: str, golds: Sequence[str]) -> bool:
-    """Whether an answer is an expression that stands in the prompt, still to be computed.
+    """Whether an answer is an unevaluated expression of the prompt.
 
-    No repetition where a gold is written with the same characters, or is the longer of the two.
+    False if a gold answer consists of the same characters, or is the longer of the two.
     """
     if not answer or answer.isalnum() or len(prompt) > MAX_PROMPT:
         return False
@@ -196,13 +196,13 @@ def _repeats(prompt: str, answer: str, golds: Sequence[str]) -> bool:
 
 
 def _spelling(text: str) -> list[str]:
-    r"""The characters of an expression, sorted: the same for `1+x` and `x+1`, `\frac12` and `1/2`."""
+    r"""Return the sorted characters of an expression: equal for `1+x` and `x+1`, `\frac12` and `1/2`."""
     text = re.sub(r"\\frac(?![a-zA-Z])", "/", text)
     return sorted(re.sub(r"[\s{}]|\\(?:cdot|times)(?![a-zA-Z])|\*", "", text))
 
 
 def warm_up() -> None:
-    """Import mpmath, sympy and math-verify ahead of the first answer that needs them."""
+    """Import mpmath, sympy and math-verify before the first answer that needs them."""
     import rft.rewards.symbolic  # noqa: F401
 
 
@@ -213,7 +213,7 @@ math.warm_up = warm_up  # type: ignore[attr-defined]
 
 
 class Found(NamedTuple):
-    """An extracted answer; `way` says how, `text` is None where the answer was cut off or left empty."""
+    """An extracted answer. way: the method used; text: None if the answer was cut off or left empty."""
 
     text: str | None
     way: Way | Literal["think"]
@@ -241,7 +241,7 @@ _NUMBER = re.compile(
 
 
 def closing(text: str, start: int) -> int:
-    """The index of the brace that closes the one at `start`, or -1. Escaped braces do not count."""
+    """Return the index of the brace that closes the one at `start`, or -1. Escaped braces do not count."""
     depth, i, n = 0, start, len(text)
     while i < n:
         char = text[i]
@@ -261,7 +261,7 @@ def closing(text: str, start: int) -> int:
 def _boxed(text: str) -> Found | None:
     if "\\boxed" not in text and "\\fbox" not in text:
         return None
-    boxes: list[tuple[int, int, str]] = []  # of the boxes that are not in another one: start, end, content
+    boxes: list[tuple[int, int, str]] = []  # outermost boxes: start, end, content
     for match in _BOX.finditer(text):
         if boxes and match.start() < boxes[-1][1]:
             continue
@@ -269,7 +269,7 @@ def _boxed(text: str) -> Found | None:
         if text[at : at + 1] == "{":
             end = closing(text, at)
             if end < 0:
-                return Found(None, "boxed")  # cut off: what came before was not final
+                return Found(None, "boxed")  # cut off: earlier boxes were not the final answer
             boxes.append((match.start(), end + 1, _unboxed(text[at + 1 : end].strip())))
         else:  # \boxed 5
             token = _TOKEN.match(text, at)
@@ -280,7 +280,7 @@ def _boxed(text: str) -> Found | None:
 
 
 def _joined(text: str, boxes: list[tuple[int, int, str]]) -> str:
-    """The content of the last box, and of those before it that nothing but a joint separates."""
+    """Join the last box with those before it that only separators divide from it."""
     answers = [boxes[-1][2]]
     first = len(boxes) - 1
     named = False
@@ -298,9 +298,9 @@ def _joined(text: str, boxes: list[tuple[int, int, str]]) -> str:
 
 
 def _unboxed(inner: str) -> str:
-    """The content of a box, without the boxes in it."""
+    """Return the content of a box without nested boxes."""
     if inner.count("\\boxed") + inner.count("\\fbox") > 20:
-        return inner  # no answer
+        return inner  # not an answer
     while (match := _BOX.search(inner)) is not None:
         at = match.end()
         end = closing(inner, at) if inner[at : at + 1] == "{" else -1
@@ -348,7 +348,7 @@ def _phrase(text: str) -> Found | None:
 def _number(text: str) -> Found | None:
     for window in (text[-200:], text):
         matches = _NUMBER.findall(window)
-        if matches and not (len(window) < len(text) and len(matches) == 1):  # it may be cut by the window
+        if matches and not (len(window) < len(text) and len(matches) == 1):  # the window may cut the match
             return Found(matches[-1].strip(), "number")
     return None
 
@@ -363,12 +363,12 @@ _FIND: dict[Way, Callable[[str], Found | None]] = {
 
 
 def extract(text: str, ways: Sequence[Way] = WAYS) -> Found | None:
-    """The final answer of a completion, by the first of `ways` that finds one. Never raises."""
+    """Extract the final answer of a completion with the first of `ways` that finds one. Never raises."""
     end = text.rfind("</think>")
     if end >= 0:
         text = text[end + len("</think>") :]
     if "<think>" in text:
-        return Found(None, "think")  # cut off in thought
+        return Found(None, "think")  # cut off before the end of the thought
     for way in ways:
         found = _FIND[way](text)
         if found is not None:
@@ -376,16 +376,16 @@ def extract(text: str, ways: Sequence[Way] = WAYS) -> Found | None:
     return None
 
 
-# -- time ---------------------------------------------------------------------------------------------
+# -- time limit ---------------------------------------------------------------------------------------
 
 
 class OutOfTime(BaseException):
-    """Not an Exception: code that catches everything must not catch this."""
+    """The time limit was exceeded. Not an Exception, so that a broad `except Exception` does not catch it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the block after `seconds`. In other threads than the main one: no limit."""
+    """Raise OutOfTime in the block after `seconds`. No effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

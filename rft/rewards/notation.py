@@ -1,6 +1,6 @@
-r"""One spelling for the many of an answer: Unicode, LaTeX, Markdown and typographic spaces to plain LaTeX.
+r"""Normalise the notation of an answer: Unicode, LaTeX, Markdown and typographic spaces to plain LaTeX.
 
-`plain_tex` changes how an answer is written, never what it says: `½`, `\dfrac12` and `\tfrac{1}{2}` all
+`plain_tex` changes the notation of an answer, never its meaning: `½`, `\dfrac12` and `\tfrac{1}{2}` all
 become a `\frac`; `x²` becomes `x^{2}`; `≤`, `\leqslant` and `<=` become `\le`; `1\,234` and `1{,}234`
 become `1234` and `1,234`; `\mathbf{(D)}` becomes `(D)`.
 """
@@ -12,7 +12,7 @@ import unicodedata
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a table that is written as text."""
+    """Return the words of a table that is written as text."""
     return text.split()
 
 
@@ -185,7 +185,7 @@ _SUB = re.compile(r"<sub>(.*?)</sub>", re.IGNORECASE)
 
 
 def plain_tex(text: str) -> str:
-    """The answer in plain LaTeX, on one line, without mathematical delimiters and final punctuation."""
+    """Write an answer as plain LaTeX, on one line, without math delimiters and final punctuation."""
     text = _undelimited(text.strip())
     if not text.isascii():
         text = _from_unicode(text)
@@ -241,7 +241,7 @@ def _from_markup(text: str) -> str:
 
 
 def _currency(text: str) -> str:
-    r"""`\$5` and a lone `$5` as `\dollar 5`; the dollars that delimit mathematics go."""
+    r"""Write `\$5` and a single `$5` as `\dollar 5`; remove dollars that delimit math."""
     if "$" not in text:
         return text
     text = text.replace(r"\$", r"\dollar ")
@@ -276,7 +276,7 @@ def _from_tex(text: str) -> str:
 
 
 def _listed_relations(text: str) -> str:
-    r"""`x = 1 \quad y = 2` with a comma in place of the space."""
+    r"""Replace the space in `x = 1 \quad y = 2` by a comma."""
     first, *rest = _WIDE.split(text)
     for part in rest:
         both = _RELATED.search(first) and _RELATED.search(part)
@@ -286,7 +286,7 @@ def _listed_relations(text: str) -> str:
 
 
 def _unstyled(match: re.Match[str]) -> str:
-    """A style's content: mathematics as it is, words inside of one `\\text`."""
+    """Return the content of a style command: math unchanged, words inside one `\\text`."""
     content = match[2] if match[2] is not None else match[3] or ""
     bare = content.strip()
     if bare in FUNCTIONS or bare in ("lcm", "gcd", "mod"):

@@ -1,13 +1,13 @@
-r"""Equality of expressions by evaluation: exact in the rationals, else at growing precision.
+r"""Test equality of expressions by evaluation: exactly in the rationals, else at increasing precision.
 
-Reads the plain LaTeX (see `rft.rewards.notation`) of everyday answers: `3\sqrt{13}`, `2k+2`,
-`(a+5)(b+2)`, `1+274i`, `\log_2 8`, `\binom{5}{2}`, `2005!`. Rational arithmetic is exact, so that
-`2^{64}-1` is not `2^{64}`. A difference that is not rational counts as zero only if it vanishes as the
-precision grows: there is no tolerance, absolute or relative. Expressions with variables are compared at
-fixed points.
+Parses the plain LaTeX (see `rft.rewards.notation`) of common answers: `3\sqrt{13}`, `2k+2`,
+`(a+5)(b+2)`, `1+274i`, `\log_2 8`, `\binom{5}{2}`, `2005!`. Rational arithmetic is exact, so
+`2^{64}-1` is not `2^{64}`. A difference that is not rational counts as zero only if it vanishes with
+increasing precision: there is no tolerance, absolute or relative. Expressions with variables are compared
+at fixed points.
 
-Time is bounded by the size of what is computed: digits, exponents, factorials and nesting beyond the
-limits below make an expression undecided, and an undecided expression equals only its own text.
+The limits below on digits, exponents, factorials and nesting bound the time: an expression beyond them is
+undecided, and an undecided expression equals only the same text.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from typing import Any
 from rft.rewards.notation import FUNCTIONS, GREEK
 
 MAX_TOKENS = 400
-MAX_DEPTH = 40  # brackets within brackets
+MAX_DEPTH = 40  # nesting of brackets
 MAX_BITS = 200_000  # of an exact number
 MAX_MAGNITUDE = 10**12  # of an exponent's logarithm, or of an angle
 MAX_FACTORIAL = 10_000
-PRECISIONS = (30, 80, 250, 1000)  # decimal digits; the last two only where digits were lost
+PRECISIONS = (30, 80, 250, 1000)  # decimal digits; the last two only after a loss of digits
 
 _TOKEN = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+|\\[a-zA-Z]+|[a-zA-Z]+|\S)")
 _PLAIN_NAMES = FUNCTIONS | {"pi"}
 _OPENING = {"(": ")", "{": "}", "[": "]"}
 
-Value = Any  # Fraction, or a real or complex number of mpmath
+Value = Any  # Fraction, or a real or complex mpmath number
 Point = Mapping[str, Value]
 Node = Callable[[Point], Value]
 
 
 class Unreadable(Exception):
-    """The text is not an expression that this file knows."""
+    """The text is not an expression that this file can parse."""
 
 
 class Undecided(Exception):
-    """The expression has no value here, or one that is too large to compute."""
+    """The expression is undefined at this point, or too large to compute."""
 
 
 class Expression:
-    """A parsed expression. `at` gives its value, at the precision that is set."""
+    """A parsed expression. `at` evaluates it at the current precision."""
 
     def __init__(self, node: Node, names: frozenset[str]) -> None:
         self.node, self.names = node, names
 
     def at(self, point: Point) -> Value:
-        """The value at a point. Raises Undecided."""
+        """Return the value at a point. Raises Undecided."""
         try:
             value = self.node(point)
         except (ArithmeticError, ValueError, RecursionError, MemoryError, TypeError):
@@ -63,12 +63,12 @@ class Expression:
 
 
 def parse(text: str) -> Expression | None:
-    """The expression of a text; None where it cannot be read."""
+    """Parse an expression; None if it cannot be read."""
     return _parse(text)
 
 
 def exact_value(expression: Expression) -> Fraction | None:
-    """The value of a constant that is rational by exact arithmetic."""
+    """Return the value of a constant if it is rational by exact arithmetic."""
     if expression.names:
         return None
     try:
@@ -79,7 +79,7 @@ def exact_value(expression: Expression) -> Fraction | None:
 
 
 def real_value(expression: Expression, digits: int) -> Fraction | None:
-    """The value of a real constant to at least `digits` digits, as a fraction."""
+    """Return the value of a real constant to at least `digits` digits, as a fraction."""
     if expression.names:
         return None
     mp = _mp()
@@ -100,9 +100,9 @@ def real_value(expression: Expression, digits: int) -> Fraction | None:
 
 
 def same_value(a: Expression, b: Expression) -> bool | None:
-    """Whether two expressions have the same value at two positive points; without a value there they are not.
+    """Whether two expressions have the same value at two positive points; False without a value there.
 
-    None where they differ only at a third point, at which roots and logarithms take other branches.
+    None if they differ only at a third point, where roots and logarithms take other branches.
     """
     names = sorted(a.names | b.names)
     try:
@@ -129,7 +129,7 @@ def _crossed(a: Expression, b: Expression, p: Point, q: Point) -> tuple[Value, V
 
 
 def same_relation(a: Expression, b: Expression) -> int | None:
-    """For a = 0 and b = 0: the sign of the constant ratio a / b; 0 if they are no multiples."""
+    """Return the sign of the constant ratio a / b, for a = 0 and b = 0; 0 if they are not multiples."""
     names = sorted(a.names | b.names)
     if not names:
         return None
@@ -146,9 +146,10 @@ def same_relation(a: Expression, b: Expression) -> int | None:
 
 
 def same_curve(a: Expression, b: Expression) -> bool | None:
-    """Whether a = 0 and b = 0 have the same solutions; None where this does not decide.
+    """Whether a = 0 and b = 0 have the same solutions; None if undecided.
 
-    Multiples have. Else each one that is linear in a name is solved for it; the other must hold there.
+    Multiples do. Otherwise an equation that is linear in a name is solved for it, and the solution must
+    satisfy the other one.
     """
     ratio = same_relation(a, b)
     if ratio:
@@ -169,7 +170,7 @@ def _is_exact(equation: Expression) -> bool:
 
 
 def _holds_where_solved(solved: Expression, other: Expression) -> bool | None:
-    """Whether `other` vanishes where `solved` does, where that is linear in one of its names."""
+    """Whether `other` vanishes where `solved` does, if `solved` is linear in one of its names."""
     names = sorted(solved.names | other.names)
     for name in sorted(solved.names):
         try:
@@ -208,7 +209,7 @@ def _positive_points(names: list[str]) -> list[dict[str, Value]]:
 
 
 def _other_point(names: list[str], a: Expression, b: Expression) -> dict[str, Value]:
-    """Negative and rational where both stay rational there, else complex with a negative real part."""
+    """Return a negative rational point if both values are rational there, else complex with real part < 0."""
     point = {n: Fraction(-743 - 149 * i, 1013 + i) for i, n in enumerate(names)}
     try:
         if isinstance(a.at(point), Fraction) and isinstance(b.at(point), Fraction):
@@ -220,9 +221,9 @@ def _other_point(names: list[str], a: Expression, b: Expression) -> dict[str, Va
 
 
 def _vanishes(pair: Callable[[], tuple[Value, Value]]) -> bool:
-    """Whether the difference of two values is zero: exactly, or more so the higher the precision.
+    """Whether the difference of two values is zero: exactly, or decreasing with the precision.
 
-    A true difference stays as the precision grows; what is left of a zero shrinks with it.
+    A nonzero difference does not change with the precision; the rounding error of a zero decreases with it.
     """
     mp = _mp()
     before: Any = None
@@ -254,7 +255,7 @@ def _vanishes(pair: Callable[[], tuple[Value, Value]]) -> bool:
 def _mp() -> Any:
     import mpmath
 
-    return mpmath.MPContext()  # not the global one: its precision is ours
+    return mpmath.MPContext()  # not the global context, whose precision others may change
 
 
 def _inexact(value: Value) -> Any:
@@ -305,7 +306,7 @@ def _power(a: Value, b: Value) -> Value:
 
 
 def _exact_power(a: Fraction, b: Fraction) -> Fraction | None:
-    """The rational power where it is one of moderate size."""
+    """Return a power if it is rational and of moderate size."""
     if a == 0:
         if b <= 0:
             raise Undecided  # 0^0, 1/0
@@ -331,7 +332,7 @@ def _exact_root(a: Fraction, degree: int) -> Fraction | None:
 
 
 def _integer_root(n: int, degree: int) -> int:
-    """The largest integer whose power is at most n, by bisection."""
+    """Return the largest integer whose power is at most n, by bisection."""
     if degree == 2:
         return math.isqrt(n)
     low, high = 0, 1 << (n.bit_length() // degree + 1)
@@ -343,7 +344,7 @@ def _integer_root(n: int, degree: int) -> int:
 
 def _exp(z: Any) -> Any:
     if abs(z) > MAX_MAGNITUDE:
-        raise Undecided  # a tower of powers
+        raise Undecided  # a power tower
     return _mp().exp(z)
 
 
@@ -442,7 +443,7 @@ def _function(name: str, x: Value) -> Value:
 
 @lru_cache(maxsize=8192)
 def _parse(text: str) -> Expression | None:
-    if len(text) > 4300:  # the digits that Python converts
+    if len(text) > 4300:  # limit of Python's int conversion
         return None
     try:
         parser = _Parser(text)
@@ -452,7 +453,7 @@ def _parse(text: str) -> Expression | None:
 
 
 class _Parser:
-    """Recursive descent; builds closures that are evaluated at points."""
+    """Recursive-descent parser; builds closures that are evaluated at points."""
 
     def __init__(self, text: str) -> None:
         self.tokens = list(_tokens(text))
@@ -460,7 +461,7 @@ class _Parser:
             raise Unreadable
         self.at = 0
         self.depth = 0
-        self.bars = 0  # absolute values that are open
+        self.bars = 0  # number of open absolute values
         self.names: set[str] = set()
         self.node = self._stacked()
         if self.at != len(self.tokens):
@@ -490,7 +491,7 @@ class _Parser:
         return terms[0] if len(terms) == 1 else _folded(_plus, terms)
 
     def _stacked(self) -> Node:
-        """A sum, or two of them over each other."""
+        """Parse a sum, or two stacked sums."""
         node = self._sum()
         if self._peek() in (r"\over", r"\choose"):
             operation = _divided if self._take() == r"\over" else _binomial
@@ -507,7 +508,7 @@ class _Parser:
                 factors.append(_inverted(factor) if token in ("/", r"\div") else factor)
             elif self._starts_factor(token):
                 if token[0].isdigit() and self.tokens[self.at - 1][-1].isdigit():
-                    raise Unreadable  # two numbers side by side
+                    raise Unreadable  # two adjacent numbers
                 factors.append(self._power())
             else:
                 return factors[0] if len(factors) == 1 else _folded(_times, factors)
@@ -539,7 +540,7 @@ class _Parser:
         return base
 
     def _exponent(self) -> Node:
-        """What is raised; powers of powers are read from the right."""
+        """Parse an exponent; nested powers associate to the right."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable
@@ -569,7 +570,7 @@ class _Parser:
         return node
 
     def _argument(self) -> Node:
-        r"""What belongs to `\frac`, `\binom`: a group in braces, or one digit or letter."""
+        r"""Parse the argument of `\frac`, `\binom`: a group in braces, or one digit or letter."""
         if self._peek() == "{":
             return self._group("{", "}")
         token = self._peek()
@@ -617,7 +618,7 @@ class _Parser:
         return lambda p: number
 
     def _proper_fraction(self) -> Fraction | None:
-        """A fraction of two plain numbers below one: after a whole number it is added (1 4/5)."""
+        """Parse a proper fraction of two plain numbers, which is added to a preceding integer (1 4/5)."""
         t = self.tokens[self.at + 1 : self.at + 7]
         numbers = t[1:5:3] if t[:1] == ["{"] and len(t) == 6 and t[2:4] == ["}", "{"] and t[5] == "}" else []
         length = 7
@@ -682,7 +683,7 @@ class _Parser:
         return _binary(_root, inner, degree)
 
     def _applied(self, name: str) -> Node:
-        r"""`\sin^2 x`, `\tan^{-1} 2`, `\log_2 8`, `\sin 2x`: the factors that follow are the argument."""
+        r"""Parse a function and its argument factors: `\sin^2 x`, `\tan^{-1} 2`, `\log_2 8`, `\sin 2x`."""
         base: Node | None = None
         exponent: Node | None = None
         for _ in range(2):
@@ -707,7 +708,7 @@ class _Parser:
         return node if exponent is None else _binary(_power, node, exponent)
 
     def _argument_of_log(self) -> Node:
-        """A base: a group, or one token (`\\log_2 8`, `\\log_28` is base 2)."""
+        """Parse the base of a logarithm: a group, or one token (`\\log_2 8`, `\\log_28` is base 2)."""
         token = self._peek()
         if token.isdigit() and len(token) > 1 and self._peek(1) not in ("(", "{", "\\", "|"):
             following = self._peek(1)
@@ -733,7 +734,7 @@ class _Parser:
         return _negated(node) if negative else node
 
     def _plain_factor(self, token: str) -> bool:
-        r"""A number, letter, root or fraction: `\sin 2x` takes it; `\sin x \cos x`, `\sin x(y)` do not."""
+        r"""Whether a factor joins the argument: `\sin 2x` takes it; `\sin x \cos x`, `\sin x(y)` do not."""
         if token in _PLAIN_NAMES:
             return token == "pi"
         if token[0] == "\\":
@@ -753,7 +754,7 @@ def _tokens(text: str) -> Iterator[str]:
 
 
 def _letters(token: str) -> list[str]:
-    """A run of letters as variables, with a function's name or pi where it starts the run (`sinx`, `pix`)."""
+    """Split a run of letters into variables, after a leading function name or pi (`sinx`, `pix`)."""
     for name in ("arcsin", "arccos", "arctan", "sqrt", "sin", "cos", "tan", "log", "ln"):
         if token.startswith(name) and len(token) - len(name) <= 2:
             return [name, *token[len(name) :]]
@@ -786,7 +787,7 @@ def _inverted(a: Node) -> Node:
 
 
 def _folded(operation: Callable[[Value, Value], Value], nodes: list[Node]) -> Node:
-    """All nodes joined from the left, without a closure for each."""
+    """Combine all nodes from the left in one closure."""
 
     def evaluate(p: Point) -> Value:
         value = nodes[0](p)

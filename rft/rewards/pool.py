@@ -1,7 +1,8 @@
-"""The parent's side of reward workers: a pool of killable processes in one asyncio loop, without threads.
+"""Manage reward workers: a pool of killable processes in one asyncio loop, without threads.
 
-The pool keeps its size: a worker that hangs is killed with its children, one that crashes is replaced, one
-that has judged long enough is recycled. Jobs of several callers interleave. The worker's side is `worker.py`.
+The pool keeps its size: a worker that hangs is killed with its children, a crashed worker is replaced, and a
+worker is recycled after `recycle_after` samples. Jobs of several callers interleave. The worker's code is
+`worker.py`.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from rft.utils.process import Guardian, is_running, kill_tree
 from rft.utils.python import SAFE_PYTHON, search_path
 
 MAX_HUNG_CALLS = 16
-"""Of one request: calls that hang are split to find the sample that hangs, until so many have hung."""
+"""Hung calls of one request that are split to isolate the sample; further ones become timeouts."""
 MAX_DEATHS_LOADING = 3
-"""Of a worker's successors: one may be killed from outside, a function that kills them all is at fault."""
+"""Successive workers that may die while loading: one death may have an external cause, repeated ones not."""
 
 Logged = dict[str, list[float]]
-"""By name, what a reward function gave to `log_metric`."""
+"""Values passed to `log_metric`, by name."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A reward function as the workers load it."""
+    """A reward function to be loaded by the workers."""
 
     function: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,8 +51,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker says of a function: the columns that it reads (None: all), those that it must have, those
-    of which it needs one, and whether it judges one sample per call."""
+    """A worker's description of a function.
+
+    columns: those that it reads (None: all); required: those that it must have; any_of: those of which it
+    needs one; per_sample: it judges one sample per call.
+    """
 
     columns: tuple[str, ...] | None
     required: tuple[str, ...]
@@ -61,7 +65,7 @@ class Loaded:
 
 @dataclass
 class _Request:
-    """One call of `WorkerPool.score`: filled in job by job."""
+    """One call of `WorkerPool.score`, completed job by job."""
 
     spec: int
     prompts: Sequence[Text]
@@ -72,7 +76,7 @@ class _Request:
     scores: list[Score | None]
     done: asyncio.Future[None]
     left: int
-    hung: int = 0  # calls of it that were killed
+    hung: int = 0  # number of its calls that were killed
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class _Job:
 
 
 class WorkerPool:
-    """Workers that all load the same reward functions."""
+    """Worker processes that all load the same reward functions."""
 
     def __init__(
         self,
@@ -100,7 +104,7 @@ class WorkerPool:
         memory: int | None = None,
     ) -> None:
         self.specs = list(specs)
-        self.memory = memory  # bytes that a worker may hold
+        self.memory = memory  # memory limit of a worker in bytes
         self.size = workers
         self.recycle_after = recycle_after
         self.start_timeout_s = start_timeout_s
@@ -113,7 +117,7 @@ class WorkerPool:
         self._closed = False
 
     async def start(self) -> None:
-        """Start all workers and wait until they have loaded. Raises RewardError where one cannot."""
+        """Start all workers and wait until they have loaded. Raises RewardError if one cannot load."""
         self._jobs = asyncio.Queue()
         self._guardian = Guardian()
         results = await asyncio.gather(*(self._spawn() for _ in range(self.size)), return_exceptions=True)
@@ -126,7 +130,7 @@ class WorkerPool:
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the living workers."""
+        """Return the process ids of the running workers."""
         return [w.pid for w in self._workers if not w.exited.done()]
 
     async def score(
@@ -138,8 +142,11 @@ class WorkerPool:
         state: TrainerState | None = None,
         logged: Logged | None = None,
     ) -> list[Score]:
-        """One Score per completion, in order. A hung call is a `timeout`, a crash an `error`, both None. What
-        the function gives to `log_metric` is added to `logged`."""
+        """Return one Score per completion, in order.
+
+        A call that hangs is a `timeout`, a crash an `error`, both with the value None. Values passed to
+        `log_metric` are added to `logged`.
+        """
         if self._closed:
             raise RuntimeError("the reward pool is closed")
         n = len(completions)
@@ -157,7 +164,7 @@ class WorkerPool:
         try:
             await self._finished(request)
         finally:
-            done.cancel()  # jobs of a request that nobody waits for are skipped
+            done.cancel()  # the remaining jobs of an abandoned request are skipped
         return [score for score in request.scores if score is not None]
 
     async def _finished(self, request: _Request) -> None:
@@ -171,7 +178,7 @@ class WorkerPool:
         raise RuntimeError("the reward pool was closed during a call")
 
     async def close(self) -> None:
-        """Ends all workers with their children, and the guardian."""
+        """Stop all workers with their children, and the guardian."""
         self._closed = True
         for slot in self._slots:
             slot.cancel()
@@ -183,7 +190,7 @@ class WorkerPool:
     # -- workers -----------------------------------------------------------------------------------
 
     async def _spawn(self) -> Worker:
-        """A worker that has loaded. Raises RewardError where none can."""
+        """Start a worker and wait until it has loaded. Raises RewardError after repeated failures."""
         for _ in range(MAX_DEATHS_LOADING):
             try:
                 return await self._launch()
@@ -195,7 +202,7 @@ class WorkerPool:
         )
 
     async def _launch(self) -> Worker:
-        """One attempt. Raises Died where the worker is gone before it has loaded."""
+        """Try once to start a worker. Raises Died if the process ends before it has loaded."""
         assert self._guardian is not None
         worker, sock = Worker.launch(self.memory)
         self._guardian.watch(worker.process.pid)
@@ -237,7 +244,7 @@ class WorkerPool:
             self._guardian.forget(pid)
 
     async def _slot(self, worker: Worker) -> None:
-        """Serves jobs with one worker, replacing it when needed, forever."""
+        """Process jobs with one worker, replacing it when needed, until cancelled."""
         while True:
             job = await self._jobs.get()
             if job.request.done.done():
@@ -273,7 +280,7 @@ class WorkerPool:
                     r.logged.setdefault(name, []).extend(values)
                 continue
             if kind == "done":
-                for i in range(job.start, job.stop):  # whatever happened: nobody waits for ever
+                for i in range(job.start, job.stop):  # a missing score would block the caller forever
                     self._fill(r, i, [Score(None, Outcome.error, "its worker gave no score for this sample")])
                 return
             first, rows = rest
@@ -290,7 +297,7 @@ class WorkerPool:
     # -- after a failure ---------------------------------------------------------------------------
 
     def _call_of(self, job: _Job, index: int) -> tuple[int, int]:
-        """The samples (start, stop) of the call that began at `index`."""
+        """Return the samples (start, stop) of the call that began at `index`."""
         per_sample = self.loaded[job.request.spec].per_sample
         return index, index + 1 if per_sample else min(index + job.batch, job.stop)
 
@@ -315,14 +322,14 @@ class WorkerPool:
         self._requeue(job, start, stop)
 
     def _split(self, job: _Job, start: int, stop: int) -> None:
-        """One sample of this call broke it: smaller calls find it and keep the others."""
+        """Split a failed call into smaller ones, to isolate the sample at fault and keep the others."""
         step = -(-(stop - start) // 8)
         for a in range(start, stop, step):
             b = min(a + step, stop)
             self._jobs.put_nowait(_Job(job.request, a, b, b - a))
 
     def _requeue(self, job: _Job, start: int, stop: int) -> None:
-        """The rest of a broken job goes back: what came before the call (if unsent) and what follows."""
+        """Requeue the unscored rest of a failed job: unsent samples before the call, and those after it."""
         for a, b in ((job.start, start), (stop, job.stop)):
             todo = [i for i in range(a, b) if job.request.scores[i] is None]
             if todo:
@@ -339,12 +346,12 @@ START = (
     "from rft.rewards.worker import main; main(*fds)"
 )
 END_S = 10.0
-"""A killed process ends within this, unless it hangs in the kernel (on a disk, a device)."""
+"""Seconds to wait for a killed process, which may hang in the kernel (on a disk, a device)."""
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
 
 class Died(Exception):
-    """The worker's process ended; `reason` says how."""
+    """The worker process ended; `reason` says how."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -352,7 +359,7 @@ class Died(Exception):
 
 
 class Hung(Exception):
-    """A call exceeded its time; `index` is its first sample within the job."""
+    """A call exceeded its deadline; `index` is its first sample within the job."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"call of sample {index} exceeded its time")
@@ -360,12 +367,12 @@ class Hung(Exception):
 
 
 class Worker:
-    """One process. All methods run in the event loop that started it."""
+    """One worker process. All methods run in the event loop that started it."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], board: mmap.mmap, where_fd: int, memory: int | None
     ) -> None:
-        self.process = process  # the worker's keeper; it ends as the worker does
+        self.process = process  # the worker's parent process, which ends as the worker does
         self.memory = memory
         self.board = board
         self._where_fd = where_fd
@@ -379,7 +386,7 @@ class Worker:
 
     @classmethod
     def launch(cls, memory: int | None = None) -> tuple[Worker, socket.socket]:
-        """Start the process; the socket is this side's end. memory: bytes that it may hold."""
+        """Start the process; return it with the parent's end of the socket. memory: its limit in bytes."""
         ours, theirs = socket.socketpair()
         board_fd, where_fd = os.memfd_create("rft-reward-progress"), os.memfd_create("rft-reward-where")
         os.ftruncate(board_fd, PROGRESS.size + WORKER.size)
@@ -395,7 +402,7 @@ class Worker:
                     *map(str, (PROGRESS.size, memory or 0, *fds)),
                 ],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a reward prints must not end up among a command's own output
+                stdout=2,  # a reward's prints must not appear in the output of a command
                 pass_fds=fds,
                 start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
@@ -407,11 +414,11 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The process that runs the rewards, once it has started; until then its keeper."""
+        """The process that runs the rewards; its parent process until it has started."""
         return int(WORKER.unpack_from(self.board, PROGRESS.size)[0]) or self.process.pid
 
     async def attach(self, sock: socket.socket) -> None:
-        """Take the socket over."""
+        """Take over the socket."""
         self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=1 << 24)
 
     def _on_exit(self) -> None:
@@ -420,7 +427,7 @@ class Worker:
             self.exited.set_result(None)
 
     def send(self, message: Any) -> None:
-        """Write one message; it leaves when the loop gets to it."""
+        """Queue one message for sending."""
         assert self.writer is not None
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         self.writer.write(HEADER.pack(len(data)) + data)
@@ -430,11 +437,11 @@ class Worker:
         data = await self.reader.readexactly(size)
         try:
             return pickle.loads(data)
-        except Exception as error:  # whatever bytes a reward wrote to a descriptor that is not its own
+        except Exception as error:  # a reward wrote to a descriptor that it does not own
             raise Died("its connection carried something else than messages") from error
 
     async def receive(self, timeout_s: float, *, per_call: bool) -> Any:
-        """The next message. Raises Died; raises Hung once a call (or the wait) exceeds `timeout_s`."""
+        """Return the next message. Raises Died; raises Hung once a call (or the wait) exceeds `timeout_s`."""
         read = asyncio.ensure_future(self._read())
         begun = time.monotonic()
         try:
@@ -443,14 +450,14 @@ class Worker:
                 since = max(since, begun) if index < 0 else since
                 left = since + timeout_s - time.monotonic()
                 if left <= 0:
-                    await asyncio.sleep(0.002)  # the two numbers are not written at one instant: look again
+                    await asyncio.sleep(0.002)  # index and time are not written atomically: read again
                     if not read.done() and (not per_call or PROGRESS.unpack_from(self.board)[0] == index):
                         raise Hung(max(index, 0))
                     continue
                 await asyncio.wait({read, self.exited}, timeout=left + 0.005, return_when="FIRST_COMPLETED")
                 if read.done():
                     return read.result()
-                if self.exited.done():  # what it wrote before it died still counts
+                if self.exited.done():  # messages sent before it died still count
                     return await asyncio.wait_for(read, 1.0)
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
             await asyncio.wait({self.exited}, timeout=1.0)  # the connection may close before the process ends
@@ -461,19 +468,18 @@ class Worker:
                 await read
 
     async def where(self) -> str:
-        """What the process is doing, innermost first, as `; it was at FILE, line N, in f`; "" where it does
-        not say."""
+        """Return the stack, innermost frame first, as `; it was at FILE, line N, in f`; "" if unknown."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, WHERE)
         for _ in range(20):
             begun = self._told() != ""
-            await asyncio.sleep(0.02)  # it is written line by line
+            await asyncio.sleep(0.02)  # the stack is written line by line
             if begun:
                 break
         return self._told()
 
     def _told(self) -> str:
-        """The frames of the reward's own code that the process has written down."""
+        """Format the frames of the reward's code from the stack that the process has written."""
         text = os.pread(self._where_fd, 1 << 16, 0).decode("utf-8", "replace")
         frames = [f for f in FRAME.findall(text) if not f[0].startswith((_RFT, "<frozen", "<string>"))]
         return (
@@ -484,9 +490,9 @@ class Worker:
         )
 
     def reason(self) -> str:
-        """How the process ended, in words."""
+        """Describe how the process ended."""
         end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if end is None:  # not reaped here: the process id must stay its own until its tree is gone
+        if end is None:  # not reaped here: the process id must not be reused until its children are gone
             return "its connection closed"
         if end.si_code == os.CLD_EXITED and end.si_status == TOO_MUCH_MEMORY and self.memory is not None:
             allowed = f"rewards.worker_memory_gib = {self.memory / 2**30:g}"
@@ -496,12 +502,12 @@ class Worker:
         return f"it was killed by {signal.Signals(end.si_status).name}{self._told()}"
 
     async def close(self, *, grace_s: float = 0.0) -> None:
-        """End the process and its children; with a grace, ask first."""
+        """End the process and its children; with a grace period, ask it to exit first."""
         if grace_s and self.writer is not None and not self.exited.done():
             with contextlib.suppress(ConnectionError):
                 self.send(None)
                 await asyncio.wait({self.exited}, timeout=grace_s)
-        if self.process.returncode is None:  # not reaped yet, so the process id is still its own
+        if self.process.returncode is None:  # not reaped yet, so its process id cannot have been reused
             killed = kill_tree(self.process.pid)
             await asyncio.shield(self.exited)
             await _until_ended(killed)
@@ -516,7 +522,7 @@ class Worker:
 
 
 async def _until_ended(killed: set[int]) -> None:
-    """Wait for the death of killed processes; one that the kernel keeps past END_S is left to it."""
+    """Wait until killed processes have ended, for at most END_S seconds."""
     deadline = time.monotonic() + END_S
     while any(map(is_running, killed)) and time.monotonic() < deadline:
         await asyncio.sleep(0.005)

@@ -1,4 +1,4 @@
-"""The rewards of a run: worker pools, combination, error policy, metrics."""
+"""Run the rewards of a training run: worker pools, combination, error policy, metrics."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 class RewardRunner:
-    """Scores completions in worker processes, from one asyncio loop; calls may overlap.
+    """Score completions in worker processes, from one asyncio loop; calls may overlap.
 
-    Use `await start()` to warm the workers up (else the first `score` does), and `await close()`, or
-    `async with`. Should this process die in any way, its workers and their children go with it.
+    Use `await start()` to warm up the workers (otherwise the first `score` does), and `await close()`, or
+    `async with`. If this process dies, its workers and their children are killed.
     """
 
     def __init__(self, config: RewardsConfig, base_dir: Path | str = ".", steps: int = 0) -> None:
-        """steps: of the whole run, for rewards that take `trainer_state`."""
+        """Configure the pools. steps: length of the run, for rewards that take `trainer_state`."""
         if not config.functions:
             raise ValueError("rewards.functions is empty: name at least one reward, for example `math`")
         self.config = config
@@ -67,7 +67,7 @@ class RewardRunner:
         await self.close()
 
     async def start(self) -> None:
-        """Start all workers and load the rewards. Raises RewardError where one does not load."""
+        """Start all workers and load the rewards. Raises RewardError if one does not load."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
         await asyncio.shield(self._starting)
@@ -80,12 +80,12 @@ class RewardRunner:
                 raise result
 
     async def close(self) -> None:
-        """End all workers with their children."""
+        """Stop all workers with their children."""
         await asyncio.gather(*(pool.close() for pool in self._pools))
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the living workers."""
+        """Return the process ids of the running workers."""
         return [pid for pool in self._pools for pid in pool.pids]
 
     async def score(
@@ -99,13 +99,13 @@ class RewardRunner:
         progress: float = 0.0,
         training: bool = True,
     ) -> list[SampleReward]:
-        """One SampleReward per completion, in order.
+        """Return one SampleReward per completion, in order.
 
-        columns: dataset columns, N values each. info: what the sampler knows, under the reserved names
-        `num_tokens`, `truncated`, `completion_ids`; rewards get them as further columns.
+        columns: dataset columns, N values each. info: sampling data, under the reserved names
+        `num_tokens`, `truncated`, `completion_ids`, which rewards receive as further columns.
         groups: the group of each completion, for `gdpo`. progress: 0 to 1, for schedules.
-        training: False for held-out completions: `take_metrics` leaves them out, the error policy does not.
-        Raises RewardError once failures exceed what `on_error` and `on_timeout` allow.
+        training: False for held-out completions: they count for the error policy, but not in `take_metrics`.
+        Raises RewardError once failures exceed the limits of `on_error` and `on_timeout`.
         """
         merged = {**(columns or {}), **(info or {})}
         n = len(completions)
@@ -149,18 +149,20 @@ class RewardRunner:
         return await pool.score(index, prompts, completions, renamed, state, logged)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the error policy has counted so far, as plain JSON."""
+        """Return the counts of the error policy, as plain JSON."""
         failures = {kind.value: count for kind, count in self._tally.failures.items()}
         return {"scored": self._tally.scored, "failures": failures}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where `state` was taken."""
+        """Restore the counts of the error policy."""
         self._tally.scored = state["scored"]
         self._tally.failures = {kind: state["failures"][kind.value] for kind in self._tally.failures}
 
     def take_metrics(self) -> dict[str, float]:
-        """The metrics of training completions since the last call: per component the mean, outcomes and
-        seconds; worker counts."""
+        """Return and reset the metrics of training completions.
+
+        Mean, outcomes and seconds per component; worker counts.
+        """
         metrics = self._tally.take()
         for key in ("killed", "crashed", "recycled"):
             metrics[f"reward/workers/{key}"] = float(sum(pool.counts[key] for pool in self._pools))
@@ -183,7 +185,7 @@ class _Tally:
 
     def _clear(self) -> None:
         self.outcomes: dict[str, Counter[Outcome]] = {c.label: Counter() for c in self.config.functions}
-        # Kept one by one: their exact sum (fsum) does not depend on the order in which groups were scored.
+        # Keep all values: their exact sum (fsum) does not depend on the order in which groups were scored.
         self.values: dict[str, list[float]] = {c.label: [] for c in self.config.functions}
         self.rewards: list[float] = []
         self.seconds = {c.label: 0.0 for c in self.config.functions}
@@ -227,7 +229,7 @@ class _Tally:
     def enforce(
         self, scores: Mapping[str, Sequence[Score]], prompts: Sequence[Text], completions: Sequence[Text]
     ) -> None:
-        """Raises RewardError where this call brought failures beyond what the config allows."""
+        """Raise RewardError if this call's failures exceed the limits of the config."""
         rules = (
             (Outcome.error, "on_error", self.config.on_error, "max_errors", self.config.max_errors),
             (Outcome.timeout, "on_timeout", self.config.on_timeout, "max_timeouts", self.config.max_timeouts),

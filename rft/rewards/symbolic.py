@@ -1,6 +1,7 @@
-"""Algebra for the math reward: `math-verify`, without its time-outs, its rounding, and its guesses.
+"""Compare expressions with `math-verify`, without its timeouts, rounding and guesses.
 
-Only what `rft.rewards.numeric` cannot read comes here: sums, integrals, limits, curves of other shapes.
+Used only for expressions that `rft.rewards.numeric` cannot read: sums, integrals, limits, curves of other
+shapes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 from rft.rewards.notation import FUNCTIONS, GREEK, words_of
 
 for _name in ("math_verify.parser", "math_verify.grader", "latex2sympy2_extended"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL)  # they warn that they have no limit: the caller has
+    logging.getLogger(_name).setLevel(logging.CRITICAL)  # they warn of a missing limit: the caller sets it
 
 MAX_LENGTH = 300
 _CONFIG = [
@@ -32,7 +33,7 @@ _BROKEN = re.compile(
     r"^\s*(?:[<>=*/^,;!]|\\(?:le|ge|ne|cdot|times)(?![a-z]))"
     r"|(?:[-+*/^<>=,;(\[{\\]|\\(?:cdot|times|le|ge|ne))\s*$|\.\.|\{\s*\}|\(\s*\)|\[\s*\]|[\d%]\s*_"
 )
-# math-verify passes over the commands that it does not know, and takes `9 \\to 5` for 5.
+# math-verify skips unknown commands, and reads `9 \\to 5` as 5.
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _KNOWN = (
     FUNCTIONS
@@ -51,12 +52,12 @@ _EXPLOSIVE = re.compile(r"\d{5,}|\^\s*\{?\s*-?\d{3,}|\^[^+\-,=]{0,20}\^|\d{3,}\s
 
 
 def same_expression(gold: str, answer: str) -> bool:
-    """Whether two expressions in plain LaTeX are equal. False where one of them cannot be read.
+    """Whether two expressions in plain LaTeX are equal. False if one of them cannot be read.
 
-    Takes as long as sympy takes: the caller limits the time (math-verify's own limit works by an
-    alarm signal, which threads do not have, and ends in `False`, as if the answer were wrong). Prose, and
-    signs that math-verify does not know, are refused: it would read a part. So are powers and factorials that
-    sympy would write out.
+    Has no time limit: the caller sets one (math-verify uses an alarm signal, which is not available in
+    threads, and returns `False` at the limit, as if the answer were wrong). Prose and signs unknown to
+    math-verify are rejected, since it would read only a part. So are powers and factorials that sympy would
+    expand.
     """
     for text in (gold, answer):
         if len(text) > MAX_LENGTH or _PROSE.search(text) or _BROKEN.search(text) or _EXPLOSIVE.search(text):
@@ -65,7 +66,7 @@ def same_expression(gold: str, answer: str) -> bool:
         if unknown - ({"to"} if r"\lim" in text else set()):
             return False
         if r"\infty" in text and not _LIMITS.search(text):
-            return False  # arithmetic with infinity has no value
+            return False  # arithmetic with infinity is undefined
     want, got = _parsed(gold), _parsed(answer)
     if not want or not got:
         return False

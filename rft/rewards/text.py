@@ -1,4 +1,4 @@
-"""Rewards on the text itself: format, matching, overlap, length, repetition, boxes, labels."""
+"""Rewards on the text of a completion: format, matching, overlap, length, repetition, boxes, labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
 def regex(completion: str, *, pattern: str, full: bool = False, ignore_case: bool = False) -> Score:
-    """1 where `pattern` is found (full: matches the whole completion). `.` also matches newlines."""
+    """Score 1 if `pattern` is found (full: matches the whole completion). `.` also matches newlines."""
     compiled = _compiled(pattern, ignore_case)
     match = compiled.fullmatch(completion) if full else compiled.search(completion)
     return correct() if match else wrong(detail=f"{pattern!r} does not match")
@@ -30,10 +30,10 @@ def _compiled(pattern: str, ignore_case: bool) -> re.Pattern[str]:
 
 
 def format(completion: str, *, tags: Sequence[str] = ("think", "answer"), partial: bool = False) -> Score:
-    """1 where the completion is exactly these tags, in order, once each, with text in each:
-    `<think>...</think><answer>...</answer>`. partial: the fraction of right single tags instead of 0.
+    """Score 1 if the completion is exactly these tags, in order, once each, with text in each:
+    `<think>...</think><answer>...</answer>`. partial: the fraction of correct tags instead of 0.
 
-    A leading tag may be missing its opening where the chat template wrote it into the prompt.
+    The opening of a leading tag may be missing if the chat template put it into the prompt.
     """
     parts = (
         rf"(?:<{re.escape(t)}>){'?' if i == 0 else ''}(.*?)</{re.escape(t)}>" for i, t in enumerate(tags)
@@ -50,9 +50,9 @@ def format(completion: str, *, tags: Sequence[str] = ("think", "answer"), partia
 def json_schema(
     completion: str, schema: Any = None, *, default_schema: dict[str, Any] | None = None
 ) -> Score:
-    """1 where the completion is JSON (alone, or in its last code fence) that its schema allows.
+    """Score 1 if the completion, or its last code fence, is JSON that is valid under its schema.
 
-    schema: a JSON Schema (a dict, or JSON text) per sample, else `default_schema`. Not JSON:
+    schema: a JSON Schema (a dict, or JSON text) per sample, else `default_schema`. Text that is not JSON is
     `unparseable`.
     """
     import jsonschema
@@ -75,14 +75,14 @@ def json_schema(
 
 
 def text_problem(answer: Any) -> str | None:
-    """Why a column `answer` holds no text to compare with; None where it does."""
+    """Explain why a column `answer` cannot be compared as text; None if it can."""
     if answer is None or isinstance(answer, dict | list | tuple):
         return f"the answer is {'null' if answer is None else f'a {type(answer).__name__}'}, not a text"
     return None if str(answer).strip() else "the answer is empty"
 
 
 def _final(completion: str) -> str:
-    """What the completion answers: in `<answer>`, in a box, or all of it after `</think>`."""
+    """Return the final answer of a completion: in `<answer>`, in a box, or all text after `</think>`."""
     from rft.rewards.math import extract
 
     found = extract(completion, ("boxed", "tag"))
@@ -96,7 +96,7 @@ def _plain(text: str) -> str:
 
 
 def exact_match(completion: str, answer: str, *, strip: bool = True, ignore_case: bool = False) -> Score:
-    """1 where the whole completion equals the column `answer`."""
+    """Score 1 if the whole completion equals the column `answer`."""
     got, want = (completion.strip(), str(answer).strip()) if strip else (completion, str(answer))
     if ignore_case:
         got, want = got.casefold(), want.casefold()
@@ -104,7 +104,7 @@ def exact_match(completion: str, answer: str, *, strip: bool = True, ignore_case
 
 
 def choice(completion: str, answer: str, *, letters: str = "ABCDEFGHIJ") -> Score:
-    """1 where the letter that the completion chooses is the answer's: "(B)", "B.", "the answer is B"."""
+    """Score 1 if the completion chooses the letter of the answer: "(B)", "B.", "the answer is B"."""
     from rft.rewards.math import extract
 
     found = extract(completion, ("boxed", "tag", "hash", "phrase"))
@@ -119,13 +119,13 @@ def choice(completion: str, answer: str, *, letters: str = "ABCDEFGHIJ") -> Scor
 
 
 def class_label(completion: str, answer: str) -> Score:
-    """CLS-RL: 1 where the answered class name equals the label, by words, ignoring case and punctuation."""
+    """Score 1 if the class name equals the label, by words, ignoring case and punctuation (CLS-RL)."""
     got, want = _plain(_final(completion)), _plain(str(answer))
     return correct() if got == want else wrong(detail=f"expected {want!r}, got {got[:200]!r}")
 
 
 def f1(completion: str, answer: str, *, threshold: float = 0.5) -> Score:
-    """The F1 of the words of answer and completion, as a number from 0 to 1 (SQuAD)."""
+    """Score the F1 of the words of answer and completion, from 0 to 1 (SQuAD)."""
     got, want = Counter(_plain(_final(completion)).split()), Counter(_plain(str(answer)).split())
     common = sum((got & want).values())
     total = got.total() + want.total()
@@ -133,7 +133,7 @@ def f1(completion: str, answer: str, *, threshold: float = 0.5) -> Score:
 
 
 def rouge_l(completion: str, answer: str, *, threshold: float = 0.5) -> Score:
-    """ROUGE-L: the F1 of the longest common subsequence of words (Lin 2004)."""
+    """Score ROUGE-L: the F1 of the longest common subsequence of words (Lin 2004)."""
     got, want = _plain(_final(completion)).split(), _plain(str(answer)).split()
     if not got or not want:
         return graded(float(got == want), threshold=threshold)
@@ -157,13 +157,13 @@ def _length(completion: str, num_tokens: int | None) -> int:
 
 
 def length(completion: str, num_tokens: int | None = None, *, target: int, scale: float = 1.0) -> Score:
-    """-scale * |length - target| / target, not below -scale. In tokens, or words where tokens are unknown."""
+    """Score -scale * |length - target| / target, at least -scale; in tokens, or words without tokens."""
     n = _length(completion, num_tokens)
     return Score(-scale * min(1.0, abs(n - target) / target), Outcome.correct, f"{n} long, target {target}")
 
 
 def overlong(completion: str, num_tokens: int | None = None, *, max_length: int, cache: int) -> Score:
-    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), in tokens:
+    """Score DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), in tokens:
 
     0 up to max_length - cache, then falling linearly to -1 at max_length, and -1 beyond.
     """
@@ -175,7 +175,7 @@ def overlong(completion: str, num_tokens: int | None = None, *, max_length: int,
 
 
 def repetition(completion: str, *, n: int = 4, scale: float = 1.0) -> Score:
-    """-scale * the fraction of word n-grams that occurred before (Yeo et al. 2025, arXiv:2502.03373)."""
+    """Score -scale * the fraction of word n-grams that are repeated (Yeo et al. 2025, arXiv:2502.03373)."""
     words = completion.casefold().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     if not grams:
@@ -187,7 +187,7 @@ def repetition(completion: str, *, n: int = 4, scale: float = 1.0) -> Score:
 
 
 def not_truncated(completion: str, truncated: bool = False, *, penalty: float = -1.0) -> Score:
-    """0 for a completion that ended by itself, `penalty` for one that ran into the length limit."""
+    """Score 0 for a completion that ended normally, `penalty` for one cut off by the length limit."""
     return wrong(penalty, "cut off") if truncated else correct(0.0)
 
 
@@ -197,7 +197,7 @@ _BOX = re.compile(r"[\[(]\s*" + r"\s*,\s*".join([r"(-?\d+(?:\.\d+)?)"] * 4) + r"
 
 
 def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where one has no area."""
+    """Return the intersection over union of two boxes (x1, y1, x2, y2); 0 if one has no area."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     areas = [max(0.0, x[2] - x[0]) * max(0.0, x[3] - x[1]) for x in (a, b)]
@@ -209,10 +209,10 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 def iou(
     completion: str, boxes: Any, *, mode: Literal["mean", "threshold"] = "mean", threshold: float = 0.5
 ) -> Score:
-    """Visual-RFT's detection reward: predicted boxes matched greedily to the column `boxes`.
+    """Score Visual-RFT's detection reward: predicted boxes matched greedily to the column `boxes`.
 
     boxes: one box or a list of them, (x1, y1, x2, y2). mean: the sum of matched IoUs over the larger
-    count, so that missing and invented boxes both cost; threshold: the fraction of matches above it.
+    count, so that missing and spurious boxes both cost; threshold: the fraction of matches above it.
     """
     wanted = [boxes] if boxes and isinstance(boxes[0], int | float) else list(boxes)
     found = [[float(x) for x in m] for m in _BOX.findall(completion.rpartition("</think>")[2])]

@@ -1,4 +1,4 @@
-"""What a reward says: an outcome and, where it could judge, a number."""
+"""Types of reward results: the score of one completion, its outcome, and the combined reward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Text = str | Messages
 
 
 class Outcome(StrEnum):
-    """How a judgement ended. `error` and a `timeout` of the reward itself carry no number."""
+    """How a judgement ended. `error`, and a `timeout` of the reward itself, have no value."""
 
     correct = "correct"
     wrong = "wrong"
@@ -27,10 +27,10 @@ class Outcome(StrEnum):
 class Score:
     """One judgement of one completion.
 
-    value: the reward, or None: not applicable (`abstain`), or not to be had (`error`, `timeout`).
-        A completion that no answer can be found in is `unparseable` and has a value. A program that
-        exceeds its own time limit is `timeout` with a value; a reward that hangs is `timeout` without.
-    detail: what was extracted and why it was judged so; for `error`, the traceback.
+    value: the reward, or None if it does not apply (`abstain`) or could not be computed (`error`, `timeout`).
+        A completion without an answer is `unparseable` and has a value. A program that exceeds its own
+        time limit is `timeout` with a value; a reward that hangs is `timeout` without.
+    detail: the extracted answer and the reason for the judgement; for `error`, the traceback.
     seconds: wall time of the judgement.
     steps: the value of each step, from a reward that judges step by step; a step that it abstains on
         has the mean of the others.
@@ -44,16 +44,16 @@ class Score:
 
     @property
     def failed(self) -> bool:
-        """True where the reward could not do its work, so that the sample must leave its group."""
+        """Whether the reward could not be computed, so that the sample must leave its group."""
         return self.value is None and self.outcome in (Outcome.error, Outcome.timeout)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleReward:
-    """The combined reward of one completion, and every component's score by name.
+    """The combined reward of one completion, and the score of each component by name.
 
-    value: None where a component failed or all abstained; never a zero in its place.
-    vector: the components' values in config order, for multi-objective training; None where `value` is.
+    value: None if a component failed or all abstained; never replaced by zero.
+    vector: the components' values in config order, for multi-objective training; None if `value` is.
     """
 
     value: float | None
@@ -63,14 +63,14 @@ class SampleReward:
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """Where the run is, under the names of the `trainer_state` that TRL gives to rewards."""
+    """Progress of the run, under the names of TRL's `trainer_state` for rewards."""
 
     global_step: int
     max_steps: int
 
 
 class RewardError(RuntimeError):
-    """A reward failed more often than its config allows; the message holds traceback and sample."""
+    """A reward failed more often than its config allows; the message contains traceback and sample."""
 
 
 @runtime_checkable
@@ -81,7 +81,7 @@ class RewardFunction(Protocol):
 
 
 def text_of(value: Text) -> str:
-    """The text of a prompt or completion: the string itself, or the messages' contents joined."""
+    """Return the text of a prompt or completion: the string itself, or the joined message contents."""
     if isinstance(value, str):
         return value
     parts: list[str] = []
@@ -95,17 +95,15 @@ def text_of(value: Text) -> str:
 
 
 def correct(value: float = 1.0, detail: str = "") -> Score:
-    """A judgement of `correct`."""
     return Score(value, Outcome.correct, detail)
 
 
 def wrong(value: float = 0.0, detail: str = "") -> Score:
-    """A judgement of `wrong`."""
     return Score(value, Outcome.wrong, detail)
 
 
 def unparseable(value: float = 0.0, detail: str = "") -> Score:
-    """Nothing to judge was found in the completion: it earns `value`."""
+    """The completion contains nothing to judge, and scores `value`."""
     return Score(value, Outcome.unparseable, detail)
 
 

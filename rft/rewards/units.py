@@ -1,4 +1,4 @@
-r"""Units, currencies and nouns behind a number: `12 km`, `5\text{ cents}`, `15 \text{ cm}^2`, `18 apples`.
+r"""Parse the unit, currency or noun of a number: `12 km`, `5\text{ cents}`, `15 \text{ cm}^2`, `18 apples`.
 
 A known unit is a dimension and a factor: `1.5 h` is `90 min`, and 5 cents are not 5 dollars. Any other
 noun is dropped.
@@ -17,7 +17,7 @@ Dimension = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """`factor`: one of it in the base unit of its dimension."""
+    """A unit of measurement. factor: its size in the base unit of its dimension."""
 
     dimension: Dimension
     factor: Fraction
@@ -148,7 +148,7 @@ _LEADING = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What follows a number. `multiple`: of `5 million`; `letter`: a bare letter, which may be a variable."""
+    """The text after a number. multiple: of `5 million`; letter: a bare letter, which may be a variable."""
 
     unit: Unit | None = None
     multiple: int = 1
@@ -157,7 +157,7 @@ class Tail:
 
 
 def leading_currency(text: str) -> tuple[str, Unit | None]:
-    r"""The text without a currency in front (`\dollar 5`, `USD 1,200`), and the currency."""
+    r"""Split off a leading currency (`\dollar 5`, `USD 1,200`): return the rest and the currency."""
     match = _LEADING.match(text)
     if match is None:
         return text, None
@@ -168,9 +168,9 @@ def leading_currency(text: str) -> tuple[str, Unit | None]:
 
 
 def split_tail(text: str) -> tuple[str, Tail] | None:
-    """The number in front and what follows it; None where there is nothing of that kind.
+    """Split a text into its number and the units and nouns after it; None if there are none.
 
-    The longest run of units and nouns at the end counts, after a digit, a bracket or a percent sign.
+    The tail is the longest run of units and nouns at the end, after a digit, a bracket or a percent sign.
     """
     cut = _cut(text)
     if cut is None:
@@ -183,7 +183,7 @@ def split_tail(text: str) -> tuple[str, Tail] | None:
 
 
 def _cut(text: str) -> int | None:
-    """Where the run of units and nouns at the end starts."""
+    """Return the index where the run of units and nouns at the end starts."""
     start: int | None = None
     at = 0
     while at < len(text):
@@ -205,7 +205,7 @@ def _cut(text: str) -> int | None:
 
 
 def _skip(text: str, at: int) -> int:
-    """The length of a command or character that is no unit."""
+    """Return the length of a command or character that is not a unit."""
     match = re.compile(r"\\[a-zA-Z]+").match(text, at)
     return match.end() - at if match else 1
 
@@ -253,7 +253,7 @@ def _words(piece: str) -> list[str]:
 
 
 def _is_noun(words: list[str], *, after_unit: bool = False, worded: bool = False) -> bool:
-    """Words that say what is counted, not how many."""
+    """Whether the words say which things are counted, and not how many."""
     plain = [w for w in words if w.isalpha()]
     if len(plain) > 6 or len(plain) + words.count("/") != len(words):
         return False
@@ -265,12 +265,12 @@ def _is_noun(words: list[str], *, after_unit: bool = False, worded: bool = False
 
 
 def _run_of_variables(word: str) -> bool:
-    """`abc`, `xyz`."""
+    """Whether a word is three consecutive letters: `abc`, `xyz`."""
     return len(word) == 3 and ord(word[2]) - ord(word[1]) == 1 == ord(word[1]) - ord(word[0])
 
 
 def _unit(words: list[str]) -> tuple[Unit | None, int]:
-    """The unit that the words start with, and how many of them it takes."""
+    """Parse a unit at the start of the words; return it with the number of words used."""
     powers: dict[str, int] = {}
     factor = Fraction(1)
     sign, at, used = 1, 0, 0

@@ -1,12 +1,12 @@
-"""What runs in a worker process: it loads the reward functions once and judges chunk after chunk.
+"""Worker process: load the reward functions once, then score jobs in chunks.
 
-Messages are length-prefixed pickles over a socket. In: the set-up, then jobs. Out: ("loading", i) per
-function and the set-up's result, then per job `("scores", offset, [...])` messages, `("logged", {...})`
+Messages are length-prefixed pickles over a socket. In: the setup, then jobs. Out: ("loading", i) per
+function and the result of the setup, then per job `("scores", offset, [...])` messages, `("logged", {...})`
 before the last of them, and `("done",)`.
 Before each call the index of its first sample and the time are written to shared memory, so that the
 parent knows which sample hangs, and since when, without a message per sample. On the signal `WHERE` the
-process writes what it is doing to a file in memory: Python's own handler does so even where a function
-never gives the interpreter back.
+process writes its stack to a file in memory: Python's own handler does so even if a function never releases
+the interpreter.
 """
 
 from __future__ import annotations
@@ -36,17 +36,16 @@ HEADER = struct.Struct("!Q")
 PROGRESS = struct.Struct("=qd")  # index within the job (-1: idle), monotonic start of the call
 FLUSH_S = 0.25  # results are sent at least this often, so that a kill loses little
 WHERE = signal.SIGRTMAX
-PRIVATE_FDS = 512  # from here on: out of the way of code that closes or writes to all low descriptors
+PRIVATE_FDS = 512  # high enough to be safe from code that closes or writes to all low descriptors
 
 
 def send(sock: socket.socket, message: Any) -> None:
-    """Write one message."""
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     sock.sendall(HEADER.pack(len(data)) + data)
 
 
 def receive(sock: socket.socket) -> Any:
-    """Read one message; EOFError where the other side is gone."""
+    """Read one message. Raises EOFError if the other side has closed."""
     (size,) = HEADER.unpack(_exactly(sock, HEADER.size))
     return pickle.loads(_exactly(sock, size))
 
@@ -65,17 +64,17 @@ Row = tuple[float | None, str, str, float, tuple[float, ...]]
 
 
 def encode(scores: Sequence[Score]) -> list[Row]:
-    """Scores as plain tuples: they pickle five times faster."""
+    """Convert scores to plain tuples, which pickle five times faster."""
     return [(s.value, s.outcome.value, s.detail, s.seconds, s.steps) for s in scores]
 
 
 def decode(rows: Sequence[Row]) -> list[Score]:
-    """Back from `encode`."""
+    """Invert `encode`."""
     return [Score(value, Outcome(outcome), detail, s, steps) for value, outcome, detail, s, steps in rows]
 
 
 class Call:
-    """One job: scores come out in order, through `emit`."""
+    """One job: scores are emitted in order through `emit`."""
 
     def __init__(
         self,
@@ -98,8 +97,10 @@ class Call:
         batch: int,
         state: TrainerState | None = None,
     ) -> None:
-        """Judge all samples, `batch` per call; per-sample functions report progress by sample. What the
-        function gave to `log_metric` goes out before the last scores, with which a request may end."""
+        """Judge all samples, `batch` per call; per-sample functions report progress by sample.
+
+        `log_metric` values are sent before the last scores, because the request may end with those.
+        """
         n = len(completions)
         step = batch if not isinstance(reward, PerSample) else 16
         pending: list[Score] = []
@@ -131,15 +132,15 @@ class Call:
             if len(scores) != n:
                 raise CallError(f"{reward.spec} gave {len(scores)} scores for {n} completions")
             return scores
-        except BaseException as error:  # SystemExit and its like must end no worker
+        except BaseException as error:  # SystemExit and similar must not end a worker
             if n == 1 or isinstance(error, CallError):
                 return [Score(None, Outcome.error, describe_error(error))] * n
         finally:
-            if os.getpid() != self.pid:  # a child that the function forked came back out of it
+            if os.getpid() != self.pid:  # a child forked by the function returned from it
                 os._exit(0)
             if isinstance(reward, Custom):
                 self.surroundings.restore()
-        scores = []  # one sample broke the call: find it, and keep the others
+        scores = []  # one sample broke the call: isolate it, and keep the others
         for i in range(n):
             one = {name: values[i : i + 1] for name, values in columns.items()}
             scores += self._part(reward, prompts[i : i + 1], completions[i : i + 1], one, start + i)
@@ -147,11 +148,11 @@ class Call:
 
 
 class _Surroundings:
-    """Working folder, environment and output streams: every call finds them as the first one did."""
+    """Restore working folder, environment and output streams, so that every call starts in the same state."""
 
     def __init__(self) -> None:
         self.folder: str | None = None
-        with contextlib.suppress(FileNotFoundError):  # the folder was deleted: nothing to go back to
+        with contextlib.suppress(FileNotFoundError):  # the folder was deleted: there is none to restore
             self.folder = os.getcwd()
         self.environment = dict(os.environ)
 
@@ -166,7 +167,7 @@ class _Surroundings:
 
 
 def open_streams() -> None:
-    """Output streams that keep their descriptors when a function closes them."""
+    """Open output streams that keep their descriptors when a function closes them."""
     sys.stdout, sys.stderr = (
         open(fd, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         for fd in (1, 2)
@@ -181,7 +182,7 @@ def _folder() -> str | None:
 
 
 def _watch(sock: socket.socket) -> None:
-    """Ends this process and its children when the parent is gone, also in the middle of a call."""
+    """Kill this process and its children when the parent is gone, also during a call."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP | select.POLLHUP)
     poll.poll()
@@ -197,24 +198,24 @@ def _warm(reward: Any) -> None:
 
 
 def _out_of_the_way(fd: int) -> int:
-    """The same open file under a high number that no program started from here inherits."""
+    """Move an open file to a high descriptor that no child program inherits."""
     try:
         moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, PRIVATE_FDS)
-    except OSError:  # fewer descriptors are allowed
+    except OSError:  # the descriptor limit is lower
         moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, fd + 1)
     os.close(fd)
     return moved
 
 
 def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
-    """Load, report, and judge until told to stop or the parent is gone."""
+    """Load the rewards, report, and score jobs until asked to exit or the parent is gone."""
     open_streams()
     sock = socket.socket(fileno=_out_of_the_way(socket_fd))
     where = _out_of_the_way(where_fd)
-    faulthandler.enable(where, all_threads=False)  # a crash in C says where, too
+    faulthandler.enable(where, all_threads=False)  # also reports the position of a crash in C
     faulthandler.register(WHERE, where, all_threads=False)
-    restore_defaults()  # a reward, and what it starts, may send and expect the signals that stop a run
-    prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a reward starts stays below this process
+    restore_defaults()  # a reward and its children may send and handle the signals that stop a run
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a reward's children stay below this process
     board = mmap(progress_fd, PROGRESS.size)
     os.close(progress_fd)
 
@@ -230,7 +231,7 @@ def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
                 send(sock, ("loading", i))
                 rewards.append(load_reward(spec, base_dir=base, **options))  # type: ignore[arg-type]
                 _warm(rewards[-1])
-        except BaseException as error:  # SystemExit among them
+        except BaseException as error:  # including SystemExit
             send(sock, ("failed", str(error) if isinstance(error, SpecError) else describe_error(error)))
             return
         threading.Thread(target=_watch, args=(sock,), daemon=True).start()
@@ -248,5 +249,5 @@ def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
     finally:
-        with contextlib.suppress(ValueError, OSError):  # the reward closed it, or nobody reads it
+        with contextlib.suppress(ValueError, OSError):  # the reward closed it, or the reader is gone
             sys.stdout.flush()
