@@ -1,4 +1,4 @@
-"""Run untrusted programs. A leaf: it imports nothing of rft, and its processes run without it."""
+"""Run untrusted programs. Imports nothing from rft, and its processes run without rft."""
 
 from .client import (
     PROTECTIONS,

@@ -1,7 +1,7 @@
-"""A memory limit by control group, version 1 or 2, where this process may make one.
+"""Limit memory with control groups, version 1 or 2, where this process may create them.
 
-The trusted side makes the groups and hands an open folder to the process that is to enter: inside the sandbox
-there is no /sys. Version 2 was tested on fixtures of its files only.
+The trusted side creates the groups and passes an open folder to the process that is to enter: the sandbox has
+no /sys. Version 2 was tested only with fixtures of its files.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ PREFIX = "rft-sandbox-"
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Where this process's memory group lies, and which version of cgroups it is."""
+    """Path and cgroup version of this process's memory controller."""
 
     version: int
     folder: str
 
 
 def find_hierarchy(proc: str = "/proc", root: str = "") -> Hierarchy | None:
-    """Find the memory controller of this process from /proc; None where there is none.
+    """Find the memory controller of this process from /proc; None if there is none.
 
-    root: put before paths of the file system, for tests.
+    root: prefix for file-system paths, for tests.
     """
     try:
         with open(f"{proc}/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
@@ -76,7 +76,7 @@ def enter(folder: int) -> None:
 
 
 def kills(folder: int) -> int:
-    """How many processes of the group the kernel has killed for its memory."""
+    """Return how many processes of the group the kernel has killed for exceeding the memory limit."""
     for name in ("memory.events", "memory.oom_control"):  # of version 2, of version 1
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(name, os.O_RDONLY, dir_fd=folder)
@@ -90,23 +90,23 @@ def kills(folder: int) -> int:
 
 @dataclass
 class Group:
-    """One control group, for one process with all that it starts. Made by `Groups`."""
+    """One control group for one process and its children. Created by `Groups`."""
 
     version: int
     name: str
     fd: int
-    memory: int = 0  # the limit that was set last
+    memory: int = 0  # the last limit that was set
 
     def limit(self, memory: int) -> None:
         """Set the limit in bytes, swap included. Raises OSError."""
         if memory == self.memory:
             return
-        self.memory = 0  # unknown, should a part of this fail
+        self.memory = 0  # unknown if a later line fails
         if self.version == 1:
-            with contextlib.suppress(OSError):  # raising both limits: the sum has to go first
+            with contextlib.suppress(OSError):  # when both limits are raised, the sum must be raised first
                 self._write("memory.memsw.limit_in_bytes", str(memory))
             self._write("memory.limit_in_bytes", str(memory))
-            with contextlib.suppress(OSError):  # a kernel that does not account for swap
+            with contextlib.suppress(OSError):  # the kernel does not account for swap
                 self._write("memory.memsw.limit_in_bytes", str(memory))
         else:
             self._write("memory.max", str(memory))
@@ -120,7 +120,7 @@ class Group:
 
 @dataclass
 class Groups:
-    """The groups of one sandbox, reused from request to request."""
+    """The groups of one sandbox, reused between requests."""
 
     hierarchy: Hierarchy
     fd: int
@@ -130,9 +130,9 @@ class Groups:
 
     @classmethod
     def open(cls, owner: int, hierarchy: Hierarchy | None = None) -> Groups | None:
-        """Open the parent group and try a limit; None where this process may not make groups.
+        """Open the parent group and try a limit; None if this process may not create groups.
 
-        owner: the process id whose end makes the groups garbage, which a later sandbox removes.
+        owner: process id; once it has ended, a later sandbox removes the groups.
         """
         hierarchy = hierarchy or find_hierarchy()
         if hierarchy is None:
@@ -144,7 +144,7 @@ class Groups:
             return None
         groups = cls(hierarchy, fd, owner)
         if hierarchy.version == 2:
-            with contextlib.suppress(OSError):  # refused where the group has processes, unless it is the root
+            with contextlib.suppress(OSError):  # refused if the group has processes, unless it is the root
                 write_file(fd, "cgroup.subtree_control", "+memory")
         try:
             group = groups.take()
@@ -156,7 +156,7 @@ class Groups:
         return groups
 
     def take(self) -> Group:
-        """A group without processes. Raises OSError."""
+        """Return a group without processes. Raises OSError."""
         if self.free:
             return self.free.pop()
         name = f"{PREFIX}{self.owner}-{os.urandom(4).hex()}"
@@ -170,7 +170,6 @@ class Groups:
         self.free.append(group)
 
     def close(self) -> None:
-        """Remove all groups."""
         for group in self.made:
             os.close(group.fd)
             with contextlib.suppress(OSError):  # still busy: the next sandbox removes it

@@ -1,4 +1,4 @@
-"""The trusted side: starts the zygote, hands it programs, reads what comes back, and keeps nothing."""
+"""Run programs in the sandbox from the trusted side: start the zygote, send requests, read results."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from .cgroup import Group, Groups
 PROTECTIONS = ("network", "files", "signals", "system calls", "processes", "memory", "time", "output")
 Backend = Literal["auto", "bubblewrap", "native", "landlock"]
 HERE = os.path.dirname(os.path.abspath(__file__))
-_F_ADD_SEALS, _ALL_SEALS = 1033, 1 | 2 | 4 | 8  # no seal, shrink, grow or write any more
-_GRACE_S = 30.0  # past the wall time, for a machine that is busy
+_F_ADD_SEALS, _ALL_SEALS = 1033, 1 | 2 | 4 | 8  # F_SEAL_SEAL, SHRINK, GROW, WRITE
+_GRACE_S = 30.0  # added to the wall time for a busy machine
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself does not work, or lacks a required protection. Never the program's fault."""
+    """The sandbox does not work, or lacks a required protection. Never caused by the program."""
 
 
 class TestsError(ValueError):
-    """The tests cannot be run, whatever the program is: the dataset's fault."""
+    """The tests cannot be run, whatever the program is: an error in the dataset."""
 
-    __test__ = False  # not a class of tests, whatever pytest thinks
+    __test__ = False  # keeps pytest from collecting this class
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use, with all that it starts.
+    """Resource limits of a program with all its children.
 
     wall_s, cpu_s: seconds. memory: bytes in memory. processes: processes and threads. file: bytes of one
-    file; scratch: of all files. output: bytes of stdout and of stderr. address_space: whether `memory` bounds
-    the address space of each process too; off for runtimes that reserve far more than they use (node, java).
+    file; scratch: of all files. output: bytes of stdout and of stderr. address_space: whether `memory` also
+    limits the address space of each process; off for runtimes that reserve more than they use (node, java).
     """
 
     wall_s: float = 10.0
@@ -63,7 +63,7 @@ class Limits:
 class Result:
     """How a program ended: its exit `code`, or the `signal` that killed it.
 
-    broken: the limit that it exceeded, else empty. error: of a session, the traceback of this call.
+    broken: the limit that it exceeded, else empty. error: in a session, the traceback of this call.
     """
 
     code: int | None
@@ -78,7 +78,7 @@ class Result:
 
 @dataclass(frozen=True)
 class TestResult:
-    """How tests went. problem: what ended them early; broken: the limit that was exceeded."""
+    """Result of running tests. problem: why they ended early; broken: the limit that was exceeded."""
 
     __test__ = False
 
@@ -92,12 +92,13 @@ class TestResult:
 
 
 class Sandbox:
-    """A zygote and the requests to it, which may come from several threads. A forked process that goes on
-    to use it gets a zygote of its own.
+    """A zygote and the requests to it, which may come from several threads.
+
+    A forked process that uses the sandbox starts a separate zygote.
 
     readable: further folders that programs may read. require: protections without which nothing runs.
     backend: `bubblewrap`, `native` namespaces, `landlock`, or `auto`: the first of them that works here.
-    Raises SandboxError where a required protection or the named backend is not to be had on this machine.
+    Raises SandboxError if a required protection or the named backend is unavailable on this machine.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Sandbox:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd="/",
-                start_new_session=True,  # Ctrl-C is for its owner, which then decides
+                start_new_session=True,  # Ctrl-C must reach the owner only, which decides what to do
             )
         except OSError as error:
             self._note(f"{backend}: {error}")
@@ -219,12 +220,12 @@ class Sandbox:
             )
 
     def _after_fork(self) -> None:
-        """In a forked process: leave the zygote and the groups to the process that they belong to."""
+        """Leave zygote and groups to the parent process after a fork."""
         self._lock = threading.Lock()
         self._pid = os.getpid()
         if self._process is not None:
             self._socket.close()
-            self._process.returncode = 0  # another process's child: not ours to wait for
+            self._process.returncode = 0  # a child of another process, which must not be waited for here
             self._process = None
         self._groups = Groups.open(self._pid)
         self._first_user = random.SystemRandom().randrange(1_000_000_000, 2_000_000_000)
@@ -239,7 +240,7 @@ class Sandbox:
             self._process = None
 
     def close(self) -> None:
-        """End the zygote; everything that runs in the sandbox ends with it."""
+        """Stop the zygote, and with it everything that runs in the sandbox."""
         if self._pid != os.getpid():
             self._after_fork()
         self._end_process()
@@ -254,14 +255,14 @@ class Sandbox:
         self.close()
 
     def describe(self) -> str:
-        """Which protections are on, by what, and what this machine lacks, in one line."""
+        """Describe in one line which protections are on, their mechanisms, and which are missing."""
         on = "; ".join(f"{k}: {v or 'OFF'}" for k, v in self.protections.items())
         return f"sandbox ({self.backend}): {on}" + (f" [{'; '.join(self.notes)}]" if self.notes else "")
 
     # -- requests ------------------------------------------------------------------------------------
 
     def _spawn(self, role: str, limits: Limits, fds: Mapping[str, int]) -> _Running:
-        """Start one process. The given descriptors are the process's; they stay open here."""
+        """Start one process. It receives copies of the given descriptors, which stay open here."""
         if self._pid != os.getpid():
             self._after_fork()
         with self._lock:
@@ -340,7 +341,7 @@ class Sandbox:
     ) -> TestResult:
         """Run Python tests against a program's names, in two processes.
 
-        tests: sources; what counts as a test is said in `testing.py`. names: builtin names that mean the
+        tests: sources; `testing.py` defines which statements are tests. names: builtin names that mean the
         program's function in the tests, for example `sum`. Raises TestsError for tests that cannot be run.
         """
         with _Descriptors() as own:
@@ -357,7 +358,7 @@ class Sandbox:
                 outputs = _collect([b, a], {report: "report", err: "stderr"}, max(limits.output, 1 << 16))
         ran, tested = a.result(outputs), b.result(outputs)
         broken = ran.broken or tested.broken
-        if broken == "stopped":  # the tests were through, and the program was not
+        if broken == "stopped":  # the program was stopped because its tests had finished
             broken = tested.broken
         found: dict[str, Any] = {
             "passed": 0,
@@ -366,7 +367,7 @@ class Sandbox:
             "problem": "no result",
             "invalid": "",
         }
-        with contextlib.suppress(ValueError):  # none, or one that was cut off by a limit
+        with contextlib.suppress(ValueError):  # missing, or cut off by a limit
             found = json.loads(outputs["report"])
         if found["invalid"]:
             raise TestsError(found["invalid"])
@@ -383,15 +384,15 @@ class Sandbox:
         )
 
     def session(self, files: Mapping[str, bytes] | None = None, limits: Limits = Limits()) -> Session:
-        """Open a Python session that keeps its state from call to call, for example as a model's tool.
+        """Open a Python session that keeps its state between calls, for example as a model's tool.
 
-        limits: `wall_s` bounds one call, the others the whole session.
+        limits: `wall_s` limits one call, the others the whole session.
         """
         return Session(self, files or {}, limits)
 
 
 class _Descriptors:
-    """File descriptors that are closed at the end of a block, whatever ends it."""
+    """File descriptors that are closed at the end of a block, also after an exception."""
 
     def __init__(self) -> None:
         self.fds: set[int] = set()
@@ -418,7 +419,7 @@ class _Descriptors:
 
 
 class _Running:
-    """One process in the sandbox, as the trusted side sees it."""
+    """State of one sandboxed process on the trusted side."""
 
     def __init__(self, sandbox: Sandbox, group: Group | None, limits: Limits) -> None:
         self.sandbox, self.group, self.limits = sandbox, group, limits
@@ -436,7 +437,7 @@ class _Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it where it has not ended: the caller was interrupted."""
+        """Stop the process if it is still running because the caller was interrupted."""
         if self.group is not None or self._own.fds:
             self.stop()
             while self.read_status():
@@ -447,18 +448,18 @@ class _Running:
         self._own.close(self.status_w, self.control_r)
 
     def abandon(self) -> None:
-        """Give back what was taken for a process that was not started."""
+        """Release the resources of a process that was not started."""
         self._own.close(*self._own.fds)
         self.sandbox._done_with(self.group)
         self.group = None
 
     def stop(self, broken: str = "") -> None:
-        """Have it ended, with all that it has started."""
+        """Request the end of the process and all its children."""
         self.broken = self.broken or broken
         self._own.close(self.control)
 
     def read_status(self) -> bool:
-        """Read a part of how it ended; False once it, and all that it has started, are gone."""
+        """Read a part of the exit status; return False once the process and all its children are gone."""
         part = os.read(self.status, 4096)
         self.said += part
         return bool(part)
@@ -467,7 +468,7 @@ class _Running:
         self.abandon()
 
     def result(self, outputs: Mapping[str, str], error: str = "") -> Result:
-        """What is known after the end. Raises SandboxError where the sandbox failed."""
+        """Return the result after the end. Raises SandboxError if the sandbox failed."""
         try:
             ended: dict[str, Any] = json.loads(
                 self.said or '{"failed": "the process could not be started, or the sandbox was killed"}'
@@ -501,7 +502,7 @@ def _collect(processes: Sequence[_Running], pipes: Mapping[int, str], most: int)
     end = time.monotonic() + max(process.limits.wall_s for process in processes) + _GRACE_S
     while waiting:
         left = end - time.monotonic()
-        if left <= 0:  # init watches the wall time: this is the case only where the machine stands still
+        if left <= 0:  # init enforces the wall time: this happens only if the machine stalls
             for process in waiting.values():
                 process.stop("wall time")
             end = time.monotonic() + _GRACE_S
@@ -537,7 +538,7 @@ def _keep(kept: bytearray, data: bytes, most: int, processes: Sequence[_Running]
 
 
 class Session:
-    """A Python process that executes one source after the other. Use as a context manager, or `close` it."""
+    """A Python process that executes sources one by one. Use as a context manager, or `close` it."""
 
     def __init__(self, sandbox: Sandbox, files: Mapping[str, bytes], limits: Limits) -> None:
         self._limits = limits
@@ -565,7 +566,7 @@ class Session:
     def run(self, code: str) -> Result:
         """Execute a source in the session's namespace; a last expression is printed, as in an interpreter.
 
-        `error` of the result is the traceback of what it raised; `broken` is set where it ended the session.
+        `error` of the result is the traceback of an exception; `broken` is set if a limit ended the session.
         Raises SandboxError once the session has ended.
         """
         running = self._running
@@ -575,7 +576,7 @@ class Session:
         message = json.dumps({"code": code}).encode() + b"\n"
         try:
             answer, outputs = self._exchange(running, message, started + self._limits.wall_s)
-        except BaseException:  # interrupted: its answer would be taken for the next one's
+        except BaseException:  # interrupted: the next call would read this call's answer
             self.close()
             raise
         wall_s = time.monotonic() - started
@@ -589,7 +590,7 @@ class Session:
         return result
 
     def _exchange(self, running: _Running, message: bytes, end: float) -> tuple[str | None, dict[str, str]]:
-        """Send a source and read until its answer: the error text, or None where the process ended."""
+        """Send a source and read its answer: the error text, or None if the process ended."""
         kept = {name: bytearray() for name in self._pipes.values()}
         reply = bytearray()
         self._link.setblocking(False)
@@ -622,7 +623,7 @@ class Session:
             return None, texts
         try:
             return str(json.loads(reply)["error"]), texts
-        except (ValueError, KeyError, TypeError, RecursionError):  # it wrote into the link by itself
+        except (ValueError, KeyError, TypeError, RecursionError):  # the program wrote to the link
             running.stop("protocol")
             while running.read_status():
                 pass
@@ -630,7 +631,7 @@ class Session:
             return None, texts
 
     def _talk(self, poll: select.poll, what: int, message: bytes, reply: bytearray) -> bytes:
-        """Send what is left of the message, or read; returns what is left."""
+        """Send a part of the message, or read; return the unsent rest."""
         if what & select.POLLOUT and message:
             with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
                 message = message[self._link.send(message) :]
@@ -639,7 +640,7 @@ class Session:
         if what & select.POLLIN:
             with contextlib.suppress(BlockingIOError, ConnectionResetError):
                 data = self._link.recv(1 << 16)
-                if len(reply) < 1 << 20:  # an answer is a traceback, cut to 4,000 characters
+                if len(reply) < 1 << 20:  # a valid answer is a traceback, cut to 4,000 characters
                     reply += data
                 if not data:
                     poll.unregister(self._link)
@@ -653,7 +654,7 @@ class Session:
         self._own.close(*self._own.fds)
 
     def close(self) -> None:
-        """End the session and all that it has started."""
+        """Stop the session and all its processes."""
         running = self._running
         if running is None:
             return
@@ -684,7 +685,7 @@ def _encoded(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def _memory_file(data: bytes) -> int:
-    """A sealed file in memory, at its beginning: its receiver can read it and cannot make it grow."""
+    """Create a sealed file in memory, positioned at its start: its receiver can read it, but not grow it."""
     fd = os.memfd_create("rft-sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(os.dup(fd), "wb") as file:
         file.write(data)
@@ -694,9 +695,9 @@ def _memory_file(data: bytes) -> int:
 
 
 def _bubblewrap(readable: Sequence[str]) -> list[str]:
-    """The options of bwrap for the zygote: its root file system and outer namespaces.
+    """Return the bwrap options of the zygote: its root file system and outer namespaces.
 
-    The capabilities are the zygote's, for the namespaces of each request; a program gets none of them.
+    The zygote keeps capabilities to create the namespaces of each request; a program gets none of them.
     """
     command = [
         "--unshare-net",
@@ -711,7 +712,7 @@ def _bubblewrap(readable: Sequence[str]) -> list[str]:
     paths = [*linux.SYSTEM_PATHS, *linux.python_paths(), HERE, *readable]
     parents = {str(parent) for path in (*paths, *linux.DEVICES) for parent in Path(path).parents}
     for folder in sorted(parents - {"/"} - {path for path in paths if os.path.islink(path)}):
-        command += ["--perms", "0755", "--dir", folder]  # by itself it makes parents that only root can enter
+        command += ["--perms", "0755", "--dir", folder]  # by default only root can enter these parents
     for path in paths:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]

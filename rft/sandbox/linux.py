@@ -1,6 +1,6 @@
-"""Protections that a Linux process puts on itself: namespaces, mounts, privileges, limits, Landlock.
+"""Restrict a Linux process: namespaces, mounts, privileges, limits, Landlock.
 
-Everything that fails raises OSError; the caller decides what to do without a feature.
+Every failure raises OSError; the caller decides how to proceed without a feature.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SYSTEM_PATHS: tuple[str, ...] = (
     "/etc/ld.so.cache",
 )
 SYSTEM_PATHS += ("/etc/localtime", "/etc/java-11-openjdk", "/etc/java-17-openjdk", "/etc/java-21-openjdk")
-# Without /dev/zero: it gives shared memory that stays when its map is mostly given back.
+# Without /dev/zero: its shared memory stays allocated when most of the map is unmapped.
 DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")
 
 
@@ -58,9 +58,9 @@ def unshare(flags: int) -> None:
 
 
 def fork_into(namespaces: int) -> int:
-    """Fork, as `os.fork`, into new namespaces (CLONE_NEW* flags; 0: none). For processes of one thread.
+    """Fork, as `os.fork`, into new namespaces (CLONE_NEW* flags; 0: none). For single-threaded processes.
 
-    `unshare` and a fork would take one process more, as the process that unshares is not in the new one.
+    `unshare` and a fork would take one more process: the unsharing process is not in the new namespace.
     """
     api = ctypes.pythonapi
     number = {"x86_64": 56, "aarch64": 220}[platform.machine()]
@@ -88,7 +88,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 
 
 def enter_namespaces() -> None:
-    """New mount, network, IPC and host-name namespaces; with a user namespace where not root."""
+    """Enter new mount, network, IPC and host-name namespaces; with a user namespace unless root."""
     uid, gid = os.getuid(), os.getgid()
     flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     if uid == 0:
@@ -106,7 +106,7 @@ def enter_namespaces() -> None:
 
 
 def build_root(readable: Sequence[str]) -> None:
-    """Make a new root file system: the given paths read-only, a few devices, an empty `SCRATCH`."""
+    """Create a new root file system: the given paths read-only, a few devices, an empty `SCRATCH`."""
     root = _mount_point(readable)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in (*SYSTEM_PATHS, *readable):
@@ -115,7 +115,7 @@ def build_root(readable: Sequence[str]) -> None:
         _bind(root, path, read_only=False)
     for path in ("/proc", SCRATCH, "/old"):
         os.makedirs(root + path, exist_ok=True)
-    if not os.path.lexists(root + "/tmp"):  # it is a folder where a readable path lies below /tmp
+    if not os.path.lexists(root + "/tmp"):  # a readable path below /tmp makes it a folder
         os.symlink(SCRATCH, root + "/tmp")
     mount("/proc", root + "/proc", None, MS_BIND | MS_REC)
     os.chdir(root)
@@ -128,7 +128,7 @@ def build_root(readable: Sequence[str]) -> None:
 
 
 def _mount_point(readable: Sequence[str]) -> str:
-    """A folder that hides nothing that is needed when the new root is mounted on it."""
+    """Return a folder where mounting the new root hides none of the needed paths."""
     needed = [os.path.realpath(path) + "/" for path in (*readable, *SYSTEM_PATHS)]
     for folder in ("/mnt", "/media", "/srv", "/opt", "/tmp", "/var", "/home", "/root"):
         real = os.path.realpath(folder)
@@ -154,7 +154,7 @@ def _bind(root: str, path: str, *, read_only: bool) -> None:
 
 
 def set_read_only(path: str, *, recursive: bool) -> None:
-    """mount_setattr(2): read-only and no set-user-id, on all mounts below `path` too."""
+    """Set mounts to read-only, without set-user-id, by mount_setattr(2); recursive: also below `path`."""
     attr = struct.pack("QQQQ", 1 | 2, 0, 0, 0)
     flags = 0x8000 if recursive else 0  # AT_RECURSIVE
     _check(_libc.syscall(442, -100, path.encode(), flags, attr, len(attr)), f"mount_setattr {path}")
@@ -164,14 +164,14 @@ def set_read_only(path: str, *, recursive: bool) -> None:
 
 
 def bound_capabilities() -> None:
-    """Empty the bounding set: no program that this process or a child executes gains a capability."""
+    """Empty the bounding set, so that no program executed here or in a child can gain a capability."""
     with contextlib.suppress(OSError):  # not privileged, or past the last capability
         for capability in range(64):
             prctl(PR_CAPBSET_DROP, capability)
 
 
 def drop_privileges(uid: int | None) -> None:
-    """Become `uid` (None: keep it), without capabilities, for good. The bounding set is empty already."""
+    """Switch to `uid` (None: keep it) irrevocably, without capabilities. The bounding set must be empty."""
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -184,7 +184,7 @@ def drop_privileges(uid: int | None) -> None:
 
 
 def limit(memory: int, cpu_s: int, file_bytes: int, processes: int, *, address_space: bool) -> None:
-    """Resource limits; a CPU-time excess kills."""
+    """Set resource limits; exceeding the CPU time kills the process."""
     rules = [
         (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_FSIZE, file_bytes),
@@ -193,7 +193,7 @@ def limit(memory: int, cpu_s: int, file_bytes: int, processes: int, *, address_s
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
-        (resource.RLIMIT_SIGPENDING, 1024),  # queued signals and timers are memory in the kernel
+        (resource.RLIMIT_SIGPENDING, 1024),  # queued signals and timers use kernel memory
     ]
     if address_space:
         rules.append((resource.RLIMIT_AS, memory))
@@ -207,13 +207,15 @@ def limit(memory: int, cpu_s: int, file_bytes: int, processes: int, *, address_s
 
 
 def landlock_abi() -> int:
-    """The kernel's Landlock version; 0 where there is none."""
+    """Return the kernel's Landlock version; 0 if it is not supported."""
     return max(0, _libc.syscall(444, 0, 0, 1))
 
 
 def landlock(readable: Sequence[str], writable: str) -> None:
-    """Read and execute below `readable`, everything below `writable`, nothing else; no TCP; no signals
-    to processes outside, as far as the kernel's version goes."""
+    """Allow reading and execution below `readable`, all access below `writable`, and no other files.
+
+    Also forbids TCP, and signals to processes outside, if the kernel's version supports it.
+    """
     abi = landlock_abi()
     if abi < 1:
         raise OSError("this kernel has no Landlock")
@@ -240,7 +242,7 @@ def landlock(readable: Sequence[str], writable: str) -> None:
 
 
 def python_paths() -> list[str]:
-    """The folders that this Python needs, with the packages that it can import."""
+    """Return the folders that this Python needs, including importable packages."""
     paths = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix)} | {sys.prefix}
     paths |= {p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")}
     paths = {p for p in paths if not p.startswith("/usr/") and p not in ("/", "/usr")}

@@ -1,4 +1,4 @@
-"""The untrusted side: a program as `__main__`, as a module whose names tests call, or as a session."""
+"""Run untrusted code: a program as `__main__`, as a module for tests, or as a session."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .wire import Gone, Link, Proxy, describe_exception, to_exception
 
 
 def read_payload(fd: int) -> dict[str, Any]:
-    """Read the JSON at a file descriptor, and close it."""
+    """Read JSON from a file descriptor, and close it."""
     with open(fd, "rb") as file:
         return json.loads(file.read())
 
 
 def write_files(files: dict[str, str]) -> None:
-    """Write base64 contents into the working folder, executable; folders in names are left out."""
+    """Write base64 contents into the working folder as executable files; folders in names are dropped."""
     for name, content in files.items():
         path = os.path.join(os.getcwd(), os.path.basename(name))
         with open(path, "wb") as file:
@@ -43,7 +43,7 @@ def run_main(payload: dict[str, Any]) -> int:
 
 
 def _new_module(name: str) -> dict[str, Any]:
-    """The namespace of an empty module, where `sys.modules` has it: dataclasses and pickle look there."""
+    """Add an empty module to `sys.modules`, where dataclasses and pickle look; return its namespace."""
     module = types.ModuleType(name)
     sys.modules[name] = module
     vars(module)["__builtins__"] = builtins
@@ -51,7 +51,7 @@ def _new_module(name: str) -> dict[str, Any]:
 
 
 def _execute(argv: list[str]) -> NoReturn:
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a command would go on to
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a command would inherit that
         signal.signal(number, signal.SIG_DFL)
     os.execvpe(argv[0], argv, dict(os.environ))
 
@@ -63,7 +63,7 @@ def _text_streams() -> None:
 
 
 class TestsObject(Proxy):
-    """A function of the tests, as the program sees it."""
+    """A function of the tests, as seen by the program."""
 
     def _ask(self, operation: str, *args: Any) -> Any:
         link: Link = self.__dict__["_link"]
@@ -77,7 +77,7 @@ class TestsObject(Proxy):
 
 
 class ProgramLink(Link):
-    """What tests may ask of a program: its names, and what to do with its objects."""
+    """The program's end of the link: tests may request its names and operate on its objects."""
 
     def __init__(self, fd: int, names: dict[str, Any]) -> None:
         super().__init__(fd, TestsObject)
@@ -103,7 +103,7 @@ class ProgramLink(Link):
 
 
 def serve(payload: dict[str, Any], fd: int) -> int:
-    """Run the program as a module, then do what its tests ask for until they end."""
+    """Run the program as a module, then serve the requests of its tests until they end."""
     sys.set_int_max_str_digits(0)
     names = _new_module("program")
     link = ProgramLink(fd, names)
@@ -121,7 +121,7 @@ def serve(payload: dict[str, Any], fd: int) -> int:
 
 
 def interact(payload: dict[str, Any], fd: int) -> int:
-    """Execute the sources that arrive, one after the other, in one namespace.
+    """Execute incoming sources one by one in one namespace.
 
     As in an interactive interpreter, the value of a last expression is printed. An answer is
     `{"error": traceback or ""}`.
@@ -144,7 +144,7 @@ def interact(payload: dict[str, Any], fd: int) -> int:
                 value = eval(compile(ast.Expression(last.value), "<session>", "eval"), names)
                 if value is not None:
                     print(repr(value))
-        except BaseException as raised:  # SystemExit too: a session ends when its owner closes it
+        except BaseException as raised:  # SystemExit too: only the owner closes a session
             error = _traceback(raised)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -152,7 +152,7 @@ def interact(payload: dict[str, Any], fd: int) -> int:
 
 
 def _traceback(error: BaseException) -> str:
-    """The traceback without the frames of this file."""
+    """Format the traceback without the frames of this file."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next

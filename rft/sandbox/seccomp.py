@@ -1,6 +1,6 @@
-"""The system calls that a sandboxed process may not make, each with its reason, and the filter for them.
+"""Build the filter of system calls that a sandboxed process may not make, each with its reason.
 
-The filter is compiled by libseccomp where that library is installed, and otherwise from the numbers below.
+The filter is compiled by libseccomp if that library is installed, and otherwise from the numbers below.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 @dataclass(frozen=True)
 class Masked:
-    """Holds where `argument & mask == value` (32 bits); `unequal`: where it is not, with a full mask."""
+    """The condition `argument & mask == value` (32 bits); `unequal`: its negation, with a full mask."""
 
     argument: int
     mask: int
@@ -35,9 +35,9 @@ class Masked:
 
 @dataclass(frozen=True)
 class Rule:
-    """A call that fails with `error` where all of `when` hold (no condition: always).
+    """A call that fails with `error` if all conditions in `when` hold (no condition: always).
 
-    numbers: of x86_64 and aarch64; -1 where the architecture does not have the call.
+    numbers: of x86_64 and aarch64; -1 if the architecture does not have the call.
     """
 
     call: str
@@ -92,7 +92,7 @@ RULES: list[Rule] = [
         for bit in range(32)
         if NAMESPACE_FLAGS >> bit & 1
     ],
-    # Its flags lie in memory, out of a filter's reach. libc falls back to clone.
+    # Its flags are in memory, which a filter cannot read. libc falls back to clone.
     Rule("clone3", (435, 435), "make a namespace with a process", error=errno.ENOSYS),
     *_rules(
         "kernel interfaces with a history of escapes",
@@ -103,7 +103,7 @@ RULES: list[Rule] = [
         io_uring_enter=(426, 426),
         io_uring_register=(427, 427),
     ),
-    # Pid 1 of the request may be of the same user.
+    # Pid 1 of the request may run as the same user.
     Rule("prlimit64", (302, 261), "limit another process", (Masked(0, 0xFFFFFFFF, 0, unequal=True),)),
     *_rules("keys outlive the program", add_key=(248, 217), request_key=(249, 218), keyctl=(250, 219)),
     *_rules(
@@ -124,15 +124,15 @@ RULES: list[Rule] = [
         inotify_init1=(294, 26),
         io_setup=(206, 0),
     ),
-    # asyncio and multiprocessing need a pair of stream sockets; datagrams and larger buffers serve only to
-    # hold memory in the kernel.
+    # asyncio and multiprocessing need a pair of stream sockets; datagrams and larger buffers would only
+    # allocate kernel memory.
     *[
         Rule("socketpair", (53, 199), "memory in the kernel", (Masked(1, 0xF, kind),))
         for kind in (2, 3, 4, 5, 6)
     ],
     *[
         Rule("setsockopt", (54, 208), "memory in the kernel", (_equal(1, SOL_SOCKET), _equal(2, option)))
-        for option in (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF, and the forms that ignore the limit
+        for option in (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF, and the variants that ignore the limit
     ],
     Rule("fcntl", (72, 25), "memory in the kernel", (_equal(1, 1031),)),  # F_SETPIPE_SZ
     *_rules(
@@ -165,7 +165,7 @@ SIGNAL_RULES = _rules(
     pidfd_send_signal=(424, 424),
     rt_sigqueueinfo=(129, 138),
     rt_tgsigqueueinfo=(297, 240),
-    setpgid=(109, 154),  # into the group of what is to end it
+    setpgid=(109, 154),  # into the killer's process group, which is not killed as a group
     setpriority=(141, 140),
     sched_setscheduler=(144, 119),
     sched_setparam=(142, 118),
@@ -174,11 +174,11 @@ SIGNAL_RULES = _rules(
     migrate_pages=(256, 238),
     move_pages=(279, 239),
 )
-# Limits and processors of another process: the first argument is a process id, and 0 means the caller.
+# Limits and CPU affinity of another process: the first argument is a process id; 0 means the caller.
 SIGNAL_RULES.append(
     Rule("sched_setaffinity", (203, 122), "move processes outside", (Masked(0, 0xFFFFFFFF, 0, unequal=True),))
 )
-# A descriptor's owner is sent signals when it becomes ready, without a call of kill.
+# The owner of a descriptor is signalled when it becomes ready, without a call of kill.
 SIGNAL_RULES += [
     Rule("fcntl", (72, 25), "have the kernel signal processes outside", (_equal(1, command),))
     for command in (8, 10, 15, 1026)  # F_SETOWN, F_SETSIG, F_SETOWN_EX, F_NOTIFY
@@ -187,8 +187,8 @@ SIGNAL_RULES += [
     Rule("ioctl", (16, 29), "have the kernel signal processes outside", (_equal(1, request),))
     for request in (0x8901, 0x8902)  # FIOSETOWN, SIOCSPGRP
 ]
-# Pages of a shared map stay when most of the map is given back, and only a privileged process can count
-# them. /dev/zero, which gives such maps too, is left out of the file system with this rule.
+# Pages of a shared map stay allocated when most of the map is unmapped, and only a privileged process can
+# count them. With this rule the file system also omits /dev/zero, which provides such maps too.
 SHARED_MEMORY_RULES = [
     Rule("mmap", (9, 222), "shared memory that nothing here can count", (Masked(3, 0x21, 0x21),))
 ]
@@ -196,17 +196,19 @@ SHARED_MEMORY_RULES = [
 
 @dataclass(frozen=True)
 class Filter:
-    """A compiled filter: BPF instructions, and who compiled them."""
+    """A compiled filter: BPF instructions, and the compiler's name."""
 
     code: bytes
     compiler: str
 
 
 def build_filter(*, signals: bool, shared_memory: bool = True) -> Filter:
-    """Compile the rules. signals: whether processes may signal others (they have a namespace to themselves).
-    shared_memory: whether shared maps without a file are allowed (something counts their pages).
+    """Compile the rules.
 
-    Raises OSError on a processor that the rules do not know, or where libseccomp refuses them.
+    signals: whether processes may signal others (they have a separate process namespace).
+    shared_memory: whether shared maps without a file are allowed (their pages are counted elsewhere).
+
+    Raises OSError on a processor without rules, or if libseccomp refuses them.
     """
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
@@ -223,7 +225,7 @@ def build_filter(*, signals: bool, shared_memory: bool = True) -> Filter:
 
 
 def install(filter_: Filter) -> None:
-    """Put the filter on this process and its children, for good. Raises OSError."""
+    """Install the filter irrevocably on this process and its children. Raises OSError."""
     count = len(filter_.code) // 8
     buffer = ctypes.create_string_buffer(filter_.code, len(filter_.code))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", count, ctypes.addressof(buffer)))
@@ -270,8 +272,8 @@ def _by_libseccomp(library: Any, rules: Sequence[Rule]) -> bytes:
     if not context:
         raise OSError(errno.ENOMEM, "seccomp_init failed")
     try:
-        # A binary tree: the kernel runs the filter once for every call number when it is installed. Before
-        # version 2.5 this is refused, and the filter is a list.
+        # A binary tree: on installation the kernel runs the filter once for every call number. Versions
+        # before 2.5 refuse this, and the filter is a list.
         library.seccomp_attr_set(context, OPTIMIZE, 2)
         for rule in rules:
             number = library.seccomp_syscall_resolve_name(rule.call.encode())
@@ -304,14 +306,14 @@ def _by_libseccomp(library: Any, rules: Sequence[Rule]) -> bytes:
         library.seccomp_release(context)
 
 
-# -- by hand -----------------------------------------------------------------------------------------
+# -- built-in compiler -------------------------------------------------------------------------------
 
 _LOAD, _AND, _JUMP_EQ, _JUMP_GE, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
 def _by_hand(rules: Sequence[Rule], column: int, architecture: int) -> bytes:
-    """Check the architecture, refuse x32 numbers, then one block for each rule."""
+    """Compile: check the architecture, refuse x32 numbers, then add one block per rule."""
     code: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, 4),
         (_JUMP_EQ, 1, 0, architecture),
@@ -325,12 +327,12 @@ def _by_hand(rules: Sequence[Rule], column: int, architecture: int) -> bytes:
         if number < 0:
             continue
         block: list[tuple[int, int, int, int]] = []
-        left = 3 * len(rule.when) + 1  # instructions behind this jump that belong to the rule
+        left = 3 * len(rule.when) + 1  # remaining instructions of this rule after this jump
         if rule.when:
-            left += 1  # and the reload of the number
+            left += 1  # and reloading the number
         block.append((_JUMP_EQ, 0, left, number))
         for position, c in enumerate(rule.when):
-            behind = 3 * (len(rule.when) - position - 1) + 1  # to the reload
+            behind = 3 * (len(rule.when) - position - 1) + 1  # up to reloading the number
             block += [
                 (_LOAD, 0, 0, 16 + 8 * c.argument),
                 (_AND, 0, 0, c.mask),

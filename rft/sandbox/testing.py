@@ -1,12 +1,13 @@
-"""The tests' side: tests as unmodified Python, against names of a program in another process.
+"""Run unmodified Python tests against the names of a program in another process.
 
 A test is one statement at the top level of a source: an `assert`, a block that contains one, a call of a
 function or class that contains one; a function `test...` that nothing calls (with pytest's `parametrize`, or
 without parameters); or a method `test...` of a class `Test...` or of a `TestCase`. Each counts once, however
 often its asserts run.
 
-The tests' own names come first, then builtins, then the program's. `math.isclose` means the standard
-library's `math` though only the program imports it, and `from solution import f` gives the program's `f`.
+Names are looked up in the tests first, then in the builtins, then in the program. `math.isclose` means the
+standard library's `math` even if only the program imports it, and `from solution import f` gives the
+program's `f`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from .wire import BINARY, COMPARISONS, CannotPass, Gone, Link, Proxy, exception_
 
 @dataclass
 class Report:
-    """How the tests went.
+    """Result of the tests.
 
-    problem: what ended them early. invalid: why the tests themselves cannot be run (nobody's score).
+    problem: why they ended early. invalid: why the tests cannot be run (no score for any program).
     """
 
     passed: int = 0
@@ -42,7 +43,7 @@ class Report:
 
 
 class ProgramObject(Proxy):
-    """A function, class or object of the program, as the tests see it."""
+    """A function, class or object of the program, as seen by the tests."""
 
     def _ask(self, operation: str, *args: Any) -> Any:
         link: TestsLink = self.__dict__["_link"]
@@ -63,7 +64,7 @@ class ProgramObject(Proxy):
         return link.unpack(answer["ok"])
 
     def __eq__(self, other: object) -> bool:
-        """As the program defines it where both are the program's; it is unequal to any data of the tests."""
+        """Compare as the program defines it if both are its objects; unequal to any data of the tests."""
         if not isinstance(other, ProgramObject):
             return False
         return self is other or self._id == other._id or self._ask("eq", other) is True
@@ -90,15 +91,17 @@ class ProgramObject(Proxy):
         link: TestsLink = self.__dict__["_link"]
         answer = link.ask("next", self._id)
         if answer.get("error", [""])[:1] == ["StopIteration"]:
-            raise StopIteration  # the end of an iterator that the tests advance: not wrapped
+            raise StopIteration  # ends an iterator that the tests advance: not wrapped
         if "error" in answer:
             raise to_exception(answer)
         return link.unpack(answer["ok"])
 
 
 def _between_objects(name: str) -> Any:
-    """An operator between two objects of the program; with data of the tests there is none, as the program
-    would learn it and could answer anything."""
+    """Make an operator for two objects of the program.
+
+    It is undefined with data of the tests, because the program would see the data and could fake the answer.
+    """
 
     def operate(self: ProgramObject, other: object) -> Any:
         return self._ask(name, other) if isinstance(other, ProgramObject) else NotImplemented
@@ -125,7 +128,7 @@ async def _items_of(iterator: ProgramObject) -> Any:
 
 
 def _copy_changes(before: Any, after: Any) -> None:
-    """Change a list, dict or set that was passed to a call as the call has changed its copy."""
+    """Apply the changes that a call made to the copy of a list, dict or set to the caller's object."""
     if type(before) is type(after):
         if isinstance(before, list | bytearray):
             before[:] = after
@@ -137,7 +140,7 @@ def _copy_changes(before: Any, after: Any) -> None:
 
 
 class TestsLink(Link):
-    """The tests' end: functions may be lent to the program, and it may do nothing with them but call them."""
+    """The tests' end of the link: the program may call functions lent to it, and nothing else."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd, ProgramObject)
@@ -158,7 +161,7 @@ class TestsLink(Link):
         return value
 
     def perform(self, operation: str, args: list[Any]) -> dict[str, Any]:
-        if operation != "call":  # an attribute of a function leads to the tests' globals
+        if operation != "call":  # an attribute of a function would give access to the tests' globals
             raise TypeError("a function of the tests can only be called")
         return super().perform(operation, args)
 
@@ -171,7 +174,7 @@ class TestsLink(Link):
 
 
 class Names(dict[str, Any]):
-    """Globals of the tests: a name that they do not define is the program's.
+    """Globals of the tests: a name that they do not define is looked up in the program.
 
     builtin: builtin names that mean the program's function, for example `sum`.
     """
@@ -188,7 +191,7 @@ class Names(dict[str, Any]):
         return self[name]
 
     def of_program(self, name: str) -> Any:
-        """The program's name. Raises KeyError."""
+        """Return the program's object of that name. Raises KeyError."""
         answer = self._link.ask("name", name)
         if "exception" in answer:
             value: Any = exception_class(tuple(map(str, answer["exception"][:20])))
@@ -200,8 +203,10 @@ class Names(dict[str, Any]):
 
 
 def _trusted(name: str, attributes: dict[str, set[str]]) -> Any:
-    """What a name that only the program imports must mean in tests, or the program would judge itself:
-    a module of which the tests use attributes, or a comparison; None for others."""
+    """Return the trusted object for a name that only the program imports, so that it cannot judge itself.
+
+    Applies to a module if the tests use its attributes, and to comparison functions; None for other names.
+    """
     if name in _COMPARING:
         module, used = _COMPARING[name], {name}
     elif attributes.get(name) and (name in sys.stdlib_module_names or name in _MODULES):
@@ -228,7 +233,7 @@ _COMPARING = {
 
 
 def _attributes_used(trees: list[ast.Module]) -> dict[str, set[str]]:
-    """For each name of which the tests use nothing but attributes: which ones."""
+    """Return the attributes used of each name that the tests use only for its attributes."""
     used: dict[str, set[str]] = {}
     bare = set()
     for tree in trees:
@@ -243,7 +248,7 @@ def _attributes_used(trees: list[ast.Module]) -> dict[str, set[str]]:
 
 
 class Solution(types.ModuleType):
-    """The module that tests import the program's names from."""
+    """The module from which tests import the program's names."""
 
     def __init__(self, names: Names) -> None:
         super().__init__("solution")
@@ -258,12 +263,12 @@ class Solution(types.ModuleType):
             raise AttributeError(f"the program has no {name!r}") from None
 
 
-# -- what is a test ----------------------------------------------------------------------------------
+# -- collecting tests --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of a source to execute, and whether it counts as a test. `text`: how reports call it.
+    """A part of a source to execute. test: whether it counts as a test; text: its name in reports.
 
     call: the function, or the class and its method, to call instead of the code.
     """
@@ -275,12 +280,12 @@ class Step:
 
 
 def _checks(node: ast.AST) -> bool:
-    """Whether a statement can fail by itself: it holds an assert of something, or raises."""
+    """Whether a statement contains an assert or a raise."""
     return any(isinstance(n, ast.Assert | ast.Raise) for n in ast.walk(node))
 
 
 def plan(source: str) -> list[Step]:
-    """Cut a source into steps. Raises SyntaxError."""
+    """Split a source into steps. Raises SyntaxError."""
     tree, lines = ast.parse(source), source.splitlines()
     functions = {n.name: n for n in tree.body if isinstance(n, Definition)}
     checking = {name for name, node in functions.items() if _checks(node)}
@@ -289,7 +294,7 @@ def plan(source: str) -> list[Step]:
         if not more:
             break
         checking |= more
-    used = _mentions(tree)  # those with parameters are called by others, in whatever way
+    used = _mentions(tree)  # functions with parameters are called by others, in any form
     called = {name for node in tree.body if not isinstance(node, Definition) for name in _calls(node)}
     flags = 0
     steps = []
@@ -322,23 +327,23 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def _starts_a_runner(node: ast.stmt) -> bool:
-    """Whether it is `unittest.main()` or `pytest.main(...)`: the tests are run here."""
+    """Whether a statement is `unittest.main()` or `pytest.main(...)`, which `run_tests` replaces."""
     call = node.value if isinstance(node, ast.Expr) else None
     return isinstance(call, ast.Call) and ast.unparse(call.func) in ("unittest.main", "pytest.main")
 
 
 def _call(names: Names, path: str) -> None:
-    """Run a test function, or a method of a test class with what prepares it."""
+    """Run a test function, or a method of a test class with its setup and teardown."""
     owner, _, name = path.rpartition(".")
     if not owner:
         _call_function(names[name])
         return
     kind = names[owner]
-    unittest = sys.modules.get("unittest")  # there if the tests have imported it
+    unittest = sys.modules.get("unittest")  # present if the tests have imported it
     if unittest is not None and issubclass(kind, unittest.TestCase):
         kind.setUpClass()
         try:
-            kind(name).debug()  # raises what the test raises
+            kind(name).debug()  # raises the exceptions of the test
         finally:
             kind.tearDownClass()
         return
@@ -351,14 +356,14 @@ def _call(names: Names, path: str) -> None:
 
 
 def _row(row: Any, parameters: int) -> Any:
-    """The values of one case: of `pytest.param`, of a tuple, or one by itself."""
+    """Return the arguments of one case: a `pytest.param`, a tuple, or a single value."""
     if type(row).__name__ == "ParameterSet":
         return row.values
     return row if parameters > 1 else (row,)
 
 
 def _call_function(function: Any) -> None:
-    """Call a test function, once for each of the cases of pytest's `parametrize`."""
+    """Call a test function, once for each case of pytest's `parametrize`."""
     sets = []
     for mark in getattr(function, "pytestmark", []):
         if mark.name == "parametrize":
@@ -383,7 +388,7 @@ def _step(body: list[ast.stmt], flags: int, test: bool, text: str) -> Step:
 
 
 def _calls(node: ast.AST) -> set[str]:
-    """The names of what a statement calls; empty for what is not a name."""
+    """Return the names that a statement calls; calls of other expressions are ignored."""
     calls = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
     return {f.id if isinstance(f, ast.Name) else "" for f in calls}
 
@@ -398,7 +403,7 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return needed > 0 or any(default is None for default in args.kw_defaults)
 
 
-# -- running them ------------------------------------------------------------------------------------
+# -- running tests -----------------------------------------------------------------------------------
 
 
 def run_tests(payload: dict[str, Any], fd: int, report_fd: int) -> int:
@@ -433,7 +438,7 @@ def run_tests(payload: dict[str, Any], fd: int, report_fd: int) -> int:
 
 
 def _run_source(steps: list[Step], names: Names, report: Report) -> None:
-    """Run one source. After a statement that is no test and fails, the rest of the source has failed too."""
+    """Run one source. If a statement that is not a test fails, the rest of the source counts as failed."""
     for position, step in enumerate(steps):
         try:
             if step.call:
@@ -443,7 +448,7 @@ def _run_source(steps: list[Step], names: Names, report: Report) -> None:
         except (Gone, CannotPass):
             raise
         except ModuleNotFoundError as error:
-            if error.name:  # raised by an import of the tests: the program's arrive without a name
+            if error.name:  # raised by an import of the tests: the program's errors have no name
                 raise CannotPass(
                     f"the tests import {error.name!r}, which the sandbox's Python does not have"
                 ) from None
@@ -454,7 +459,7 @@ def _run_source(steps: list[Step], names: Names, report: Report) -> None:
             report.failures.append(f"{step.text}{why}"[:300])
             if not step.test:
                 if not any(later.test for later in steps[position:]):
-                    report.total += 1  # nothing else would show that the source did not run to its end
+                    report.total += 1  # otherwise nothing would show that the source did not run to its end
                 return
         else:
             report.passed += step.test
@@ -463,7 +468,7 @@ def _run_source(steps: list[Step], names: Names, report: Report) -> None:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # a message that is an object of the program
+    except Exception:  # the message is an object of the program
         return ""
 
 

@@ -1,6 +1,6 @@
-"""Plain data and calls between a program and its tests, which run in two processes.
+"""Exchange plain data and calls between a program and its tests, which run in two processes.
 
-Values of exact builtin types travel by value. Any other object stays with its owner and travels as a
+Values of exact builtin types are passed by value. Any other object stays with its owner and is passed as a
 reference; the other side sees a `Proxy`. Either side may call back while it waits for an answer.
 """
 
@@ -24,10 +24,10 @@ LONGEST_LINE = 64 << 20
 _CONTAINERS: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 _MAPPINGS: dict[str, type] = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict}
 _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, str, list, dict, set, bool, tuple)}
-# Types themselves, as in `f(3) == int`; nothing that does more than make a value.
+# Types passed as values, as in `f(3) == int`; only types whose calls do nothing but make a value.
 _TYPES = {kind: name for name, kind in {**_FACTORIES, "bytes": bytes, "complex": complex}.items()}
-_ARRAYS = "biufcUSMm"  # kinds of numpy's arrays whose bytes are their values
-# IntEnum and other subclasses: what they are a subclass of is what travels.
+_ARRAYS = "biufcUSMm"  # kinds of numpy arrays that are fully described by their bytes
+# IntEnum and other subclasses are passed as values of their base class.
 _BASES: tuple[Any, ...] = (bool, int, float, str, tuple, list, dict, set, frozenset)
 _TEXTS: dict[str, Callable[[str], Any]] = {
     "Fraction": Fraction,
@@ -39,15 +39,15 @@ _TEXTS: dict[str, Callable[[str], Any]] = {
 
 
 class Gone(BaseException):
-    """The other side has ended. Not an Exception: tests that expect one must not take this for it."""
+    """The other side has ended. Not an Exception: a test that expects an exception must not catch it."""
 
 
 class CannotPass(BaseException):
-    """Tests handed a value to the program that cannot travel: the tests' fault, never the program's."""
+    """Tests passed a value to the program that cannot be transferred: an error in the tests."""
 
 
 class Link:
-    """Lines of JSON over a socket, and the objects that were lent to the other side."""
+    """Lines of JSON over a socket, and the objects lent to the other side."""
 
     def __init__(self, fd: int, proxy: type[Proxy]) -> None:
         self._input = os.fdopen(fd, "rb", closefd=False)
@@ -61,7 +61,7 @@ class Link:
             data = data[self._output.write(data) :]
 
     def read(self) -> Any:
-        """The next message. Raises Gone at the end, or where the other side does not speak the protocol."""
+        """Return the next message. Raises Gone at the end, or if the other side violates the protocol."""
         line = self._input.readline(LONGEST_LINE)
         if not line.endswith(b"\n"):
             raise Gone("the program ended before it answered")
@@ -71,7 +71,7 @@ class Link:
             raise Gone("the program answered with something that is no message") from None
 
     def pack(self, value: Any) -> Any:
-        """Turn a value into JSON data; an object that is not plain data is lent."""
+        """Convert a value to JSON data; an object that is not plain data is lent."""
         kind = type(value)
         if value is None or kind in (bool, str):
             return value
@@ -100,7 +100,7 @@ class Link:
         return self._pack_other(value, kind)
 
     def _pack_other(self, value: Any, kind: type) -> Any:
-        """Types of the standard library and of numpy, and subclasses."""
+        """Convert types of the standard library and of numpy, and subclasses."""
         if kind is type and value in _TYPES:
             return {"kind": _TYPES[value]}
         if kind is datetime.timedelta:
@@ -147,7 +147,7 @@ class Link:
         return {"lent": id(value), "type": kinds.get(type(value), "object")}
 
     def unpack(self, data: Any) -> Any:
-        """Turn what `pack` made on the other side into a value."""
+        """Convert data from the other side's `pack` back to a value."""
         if isinstance(data, list):
             return [self.unpack(v) for v in data]
         if not isinstance(data, dict):
@@ -180,7 +180,7 @@ class Link:
         raise ValueError(f"unknown data {kind!r}")
 
     def ask(self, operation: str, *args: Any) -> dict[str, Any]:
-        """Have the other side do something; serves its calls until the answer comes."""
+        """Request an operation from the other side; serve its calls until the answer arrives."""
         self.write({"do": [operation, *args]})
         return self.wait()
 
@@ -195,7 +195,7 @@ class Link:
             self.write(self.answer(message["do"]))
 
     def answer(self, request: list[Any]) -> dict[str, Any]:
-        """Do what the other side asks for; what it raises becomes an answer as well."""
+        """Perform a request of the other side; an exception is returned as an answer too."""
         try:
             operation, *args = request
             return self.perform(operation, args)
@@ -220,7 +220,7 @@ def _isinstance(target: Any, value: Any) -> bool:
 
 
 def _iterate(target: Any) -> list[Any] | None:
-    """All items, or None for an iterator, which is advanced item by item: it may have no end."""
+    """Return all items; None for an iterator, which is advanced item by item because it may be infinite."""
     iterator = iter(target)
     if iterator is target:
         return None
@@ -237,7 +237,7 @@ def _unpack_named(unpack: Callable[[Any], Any], value: Any) -> Any:
     items = [unpack(v) for v in values]
     try:
         return _named_tuple(str(name), tuple(map(str, fields)))(*items)
-    except (ValueError, TypeError):  # one with odd names
+    except (ValueError, TypeError):  # a signature with unusual names
         return tuple(items)
 
 
@@ -276,7 +276,7 @@ _OTHERS: dict[str, Callable[[Callable[[Any], Any], Any], Any]] = {
 
 
 def _finish(awaitable: Any) -> Any:
-    """The result of a coroutine or of an asynchronous iterator's next step, in this side's event loop."""
+    """Run a coroutine, or an asynchronous iterator's next step, in this side's event loop."""
     return _event_loop().run_until_complete(awaitable)
 
 
@@ -290,7 +290,7 @@ def _event_loop() -> Any:
 COMPARISONS = ("lt", "le", "gt", "ge")
 BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    "call": lambda: None,  # answered by `perform`: it also reports what became of the arguments
+    "call": lambda: None,  # answered by `perform`, which also reports changes to the arguments
     "get": getattr,
     "set": setattr,
     "item": lambda target, key: target[key],
@@ -315,7 +315,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 class Proxy:
-    """An object of the other side, which never learns which data it is compared with."""
+    """An object of the other side, which never learns the data it is compared with."""
 
     def __init__(self, link: Link, number: int, kind: str) -> None:
         self.__dict__.update(_link=link, _id=number, _kind=kind)
@@ -377,12 +377,12 @@ class Proxy:
 
 # -- exceptions --------------------------------------------------------------------------------------
 
-# Raised through tests, these would end a loop, a generator or an event loop as if nothing had happened.
+# Raised through tests, these would silently end a loop, a generator or an event loop.
 CONTROL_FLOW = ("StopIteration", "StopAsyncIteration", "GeneratorExit", "CancelledError")
 
 
 def describe_exception(error: BaseException) -> dict[str, Any]:
-    """An exception as an answer: the names of its class and bases down to a builtin one, and its text."""
+    """Describe an exception: the names of its class and bases down to a builtin one, and its text."""
     names = [kind.__name__ for kind in type(error).__mro__ if issubclass(kind, BaseException)]
     try:
         text = str(error)[:500]
@@ -393,9 +393,9 @@ def describe_exception(error: BaseException) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def exception_class(names: tuple[str, ...]) -> type[BaseException]:
-    """The class of that name on this side: the builtin one, or one that is made with the same bases.
+    """Return the class of that name on this side: the builtin one, or one made with the same bases.
 
-    Equal names give the same class, so that `except` finds a class that the program defined.
+    Equal names give the same class, so that `except` matches a class that the program defined.
     """
     name, *bases = names
     known = getattr(builtins, name, None)
@@ -412,11 +412,11 @@ def exception_class(names: tuple[str, ...]) -> type[BaseException]:
 
 
 def to_exception(answer: dict[str, Any]) -> BaseException:
-    """The exception of an answer of `describe_exception`."""
+    """Rebuild the exception from an answer of `describe_exception`."""
     names = answer["error"] if isinstance(answer["error"], list) else [answer["error"]]
     kind = exception_class(tuple(str(name) for name in names[:20]) or ("Exception",))
     text = str(answer.get("text", ""))
     try:
         return kind(text)
-    except TypeError:  # one that needs more arguments, such as UnicodeDecodeError
+    except TypeError:  # it needs more arguments, such as UnicodeDecodeError
         return type(kind.__name__, (ValueError if issubclass(kind, ValueError) else RuntimeError,), {})(text)

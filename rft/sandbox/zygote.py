@@ -1,13 +1,13 @@
-"""The process that sandboxed processes are forked from: a fork takes a millisecond, a fresh Python thirty.
+"""Fork sandboxed processes from one process: a fork takes a millisecond, a new Python thirty.
 
-It shuts itself in first, then forks once per request and forgets the request. It never sees a program, a test
-or an output: those lie in files in memory that only the process concerned reads, and results go through pipes
-to the trusted side. So there is nothing of an earlier request in the memory that a program inherits.
+The zygote confines itself first, then forks once per request and keeps nothing of the request. It never sees
+a program, a test or an output: those are in memory files that only the process concerned reads, and results
+go through pipes to the trusted side. The memory that a program inherits thus contains no earlier request.
 
     trusted side (client.py)
       └ zygote           namespaces of files, network, IPC
-          └ init         pid 1 of one request: limits, watch, end of all that the program has started
-              └ program  the only process that runs anything untrusted
+          └ init         pid 1 of one request: limits, watch, end of all processes of the program
+              └ program  the only process that runs untrusted code
 
 A request is one JSON line `{"role", "limits", "user", "fds"}` with file descriptors attached, named by `fds`.
 Standard library only.
@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 
 from . import cgroup, linux, program, seccomp, testing
 
-# Imported before the forks, so that programs find them loaded.
+# Imported before the forks, so that programs need not load them.
 PRELOADED = "bisect collections copy datetime functools hashlib heapq itertools math operator random re"
 for _name in [*PRELOADED.split(), "statistics", "string", "typing"]:
     importlib.import_module(_name)
@@ -55,18 +55,18 @@ ROLES: dict[str, Callable[[dict[str, int]], int]] = {
 
 @dataclass
 class Protections:
-    """What protects on this machine."""
+    """The protections available on this machine."""
 
     namespaces: bool
-    landlock: int  # the kernel's version of it; 0: none
+    landlock: int  # the kernel's Landlock version; 0: none
     filter: seccomp.Filter | None
-    own_user: bool  # every request runs as a user of its own
+    own_user: bool  # every request runs under a separate user id
     readable: list[str]
     backend: str
-    why: str  # why there are no namespaces, or no seccomp
+    why: str  # reason why namespaces or seccomp are missing
 
     def describe(self) -> dict[str, str]:
-        """Each protection and what provides it; empty where nothing does."""
+        """Return each protection and its mechanism; empty if there is none."""
         ns = self.namespaces
         calls = f"seccomp ({self.filter.compiler})" if self.filter else ""
         landlock = f"Landlock {self.landlock}" if self.landlock else ""
@@ -83,9 +83,9 @@ class Protections:
 
 
 def shut_in(backend: str, readable: list[str], counted: bool) -> Protections:
-    """Enter the outer namespaces where that is wanted and possible, and find out what else there is.
+    """Enter the outer namespaces if requested and possible, and probe the other protections.
 
-    backend: `bubblewrap` (this process was started by it, inside), `native`, or `landlock`.
+    backend: `bubblewrap` (this process was started inside it), `native`, or `landlock`.
     counted: whether control groups limit memory.
     """
     readable = [*linux.python_paths(), *readable]
@@ -121,7 +121,7 @@ def _enter(readable: list[str]) -> None:
 
 
 def _inner_namespaces() -> None:
-    """What every request does, once, to find out whether it works."""
+    """Enter a request's namespaces once, to check that it works."""
     pid = linux.fork_into(REQUEST_NAMESPACES)
     if pid == 0:
         try:
@@ -135,7 +135,7 @@ def _inner_namespaces() -> None:
 
 
 def _count_shared_memory() -> None:
-    """Find out whether this process may see how many pages a shared map has, mapped or not."""
+    """Check that this process can count the pages of a shared map, mapped or not."""
     with mmap.mmap(-1, mmap.PAGESIZE) as shared:
         shared[0] = 1
         held: dict[str, int] = {}
@@ -151,7 +151,7 @@ def _try_filter(filter_: seccomp.Filter | None) -> None:
 
 
 def _in_child(attempt: Callable[[], None], name: str) -> str:
-    """Try in a child, as a failure half-way cannot be undone. Returns why it failed; empty if it works."""
+    """Try in a child, because a partial failure cannot be undone. Return the error; empty on success."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -168,7 +168,7 @@ def _in_child(attempt: Callable[[], None], name: str) -> str:
 
 
 def _hidden(protections: Protections, path: str) -> bool:
-    """Whether a program could not list a folder that this process could before it shut itself in."""
+    """Whether a program cannot list a folder that this process could list before it confined itself."""
 
     def look() -> None:
         if protections.own_user:
@@ -179,7 +179,7 @@ def _hidden(protections: Protections, path: str) -> bool:
 
 
 def _others_can_read() -> bool:
-    """Without a mount namespace: can an unprivileged user reach this Python?"""
+    """Whether an unprivileged user can reach this Python without a mount namespace."""
     path = os.path.realpath(os.__file__)
     while path != "/":
         if not os.stat(path).st_mode & 0o005:
@@ -189,7 +189,7 @@ def _others_can_read() -> bool:
 
 
 def _mounts(limits: dict[str, Any]) -> None:
-    """In a request's mount namespace: its processes only in /proc, and an empty scratch folder."""
+    """Mount /proc, with a request's processes only, and an empty scratch folder in its mount namespace."""
     flags = linux.MS_NOSUID | linux.MS_NODEV
     linux.mount("proc", "/proc", "proc", flags)
     size = f"size={limits['scratch']},mode=1777,nr_inodes={MOST_FILES}"
@@ -201,9 +201,9 @@ def _mounts(limits: dict[str, Any]) -> None:
 
 @dataclass
 class Request:
-    """What to run, under which limits, as which user id, on which file descriptors.
+    """A program to run: role, limits, user id and file descriptors.
 
-    fds: `status` (how it ended, as JSON), `control` (closed by the trusted side to end it), and by role
+    fds: `status` (exit status, as JSON), `control` (closed by the trusted side to end it), and by role
     `payload`, `link`, `report`, `stdin`, `stdout`, `stderr`, `cgroup`.
     """
 
@@ -219,11 +219,11 @@ def _report(request: Request, outcome: dict[str, Any]) -> None:
 
 
 def init(protections: Protections, request: Request, owner: int) -> NoReturn:
-    """Pid 1 of the request, trusted: starts the program, watches it, and ends everything with itself."""
+    """Run as the trusted pid 1 of a request: start and watch the program, and end all processes on exit."""
     scratch = linux.SCRATCH
     try:
         os.setsid()
-        linux.prctl(linux.PR_SET_DUMPABLE, 0)  # closes /proc/1/mem to a program of the same user
+        linux.prctl(linux.PR_SET_DUMPABLE, 0)  # denies /proc/1/mem to a program of the same user
         if protections.namespaces:
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
             _mounts(request.limits)
@@ -234,7 +234,7 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            os.setpgid(0, 0)  # a group to be killed by
+            os.setpgid(0, 0)  # a process group, so that it can be killed as one
             _inside(protections, request, scratch)
         child = os.pidfd_open(pid)
         for name, fd in request.fds.items():
@@ -246,7 +246,7 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not protections.namespaces:
-            while children.remain():  # one that was just being forked may have been overlooked
+            while children.remain():  # one that was being forked may have been missed
                 _kill_descendants()
                 while children.reap():
                     pass
@@ -274,7 +274,7 @@ def _kills(request: Request) -> int:
 
 
 class Children:
-    """The processes that pid 1 has to reap: the program, and orphans, which would count as processes."""
+    """The processes that pid 1 must reap: the program, and orphans, which would count as processes."""
 
     def __init__(self, program: int) -> None:
         self.program = program
@@ -282,7 +282,7 @@ class Children:
         self.cpu_s = 0.0
 
     def reap(self, options: int = os.WNOHANG) -> bool:
-        """Reap one that has ended; False where there is none."""
+        """Reap one ended process; return False if there is none."""
         try:
             pid, status, usage = os.wait4(-1, options)
         except ChildProcessError:
@@ -316,7 +316,7 @@ def _watch(
     killed: int,
     scratch: str,
 ) -> str:
-    """Wait for the program's end; returns the limit that it broke before, if it did."""
+    """Wait for the program's end; return the limit that it exceeded before, if any."""
     limits = request.limits
     poll = select.poll()
     for fd in (child, owner, request.fds["control"]):
@@ -336,7 +336,7 @@ def _watch(
                 return "CPU time"
             if not protections.namespaces:
                 pids = _processes(protections)
-                if len(pids) > limits["processes"]:  # as root, without a user of its own: nothing else limits
+                if len(pids) > limits["processes"]:  # no other limit applies to root without a separate uid
                     return "processes"
                 if _on_disk(pids, scratch) > limits["scratch"]:
                     return "scratch"
@@ -349,17 +349,17 @@ def _watch(
 
 
 def _processes(protections: Protections) -> list[int]:
-    """The processes of the request, without pid 1."""
+    """Return the processes of the request, without pid 1."""
     if not protections.namespaces:
         return descendants(os.getpid())
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
 
 
 def usage_of(pids: list[int], *, counted: bool) -> tuple[int, float]:
-    """Bytes that processes hold, and CPU seconds that they have used.
+    """Return the bytes that processes hold, and the CPU seconds that they have used.
 
-    Memory is counted where no control group does it: private pages, shared maps with those of their pages
-    that no process sees any more, and for each socket and pipe the buffer that it may fill.
+    Memory is counted if no control group does it: private pages, shared maps including pages that
+    no process maps any more, and for each socket and pipe the buffer that it may fill.
     """
     memory, ticks = 0, 0
     shared: dict[str, int] = {}
@@ -376,15 +376,15 @@ def usage_of(pids: list[int], *, counted: bool) -> tuple[int, float]:
 
 
 def _private_memory(pid: int, shared: dict[str, int], buffers: set[str]) -> int:
-    """The private pages of a process; adds its shared maps, and the sockets and pipes of all its threads.
+    """Return the private bytes of a process; add its shared maps, and the sockets and pipes of all threads.
 
-    Read by thread: the first may have ended while others hold the memory, and each may have descriptors
-    of its own.
+    Read per thread: the first thread may have ended while others hold the memory, and each thread may have a
+    separate descriptor table.
     """
     private = -1
     for thread in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            # A name that is not UTF-8 must not hide what a program holds: it chooses its own, and its files.
+            # A name that is not UTF-8 must not hide memory: programs choose their name and those of files.
             path = f"/proc/{pid}/task/{thread}/status"
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 status = dict(line.split(":", 1) for line in file if ":" in line)
@@ -395,9 +395,9 @@ def _private_memory(pid: int, shared: dict[str, int], buffers: set[str]) -> int:
                 if private < 0:
                     _add_shared_maps(thread, shared)
             except PermissionError:
-                if status.get("Seccomp", "").strip() == "2":  # a program hides, as by a file it cannot read
+                if status.get("Seccomp", "").strip() == "2":  # it hides, e.g. by executing an unreadable file
                     return HIDDEN
-                descriptors = []  # on its way in
+                descriptors = []  # starting up
             private = _kilobytes(status["RssAnon"])
             for fd in descriptors:
                 with contextlib.suppress(FileNotFoundError):
@@ -412,8 +412,10 @@ def _kilobytes(text: str) -> int:
 
 
 def _add_shared_maps(pid: str, shared: dict[str, int]) -> None:
-    """Add the sizes of shared maps without a file, by inode: all pages where this process may see them,
-    else what is mapped."""
+    """Add the bytes of shared maps without a file, by inode.
+
+    All pages if this process may see them, otherwise the mapped size.
+    """
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
         for line in maps:
             if "/dev/zero" not in line:
@@ -432,7 +434,7 @@ def _add_shared_maps(pid: str, shared: dict[str, int]) -> None:
 
 
 def _on_disk(pids: list[int], scratch: str) -> int:
-    """Bytes in a scratch folder that is on a disk, with files that were removed and are still open.
+    """Return the bytes in a scratch folder on a disk, including removed files that are still open.
 
     More files than `MOST_FILES` count as too many bytes.
     """
@@ -458,7 +460,7 @@ def _on_disk(pids: list[int], scratch: str) -> int:
 
 
 def remove_tree(folder: str) -> None:
-    """Remove a folder that a program has filled: of any depth, and with any permissions."""
+    """Remove a folder filled by a program: of any depth, and with any permissions."""
     while True:
         with os.scandir(folder) as entries:
             first = list(entries)
@@ -481,7 +483,7 @@ def remove_tree(folder: str) -> None:
 
 
 def _socket_buffer() -> int:
-    """Bytes of kernel memory behind a socket whose send buffer is full: twice its size, for the overhead."""
+    """Return the kernel memory of a full send buffer in bytes: twice its size, for the overhead."""
     try:
         with open("/proc/sys/net/core/wmem_default", encoding="utf-8") as file:
             return 2 * int(file.read())
@@ -491,11 +493,11 @@ def _socket_buffer() -> int:
 
 SOCKET_BUFFER = _socket_buffer()
 PIPE_BUFFER = 1 << 16
-HIDDEN = 1 << 62  # more than any limit: what a program keeps from being counted
+HIDDEN = 1 << 62  # more than any limit: memory that a program keeps from being counted
 
 
 def descendants(pid: int) -> list[int]:
-    """The living processes below `pid`."""
+    """Return the running processes below `pid`."""
     parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -510,9 +512,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def _kill_descendants() -> None:
-    """Without a namespace: kill all that the program has started. Orphans are adopted here.
+    """Kill all processes started by the program, without a namespace. Orphans are adopted here.
 
-    By process group, which no fork escapes: one by one, a fork bomb is faster.
+    Kills by process group, which no fork escapes: a fork bomb is faster than killing processes one by one.
     """
     own = os.getpgid(0)
     while wave := [pid for pid in descendants(os.getpid()) if not _has_ended(pid)]:
@@ -562,7 +564,7 @@ def _inside(protections: Protections, request: Request, scratch: str) -> NoRetur
 
 
 def _own_descriptors(request: Request) -> None:
-    """Enter the control group, put the standard streams in place and close what is not this process's."""
+    """Enter the control group, set up the standard streams and close descriptors of other processes."""
     fds = request.fds
     if "cgroup" in fds:
         cgroup.enter(fds["cgroup"])
@@ -578,19 +580,19 @@ def _own_descriptors(request: Request) -> None:
 
 
 def _confine(protections: Protections, request: Request, scratch: str) -> None:
-    """Every protection, and then no way back."""
+    """Apply every protection, irrevocably."""
     limits = request.limits
     os.chdir(scratch)
     processes = limits["processes"]
     if not protections.namespaces and protections.own_user:
         os.chown(scratch, request.user, request.user)
     elif not protections.own_user and not protections.namespaces:
-        processes += _threads_of(os.getuid())  # the limit counts everything that this user runs
+        processes += _threads_of(os.getuid())  # the limit counts all processes of this user
     linux.limit(
         limits["memory"], limits["cpu_s"], limits["file"], processes, address_space=limits["address_space"]
     )
     linux.drop_privileges(request.user if protections.own_user else None)
-    linux.prctl(linux.PR_SET_DUMPABLE, 1)  # or init, without privileges, could not count its memory
+    linux.prctl(linux.PR_SET_DUMPABLE, 1)  # otherwise an unprivileged init could not count its memory
     if not protections.namespaces and protections.landlock:
         linux.landlock(protections.readable, scratch)
     if protections.filter is not None:
@@ -614,11 +616,11 @@ def main() -> None:
     """Serve requests on the socket at `argv[1]` until it closes or the owner, at `argv[2]`, ends."""
     sock, owner = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     options = json.loads(sys.argv[3])
-    for number in ENDING:  # sent to a whole group of processes; this one ends when its owner does
+    for number in ENDING:  # sent to a whole process group; this process ends when its owner does
         signal.signal(number, signal.SIG_IGN)
     before = [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
     protections = shut_in(options["backend"], options["readable"], options["counted"])
-    # The programs inherit it: changing it in each of them would copy more pages.
+    # Programs inherit the environment: changing it in each of them would copy more pages.
     os.environ.clear()
     os.environ.update(PATH="/usr/local/bin:/usr/bin:/bin", LANG="C.UTF-8")
     if protections.namespaces:
@@ -634,7 +636,7 @@ def main() -> None:
     while True:
         ready = {fd for fd, _ in poll.poll()}
         for pidfd in ready & statuses.keys():
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # by now all processes of the request are gone
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # all processes of the request are gone by now
             poll.unregister(pidfd)
             os.close(pidfd)
             os.close(statuses.pop(pidfd))
