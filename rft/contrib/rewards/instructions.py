@@ -1,7 +1,7 @@
-"""Instructions that a program can check, in the manner of IFEval (arXiv:2311.07911).
+"""Check instructions that a program can verify, as in IFEval (arXiv:2311.07911).
 
 A sample's columns `instruction_id_list` and `kwargs` (as in IFEval's data) name the checks; the reward
-is 1 where all hold, or the fraction that does. The checks are written anew from the paper's table.
+is 1 if all pass, or the fraction that passes. The checks are reimplemented from the paper's table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _compare(n: int, relation: str | None, bound: int) -> bool:
-    """IFEval's relations: `at least` (default) and `less than`."""
+    """Compare with IFEval's relations: `at least` (default) and `less than`."""
     return n < bound if relation == "less than" else n >= bound
 
 
@@ -129,10 +129,10 @@ def instructions(
     *,
     scoring: Literal["all", "fraction"] = "all",
 ) -> Score:
-    """1 where the completion follows all its instructions, or the fraction that it follows.
+    """Score 1 if the completion follows all its instructions, or the fraction that it follows.
 
-    instruction_id_list: names of `CHECKS`. kwargs: their arguments, a dict for each (or JSON text);
-    None values are left out. Raises ValueError for a name that is not known, with the nearest one.
+    instruction_id_list: names of `CHECKS`. kwargs: their arguments, one dict per instruction (or JSON text);
+    None values are dropped. Raises ValueError for an unknown name, with the nearest known one.
     """
     arguments = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
     arguments = arguments or [{}] * len(instruction_id_list)

@@ -1,7 +1,7 @@
-"""Trained models as rewards: scalar, pairwise and per-step. Each lives in a worker process of its own.
+"""Use trained models as rewards: scalar, pairwise and per-step, each in a separate worker process.
 
-A principle (SALMON's principle-following reward models, arXiv:2310.05910) is put before the prompt by
-the template of the scalar and pairwise models.
+The templates of the scalar and pairwise models put a principle (SALMON's principle-following reward models,
+arXiv:2310.05910) before the prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rft.contrib.rewards.trained import TrainedTexts, Unreadable
 from rft.data.groups import PAIR_TEMPLATE
 from rft.rewards.types import Score, Text, abstain, graded, text_of
 
-Rendered = str | list[int]  # a text, or, for models that rft trained, its token ids
+Rendered = str | list[int]  # a text, or token ids for models that rft trained
 
 
 class _Classifier:
@@ -44,8 +44,10 @@ class _Classifier:
         self.trained = TrainedTexts.of(self.model, self.tokenizer)
 
     def render(self, prompt: Text, completion: Text) -> Rendered:
-        """The chat template over prompt and completion where there is one, else their texts; for a model
-        that rft trained, what it was trained on. Raises Unreadable."""
+        """Render prompt and completion with the chat template, or as plain text if there is none.
+
+        For a model that rft trained, the format of its training data. Raises Unreadable.
+        """
         if self.trained is not None:
             return self.trained.response(prompt, completion)
         if self.tokenizer.chat_template is None:
@@ -58,7 +60,7 @@ class _Classifier:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     def batches(self, texts: Sequence[Rendered]) -> Iterator[tuple[list[int], Any, torch.Tensor]]:
-        """(indices, encoding, logits on the CPU in float32), shortest texts first."""
+        """Yield (indices, encoding, logits on the CPU in float32), shortest texts first."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
@@ -68,8 +70,11 @@ class _Classifier:
             yield index, encoded, logits
 
     def _encode(self, texts: Sequence[Rendered]) -> Any:
-        """Texts as a padded batch on the model's device; ids are padded on the right, with an id that ends
-        none of them, since transformers looks for the last token that is not padding."""
+        """Encode texts as a padded batch on the model's device.
+
+        Token ids are padded on the right with an id that is not the last id of any row, because
+        transformers looks for the last token that is not padding.
+        """
         if isinstance(texts[0], str):
             options = {"return_tensors": "pt", "padding": True, "truncation": True}
             encoded = self.tokenizer(texts, max_length=self.max_length, **options)
@@ -83,8 +88,10 @@ class _Classifier:
         return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
     def scores(self, texts: Sequence[Rendered], label: int | None) -> list[float]:
-        """One number per text: the single logit, or that of `label` among several: where they are scores of a
-        regression, itself, else its log-odds."""
+        """Return one number per text: the single logit, or that of `label` if there are several.
+
+        The logit of a regression model is returned unchanged, otherwise as log-odds.
+        """
         result = [0.0] * len(texts)
         for index, _, logits in self.batches(texts):
             if logits.shape[-1] > 1 and label is None:
@@ -101,7 +108,7 @@ class _Classifier:
 
 
 def _log_odds(logits: torch.Tensor, label: int) -> torch.Tensor:
-    """log p(label) - log(1 - p(label)) along the last axis; a single logit is that already."""
+    """Return log p(label) - log(1 - p(label)) along the last axis; a single logit already is the log-odds."""
     if logits.shape[-1] == 1:
         return logits[..., 0]
     others = torch.cat([logits[..., :label], logits[..., label + 1 :]], dim=-1)
@@ -117,9 +124,9 @@ def _conditioned(prompt: Text, principle: str) -> Text:
 
 
 class RewardModel:
-    """A sequence-classification reward model: the value is its logit (or log-odds of `label`).
+    """Score with a sequence-classification reward model: the value is its logit (or log-odds of `label`).
 
-    sigmoid: squash to 0..1. offset, scale: (value - offset) * scale. threshold: `correct` from there.
+    sigmoid: map to 0..1. offset, scale: (value - offset) * scale. threshold: lowest value that is `correct`.
     """
 
     required: Sequence[str] = ()
@@ -148,7 +155,7 @@ class RewardModel:
     def score(
         self, prompts: Sequence[Text], completions: Sequence[Text], principle: Sequence[str] | None = None
     ) -> list[Score]:
-        """One Score per completion."""
+        """Return one Score per completion."""
         principles = principle if principle is not None else [self.principle] * len(prompts)
         texts: dict[int, Rendered] = {}
         refused: dict[int, str] = {}
@@ -170,10 +177,10 @@ def _sigmoid(x: float) -> float:
 
 
 class PairwiseModel:
-    """The probability that a completion beats the others of its prompt (PairRM, SPPO's win rate).
+    """Score the probability that a completion beats the others of its prompt (PairRM, SPPO's win rate).
 
-    head: `pair`: the model reads prompt and two candidates in `template` and its logit says that the
-    first is better; both orders are asked and averaged. `bradley_terry`: a scalar model, with
+    head: `pair`: the model reads prompt and two candidates in `template`, and its logit says that the
+    first is better; both orders are evaluated and averaged. `bradley_terry`: a scalar model, with
     sigmoid(r_i - r_j). The value is the mean over the other completions of the same prompt in the
     call; a completion without others abstains.
     """
@@ -198,7 +205,7 @@ class PairwiseModel:
         self.head, self.template, self.label, self.principle = head, template, label, principle
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Score]:
-        """One Score per completion, in 0..1."""
+        """Return one Score per completion, in 0..1."""
         groups: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             groups.setdefault(text_of(prompt), []).append(i)
@@ -217,14 +224,14 @@ class PairwiseModel:
     def _wins(
         self, prompts: Sequence[Text], completions: Sequence[Text], pairs: Sequence[tuple[int, int]]
     ) -> list[float]:
-        """For each (i, j), the probability that i beats j."""
+        """Return the probability that i beats j for each (i, j)."""
         ruled = [_conditioned(p, self.principle) for p in prompts]
         if self.head == "bradley_terry":
             texts = [self.classifier.render(p, c) for p, c in zip(ruled, completions, strict=True)]
             values = self.classifier.scores(texts, self.label)
             return [_sigmoid(values[i] - values[j]) for i, j in pairs]
         said = [text_of(completion) for completion in completions]
-        unlike = [(i, j) for i, j in pairs if said[i] != said[j]]  # equal ones are even, without a question
+        unlike = [(i, j) for i, j in pairs if said[i] != said[j]]  # equal texts are a tie: no model call
         texts = [self._text(text_of(ruled[i]), said[i], said[j]) for i, j in unlike]
         logits = dict(zip(unlike, self.classifier.scores(texts, self.label), strict=True))
         return [
@@ -238,11 +245,11 @@ class PairwiseModel:
 
 
 class ProcessRewardModel:
-    """A token-classification model that judges every step of a completion.
+    """Score every step of a completion with a token-classification model.
 
     The probability of `label` is read at the last token of each step. Steps end with `separator`: by
-    default a line break for a model that rft trained, and an empty line for others;
-    the value is their `aggregate`. The steps' scores go along; steps cut off by `max_length` do not count.
+    default a line break for a model that rft trained, and an empty line for others. The value is the
+    `aggregate` over the steps, whose values are reported too; steps cut off by `max_length` do not count.
     """
 
     required: Sequence[str] = ()
@@ -267,7 +274,7 @@ class ProcessRewardModel:
         self.aggregate, self.label = aggregate, label
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Score]:
-        """One Score per completion; one without steps abstains."""
+        """Return one Score per completion; one without steps abstains."""
         marked: dict[int, tuple[Rendered, list[int]]] = {}
         result = [abstain("no step found")] * len(prompts)
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -287,7 +294,7 @@ class ProcessRewardModel:
         return result
 
     def _marked(self, prompt: Text, steps: Sequence[str]) -> tuple[Rendered, list[int]]:
-        """What the model reads, and where in it each step ends: its last character, or token."""
+        """Return the model's input, and the index of the last character or token of each step."""
         if self.classifier.trained is not None:
             return self.classifier.trained.steps(prompt, steps)
         text, ends = text_of(prompt) + "\n", []
@@ -297,7 +304,7 @@ class ProcessRewardModel:
         return text, ends
 
     def _token(self, encoded: Any, row: int, text: Rendered, end: int) -> int | None:
-        """The place of a step's end in its row; None: cut off on the left by `max_length`."""
+        """Return the row index of a step's last token; None if it was cut off on the left by `max_length`."""
         if isinstance(text, str):
             place: int | None = encoded.char_to_token(row, end)
             return place

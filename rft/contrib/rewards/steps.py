@@ -1,4 +1,4 @@
-"""Process rewards: a completion is judged step by step."""
+"""Process rewards, which judge a completion step by step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Aggregate = Literal["min", "mean", "product", "last"]
 
 
 def split_steps(text: str, separator: str) -> list[str]:
-    """The non-empty parts of `text` between separators."""
+    """Split `text` at the separators into non-empty parts."""
     return [part.strip() for part in text.split(separator) if part.strip()]
 
 
 def aggregate(values: Sequence[float], how: Aggregate) -> float:
-    """One number for a list of steps, of which there must be one at least."""
+    """Reduce the values of at least one step to one number."""
     if how == "mean":
         return sum(values) / len(values)
     if how == "last":
@@ -28,11 +28,11 @@ def aggregate(values: Sequence[float], how: Aggregate) -> float:
 
 
 class Process:
-    """Any other reward, applied to every step; the value is the `aggregate` over the steps.
+    """Apply any other reward to every step; the value is the `aggregate` over the steps.
 
-    function: the reward of a step (`regex`, `file.py:function`, ...) with its `options`; it gets the
-    prompt with the steps before, the step as the completion, and the sample's columns. A step that it
-    abstains on does not count; a step that fails makes the sample fail. The steps' values go along.
+    function: the reward of a step (`regex`, `file.py:function`, ...) with its `options`; it receives the
+    prompt with the previous steps, the step as the completion, and the sample's columns. A step on which it
+    abstains does not count; a step that fails makes the sample fail. The steps' values are reported too.
     """
 
     all_columns = True
@@ -50,7 +50,7 @@ class Process:
         self.separator, self.aggregate = separator, aggregate
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Score]:
-        """One Score per completion; the steps' values are in the detail."""
+        """Return one Score per completion, with the steps' values in the detail."""
         owner: list[int] = []
         before: list[str] = []
         steps: list[str] = []
@@ -76,7 +76,7 @@ class Process:
 
 
 def judged_steps(values: Sequence[float | None], how: Aggregate) -> Score:
-    """The Score of a completion from those of its steps; None: a step that does not apply."""
+    """Combine the values of the steps into the Score of a completion; None: a step that does not apply."""
     applying = [v for v in values if v is not None]
     if not applying:
         return abstain("no step applies")

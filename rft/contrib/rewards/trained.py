@@ -1,8 +1,8 @@
-"""Texts for reward models that rft trained, as token ids, made by the code that made their training data.
+"""Render texts for reward models that rft trained as token ids, with the code that made their training data.
 
-Such a model says in its config how its texts were rendered (`rft_texts`): with which system message, chat
-template and kind of row. Without that a score would depend on a line break after the last turn, or on
-whether the end token stands there.
+The config of such a model records how its texts were rendered (`rft_texts`): system message, chat template
+and kind of row. Otherwise a score would depend on a line break after the last turn, or on the presence of the
+end token.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ SOURCE = "completion"
 
 
 class Unreadable(ValueError):
-    """A completion cannot be put before this reward model; the message says why."""
+    """A completion cannot be rendered for this reward model; the message says why."""
 
 
 class TrainedTexts:
-    """Renders prompts and completions for one model."""
+    """Render prompts and completions for one model."""
 
     def __init__(self, texts: Mapping[str, Any], tokenizer: Any) -> None:
         config = DataConfig(kind="file", path=SOURCE, **texts["data"])
-        # a response alone is rendered alike, whether it came with a label, a score or a second one
+        # a single response is rendered the same way whether its row has a label, a score or a second response
         kind: DataKind = texts["kind"] if texts["kind"] in ("pairwise", "steps") else "unpaired"
         self.maker = GroupMaker(config, tokenizer, kind, SOURCE)
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> TrainedTexts | None:
-        """For a model that rft trained; None for any other."""
+        """Create the renderer for a model that rft trained; None for any other model."""
         texts = getattr(model.config, TEXTS, None)
         return None if texts is None else cls(texts, tokenizer)
 
     def response(self, prompt: Text, completion: Text) -> list[int]:
-        """Ids of a prompt with its completion; of what ends the turn alone where it is empty."""
+        """Return the ids of a prompt with its completion; an empty one is rendered as the end of the turn."""
         if isinstance(completion, str) and not completion.strip():
             return [*self.maker.render.prompt(prompt)[1], *self.maker.render.end_ids]
         return _ids(self._group({"prompt": prompt, "completion": completion, "label": True}))
 
     def pair(self, prompt: str, a: str, b: str) -> list[int]:
-        """Ids of a prompt with two candidates; equal ones are no pair."""
+        """Return the ids of a prompt with two candidates, which must differ."""
         return _ids(self._group({"prompt": prompt, "chosen": a, "rejected": b}))
 
     def steps(self, prompt: Text, steps: Sequence[str]) -> tuple[list[int], list[int]]:
-        """(ids of a prompt with its steps, the index of each step's last token)."""
+        """Return (ids of a prompt with its steps, the index of each step's last token)."""
         row = {"prompt": prompt, "completions": list(steps), "labels": [True] * len(steps)}
         group = self._group(row)
         mask, start = group.completions[0].mask, len(group.prompt.tokens)
@@ -69,7 +69,7 @@ class TrainedTexts:
 
 
 def _ids(group: Group) -> list[int]:
-    """Prompt and first completion, up to the last token that the model was trained to judge at."""
+    """Return prompt and first completion, up to the last token at which the model was trained to judge."""
     tokens, mask = group.completions[0].tokens, group.completions[0].mask
     end = len(tokens) if mask is None else max(i for i, m in enumerate(mask) if m) + 1
     return [*group.prompt.tokens, *tokens[:end]]

@@ -1,4 +1,4 @@
-"""Rewards written for verl: `compute_score(data_source, solution_str, ground_truth, extra_info)`."""
+"""Adapt rewards written for verl: `compute_score(data_source, solution_str, ground_truth, extra_info)`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TRUTHS = ("ground_truth", "reward_model", "answer")
 
 
 def from_verl(compute_score: Callable[..., Any], /, **options: Any) -> Callable[..., list[float | None]]:
-    """`reward = from_verl(compute_score)`: verl's function in the convention of rft and TRL.
+    """Convert verl's function to the convention of rft and TRL: `reward = from_verl(compute_score)`.
 
     The ground truth is the column `ground_truth`, or `reward_model["ground_truth"]` as in verl's
-    datasets, or `answer`; `data_source` and `extra_info` are passed where the dataset has them. Arguments
-    go by name, as in verl. A dict result counts by its `score`. In a config, the prefix does the same:
-    `verl:path.py:compute_score`. Raises SpecError for a function that does not take `solution_str`.
+    datasets, or `answer`; `data_source` and `extra_info` are passed if the dataset has them. Arguments
+    are passed by name, as in verl. The value of a dict result is its `score`. In a config, the prefix does
+    the same: `verl:path.py:compute_score`. Raises SpecError for a function that does not take `solution_str`.
     """
     arguments = Arguments("verl's compute_score", compute_score)
     if "solution_str" not in arguments.names and not arguments.takes_all:
