@@ -1,4 +1,4 @@
-"""Makes docs/algorithms.md from the algorithms: python -m rft.tools.algorithm_docs > docs/algorithms.md"""
+"""Generate docs/algorithms.md: python -m rft.tools.algorithm_docs > docs/algorithms.md"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Return the page in Markdown."""
     parts = [HEAD, _overview()]
     for online, title in ((True, "Online: the policy samples"), (False, "Offline: a dataset")):
         parts.append(f"## {title}\n")
@@ -42,7 +42,7 @@ def _overview() -> str:
 
 
 def _line(cls: type[Algorithm]) -> str:
-    """The module's first line, or the class's where a module holds several algorithms."""
+    """Return the first line of the module docstring, or of the class if a module holds several algorithms."""
     alone = sum(other.__module__ == cls.__module__ for other in ALGORITHMS.values()) == 1
     doc = (sys.modules[cls.__module__].__doc__ if alone else cls.__doc__) or ""
     return doc.strip().splitlines()[0].split(": ", 1)[-1]

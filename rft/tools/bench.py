@@ -1,7 +1,7 @@
 """`rft bench`: run the benchmarks of a checkout, part by part, and write their results.
 
 Each script is a separate process that writes its results file as it runs. Finished scripts are recorded next
-to the results: after an interruption or a failure, the same call continues and measures only what is missing.
+to the results: after an interruption or a failure, the same call continues with the missing scripts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rft.utils.files import write_text_atomic
 from rft.utils.process import kill_tree
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-STOPPED = 124  # the exit code of a script that took more than twice its minutes, as of timeout(1)
+STOPPED = 124  # exit code of a script stopped at twice its minutes, as of timeout(1)
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Script:
 
     minutes: expected time when all parts run on two cores; the script is stopped at twice that.
     brief: extra arguments in a run of all parts. peers: the script can also run the peers' code (`--peers`),
-    except in a brief run of rft alone. needs_peers: the script only compares with peers. alone: it runs only
-    when its part is named.
+    except in a brief run of rft only. needs_peers: the script only compares with peers. alone: the script
+    runs only if its part is named.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Script:
     alone: bool = False
 
     def command(self, brief: bool, peers: bool) -> list[str]:
-        """The file and its arguments."""
+        """Return the file and its arguments."""
         more = self.brief if brief else ()
         peers_flag = ["--peers"] if peers and self.peers and "--only-ours" not in more else []
         return [self.name, *self.arguments, *more, *peers_flag]
@@ -90,11 +90,11 @@ PARTS: dict[str, tuple[Script, ...]] = {
 
 
 def run(parts: Sequence[str], *, peers: bool = False, fresh: bool = False, folder: Path = FOLDER) -> int:
-    """Run the scripts of the parts ("all": every one, briefly), then regenerate docs/performance.md.
+    """Run the scripts of the parts ("all": every part, briefly), then regenerate docs/performance.md.
 
-    Scripts that the same call ran before it was interrupted are not run again, unless `fresh`. A script
-    that fails is named and the others still run; returns 1 then, else 0. Raises ConfigError for an
-    unknown part, and where there is no checkout with benchmarks/ around this package.
+    Scripts that the same call finished before an interruption are skipped, unless `fresh`. After a failed
+    script, which is named, the others still run; returns 1 then, else 0. Raises ConfigError for an
+    unknown part, and if this package is not in a checkout with benchmarks/.
     """
     unknown = [p for p in parts if p != "all" and p not in PARTS]
     if unknown:
@@ -130,10 +130,13 @@ def run(parts: Sequence[str], *, peers: bool = False, fresh: bool = False, folde
 
 
 class Journal:
-    """Which scripts of a call have ended well, and their seconds: `unfinished.json`, until all have."""
+    """Record the successful scripts of a call and their seconds in `unfinished.json`, until all are done."""
 
     def __init__(self, results: Path, call: dict[str, Any], fresh: bool) -> None:
-        """`call`: the requested parts and options; other journals, or any with `fresh`, are ignored."""
+        """Load the journal of the same call.
+
+        call: the requested parts and options; other journals, or any with `fresh`, are ignored.
+        """
         self.results, self.file, self.call = results, results / "unfinished.json", call
         results.mkdir(exist_ok=True)
         self.seconds: dict[str, float] = {}
@@ -142,7 +145,7 @@ class Journal:
             self.seconds = found["seconds"] if found["call"] == call else {}
 
     def run(self, command: Sequence[str], folder: Path, minutes: float | None) -> bool:
-        """Run a script unless it was; whether it has ended well. At twice its minutes it is stopped."""
+        """Run a script that the journal lacks, for at most twice its minutes; return whether it succeeded."""
         name = " ".join(command)
         if name in self.seconds:
             print(
@@ -164,7 +167,7 @@ class Journal:
         return True
 
     def close(self, *, complete: bool, brief: bool) -> None:
-        """Say how long all took. A complete call leaves no journal; one of all parts is kept as a result."""
+        """Print the total time. A complete call deletes its journal; for all parts it is kept as a result."""
         total = sum(self.seconds.values())
         print(f"[bench] {len(self.seconds)} scripts in {total / 60:.1f} minutes", flush=True)
         if not complete:

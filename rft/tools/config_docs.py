@@ -6,7 +6,7 @@ from rft.config.load import describe_fields
 
 
 def markdown() -> str:
-    """A heading for each top-level section and a definition list of its keys, as `rft config` orders them."""
+    """Return a heading and a definition list of keys per top-level section, in the order of `rft config`."""
     sections: dict[str, list[tuple[str, str, str]]] = {}
     for key, default, meaning in describe_fields():
         sections.setdefault(key.split(".")[0], []).append((key, default, meaning))

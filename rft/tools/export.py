@@ -1,4 +1,4 @@
-"""`rft export`: the policy of a run as a Hugging Face folder."""
+"""`rft export`: write the policy of a run as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rft.preflight.data import warm_start_folder
 
 
 def export_run(run_dir: Path, out: Path) -> Path:
-    """Write a run's final model, or the policy of its newest checkpoint, to `out`; returns the source folder.
+    """Write a run's final model, or the policy of its newest checkpoint, to `out`; return the source folder.
 
-    Raises ConfigError where `out` is not empty, where the run has neither, or where a model or data that its
-    config names are gone and needed.
+    Raises ConfigError if `out` is not empty, if the run has neither, or if a model or data that its config
+    names is needed and missing.
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError([f"{out} is not empty: choose another folder"])
@@ -27,7 +27,7 @@ def export_run(run_dir: Path, out: Path) -> Path:
         if newest is None:
             raise ConfigError([f"{run_dir} has neither a final model nor a checkpoint"])
         source = newest.path / "model"
-        if not source.exists():  # an adapter's checkpoint: the base comes from where the run began
+        if not source.exists():  # an adapter checkpoint: the base model is the one the run started from
             _merge_adapter(run_dir / "config.yaml", newest.path, out)
             return newest.path
     shutil.copytree(source, out, dirs_exist_ok=True)

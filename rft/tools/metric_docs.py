@@ -1,4 +1,4 @@
-"""Writes `docs/metrics.md` from the tables: `python -m rft.tools.metric_docs > docs/metrics.md`."""
+"""Generate `docs/metrics.md` from the tables: `python -m rft.tools.metric_docs > docs/metrics.md`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rft.metrics.names import EVENTS, METRICS
 
 
 def markdown() -> str:
-    """The text of `docs/metrics.md`."""
+    """Return the text of `docs/metrics.md`."""
     lines = [
         "# Metrics and events",
         "",

@@ -1,4 +1,4 @@
-"""`rft reward SPEC FILE`: score a file, and see what a reward would have said in a run."""
+"""`rft reward SPEC FILE`: score a file with a reward as a training run would."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OUTCOMES = [outcome.value for outcome in Outcome]
 
 
 class InputError(ValueError):
-    """The file cannot be scored; the message says which line and why."""
+    """The file cannot be scored; the message gives the line and the reason."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The file's rows by column; `label` is kept apart."""
+    """The file's rows by column; `label` is stored separately."""
 
     prompts: list[Any]
     completions: list[Any]
@@ -35,12 +35,11 @@ class Rows:
     labels: list[Any] | None
 
     def by_row(self) -> Iterator[dict[str, Any]]:
-        """The columns of each row."""
+        """Yield the columns of each row."""
         return ({name: values[i] for name, values in self.columns.items()} for i in range(len(self.prompts)))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
     p = argparse.ArgumentParser("rft reward", description=__doc__)
     p.add_argument("spec", metavar="SPEC", help="math, file.py:function, package.module:function, ...")
     p.add_argument(
@@ -63,8 +62,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0, or 1 where any call failed, or 2 for bad input, also where it is only some
-    rows, such as those whose gold answer is null: the others are scored."""
+    """Run the command. Return 0, 1 if a call failed, or 2 for invalid input.
+
+    2 also if only some rows are invalid, such as those whose gold answer is null: the others are scored.
+    """
     args = parser().parse_intermixed_args(argv)
     try:
         config = _config(args)
@@ -116,8 +117,7 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def read_rows(path: str | Path, prompt: str, completion: str, label: str, limit: int | None = None) -> Rows:
-    """The rows of a file or folder as a run reads them. Raises InputError and DataError with the row
-    for what cannot be used."""
+    """Read the rows of a file or folder as a run does. Raises InputError and DataError for invalid rows."""
     from rft.config.data import DataConfig
     from rft.data.errors import locate
     from rft.data.messages import is_messages
@@ -160,7 +160,7 @@ async def _score(config: RewardsConfig, rows: Rows) -> tuple[list[SampleReward],
 def report(
     scores: Sequence[Score], rows: Rows, seconds: float, *, slowest: int = 3, explain: bool = False
 ) -> list[str]:
-    """The lines that the command prints."""
+    """Return the lines that the command prints."""
     lines = _explained(scores, rows) if explain else []
     counts = Counter(s.outcome.value for s in scores)
     lines += [f"{'outcome':12s} {'count':>7s} {'share':>7s} {'mean value':>11s}"]

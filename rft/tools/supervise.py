@@ -1,8 +1,8 @@
-"""`rft train --restarts N`: a parent that starts the run again where a fault of the machine ended it.
+"""`rft train --restarts N`: a parent process that restarts the run after a machine fault.
 
-The run is a child process in a session of its own, since a dead Ray head takes its driver along. What starts
-again is what `--resume auto` would resume: ends by a signal, and the exit code of a fault. A mistake of the
-user, a guard's stop and a requested stop are final. Stop signals are forwarded.
+The run is a child process in a separate session, because a dying Ray head also kills its driver. It is
+restarted where `--resume auto` would resume: after death by a signal, and after the exit code of a fault. A
+user error, a guard's stop and a requested stop are final. Stop signals are forwarded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rft.utils.signals import STOPPED, describe, print_stop, to_catch
 
 COMMAND = (*SAFE_PYTHON, "-m", "rft.cli", "train")
 FINAL = (0, 1, 2, STOPPED)
-PAUSE_S = 5.0  # before a restart, times the restarts in a row
+PAUSE_S = 5.0  # before a restart, times the number of consecutive restarts
 
 
 def supervise(arguments: Sequence[str], run_dir: Path, restarts: int, resume: str = "auto") -> int:
-    """Run `rft train ARGUMENTS` until it ends for good; returns its exit code.
+    """Run `rft train ARGUMENTS` until it ends for good; return its exit code.
 
-    restarts: how many in a row without a new checkpoint are allowed. resume: as `--resume`, for the first
-    start; a restart goes on from what this command has reached.
+    restarts: allowed number of consecutive restarts without a new checkpoint. resume: as `--resume`, for the
+    first start; a restart resumes from the checkpoints of this command.
     """
     return _Supervisor(list(arguments), run_dir, restarts, resume).run()
 
@@ -34,8 +34,8 @@ def supervise(arguments: Sequence[str], run_dir: Path, restarts: int, resume: st
 class _Supervisor:
     def __init__(self, arguments: list[str], run_dir: Path, restarts: int, resume: str) -> None:
         self.arguments, self.run_dir, self.restarts, self.resume = arguments, run_dir, restarts, resume
-        self.foreign = (run_dir / "config.yaml").exists()  # a run that this command did not begin
-        self.before = self._checkpoints()  # those that were there at the first start
+        self.foreign = (run_dir / "config.yaml").exists()  # an existing run that this command did not start
+        self.before = self._checkpoints()  # checkpoints that existed at the first start
         self.signals = to_catch()
         self.stopping = False
 
@@ -67,8 +67,10 @@ class _Supervisor:
                 return STOPPED
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Start the run. It inherits the blocked stop signals, so that none is lost until it catches them.
-        In another session: Ctrl-C reaches it once, from here."""
+        """Start the run with stop signals blocked, so that none is lost before it installs its handlers.
+
+        A separate session: Ctrl-C reaches the run only once, forwarded from here.
+        """
         return subprocess.Popen(
             [*COMMAND, *self.arguments, "--resume", self._resume()],
             start_new_session=True,
@@ -76,14 +78,16 @@ class _Supervisor:
         )
 
     def _resume(self) -> str:
-        """`--resume` of the next start. A path holds until this command has saved something newer; `never`
-        until it has made the run's folder."""
+        """Return `--resume` for the next start.
+
+        A path is used until this command has saved a newer checkpoint; `never` until the run folder exists.
+        """
         if self.resume == "never":
             return "never" if self.foreign or not (self.run_dir / "config.yaml").exists() else "auto"
         return self.resume if self._checkpoints() <= self.before else "auto"
 
     def _wait(self, child: subprocess.Popen[bytes]) -> int:
-        """The child's exit code; forwards stop signals."""
+        """Return the child's exit code; forward stop signals while waiting."""
         while (code := child.poll()) is None:
             info = signal.sigwaitinfo({*self.signals, signal.SIGCHLD})
             if info.si_signo != signal.SIGCHLD:
@@ -93,7 +97,7 @@ class _Supervisor:
         return code
 
     def _checkpoints(self) -> set[str]:
-        """The names of the run's checkpoints."""
+        """Return the names of the run's checkpoints."""
         folder = self.run_dir / "checkpoints"
         return {name for name in os.listdir(folder) if name.startswith("step-")} if folder.is_dir() else set()
 

@@ -1,6 +1,6 @@
 """`rft verify-resume`: check that a killed and resumed run equals an uninterrupted one.
 
-The config runs three times from the command line, as a user runs it: to the end; until it is killed with
+The config runs three times from the command line, as for a user: to the end; until it is killed with
 SIGKILL right after step K was logged; and again, to resume. Then the two run folders are compared.
 """
 
@@ -30,12 +30,12 @@ from rft.utils.process import die_with_parent
 from rft.utils.python import SAFE_PYTHON
 
 Say = Callable[[str], None]
-START_S = 1800.0  # a run that has not reached its next step by then hangs
+START_S = 1800.0  # a run that does not reach its next step within this time hangs
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison and its result. `must`: equality is promised."""
+    """One comparison and its result. must: equality is guaranteed."""
 
     what: str
     equal: bool
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All comparisons, and whether the promise was kept."""
+    """All comparisons, and whether the guarantee held."""
 
     promise: str
     findings: tuple[Finding, ...]
@@ -58,7 +58,6 @@ class Verdict:
         return all(f.equal for f in self.findings if f.must)
 
     def lines(self) -> Iterator[str]:
-        """Format the verdict."""
         yield f"killed after step {self.killed_at}, resumed at step {self.resumed_at}: "
         yield f"the next step was done {self.resume_s:.1f} s after the restart"
         for f in self.findings:
@@ -178,12 +177,12 @@ def _run_and_kill(arguments: Sequence[str], folder: Path, step: int) -> None:
 
 
 def _trained(run: Run) -> dict[int, list[tuple[int, ...]]]:
-    """step -> the prompts that it was trained on; of a step taken twice, the later one counts."""
+    """Map each step to its training prompts; for a repeated step, the later one counts."""
     return {e["step"]: [tuple(key) for key in e["prompts"]] for e in run.of_kind("group/trained")}
 
 
 def _once(config: Config, run: Run) -> Finding:
-    """No prompt was trained on twice, and every step trained on a whole batch."""
+    """Check that no prompt was trained on twice, and that every step had a full batch."""
     steps = _trained(run)
     keys = [key for step in sorted(steps) for key in steps[step]]
     missing = sorted(set(range(1, config.train.steps + 1)) - set(steps)) if steps else []
@@ -222,7 +221,7 @@ def _metrics(run: Run) -> Rows:
 
 
 def _rows(what: str, a: Rows, b: Rows, *, must: bool) -> Finding:
-    """Two tables by key, value for value."""
+    """Compare two tables by key, value for value."""
     other = [(key, name) for key in a for name in a[key] if a[key][name] != b.get(key, {}).get(name)]
     other += [(key, "") for key in b if key not in a or set(b[key]) != set(a[key])]
     values = sum(len(row) for row in a.values())
@@ -235,7 +234,7 @@ def _rows(what: str, a: Rows, b: Rows, *, must: bool) -> Finding:
 
 
 def _states(whole: Path, resumed: Path, *, must: bool) -> Iterator[Finding]:
-    """The last checkpoints: weights, optimizer, random states, the rest of the learner, the run's state."""
+    """Compare the last checkpoints: weights, optimizer, random states, other learner state, run state."""
     a, b = (checkpoint.latest(run / "checkpoints") for run in (whole, resumed))
     if a is None or b is None:
         raise RuntimeError("a finished run left no sound checkpoint")
@@ -253,7 +252,7 @@ def _states(whole: Path, resumed: Path, *, must: bool) -> Iterator[Finding]:
 
 
 def _leaves(found: checkpoint.Checkpoint) -> dict[str, Any]:
-    """Every value in a checkpoint by its path."""
+    """Map the path of every value in a checkpoint to the value."""
     leaves: dict[str, Any] = {}
     for file in sorted(p for p in found.path.rglob("*") if p.is_file() and p.name != checkpoint.MANIFEST):
         name = file.relative_to(found.path).as_posix()
