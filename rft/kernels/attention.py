@@ -1,14 +1,13 @@
 """Hidden states of a packed forest, through any Hugging Face causal language model.
 
-    route = prepare_model(model)              # once, after loading; says what was chosen, and why
+    route = prepare_model(model)              # once, after loading; reports the chosen route, and why
     hidden = hidden_states(model, batch)      # [T, H], with gradient
 
-`prepare_model` installs the attention function of
-`rft.kernels.attention_function` in the model and proves, on a handful of random
-tokens, that the model computes with it what it computes on separate sequences. Where it does not
-(recurrent layers, attention that cannot be replaced), sequences run unshared and padded, and a
-warning says so; where not even that is exact, the model is refused by name. Without a layout the
-model works as before, so the same object can generate.
+`prepare_model` installs the attention function of `rft.kernels.attention_function` in the model and
+checks, on a few random tokens, that the model's outputs equal those on separate sequences. If they do not
+(recurrent layers, attention that cannot be replaced), sequences run unshared and padded, with a warning;
+if not even that is exact, the model is refused with an error that names it. Without a layout the model
+works as before, so the same object can generate.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ ROUTE = "_rft_attention_route"  # where a prepared decoder keeps its route; deep
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """[T, H], in the model's dtype (under autocast: in autocast's): the base transformer's last hidden states
-    of a packed batch.
+    """Return the base transformer's last hidden states of a packed batch, without running the head.
 
-    The head is not run: log-probs of `batch.tokens[t]` come from row `batch.source[t]`.
+    [T, H], in the model's dtype (under autocast, in autocast's dtype).
+    Log-probs of `batch.tokens[t]` come from row `batch.source[t]`.
     Prepares the model first if `prepare_model` was not called on it.
-    Raises ValueError for an empty batch, or one that reaches beyond the lengths for which the
+    Raises ValueError for an empty batch, or for a sequence longer than the longest length for which the
     model's position encoding is the same in every batch.
     """
     if not batch.num_tokens:
@@ -58,8 +57,8 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     hidden = _run(decoder, batch.tokens, forest, route)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        # The last norm has float32 weights, so its result is float32: whatever reads it (the head above all)
-        # would leave the compute dtype.
+        # The last norm has float32 weights, so its result is float32: without this cast, later operations
+        # (the head above all) would run in float32 instead of the compute dtype.
         hidden = hidden.to(torch.get_autocast_dtype(device))
     return hidden
 
@@ -70,7 +69,7 @@ def _run(decoder: PreTrainedModel, tokens: Tensor, forest: Forest, route: Attent
     extra: dict[str, Any] = {}
     layout = Layout(forest, route.layer_kinds, route.kernel)
     if route.kind == "merge":
-        # a 4-D mask is handed on as it is, so none is built; the attention function ignores it
+        # a 4-D mask is passed through unchanged, so none is built; the attention function ignores it
         extra["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         extra["rft_layout"] = layout
     else:
@@ -91,7 +90,7 @@ def _forward(decoder: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tens
 
 
 def _full_mask(decoder: PreTrainedModel, forest: Forest) -> Tensor:
-    """[1, 1, T, T] additive mask in the model's dtype, for models that take nothing else."""
+    """Build a [1, 1, T, T] additive mask in the model's dtype, for models that accept only a full mask."""
     dtype = next(p.dtype for p in decoder.parameters() if p.is_floating_point())
     place = torch.arange(forest.num_tokens, device=forest.device)
     seen = forest.sees[forest.segment[:, None], forest.segment] & (place[:, None] >= place)
@@ -100,8 +99,8 @@ def _full_mask(decoder: PreTrainedModel, forest: Forest) -> Tensor:
 
 
 def sequence_hidden_states(decoder: PreTrainedModel, tokens: Tensor, forest: Forest) -> Tensor:
-    """[T, H] without packing and sharing: every root-to-leaf path is a row, padded on its right, where
-    a causal model cannot see it. A shared token's states come from the first path through it."""
+    """Return hidden states [T, H] without packing or sharing: one right-padded row per root-to-leaf path
+    (causal models ignore right padding). A shared token's states come from the first path through it."""
     rows = forest.path_rows
     parts, at = [], []
     for row in rows:
@@ -119,14 +118,13 @@ def sequence_hidden_states(decoder: PreTrainedModel, tokens: Tensor, forest: For
 
 
 def prepare_model(model: nn.Module, kernel: Kernel = "auto") -> AttentionRoute:
-    """Choose and install the route that is exact for this model; once, after loading. `kernel`: see
-    `AttentionRoute`.
+    """Choose and install the fastest route that is exact for this model. Call it once, after loading.
 
-    Routes are tried in order on a forest of random tokens, without gradient and with dropout off,
-    and compared with separate sequences through the model as it came. The choice is kept on the
-    model's decoder. Warns where sequences cannot be packed. Raises ValueError for a model for which
-    no route is exact (encoder-decoders, prompt tuning, non-causal attention), and for one whose attention
-    cannot be replaced where a kernel other than "auto" is asked for, by name.
+    `kernel`: see `AttentionRoute`. Routes are tried in order on a forest of random tokens, without gradient
+    and with dropout off, and compared with the unmodified model on separate sequences. The chosen route is
+    stored on the model's decoder. Warns if sequences cannot be packed. Raises ValueError if no route is exact
+    (encoder-decoders, prompt tuning, non-causal attention), or if a kernel other than "auto" is requested by
+    name for a model whose attention cannot be replaced.
     """
     decoder = decoder_of(model)
     routes = [replace(route, kernel=kernel) for route in candidates(model, decoder)]
@@ -163,9 +161,9 @@ def _first_exact(decoder: PreTrainedModel, routes: list[AttentionRoute], origina
                 decoder.set_attn_implementation(wanted)
             try:
                 error = relative_error(_run(decoder, tokens, forest, route), expected)
-                if route.kind == "merge":  # without a layout, the model must be what it was
+                if route.kind == "merge":  # without a layout, the model must behave as before
                     error = max(error, relative_error(_one_by_one(decoder, tokens, forest), expected))
-            except Exception as problem:  # whatever it is, this route is out, and the reason is reported
+            except Exception as problem:  # any failure rules this route out, and the reason is reported
                 reasons.append(f"{route.kind}: {type(problem).__name__}: {problem}")
                 continue
             if error <= (limit := tolerance_of(decoder)):
@@ -182,8 +180,8 @@ def _first_exact(decoder: PreTrainedModel, routes: list[AttentionRoute], origina
 
 
 def _cause(decoder: PreTrainedModel, repeated: float) -> str:
-    """Why no route is exact, as far as it can be told, and what to do. `repeated`: the difference between two
-    runs of the same sequences, one by one."""
+    """Explain, as far as it is known, why no route is exact, and suggest a fix. `repeated`: the difference
+    between two runs of the same sequences, one by one."""
     if repeated > tolerance_of(decoder):
         return (
             f"Cause: the same sequence gives other hidden states when it is run again (by {repeated:.1e}): a "
@@ -202,7 +200,7 @@ def _cause(decoder: PreTrainedModel, repeated: float) -> str:
 
 
 def _probe(decoder: PreTrainedModel) -> tuple[Tensor, Forest]:
-    """Random tokens in a forest of two trees, with children, a grandchild and unequal lengths."""
+    """Make random tokens in a forest of two trees, with children, a grandchild and unequal lengths."""
     lengths = torch.tensor([5, 3, 4, 2, 6, 7, 2, 1])
     parent = torch.tensor([-1, 0, 0, 2, 2, -1, 5, -1])
     segment = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
@@ -218,7 +216,7 @@ def _probe(decoder: PreTrainedModel) -> tuple[Tensor, Forest]:
 
 
 def _one_by_one(decoder: PreTrainedModel, tokens: Tensor, forest: Forest) -> Tensor:
-    """[T, H]: each sequence alone, with nothing but its tokens: what every route must reproduce."""
+    """[T, H]: run each sequence separately and unpadded, the reference that every route must reproduce."""
     out: list[Tensor] = [torch.empty(0)] * forest.num_tokens
     for path in forest.paths():
         hidden = _forward(decoder, tokens[torch.tensor(path, device=tokens.device)][None])[0]
@@ -228,14 +226,14 @@ def _one_by_one(decoder: PreTrainedModel, tokens: Tensor, forest: Forest) -> Ten
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest distance of a token's hidden state from what it should be, relative to its norm."""
+    """Return the largest error of a token's hidden state, relative to the norm of the expected one."""
     difference = (actual.float() - expected.float()).norm(dim=-1)
     error = float((difference / expected.float().norm(dim=-1).clamp(min=1e-12)).max())
     return error if math.isfinite(error) else math.inf
 
 
 def tolerance_of(decoder: PreTrainedModel) -> float:
-    """The relative difference of hidden states that rounding explains, by the dtypes computed in."""
+    """Return the relative difference of hidden states that rounding explains, by compute dtype."""
     return max(1e-4, 8 * rounding(decoder))
 
 
@@ -247,11 +245,11 @@ def self_check(
     max_tokens: int = 4096,
     fall_back: bool = False,
 ) -> float:
-    """Compare a real batch's hidden states with those of separate sequences; the largest relative error.
+    """Compare a batch's hidden states with those of separate sequences; return the largest relative error.
 
-    Looks at the trees that fit into `max_tokens`, the longest first, and one in any case, without
-    gradient and with dropout off. Above `tolerance` (default: `tolerance_of` the model's dtype) it
-    raises RuntimeError; with `fall_back`, it warns and the model runs unshared from now on.
+    Checks the longest trees that fit into `max_tokens`, at least one, without gradient and with dropout off.
+    If the error exceeds `tolerance` (default: `tolerance_of` the model's dtype), it raises RuntimeError; with
+    `fall_back`, it warns and switches the model to the unshared route.
     """
     decoder = decoder_of(model)
     route = getattr(decoder, ROUTE, None) or prepare_model(model)

@@ -1,10 +1,10 @@
-"""Attention over a forest by FlexAttention's block masks, for GPUs: layers that the merge cannot serve
-(windows and chunks that bind, soft-capped scores, float32, unequal or wide heads) without dense masks.
+"""Attention over a forest with FlexAttention block masks, on GPUs: for layers that the merge does not support
+(windows and chunks that bind, soft-capped scores, float32, unequal or wide heads), without dense masks.
 
-Segments are numbered in depth-first order, so that "key's segment is the query's or an ancestor of it" is
-two comparisons of per-token numbers; blocks of 128 x 128 tokens in which nothing is seen are skipped.
+Segments are numbered in depth-first order, so that "the key's segment is the query's or an ancestor of it"
+is two comparisons of per-token numbers; fully masked blocks of 128 x 128 tokens are skipped.
 Batches are padded to a few lengths (`bucket`), and FlexAttention (Dong et al. 2024, arXiv:2412.05496) is
-compiled once for each of them. On CPU it runs uncompiled, as a reference, forward only.
+compiled once per length. On CPU it runs uncompiled, as a reference, forward only.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BLOCK = 128
 
 
 def bucket(tokens: int) -> int:
-    """The length that a batch is padded to: a multiple of 128 and of an eighth of the next power of two,
-    so that at most an eighth is padding above 1,024 tokens and few lengths occur."""
+    """Return the length to pad a batch to: a multiple of 128 and of an eighth of the next power of two, so
+    that padding is at most an eighth above 1,024 tokens and few distinct lengths occur."""
     step = max(BLOCK, (1 << max(0, tokens - 1).bit_length()) // 8)
     return max(step, -(-tokens // step) * step)
 
@@ -46,9 +46,9 @@ def flex_forest_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the forest: [T, H, Dv]. Arguments as in `masked_attention`.
+    """Compute attention over the forest: [T, H, Dv]. Arguments as in `masked_attention`.
 
-    Raises ValueError on CPU where a gradient is wanted: FlexAttention cannot train there.
+    Raises ValueError on CPU if a gradient is needed: FlexAttention has no backward pass there.
     """
     if not query.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError("FlexAttention has no backward on CPU: use the kernels auto, merge or masked there")
@@ -67,14 +67,14 @@ def flex_forest_attention(
         return_aux=AuxRequest(lse=True),
     )
     if sinks is not None:
-        # one more logit without a value: it takes its share of the probability
+        # a sink is one more logit without a value: it only takes a share of the probability
         share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[:, None])
         out = out * share.unsqueeze(-1).to(out.dtype)
     return out[0].transpose(0, 1)[: forest.num_tokens]
 
 
 def block_mask(forest: Forest, length: int, window: int | None, chunk: int | None) -> BlockMask:
-    """The forest's block mask for `length` >= T tokens, made once; padding sees padding only."""
+    """Return the forest's block mask for `length` >= T tokens, cached; padding attends to padding only."""
     kept = (length, window, chunk)
     if kept not in forest.block_masks:
         enter, leave = intervals(forest)
@@ -94,7 +94,7 @@ def block_mask(forest: Forest, length: int, window: int | None, chunk: int | Non
 
 
 def intervals(forest: Forest) -> tuple[Tensor, Tensor]:
-    """Depth-first numbers of the segments, [S] int64 each: segment a is b or an ancestor of b if and only if
+    """Number the segments depth-first, [S] int64 each: segment a is b or an ancestor of b if and only if
     enter[a] <= enter[b] < leave[a]."""
     parents = forest.parent.tolist()
     size = [1] * len(parents)

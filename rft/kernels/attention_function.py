@@ -1,5 +1,5 @@
-"""The attention function given to transformers: forest attention where a layout comes with the call,
-ordinary attention where none does.
+"""The attention function registered with transformers: forest attention if the call passes a layout,
+ordinary attention otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rft.kernels.forest import Forest
 
 NAME = "rft_forest"
 
-# Keywords that transformers hands to attention functions and that do not change what is computed here.
+# Keywords that transformers passes to attention functions and that do not change the result here.
 _HARMLESS = frozenset(
     {
         "position_ids",
@@ -48,11 +48,11 @@ _HARMLESS = frozenset(
 
 @dataclass
 class Layout:
-    """Passed through the model as the keyword `rft_layout`. It lives as long as autograd needs
-    it, so a checkpointed layer finds it again when it reruns during backward.
+    """The forest and layer kinds, passed through the model as the keyword `rft_layout`. Autograd keeps it
+    alive, so a checkpointed layer still has it when it is recomputed during backward.
 
-    kinds: the kind of each layer, or None where all are plain. kernel: see `AttentionRoute`.
-    calls: attention layers that used it.
+    kinds: the kind of each layer, or None if all are plain. kernel: see `AttentionRoute`.
+    calls: number of attention layers that used it.
     """
 
     forest: Forest
@@ -76,12 +76,12 @@ def forest_attention(
     rft_layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function given to transformers: query [B, H, L, D] -> [B, L, H, Dv].
+    """Compute attention for transformers: query [B, H, L, D] -> [B, L, H, Dv].
 
-    With a layout (B = 1, L = T) a token sees its own segment's earlier tokens and its ancestors';
-    without one it is ordinary attention under `attention_mask`.
-    Raises ValueError for a layout with dropout, with a mask of the model's own making, or with keywords
-    whose meaning is unknown here.
+    With a layout (B = 1, L = T) a token attends to earlier tokens of its segment and to its segment's
+    ancestors; without one this is ordinary attention under `attention_mask`.
+    Raises ValueError for a layout together with dropout, with a mask made by the model, or with unknown
+    keywords.
     """
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
     if rft_layout is None:
@@ -112,7 +112,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # for forwards without a layou
 
 
 def _layer_kind(module: nn.Module, layout: Layout, sliding_window: int | None) -> LayerKind:
-    """The window or chunk of this layer by the model's config, which must agree with what it passes."""
+    """Return this layer's window or chunk from the model's config, which must match the window passed."""
     if layout.kinds is None:
         return LayerKind(window=sliding_window)
     kind = layout.kinds[getattr(module, "layer_idx", 0) or 0]
@@ -134,10 +134,10 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """[T, H, D] queries, [T, Hk, D] keys, by the layout's kernel. Raises ValueError where the merge is asked
-    for and cannot serve."""
+    """Attend with the layout's kernel: [T, H, D] queries, [T, Hk, D] keys. Raises ValueError if the kernel
+    "merge" is requested and does not support the layer."""
     device, forest, kernel = q.device.type, layout.forest, layout.kernel
-    if torch.is_autocast_enabled(device):  # the kernels below are not on autocast's list
+    if torch.is_autocast_enabled(device):  # the kernels below are not on autocast's list of operations
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     window = kind.window if kind.window is not None and kind.window < forest.longest else None
     chunk = kind.chunk if kind.chunk is not None and kind.chunk < forest.longest else None
@@ -153,7 +153,7 @@ def _attend(
                 f"the merge serves no layer with window {window}, chunk {chunk}, softcap {softcap}, heads of "
                 f"{q.shape[-1]} and {width} in {q.dtype} on {device}: use kernel auto"
             )
-        # heads of unequal width (latent attention): zeros beside the values add nothing
+        # heads of unequal width (latent attention): zero-padding the values changes nothing
         v = F.pad(v, (0, q.shape[-1] - width))
         return merged_attention(q, k, v, forest, scale, sinks)[..., :width]
     attend = flex_forest_attention if kernel == "flex" else masked_attention

@@ -1,8 +1,8 @@
 """Attention over a forest with an explicit mask per tree: the reference, and the route for layers that
-the merge cannot serve: sliding windows and chunks that bind, soft-capped scores.
+the merge does not support: sliding windows and chunks that bind, soft-capped scores.
 
-Trees of similar size are rows of one padded batch, so the masks cost the square of a tree's length,
-never the square of the packed batch's.
+Trees of similar size are rows of one padded batch, so the masks are quadratic in the length of a tree,
+not of the packed batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def masked_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the forest: [T, H, Dv], by autograd.
+    """Compute attention over the forest, [T, H, Dv], differentiable by autograd.
 
     query: [T, H, D]; key: [T, Hk, D]; value: [T, Hk, Dv]. window, chunk: see `Forest.mask`.
     softcap: scores become softcap * tanh(scores / softcap). sinks: [H], one more logit per head.
@@ -47,7 +47,7 @@ def masked_attention(
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """[B, H, L, D] queries against [B, Hk, M, D] keys under a boolean mask [B or 1, 1, L, M]."""
+    """Attend with [B, H, L, D] queries to [B, Hk, M, D] keys under a boolean mask [B or 1, 1, L, M]."""
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -57,7 +57,7 @@ def dense_attention(
     scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    # not -inf: a padded query that sees nothing must come out finite, or it spoils the keys after it
+    # not -inf: a padded query with every key masked must give finite values, or NaN spreads to later keys
     scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
     if sinks is not None:
         sink = sinks.float().view(1, shared, -1, 1, 1).expand(*scores.shape[:-1], 1)

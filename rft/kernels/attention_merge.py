@@ -4,8 +4,8 @@ For one query, let block i give the output o_i and the log-sum-exp l_i of its sc
 the union of the blocks has l = log sum_i exp(l_i) and o = sum_i exp(l_i - l) o_i (the identity behind
 flash attention's tiles; Dao et al. 2022, arXiv:2205.14135, section 3.1). Its backward needs, per
 block, only the *merged* o and l: probabilities are exp(score - l), and the flash kernels' backward
-recomputes exactly those. So each block's gradient comes from the flash kernel itself, with the
-merged output in place of the block's own; nothing is materialised and no key is copied per child.
+recomputes exactly those. So the flash kernel's backward computes each block's gradient, given the
+merged output instead of the block's output; nothing is materialised and no key is copied per child.
 
 An attention sink (a learned logit per head that takes probability and gives no value) is one more
 block with output 0: it only enters l.
@@ -27,7 +27,7 @@ _aten = torch.ops.aten
 def merged_attention(
     query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sinks: Tensor | None = None
 ) -> Tensor:
-    """Attention over the forest: [T, H, D].
+    """Compute attention over the forest: [T, H, D].
 
     query: [T, H, D]; key, value: [T, Hk, D], with Hk a divisor of H; any float dtype on CPU, half
     precision on CUDA. sinks: [H], or None. Differentiable once.
@@ -73,7 +73,7 @@ class _Merge(torch.autograd.Function):
             dq, dk, dv = parts[0].backward(grad, q, k, v, out, lse, ctx.scale)
         else:
             dq, dk, dv = (torch.empty(x.shape, dtype=_accumulation(x), device=x.device) for x in (q, k, v))
-            for part in parts:  # causal ones come first and cover every token once
+            for part in parts:  # causal parts come first and cover every token once
                 a, b, c = part.backward(grad, q, k, v, out, lse, ctx.scale)
                 if part.causal:
                     part.write(dq, a)
@@ -86,7 +86,7 @@ class _Merge(torch.autograd.Function):
             dq, dk, dv = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
-            # d loss / d sink = -p_sink (grad . out): the sink's own value is zero
+            # d loss / d sink = -p_sink (grad . out): a sink has value zero
             pull = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
             dsinks = -((sinks.to(lse.dtype) - lse).exp() * pull).sum(0).to(sinks.dtype)
         return dq, dk, dv, dsinks, None, None
@@ -109,7 +109,7 @@ def _parts(forest: Forest, device: torch.device) -> list[_CpuPart] | list[_CudaP
 
 
 class _CpuPart:
-    """One padded block through the flash kernels for CPU. They share keys between grouped queries."""
+    """One padded block through PyTorch's flash kernels for CPU, which share keys between grouped queries."""
 
     def __init__(self, block: Block, num_tokens: int) -> None:
         self.block = block
@@ -130,7 +130,7 @@ class _CpuPart:
         queries, keys = self.block.queries, self.block.keys
         g = queries.take(grad)
         if queries.valid is not None:
-            g = g * queries.valid  # padding repeats a real query: it must not be counted twice
+            g = g * queries.valid  # padding repeats a real query, which must not be counted twice
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _heads_first(g),
             *(_heads_first(rows.take(x)) for rows, x in ((queries, q), (keys, k), (keys, v), (queries, out))),
@@ -162,7 +162,7 @@ class _CpuPart:
 
 
 class _CudaPart:
-    """One variable-length call of the flash kernels that PyTorch carries for CUDA."""
+    """One variable-length call of the flash kernels in PyTorch for CUDA."""
 
     def __init__(self, stretch: Stretch) -> None:
         self.stretch = stretch
@@ -181,13 +181,13 @@ class _CudaPart:
         out, lse, *_ = _aten._flash_attention_forward(
             *self._take(q, k, v), *self._lengths(), False, scale=scale
         )
-        return out, lse.t()  # the kernel's log-sum-exp is [H, n]
+        return out, lse.t()  # the kernel returns the log-sum-exp as [H, n]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad, out, lse = (self.read(x).contiguous() for x in (grad, out, lse))
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state: there is no dropout
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state, unused without dropout
         dq, dk, dv = _aten._flash_attention_backward(
             grad,
             *self._take(q, k, v),
@@ -225,6 +225,6 @@ def _write(x: Tensor, index: Tensor | None, value: Tensor) -> None:
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[B, L, H, D] -> [B, H, L, D], with the last axis contiguous as the kernels want it."""
+    """[B, L, H, D] -> [B, H, L, D], with the last axis contiguous as the kernels require."""
     x = x.transpose(1, 2)
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,6 +1,6 @@
-"""Which ways of running a packed batch a model may be tried with: what its config and modules tell.
+"""Candidate routes for packed batches, derived from a model's config and modules.
 
-This only rules out and orders; `prepare_model` then tries what is left on real tokens.
+This only excludes and orders routes; `prepare_model` then tests the remaining ones on real tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Kernel = Literal["auto", "merge", "flex", "masked"]
 _RECURRENT = re.compile(
     r"Mamba|Recurrent|Rwkv|RWKV|DeltaNet|ShortConv|LinearAttention|Lightning|RgLru|xLSTM|Hyena"
 )
-# Settings by which attention leaves tokens out other than by layer types, and those known to be harmless.
+# Settings that make attention skip tokens, besides layer types; `_KNOWN` lists the harmless ones.
 _SPARSE = re.compile(r"window|local_attention|attention_types|index_topk|sparse_attention|chunk_size")
 _KNOWN = re.compile(
     r"_?sliding_window(_pattern)?|use_sliding_window|max_window_layers|attention_chunk_size|chunk_size_.*"
@@ -27,7 +27,7 @@ _KNOWN = re.compile(
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Keys that a layer's attention leaves out: `window` or more positions back, or outside its `chunk`."""
+    """Keys that a layer's attention skips: `window` or more positions back, or in another `chunk`."""
 
     window: int | None = None
     chunk: int | None = None
@@ -35,16 +35,16 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class AttentionRoute:
-    """The way in which packed batches run through a model.
+    """How packed batches run through a model.
 
     kind: "merge" (the forest attention function), "mask" (one explicit mask over the packed batch,
-        through the model's own attention), "sequences" (unshared, a padded row each).
-    reason: why not a better one, for the log. layers: how many attention layers must use the layout.
-    layer_kinds: the windows of the layers; None where attention is plain or the model passes them.
+        through the model's attention), "sequences" (unshared, one padded row each).
+    reason: why no better route was chosen, for the log. layers: number of layers that must use the layout.
+    layer_kinds: the windows of the layers; None if attention is plain or the model passes them.
     max_length: the longest sequence for which position encodings do not depend on the batch.
-    max_tokens: the longest packed row that the model treats like its sequences.
-    kernel: what computes a layer's attention on the route "merge": the log-sum-exp merge, FlexAttention
-        (GPU), dense masks per tree, or auto, the first of them that serves the layer.
+    max_tokens: the longest packed row that the model treats the same as separate sequences.
+    kernel: how the route "merge" computes a layer's attention: log-sum-exp merge, FlexAttention (GPU),
+        dense masks per tree, or "auto", the first of these that supports the layer.
     """
 
     kind: RouteKind
@@ -60,7 +60,7 @@ class AttentionRoute:
 
 
 def decoder_of(model: nn.Module) -> PreTrainedModel:
-    """The base transformer of a causal language model, with or without a peft wrapper around it."""
+    """Return the base transformer of a causal language model, with or without a peft wrapper."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
     if not isinstance(model, PreTrainedModel):
@@ -74,7 +74,7 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
 
 
 def candidates(model: nn.Module, decoder: PreTrainedModel) -> list[AttentionRoute]:
-    """The routes to try, best first. Raises ValueError for models that cannot be trained here."""
+    """List the routes to try, best first. Raises ValueError for unsupported models."""
     name = type(decoder).__name__
     whole = decoder.config
     config = whole.get_text_config()
@@ -101,7 +101,7 @@ def candidates(model: nn.Module, decoder: PreTrainedModel) -> list[AttentionRout
 
 
 def _layer_kinds(config: Any) -> tuple[tuple[LayerKind, ...] | None, list[str]]:
-    """The kind of every layer, and the names of layer types that are not attention over tokens."""
+    """Return every layer's kind, and the names of layer types that are not attention over tokens."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
@@ -126,7 +126,7 @@ def _layer_kinds(config: Any) -> tuple[tuple[LayerKind, ...] | None, list[str]]:
 
 
 def _recurrent_modules(decoder: PreTrainedModel) -> list[str]:
-    """Classes of modules that carry a state from token to token outside attention."""
+    """List the classes of modules that carry state from token to token outside attention."""
     found = {type(m).__name__ for m in decoder.modules() if isinstance(m, nn.Conv1d)}
     found |= {type(m).__name__ for m in decoder.modules() if _RECURRENT.search(type(m).__name__)}
     return sorted(found)
@@ -141,12 +141,14 @@ def _sparse_settings(config: Any) -> list[str]:
 
 
 def _longest_row(config: Any) -> int | None:
-    """Llama 4 scales queries by their place in the row, in steps of `floor_scale`: the first step is 1."""
+    """Return the longest row that Llama 4 leaves unscaled: it scales queries by their position in the row, in
+    steps of `floor_scale`, and the first step is 1."""
     return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
 
 def _batch_independent_length(config: Any) -> int | None:
-    """Dynamic and long rope change all frequencies once any sequence of a batch is beyond a length."""
+    """Return the longest length at which RoPE frequencies are fixed: dynamic and long RoPE change all of them
+    as soon as one sequence of the batch is longer."""
     rope = getattr(config, "rope_parameters", None) or {}
     for entry in (rope, *(v for v in rope.values() if isinstance(v, dict))):
         if entry.get("rope_type") in ("dynamic", "longrope"):

@@ -1,4 +1,4 @@
-"""Divergences between two heads' full distributions, token by token, without either's [T, V] logits.
+"""Per-token divergences between two heads' full distributions, without materialising [T, V] logits.
 
 For distillation (GKD) and full-vocabulary KL penalties (ASFT). p is the policy, q the reference.
 """
@@ -52,7 +52,7 @@ class Divergence:
         return torch.logaddexp(logq + log_beta, logp + log_rest)
 
     def gradient_(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """Turn logp [r, V] into the gradient of the divergence to the policy's logits; logq is overwritten.
+        """Overwrite logp [r, V] with the divergence's gradient to the policy's logits; logq is scratch space.
 
         d KL(q || p) / dz = p - q. The others are p (c - sum p c), with c = log p - log q for the reverse
         KL and c = (1 - beta) (log p - log m) for js.
@@ -70,7 +70,7 @@ class Divergence:
 
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) [n]; what p gives no weight counts nothing."""
+    """KL(p || q) [n]; tokens with p = 0 contribute 0."""
     p = logp.exp()
     return (p * torch.where(p > 0, logp - logq, 0.0)).sum(1)
 
@@ -91,17 +91,17 @@ def head_divergence(
     mask: Tensor | None = None,
     backend: Literal["auto", "reference", "chunked"] = "auto",
 ) -> Tensor:
-    """Divergence [T] float32, in nats, of the policy's distributions from the reference's.
+    """Return the divergence [T] float32, in nats, of the policy's distributions from the reference's.
 
     Args:
-        hidden, weight, bias: the policy's, [T, H], [V, H], [V]; these get gradients.
-        ref_hidden, ref_weight, ref_bias: the reference's, [T, H'], [V, H'], [V]; these do not.
+        hidden, weight, bias: the policy's, [T, H], [V, H], [V]; gradients flow to these.
+        ref_hidden, ref_weight, ref_bias: the reference's, [T, H'], [V, H'], [V]; constants.
         direction: "reverse" KL(policy || reference), "forward" KL(reference || policy), or "js".
         beta: the reference's share in the mixture of "js".
         temperature, softcap, logit_scale: of both heads (see `token_logps`).
-        mask: [T] bool; rows that are False never reach a head and read 0.
+        mask: [T] bool; rows that are False skip the heads and get 0.
 
-    Raises ValueError for shapes or dtypes that do not fit, naming them.
+    Raises ValueError for inconsistent shapes or dtypes, naming them.
     """
     check_head(hidden, weight, bias)
     check_head(ref_hidden, ref_weight, ref_bias, names=("ref_hidden", "ref_weight"))
@@ -148,7 +148,7 @@ def _passes(policy: Part, ref: Part, f: LogitMap) -> tuple[chunked.Chunks, chunk
 
 
 def _tiles(p: chunked.Chunks, q: chunked.Chunks, chunk: slice, ours: Tensor, theirs: Tensor) -> Any:
-    """Yields (rows, inner rows, log p [r, V], log q [r, V], cap slope) with the logits overwritten."""
+    """Yield (rows, inner rows, log p [r, V], log q [r, V], cap slope); overwrites the logits."""
     pairs = zip(p.tiles(chunk, ours, cap_slope=True), q.tiles(chunk, theirs), strict=True)
     for (rows, inner, z, cap_slope), (_, _, zq, _) in pairs:
         for x in (z, zq):
@@ -159,7 +159,7 @@ def _tiles(p: chunked.Chunks, q: chunked.Chunks, chunk: slice, ours: Tensor, the
 class HeadDivergence(torch.autograd.Function):
     """(hidden, weight, bias, (ref_hidden, ref_weight, ref_bias), map, measure, keep) -> [T].
 
-    `keep`: the head is frozen; d divergence / d hidden is kept by the forward instead of recomputed.
+    `keep`: the head is frozen; the forward stores d divergence / d hidden instead of recomputing it.
     """
 
     @staticmethod

@@ -1,11 +1,11 @@
-"""The shape of a packed forest, as attention needs it: which tokens attend to which, in few large blocks.
+"""The structure of a packed forest for attention: which tokens attend to which, in few large blocks.
 
-A token attends to the earlier tokens of its own segment and to all tokens of its segment's ancestors.
-Segments that have a single child are joined with it into one *run*, which is plain causal attention
-over its tokens. What remains is, per run, a causal block of its own and a dense block to every
-ancestor run. Blocks of similar size are laid side by side as the rows of one padded batch, so that
-256 short sequences are a handful of calls. Queries may be padded (their results are dropped), and so
-may keys of causal blocks (they come after every real query); keys of dense blocks never are.
+A token attends to the earlier tokens of its segment and to all tokens of its segment's ancestors.
+A segment that has a single child is joined with it into one *run*, which is plain causal attention
+over its tokens. Each run then needs one causal block for its tokens and one dense block per ancestor
+run. Blocks of similar size are rows of one padded batch, so that 256 short sequences are a handful of
+calls. Queries may be padded (their results are dropped), and so may keys of causal blocks (they come
+after every real query); keys of dense blocks never are.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MASK_BUDGET = 1 << 24  # elements of one boolean mask [B, L, L]; larger groups o
 
 @dataclass(frozen=True)
 class Rows:
-    """B rows of up to L tokens, as places in the packed batch.
+    """B rows of up to L tokens, as indices into the packed batch.
 
-    index: [B * L] int64, the token at each place; padding repeats the row's last token.
-    kept: [n] int64, the places that are not padding, or None if all are real.
-    start: where the rows are a contiguous stretch of tokens, its first token: no copy is needed.
+    index: [B * L] int64, the token at each position; padding repeats the row's last token.
+    kept: [n] int64, the positions that are not padding, or None if all are real.
+    start: the first token if the rows are a contiguous stretch, which needs no copy.
     """
 
     count: int
@@ -50,19 +50,19 @@ class Rows:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """[n] int64: the tokens of the real places, in order."""
+        """[n] int64: the tokens at the real positions, in order."""
         return self.index if self.kept is None else self.index[self.kept]
 
     @cached_property
     def valid(self) -> Tensor | None:
-        """[B, L, 1, 1] bool: the real places, or None if all are."""
+        """[B, L, 1, 1] bool: the real positions, or None if all are real."""
         if self.kept is None:
             return None
         valid = torch.zeros(self.count * self.width, dtype=torch.bool, device=self.index.device)
         return valid.index_fill_(0, self.kept, True).view(self.count, self.width, 1, 1)
 
     def covers(self, num_tokens: int) -> bool:
-        """True if the rows are the whole packed batch in its own order."""
+        """True if the rows are the whole packed batch in its order."""
         return self.start == 0 and self.index.numel() == num_tokens
 
     def take(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Rows:
         return flat.unflatten(0, (self.count, self.width))
 
     def flat(self, x: Tensor) -> Tensor:
-        """[B, L, ...] -> [n, ...]: the real places only."""
+        """[B, L, ...] -> [n, ...]: drop the padding."""
         x = x.flatten(0, 1)
         return x if self.kept is None else x.index_select(0, self.kept)
 
@@ -101,7 +101,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Block:
-    """One batched attention call: queries of `queries`, keys of `keys`, causal or dense."""
+    """One batched attention call, causal or dense."""
 
     queries: Rows
     keys: Rows
@@ -110,9 +110,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The same for a variable-length kernel: [n] tokens with cumulative lengths [R + 1] int32.
+    """A block for a variable-length kernel: [n] tokens with cumulative lengths [R + 1] int32.
 
-    `queries` and `keys` are None where they are all tokens in order.
+    `queries` and `keys` are None if they are all tokens in order.
     """
 
     queries: Tensor | None
@@ -136,9 +136,9 @@ class Trees:
 @dataclass
 class Forest:
     """The layout of one packed batch: segment, positions: [T] int64; parent: [S] int64, as in
-    `rft.batch.Batch`. Blocks, stretches and masks are worked out once, when first asked for.
+    `rft.batch.Batch`. Blocks, stretches and masks are computed once, on first use.
 
-    Raises ValueError where a segment continues one that does not precede it within its own tree.
+    Raises ValueError unless a segment's parent precedes it within the same tree.
     """
 
     segment: Tensor
@@ -168,17 +168,17 @@ class Forest:
 
     @cached_property
     def longest(self) -> int:
-        """The largest position plus one: a window or a chunk at least that wide never binds."""
+        """Largest position plus one: a window or chunk at least that wide never binds."""
         return int(self.positions.max()) + 1 if self.num_tokens else 0
 
     @cached_property
     def shared(self) -> bool:
-        """True if some segment continues another."""
+        """True if any segment continues another."""
         return bool((self.parent >= 0).any())
 
     @cached_property
     def _runs(self) -> tuple[list[list[int]], list[int]]:
-        """Tokens of each run, and the run that it continues (-1: none). Parents precede children."""
+        """Return the tokens of each run, and the parent run (-1: none). Parents precede children."""
         parents = self._parents
         ends = torch.bincount(self.segment.cpu(), minlength=len(parents)).cumsum(0).tolist()
         children = [0] * len(parents)
@@ -201,7 +201,7 @@ class Forest:
 
     @cached_property
     def _below(self) -> list[tuple[int, list[int], list[int]]]:
-        """(depth of a run, the tokens below it, its own tokens), for every run with something below."""
+        """List (depth, tokens of the descendants, tokens of the run) of every run with descendants."""
         runs, above = self._runs
         below: list[list[int]] = [[] for _ in runs]
         depth = [0] * len(runs)
@@ -214,7 +214,7 @@ class Forest:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """Causal blocks that cover every token once, then dense blocks from runs to ancestor runs."""
+        """Causal blocks that cover every token once, then dense blocks between runs and their ancestors."""
         runs, _ = self._runs
         out = []
         for row in _similar([run for run in runs if run]):
@@ -232,7 +232,7 @@ class Forest:
 
     @cached_property
     def stretches(self) -> list[Stretch]:
-        """The same work for variable-length kernels: one causal call, one dense call per depth."""
+        """The same attention for variable-length kernels: one causal call, and one dense call per depth."""
         runs = [run for run in self._runs[0] if run]
         out = [self._stretch(runs, runs, causal=True)]
         levels: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
@@ -258,7 +258,7 @@ class Forest:
 
     @cached_property
     def trees(self) -> list[Trees]:
-        """Every tree once, trees of similar size side by side."""
+        """Every tree once, grouped by similar size."""
         tree = ((self.parent < 0).cumsum(0) - 1)[self.segment].cpu()
         ends = torch.bincount(tree).cumsum(0).tolist()
         rows = [list(range(a, b)) for a, b in zip([0, *ends], ends, strict=False) if b > a]
@@ -274,7 +274,7 @@ class Forest:
 
     @cached_property
     def sees(self) -> Tensor:
-        """[S, S] bool: `sees[a, b]`, segment `a` is `b` or continues it, at whatever distance."""
+        """[S, S] bool: `sees[a, b]` is True if segment `a` is `b` or a descendant of it."""
         parents = self._parents
         sees = torch.eye(len(parents), dtype=torch.bool)
         for s, p in enumerate(parents):
@@ -283,10 +283,10 @@ class Forest:
         return sees.to(self.device)
 
     def mask(self, which: int, window: int | None = None, chunk: int | None = None) -> Tensor:
-        """[B, 1, L, L] bool for `trees[which]`: True where a query (row) sees a key (column).
+        """[B, 1, L, L] bool for `trees[which]`: True where a query (row) attends to a key (column).
 
-        window: only keys fewer than `window` positions back. chunk: only keys whose position lies in
-        the same multiple of `chunk`. Both count position ids, not places in the packed batch.
+        window: only keys fewer than `window` positions back. chunk: only keys in the query's chunk, i.e. with
+        the same position // chunk. Both count position ids, not indices into the packed batch.
         """
         key = (which, window, chunk)
         if key not in self._masks:
@@ -303,7 +303,7 @@ class Forest:
         return self._masks[key]
 
     def paths(self) -> list[list[int]]:
-        """The tokens of every sequence from root to leaf: what the forest means without sharing."""
+        """The tokens of every sequence from root to leaf: the forest without sharing."""
         parents = self._parents
         ends = torch.bincount(self.segment.cpu(), minlength=len(parents)).cumsum(0).tolist()
         inner = set(parents)
@@ -315,12 +315,12 @@ class Forest:
 
     @cached_property
     def path_rows(self) -> list[Rows]:
-        """The paths as padded rows, similar lengths side by side."""
+        """The paths as padded rows, grouped by similar length."""
         return [Rows.of(rows, self.device) for rows in _similar(self.paths())]
 
 
 def _similar(rows: Sequence[list[int]]) -> list[list[list[int]]]:
-    """Group rows of similar length, so that little is padding; rows of equal length keep their order."""
+    """Group rows of similar length to limit padding; rows of equal length keep their order."""
     out: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
         if out and len(row) <= 1.2 * len(out[-1][0]) + 8:

@@ -1,6 +1,6 @@
-"""Log-probs of tokens under a language model's head, without its logits.
+"""Log-probs of tokens under a language model's head, without materialising the logits.
 
-`token_logps` is what the learner calls. It picks the path by what wants a gradient (see
+`token_logps` is the entry point. It picks the code path by which inputs need a gradient (see
 `logprob_chunked`) and the implementation by device; `logprob_reference` is the plain baseline.
 """
 
@@ -19,13 +19,13 @@ from rft.kernels import logprob_reference as reference
 from rft.kernels.logprob_common import LogitMap, accumulate_dtype, check_head, check_targets, shape, spread
 from rft.utils.dotted import load_dotted
 
-LIGER = "rft.contrib.liger.try_token_logps"  # an optional dependency's kernel: loaded where that is installed
+LIGER = "rft.contrib.liger.try_token_logps"  # an optional dependency's kernel, imported only if installed
 
 Backend = Literal["auto", "reference", "chunked", "triton", "liger"]
 
 
 class Options(TypedDict, total=False):
-    """The further keywords of `token_logps`."""
+    """The optional keywords of `token_logps`."""
 
     bias: Tensor | None
     temperature: float
@@ -77,30 +77,30 @@ def token_logps(
     entropy: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probs [T] float32 of targets, and with `entropy` the entropies [T] float32 in nats.
+    """Return log-probs [T] float32 of targets, and with `entropy` the entropies [T] float32 in nats.
 
     The head's logits are softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature.
 
     Args:
         hidden: [T, H], float32, bfloat16, float16 or float64 (which makes the results float64).
-        weight: [V, H], in hidden's dtype. If nothing of the head requires a gradient, d logp / d hidden
-            is kept by the forward and the backward is elementwise.
+        weight: [V, H], in hidden's dtype. If no parameter of the head requires a gradient, the forward
+            stores d logp / d hidden and the backward is elementwise.
         targets: [T] int64.
         bias: [V].
-        lora: (A [r, H], B [V, r], scale) adds scale * B A to the weight, which is never merged.
+        lora: (A [r, H], B [V, r], scale) adds scale * B A to the weight, without merging it.
         support: [T, ceil(V/8)] uint8 from `logprob_support`: the tokens among which each row's target was
-            sampled (top-k, top-p). Probabilities are taken among them; the target always counts.
-        mask: [T] bool. Rows that are False never reach the head; they get log-prob and entropy 0. Rows whose
+            sampled (top-k, top-p). Probabilities are normalised over them; the target always counts.
+        mask: [T] bool. Rows that are False skip the head; their log-prob and entropy are 0. Rows whose
             log-prob and entropy get no gradient are left out of the backward (on CPU).
-        expected: [T], the gradient that the log-probs will get, up to a factor, where that is known: it is
-            carried back in the forward then (6 T H V instead of 8). If it comes otherwise, or entropies get
-            one too, all is as without it, only slower. Read by "chunked".
-        backend: "auto" takes "triton" on CUDA where it serves, or "liger" where liger-kernel is installed,
-            serves and was measured to be faster; "chunked" elsewhere. "liger" does
-            scoring and frozen heads; other calls take "triton", or "chunked" where that does not serve.
+        expected: [T], the gradient that the log-probs will get, up to a factor, if known: the forward then
+            also computes the backward (6 T H V instead of 8). If the real gradient differs, or entropies
+            get one too, the result is the same, only slower. Used by "chunked" only.
+        backend: "auto" takes "triton" on CUDA if it supports the call, or "liger" if liger-kernel is
+            installed, supports the call and was measured to be faster; "chunked" otherwise. "liger" does
+            scoring and frozen heads; other calls take "triton", or "chunked" if that is unsupported.
 
     Gradients flow to hidden, weight, bias, A and B, from log-probs and entropies alike.
-    Raises ValueError for shapes, dtypes or targets that do not fit, naming them.
+    Raises ValueError for inconsistent shapes, dtypes or targets, naming them.
     """
     hidden, weight = _autocast(hidden, weight)
     check_head(hidden, weight, bias)
@@ -122,7 +122,7 @@ def token_logps(
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast, both in its dtype, as `torch.nn.functional.linear` would have them."""
+    """Cast both to autocast's dtype under autocast, as `torch.nn.functional.linear` does."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -149,10 +149,10 @@ def _check_extras(
 
 
 def choose_backend(backend: Backend, hidden: Tensor, plain: bool = True) -> Backend:
-    """The implementation that `backend` means for `hidden`; "triton" for "auto" may still become "liger".
+    """Resolve `backend` for `hidden`; "auto" may return "triton" and still switch to "liger" per call.
 
-    `plain`: no LoRA factors, sampled support or float64, which Triton and Liger do not serve.
-    Raises ValueError for an unknown name, for "triton" where it cannot serve and for "liger" where it is
+    `plain`: without LoRA factors, sampled support or float64, which Triton and Liger do not support.
+    Raises ValueError for an unknown name, for "triton" if it is unsupported, and for "liger" if it is
     not installed or there is no GPU.
     """
     if backend not in get_args(Backend):
@@ -215,7 +215,7 @@ def _on_gpu(
     entropy: bool,
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
-    """Triton's kernels, or Liger's where it serves and `backend` says so, or "auto" and its measured time."""
+    """Run Triton's kernels, or Liger's if it supports the call and is requested, or faster under "auto"."""
     from rft.kernels import logprob_triton  # imports triton, which exists on Linux only
 
     def by_triton(x: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _liger_installed() -> bool:
 
 
 def low_rank_factors(hidden: Tensor, lora: reference.Lora | None) -> tuple[Tensor | None, Tensor | None]:
-    """LoRA's (scale * h A^T [T, r], B [V, r]): autograd carries the rest to A and hidden."""
+    """Return LoRA's (scale * h A^T [T, r], B [V, r]); autograd propagates gradients to A and hidden."""
     if lora is None:
         return None, None
     a, b, scale = lora

@@ -1,13 +1,13 @@
 """Log-probs of targets without the [T, V] logits: row chunks, each reduced in cache-sized tiles.
 
-One chunk of logits is allocated once and filled by products with `out=`; a tile of a few rows is taken
-through softmax in place while it stays in cache. The two autograd functions at the end get gradients by
+One chunk of logits is allocated once and filled by products with `out=`; softmax runs in place on tiles
+of a few rows that stay in cache. The two autograd functions at the end get gradients by
 
-- recomputation, for any upstream gradient: the logits of a chunk are computed again in the backward
-  (8 T H V), unless all rows fit into one chunk, which is kept then
-- prediction: the upstream gradient is predicted, and carried back in the forward (6 T H V); if the
+- recomputation, for any upstream gradient: the backward computes a chunk's logits again (8 T H V),
+  unless all rows fit into one chunk, which is then kept
+- prediction: the forward also computes the backward for a predicted upstream gradient (6 T H V); if the
   prediction was wrong, the logits are computed again
-- a frozen head: no parameter of the head wants a gradient; the forward keeps d logp / d hidden (4 T H V)
+- a frozen head: no parameter of the head needs a gradient; the forward stores d logp / d hidden (4 T H V)
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from rft.kernels.logprob_linear import HeadProducts, WeightGrad
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 CHUNK_BYTES = 1 << 25  # logits of one chunk
-MIN_CHUNK_ROWS = 64  # fewer rows make slow products
-TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}  # the cache on CPU; on a GPU, enough to fill it
+MIN_CHUNK_ROWS = 64  # fewer rows make matrix products slow
+TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}  # the cache size on CPU; enough to fill a GPU
 
-LOWEST = -1e4  # stands for -inf in p * log p: its exponential is 0 as well
-PREDICTED = 1e-5  # relative difference of an upstream gradient from the predicted one that rounding explains
+LOWEST = -1e4  # replaces -inf in p * log p: its exponential is 0 as well
+PREDICTED = 1e-5  # relative difference of upstream gradient and prediction that rounding explains
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Chunks:
         like: Chunks | None = None,
         buffer: Tensor | None = None,
     ) -> None:
-        """`like`: another pass over the same rows, to go in step with it. `buffer`: an earlier pass's."""
+        """`like`: another pass over the same rows, to iterate in step with. `buffer`: a buffer to reuse."""
         self.head, self.hidden, self.low, self.rows, self.map = head, hidden, low, rows, f
         self.acc = accumulate_dtype(hidden.dtype)
         self.bias = None if bias is None else bias.to(self.acc)
         count, vocab = hidden.shape[0], head.vocab
         itemsize = head.dtype.itemsize
-        # a widened head's chunk has float32 elements: half the bytes leave room for the wide blocks
+        # a widened head's chunk is float32: half the bytes leave room for the widened blocks
         limit = CHUNK_BYTES // 2 if head.widens else CHUNK_BYTES
         self.size = max(1, min(count, max(MIN_CHUNK_ROWS, limit // (vocab * itemsize))))
         self.number = -(-count // self.size)
@@ -74,18 +74,18 @@ class Chunks:
 
     @property
     def single(self) -> bool:
-        """Whether all rows are one chunk whose buffer, after a forward, serves the backward as it is."""
+        """Whether all rows are one chunk, so that the forward's buffer can serve the backward unchanged."""
         return self.number == 1 and self.in_place and self.map.softcap is None
 
     def tile(self, name: str, n: int) -> Tensor:
-        """A scratch tile [n, V] in the accumulation dtype, allocated once."""
+        """Return a scratch tile [n, V] in the accumulation dtype, allocated once."""
         if name not in self._tiles:
             shape = (self.tile_rows, self.head.vocab)
             self._tiles[name] = self.hidden.new_empty(shape, dtype=self.acc)
         return self._tiles[name][:n]
 
     def __iter__(self) -> Any:
-        """Yields (slice of rows, hidden [n, H], low [n, r] or None, logit products [n, V])."""
+        """Yield (slice of rows, hidden [n, H], low [n, r] or None, logit products [n, V])."""
         dtype = self.head.dtype
         for start in range(0, self.hidden.shape[0], self.size):
             rows = slice(start, min(start + self.size, self.hidden.shape[0]))
@@ -96,7 +96,7 @@ class Chunks:
             yield rows, h, low, out
 
     def tiles(self, chunk: slice, products: Tensor, cap_slope: bool = False) -> Any:
-        """Yields (slice of all rows, slice of the chunk's rows, logits [r, V], 1 - tanh^2 or None)."""
+        """Yield (slice of all rows, slice of the chunk's rows, logits [r, V], 1 - tanh^2 or None)."""
         for start in range(0, products.shape[0], self.tile_rows):
             inner = slice(start, min(start + self.tile_rows, products.shape[0]))
             rows = slice(chunk.start + inner.start, chunk.start + inner.stop)
@@ -119,7 +119,7 @@ def unpack_support(packed: Tensor, vocab: int) -> Tensor:
 
 
 def keep_support_(z: Tensor, packed: Tensor, targets: Tensor) -> None:
-    """Set logits [r, V] outside the support to -inf; the targets [r, 1] always stay."""
+    """Set logits [r, V] outside the support to -inf, except at the targets [r, 1]."""
     outside = unpack_support(packed, z.shape[1]).logical_not_().scatter_(1, targets, False)
     z.masked_fill_(outside, -torch.inf)
 
@@ -127,7 +127,7 @@ def keep_support_(z: Tensor, packed: Tensor, targets: Tensor) -> None:
 def softmax_tile_(
     z: Tensor, targets: Tensor, scratch: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn z [r, V] into exp(z - max).
+    """Overwrite z [r, V] with exp(z - max).
 
     Returns logps [r], logsumexp [r], sum of exp [r] and, with `scratch` [r, V], the entropy [r].
     """
@@ -148,7 +148,7 @@ def softmax_tile_(
 def forward(
     chunks: Chunks, entropy: bool, totals: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return logps [T], logsumexp [T] and (if asked) entropies [T]; `totals` [T] takes sum exp(z - max)."""
+    """Return logps [T], logsumexp [T] and (if asked) entropies [T]; `totals` [T] gets sum exp(z - max)."""
     targets = chunks.rows.targets
     logps = chunks.hidden.new_empty(targets.shape, dtype=chunks.acc)
     lse = chunks.hidden.new_empty(targets.shape[0], dtype=chunks.acc)
@@ -174,7 +174,7 @@ class Upstream:
     grad_entropy: Tensor | None = None
 
     def grad_tile_(self, z: Tensor, rows: slice, targets: Tensor, chunks: Chunks) -> None:
-        """Turn z [r, V] into grad (onehot - p) - grad_entropy p (log p + entropy)."""
+        """Overwrite z [r, V] with grad (onehot - p) - grad_entropy p (log p + entropy)."""
         z.sub_(self.lse[rows, None])
         if self.grad_entropy is None or self.entropy is None:
             z.exp_().mul_(-self.grad[rows, None])
@@ -187,7 +187,7 @@ class Upstream:
 
 
 class Gradients:
-    """Gradients of hidden [T, H], low [T, r], weight, B and bias, filled in chunk by chunk."""
+    """Gradients of hidden [T, H], low [T, r], weight, B and bias, accumulated chunk by chunk."""
 
     def __init__(self, chunks: Chunks, wants: dict[str, bool]) -> None:
         head = chunks.head
@@ -201,7 +201,7 @@ class Gradients:
         self.low_rank = zeros(b.shape, dtype=self.acc) if wants.get("low_rank") and b is not None else None
 
     def add(self, rows: slice, hidden: Tensor, low: Tensor | None, grad: Tensor) -> None:
-        """Take in grad [n, V], the gradient of the chunk's products."""
+        """Accumulate grad [n, V], the gradient of the chunk's products."""
         if self.hidden is not None:
             self.head.hidden_grad(grad, self.hidden[rows])
         if self._weight is not None:
@@ -218,22 +218,22 @@ class Gradients:
         return None if self._weight is None else self._weight.result()
 
     def spread(self, rows: Tensor, count: int) -> None:
-        """Those of single rows become [T, ...], 0 but at the indices `rows`, which the pass was over."""
+        """Scatter per-row gradients to [count, ...], 0 except at `rows`, the indices of this pass."""
         self.hidden = None if self.hidden is None else spread(self.hidden, rows, count)
         self.low = None if self.low is None else spread(self.low, rows, count)
 
     def for_inputs(self, bias: Tensor | None, low_rank: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """In the order of `NAMES`, those of bias and B rounded to their inputs' dtypes."""
+        """Return them in the order of `NAMES`, with bias and B rounded to their inputs' dtypes."""
         of_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
         of_b = None if self.low_rank is None or low_rank is None else self.low_rank.to(low_rank.dtype)
         return self.hidden, self.weight, of_bias, self.low, of_b
 
 
-NAMES = ("hidden", "weight", "bias", "low", "low_rank")  # the inputs that may want gradients, in order
+NAMES = ("hidden", "weight", "bias", "low", "low_rank")  # the inputs that may need gradients, in order
 
 
 def backward(chunks: Chunks, up: Upstream, wants: dict[str, bool]) -> Gradients:
-    """Recompute the logits and carry `up` through them."""
+    """Recompute the logits and backpropagate `up` through them."""
     grads = Gradients(chunks, wants)
     for chunk, h, low, products in chunks:
         for rows, inner, z, cap_slope in chunks.tiles(chunk, products, cap_slope=True):
@@ -244,7 +244,7 @@ def backward(chunks: Chunks, up: Upstream, wants: dict[str, bool]) -> Gradients:
 
 
 def backward_from_kept(chunks: Chunks, grad: Tensor, totals: Tensor, wants: dict[str, bool]) -> Gradients:
-    """Carry grad [T] back from a buffer that still holds exp(z - max) of the only chunk."""
+    """Backpropagate grad [T] from a buffer that still holds exp(z - max) of the only chunk."""
     grads = Gradients(chunks, wants)
     p = chunks.buffer[: grad.shape[0]]
     for start in range(0, p.shape[0], chunks.tile_rows):
@@ -257,7 +257,7 @@ def backward_from_kept(chunks: Chunks, grad: Tensor, totals: Tensor, wants: dict
 
 
 def finish_tile(z: Tensor, cap_slope: Tensor | None, products: Tensor) -> None:
-    """Gradient of logits -> gradient of products, stored over the products."""
+    """Convert the gradient of logits to that of the products, stored over the products."""
     if cap_slope is not None:
         z.mul_(cap_slope)
     if z.data_ptr() != products.data_ptr():
@@ -327,7 +327,7 @@ class ChunkedLogps(torch.autograd.Function):
             logps, lse, entropies, grads = differentiate_forward(
                 part(used), _at(expected, used), wants, entropy
             )
-            if used is not None:  # the others have a forward only
+            if used is not None:  # the other rows have a forward only
                 unused = (expected == 0).nonzero()[:, 0]
                 rest, rest_lse, rest_entropies = forward(part(unused), entropy)
                 logps = spread(logps, used, count).index_copy_(0, unused, rest)
@@ -335,7 +335,7 @@ class ChunkedLogps(torch.autograd.Function):
                 if entropies is not None and rest_entropies is not None:
                     entropies = spread(entropies, used, count).index_copy_(0, unused, rest_entropies)
                 grads.spread(used, count)
-            # not `save_for_backward`: the only references must pass on, or autograd copies them once more
+            # not `save_for_backward`: with any other reference, autograd would copy the gradients again
             ctx.grads = grads.for_inputs(bias, low_rank)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, low, low_rank, rows.targets, rows.support, lse, entropies)
@@ -344,14 +344,14 @@ class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None = None) -> Any:
-        # both are spent by the first backward; a second one recomputes
+        # the first backward consumes both; a second one recomputes
         kept, ctx.kept = ctx.kept, None
         grads, ctx.grads = ctx.grads, None
         factor = None
         if grads is not None and grad is not None and grad_entropy is None:
             factor = predicted_factor(grad, ctx.expected)
         if factor is None:
-            grads = None  # freed before the others are made
+            grads = None  # freed before the new ones are allocated
             return *recomputed(ctx, grad, grad_entropy, kept), *[None] * 4
         if factor != 1:
             grads = tuple(None if g is None else g.mul_(factor) for g in grads)
@@ -361,8 +361,8 @@ class ChunkedLogps(torch.autograd.Function):
 def recomputed(
     ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, kept: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs that `NAMES` names, from logits computed again, or from the only chunk,
-    `kept`: its exp(z - max), and their sums."""
+    """Return the gradients in the order of `NAMES`, from recomputed logits, or from `kept`: exp(z - max) of
+    the only chunk, and its sums."""
     hidden, weight, bias, low, low_rank, targets, support, lse, entropies = ctx.saved_tensors
     grad = lse.new_zeros(targets.shape) if grad is None else grad * ctx.map.slope
     wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
@@ -389,13 +389,13 @@ def recomputed(
 
 
 def _at(x: MaybeTensor, index: Tensor | None) -> MaybeTensor:
-    """Rows of x, or all."""
+    """Select rows of x, or all rows if `index` is None."""
     return x if x is None or index is None else x[index]
 
 
 def pulled_rows(grad: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
-    """Indices of the rows with an upstream gradient, [T] each; None if all have one. Rows without (groups
-    whose advantages are 0) are not recomputed. On a GPU nothing waits to find out."""
+    """Return the indices of the rows with an upstream gradient ([T] each); None if all have one. Rows without
+    (groups whose advantages are 0) are not recomputed. On a GPU: None, to avoid a synchronisation."""
     if grad.is_cuda:
         return None
     pulled = grad != 0
@@ -405,7 +405,7 @@ def pulled_rows(grad: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
 
 
 def predicted_factor(grad: Tensor, expected: Tensor) -> float | None:
-    """The factor by which the upstream gradient [T] is the predicted one, None where it is another."""
+    """Return upstream gradient [T] / prediction as one factor, or None if they are not proportional."""
     expected = expected.to(grad.dtype)
     square = float(expected.dot(expected))
     factor = float(grad.dot(expected)) / square if square else 1.0

@@ -1,4 +1,4 @@
-"""Shared by all log-prob kernels: the map from a head's products to logits, and the checks of inputs."""
+"""Shared by all log-prob kernels: the map from a head's products to logits, and input validation."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class LogitMap:
         return self.logit_scale / self.temperature
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits of products, out of place and differentiable."""
+        """Compute the logits of products, out of place and differentiable."""
         if self.softcap is None:
             return x * self.slope
         return torch.tanh(x * (self.logit_scale / self.softcap)) * (self.softcap / self.temperature)
 
     def apply_(self, x: Tensor, cap_slope: Tensor | None = None) -> Tensor:
-        """Logits of products, in place. With a cap, 1 - tanh^2 goes to `cap_slope` if that is given."""
+        """Compute the logits of products in place; with a cap, write 1 - tanh^2 to `cap_slope` if given."""
         if self.softcap is None:
             return x if self.slope == 1 else x.mul_(self.slope)
         x.mul_(self.logit_scale / self.softcap).tanh_()
@@ -53,24 +53,24 @@ _messages: list[str] = []
 
 
 def add_message(line: str) -> None:
-    """Keep a line for the user: a kernel that was chosen in this process, and why."""
+    """Store a line for the user: the kernel chosen in this process, and why."""
     _messages.append(line)
 
 
 def pop_messages() -> list[str]:
-    """The lines since the last call."""
+    """Return and clear the lines since the last call."""
     messages = _messages.copy()
     _messages.clear()
     return messages
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which softmax is taken: float64 for float64, float32 for all else."""
+    """Return the dtype in which softmax is computed: float64 for float64, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """x [n, ...] at the indices `rows` of a tensor [size, ...] that is 0 elsewhere."""
+    """Scatter x [n, ...] to the indices `rows` of a zero tensor [size, ...]."""
     return x.new_zeros((size, *x.shape[1:])).index_copy(0, rows, x)
 
 
@@ -81,7 +81,7 @@ def shape(x: Tensor) -> str:
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, names: Sequence[str] = ("hidden", "weight")
 ) -> None:
-    """Raise ValueError unless hidden is [T, H], weight [V, H], bias [V], of one dtype, on one device."""
+    """Raise ValueError unless hidden is [T, H], weight [V, H], bias [V], all of one dtype and device."""
     h, w = names
     if hidden.dim() != 2:
         raise ValueError(f"{h} must be [T, H], got {shape(hidden)}; flatten batch and time first")
@@ -105,7 +105,7 @@ def check_head(
 def check_targets(targets: Tensor, rows: int, vocab: int) -> None:
     """Raise ValueError unless targets is [T] int64 with values in 0..V-1.
 
-    On CUDA the range is asserted on the device, so that nothing waits for it.
+    On CUDA the range is asserted on the device, to avoid a synchronisation.
     """
     if targets.dim() != 1 or targets.dtype != torch.int64 or targets.shape[0] != rows:
         raise ValueError(f"targets must be [{rows}] int64 like the rows of hidden, got {shape(targets)}")

@@ -1,7 +1,7 @@
 """The matrix products of a linear head, chunk by chunk, with 16-bit inputs and accumulation in float32.
 
 Processors without bfloat16 arithmetic run bfloat16 products 4 to 100 times slower than float32 ones.
-There, blocks of the weight are widened to float32 on the way, which is exact and costs a few percent.
+There, blocks of the weight are widened to float32 on the fly, which is exact and costs a few percent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 19  # weight elements widened, or weight-gradient elements
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products with `x` run best: its own, or float32 where 16 bits are emulated."""
+    """Return the fastest dtype for products with `x`: x's dtype, or float32 where 16 bits are emulated."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return x.dtype
     native = {
@@ -31,7 +31,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [n, H] weight^T [V, H], differentiable: [n, V] in the accumulation dtype, which is float32 for
-    operands of 16 bits."""
+    16-bit operands."""
     product: Tensor = _WideProduct.apply(hidden, weight)
     return product
 
@@ -43,7 +43,7 @@ class _WideProduct(torch.autograd.Function):
         wide = accumulate_dtype(hidden.dtype)
         if hidden.is_cuda and hidden.dtype != wide:
             return torch.mm(hidden, weight.t(), out_dtype=wide)
-        return hidden.to(wide) @ weight.to(wide).t()  # a CPU has no product of 16 bits with such results
+        return hidden.to(wide) @ weight.to(wide).t()  # on CPU, 16-bit products cannot return float32
 
     @staticmethod
     @once_differentiable
@@ -59,9 +59,9 @@ class _WideProduct(torch.autograd.Function):
 
 
 class HeadProducts:
-    """Logits of row chunks and the gradients of their products, for a weight [V, H].
+    """Compute logits of row chunks, and the gradients of the products, for a weight [V, H].
 
-    `low_rank` is LoRA's B [V, r] (its A is applied by the caller, to all rows at once).
+    `low_rank` is LoRA's B [V, r] (the caller applies A to all rows at once).
     """
 
     def __init__(self, weight: Tensor, low_rank: Tensor | None) -> None:
@@ -76,7 +76,7 @@ class HeadProducts:
         return self.weight.shape[0]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, those rows of the weight in the products' dtype), the whole weight in native dtypes."""
+        """Yield (rows, weight rows in the products' dtype); native dtypes yield the whole weight."""
         if not self.widens:
             yield slice(0, self.vocab), self.weight
             return
@@ -111,12 +111,12 @@ def block_rows(weight: Tensor) -> int:
 
 
 class WeightGrad:
-    """Sum over chunks of grad_logits^T hidden, [V, H], in the weight's dtype, accumulated in more bits.
+    """Sum over chunks of grad_logits^T hidden, [V, H], in the weight's dtype, with extra accumulation bits.
 
-    float32 and float64 sum in place. bfloat16 is kept in 24 bits while it grows: the gradient itself
+    float32 and float64 are summed in place. bfloat16 is accumulated in 24 bits: the gradient tensor
     holds the upper half of a float32, one extra byte per element the next 8 bits. That is 2^-17
     relative per addition, far below the final rounding of 2^-9, for half the memory of the gradient.
-    float16 sums in a float32 buffer. One chunk alone needs none of this.
+    float16 is summed in a float32 buffer. A single chunk needs none of this.
     """
 
     def __init__(self, weight: Tensor, chunks: int) -> None:
@@ -154,7 +154,7 @@ class WeightGrad:
             _split(total, self.grad[rows], self.low[rows])
 
     def result(self) -> Tensor:
-        """The gradient [V, H], rounded once to the weight's dtype."""
+        """Return the gradient [V, H], rounded once to the weight's dtype."""
         if self.first:
             self.grad.zero_()
         elif self.total is not None:
@@ -168,13 +168,13 @@ class WeightGrad:
 
 
 def _join(high: Tensor, low: Tensor) -> Tensor:
-    """float32 whose bits 31..16 are `high` (bfloat16) and bits 15..8 `low` (uint8)."""
+    """Return float32 whose bits 31..16 are `high` (bfloat16) and bits 15..8 `low` (uint8)."""
     bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(8)
     return bits.bitwise_or_(low).bitwise_left_shift_(8).view(torch.float32)
 
 
 def _split(x: Tensor, high: Tensor, low: Tensor) -> None:
-    """The inverse of `_join`, rounding to nearest at bit 8. Overwrites x."""
+    """Invert `_join`, rounding to nearest at bit 8. Overwrites x."""
     bits = x.view(torch.int32).add_(0x80).bitwise_right_shift_(8)
     low.copy_(bits)  # keeps the lowest byte
     high.view(torch.int16).copy_(bits.bitwise_right_shift_(8))

@@ -1,4 +1,4 @@
-"""Log-probs of targets under a linear head, written plainly: the baseline of every faster version."""
+"""Plain implementation of log-probs of targets under a linear head: the baseline for the faster ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def logits(
     lora: Lora | None = None,
     logit_map: LogitMap | None = None,
 ) -> Tensor:
-    """Logits [T, V] in float32 (float64 for float64 inputs).
+    """Return logits [T, V] in float32 (float64 for float64 inputs).
 
     `lora` is (A [r, H], B [V, r], scale): the head is W + scale * B A.
     """
@@ -42,13 +42,13 @@ def token_logps(
     support: Tensor | None = None,
     logit_map: LogitMap | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of targets [T] and entropies [T]. `support` is [T, V] bool."""
+    """Return log-probs of targets [T] and entropies [T]. `support` is [T, V] bool."""
     z = logits(hidden, weight, bias=bias, lora=lora, logit_map=logit_map)
     if support is not None:
         kept = support.scatter(1, targets[:, None], True)
         z = z.masked_fill(~kept, -torch.inf)
     all_logps = torch.log_softmax(z, dim=-1)
     p = all_logps.exp()
-    # 0 * -inf is 0 here: an impossible token carries no surprise
+    # 0 * -inf counts as 0: a token of probability 0 adds nothing to the entropy
     surprise = torch.where(p > 0, all_logps, 0.0)
     return all_logps.gather(1, targets[:, None])[:, 0], -(p * surprise).sum(-1)

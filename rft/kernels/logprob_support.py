@@ -1,4 +1,4 @@
-"""The sets of tokens that top-k and top-p sampling draw from, packed into bits."""
+"""The token sets of top-k and top-p sampling, packed into bits."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def sampled_support(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """The tokens that a sampler with this top-k, then top-p, may draw: [T, ceil(V/8)] uint8, packed.
+    """Return the tokens that a sampler with this top-k, then top-p, may draw: [T, ceil(V/8)] uint8, packed.
 
-    Taken from the policy that sampled and handed to `token_logps(support=...)`, it makes log-probs those
-    of the distribution that was really sampled from. As in vLLM: of the top_k (ties included), the
+    Computed from the sampling policy and passed to `token_logps(support=...)`, it makes log-probs those
+    of the distribution that was actually sampled from. As in vLLM: of the top_k (ties included), the
     fewest most likely tokens whose probabilities sum to at least top_p; never fewer than one.
-    Raises ValueError unless top_k >= 1 and 0 < top_p <= 1, or for shapes that do not fit.
+    Raises ValueError unless top_k >= 1 and 0 < top_p <= 1, or for inconsistent shapes.
     """
     check_head(hidden, weight, bias)
     if top_k is not None and top_k < 1:
@@ -55,7 +55,7 @@ def sampled_support(
 
 
 def _kept(z: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """[r, V] bool from logits [r, V], which are overwritten."""
+    """Return [r, V] bool from logits [r, V], which are overwritten."""
     if top_k is not None and top_k < z.shape[1]:
         smallest = z.topk(top_k, dim=1).values[:, -1:]
         z.masked_fill_(z < smallest, -torch.inf)

@@ -1,10 +1,10 @@
 """Log-probs of targets on a GPU, in Triton: softmax inside the products, float32 accumulation.
 
-Forward (2 T H V): each program takes a block of rows through a share of the vocabulary with a running
-maximum, sum and entropy term; shares are merged in torch. Backward (6 T H V): one kernel recomputes the
+Forward (2 T H V): each program processes a block of rows for one share of the vocabulary with a running
+maximum, sum and entropy term; torch merges the shares. Backward (6 T H V): one kernel recomputes the
 logits of a block of the vocabulary for all rows and writes their gradient; two products by the vendor's
-library finish the block. Vocabulary blocks on the outside mean that each row of the weight gradient is one
-product over all rows, rounded once, and that only the hidden gradient needs a float32 sum.
+library finish the block. With vocabulary blocks outermost, each row of the weight gradient is one product
+over all rows, rounded once, and only the hidden gradient needs a float32 sum.
 
 Runs on CPU tensors under TRITON_INTERPRET=1, for tests.
 """
@@ -22,13 +22,13 @@ from torch.autograd.function import once_differentiable
 from rft.kernels.logprob_common import LogitMap
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16's bits as if they were integers
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16's raw bits as integers
 GRAD_BYTES = 1 << 29  # logits' gradients of one vocabulary block
-PROGRAMS_PER_PROCESSOR = 4  # forward programs to aim for, so that the last wave costs little
+PROGRAMS_PER_PROCESSOR = 4  # target number of forward programs, so that a partial last wave costs little
 
 
 def _configs(*blocks: tuple[int, int, int, int, int]) -> list[triton.Config]:
-    """From (rows, columns, depth, warps, stages); one small block when interpreted, which cannot time."""
+    """Make configs from (rows, columns, depth, warps, stages); a small one if interpreted."""
     chosen = [(16, 32, 16, 4, 1)] if INTERPRETED else blocks
     return [triton.Config({"BM": m, "BN": n, "BK": k}, num_warps=w, num_stages=s) for m, n, k, w, s in chosen]
 
@@ -47,7 +47,7 @@ def _products(
     h_ptr, w_ptr, bias_ptr, rows, cols, T, V, H,
     EXACT: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] float32 of h W^T + b; whatever lies outside is 0."""
+    """[BM, BN] float32 of h W^T + b; elements out of range are 0."""
     depth = tl.arange(0, BK)
     h = h_ptr + rows[:, None].to(tl.int64) * H + depth[None, :]
     w = w_ptr + cols[None, :].to(tl.int64) * H + depth[:, None]
@@ -119,7 +119,7 @@ def _logit_grad(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out[t, j] = d loss / d products[t, first + j] for j < width, in out's dtype."""
-    # neighbours in time share rows of the weight: 8 blocks of rows for each block of columns
+    # programs close in time share weight rows: 8 row blocks per column block
     count_m, count_n = tl.cdiv(T, BM), tl.cdiv(width, BN)
     pid = tl.program_id(0)
     group = pid // (8 * count_n)
@@ -160,7 +160,7 @@ def _flags(hidden: Tensor, bias: Tensor | None, f: LogitMap, entropy: bool) -> d
 
 
 def _splits(hidden: Tensor, vocab: int) -> int:
-    """Into how many shares the vocabulary is cut, so that few rows still fill the device."""
+    """Return the number of vocabulary shares, such that few rows still fill the device."""
     if not hidden.is_cuda:
         return min(3, vocab)
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
@@ -171,7 +171,7 @@ def _splits(hidden: Tensor, vocab: int) -> int:
 def forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, f: LogitMap, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logps, logsumexp and (if asked) entropies, each [T] float32."""
+    """Return logps, logsumexp and (if asked) entropies, each [T] float32."""
     (t, width), vocab = hidden.shape, weight.shape[0]
     splits = _splits(hidden, vocab)
     parts = hidden.new_empty((4, splits, t), dtype=torch.float32)
@@ -184,7 +184,7 @@ def forward(
     lse = part_lse.logsumexp(0)
     entropies = None
     if entropy:
-        # sum p z = sum over shares of (weighted + total top) e^top / e^lse; kept relative to lse
+        # sum p z = sum over shares of (weighted + total top) e^top / e^lse; relative to lse, against overflow
         share = (part_lse - lse).exp()
         mean = torch.where(total > 0, weighted / total + top - lse, 0.0)
         entropies = -(share * mean).sum(0)
@@ -245,7 +245,7 @@ class TritonLogps(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total [m, n] float32 += a b, whatever the dtype of a and b."""
+    """Add a b to total [m, n] float32, for any dtype of a and b."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.is_cuda:
