@@ -14,13 +14,13 @@ from rft.rewards.types import Outcome
 
 
 class Curriculum:
-    """Rows 0..size-1: a share `explore` in the order of `Sampler`, so that all are measured in time; the
-    others drawn among the measured ones, by how near their pass rate p is to `target` t:
+    """Sample rows 0..size-1: a share `explore` in the order of `Sampler`, so that every row gets measured;
+    the rest from the measured ones, by how close their pass rate p is to `target` t:
 
         weight(p) = floor + (1 - floor) * p^(t/m) (1-p)^((1-t)/m) / its maximum,   m = max(t, 1-t)
 
-    (for t = 1/2 the variance p (1 - p) of a single trial, which the gradient of a group with 0/1 rewards is
-    proportional to). Every draw is a function of the seed, its number and the earlier observations.
+    (for t = 1/2 the variance p (1 - p) of a single trial, to which the gradient of a group with 0/1 rewards
+    is proportional). Every draw is a function of the seed, its number and the earlier observations.
     `epoch` after a draw is the number of earlier draws of that row.
     """
 
@@ -32,16 +32,16 @@ class Curriculum:
         self.draws = 0
         self.epoch = 0
         self.rates: dict[int, float] = {}
-        self.visits: dict[int, tuple[int, int]] = {}  # row -> how often, number of the last draw
-        self._rows: list[int] = []  # measured, in the order of their first measurement
+        self.visits: dict[int, tuple[int, int]] = {}  # row -> (number of draws, index of the last draw)
+        self._rows: list[int] = []  # measured rows, in the order of their first measurement
 
     @property
     def seen(self) -> int:
-        """Rows handed out since the start, repeated ones counted each time."""
+        """Number of rows drawn since the start, with repetitions."""
         return self.draws
 
     def next(self, k: int) -> list[int]:
-        """The next k rows; `epoch` belongs to the last of them."""
+        """Return the next k rows; `epoch` belongs to the last of them."""
         return [self._draw() for _ in range(k)]
 
     def _draw(self) -> int:
@@ -55,7 +55,7 @@ class Curriculum:
         return row
 
     def _by_rate(self, dice: random.Random) -> int | None:
-        """A measured row, accepted with a probability equal to its weight; None where none is accepted."""
+        """Draw a measured row, accepted with probability `weight`; None if no draw is accepted."""
         for _ in range(self.TRIES if self._rows else 0):
             row = dice.choice(self._rows)
             rested = self.draws - self.visits[row][1] > self.config.rest
@@ -64,20 +64,20 @@ class Curriculum:
         return None
 
     def weight(self, rate: float) -> float:
-        """The probability of a prompt with this pass rate over that of the best one: in [floor, 1]."""
+        """Return the sampling probability at this pass rate relative to the best one: in [floor, 1]."""
         t, floor = self.config.target, self.config.floor
         m = max(t, 1 - t)
         height = (rate / t) ** (t / m) * ((1 - rate) / (1 - t)) ** ((1 - t) / m)
         return floor + (1 - floor) * height
 
     def observe(self, row: int, group: Group, primary: str) -> None:
-        """Take note of a scored group's pass rate, where it has one."""
+        """Record a scored group's pass rate, if it has one."""
         rate = pass_rate(group, primary)
         if rate is not None:
             self.observe_rate(row, rate)
 
     def observe_rate(self, row: int, rate: float) -> None:
-        """Take note that `rate` of a row's completions are correct."""
+        """Record the share `rate` of correct completions of a row."""
         if row not in self.rates:
             self._rows.append(row)
             self.rates[row] = rate
@@ -90,12 +90,12 @@ class Curriculum:
         return {"data/measured": float(len(known)), **rate}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON: about 30 bytes for every row that was drawn."""
+        """Return plain JSON: about 30 bytes for every row that was drawn."""
         rows = [[r, *self.visits[r], self.rates.get(r)] for r in self.visits]
         return {"plain": self.plain.state_dict(), "draws": self.draws, "rows": rows, "measured": self._rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken. Raises DataError if the data is not the same."""
+        """Restore `state`. Raises DataError if the data is not the same."""
         if "plain" not in state:
             raise DataError("the checkpoint was made without train.curriculum: leave it out, or start anew")
         self.plain.load_state_dict(state["plain"])
@@ -105,7 +105,8 @@ class Curriculum:
 
 
 def pass_rate(group: Group, primary: str) -> float | None:
-    """The share of a group's completions that the reward named `primary` judged correct; None where there are
-    none. Completions that begin with a demonstration do not count: the policy did not solve the prompt."""
+    """Return the share of a group's completions that the reward named `primary` judged correct; None if it
+    judged none. Completions that begin with a demonstration do not count: the policy did not solve the
+    prompt."""
     own = [c for c in group.completions if not c.demonstrated]
     return sum(c.scores[primary].outcome == Outcome.correct for c in own) / len(own) if own else None

@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO stages 1, 2 and 3, by its own config."""
+"""DeepSpeed: ZeRO stages 1, 2 and 3, configured with DeepSpeed's own options."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 class ZeRO(Ranks):
-    """Optimizer state (stage 1), gradients (2) and weights (3) in shards, by DeepSpeed's engine.
+    """Shard optimizer state (stage 1), gradients (2) and weights (3) with DeepSpeed's engine.
 
-    The policy's network runs inside the engine; in bfloat16 the engine keeps float32 master weights.
+    The engine wraps the policy's network; in bfloat16 it keeps float32 master weights.
     """
 
     def __init__(self, config: LearnerConfig, device: str) -> None:
@@ -28,7 +28,7 @@ class ZeRO(Ranks):
         os.environ.setdefault("DS_ACCELERATOR", device)
         self.device = device
         self.config: dict[str, Any] = {
-            "zero_allow_untested_optimizer": True,  # torch's AdamW is the one that all parallelisms share
+            "zero_allow_untested_optimizer": True,  # all parallelism modes share torch's AdamW
             "zero_force_ds_cpu_optimizer": False,
             **config.deepspeed,
             "train_micro_batch_size_per_gpu": 1,
@@ -60,8 +60,8 @@ class ZeRO(Ranks):
         return optimizer
 
     def _prepare_state(self, optimizer: Any) -> None:
-        """Make AdamW's state now. Left to its first step, DeepSpeed would find that of the first parameter
-        group only, and refuse to read the others'."""
+        """Allocate AdamW's state up front. If it were left to the first step, DeepSpeed would see only the
+        state of the first parameter group, and refuse to load the state of the others."""
         flats = (
             optimizer.fp32_partitioned_groups_flat
             if self.stage == 3
@@ -88,7 +88,7 @@ class ZeRO(Ranks):
             import deepspeed
 
             head = head_of(policy.model) if policy.score_layer is None else None
-            # Read by the log-prob kernel outside its own module's forward: gathered with the whole network.
+            # The log-prob kernel reads these outside their module's forward: gather with the whole network.
             for weight in (head.weight, head.bias) if head is not None else ():
                 if weight is not None:
                     deepspeed.zero.register_external_parameter(engine.module, weight)
@@ -100,7 +100,7 @@ class ZeRO(Ranks):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.pending = True
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.ranks)  # the engine averages over ranks; ours is a sum
+        self.engine.backward(loss * self.ranks)  # the engine averages over ranks; our loss is a sum
 
     def update(
         self, parameters: Iterable[nn.Parameter], optimizer: Any, bound: float | None
@@ -109,7 +109,7 @@ class ZeRO(Ranks):
         self.engine.step()
         self.pending = False
         norm = float(self.engine.get_global_grad_norm())
-        # Its norm is -1 or infinite where a gradient is not finite; it has then skipped the update.
+        # The norm is -1 or infinite if a gradient is not finite; the engine has then skipped the update.
         return (norm, True) if not optimizer.overflow else (float("nan"), False)
 
     def discard(self, optimizer: Any) -> None:
@@ -122,7 +122,7 @@ class ZeRO(Ranks):
 
     @contextmanager
     def one_rank_at_a_time(self) -> Iterator[None]:
-        """All ranks at once with ZeRO-3: there they all take part in setting each weight."""
+        """Run all ranks at once under ZeRO-3, where setting each weight is a collective."""
         with nullcontext() if self.stage == 3 else super().one_rank_at_a_time():
             yield
 
@@ -143,14 +143,14 @@ class ZeRO(Ranks):
         return {} if self.rank else {name: copies[id(tensor)] for name, tensor in own.items()}
 
     def _master(self, tensor: Tensor) -> Tensor:
-        """A tensor as a whole, in float32 where it is trained."""
+        """Return the full tensor, in float32 if it is trained."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         master: Tensor | None = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
         return self.full_tensor(tensor) if master is None else master
 
     def copy(self, node: Any) -> Any:
-        if isinstance(node, nn.Parameter) and node.requires_grad:  # its float32 master, in whatever precision
+        if isinstance(node, nn.Parameter) and node.requires_grad:  # its float32 master, in any precision
             return self.keep(self._master(node))
         return super().copy(node)
 

@@ -1,21 +1,21 @@
-"""Log-probs of targets on a GPU by Liger's cross-entropy kernel, where liger-kernel is installed and was
+"""Log-probs of targets on a GPU by Liger's cross-entropy kernel, if liger-kernel is installed and was
 measured to be faster than Triton's.
 
-Liger Kernel (Hsu et al. 2024, arXiv:2410.10989) turns a chunk of logits in place into losses and gradients.
-The products around it are the vendor library's, written in float32 from 16-bit inputs, so that log-probs
-are as exact as Triton's: Liger's own fused linear cross entropy rounds its logits to the inputs' dtype, which
-in bfloat16 moves a log-prob by up to 2^-9 of its logit, and old and new log-probs by different kernels apart.
+Liger Kernel (Hsu et al. 2024, arXiv:2410.10989) converts a chunk of logits in place to losses and gradients.
+The surrounding products are the vendor library's, written in float32 from 16-bit inputs, so that log-probs
+are as exact as Triton's: Liger's fused linear cross entropy rounds its logits to the inputs' dtype, which in
+bfloat16 shifts a log-prob by up to 2^-9 of its logit, and makes old and new log-probs of two kernels differ.
 
-It serves two tasks: scoring, without gradients (2 T H V), and the frozen head, where only hidden wants a
-gradient and d logp / d hidden is taken in the forward (4 T H V, to Triton's 6). A trained head, entropies,
-LoRA factors, sampled support and float64 are not served.
+It supports two tasks: scoring, without gradients (2 T H V), and the frozen head, where only hidden needs a
+gradient and the forward computes d logp / d hidden (4 T H V; Triton: 6). A trained head, entropies,
+LoRA factors, sampled support and float64 are not supported.
 
-The choice between it and Triton: both are timed where they run, on the caller's tensors, once for every
-`CallKind` and process, and the choice is reported. A choice by time can differ between ranks and from run to
-run. Nothing is exchanged between ranks inside a head, so theirs need not agree; and both kernels take
-softmax in float32, so results differ by the rounding of float32 sums. Triton's block sizes are tuned by time
-too: a run on a GPU that must repeat bit by bit takes "chunked". Liger's speed on a GPU is unmeasured so far;
-tests run it under TRITON_INTERPRET=1.
+The choice between Liger and Triton: both are timed in the process, on the caller's tensors, once per
+`CallKind` and process, and the choice is reported. It can differ between ranks and between runs.
+Ranks exchange nothing inside a head, so their choices need not agree; and both kernels compute
+softmax in float32, so results differ by the rounding of float32 sums. Triton's block sizes are autotuned
+by time too: a GPU run that must be reproducible bit by bit should use "chunked". Liger's speed on a GPU has
+not been measured so far; tests run it under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from torch.autograd.function import once_differentiable
 
 from rft.kernels.logprob_common import LogitMap, add_message
 
-CHUNK_BYTES = 1 << 29  # of float32 logits; with a cap and a gradient, of its slope too
-IGNORED = -100  # Liger's mark of rows to leave out; no target has it
-ROUNDS = 5  # timed calls of each kernel, in turns
-AGREEMENT = 2e-2  # of log-probs (nats) and gradients (relative) by two right kernels, with 16 bits or tf32
+CHUNK_BYTES = 1 << 29  # of float32 logits; with a cap and a gradient, also of its slope
+IGNORED = -100  # Liger's label for rows to skip; no target has it
+ROUNDS = 5  # timed calls of each kernel, alternating
+AGREEMENT = 2e-2  # allowed gap of log-probs (nats) and gradients (relative) in 16 bits or tf32
 NAMES = {"triton": "Triton", "liger": "Liger's kernel"}
 
 Task = Literal["scoring", "frozen"]
@@ -57,8 +57,8 @@ def try_token_logps(
     entropy: bool,
     triton: Logps | None,
 ) -> Tensor | None:
-    """Log-probs [T] float32; None where Triton is to be taken: Liger's kernel does not serve the call, or,
-    with `triton` (log-probs of hidden by that kernel) to compare with, is slower."""
+    """Return log-probs [T] float32, or None to use Triton: Liger does not support the call, or is slower than
+    `triton` (log-probs of hidden by Triton's kernel), if that is given for comparison."""
     task = task_of(hidden, weight, bias, entropy)
     if task is None:
         return None
@@ -73,7 +73,7 @@ def try_token_logps(
 
 
 def task_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: bool) -> Task | None:
-    """The task in which Liger's kernel serves a call (without LoRA or support, not in float64), None where it
+    """Return the task for which Liger supports a call (without LoRA or support, not in float64); None if it
     does not."""
     if entropy or not hidden.shape[0]:
         return None
@@ -85,9 +85,11 @@ def task_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: bool) 
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, f: LogitMap) -> Tensor:
-    """Log-probs [T] float32 for either task. hidden [T, H], weight [V, H], bias [V], targets [T] int64.
+    """Return log-probs [T] float32 for either task. hidden [T, H], weight [V, H], bias [V], targets [T]
+    int64.
 
-    Raises ImportError without liger-kernel. Liger's checks of the targets wait for the device once a chunk.
+    Raises ImportError without liger-kernel. Liger's checks of the targets synchronise with the device per
+    chunk.
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         logps: Tensor = Frozen.apply(hidden, weight, bias, targets, f)
@@ -118,7 +120,7 @@ class Frozen(torch.autograd.Function):
 def _chunked(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, f: LogitMap, slopes: Tensor | None
 ) -> Tensor:
-    """Log-probs [T]. `slopes` [T, H], if given, becomes -d logp / d hidden over the map's slope."""
+    """Return log-probs [T]. `slopes` [T, H], if given, becomes -d logp / d hidden over the map's slope."""
     from liger_kernel.ops.cross_entropy import cross_entropy_forward
 
     count, vocab = hidden.shape[0], weight.shape[0]
@@ -135,7 +137,7 @@ def _chunked(
             z.add_(bias)
         cap_slope = None if caps is None else caps[: rows.stop - start]
         f.apply_(z, cap_slope)
-        # it writes gradients over the logits where these require one: (p - onehot) of each row
+        # if the logits require a gradient, the kernel overwrites them with it: (p - onehot) of each row
         logits = z.detach().requires_grad_(slopes is not None)
         losses = cross_entropy_forward(logits, targets[rows], None, IGNORED, 0.0, 0.0, "none", None, False)[0]
         torch.neg(losses, out=logps[rows])
@@ -147,7 +149,7 @@ def _chunked(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, accumulated in float32, in out's dtype."""
+    """Compute out = a b, accumulated in float32, in out's dtype."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -161,7 +163,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class CallKind:
-    """Calls for which one kernel is chosen. `rows` is rounded up to a power of two."""
+    """The key of a kernel choice; calls with equal keys share it. `rows` is rounded up to a power of two."""
 
     task: Task
     rows: int
@@ -185,10 +187,10 @@ class CallKind:
 
 
 def choose(kind: CallKind, hidden: Tensor, runs: Mapping[Choice, Logps]) -> Choice:
-    """The faster kernel for a kind of call: measured on `hidden` at the first one, remembered after that.
+    """Return the faster kernel for a kind of call, measured on `hidden` at the first call and then cached.
 
-    `runs`: log-probs [T] of hidden by each kernel. Liger's is taken only where it agrees with Triton's. Where
-    it fails (import, memory, compilation), Triton is taken, and the failure is reported.
+    `runs`: log-probs [T] of hidden by each kernel. Liger is chosen only if it agrees with Triton. If it fails
+    (import, memory, compilation), Triton is chosen and the failure is reported.
     """
     if kind not in _chosen:
         _chosen[kind], line, level = _measured(kind, hidden.detach(), runs)
@@ -198,15 +200,15 @@ def choose(kind: CallKind, hidden: Tensor, runs: Mapping[Choice, Logps]) -> Choi
 
 
 def _measured(kind: CallKind, hidden: Tensor, runs: Mapping[Choice, Logps]) -> tuple[Choice, str, int]:
-    """The kernel, the line that reports it, and the line's level."""
-    expected = _call(runs["triton"], kind.task, hidden)  # compiles and tunes; if it fails, so would the call
+    """Measure both kernels; return the chosen kernel, the line that reports it, and the line's level."""
+    expected = _call(runs["triton"], kind.task, hidden)  # compiles and tunes; must not fail
     try:
         found = _call(runs["liger"], kind.task, hidden)
         times: dict[Choice, list[float]] = {"triton": [], "liger": []}
         for _ in range(ROUNDS):
             for kernel, spent in times.items():
                 spent.append(_seconds(partial(_call, runs[kernel], kind.task, hidden), hidden.device))
-    except Exception as problem:  # whatever it is, Liger's kernel is out, and the reason is reported
+    except Exception as problem:  # any failure rules Liger out, and the reason is reported
         failure = f"{type(problem).__name__}: {problem}"
         return "triton", f"{kind}: Triton; Liger's kernel failed: {failure}", logging.WARNING
     if not (off := _difference(found, expected)) <= AGREEMENT:
@@ -219,8 +221,8 @@ def _measured(kind: CallKind, hidden: Tensor, runs: Mapping[Choice, Logps]) -> t
 
 
 def _call(run: Logps, task: Task, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A call as a training step makes it: the log-probs [T], and where the task has a backward, hidden's
-    gradient [T, H] of their sum."""
+    """Run a kernel as a training step would: return the log-probs [T] and, if the task has a backward, the
+    gradient [T, H] of their sum with respect to hidden."""
     if task == "scoring":
         with torch.no_grad():
             return run(hidden), None
@@ -232,8 +234,8 @@ def _call(run: Logps, task: Task, hidden: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def _difference(found: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tensor | None]) -> float:
-    """The larger of the log-probs' largest difference and the gradients' relative one; NaN for NaN on one
-    side only. Equal infinities do not differ."""
+    """Return the larger of the log-probs' largest difference and the gradients' relative difference; NaN if
+    one side only is NaN. Equal infinities do not differ."""
     (logps, grad), (right, right_grad) = found, expected
     same = (logps == right) | (logps.isnan() & right.isnan())
     worst = torch.where(same, 0.0, (logps - right).abs()).max()

@@ -1,4 +1,4 @@
-"""Sample pairs of completions (CORY): a pioneer answers, then an observer who has read its answer."""
+"""Sample pairs of completions (CORY): a pioneer answers first, then an observer who sees its answer."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ async def sample_pairs(
     pioneers = completions_of(generated, render.tokenizer)
 
     async def observe(index: int) -> Completion:
-        """One answer to the prompt, the pioneer's answer, and the prompt again, as in a second turn.
+        """Sample one answer to the prompt, the pioneer's answer, and the prompt again, as in a second turn.
 
-        The tokens before the observer's own are part of its sequence, but not of the mask.
+        The tokens before the observer's answer are part of its sequence, but not of the mask.
         """
         pioneer = pioneers[index]
         tokenizer, answer, end = render.tokenizer, pioneer.tokens, render.end_ids
-        if answer[-len(end) :] != end:  # cut by the limit, or ended by another stop token
+        if answer[-len(end) :] != end:  # truncated by the limit, or ended by another stop token
             answer = answer[: text_length(answer, tokenizer, stopped=pioneer.finish == "stop")] + end
         read = answer + prompt.tokens
         params = replace(sampling, n=1)

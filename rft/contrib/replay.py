@@ -1,4 +1,4 @@
-"""Expert iteration: the groups of past steps are trained on again with the fresh ones."""
+"""Expert iteration: train on the groups of past steps again, together with the fresh ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rft.rollout.hooks import LoopHooks
 
 
 async def start(config: Config, folder: Path, start_policy: object) -> Replay:
-    """Make the hooks of a run with expert iteration."""
+    """Create the loop hooks of a run with expert iteration."""
     assert isinstance(config.algorithm, ExpertIteration)
     return Replay(config.algorithm.replay)
 
 
 class Replay(LoopHooks):
-    """The groups of the last `steps` steps; 0: none."""
+    """Keep the groups of the last `steps` steps (0: none)."""
 
     def __init__(self, steps: int) -> None:
         self.past: deque[list[Group]] = deque(maxlen=steps)
         self._before = self.past.copy()
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
-        """Return this step's groups, then those of the kept steps, the oldest first; keep this step's."""
+        """Return this step's groups, then the kept ones, oldest first; keep this step's groups."""
         mixed = [*groups, *(group for step in self.past for group in step)]
         self._before = self.past.copy()
         self.past.append(list(groups))
@@ -38,7 +38,7 @@ class Replay(LoopHooks):
         self.past = self._before
 
     def state_dict(self) -> list[Any]:
-        """Return the groups as plain JSON; prompts by their id."""
+        """Return the groups as plain JSON, with prompts by id."""
         return [
             [[group.prompt.id, [_plain(c) for c in group.completions]] for group in step]
             for step in self.past
@@ -53,7 +53,7 @@ class Replay(LoopHooks):
 
 
 def _plain(c: Completion) -> dict[str, Any]:
-    """A completion without its scores' details: its reward is all that training reads."""
+    """Return a completion without score details: training reads only its reward."""
     return asdict(replace(c, scores={}))
 
 

@@ -1,5 +1,5 @@
-"""The second copy of the model of an algorithm that trains two (CORY): a learner with engines, always at the
-version of the first."""
+"""The second copy of the model for algorithms that train two (CORY): a learner with engines, always at the
+same version as the first copy."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ StartPolicy = Callable[[str], Awaitable[tuple[LearnerHandle, Fleet]]]
 
 
 async def start(config: Config, folder: Path, start_policy: StartPolicy) -> SecondPolicy:
-    """Start the second copy. folder: of the run."""
+    """Start the second copy. folder: the run's folder."""
     learner, fleet = await start_policy("the second learner")
     return SecondPolicy(learner, fleet, config, folder / "checkpoints-second")
 
 
 def own(groups: Sequence[Group], copy: int) -> list[Group]:
-    """The groups as one copy learns from them: the other one's completions stay, for the rewards that the two
-    share, but the loss acts on none of their tokens."""
+    """Return the groups as one copy trains on them: the other copy's completions stay, for the shared
+    rewards, but the loss masks out all their tokens."""
 
     def seen(group: Group) -> Group:
         completions = tuple(
@@ -41,7 +41,7 @@ def own(groups: Sequence[Group], copy: int) -> list[Group]:
 
 
 class SecondPolicy(LoopHooks):
-    """root: folder of its checkpoints, beside those of the first copy."""
+    """Train and serve the second copy. root: folder of its checkpoints, next to those of the first copy."""
 
     def __init__(self, learner: LearnerHandle, fleet: Fleet, config: Config, root: Path) -> None:
         self.learner, self.fleet, self.config, self.root = learner, fleet, config, root
@@ -51,7 +51,7 @@ class SecondPolicy(LoopHooks):
         self._groups: list[Group] = []
 
     def route(self, generate: Generate) -> Generate:
-        """Send each request to the engines of the copy that it is for."""
+        """Send each request to the engines of the copy that it is meant for."""
 
         async def routed(request: Request) -> list[Generated]:
             return await (self.fleet.generate if request.copy else generate)(request)
@@ -78,8 +78,8 @@ class SecondPolicy(LoopHooks):
         return {f"copy/{name}": value for name, value in metrics.items()}
 
     async def save(self, step: int) -> None:
-        """Save its learner, once per step and before the first copy: where that one has a checkpoint, there
-        is one of the same step here."""
+        """Save its learner, once per step and before the first copy, so that for every checkpoint of the
+        first copy there is one of the same step here."""
         if self.version != step:
             raise CheckpointError("the second copy has not finished this step")
         if self.saved_at != step:
@@ -89,7 +89,7 @@ class SecondPolicy(LoopHooks):
             self.saved_at = step
 
     async def restore(self, step: int) -> None:
-        """Load the last checkpoint of a step. Raises CheckpointError where there is none."""
+        """Load the last checkpoint of a step. Raises CheckpointError if there is none."""
         found = [c for c in map(checkpoint.load, self.root.glob("step-*")) if c.step == step]
         if not found:
             raise CheckpointError(

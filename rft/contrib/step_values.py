@@ -1,5 +1,5 @@
-"""Credit for the steps of a completion: their scores from a step-wise reward, or the mean reward of the
-policy's continuations from before each step (VinePPO)."""
+"""Credit for the steps of a completion: their scores from a step-wise reward, or the mean reward of policy
+continuations sampled before each step (VinePPO)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Tokens = tuple[int, ...]
 
 
 def step_ends(pieces: Sequence[str], separator: str) -> tuple[int, ...]:
-    """Where the steps of a completion end, in tokens; the last one ends with the completion.
+    """Return the end of each step of a completion, in tokens; the last step ends with the completion.
 
-    pieces: the text of each token. Steps are what `separator` parts, blank ones left out, so there are as
-    many as `rft.contrib.rewards.steps.split_steps` finds. ("1+", "1\\n", "=2") with "\\n" gives (2, 3).
+    pieces: the text of each token. Steps are separated by `separator`, blank ones skipped, so there are as
+    many as `rft.contrib.rewards.steps.split_steps` returns. ("1+", "1\\n", "=2") with "\\n" gives (2, 3).
     """
     reached = list(accumulate(len(piece) for piece in pieces))
     text, ends, start = "".join(pieces), [], 0
@@ -47,9 +47,9 @@ async def value_steps(
     name: str,
     tokenizer: Any,
 ) -> Judged:
-    """The group with `step_ends` and `step_values` or `step_rewards` in its completions' values.
+    """Return the group with `step_ends` and `step_values` or `step_rewards` in its completions' values.
 
-    Completions whose steps could not be judged lose their reward, so that they leave the group.
+    Completions whose steps could not be judged lose their reward, which removes them from the group.
     """
     ends = [step_ends(_pieces(c, tokenizer), steps.separator) for c in judged.completions]
     if not steps.branches:
@@ -78,7 +78,7 @@ async def _go_on(
     name: str,
     tokenizer: Any,
 ) -> float | None:
-    """The mean reward of `branches` continuations of `start`; None where none could be judged."""
+    """Return the mean reward of `branches` continuations of `start`; None if none could be judged."""
     seed = None if sampling.seed is None else derive_seed(sampling.seed, *start)
     params = replace(sampling, n=branches, max_tokens=sampling.max_tokens - len(start), seed=seed)
     generated = await generate(Request(name, judged.prompt.tokens + start, params))
@@ -90,7 +90,7 @@ async def _go_on(
 def _with_values(
     judged: Judged, ends: Sequence[tuple[int, ...]], values: dict[Tokens, float | None]
 ) -> Judged:
-    """A boundary without a value is no boundary: the steps around it become one."""
+    """Set the step values. A boundary without a value is dropped: the steps around it are merged."""
     completions = []
     for c, own in zip(judged.completions, ends, strict=True):
         inner = [(e, v) for e in own[:-1] if (v := values.get(c.tokens[:e])) is not None]
@@ -114,6 +114,6 @@ def _with_scores(judged: Judged, ends: Sequence[tuple[int, ...]]) -> Judged:
 
 
 def _pieces(c: Completion, tokenizer: Any) -> list[str]:
-    """The text of each token; of those behind the completion's text, none."""
+    """Return the text of each token, '' after the end of the completion's text."""
     length = text_length(c.tokens, tokenizer, stopped=c.finish == "stop")
     return decode([[t] for t in c.tokens[:length]], tokenizer) + [""] * (len(c.tokens) - length)

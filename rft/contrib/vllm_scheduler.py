@@ -1,14 +1,14 @@
-"""vLLM's scheduler, sending a request's tokens together instead of one by one.
+"""A vLLM scheduler that sends all tokens of a request together instead of one by one.
 
-vLLM's engine sends each sampled token to the process that asked for it, which collects them where a request
-is read only when it is finished (`RequestOutputKind.FINAL_ONLY`, as all of rft's are). Packing, sending and
-unpacking hundreds of small arrays a step takes time, so they are collected in the engine. Weights change only
-while the engine is paused: collected tokens are sent before a pause is complete, so that vLLM labels each
+vLLM's engine sends each sampled token to the requesting process, which collects them if the request is
+read only when it is finished (`RequestOutputKind.FINAL_ONLY`, as all of rft's are). Packing, sending and
+unpacking hundreds of small arrays per step takes time, so the engine collects them instead. Weights change
+only while the engine is paused: collected tokens are sent before a pause completes, so that vLLM labels each
 token with the version that sampled it.
 
 Measured on the model of examples/arithmetic.yaml (2 CPU cores, 256 completions of 24 tokens a step, 40 steps,
-3 alternating rounds on a busy machine): with vLLM's own scheduler a step's rollout takes 1.30, 1.05 and 1.02
-times as long.
+3 alternating rounds on a busy machine): with vLLM's default scheduler a step's rollout takes 1.30, 1.05 and
+1.02 times as long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm.v1.outputs import LogprobsLists
 if TYPE_CHECKING:
 
     class _Mixin(Scheduler):
-        """Which of vLLM's two schedulers is the base depends on its configuration."""
+        """Type stub: which of vLLM's two schedulers is the base depends on its configuration."""
 
 else:
     _Mixin = object
@@ -45,13 +45,13 @@ _is_set = partial(is_not, None)
 
 @dataclass
 class _Held:
-    """A request's outputs that were not sent yet, in order, and the client to send them to."""
+    """A request's unsent outputs, in order, and the client to send them to."""
 
     client: int
     outputs: list[EngineCoreOutput] = field(default_factory=list)
 
     def merged(self) -> EngineCoreOutput:
-        """The last output, with the tokens and log-probs of all."""
+        """Return the last output, with the tokens and log-probs of all."""
         if len(self.outputs) == 1:
             return self.outputs[0]
         first, last = self.outputs[0], self.outputs[-1]
@@ -66,8 +66,8 @@ class _Held:
 
 
 class CollectedOutputs(_Mixin):
-    """Mixin for vLLM's schedulers. Outputs of requests that are read only at their end are held until then,
-    until there are MOST_HELD, or until the engine is paused; other requests' are sent at once."""
+    """Mixin for vLLM's schedulers: hold the outputs of requests that are read only at their end until they
+    finish, until there are MOST_HELD, or until the engine is paused; other outputs are sent at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -88,9 +88,9 @@ class CollectedOutputs(_Mixin):
         return {client: outputs for client, outputs in sent.items() if _has_content(outputs)}
 
     def _hold(self, client: int, output: EngineCoreOutput) -> bool:
-        """Hold `output` where it is not read before its request is finished; returns whether it is held."""
+        """Hold `output` if it is not read before its request is finished; return whether it is held."""
         if any(map(_is_set, _others(output))):
-            return False  # it has more than tokens: it is the last, or has a field that cannot be merged
+            return False  # a last output, or one with a field that cannot be merged
         params = self.requests[output.request_id].sampling_params
         if params is None or params.output_kind is not RequestOutputKind.FINAL_ONLY or params.stop:
             return False  # stop strings are searched where the tokens are read
@@ -101,7 +101,7 @@ class CollectedOutputs(_Mixin):
         return True
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; held outputs of aborted requests are dropped with them."""
+        """Finish requests as vLLM does; held outputs of aborted requests are dropped too."""
         ids = [request_ids] if isinstance(request_ids, str) else request_ids
         ids = list(self._held if ids is None else ids)
         for request_id in ids:
@@ -109,8 +109,8 @@ class CollectedOutputs(_Mixin):
         return super().finish_requests(None if request_ids is None else ids, *args, **kwargs)
 
     def has_finished_requests(self) -> bool:
-        """Whether the engine has to take one more step without a request: here also to send held outputs
-        before a pause is complete."""
+        """Whether the engine has to take one more step without a request: also to send held outputs before a
+        pause completes."""
         paused = self.pause_state is not PauseState.UNPAUSED
         return super().has_finished_requests() or (paused and bool(self._held))
 
@@ -124,7 +124,7 @@ class _Asynchronous(CollectedOutputs, AsyncScheduler):
 
 
 def collecting_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:
-    """The scheduler for `vllm_config`; vLLM calls it where its setting `scheduler_cls` names it."""
+    """Make the scheduler for `vllm_config`; vLLM calls it because its setting `scheduler_cls` names it."""
     chosen = _Asynchronous if vllm_config.scheduler_config.async_scheduling else _Synchronous
     return chosen(vllm_config=vllm_config, **kwargs)
 

@@ -1,12 +1,12 @@
 """Sparse weight updates: the elements whose bits changed, lossless, with a checksum.
 
 A delta is two flat tensors, `indices` [I] int32 and `values` [V] in wire precision, and a record of each
-tensor's share of them: vLLM's sparse format (flat checkpoint indices and values), concatenated. A tensor that
-is smaller whole than as changes is sent whole.
+tensor's share of them: vLLM's sparse format (flat checkpoint indices and values), concatenated. A tensor
+whose full data is smaller than its changes is sent whole.
 
-Every state of the weights has an id: that of a full push is a digest of all its bytes, that of a delta a
-digest of the id it builds on and of its own bytes. A receiver applies a delta only to the state that it
-was made for, and only if its bytes are those that were sent.
+Every state of the weights has an id: a full push's is a digest of all its bytes, a delta's a digest of the
+base state's id and the delta's bytes. A receiver applies a delta only to the state that it was made for,
+and only if its bytes match the digest.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from rft.sync.changes import bits
 from rft.sync.files import digest
 from rft.sync.spec import Update
 
-LARGEST_INDEX = 2**31 - 1  # that int32 holds
-WHOLE = -1  # in place of a count: the tensor is sent whole
+LARGEST_INDEX = 2**31 - 1  # the largest int32
+WHOLE = -1  # instead of a count: the tensor is sent whole
 
 
 def changed(old: Tensor, new: Tensor) -> Tensor:
-    """Flat indices [changed] int64 of the elements whose bits differ."""
+    """Return the flat indices [changed] int64 of the elements whose bits differ."""
     return (bits(old) != bits(new)).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What changed. `counts[name]` is the number of changed elements, or WHOLE; unchanged tensors have
-    no entry."""
+    """The changed elements. `counts[name]` is the number of changed elements, or WHOLE; unchanged tensors are
+    not listed."""
 
     counts: dict[str, int]
     indices: Tensor
@@ -46,8 +46,8 @@ class Delta:
 
 
 def make_delta(known: dict[str, Tensor], new: Iterable[tuple[str, Tensor]]) -> tuple[Delta, dict[str, int]]:
-    """Bring `known` (CPU tensors by name) up to `new` in place; returns what changed, and the number of
-    changed elements of every tensor."""
+    """Update `known` (CPU tensors by name) to `new` in place; return the changes, and the number of changed
+    elements of every tensor."""
     counts: dict[str, int] = {}
     changes: dict[str, int] = {}
     indices: list[Tensor] = []
@@ -83,8 +83,8 @@ def make_delta(known: dict[str, Tensor], new: Iterable[tuple[str, Tensor]]) -> t
 
 
 def apply_delta(known: dict[str, Tensor], delta: Delta) -> None:
-    """Bring `known` up to the state that the delta leads to. Raises TransferError where it cannot fit;
-    nothing is changed then."""
+    """Update `known` to the delta's target state. Raises TransferError, with nothing changed, if the delta
+    does not fit."""
     unknown = sorted(set(delta.counts) - set(known))
     if unknown:
         raise TransferError(f"a sparse update names tensors that no full update brought: {unknown[:3]}")
@@ -109,16 +109,16 @@ def apply_delta(known: dict[str, Tensor], delta: Delta) -> None:
 
 
 class SparseReceiver:
-    """An engine's state of sparse updates: its weights in wire precision, since engines load whole layers in
-    other formats."""
+    """An engine's state for sparse updates: a copy of its weights in wire precision, since engines store
+    whole layers in other formats."""
 
     def __init__(self) -> None:
         self.known: dict[str, Tensor] = {}
         self.state = ""
 
     def apply(self, update: Update, arriving: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole model after an update. Raises TransferError where it is for another state, or its
-        checksum is wrong."""
+        """Yield the whole model after an update. Raises TransferError if the update was made for another
+        state, or if its checksum is wrong."""
         if update["delta"] is None:
             self.known = {name: tensor.clone() for name, tensor in arriving}
             _verify("", self.known.values(), update)

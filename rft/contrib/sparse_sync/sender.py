@@ -1,4 +1,4 @@
-"""The learner's end of sparse updates."""
+"""The sending end of sparse updates."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Update, manifest_o
 
 
 class SparseState(Sender):
-    """The engines' weights, and when they get all of them again: at first and every n-th time."""
+    """The engines' known weights, and the schedule of full pushes: the first and every n-th one."""
 
     early: ClassVar[bool] = True
 
     def __init__(self, spec: ChannelSpec) -> None:
         self.full_every = spec.config.full_every
         self.known: dict[str, Tensor] = {}  # in wire precision
-        self.changed: dict[str, int] = {}  # elements by name, where something was known before
+        self.changed: dict[str, int] = {}  # changed elements by name, for tensors known before
         self.deltas = 0  # since the last full push
 
     def full_push(self) -> bool:
-        """Whether this push is a full one. Asked once per push, before `known` is updated."""
+        """Whether this push is a full one. Called once per push, before `known` is updated."""
         full = not self.known or self.deltas + 1 >= self.full_every
         self.deltas = 0 if full else self.deltas + 1
         return full
@@ -37,7 +37,8 @@ class SparseState(Sender):
 
 
 class SparseSender(SparseState):
-    """The elements that changed since the last push, over gloo or files. `known` is a copy on the CPU."""
+    """Send the elements that changed since the last push, over gloo or files. `known` is a copy on the
+    CPU."""
 
     def __init__(self, spec: ChannelSpec, link: Link) -> None:
         super().__init__(spec)
@@ -49,7 +50,7 @@ class SparseSender(SparseState):
         full = self.full_push()
         if self.known:
             delta, self.changed = make_delta(self.known, named)
-        else:  # a copy also where the learner already has wire precision on the CPU
+        else:  # copy even if the learner already has wire precision on the CPU
             self.known = {n: tensor.detach().to("cpu", copy=True).contiguous() for n, tensor in named}
             delta = Delta({}, torch.empty(0), torch.empty(0))
         if full:

@@ -1,7 +1,7 @@
-"""Sparse updates between GPUs: the sending end of vLLM's own `sparse_nccl` engine, which writes flat
-checkpoint indices and values into its weights in place.
+"""Sparse updates between GPUs: the sending end of vLLM's `sparse_nccl` engine, which writes flat checkpoint
+indices and values into its weights in place.
 
-That engine takes only sparse updates, and each into memory as a whole before it writes. So a full push is
+That engine accepts only sparse updates, and buffers each one in memory before it writes. So a full push is
 an update of all indices, and every push is sent in parts.
 """
 
@@ -18,24 +18,24 @@ from rft.errors import TransferError
 from rft.sync.nccl import NcclGroup
 from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Update
 
-PART_BYTES = 512 * 2**20  # of indices and values; what an engine holds of an update at once
+PART_BYTES = 512 * 2**20  # of indices and values; the most that an engine buffers of an update at once
 _INDEX_BYTES = 4
 
 
 class SparseNcclSender(SparseState):
-    """Indices and values of a part's tensors, one after the other, by NCCL.
+    """Send indices and values of a part's tensors, one after another, over NCCL.
 
-    Keeps a copy of the weights in wire precision on the learner's GPU. The bytes have no checksum of their
-    own: NCCL's transports have theirs, and the learner compares the next log-probs.
+    Keeps a copy of the weights in wire precision on the learner's GPU. The bytes carry no additional
+    checksum: NCCL's transports have one, and the learner compares the next log-probs.
     """
 
     def __init__(self, spec: ChannelSpec, link: Link) -> None:
         super().__init__(spec)
         self.group = NcclGroup(link)
-        self.indices: dict[str, Tensor | None] = {}  # of what travels; None: all
+        self.indices: dict[str, Tensor | None] = {}  # indices to send; None: all
 
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
-        """Returns `parts`: one update each, as vLLM's `update_weights` takes them, in sending order."""
+        """Return `parts`: one update each, as vLLM's `update_weights` takes them, in sending order."""
         full = self.full_push()
         self.indices, self.changed = {}, {}
         for name, tensor in named:
@@ -44,13 +44,13 @@ class SparseNcclSender(SparseState):
                 self.indices[name] = None
             elif where.numel():
                 self.indices[name] = where
-        if not self.indices:  # vLLM refuses an update of nothing
+        if not self.indices:  # vLLM rejects an empty update
             name, tensor = next(iter(self.known.items()))
             self.indices[name] = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         return {"parts": [self._describe(names) for names in self._parts()]}
 
     def _take(self, name: str, tensor: Tensor) -> Tensor:
-        """Bring the known tensor up to this one; flat indices [changed] int32 of where they differed."""
+        """Update the known tensor; return the flat indices [changed] int32 where it differed."""
         if tensor.numel() > LARGEST_INDEX:
             raise TransferError(
                 f"{name} has {tensor.numel()} elements, more than the int32 indices of vLLM's sparse updates "
@@ -70,7 +70,7 @@ class SparseNcclSender(SparseState):
         return self.known[name].numel() if where is None else where.numel()
 
     def _parts(self) -> Iterator[list[str]]:
-        """Names in order, cut where a part would be larger than PART_BYTES; a tensor is never cut."""
+        """Yield names in order, split where a part would exceed PART_BYTES; a tensor is never split."""
         part: list[str] = []
         size = 0
         for name in self.indices:

@@ -1,4 +1,5 @@
-"""Initialise adapters from data (EVA, CorDA, LoRA-GA) or from the base's rounding (LoftQ), through peft."""
+"""Initialise adapters from data (EVA, CorDA, LoRA-GA) or from the base's rounding error (LoftQ), using
+peft."""
 
 from __future__ import annotations
 
@@ -18,15 +19,16 @@ Run = Callable[[], Any]
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "eva": {"rho": 1.0},
-    # Previewing the task, by its own batches. kpm keeps what the given samples need untouched: it wants
-    # samples of other knowledge, and of the task's would leave out just the directions that it needs.
+    # Instruction-previewed mode, on batches of the task. The other mode, kpm, protects the directions that
+    # the given samples use: it expects samples of other knowledge, and on task samples would exclude what is
+    # needed.
     "corda": {"corda_method": "ipm"},
     "lora_ga": {},
 }
 
 
 def data_config(method: str, options: dict[str, Any]) -> Any:
-    """peft's config of a data-driven beginning. Raises ModelError for ranks that the data would choose."""
+    """Build peft's config of a data-driven initialisation. Raises ModelError for data-dependent ranks."""
     from peft import EvaConfig, LoraGAConfig
     from peft.tuners.lora.config import CordaConfig
 
@@ -57,13 +59,13 @@ def eva(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) 
 
 
 def _rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
-    """[tokens, H] of what a layer reads: packed rows have no padding."""
+    """Return a layer's input as [tokens, H]: packed rows have no padding."""
     states: Tensor = layer_input[0] if isinstance(layer_input, tuple) else layer_input
     return states.reshape(-1, states.shape[-1]).float()
 
 
 def _targets(base: Any, settings: Settings) -> dict[str, Any]:
-    """`all-linear` by name: peft's preparations look for names."""
+    """Resolve `all-linear` to names: peft's initialisers match by name."""
     if settings().target_modules != "all-linear":
         return {}
     head = base.get_output_embeddings()
@@ -72,18 +74,18 @@ def _targets(base: Any, settings: Settings) -> dict[str, Any]:
 
 
 def corda(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
-    """CorDA: by the covariance of the activations (Yang et al. 2024, arXiv 2406.05223), by default in its
+    """CorDA: from the covariance of the activations (Yang et al. 2024, arXiv 2406.05223), by default in its
     instruction-previewed mode (section 3.3)."""
     from peft.tuners.lora.corda import preprocess_corda
 
     made = settings(**_targets(base, settings))
     preprocess_corda(base, made, run_model=forward)
-    base.train()  # peft leaves it in evaluation mode
+    base.train()  # peft leaves the model in evaluation mode
     wrap(made)
 
 
 def lora_ga(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
-    """LoRA-GA: by the gradient of the first batch (Wang et al. 2024, arXiv 2407.05000)."""
+    """LoRA-GA: from the gradient of the first batch (Wang et al. 2024, arXiv 2407.05000)."""
     from peft.tuners.lora.loraga import preprocess_loraga
 
     made = settings(**_targets(base, settings))
@@ -93,10 +95,10 @@ def lora_ga(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: R
 
 @torch.no_grad()
 def loftq(layers: Iterable[tuple[str, Any]], full: Mapping[str, Tensor]) -> None:
-    """LoftQ on a base that is quantised already: factors that make up for its rounding (Li et al. 2023,
+    """LoftQ on an already quantised base: factors that compensate its rounding (Li et al. 2023,
     arXiv 2310.08659, one iteration of algorithm 1).
 
-    layers: (path, LoRA layer). full: the parameters of the model before it was quantised, by name.
+    layers: (path, LoRA layer). full: the model's parameters before quantisation, by name.
     """
     for path, layer in layers:
         base = layer.get_base_layer()

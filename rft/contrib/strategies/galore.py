@@ -1,4 +1,4 @@
-"""GaLore: Adam whose moments live in a low-rank subspace of each gradient."""
+"""GaLore: Adam whose moments are kept in a low-rank subspace of each gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rft.learner.strategy import Strategy, decay_groups
 
 
 class Galore(Strategy):
-    """All parameters are trained; the optimizer's memory is that of low-rank factors."""
+    """Train all parameters with the optimizer memory of low-rank factors."""
 
     def __init__(self, spec: LearnerSpec, config: GaloreConfig) -> None:
         super().__init__(spec)
@@ -23,7 +23,7 @@ class Galore(Strategy):
         strategy, config = self.config, self.spec.config
         table = getattr(model, "get_input_embeddings", lambda: None)()
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        # Projected are the layers' matrices, as in the paper; embeddings and head have no low-rank gradient.
+        # Only the layers' matrices are projected, as in the paper: other gradients are not low-rank.
         spared = {id(m.weight) for m in (table, head) if m is not None}
         groups = []
         for group in decay_groups(model, config.weight_decay):
@@ -51,8 +51,8 @@ class Galore(Strategy):
 class GaloreAdamW(torch.optim.Optimizer):
     """AdamW; in groups with a `rank`, on P^T G instead of the gradient G (Zhao et al. 2024, algorithm 2).
 
-    P are the leading singular vectors of G on its shorter side, taken anew every `every` steps. Per matrix
-    [m, n] the state is P [min(m, n), rank] and two moments [rank, max(m, n)].
+    P holds the leading singular vectors of G on its shorter side, recomputed every `every` steps. The state
+    per matrix [m, n] is P [min(m, n), rank] and two moments [rank, max(m, n)].
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class GaloreAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient; `closure` is not supported."""
+        """Update all parameters that have a gradient; `closure` is not supported."""
         if closure is not None:
             raise ValueError("GaLore takes no closure")
         for group in self.param_groups:
@@ -113,6 +113,6 @@ class GaloreAdamW(torch.optim.Optimizer):
 
 
 def _subspace(gradient: Tensor, rank: int) -> Tensor:
-    """[m, rank]: the leading left singular vectors of a gradient [m, n], m <= n."""
+    """Return the leading left singular vectors [m, rank] of a gradient [m, n], m <= n."""
     vectors, _, _ = torch.linalg.svd(gradient, full_matrices=False)
     return vectors[:, :rank].contiguous()

@@ -1,4 +1,4 @@
-"""Train a random part of the parameters at a time: LISA and HFT. Draws depend on seed and update only."""
+"""Train a random part of the parameters at a time: LISA and HFT. Draws depend only on seed and update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rft.learner.strategy import SetFull, Strategy
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers, in order. Raises ModelError where a model keeps them unlike others."""
+    """Return the decoder layers, in order. Raises ModelError if the model stores them in an unknown place."""
     decoder = decoder_of(model)
     count = decoder.config.get_text_config().num_hidden_layers
     for module in decoder.modules():
@@ -28,9 +28,9 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 class LayerSampling(Strategy, abc.ABC):
-    """Freeze the parameters that `frozen` draws, anew every `every` updates (0: once).
+    """Freeze the parameters that `frozen` draws, redrawn every `every` updates (0: once).
 
-    The optimizer's moments of frozen parameters are dropped: that is the memory saved.
+    The optimizer's moments of frozen parameters are dropped, which saves their memory.
     """
 
     every: int
@@ -58,7 +58,7 @@ class LayerSampling(Strategy, abc.ABC):
                 parameter.grad = None
 
     def optimizer(self, model: nn.Module, extra: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        model.requires_grad_(True)  # all are in its groups; those without a gradient are passed over
+        model.requires_grad_(True)  # its groups hold all parameters; those without a gradient are skipped
         self.made = super().optimizer(model, extra)
         self._draw()
         self.made.register_step_post_hook(self._count)
@@ -99,9 +99,9 @@ class Lisa(LayerSampling):
 
 
 class Hft(LayerSampling):
-    """Half fine-tuning: in every layer one half of the attention's, and of the rest's, matrices is frozen.
+    """Half fine-tuning: in every layer, half of the attention matrices and half of the others are frozen.
 
-    Embeddings and head are trained, as in the paper; vectors go with the half that is trained.
+    Embeddings and head are trained, as in the paper; vectors are trained too.
     """
 
     def __init__(self, spec: LearnerSpec, config: HftConfig) -> None:
@@ -109,7 +109,7 @@ class Hft(LayerSampling):
         self.every = config.every
 
     def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
-        spare = 0  # an odd group gives its odd matrix to either side in turn
+        spare = 0  # an odd group assigns its extra matrix to either half in turn
         for layer in layers_of(model):
             matrices = [(n, p) for n, p in layer.named_parameters() if p.ndim >= 2]
             attention = [p for n, p in matrices if "attn" in n or "attention" in n]

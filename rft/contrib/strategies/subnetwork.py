@@ -1,4 +1,4 @@
-"""Training of a sparse subnetwork: the elements that a first run changed, and nothing else."""
+"""Train a sparse subnetwork: only the elements that a first run changed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from rft.utils.files import write_atomic
 def find_mask(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], tolerance: float
 ) -> dict[str, Tensor]:
-    """Flat indices (int64, ascending) of the elements that differ by more than `tolerance` as bfloat16
+    """Return flat indices (int64, ascending) of the elements that differ by more than `tolerance` as bfloat16
     numbers, per parameter; parameters that did not change are left out.
 
-    Raises ModelError where the two models have not the same parameters.
+    Raises ModelError if the two models do not have the same parameters.
     """
     mask = {}
     for name, old in before.items():
@@ -39,9 +39,9 @@ def find_mask(
 
 
 class Subnetwork(Strategy):
-    """Optimizer, gradients and moments hold the masked elements only, gathered into vectors.
+    """Keep optimizer, gradients and moments for the masked elements only, gathered into vectors.
 
-    The dense gradient of a parameter is gathered, and freed, as soon as the backward pass has it.
+    The dense gradient of a parameter is gathered, and freed, as soon as the backward pass has computed it.
     """
 
     def __init__(self, spec: LearnerSpec, config: SubnetworkConfig) -> None:
@@ -80,7 +80,7 @@ class Subnetwork(Strategy):
         return mask
 
     def _install(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.pairs: list[tuple[nn.Parameter, Tensor, nn.Parameter]] = []  # (whole, places, gathered)
+        self.pairs: list[tuple[nn.Parameter, Tensor, nn.Parameter]] = []  # (full, indices, gathered)
         for name, places in self.mask.items():
             if name not in parameters or int(places[-1]) >= parameters[name].numel():
                 raise ModelError(
