@@ -1,13 +1,13 @@
-"""The slot buffer: which prompt is where, and how old a rollout may be when it is trained on.
+"""The slot buffer: tracks every dispatched prompt and bounds the age of rollouts that are trained on.
 
-There are (staleness + 1) * batch slots. A slot is taken when a prompt is handed out and freed when the
-prompt was trained on *and* every live engine acknowledged the version that came of it, or when it was
-dropped. Every work ends exactly once, TRAINED or DROPPED(reason).
+There are (staleness + 1) * batch slots. A slot is taken when a prompt is leased and freed when the prompt
+was trained on *and* every live engine acknowledged the resulting version, or when the prompt was dropped.
+Every work item ends exactly once, as TRAINED or DROPPED(reason).
 
 Age bound: a group dispatched at version v is trained on by a policy of version at most v + staleness.
-Old groups go first; a young group may overtake one that is still in flight only as long as all groups
-left behind can still meet their bound with `batch` of them consumed per step (see `_feasible`). Where the
-buffer does not wait for late groups, it may always, and those that got too old are to be dropped.
+Old groups go first; a young group may overtake one that is still in flight only if all remaining groups
+can still meet their bound with `batch` of them consumed per step (see `_feasible`). If the buffer does not
+wait for late groups, overtaking is always allowed, and groups that became too old have to be dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rft.batch import Group, Prompt
 
 
 class State(StrEnum):
-    """The state of a work."""
+    """The state of a work item."""
 
     waiting = "waiting"
     inflight = "inflight"
@@ -30,33 +30,33 @@ class State(StrEnum):
 
 
 class SlotError(RuntimeError):
-    """The accounting is broken: a bug in rft."""
+    """Inconsistent slot accounting: a bug in rft."""
 
 
 @dataclass(eq=False)
 class Work:
-    """One prompt that was handed out. `key` is (epoch, row), which a checkpoint stores."""
+    """One leased prompt. `key` is (epoch, row), which a checkpoint stores."""
 
     ticket: int
     key: tuple[int, int]
     prompt: Prompt
     state: State = State.waiting
-    version: int = -1  # of the policy when it was dispatched
+    version: int = -1  # policy version at dispatch
     group: Group | None = None
     reason: str = ""
 
 
 @dataclass
 class SlotBuffer:
-    """Slots for `batch` prompts per step at a given staleness."""
+    """Manage slots for `batch` prompts per step at a given staleness."""
 
     batch: int
     staleness: int
-    waits: bool = True  # for groups that would get too old; else `too_old` names them
-    live: dict[int, Work] = field(default_factory=dict)  # every work that holds a slot, by ticket
-    counts: Counter[str] = field(default_factory=Counter)  # ended work, by state and reason
-    # Works by version, kept as they move: `take` is asked once per completed group, of which there may be
-    # tens of thousands in flight, and may not walk through all of them each time.
+    waits: bool = True  # for groups that would become too old; if False, `too_old` lists them
+    live: dict[int, Work] = field(default_factory=dict)  # every work item that holds a slot, by ticket
+    counts: Counter[str] = field(default_factory=Counter)  # ended work items, by state and reason
+    # Counts by version, updated on every move: `take` is called once per completed group, with possibly tens
+    # of thousands in flight, and must not iterate over all of them.
     _scored: Counter[int] = field(default_factory=Counter)
     _inflight: Counter[int] = field(default_factory=Counter)
     _tickets: int = 0
@@ -71,11 +71,11 @@ class SlotBuffer:
 
     @property
     def scored(self) -> int:
-        """Works that are scored and not yet trained on."""
+        """Number of work items that are scored and not yet trained on."""
         return self._scored.total()
 
     def lease(self, key: tuple[int, int], prompt: Prompt) -> Work:
-        """Hand out a prompt. Raises SlotError when no slot is free."""
+        """Lease a slot for a prompt. Raises SlotError if no slot is free."""
         if self.free < 1:
             raise SlotError(f"no free slot: all {self.capacity} are taken")
         work = Work(self._tickets, key, prompt)
@@ -84,10 +84,10 @@ class SlotBuffer:
         return work
 
     def dispatch(self, work: Work, version: int) -> None:
-        """Send the work to an engine that samples with policy `version` or a later one.
+        """Mark the work item as sent to an engine that samples with policy `version` or a later one.
 
-        A group that is dispatched again (its engine died) keeps its first version, which is the safe side
-        of the bound.
+        A group that is dispatched again (its engine died) keeps its first version, which is the conservative
+        side of the bound.
         """
         self._expect(work, State.waiting, State.inflight)
         if work.version < 0:
@@ -95,13 +95,13 @@ class SlotBuffer:
         self._move(work, State.inflight)
 
     def score(self, work: Work, group: Group) -> None:
-        """Store the work's completions with their rewards."""
+        """Store the completions with their rewards."""
         self._expect(work, State.inflight)
         work.group = group
         self._move(work, State.scored)
 
     def drop(self, work: Work, reason: str) -> None:
-        """End the work without training on it; its slot is free at once."""
+        """End the work item without training on it; its slot is free at once."""
         self._expect(work, State.waiting, State.inflight, State.scored)
         work.reason = reason
         self._move(work, State.dropped)
@@ -109,7 +109,7 @@ class SlotBuffer:
         self.counts[f"dropped/{reason}"] += 1
 
     def take(self, version: int) -> list[Work] | None:
-        """`batch` scored works to train policy `version` on, in ticket order; None: not yet."""
+        """Take `batch` scored items to train policy `version` on, in ticket order; None if not ready."""
         if self.scored < self.batch or (self.waits and not self._feasible(self._left(), version + 1)):
             return None
         ready = [w for w in self.live.values() if w.state == State.scored]
@@ -121,13 +121,13 @@ class SlotBuffer:
         return sorted(chosen, key=lambda w: w.ticket)
 
     def put_back(self, works: list[Work]) -> None:
-        """Return works to `scored` that were taken for a step that failed."""
+        """Return items of a failed step to `scored`."""
         for work in works:
             self._expect(work, State.trained)
             self._move(work, State.scored)
 
     def _left(self) -> Counter[int]:
-        """Works by version that are left once the `batch` oldest scored ones are taken."""
+        """Count, by version, the items that remain once the `batch` oldest scored ones are taken."""
         left, wanted = Counter(self._inflight), self.batch
         for version in sorted(self._scored):
             taken = min(wanted, self._scored[version])
@@ -136,7 +136,7 @@ class SlotBuffer:
         return left
 
     def _feasible(self, left: Counter[int], version: int) -> bool:
-        """True if the works left can all be trained on in time, `batch` per step from `version` on."""
+        """True if all remaining items can be trained on in time, `batch` per step from `version` on."""
         behind = 0
         for sampled_by in sorted(left):
             deadline = sampled_by + self.staleness
@@ -146,7 +146,7 @@ class SlotBuffer:
         return True
 
     def acknowledge(self) -> int:
-        """Free the slots of trained works: every live engine has the version that they led to."""
+        """Free the slots of trained items: every live engine has the resulting version."""
         done = [w for w in self.live.values() if w.state == State.trained]
         for work in done:
             del self.live[work.ticket]
@@ -154,16 +154,16 @@ class SlotBuffer:
         return len(done)
 
     def too_old(self, version: int) -> list[Work]:
-        """Works, in flight or left over, that policy `version` may not be trained on; in ticket order."""
+        """List items, in flight or scored, that are too old for policy `version`, in ticket order."""
         late = (w for w in self.live.values() if w.state in (State.inflight, State.scored))
         return sorted((w for w in late if version - w.version > self.staleness), key=lambda w: w.ticket)
 
     def outstanding(self) -> list[tuple[int, int]]:
-        """Keys of the works that were handed out and have not ended, in ticket order."""
+        """List the keys of leased items that have not ended, in ticket order."""
         return [w.key for _, w in sorted(self.live.items()) if w.state != State.trained]
 
     def _move(self, work: Work, state: State) -> None:
-        """Change a work's state and the counts by version."""
+        """Change an item's state and update the counts by version."""
         books = {State.scored: self._scored, State.inflight: self._inflight}
         for book, change in ((books.get(work.state), -1), (books.get(state), 1)):
             if book is not None:

@@ -1,4 +1,4 @@
-"""The interface of rollout engines: tokens in; tokens with their log-probs and policy versions out."""
+"""The rollout engine interface: tokens in; tokens with their log-probs and policy versions out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rft.sync.spec import Link, Update
 
 
 class Aborted(Exception):
-    """A weight push aborted a request (`rollout.update: abort`): it has to be sent again."""
+    """A weight push aborted a request (`rollout.update: abort`), which must be sent again."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample a request. `seed` None: not reproducible."""
+    """Sampling parameters of a request. `seed` None: not reproducible."""
 
     n: int
     max_tokens: int
@@ -25,17 +25,17 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
-    mixture: float = 0.0  # draw from policy^(1 - mixture) * reference^mixture, per token (hf engine only)
+    mixture: float = 0.0  # sample from policy^(1 - mixture) * reference^mixture, per token (hf engine only)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete `sampling.n` times."""
+    """One prompt, to be completed `sampling.n` times."""
 
     id: str
     tokens: tuple[int, ...]
     sampling: Sampling
-    copy: int = 0  # which copy of the model completes it, where there are two
+    copy: int = 0  # which copy of the model completes it, if there are two
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,18 @@ class Generated:
 
 
 class Generate(Protocol):
-    """Complete a request; the completions come in sample order."""
+    """Complete a request; completions are returned in sample order."""
 
     async def __call__(self, request: Request) -> list[Generated]: ...
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What a replica builds its engine from: the config's section, and what the plan resolved."""
+    """The data a replica builds its engine from: the config section and the resolved plan."""
 
     config: RolloutConfig
     kind: Literal["vllm", "hf"]
-    model: str  # folder or hub name, as of `tokenizer` and `reference`
+    model: str  # folder or hub name, like `tokenizer` and `reference`
     tokenizer: str
     dtype: str
     device: Literal["cpu", "cuda"]
@@ -73,22 +73,22 @@ class EngineSpec:
     transport: str
     stop_token_ids: tuple[int, ...]
     trust_remote_code: bool = False
-    reference: str | None = None  # the frozen model that `Sampling.mixture` mixes in
-    sleeps: bool = False  # while the learner has the device that the two share (vLLM only)
-    engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM's, over those made from the other fields
+    reference: str | None = None  # the frozen model for `Sampling.mixture`
+    sleeps: bool = False  # while the learner uses their shared device (vLLM only)
+    engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM's, in addition to the derived ones
 
 
 class RolloutEngine(Protocol):
-    """One engine. Its weights are replaced between `begin_update` and `finish_update`; during that
-    time it samples nothing."""
+    """One engine. Its weights are replaced between `begin_update` and `finish_update`; it does not sample
+    during that time."""
 
     async def start(self) -> None: ...
 
     async def generate(self, request: Request) -> list[Generated]: ...
 
     async def score(self, tokens: tuple[int, ...]) -> list[float]:
-        """The log-probs of `tokens[1:]`, each after those before it, with the engine's weights: at
-        temperature 1, from no cache, ahead of requests that wait."""
+        """Return the log-probs of `tokens[1:]`, each given its predecessors, under the engine's weights: at
+        temperature 1, without a cache, ahead of waiting requests."""
         ...
 
     async def join(self, link: Link) -> None: ...

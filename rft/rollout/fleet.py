@@ -1,7 +1,7 @@
-"""The replicas as the loop sees them: requests that outlive a replica, pushes that recover, health checks.
+"""Fault-tolerant view of the replicas for the loop: retried requests, pushes with recovery, health checks.
 
 `gate`: one task at a time may use the learner and the weight channel, for a training step, a push, or
-rebuilding lost replicas. So a rebuilt engine never gets weights of a half-trained version, and two
+rebuilding lost replicas. So a rebuilt engine never gets weights of a half-finished step, and two
 recoveries never interfere.
 """
 
@@ -20,7 +20,7 @@ from rft.rollout.pool import ReplicaDied, RolloutPool
 from rft.sync.channel import PushReport, WeightChannel
 from rft.sync.proof import Proof
 
-HEALTH_LOGGED_EVERY = 60.0  # seconds between two health events of a replica in events.jsonl
+HEALTH_LOGGED_EVERY = 60.0  # minimum seconds between two health events of a replica in events.jsonl
 
 
 @dataclass
@@ -37,18 +37,18 @@ class Fleet:
     held: int = 0
     restarts: int = 0
     requeued: int = 0
-    proof: Proof | None = None  # of the version that the last step began with
+    proof: Proof | None = None  # of the version at the start of the last step
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _failure: BaseException | None = None  # of a recovery that perhaps nobody waited for
+    _failure: BaseException | None = None  # of a recovery that possibly no task awaited
     _recovering: set[asyncio.Task[None]] = field(default_factory=set)
     _in_a_row: int = 0  # rebuilds since the last finished step
-    _first: tuple[str, EngineError] | None = None  # of the faults since then
-    _changing: bool = False  # weights are being replaced
+    _first: tuple[str, EngineError] | None = None  # first fault since then
+    _changing: bool = False  # a weight update is in progress
     _logged: dict[int, float] = field(default_factory=dict)
 
     async def open(self, version: int) -> None:
-        """Connect and push `version`: always, since an engine loads from disk and the learner may have
-        been restored."""
+        """Connect and push `version`. The push is never skipped: an engine loads from disk, and the learner
+        may have been restored from a checkpoint."""
         async with self.gate:
             self.version = version
             begin = time.perf_counter()
@@ -66,7 +66,7 @@ class Fleet:
                 )
 
     async def generate(self, request: Request) -> list[Generated]:
-        """Complete a request: on another replica where one dies, again where a push aborted it."""
+        """Complete a request; retry it on another replica if one dies, or after a push aborted it."""
         attempt = 0
         while True:
             name = request.id if attempt == 0 else f"{request.id}-again-{attempt}"
@@ -82,13 +82,13 @@ class Fleet:
             self.log.event("group/requeued", request=request.id, reason=reason)
 
     async def push(self, version: int) -> PushReport:
-        """Push a version to every engine. Call it with the gate held. After a push that failed half-way
-        the lost replicas are rebuilt, then all are pushed to again."""
+        """Push a version to every engine. Call with the gate held. After a partially failed push, the lost
+        replicas are rebuilt, then the push is repeated to all."""
         self.version = version
         self._changing = True
         try:
             report = await self.channel.push(version)
-        except EngineError as error:  # any other error is the learner's, or a mistake
+        except EngineError as error:  # other errors come from the learner, or are bugs
             report = await self._recover(self._lost(error), f"pushing version {version} failed", error)
         finally:
             self._changing = False
@@ -97,15 +97,15 @@ class Fleet:
         return report
 
     async def prove(self) -> None:
-        """Wait for the proof of the last push, where one is due. Call it with the gate held.
+        """Wait for the proof of the last push, if one is due. Call with the gate held.
 
-        Raises LogpGapError where a replica computes with other weights than the learner.
+        Raises LogpGapError if a replica computes with weights that differ from the learner's.
         """
         while True:
             try:
                 self.proof = await self.channel.proved()
                 break
-            except ReplicaDied as died:  # the rebuilt one is proven instead
+            except ReplicaDied as died:  # the rebuilt replica is proven instead
                 self.pool.discard(died)
                 await self._recover([died.index], "an engine was lost", died)
         if self.proof is not None:
@@ -113,7 +113,7 @@ class Fleet:
             self.log.event("version/proved", version=self.proof.version, tokens=self.proof.tokens, gaps=gaps)
 
     async def before_step(self) -> None:
-        """Have the last push proven, and the learner's device free for it. Call it with the gate held."""
+        """Wait for the proof of the last push, and free the learner's device. Call with the gate held."""
         await self.prove()
         try:
             await self.channel.before_step()
@@ -122,7 +122,7 @@ class Fleet:
             await self.channel.before_step()
 
     def progressed(self) -> None:
-        """A step was finished: the count of rebuilds in a row restarts."""
+        """Reset the count of consecutive rebuilds: a step was finished."""
         self._in_a_row, self._first = 0, None
 
     async def close(self) -> None:
@@ -135,12 +135,12 @@ class Fleet:
     # -- recovery ------------------------------------------------------------------------------------
 
     def _lost(self, error: EngineError) -> Iterable[int]:
-        """The replicas that an error names as lost; all of them where it names none."""
+        """Return the replicas that an error names as lost, or all of them if it names none."""
         return error.lost if isinstance(error, ReplicasLost) else self.pool.indices
 
     async def _replace(self, died: ReplicaDied) -> None:
-        """Rebuild a replica that died, once, however many requests it took with it. The rebuild continues
-        where the request that noticed is cancelled: the others need the replica too."""
+        """Rebuild a dead replica once, however many of its requests failed. The rebuild continues if the
+        request that noticed is cancelled: others need the replica too."""
 
         async def rebuild() -> None:
             self.pool.discard(died)
@@ -159,9 +159,9 @@ class Fleet:
         await asyncio.shield(task)
 
     async def _recover(self, lost: Iterable[int], what: str, error: EngineError) -> PushReport:
-        """Rebuild the lost replicas, and only those, and give all replicas the current version. `what` failed
-        with `error`. Raises EngineError, from the first such error, once that was needed more than
-        `max_restarts` times without a finished step."""
+        """Rebuild only the lost replicas, and push the current version to all. `what` failed with `error`.
+        Raises EngineError, caused by the first such error, after more than `max_restarts` rebuilds without a
+        finished step."""
         limit = self.config.max_restarts
         while True:
             why = f"{what}: {error}"
@@ -200,8 +200,8 @@ class Fleet:
     # -- health ------------------------------------------------------------------------------------
 
     async def watch_health(self) -> None:
-        """Check every replica's health, for ever; one that does not answer is killed and rebuilt. Raises the
-        error of a recovery that failed."""
+        """Check every replica's health until cancelled; kill and rebuild those that do not answer. Raises the
+        error of a failed recovery."""
         while True:
             await asyncio.sleep(self.config.health_every_s)
             if self._failure is not None:
@@ -209,10 +209,10 @@ class Fleet:
             await asyncio.gather(*(self._check_health(i) for i in sorted(self.pool.members)))
 
     async def _check_health(self, index: int) -> None:
-        changing = self._changing  # an engine may not answer while its weights change; its actor does
+        changing = self._changing  # an engine may not answer while its weights change, but its actor does
         member = self.pool.members.get(index)
         if member is None or (changing and not member.serving):
-            return  # it is being built, which has a deadline
+            return  # it is being built, which has its own deadline
         try:
             load = await self.pool.health(index, self.config.health_timeout_s, engine=not changing)
         except ReplicaDied as died:
@@ -224,7 +224,7 @@ class Fleet:
             self.log.event("engine/health", engine=index, version=self.version, inflight=load)
 
     def metrics(self) -> dict[str, float]:
-        """`engine/...`: replicas alive, their versions, and the seconds since their last answers."""
+        """Return `engine/...`: replicas alive, their versions, and the seconds since their last answers."""
         now, members = time.monotonic(), sorted(self.pool.members.items())
         metrics = {
             "engine/alive": float(sum(m.serving for _, m in members)),

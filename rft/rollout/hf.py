@@ -1,4 +1,4 @@
-"""Plain transformers as a rollout engine: for machines without vLLM. Slow, simple, exact."""
+"""Plain transformers as a rollout engine, for machines without vLLM: slow, simple, exact."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rft.utils.cores import threads_for
 
 
 class HFEngine:
-    """Batched sampling with a KV cache. Methods as in `RolloutEngine`."""
+    """Sample in batches with a KV cache. Methods as in `RolloutEngine`."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self._version = -1
         self.receiver: Receiver | None = None
-        self._lock = asyncio.Lock()  # one request at a time; an update waits for the one that runs
+        self._lock = asyncio.Lock()  # one request at a time; an update waits for the running one
         self._open = asyncio.Event()  # cleared while an update waits or runs
         self._open.set()
 
@@ -97,7 +97,7 @@ class HFEngine:
         ]
 
     async def score(self, tokens: tuple[int, ...]) -> list[float]:
-        """Score between two requests, ahead of those in the queue."""
+        """Score between two requests, ahead of queued ones."""
         self._open.clear()
         try:
             async with self._lock:
@@ -124,8 +124,8 @@ class HFEngine:
         self.receiver = await asyncio.to_thread(Receiver, link)
 
     async def begin_update(self, in_flight: InFlight) -> None:
-        """Requests run one by one, each to its end. With `wait` queued requests run first; else they stay in
-        the queue during the update."""
+        """Pause between requests: they run one by one, each to its end. With `wait`, queued requests run
+        before the update; otherwise they stay queued during it."""
         if in_flight != "wait":
             self._open.clear()
         await self._lock.acquire()
@@ -151,13 +151,13 @@ class HFEngine:
 
 
 class _Reader:
-    """A model with its KV cache, which reads a sequence in parts."""
+    """A model with its KV cache, which reads a sequence in pieces."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.cache = model, None
 
     def read(self, ids: Tensor) -> Tensor:
-        """[n, V] float32: the logits after `ids` [n, t], which continue the tokens read before."""
+        """Return the logits [n, V] float32 after `ids` [n, t], which continue the tokens read before."""
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
         logits: Tensor = out.logits[:, -1].float()

@@ -1,4 +1,4 @@
-"""Hooks of the online loop, for an algorithm that needs more than one learner and its fresh groups."""
+"""Hooks of the online loop, for algorithms that need a second learner or more than the fresh groups."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from rft.rollout.fleet import Fleet
 
 
 class LoopHooks:
-    """Hooks that change nothing. `Algorithm.hooks` names what makes the hooks of an algorithm.
+    """No-op hooks. `Algorithm.hooks` is the dotted path of an algorithm's hook factory.
 
-    fleets: engines besides the policy's, which the loop opens, watches and closes as well.
+    fleets: engines besides the policy's, which the loop opens, monitors and closes too.
     """
 
     fleets: Sequence[Fleet] = ()
 
     def route(self, generate: Generate) -> Generate:
-        """Return what completes the requests of training; `generate` asks the policy's engines."""
+        """Return the function that completes training requests; `generate` sends them to the policy's
+        engines."""
         return generate
 
     def select(self, groups: list[Group]) -> list[Group]:
@@ -28,31 +29,31 @@ class LoopHooks:
         return groups
 
     def step_failed(self) -> None:
-        """Undo the last `select`: no step was taken on its groups."""
+        """Undo the last `select`: the step on its groups failed."""
 
     async def after_push(self, step: int, build: Callable[[list[Group]], Batch]) -> dict[str, float]:
-        """Train anything else on the groups of the last `select`; return its metrics.
+        """Train other models on the groups of the last `select`; return metrics.
 
         Called once the policy's engines hold version `step`.
         """
         return {}
 
     async def save(self, step: int) -> None:
-        """Save anything besides the policy, before the policy's checkpoint of `step` is begun. Raises
-        CheckpointError where there is nothing that fits it."""
+        """Save state besides the policy's, before the policy's checkpoint of `step` is started. Raises
+        CheckpointError if there is no state that matches it."""
 
     async def restore(self, step: int) -> None:
-        """Load what `save` wrote for `step`. Raises CheckpointError."""
+        """Load the data that `save` wrote for `step`. Raises CheckpointError."""
 
     def state_dict(self) -> list[Any]:
-        """Return the state that goes into the policy's checkpoint, as plain JSON."""
+        """Return the state to store in the policy's checkpoint, as plain JSON."""
         return []
 
     def load_state_dict(self, state: list[Any], prompts: Mapping[int, Prompt]) -> None:
-        """Load what `state_dict` returned. prompts: the run's prompts by id."""
+        """Load a state returned by `state_dict`. prompts: the run's prompts by id."""
 
     async def export(self, folder: Path) -> None:
-        """Write further final models into the run's folder."""
+        """Write additional final models into the run's folder."""
 
     async def close(self) -> None:
-        """End further engines."""
+        """Close additional engines."""

@@ -1,5 +1,5 @@
-"""The rollout replicas. `Replica` is an engine in a Ray actor; `RolloutPool` is the driver's view of all of
-them: dispatch in order of arrival to the least loaded, deadlines of work, and the calls of a weight push."""
+"""The rollout replicas: `Replica` is an engine in a Ray actor, `RolloutPool` the driver's handle for all of
+them: FIFO dispatch to the least loaded replica, deadlines, and the calls of a weight push."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from rft.utils.actors import ActorDied, call, kill_actor, require_here
 from rft.utils.cores import parse_cores
 from rft.utils.deadlines import Overdue
 
-QUEUED = 2  # a replica is sent this many times what it decodes at once: the next completions wait there
+QUEUED = 2  # replicas get up to this many times what they decode at once: the rest waits there
 CONTROL = "control"
-CONTROL_CALLS = 1000  # at once; they are short, except for those of a push
+CONTROL_CALLS = 1000  # concurrent ones; they are short, except for those of a push
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -38,8 +38,8 @@ Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 class ReplicaDied(ReplicasLost):
-    """A replica or its engine is gone. `index`: which one; `serial`: which of the actors that had this index
-    (-1: there is none)."""
+    """A replica or its engine is gone. `index`: the replica; `serial`: which of the actors with this index
+    (-1: none)."""
 
     def __init__(self, index: int, why: str, serial: int = -1) -> None:
         super().__init__({index: f"rollout replica {index} died: {why}"})
@@ -50,7 +50,7 @@ class ReplicaDied(ReplicasLost):
 
 
 def build_engine(spec: EngineSpec) -> RolloutEngine:
-    """The engine of a spec, not started."""
+    """Build the engine of a spec, without starting it."""
     if spec.kind == "hf":
         return HFEngine(spec)
     if spec.transport == "adapter":
@@ -59,16 +59,15 @@ def build_engine(spec: EngineSpec) -> RolloutEngine:
 
 
 def control(method: Method) -> Method:
-    """Have Ray run a method in the concurrency group of control calls."""
+    """Run a method in Ray's concurrency group for control calls."""
     marked: Method = ray.method(concurrency_group=CONTROL)(method)
     return marked
 
 
 class Replica:
-    """The actor's class: `ray.remote(Replica)`. Ray runs the calls of a concurrency group in order of
-    arrival, up to a number at once, on the group's event loop. Control calls have their own group, so that
-    none waits behind queued completions. The engine lives on that group's loop: `generate` passes requests
-    on to it."""
+    """The actor class: `ray.remote(Replica)`. Ray runs the calls of a concurrency group in order of arrival,
+    up to a number at once, on the group's event loop. Control calls have a separate group, so that none waits
+    behind queued completions. The engine runs on that group's loop; `generate` forwards requests to it."""
 
     def __init__(self, spec: EngineSpec, index: int) -> None:
         self.name = f"rollout replica {index}"
@@ -82,7 +81,7 @@ class Replica:
 
     @control
     async def whereabouts(self) -> tuple[str, int]:
-        """This process's node and id."""
+        """Return this process's node and pid."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     @control
@@ -94,7 +93,7 @@ class Replica:
         except Exception as error:
             raise EngineError(f"{self.name} could not start its engine: {error}") from error
         gc.collect()
-        gc.freeze()  # requests are many objects: keep the collector from scanning the libraries' as well
+        gc.freeze()  # requests allocate many objects: keep the collector from also scanning the libraries'
 
     async def generate(self, request: Request) -> list[Generated]:
         assert self.loop is not None, "start comes first"
@@ -106,14 +105,14 @@ class Replica:
         try:
             return await self.running[request.id]
         except asyncio.CancelledError:
-            return []  # nobody reads it: see `cancel`
+            return []  # the caller is gone: see `cancel`
         finally:
             del self.running[request.id]
             self.load -= request.sampling.n
 
     @control
     async def cancel(self, request_id: str) -> None:
-        """End a request that nobody waits for; one that is not running has ended already."""
+        """Cancel a request whose caller is gone; a request that is not running has already ended."""
         if request_id in self.running:
             self.running[request_id].cancel()
 
@@ -123,7 +122,7 @@ class Replica:
 
     @control
     async def health(self, engine: bool) -> int:
-        """Answer, after the engine did if it is asked too; returns the completions that it works on."""
+        """Answer, after the engine's check if requested; return the number of completions in progress."""
         if engine:
             await self.engine.version()
         return self.load
@@ -145,8 +144,8 @@ class Replica:
 
     @control
     async def finish_update(self, version: int) -> int:
-        """Sample from the new weights; returns the version that the engine reports. It is asked before it
-        resumes: while it samples, an answer takes as long as one of its steps."""
+        """Sample from the new weights; return the version that the engine reports. It is queried before
+        sampling resumes: while the engine samples, an answer takes as long as one of its steps."""
         with self._blame_engine("taking new weights into use"):
             await self.engine.finish_update(version)
             reported = await self.engine.version()
@@ -155,7 +154,8 @@ class Replica:
 
     @contextmanager
     def _blame_engine(self, what: str) -> Iterator[None]:
-        """Raise EngineError for a fault of the engine or its machine, and a mistake as it is."""
+        """Raise EngineError for a fault of the engine or its machine; re-raise programming errors
+        unchanged."""
         try:
             yield
         except Exception as error:
@@ -191,8 +191,8 @@ class Replica:
 
 @dataclass(eq=False)
 class _Dispatched:
-    """A request that was sent to a replica. `began`: by the replica's working time, when the engine started
-    on it; None while it is queued."""
+    """A request sent to a replica. `began`: the replica's working time when the engine started on it; None
+    while it is queued."""
 
     size: int  # completions
     began: float | None = None
@@ -206,17 +206,17 @@ class Member:
     serial: int
     node: str = ""
     pid: int = 0
-    load: int = 0  # completions sent and not answered
-    serving: bool = False  # it may sample: it holds weights that the run knows
+    load: int = 0  # completions sent and not yet answered
+    serving: bool = False  # may sample: it holds weights that the run knows
     version: int = -1
     last_answer: float = 0.0  # monotonic
     dispatched: dict[_Dispatched, None] = field(default_factory=dict)  # in order
     paused_since: float | None = None  # by a push
-    paused_seconds: float = 0.0  # in all pauses before
-    received: bool = False  # all weights of the push
+    paused_seconds: float = 0.0  # in earlier pauses
+    received: bool = False  # all weights of the current push
 
     def working_time(self) -> float:
-        """Seconds on a clock that stops while the replica is paused."""
+        """Return seconds on a clock that stops while the replica is paused."""
         now = asyncio.get_running_loop().time() if self.paused_since is None else self.paused_since
         return now - self.paused_seconds
 
@@ -233,7 +233,7 @@ class Member:
 
 
 class RolloutPool:
-    """The replicas of a spec, `rollout.replicas` of them. gpus: what Ray reserves for each.
+    """The `rollout.replicas` replicas of a spec. gpus: the GPUs that Ray reserves for each.
 
     Calls on a replica that died raise ReplicaDied; `rebuild` replaces it.
     """
@@ -244,18 +244,18 @@ class RolloutPool:
         self.members: dict[int, Member] = {}
         self._serials = count()
         self._waiting: deque[tuple[int, asyncio.Future[tuple[int, Member, _Dispatched]]]] = deque()
-        # A heap of (load, index, serial), so that the least loaded of thousands is found at once. An entry
-        # may be outdated: then a newer one has the replica's load, and this one is skipped.
+        # A heap of (load, index, serial), so that the least loaded of thousands is found at once. Entries may
+        # be outdated: such an entry is skipped, since a newer one has the replica's load.
         self._by_load: list[tuple[int, int, int]] = []
 
     @property
     def indices(self) -> range:
-        """All replicas, also those that are lost."""
+        """All replicas, including lost ones."""
         return range(self.config.replicas)
 
     @property
     def workers(self) -> list[int]:
-        """Workers of each replica that receive weights."""
+        """Number of workers of each replica that receive weights."""
         return [self.config.tensor_parallel for _ in self.indices]
 
     async def start(self) -> None:
@@ -271,10 +271,10 @@ class RolloutPool:
         remote = grouped.options(
             num_cpus=0,
             num_gpus=self.gpus,
-            max_concurrency=max(1024, 2 * self._room),  # of `generate`: cancelled ones may linger
+            max_concurrency=max(1024, 2 * self._room),  # of `generate`: cancelled calls may linger
             max_restarts=0,
-            scheduling_strategy="SPREAD",  # over the nodes of a cluster
-            memory=2**20,  # Ray places an actor that asks for nothing at random, whatever the strategy
+            scheduling_strategy="SPREAD",  # across the nodes of a cluster
+            memory=2**20,  # without a resource request, Ray ignores the strategy and places it at random
         )
         member = Member(remote.remote(self.spec, index), next(self._serials))
         self.members[index] = member
@@ -287,24 +287,24 @@ class RolloutPool:
 
     @property
     def _decodes(self) -> int:
-        """Completions that a replica decodes at once; the plain engine takes one request after another."""
+        """Completions that a replica decodes at once; the hf engine runs one request at a time."""
         return self.config.max_num_seqs if self.spec.kind == "vllm" else 1
 
     @property
     def _room(self) -> int:
-        """The most completions that are sent to a replica."""
+        """The maximum number of completions sent to a replica at a time."""
         return QUEUED * self.config.max_num_seqs
 
     async def generate(self, request: Request) -> list[Generated]:
-        """Complete a prompt on the replica with the least work, in order of arrival: waits while none serves,
-        or all have as much as they may. `generate_timeout_s` counts from when the engine starts on it."""
+        """Complete a prompt on the least loaded replica, in order of arrival; wait while none is serving or
+        all are full. `generate_timeout_s` counts from when the engine starts on the request."""
         index, member, sent = await self._acquire(request.sampling.n)
         what = f"generate on rollout replica {index}"
         try:
             answer = self._within_work(member, sent, member.actor.generate.remote(request), what)
             return await self._answer(index, member, answer, math.inf, what)
         except asyncio.CancelledError:
-            member.actor.cancel.remote(request.id)  # nobody waits for it any more
+            member.actor.cancel.remote(request.id)  # its caller is gone
             raise
         finally:
             self._release(index, member, sent)
@@ -312,8 +312,8 @@ class RolloutPool:
     async def _within_work(
         self, member: Member, sent: _Dispatched, answer: Awaitable[list[Generated]], what: str
     ) -> list[Generated]:
-        """Await an answer. Raises Overdue once the engine has worked `generate_timeout_s` on the request:
-        time in a queue, and time in which the replica was paused for a push, do not count."""
+        """Await an answer. Raises Overdue once the engine has worked `generate_timeout_s` on the request;
+        time in a queue, or while the replica was paused for a push, does not count."""
         waiting, limit = asyncio.ensure_future(_plain(answer)), self.config.generate_timeout_s
         try:
             while True:
@@ -327,7 +327,7 @@ class RolloutPool:
             waiting.cancel()
 
     async def _acquire(self, size: int) -> tuple[int, Member, _Dispatched]:
-        """Wait for a replica with room for `size` completions; `_release` gives the room back."""
+        """Wait for a replica with room for `size` completions; `_release` returns the room."""
         place: asyncio.Future[tuple[int, Member, _Dispatched]] = asyncio.get_running_loop().create_future()
         self._waiting.append((size, place))
         self._dispatch_waiting()
@@ -335,13 +335,13 @@ class RolloutPool:
             return await place
         except asyncio.CancelledError:
             if place.cancelled():
-                self._dispatch_waiting()  # it may have been the first in the line and held up the others
+                self._dispatch_waiting()  # it may have been first in the queue, blocking the others
             else:
                 self._release(*place.result())
             raise
 
     def _dispatch_waiting(self) -> None:
-        """Dispatch waiting requests while there is room, first come, first served."""
+        """Dispatch waiting requests while there is room, in order of arrival."""
         while self._waiting:
             size, place = self._waiting[0]
             if not place.done():
@@ -368,7 +368,7 @@ class RolloutPool:
         if len(self._by_load) > 8 * len(self.members) + 64:  # mostly outdated entries
             self._reorder()
         # Start the clocks of the requests that the engine has reached: it takes them in order, as many as it
-        # decodes at once, and perhaps more of those that are half done.
+        # decodes at once, and possibly more once earlier ones are partly done.
         busy = 0
         for sent in member.dispatched:
             busy += sent.size
@@ -393,43 +393,43 @@ class RolloutPool:
     # -- losing and replacing replicas ---------------------------------------------------------------------
 
     def load(self, index: int) -> int:
-        """Completions that a replica was sent and has not answered; 0 where there is none."""
+        """Completions sent to a replica and not yet answered; 0 if there is no such replica."""
         return self.members[index].load if index in self.members else 0
 
     async def health(self, index: int, timeout_s: float, *, engine: bool = True) -> int:
-        """Have a replica answer, with its `engine` or without; returns the completions that it works on.
-        Raises ReplicaDied."""
+        """Check that a replica answers, including its engine if `engine`; return the number of completions in
+        progress. Raises ReplicaDied."""
         return await self._ask(index, Replica.health, engine, seconds=timeout_s)
 
     def is_lost(self, died: ReplicaDied) -> bool:
-        """False where the replica that died was replaced in the meantime."""
+        """False if the dead replica was replaced in the meantime."""
         return died.index not in self.members or self.members[died.index].serial == died.serial
 
     def discard(self, died: ReplicaDied) -> None:
-        """Kill what is left of a replica that died, so that nothing waits for it any longer."""
+        """Kill the remains of a dead replica, so that no call waits for it any longer."""
         member = self.members.get(died.index)
         if member is not None and member.serial == died.serial:
             self.kill(died.index)
 
     async def rebuild(self, index: int) -> None:
-        """Replace a replica. The new one has the weights from disk and serves after the next push."""
+        """Replace a replica. The new one loads weights from disk and serves after the next push."""
         self.kill(index)
         await self._start(index)
 
     async def rebuild_all(self, indices: Iterable[int]) -> None:
-        """Replace replicas in parallel. Raises ReplicasLost in the end where some did not start."""
+        """Replace replicas in parallel. Raises ReplicasLost at the end if some did not start."""
         _, lost = await self._each({index: self.rebuild(index) for index in indices})
         _raise_lost(lost)
 
     def kill(self, index: int) -> None:
-        """Kill a replica's actor and the processes that it started, frozen ones too."""
+        """Kill a replica's actor and its child processes, including frozen ones."""
         member = self.members.pop(index, None)
         if member is not None:
             kill_actor(member.actor, member.node, member.pid)
 
     async def close(self) -> None:
-        """Stop every engine. A replica that does not stop in time is killed with its processes, and one that
-        has not started yet at once."""
+        """Stop every engine. A replica that does not stop in time is killed with its processes; one that has
+        not started yet is killed at once."""
         for index, member in list(self.members.items()):
             if not member.serving:
                 self.kill(index)
@@ -442,22 +442,22 @@ class RolloutPool:
                 ray.kill(self.members.pop(index).actor)
 
     # -- weights: the same call on every replica, all acknowledged -----------------------------------------
-    # Each raises ReplicasLost after all replicas have ended their part, and an error that is not an engine's
-    # fault as it is.
+    # Each raises ReplicasLost after all replicas have ended their part; errors that are not an engine's fault
+    # are raised unchanged.
 
     async def join(self, links: list[Link]) -> None:
         asked = {i: self._ask(i, Replica.join, link) for i, link in enumerate(links)}
         _, lost = await self._each(asked, GRACE_S)
-        _raise_lost(_dead(lost) or lost)  # where some died, the others have only waited for them
+        _raise_lost(_dead(lost) or lost)  # if some died, the others only waited for them
 
     async def begin_update(self, in_flight: InFlight) -> None:
-        """Pause sampling. Replicas that are paused already, since a push before failed, are left alone."""
+        """Pause sampling. Replicas still paused by an earlier failed push are skipped."""
 
         def seconds(index: int) -> float | None:
             if in_flight != "wait":
                 return None
             rounds = math.ceil(self.load(index) / self._decodes)
-            return self.config.generate_timeout_s * max(rounds, 1)  # the longest that is in flight
+            return self.config.generate_timeout_s * max(rounds, 1)  # the longest request in flight
 
         running = [i for i in self.indices if i not in self.members or self.members[i].paused_since is None]
         asked = {i: self._ask(i, Replica.begin_update, in_flight, seconds=seconds(i)) for i in running}
@@ -472,12 +472,12 @@ class RolloutPool:
         answers, lost = await self._each(asked, GRACE_S)
         for index in answers:
             self.members[index].received = True
-        if self.spec.kind == "hf":  # can take the next update; vLLM cannot begin one anew
+        if self.spec.kind == "hf":  # can take the next update; vLLM cannot restart one
             lost = _dead(lost) or lost
         _raise_lost(lost)
 
     async def finish_update(self, version: int) -> None:
-        """Let the replicas that received everything sample from it; one that then reports another version
+        """Resume sampling on the replicas that received everything; one that then reports another version
         than `version` is lost."""
         ready = [i for i, member in sorted(self.members.items()) if member.received]
         answers, lost = await self._each({i: self._ask(i, Replica.finish_update, version) for i in ready})
@@ -494,17 +494,17 @@ class RolloutPool:
         _raise_lost(lost)
 
     async def score(self, tokens: tuple[int, ...]) -> dict[int, list[float]]:
-        """The log-probs of `tokens[1:]`, each after those before it, by every replica with its weights."""
+        """Return each replica's log-probs of `tokens[1:]`, each given its predecessors, under its weights."""
         indices = sorted(self.members)
         scored = await self._all(Replica.score, tokens, seconds=self.config.generate_timeout_s)
         return dict(zip(indices, scored, strict=True))
 
     async def sleep(self) -> None:
-        """Free the device that engines share with the learner."""
+        """Free the device that the engines share with the learner."""
         await self._all(Replica.sleep)
 
     async def wake(self) -> None:
-        """Take the device again, and sample."""
+        """Reload onto the device, and resume sampling."""
         await self._all(Replica.wake)
 
     async def call_workers(self, method: str, *args: Any) -> None:
@@ -523,8 +523,9 @@ class RolloutPool:
     async def _each(
         self, calls: dict[int, Coroutine[Any, Any, R]], grace_s: float | None = None
     ) -> tuple[dict[int, R], dict[int, EngineError]]:
-        """The answers by replica, and the errors of those that failed. Once one has, the others get
-        `grace_s` to end, since they may wait for it. Raises an error that is not an engine's fault."""
+        """Return the answers by replica, and the errors of those that failed. After the first failure, the
+        others get `grace_s` to end, since they may be waiting for it. Raises errors that are not an engine's
+        fault."""
         tasks = {index: asyncio.ensure_future(coroutine) for index, coroutine in calls.items()}
         answers: dict[int, R] = {}
         lost: dict[int, EngineError] = {}
@@ -565,13 +566,13 @@ class RolloutPool:
         return await self._answer(index, member, answer, seconds or self.config.control_timeout_s, what)
 
     async def _answer(self, index: int, member: Member, answer: Awaitable[R], seconds: float, what: str) -> R:
-        """Await an answer. Raises ReplicaDied where the replica or its engine is gone, or does not answer."""
+        """Await an answer. Raises ReplicaDied if the replica or its engine is gone, or does not answer."""
         try:
             result: R = await call(answer, seconds, what)
-        except (ActorDied, Overdue) as error:  # a replica that does not answer is as good as dead
+        except (ActorDied, Overdue) as error:  # a replica that does not answer is treated as dead
             raise ReplicaDied(index, str(error), member.serial) from error
         except Exception as error:
-            if type(error).__name__ in ("EngineDeadError", "EngineGenerateError"):  # of vLLM
+            if type(error).__name__ in ("EngineDeadError", "EngineGenerateError"):  # vLLM's error classes
                 raise ReplicaDied(index, f"{what}: {error}", member.serial) from error
             raise
         member.last_answer = time.monotonic()
@@ -583,7 +584,7 @@ def _dead(lost: dict[int, EngineError]) -> dict[int, EngineError]:
 
 
 def _raise_lost(lost: dict[int, EngineError]) -> None:
-    """Raise the errors of single replicas as one, if there are any."""
+    """Raise the errors of single replicas as one ReplicasLost, if there are any."""
     first = next(iter(lost.values()), None)
     if len(lost) == 1 and isinstance(first, ReplicaDied):
         raise first

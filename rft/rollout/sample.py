@@ -1,4 +1,4 @@
-"""Sample one prompt's group as the algorithm plans it, and score it.
+"""Sample one prompt's group according to the algorithm's plan, and score it.
 
 algorithm.rollouts -> requests (equal completions share one) -> completions -> rewards -> Group
 """
@@ -26,7 +26,7 @@ from rft.rewards.types import SampleReward
 from rft.rollout.engine import Generate, Generated, Request, Sampling
 from rft.utils.dotted import load_dotted
 
-# Features of one or two algorithms, loaded when a plan asks for them.
+# Features of one or two algorithms, imported only if a plan uses them.
 PAIRS = "rft.contrib.pairs.sample_pairs"  # an observer answers after a pioneer
 STEPS = "rft.contrib.step_values.value_steps"  # credit for the steps of a completion
 
@@ -42,7 +42,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class GroupSampler:
-    """Samples and scores groups; holds what all groups of a run share."""
+    """Sample and score groups; holds the state shared by all groups of a run."""
 
     algorithm: Algorithm
     generate: Generate
@@ -52,10 +52,10 @@ class GroupSampler:
     async def sample(
         self, prompt: Prompt, sampling: Sampling, name: str, step: int, progress: float
     ) -> tuple[Group, float]:
-        """The prompt's scored group, and the seconds that scoring took.
+        """Return the prompt's scored group, and the seconds that scoring took.
 
-        sampling: of ordinary completions; `n` is the group's size. name: unique among the requests in
-        flight. step: finished steps. progress: the share of the run that is done, 0 to 1.
+        sampling: for ordinary completions; `n` is the group size. name: unique among the requests in
+        flight. step: finished steps. progress: fraction of the run that is done, 0 to 1.
         """
         demonstration = (
             bool(demonstrations_of(prompt))
@@ -92,8 +92,8 @@ class GroupSampler:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the completions of one request have in common. `given`: the demonstrated tokens that they start
-    with; `whole`: these are the whole completion."""
+    """Properties shared by the completions of one request. `given`: the demonstrated tokens that they start
+    with; `whole`: these are the entire completion."""
 
     greedy: bool = False
     mixture: float = 0.0
@@ -110,7 +110,7 @@ async def sample_group(
     sampling: Sampling,
     render: Renderer,
 ) -> list[Completion]:
-    """Sample every completion of the plan, in its order; equal ones share a request."""
+    """Sample every completion of the plan, in plan order; equal ones share a request."""
     demonstrations: list[tuple[int, ...]] = []
     if any(rollout.prefix_share for rollout in plan):
         tools = read_tools(prompt.columns.get("tools"))
@@ -149,7 +149,8 @@ async def sample_group(
 def _kind(
     rollout: Rollout, demonstrations: Sequence[tuple[int, ...]], limit: int, rng: random.Random
 ) -> _Kind:
-    """The kind of one completion of the plan, with its random choices drawn. limit: tokens of a completion.
+    """Return the kind of one planned completion, with its random choices drawn. limit: tokens of a
+    completion.
 
     A prefix leaves at least two tokens of its demonstration and of the limit: the last one ends the answer,
     and a policy that is scored by its continuation must have one to write.
@@ -178,10 +179,10 @@ async def judge(
     training: bool = True,
 ) -> Judged:
     """Score one prompt's completions. progress: of the run, 0 to 1, for schedules. training False: held-out
-    completions, which are left out of the metrics of training rewards."""
+    completions, which do not count in the metrics of training rewards."""
     n = len(completions)
     texts: list[Any] = [c.text for c in completions]
-    if not isinstance(prompt.text, str):  # completions are written as their prompt is: text, or messages
+    if not isinstance(prompt.text, str):  # completions have the format of their prompt: text, or messages
         texts = [[{"role": "assistant", "content": text}] for text in texts]
     scored = await rewards.score(
         [prompt.text] * n,
@@ -222,14 +223,14 @@ def scored_group(judged: Judged, trained: list[bool]) -> Group:
 
 
 def continued(given: tuple[int, ...], g: Generated) -> Generated:
-    """A continuation with the tokens that it continues; given tokens have no log-prob of a sampler."""
+    """Prepend the given tokens to their continuation; given tokens have no sampler log-prob."""
     shift = len(given)
     versions = tuple((v, a + shift, b + shift) for v, a, b in g.versions)
     return Generated(given + g.tokens, (0.0,) * shift + g.logps, g.finish, versions)
 
 
 def completions_of(generated: Sequence[Generated], tokenizer: Any) -> list[Completion]:
-    """Completions with their text, without the tokens that ended it."""
+    """Convert to completions with text, without the tokens that ended it."""
     rows = [g.tokens[: text_length(g.tokens, tokenizer, stopped=g.finish == "stop")] for g in generated]
     return [
         Completion(tokens=g.tokens, text=text, finish=g.finish, logps=g.logps, versions=g.versions)
@@ -238,8 +239,8 @@ def completions_of(generated: Sequence[Generated], tokenizer: Any) -> list[Compl
 
 
 def decode(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
-    """Each row's text, special tokens included: tags such as `<think>` may be some."""
-    if not rows:  # for which a tokenizer returns one empty text
+    """Return each row's text, including special tokens: tags such as `<think>` may be special."""
+    if not rows:  # a tokenizer returns one empty text for no rows
         return []
     texts: list[str] = tokenizer.batch_decode(
         [list(row) for row in rows], skip_special_tokens=False, spaces_between_special_tokens=False
@@ -248,11 +249,11 @@ def decode(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
 
 
 def text_length(tokens: Sequence[int], tokenizer: Any, *, stopped: bool = False) -> int:
-    """How many of the tokens are text: all but the special ones at the end that end a sequence, pad it, or
-    mark turns, with the white space between those. (7, `</think>`, 8, `<|im_end|>`, "\\n", `<eos>`) gives 3.
+    """Return how many of the tokens are text: all but the trailing special ones that end or pad a sequence or
+    mark turns, and the white space between those. (7, `</think>`, 8, `<|im_end|>`, "\\n", `<eos>`) gives 3.
 
-    stopped: the last token stopped the engine: if it is special, it ends the sequence, unless it is half of a
-    pair of tags.
+    stopped: the last token stopped the engine: if it is special, it ends the sequence, unless it is half of
+    a pair of tags.
     """
     ends, special = _turn_tokens(tokenizer)
     if stopped and tokens and tokens[-1] in special and not _paired(special[tokens[-1]], special):
@@ -269,7 +270,7 @@ def text_length(tokens: Sequence[int], tokenizer: Any, *, stopped: bool = False)
 
 @lru_cache(maxsize=16)
 def _turn_tokens(tokenizer: Any) -> tuple[frozenset[int], dict[int, str]]:
-    """(the special tokens that end, pad or mark turns, all special tokens with their text)."""
+    """Return (special tokens that end, pad or mark turns; all special tokens with their text)."""
     special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     named = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
@@ -283,9 +284,9 @@ def _turn_tokens(tokenizer: Any) -> tuple[frozenset[int], dict[int, str]]:
 
 
 def _markup(tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text that the chat template puts around messages, whether none of it can be part of an answer).
+    """Yield (text that the chat template puts around messages, whether none of it can be part of an answer).
 
-    Its text around an assistant's message may hold a tag of the answer, such as an open `<think>`.
+    The text around an assistant's message may contain a tag of the answer, such as an open `<think>`.
     """
     from jinja2 import TemplateError
 
@@ -306,6 +307,6 @@ def _markup(tokenizer: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _paired(token: str, special: dict[int, str]) -> bool:
-    """Whether a token is a tag whose other half is a special token, too: `</answer>`, beside `<answer>`."""
+    """Whether a token is a tag whose other half is also a special token, as `</answer>` for `<answer>`."""
     tag = re.fullmatch(r"([<\[])(/?)(.*[>\]])", token)
     return tag is not None and f"{tag[1]}{'' if tag[2] else '/'}{tag[3]}" in special.values()

@@ -1,5 +1,5 @@
-"""vLLM as a rollout engine: AsyncLLM, token ids in and out, weights over vLLM's transfer API; also with the
-policy as a LoRA adapter, and taking turns with the learner on one device."""
+"""vLLM as a rollout engine: AsyncLLM with token ids in and out, and weights over vLLM's transfer API; also
+with the policy as a LoRA adapter, and colocated with the learner on one device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 
 
 def _version(label: str) -> int:
-    """The policy version of vLLM's label; vLLM's own label for weights that were never pushed is not one."""
+    """Parse the policy version from vLLM's label; vLLM's label for never-pushed weights gives -1."""
     return int(label) if label.isdigit() else _INITIAL_VERSION
 
 
@@ -32,10 +32,10 @@ class VLLMEngine:
         self._engine: Any = None
         self._version = _INITIAL_VERSION
         self._scored = count()
-        self._continued = False  # the last push left keys and values of the version before in place
+        self._continued = False  # the last push kept the KV cache of the previous version
 
     async def start(self) -> None:
-        """Start vLLM. Environment variables are read by vLLM's own worker processes."""
+        """Start vLLM. vLLM's worker processes read the environment variables."""
         config, on_cpu = self.spec.config, self.spec.device == "cpu"
         if on_cpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
@@ -60,22 +60,22 @@ class VLLMEngine:
             "skip_tokenizer_init": not config.sampling.stop,
             "trust_remote_code": self.spec.trust_remote_code,
             "logprobs_mode": "processed_logprobs",
-            "generation_config": "vllm",  # the model's own sampling defaults would bend the log-probs
+            "generation_config": "vllm",  # the model's sampling defaults would change the log-probs
             "weight_transfer_config": {"backend": self.spec.transport},
             "worker_extension_cls": "rft.sync.vllm_worker.Extension",
             "scheduler_cls": "rft.contrib.vllm_scheduler.collecting_scheduler",
-            "scheduling_policy": "priority",  # by arrival, but for `score`
+            "scheduling_policy": "priority",  # by arrival, except for `score`
             "disable_log_stats": True,
             "enable_log_requests": False,
         }
         if on_cpu:
-            # A prompt split over two engine steps rewinds its random generator, and a CPU generator
-            # cannot be rewound: seeded requests then kill the engine. So no prompt is ever split.
+            # A prompt split over two engine steps rewinds its random generator, but a CPU generator cannot be
+            # rewound: seeded requests would kill the engine. So prompts are never split.
             args |= {"enable_chunked_prefill": False}
             args["max_num_batched_tokens"] = max(8192, self.spec.max_model_len)
             if config.tensor_parallel == 1:
-                # vLLM's default on CPU is a separate worker process, for which the engine waits in a busy
-                # loop on a core that the worker needs. (It rewrites "uni" to that, not the class.)
+                # vLLM's default on CPU is a separate worker process, for which the engine busy-waits on a
+                # core that the worker needs. (vLLM rewrites "uni" to that default, but not the class.)
                 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
                 args["distributed_executor_backend"] = UniProcExecutor
@@ -87,7 +87,7 @@ class VLLMEngine:
 
         params = self._params(request.sampling)
         began = self._version
-        # With the salt, no prefix is shared with requests of another version, whose keys and values differ.
+        # The salt prevents sharing prefixes with requests of another version, whose keys and values differ.
         prompt = tokens_input(list(request.tokens), cache_salt=str(began))
         output = None
         sent = self._engine.generate(prompt, params, request_id=request.id, **self._request_args())
@@ -98,12 +98,12 @@ class VLLMEngine:
         ordered = sorted(output.outputs, key=lambda o: o.index)
         generated = [self._generated(request.id, o) for o in ordered]
         if self._continued and self._version != began:
-            # Its last tokens were sampled from keys and values of the version that began, too.
+            # Its last tokens were also sampled from keys and values of the version at its start.
             return [replace(g, versions=((began, 0, len(g.tokens)),)) for g in generated]
         return generated
 
     async def score(self, tokens: tuple[int, ...]) -> list[float]:
-        """Score ahead of the requests that wait. vLLM reads no prefix cache for log-probs of a prompt."""
+        """Score ahead of waiting requests. vLLM does not use the prefix cache for prompt log-probs."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
 
@@ -120,7 +120,7 @@ class VLLMEngine:
         return [row[token].logprob for token, row in rows]
 
     def _request_args(self) -> dict[str, Any]:
-        """Further arguments of every request to vLLM."""
+        """Additional arguments of every request to vLLM."""
         return {}
 
     def _params(self, s: Sampling) -> Any:
@@ -160,7 +160,7 @@ class VLLMEngine:
         if self.spec.transport == "ipc":
             info = {"packed": False}
         elif self.spec.transport in ("nccl", "sparse_nccl"):
-            # vLLM forgets the communicator that it has, and would never give its memory back.
+            # Otherwise vLLM would replace the old communicator without freeing its memory.
             await self._control("shutdown_weight_transfer", self._engine.shutdown_weight_transfer_engine())
             info |= {"master_address": link.host, "master_port": link.port}
             info |= {"packed": self.spec.transport == "nccl", "packed_buffer_size_bytes": nccl.PACKED_BYTES}
@@ -179,16 +179,16 @@ class VLLMEngine:
         await self._control("start_weight_update", self._engine.start_weight_update())
 
     async def _pause(self, mode: str, *, clear_cache: bool) -> None:
-        """As AsyncLLM's `pause_generation` does for models of text, but for its last 20 ms of sleep, in which
-        what was sampled last would be read: what reads it here needs no such order."""
+        """Pause like AsyncLLM's `pause_generation` for text models, without its final 20 ms sleep, which lets
+        late samples be read first: the reader here does not depend on that order."""
         pause = self._engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
-        # Draining takes as long as the completions in flight: the caller's deadline holds, not this one.
+        # Draining takes as long as the completions in flight: the caller's deadline applies, not this one.
         await (pause if mode == "wait" else self._control("pause", pause))
 
     async def receive(self, update: Update) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        for part in update.get("parts", [update]):  # in the order in which they are sent
+        for part in update.get("parts", [update]):  # in sending order
             request = WeightTransferUpdateRequest(part)
             await self._control("update_weights", self._engine.update_weights(request))
 
@@ -202,7 +202,7 @@ class VLLMEngine:
         await self._control("resume", self._engine.resume_generation())
 
     async def version(self) -> int:
-        """The version that vLLM itself reports; -1 before the first push."""
+        """The version that vLLM reports; -1 before the first push."""
         reported = await self._control("get_weight_version", self._engine.get_weight_version())
         return int(reported) if self._version >= 0 else _INITIAL_VERSION
 
@@ -220,10 +220,10 @@ class VLLMEngine:
 
 
 class VLLMAdapterEngine(VLLMEngine):
-    """vLLM with the policy as a LoRA adapter on an unchanged base. To vLLM every version is another adapter:
-    the prefix cache tells adapters apart by name, so a stale prefix cannot be taken for a fresh one.
+    """vLLM with the policy as a LoRA adapter on an unchanged base. Every version is a new adapter to vLLM:
+    the prefix cache distinguishes adapters by name, so a stale prefix cannot be used for a fresh one.
 
-    No request outlives its adapter: completions in flight end or are aborted before the next one comes.
+    No request outlives its adapter: completions in flight end or are aborted before the next adapter loads.
     """
 
     async def begin_update(self, in_flight: InFlight) -> None:
@@ -256,20 +256,20 @@ class VLLMAdapterEngine(VLLMEngine):
 
 
 class VLLMSleepingEngine(VLLMEngine):
-    """vLLM that sleeps while the learner has the device that the two share. Its weights wake for an update,
-    its KV cache only with `wake`: the learner is offloaded in between. Requests wait while it sleeps."""
+    """vLLM that sleeps while the learner uses their shared device. Its weights wake up for an update, its KV
+    cache only on `wake`: the learner is offloaded in between. Requests wait while it sleeps."""
 
     async def start(self) -> None:
-        # CUDA handles travel pickled, from this run's own learner.
+        # CUDA handles are sent pickled, by this run's learner.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-        if self.spec.device != "cpu":  # on a CPU sleeping is allowed without this, and frees nothing
+        if self.spec.device != "cpu":  # on CPU, sleeping is allowed without this, and frees nothing
             engine_args = {"enable_sleep_mode": True, **self.spec.engine_args}
             self.spec = replace(self.spec, engine_args=engine_args)
         await super().start()
 
     async def sleep(self) -> None:
-        """Drop weights and KV cache: the next push brings all weights. Nothing is in flight by then, since a
-        step's last completion has come."""
+        """Drop weights and KV cache: the next push sends all weights. Nothing is in flight at that time,
+        since the step's last completion has arrived."""
         await self._control("sleep", self._engine.sleep(level=2, mode="wait"))
 
     async def begin_update(self, in_flight: InFlight) -> None:
@@ -277,10 +277,10 @@ class VLLMSleepingEngine(VLLMEngine):
         await self._control("start_weight_update", self._engine.start_weight_update())
 
     async def resume(self) -> None:
-        """No-op: `wake` resumes, once there is a KV cache again."""
+        """No-op: `wake` resumes, once the KV cache exists again."""
 
     async def wake(self) -> None:
-        """Wake the KV cache, and sample again."""
+        """Wake the KV cache, and resume sampling."""
         awake: Any = await self._control("wake_up", self._engine.wake_up())
         if not awake:
             raise EngineError("vLLM woke up only in part: its weights or its KV cache are still asleep")
