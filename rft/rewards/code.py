@@ -186,7 +186,7 @@ class Code:
     scoring: `all` (1 if every test passes) or `fraction` of the tests passed; a program that crashes
         or exceeds its time limit in assert tests scores 0 in both modes.
     timeout_s: wall time of one program with its asserts, or of one stdin/stdout pair. cpu_s: its CPU time.
-        memory_mb, processes: limits for the program with all its children.
+        memory_mb, processes: limits for the program and its descendants.
     readable: further folders that it may read. require: protections without which this reward refuses to
         start; all by default. sandbox: `bubblewrap`, `native` (namespaces made by rft), `landlock`, or
         `auto`: the first of them that works here. tolerance: relative, for numbers in stdout.

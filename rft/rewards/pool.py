@@ -372,7 +372,7 @@ class Worker:
     def __init__(
         self, process: subprocess.Popen[bytes], board: mmap.mmap, where_fd: int, memory: int | None
     ) -> None:
-        self.process = process  # the worker's parent process, which ends as the worker does
+        self.process = process  # the worker's keeper, the parent process, which ends as the worker does
         self.memory = memory
         self.board = board
         self._where_fd = where_fd
@@ -414,7 +414,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The process that runs the rewards; its parent process until it has started."""
+        """Process id of the process that runs the rewards; of its keeper until it has started."""
         return int(WORKER.unpack_from(self.board, PROGRESS.size)[0]) or self.process.pid
 
     async def attach(self, sock: socket.socket) -> None:

@@ -103,15 +103,15 @@ def wrong(value: float = 0.0, detail: str = "") -> Score:
 
 
 def unparseable(value: float = 0.0, detail: str = "") -> Score:
-    """The completion contains nothing to judge, and scores `value`."""
+    """Return `value` for a completion that contains nothing to judge."""
     return Score(value, Outcome.unparseable, detail)
 
 
 def abstain(detail: str = "") -> Score:
-    """The reward does not apply to this sample."""
+    """Return a Score without a value: the reward does not apply to this sample."""
     return Score(None, Outcome.abstain, detail)
 
 
 def graded(value: float, detail: str = "", threshold: float = 0.5) -> Score:
-    """A continuous score: `correct` from `threshold` on, `wrong` below."""
+    """Return a continuous score: `correct` from `threshold` on, `wrong` below."""
     return Score(value, Outcome.correct if value >= threshold else Outcome.wrong, detail)

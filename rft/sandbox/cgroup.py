@@ -90,7 +90,7 @@ def kills(folder: int) -> int:
 
 @dataclass
 class Group:
-    """One control group for one process and its children. Created by `Groups`."""
+    """One control group for one process and its descendants. Created by `Groups`."""
 
     version: int
     name: str

@@ -1,4 +1,4 @@
-"""Run programs in the sandbox from the trusted side: start the zygote, send requests, read results."""
+"""Trusted side of the sandbox: start the zygote, send it programs, read the results, keep nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TestsError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits of a program with all its children.
+    """Resource limits of a program and its descendants.
 
     wall_s, cpu_s: seconds. memory: bytes in memory. processes: processes and threads. file: bytes of one
     file; scratch: of all files. output: bytes of stdout and of stderr. address_space: whether `memory` also
@@ -454,12 +454,12 @@ class _Running:
         self.group = None
 
     def stop(self, broken: str = "") -> None:
-        """Request the end of the process and all its children."""
+        """Request the end of the process and its descendants."""
         self.broken = self.broken or broken
         self._own.close(self.control)
 
     def read_status(self) -> bool:
-        """Read a part of the exit status; return False once the process and all its children are gone."""
+        """Read a part of the exit status; return False once the process and its descendants are gone."""
         part = os.read(self.status, 4096)
         self.said += part
         return bool(part)

@@ -448,7 +448,7 @@ def _run_source(steps: list[Step], names: Names, report: Report) -> None:
         except (Gone, CannotPass):
             raise
         except ModuleNotFoundError as error:
-            if error.name:  # raised by an import of the tests: the program's errors have no name
+            if error.name:  # raised by an import of the tests: the program's exceptions lose `name`
                 raise CannotPass(
                     f"the tests import {error.name!r}, which the sandbox's Python does not have"
                 ) from None

@@ -43,7 +43,7 @@ class Gone(BaseException):
 
 
 class CannotPass(BaseException):
-    """Tests passed a value to the program that cannot be transferred: an error in the tests."""
+    """Tests passed the program a value that cannot be transferred: an error in the tests only."""
 
 
 class Link:
@@ -237,7 +237,7 @@ def _unpack_named(unpack: Callable[[Any], Any], value: Any) -> Any:
     items = [unpack(v) for v in values]
     try:
         return _named_tuple(str(name), tuple(map(str, fields)))(*items)
-    except (ValueError, TypeError):  # a signature with unusual names
+    except (ValueError, TypeError):  # a named tuple with unusual field names
         return tuple(items)
 
 

@@ -1,6 +1,6 @@
 """`rft verify-resume`: check that a killed and resumed run equals an uninterrupted one.
 
-The config runs three times from the command line, as for a user: to the end; until it is killed with
+The config runs three times from the command line, like a user's runs: to the end; until it is killed with
 SIGKILL right after step K was logged; and again, to resume. Then the two run folders are compared.
 """
 

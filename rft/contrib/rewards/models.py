@@ -90,7 +90,7 @@ class _Classifier:
     def scores(self, texts: Sequence[Rendered], label: int | None) -> list[float]:
         """Return one number per text: the single logit, or that of `label` if there are several.
 
-        The logit of a regression model is returned unchanged, otherwise as log-odds.
+        Logits of a regression model are returned unchanged, those of a classifier as log-odds.
         """
         result = [0.0] * len(texts)
         for index, _, logits in self.batches(texts):
@@ -304,7 +304,7 @@ class ProcessRewardModel:
         return text, ends
 
     def _token(self, encoded: Any, row: int, text: Rendered, end: int) -> int | None:
-        """Return the row index of a step's last token; None if it was cut off on the left by `max_length`."""
+        """Return the index of a step's last token in its row; None if `max_length` cut it off on the left."""
         if isinstance(text, str):
             place: int | None = encoded.char_to_token(row, end)
             return place
