@@ -1,4 +1,4 @@
-"""What a run writes down: its metrics, events and samples, trackers, progress, guards."""
+"""Records of a run: metrics, events and samples, trackers, progress, guards."""
 
 from rft.metrics.log import RunLog
 from rft.metrics.names import is_documented, is_documented_event

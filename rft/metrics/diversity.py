@@ -1,4 +1,4 @@
-"""How much the completions of a batch differ from each other."""
+"""Metrics of how much the completions of a batch differ from each other."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from itertools import pairwise
 
 
 def diversity(completions: Sequence[Sequence[Hashable]], groups: Sequence[int]) -> dict[str, float]:
-    """Metrics of a batch's completions.
+    """Return diversity metrics of a batch's completions.
 
     completions: the tokens (or words) of each, [N]; groups: the prompt's group of each, [N].
 
-    Returns `completion/shared` (share of completions whose very tokens also answer another prompt),
-    `completion/duplicates` (share that repeat an earlier one of their own group), and
-    `completion/distinct_2` (different pairs of neighbouring tokens as a share of all pairs; Li et al.
-    2016, "A Diversity-Promoting Objective Function", section 5). {} for an empty batch.
+    Returns `completion/shared` (share of completions whose exact tokens also answer another prompt),
+    `completion/duplicates` (share that repeat an earlier one of the same group), and
+    `completion/distinct_2` (distinct bigrams as a share of all; Li et al. 2016, "A Diversity-Promoting
+    Objective Function", section 5). {} for an empty batch.
     """
     if not completions:
         return {}

@@ -1,7 +1,7 @@
 """Guards: checks of a run's health over its metrics so far, and `Guards`, which runs them after each step.
 
-A history is the list of rows of `metrics.jsonl`, oldest first; each function judges the newest row and
-returns a `Finding` or None. They cost a few slices a step, whatever the run's length.
+A history is the list of rows of `metrics.jsonl`, oldest first; each function checks the newest row and
+returns a `Finding` or None. They cost a few slices per step, independent of the run's length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ History = Sequence[Row]
 
 @dataclass(frozen=True)
 class Finding:
-    """A guard's complaint: its name, the number that it saw, and the limit that the number exceeds."""
+    """A triggered guard: its name, the measured value, and the limit that the value exceeds."""
 
     guard: str
     step: int
@@ -33,12 +33,12 @@ class Finding:
     action: Action = "warn"
 
     def fields(self) -> dict[str, Any]:
-        """The fields of the event `guard/NAME`."""
+        """Return the fields of the event `guard/NAME`."""
         return {name: value for name, value in asdict(self).items() if name != "guard"}
 
 
 class GuardStop(RuntimeError):
-    """A guard whose action is `stop` spoke."""
+    """A guard whose action is `stop` triggered."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(f"stopped by the guard {finding.guard!r}: {finding.message}")
@@ -46,7 +46,7 @@ class GuardStop(RuntimeError):
 
 
 def _values(rows: History, name: str) -> list[float]:
-    """The finite numbers of a metric."""
+    """Return the finite values of a metric."""
     found = (row.get(name) for row in rows)
     return [v for v in found if v is not None and math.isfinite(v)]
 
@@ -56,7 +56,7 @@ def _step(history: History) -> int:
 
 
 def non_finite(history: History, config: GuardsConfig) -> Finding | None:
-    """Loss or gradient norm is there, but NaN or infinite (null in a row that was written)."""
+    """Loss or gradient norm is present, but NaN or infinite (null in a written row)."""
     row = history[-1]
     for name in ("train/loss", "train/grad_norm"):
         if name in row:
@@ -98,7 +98,7 @@ def entropy_collapse(history: History, config: GuardsConfig) -> Finding | None:
 
 
 def length_explosion(history: History, config: GuardsConfig) -> Finding | None:
-    """The mean length of the last three steps is `length_factor` times that of the first `window`."""
+    """The mean length of the last three steps exceeds `length_factor` times that of the first `window`."""
     first = _values(history[: config.window], "completion/length_mean")
     recent = _values(history[-3:], "completion/length_mean")
     if len(history) <= config.window or not first or not recent:
@@ -114,7 +114,7 @@ def duplicates(history: History, config: GuardsConfig) -> Finding | None:
     """The same text answers different prompts (`completion/shared`); or the completions of a group are
     the same (`completion/duplicates`) although most are not correct. Means of three steps.
 
-    A policy that knows the answer may well repeat itself: that alone is no sign of illness."""
+    A policy that knows the answer may well repeat itself, so correct duplicates are not reported."""
     limit = config.duplicate_share
     shared = _values(history[-3:], "completion/shared")
     if shared and fmean(shared) > limit:
@@ -153,8 +153,8 @@ def reward_hacking(history: History, config: GuardsConfig) -> Finding | None:
 
 
 def stale_engines(history: History, config: GuardsConfig, staleness: int = 0) -> Finding | None:
-    """An engine gave no sign of life for `engine_silence` seconds (`engine/NAME/silence`), or a trained
-    completion is older than `age_limit` versions (`rollout/age_max`; no limit given: `staleness`)."""
+    """An engine's last successful health check is `engine_silence` seconds ago (`engine/NAME/silence`), or a
+    trained completion is older than `age_limit` versions (`rollout/age_max`; default limit: `staleness`)."""
     row = history[-1]
     silent = {
         name.split("/")[1]: value
@@ -173,14 +173,14 @@ def stale_engines(history: History, config: GuardsConfig, staleness: int = 0) ->
     return Finding("stale_engines", _step(history), age, float(limit), text)
 
 
-# They wait for `warmup` steps; `non_finite` and `stale_engines` do not.
+# Only checked after `warmup` steps, unlike `non_finite` and `stale_engines`.
 SLOW = (loss_spike, entropy_collapse, length_explosion, duplicates, reward_hacking)
 
 
 def check(
     history: History, config: GuardsConfig, staleness: int = 0, *, online: bool = False
 ) -> list[Finding]:
-    """The findings for the newest row of all guards that are not `off`, with the config's actions."""
+    """Run all guards that are not `off` on the newest row; return findings with the configured actions."""
     if not history:
         return []
     found = [non_finite(history, config), stale_engines(history, config, staleness)]
@@ -191,7 +191,7 @@ def check(
     return [Finding(**{**asdict(f), "action": actions[f.guard]}) for f in named if actions[f.guard] != "off"]
 
 
-MOST_ROWS = 8192  # of history in memory
+MOST_ROWS = 8192  # of history kept in memory
 WATCHED = frozenset(
     (
         "step", "train/loss", "train/grad_norm", "policy/entropy", "completion/length_mean",
@@ -202,9 +202,9 @@ WATCHED = frozenset(
 
 
 class Guards:
-    """Runs the guards after every step and keeps each from repeating itself.
+    """Run the guards after every step, without repeated reports.
 
-    online: the algorithm trains on completions that the policy samples, which decides some default actions.
+    online: the algorithm trains on completions sampled from the policy, which decides some default actions.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Guards:
         self._spoke: dict[str, int] = {}
 
     def observe(self, step: int, metrics: Row) -> list[Finding]:
-        """The findings for a step's metrics, worst (`stop`) first; `enforce` acts on them."""
+        """Return the findings for a step's metrics, worst (`stop`) first; `enforce` acts on them."""
         self._history.append(_watched({**metrics, "step": step}))
         self._thin()
         fresh = []
@@ -235,13 +235,14 @@ class Guards:
                 raise GuardStop(finding)
 
     def resume(self, run_dir: Path, step: int) -> None:
-        """Read the history of a run that is resumed at `step`: "at first" means the run's beginning."""
+        """Read the history of a run that is resumed at `step`, so that baselines include the run's
+        beginning."""
         rows = read_jsonl(run_dir / METRICS_FILE)
         self._history = [_watched(row) for row in rows if row["step"] <= step]
 
     def _thin(self) -> None:
-        """Forget rows that no guard reads any more, so that memory does not grow with the run: all but the
-        first and the last ones, the evaluations, and the steps up to the best one."""
+        """Drop rows that no guard reads any more, so that memory does not grow with the run: keep the first
+        and the last ones, the evaluations, and the steps up to the best one."""
         size, window = len(self._history), self.config.window
         if size < MOST_ROWS:
             return
@@ -253,5 +254,5 @@ class Guards:
 
 
 def _watched(row: Row) -> Row:
-    """The part of a row that guards look at."""
+    """Return the part of a row that guards read."""
     return {name: value for name, value in row.items() if name in WATCHED or name.endswith("/silence")}

@@ -2,7 +2,7 @@
 
 `metrics.jsonl` has one line per step, `samples.jsonl` completions to read, `events.jsonl` events with their
 times. A run that resumes at step k first moves the lines after k to `*.superseded.jsonl`: an earlier process
-wrote them, and these steps are taken again.
+wrote them, and these steps are repeated.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ METRICS_FILE, SAMPLES_FILE, EVENTS_FILE = "metrics.jsonl", "samples.jsonl", "eve
 
 
 class RunLog:
-    """The writer of a run folder. One process at a time writes; use it as a context manager.
+    """Write the log files of a run folder. Only one process may write at a time; use as a context manager.
 
     Args:
-        run_dir: the run's folder; made if it is not there.
-        total_steps: steps that the run is going to take; the first and the last one's samples are kept.
+        run_dir: the run's folder; created if missing.
+        total_steps: planned steps of the run; samples of the first and the last one are kept.
         tracking: trackers to feed, and how many samples to keep.
-        resumed_at: None for a new run; k for a run that goes on from a checkpoint of step k; -1 for one
+        resumed_at: None for a new run; k for a run that resumes from a checkpoint of step k; -1 for one
             that was interrupted before its first checkpoint and starts over.
         config: the resolved config as plain values, for trackers that show it.
 
     Raises:
-        FileExistsError: `resumed_at` is None and the folder has metrics already.
+        FileExistsError: `resumed_at` is None and the folder already has metrics.
         rft.metrics.trackers.TrackerMissing: a tracker's package is not installed.
     """
 
@@ -62,7 +62,7 @@ class RunLog:
             raise FileExistsError(
                 f"{metrics} has lines of an earlier run: resume that run, or choose another run folder"
             )
-        # Set-up of the trackers comes before the first write, so that a missing one leaves no trace.
+        # Trackers are set up before the first write, so that a missing one leaves nothing behind.
         self._trackers: list[Tracker] = open_trackers(
             tracking, self.run_dir, resumed_at=resumed_at, config=config or {}
         )
@@ -73,7 +73,7 @@ class RunLog:
             self._append_to(name) for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
         )
         self.last_step = max((row["step"] for row in read_jsonl(metrics)), default=-1)
-        # Splits whose samples the earlier process wrote for the step that this one resumes from.
+        # Splits whose samples an earlier process wrote for the step that is resumed from.
         self._there = {
             row["split"] for row in read_jsonl(self.run_dir / SAMPLES_FILE) if row["step"] == resumed_at
         }
@@ -97,11 +97,11 @@ class RunLog:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a step's line: `step`, `time/wall` and `metrics`. Every step has one line only.
 
-        NaN and infinities become null, and an event `metric/non_finite` names them. A run that goes on
-        from step k may log k again: the line that is there already stays, and an event says so.
+        NaN and infinities become null, and an event `metric/non_finite` names them. A run that resumes from
+        step k may log k again: the existing line stays, and an event reports it.
 
         Raises:
-            ValueError: `step` has its line already, or a later step has.
+            ValueError: `step`, or a later step, already has a line.
             TypeError: a value is not a number.
         """
         if step == self.last_step == self._resumed_at:
@@ -135,11 +135,11 @@ class RunLog:
         return step % self.tracking.sample_every == 0 or step >= self.total_steps
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keep some of a step's completions, if the step is one of those (`wants_samples`).
+        """Keep some of a step's completions if `wants_samples` is True for the step.
 
         rows: `prompt`, `completion` (text), `reward`, `scores`, `outcome`, `finish`, `version`, and
         `split` ("train", the default, or "eval"). At most `samples_kept` of each split are written,
-        spread evenly, so that an unchanging held-out set shows the same prompts every time.
+        evenly spaced, so that an unchanging held-out set shows the same prompts every time.
         """
         if not self.wants_samples(step):
             return
@@ -165,7 +165,7 @@ class RunLog:
         if not self._open_files:
             return
         self.event("run/closed", last_step=self.last_step, reason=reason)
-        with contextlib.ExitStack() as stack:  # every one is closed, and the first error is still raised
+        with contextlib.ExitStack() as stack:  # close every one; the first error is still raised
             for file in self._open_files:
                 stack.callback(file.close)
             for tracker in self._trackers:
@@ -186,7 +186,7 @@ class RunLog:
 
 
 def _number(name: str, value: Any) -> float:
-    """A Python number from one of Python, NumPy or a tensor of one element; integers stay integers."""
+    """Convert a Python, NumPy or one-element tensor number to a Python number; integers stay integers."""
     if isinstance(value, int | float):
         return int(value) if isinstance(value, int) else value
     item = getattr(value, "item", None)
@@ -197,7 +197,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _strict(value: Any) -> Any:
-    """The same value with NaN and infinities as text, which JSON has no numbers for."""
+    """Replace NaN and infinities, which JSON cannot represent, by text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -208,15 +208,15 @@ def _strict(value: Any) -> Any:
 
 
 def _write(file: Lines, row: Mapping[str, Any]) -> None:
-    """Write one line to the operating system, so that it survives the process."""
+    """Flush one line to the operating system, so that it survives the process."""
     text = json.dumps(_strict(row), ensure_ascii=False, allow_nan=False, default=repr)
-    # A lone surrogate (half of a character that sampling cut) cannot be UTF-8; show it as \udXXX.
+    # A lone surrogate (half of a character cut by sampling) cannot be UTF-8; show it as \udXXX.
     file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 class Lines:
-    """A file that grows by whole lines. While its disk is full, the newest `MOST_WAITING` lines wait in
-    memory: a full disk must not stop a long run."""
+    """A file that grows by whole lines. While its disk is full, the newest `MOST_WAITING` lines are buffered
+    in memory: a full disk must not stop a long run."""
 
     MOST_WAITING = 100_000
 
@@ -225,7 +225,7 @@ class Lines:
         self._waiting: list[bytes] = []
 
     def write(self, line: bytes) -> None:
-        """Append a line, after those that wait. Raises OSError for all but a full disk."""
+        """Append a line, after the buffered ones. Raises OSError for errors other than a full disk."""
         self._waiting.append(line)
         del self._waiting[: -self.MOST_WAITING]
         size = os.fstat(self._descriptor).st_size
@@ -234,7 +234,7 @@ class Lines:
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except OSError as error:
-            os.ftruncate(self._descriptor, size)  # no half line stays
+            os.ftruncate(self._descriptor, size)  # remove a partial line
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
         else:
@@ -245,14 +245,14 @@ class Lines:
 
 
 def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """At most `count` rows at even distances, the first one among them."""
+    """Return at most `count` evenly spaced rows, including the first."""
     if len(rows) <= count:
         return list(rows)
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def parse_line(line: str) -> dict[str, Any] | None:
-    """A line's object, or None where the line is torn (a process died, or is still writing) or no JSON."""
+    """Parse a line's object; None if it is torn (a process died, or is still writing) or not JSON."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -261,7 +261,7 @@ def parse_line(line: str) -> dict[str, Any] | None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; [] where there is no file. A torn line is left out."""
+    """Return the complete lines of a file; [] if it does not exist. A torn line is left out."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -271,8 +271,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def set_aside(path: Path, after: int) -> dict[str, Any] | None:
     """Move lines of steps later than `after`, and torn ones, to `NAME.superseded.jsonl`.
 
-    A process killed meanwhile loses nothing: the lines are flushed there before they are removed here, and
-    are not written twice when it is called again. Returns the fields of an event, None if nothing moved.
+    If the process is killed, nothing is lost: lines are flushed there before they are removed here, and a
+    second call does not write them twice. Returns the fields of an event, None if nothing moved.
     """
     kept, moved, steps = _divide(path, after)
     if not moved:
@@ -290,7 +290,7 @@ def set_aside(path: Path, after: int) -> dict[str, Any] | None:
 
 
 def _divide(path: Path, after: int) -> tuple[list[str], list[str], list[int]]:
-    """Lines to keep, lines to move (a torn one as `{"torn": text}`), and the moved lines' steps."""
+    """Return lines to keep, lines to move (a torn one as `{"torn": text}`), and the moved lines' steps."""
     kept: list[str] = []
     moved: list[str] = []
     steps: list[int] = []

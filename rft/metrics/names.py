@@ -1,5 +1,5 @@
-"""Every metric and event that a run writes, each documented once. `docs/metrics.md` is made from here
-(`python -m rft.tools.metric_docs > docs/metrics.md`), and a test fails when a run logs an unlisted name.
+"""Every metric and event that a run writes, each documented once. `docs/metrics.md` is generated from this
+file (`python -m rft.tools.metric_docs > docs/metrics.md`), and a test fails when a run logs an unlisted name.
 
 A `*` stands for any text, as in `reward/outcome/*`.
 """
@@ -24,8 +24,8 @@ METRICS: dict[str, Metric] = {
     "data/prompts": Metric("prompts handed out so far", "prompts"),
     "data/dropped": Metric("groups dropped so far", "groups"),
     "data/measured": Metric("prompts with a measured pass rate (train.curriculum)", "prompts"),
-    "data/pass_rate": Metric("mean of their pass rates", "share"),
-    "data/dropped/*": Metric("the same, for one reason", "groups"),
+    "data/pass_rate": Metric("mean pass rate of the measured prompts", "share"),
+    "data/dropped/*": Metric("groups dropped so far for one reason", "groups"),
     # -- reward
     "reward/mean": Metric("mean reward of the batch's completions"),
     "reward/std": Metric("standard deviation of the reward over the batch"),
@@ -35,12 +35,12 @@ METRICS: dict[str, Metric] = {
         "share of scores with this outcome: correct, wrong, unparseable, timeout, error, abstain", "share"
     ),
     "reward/dropped": Metric(
-        "completions that no reward could judge, and that left their group", "completions"
+        "completions that no reward could judge, removed from their group", "completions"
     ),
     "reward/demonstrated": Metric("mean reward of completions that start with a demonstration"),
-    "reward/own": Metric("mean reward of the completions that do not"),
+    "reward/own": Metric("mean reward of completions without a demonstration"),
     "reward/workers/killed": Metric("reward workers killed for exceeding their time, so far", "workers"),
-    "reward/workers/crashed": Metric("reward workers that died by themselves, so far", "workers"),
+    "reward/workers/crashed": Metric("reward workers that crashed, so far", "workers"),
     "reward/workers/recycled": Metric("reward workers replaced after their share of work, so far", "workers"),
     "reward/*/mean": Metric("mean score of one reward function, before its weight"),
     "reward/*/std": Metric("standard deviation of one reward function's score"),
@@ -66,12 +66,12 @@ METRICS: dict[str, Metric] = {
     "eval/outcome/*": Metric("share of held-out completions with this outcome", "share"),
     "eval/length_mean": Metric("mean length of held-out completions", "tokens"),
     "eval/truncated": Metric("share of held-out completions cut at the length limit", "share"),
-    "eval/loss": Metric("mean loss on held-out examples, by the algorithm's own unit (offline training)"),
+    "eval/loss": Metric("mean loss on held-out examples, per unit of the algorithm (offline training)"),
     "eval/nll": Metric("mean of -log p over the held-out (preferred) responses' tokens", "nats/token"),
     "eval/preference_accuracy": Metric(
         "share of held-out pairs whose preferred one is ahead in reward", "share"
     ),
-    "eval/preference_margin": Metric("by how much, mean over held-out pairs: implicit or learned reward"),
+    "eval/preference_margin": Metric("mean reward margin of held-out pairs, implicit or learned"),
     "eval/reward_good": Metric("implicit reward of held-out responses labelled good, mean"),
     "eval/reward_bad": Metric("implicit reward of held-out responses labelled bad, mean"),
     "eval/label_accuracy": Metric("share of held-out labels that the implicit reward predicts", "share"),
@@ -83,7 +83,7 @@ METRICS: dict[str, Metric] = {
     "preference/accuracy": Metric(
         "share of the step's pairs whose preferred one is ahead in reward", "share"
     ),
-    "preference/margin": Metric("by how much, mean over the pairs' tokens"),
+    "preference/margin": Metric("mean reward margin over the pairs' tokens"),
     "preference/chosen": Metric("log-prob per token of the preferred responses", "nats/token"),
     "preference/rejected": Metric("log-prob per token of the other responses", "nats/token"),
     "preference/reward": Metric("mean reward of a reward model over the responses' tokens"),
@@ -92,9 +92,9 @@ METRICS: dict[str, Metric] = {
     "policy/kl": Metric("divergence of the policy from the one that sampled, k3 estimate", "nats/token"),
     "policy/kl_ref": Metric("divergence of the policy from the reference, k3 estimate", "nats/token"),
     "policy/divergence": Metric("full divergence of the policy from the teacher", "nats/token"),
-    "policy/kl_coefficient": Metric("weight of the KL term in this step, where it adapts (`kl_target`)"),
+    "policy/kl_coefficient": Metric("weight of the KL term in this step, if it is adaptive (`kl_target`)"),
     "policy/entropy": Metric("entropy of the policy, mean over sampled tokens", "nats/token"),
-    "policy/clip_fraction": Metric("share of tokens whose ratio the clip cut off", "share"),
+    "policy/clip_fraction": Metric("share of tokens whose ratio is clipped", "share"),
     "policy/ratio": Metric("ratio of the policy to the behaviour policy, mean over tokens"),
     "policy/ratio_spread": Metric("distance of that ratio from 1, mean over tokens"),
     "policy/advantage_mean": Metric("mean advantage over tokens"),
@@ -107,17 +107,17 @@ METRICS: dict[str, Metric] = {
     "train/loss": Metric("loss of the whole batch, by the algorithm's normalisation"),
     "train/grad_norm": Metric("norm of the gradient before clipping"),
     "train/learning_rate": Metric("learning rate of this step"),
-    "train/tokens": Metric("tokens that went through the learner in this step", "tokens"),
+    "train/tokens": Metric("tokens processed by the learner in this step", "tokens"),
     "train/loss_tokens": Metric("tokens that the loss acted on in this step", "tokens"),
     "train/micro_batches": Metric("micro-batches that the step was split into", "micro-batches"),
     "train/updates": Metric(
-        "optimizer updates in this step: inner epochs times mini-batches, less those without a trained token",
+        "optimizer updates in this step: inner epochs times mini-batches, minus those without a trained token",
         "updates",
     ),
-    "train/skipped": Metric("updates left out because the gradient was not finite", "updates"),
+    "train/skipped": Metric("updates skipped because the gradient was not finite", "updates"),
     "critic/loss": Metric("loss of the critic, mean over tokens"),
     "critic/explained_variance": Metric("share of the returns' variance that the critic predicts"),
-    "copy/*": Metric("a number of the learner of the second copy of the model, where two are trained"),
+    "copy/*": Metric("a metric of the second copy's learner, if two copies of the model are trained"),
     # -- completions
     "completion/length_mean": Metric("mean length of the completions", "tokens"),
     "completion/length_std": Metric("standard deviation of the completions' length", "tokens"),
@@ -134,9 +134,9 @@ METRICS: dict[str, Metric] = {
     "rollout/age_max": Metric("largest age of a trained completion", "versions"),
     "rollout/age/*": Metric("share of trained completions with exactly this age", "share"),
     "rollout/tokens": Metric("tokens sampled for this step", "tokens"),
-    "rollout/inflight": Metric("prompts at the engines when the step ended", "prompts"),
+    "rollout/inflight": Metric("prompts in flight when the step ended", "prompts"),
     "rollout/waiting": Metric("free or waiting slots when the step ended", "slots"),
-    "rollout/requeued": Metric("prompts sent out a second time after a fault, so far", "prompts"),
+    "rollout/requeued": Metric("prompts resent after a fault, so far", "prompts"),
     "rollout/versions_mean": Metric("mean number of policy versions that a completion spans", "versions"),
     "engine/alive": Metric("engines that answer", "engines"),
     "engine/*/version": Metric("policy version that an engine holds", "version"),
@@ -172,12 +172,12 @@ METRICS: dict[str, Metric] = {
     "time/reference": Metric("scoring before the updates: reference and old log-probs, values", "s"),
     "time/train": Metric("forward, backward, optimizer", "s"),
     "time/sync": Metric("pushing weights and waiting for all engines", "s"),
-    "time/sync_announce": Metric("part of time/sync before the engines stand still: reading, writing", "s"),
+    "time/sync_announce": Metric("part of time/sync before the engines are paused: reading, writing", "s"),
     "time/proof": Metric("from the push to the proof that it arrived, while engines sample", "s"),
-    "time/switch": Metric("falling asleep and waking of learner and engine (sync.transport: ipc)", "s"),
-    "time/sync_measure": Metric("part of time/sync spent on measuring what changed", "s"),
+    "time/switch": Metric("offloading and reloading learner and engine (sync.transport: ipc)", "s"),
+    "time/sync_measure": Metric("part of time/sync spent on measuring changes", "s"),
     "time/eval": Metric("held-out evaluation", "s"),
-    "time/checkpoint": Metric("time that the checkpoint held the step up", "s"),
+    "time/checkpoint": Metric("time that the step waited for the checkpoint", "s"),
     "throughput/tokens_per_s": Metric("sampled and trained completion tokens per second of step", "tokens/s"),
     "throughput/train_tokens_per_s": Metric("the learner's tokens per second of time/train", "tokens/s"),
     "throughput/samples_per_s": Metric("completions per second of step", "completions/s"),
@@ -187,7 +187,7 @@ METRICS: dict[str, Metric] = {
         "and to rollout (sync.transport: ipc)",
         "bytes",
     ),
-    "memory/learner_peak": Metric("most that the learner held on that GPU since the last push", "bytes"),
+    "memory/learner_peak": Metric("peak bytes of the learner on that GPU since the last push", "bytes"),
 }
 
 EVENTS: dict[str, str] = {
@@ -195,10 +195,10 @@ EVENTS: dict[str, str] = {
     "run/closed": "the process stopped writing: last_step, reason (done, stopped, or the error)",
     "run/superseded": "lines after the resume point were set aside: file, lines, first_step, last_step",
     "run/stopping": "a stop was requested: signal (and who sent it)",
-    "run/stopped": "stopped on request: step, signal, saved (step of the checkpoint that stands), error",
+    "run/stopped": "stopped on request: step, signal, saved (step of the last checkpoint), error",
     "run/failed": "ended by an error: step, error",
     "phase/started": "a part of a step (rollout, train, sync) began: phase, step",
-    "phase/ended": "it ended: phase, step, seconds",
+    "phase/ended": "a part of a step ended: phase, step, seconds",
     "version/proved": "every replica scores fixed tokens as the learner does: version, tokens, gaps",
     "version/pushed": "weights reached the engines: version, seconds, bytes, engines",
     "group/trained": "a step's groups were trained on: step, prompts ([epoch, row] each), ages",
@@ -206,16 +206,16 @@ EVENTS: dict[str, str] = {
     "group/requeued": "a request was sent out again: request, reason",
     "checkpoint/saved": "a checkpoint is complete: step, path, seconds, held (seconds that training waited)",
     "checkpoint/rejected": "a resume passed over a damaged checkpoint: path, reason",
-    "checkpoint/restored": "the run went on from it: step, path",
+    "checkpoint/restored": "the run resumed from a checkpoint: step, path",
     "eval/done": "a held-out evaluation ended: step, accuracy (offline: loss), seconds",
     "fault/*": "a part failed: part, what, action (what happens next), and the work it held",
     "engine/started": "an engine answers: engine, version, node, seconds",
     "engine/lost": "an engine no longer answers: engine, reason, held (work it had)",
-    "engine/rebuilt": "it was rebuilt and holds the current version: engine, version, seconds",
+    "engine/rebuilt": "an engine was rebuilt and holds the current version: engine, version, seconds",
     "engine/health": "health check: engine, version, inflight",
-    "guard/*": "a guard spoke: step, value, limit, message, action (warn or stop)",
+    "guard/*": "a guard triggered: step, value, limit, message, action (warn or stop)",
     "metric/non_finite": "metrics were NaN or infinite and were written as null: step, values",
-    "metric/repeated": "the step that a run resumed at was logged again; its line was there: step",
+    "metric/repeated": "the step that a run resumed at was logged again and its line kept: step",
 }
 
 
@@ -228,7 +228,7 @@ _METRIC, _EVENT = _pattern(METRICS), _pattern(EVENTS)
 
 
 def is_documented(name: str) -> bool:
-    """True if `name` is a metric of the table (a `*` there matches any text that is not empty)."""
+    """True if `name` is a metric of the table (`*` matches any non-empty text)."""
     return _METRIC.fullmatch(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal: a live display, or plain lines. All on stderr.
+"""The progress of a run on stderr: a live display, or plain lines.
 
 with Progress(total_steps=150, title="arithmetic") as progress:
     progress.stage("starting the rollout engine")
@@ -40,7 +40,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 0.42 s, 8.3 s, 3 min 07 s, 5 h 12 min, 2 d 03 h."""
+    """Format seconds for people: 0.42 s, 8.3 s, 3 min 07 s, 5 h 12 min, 2 d 03 h."""
     if seconds < 60:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -51,8 +51,8 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """A series as one line of at most `width` block characters, each the mean of a stretch of it, scaled
-    between the line's extremes."""
+    """Draw a series as one line of at most `width` block characters, each the mean of a stretch of values,
+    scaled between the line's extremes."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -64,7 +64,7 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 
 def phase_bar(times: Mapping[str, float], width: int) -> Text:
-    """The shares of a step's time as one coloured bar with a legend."""
+    """Draw the shares of a step's time as one coloured bar with a legend."""
     known = {key: times[key] for key in PHASES if times.get(key, 0.0) > 0}
     total = sum(known.values())
     bar, legend = Text(), Text()
@@ -77,7 +77,7 @@ def phase_bar(times: Mapping[str, float], width: int) -> Text:
 
 
 class ProgressState:
-    """The contents of both displays: the newest numbers and the time left."""
+    """The state of both displays: the newest numbers and the time left."""
 
     def __init__(self, total_steps: int, title: str) -> None:
         self.total_steps, self.title = total_steps, title
@@ -100,14 +100,14 @@ class ProgressState:
 
     @property
     def seconds_left(self) -> float | None:
-        """By the pace of the last 30 steps, evaluations and checkpoints included; None before two steps."""
+        """Estimate from the last 30 steps, evaluations and checkpoints included; None before two steps."""
         if len(self._ends) < 2 or self._ends[-1][0] <= self._ends[0][0]:
             return None
         (first, began), (last, ended) = self._ends[0], self._ends[-1]
         return (self.total_steps - self.step) * (ended - began) / (last - first)
 
     def line(self) -> str:
-        """The newest step as one plain line."""
+        """Format the newest step as one plain line."""
         m = self.metrics
         parts = [f"step {self.step}/{self.total_steps}"]
         for name, label in (("reward/mean", "reward"), ("eval/accuracy", "accuracy"), ("train/loss", "loss")):
@@ -121,14 +121,14 @@ class ProgressState:
 
 
 class Progress:
-    """Live display on a terminal, plain lines elsewhere.
+    """Show a live display on a terminal, plain lines elsewhere.
 
     Args:
         total_steps: steps of the whole run (a resumed one counts from its start).
         title: the run's name.
-        display: "live", "plain", "off"; "auto" takes live if `stream` is a terminal, else plain.
-        stream: where to write; stderr by default, so that stdout stays clean for JSON.
-        line_every: seconds between two plain step lines at least. Steps with an evaluation, and the
+        display: "live", "plain", "off"; "auto" selects live if `stream` is a terminal, else plain.
+        stream: output stream; stderr by default, so that stdout stays clean for JSON.
+        line_every: minimum seconds between two plain step lines. Steps with an evaluation, and the
             last one, are always printed.
     """
 
@@ -164,18 +164,18 @@ class Progress:
     # -- reports of the run ------------------------------------------------------------------------
 
     def stage(self, text: str) -> None:
-        """A part outside of the steps, such as starting the engine. Ends with the next stage or step."""
+        """Show a part outside of the steps, such as starting the engine. Ends with the next stage or step."""
         self.state.stage, self.state.stage_since = text, time.monotonic()
         self.state.phase = None
         if self._display == "plain":
             self._say(f"{text} ...")
 
     def phase(self, name: str, done: int, total: int) -> None:
-        """Progress within a part of a step or stage; live display only, since it changes too often."""
+        """Show progress within a step or stage; live display only, since it changes too often."""
         self.state.phase = (name, done, total)
 
     def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """A step is done. `metrics` as written to `metrics.jsonl`."""
+        """Show a finished step. `metrics` as written to `metrics.jsonl`."""
         self.state.update(step, metrics)
         if self._display != "plain":
             return
@@ -186,7 +186,7 @@ class Progress:
             self._say(self.state.line())
 
     def note(self, text: str) -> None:
-        """Print a line that stays: a warning, a checkpoint, a fault."""
+        """Print a permanent line: a warning, a checkpoint, a fault."""
         if self._display != "off":
             self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
@@ -214,7 +214,7 @@ class Progress:
 
 
 def render(state: ProgressState, width: int, spinner: Spinner) -> RenderableType:
-    """The live display's frame: stage or numbers, the bar, and where the time goes."""
+    """Render the live display's frame: stage or numbers, the bar, and the time shares."""
     inner = max(20, width - 6)
     parts: list[RenderableType] = []
     if state.stage:
@@ -257,7 +257,7 @@ def _bar(total: int, completed: int, width: int) -> ProgressBar:
 
 
 def _numbers(state: ProgressState) -> Table:
-    """Reward and accuracy with their course so far, step time and time left."""
+    """Show reward and accuracy with their history, step time and time left."""
     m = state.metrics
     table = Table.grid(padding=(0, 2))
     for label, name, series in (

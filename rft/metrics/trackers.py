@@ -18,14 +18,14 @@ class TrackerMissing(ImportError):
 
 
 class Tracker(Protocol):
-    """A place to send numbers to. `log` gets finite numbers only."""
+    """A destination for metrics. `log` gets finite numbers only."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
-# Tracker -> modules that can do it, the first one installed is taken.
+# Tracker -> modules that implement it; the first installed one is used.
 MODULES: dict[TrackerName, tuple[str, ...]] = {
     "tensorboard": ("torch.utils.tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -48,7 +48,7 @@ def import_module(tracker: TrackerName) -> ModuleType:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested settings to dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""The transport `adapter`: only LoRA factors are sent, which vLLM applies to its own copy of the base."""
+"""The transport `adapter`: send only LoRA factors, which vLLM applies to its copy of the base."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rft.config.learner import AdapterConfig
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM reserves room for
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM reserves memory for
 
 
 def engine_args(adapter: AdapterConfig) -> dict[str, Any]:
-    """vLLM's arguments for an adapter."""
+    """Return vLLM's arguments for an adapter."""
     rank = next(r for r in _RANKS if r >= adapter.lora_rank)
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
@@ -21,7 +21,7 @@ def engine_args(adapter: AdapterConfig) -> dict[str, Any]:
 def load_adapter(manager: Any, version: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Replace the adapter in a vLLM worker's LoRA manager.
 
-    tensors: by peft's names. settings: peft's config of it. Raises ValueError for what vLLM refuses.
+    tensors: by peft's names. settings: peft's config of it. Raises ValueError for adapters that vLLM rejects.
     """
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper

@@ -1,4 +1,5 @@
-"""Measure how much of the weights a step changes in bfloat16: most of Adam's small steps round away."""
+"""Measure how much of the weights a step changes in bfloat16: most of Adam's small steps round to no
+change."""
 
 from __future__ import annotations
 
@@ -14,14 +15,15 @@ Changes = tuple[dict[str, int], dict[str, int]]
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers of its size, flat: unlike values, NaN equals itself and 0 is not -0."""
+    """Return the tensor's bits as flat integers of its size: unlike values, NaN equals NaN and 0 is not
+    -0."""
     return tensor.reshape(-1).view(_BITS[tensor.element_size()])
 
 
 class ChangeMeter:
-    """Counts the elements whose bfloat16 bits differ from the push before.
+    """Count the elements whose bfloat16 bits differ from the previous push.
 
-    Keeps the weights in bfloat16 in the learner's host memory: 2 bytes a parameter. Cost per push: one
+    Keeps the weights in bfloat16 in the learner's host memory: 2 bytes per parameter. Cost per push: one
     cast, one comparison and one copy of every tensor.
     """
 
@@ -31,7 +33,7 @@ class ChangeMeter:
         self.changes: dict[str, int] = {}
 
     def observe(self, name: str, tensor: Tensor) -> None:
-        """Compare a tensor with its earlier state, which it replaces."""
+        """Compare a tensor with its stored state, then replace that."""
         now = tensor.detach().to("cpu", torch.bfloat16, copy=True)
         before = self.known.get(name)
         if before is not None:
@@ -40,13 +42,13 @@ class ChangeMeter:
         self.known[name] = now
 
     def take(self) -> Changes:
-        """The changes since the last call; empty after the first push."""
+        """Return the changes since the last call; empty after the first push."""
         changes, self.changes, self.sizes = (self.changes, self.sizes), {}, {}
         return changes
 
 
 def change_metrics(changes: dict[str, int], sizes: dict[str, int], measure: Measure) -> dict[str, float]:
-    """Shares of changed elements: of all, and the extremes over matrices; of each where asked for."""
+    """Return shares of changed elements: overall, the extremes over matrices, and per matrix if requested."""
     if measure == "off" or not changes:
         return {}
     shares = {name: changes[name] / sizes[name] for name in changes if sizes[name]}

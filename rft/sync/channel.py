@@ -7,7 +7,7 @@
     resume     engines sample; they and the learner score the same fixed tokens, which proves the push
 
 Two invariants: no engine samples between `begin_update` and `finish_update`, and `push` returns only
-when every live engine reports the version that was sent. That the *numbers* arrived is what the proof shows:
+when every live engine reports the version that was sent. The proof verifies that the *numbers* arrived:
 `proved` compares the log-probs of both sides before the learner's next update.
 
     channel = WeightChannel(learner, engines, spec, "keep")
@@ -16,7 +16,7 @@ when every live engine reports the version that was sent. That the *numbers* arr
     proof = await channel.proved()   # before the learner's next update
 
 One class serves all transports: they differ in the learner's sender (`publisher.py`) and the engines'
-receiver (`gloo.py`, `vllm_worker.py`), which understand each other's announcements.
+receiver (`gloo.py`, `vllm_worker.py`), which share the announcement format.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ R = TypeVar("R")
 
 
 class Engines(Protocol):
-    """All replicas, as a weight channel sees them. Each call goes to all; those of a push raise ReplicasLost
-    once all have ended their part."""
+    """All replicas, as used by a weight channel. Each call goes to all; the calls of a push raise
+    ReplicasLost once all replicas have ended their part."""
 
     @property
     def workers(self) -> Sequence[int]:
-        """Workers of each replica that receive weights."""
+        """Number of workers of each replica that receive weights."""
 
     async def join(self, links: list[Link]) -> None: ...
 
@@ -63,7 +63,7 @@ class Engines(Protocol):
 
 @dataclass(frozen=True)
 class PushReport:
-    """The cost of a push: bytes sent to each engine, seconds in all, seconds before the engines were paused,
+    """The cost of a push: bytes sent to each engine, total seconds, seconds before the engines were paused,
     and the learner's measurements."""
 
     version: int
@@ -86,9 +86,9 @@ class PushReport:
 
 
 class WeightChannel:
-    """From learner rank 0 to all workers of all replicas. Callers never branch on the transport.
+    """Push weights from learner rank 0 to all workers of all replicas. Callers never branch on the transport.
 
-    Where learner and engines share a device (`ColocatedChannel`), they take turns: the learner computes only
+    If learner and engines share a device (`ColocatedChannel`), they take turns: the learner computes only
     after `before_step`, and an engine starts only after `before_start`.
     """
 
@@ -106,7 +106,7 @@ class WeightChannel:
         self.in_flight: InFlight = in_flight
         self.timeout_s = spec.config.timeout_s
         self.proof = proof
-        self._unproven = True  # nothing was proven since the engines joined
+        self._unproven = True  # no push was proven since the engines joined
         self._proving: asyncio.Task[Proof] | None = None
 
     async def before_start(self) -> None:
@@ -116,7 +116,7 @@ class WeightChannel:
         """No-op: learner and engines use separate devices."""
 
     async def connect(self) -> None:
-        """Form the group again: learner rank 0, then each replica's workers. The next push is full, and
+        """Form the group again: learner rank 0, then each replica's workers. The next push is full, and is
         proven."""
         self._drop_proof()
         self._unproven = True
@@ -136,9 +136,9 @@ class WeightChannel:
             raise
 
     async def push(self, version: int) -> PushReport:
-        """Raises ReplicasLost where some replicas failed: the others hold the version, or are paused until
-        the next push, before which the channel has to be formed again. Raises another EngineError where it is
-        not known which, ActorDied when the learner is gone."""
+        """Push a version to all replicas. Raises ReplicasLost if some replicas failed: the others hold the
+        version, or stay paused until the next push, before which `connect` must be called. Raises another
+        EngineError if the failed replica is unknown, ActorDied when the learner is gone."""
         start = time.perf_counter()
         self._drop_proof()
         update = await self.learner.announce(version)
@@ -160,9 +160,9 @@ class WeightChannel:
         return PushReport(version, sent.bytes, seconds, announced, sent.tensors, sent.metrics)
 
     async def _both(self, what: str, learner: Awaitable[R], engines: Awaitable[None], limit_s: float) -> R:
-        """The learner's answer, once the engines have done their part too. Where one side fails, the other
-        fails with it, so the engines' error is raised first: it names the lost replicas. A mistake in the
-        program is raised as it is."""
+        """Return the learner's answer once the engines have done their part too. If one side fails, the other
+        fails with it, so the engines' error is raised first: it names the lost replicas. Programming errors
+        are raised unchanged."""
         answer, part = asyncio.ensure_future(_plain(learner)), asyncio.ensure_future(_plain(engines))
         try:
             await asyncio.wait((answer, part), timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -186,7 +186,7 @@ class WeightChannel:
     def _begin_proof(self, version: int) -> None:
         """Have both sides score the fixed tokens, while engines sample.
 
-        The learner is asked here, ahead of any call that changes its weights or moves them off the device.
+        The learner is called here, before any call that changes its weights or moves them off the device.
         """
         if self.proof is None or not (self._unproven or version % self.proof.every == 0):
             return
@@ -205,8 +205,8 @@ class WeightChannel:
         return proof
 
     async def proved(self) -> Proof | None:
-        """The proof of the last push, once; None where none was due. Raises LogpGapError where a replica's
-        log-probs are not the learner's, ReplicaDied where a replica died before it scored."""
+        """Return the proof of the last push, once; None if none was due. Raises LogpGapError if a replica's
+        log-probs differ from the learner's, ReplicaDied if a replica died before it scored."""
         task, self._proving = self._proving, None
         return None if task is None else await task
 
@@ -226,5 +226,5 @@ async def _plain(answer: Awaitable[R]) -> R:
 
 
 def _error(task: asyncio.Future[Any]) -> BaseException | None:
-    """The error that a task has raised; None while it runs."""
+    """Return the error that a task has raised; None while it runs."""
     return task.exception() if task.done() else None

@@ -20,7 +20,7 @@ from rft.utils.files import UNFINISHED, write_atomic
 
 
 def digest(base: str, tensors: Iterable[Tensor]) -> str:
-    """Hex digest of `base` and the bytes of CPU tensors, in order."""
+    """Return the hex digest of `base` and the bytes of CPU tensors, in order."""
     hashed = hashlib.blake2b(base.encode(), digest_size=16)
     for tensor in tensors:
         hashed.update(bits(tensor.contiguous()).view(torch.uint8).numpy().data)
@@ -28,8 +28,8 @@ def digest(base: str, tensors: Iterable[Tensor]) -> str:
 
 
 class FileSender(Sender):
-    """Writes the file in `announce`. It appears by a rename, so that no engine reads half of one. The version
-    before is kept until the next push: an engine may still have it mapped."""
+    """Write the file in `announce`, renamed into place, so that no engine reads an incomplete file. The
+    previous version is kept until the next push: an engine may still have it mapped."""
 
     early: ClassVar[bool] = True
 
@@ -38,7 +38,7 @@ class FileSender(Sender):
         self.folder = Path(spec.folder)
         self.written = 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        clear(self.folder, keep=0)  # what a killed run left
+        clear(self.folder, keep=0)  # remains of a killed run
 
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
         clear(self.folder, keep=1)
@@ -64,8 +64,8 @@ def write(path: Path, tensors: dict[str, Tensor], version: int) -> None:
 
 
 def read_update(update: Update) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of an announced file, in order, without a copy. Raises TransferError where the file
-    is missing or broken, or does not hold the bytes that were written."""
+    """Yield the tensors of an announced file, in order, without a copy. Raises TransferError if the file is
+    missing or broken, or if its bytes do not match the digest."""
     from safetensors import SafetensorError, safe_open
 
     path = update["path"]
@@ -93,6 +93,6 @@ def clear(folder: Path, keep: int) -> None:
 
 
 def remove(folder: str | None) -> None:
-    """Remove a run's folder of weight files; None and a folder that does not exist are not errors."""
+    """Remove a run's folder of weight files; None or a missing folder is not an error."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from rft.utils.network import use_interface_of
 
 BUCKET_BYTES = 64 * 2**20
 CALLED_OFF = "called off"
-SPARSE_RECEIVER = "rft.contrib.sparse_sync.delta.SparseReceiver"  # the engines' state of sparse updates
+SPARSE_RECEIVER = "rft.contrib.sparse_sync.delta.SparseReceiver"  # the engines' state for sparse updates
 
 
 # -- the group ---------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def open_group(
 ) -> Any:
     """Join (rank 0: open) a gloo group that is independent of torch.distributed's default group.
 
-    Raises TransferError or RuntimeError when the others do not come in time, or the group is called off.
+    Raises TransferError or RuntimeError if the other ranks do not join in time, or if the group is cancelled.
     """
     use_interface_of(host)
     timeout = timedelta(seconds=timeout_s)
@@ -46,7 +46,7 @@ def open_group(
 
 
 def _wait_for_all(store: TCPStore, rank: int, world_size: int, timeout_s: float) -> None:
-    """Return once every rank is here. Gloo itself cannot be interrupted while it waits for one."""
+    """Return once every rank has arrived. Gloo itself cannot be interrupted while it waits for a rank."""
     deadline = time.monotonic() + timeout_s
     store.set(f"here/{rank}", "")
     while not store.check([f"here/{r}" for r in range(world_size)]):
@@ -60,14 +60,14 @@ def _wait_for_all(store: TCPStore, rank: int, world_size: int, timeout_s: float)
 
 def call_off(host: str, port: int) -> None:
     """Make the ranks that wait in `open_group` raise TransferError. No error if none waits."""
-    with contextlib.suppress(RuntimeError):  # torch's errors of stores and networks
+    with contextlib.suppress(RuntimeError):  # torch raises it for store and network errors
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
         store.set(CALLED_OFF, "")
 
 
 def plan_buckets(manifest: Manifest) -> list[list[int]]:
-    """Indices of consecutive tensors of one dtype that travel together, at most BUCKET_BYTES each (a larger
-    tensor travels alone)."""
+    """Plan buckets: indices of consecutive tensors of one dtype, at most BUCKET_BYTES each (a larger tensor
+    gets a separate bucket)."""
     buckets: list[list[int]] = []
     size, dtype = 0, ""
     for index, (_, tensor_dtype, shape) in enumerate(manifest):
@@ -81,7 +81,7 @@ def plan_buckets(manifest: Manifest) -> list[list[int]]:
 
 
 def as_announced(manifest: Manifest, named: Named) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a manifest announces. Raises ValueError where one is not the manifest's next."""
+    """Yield the tensors that a manifest announces. Raises ValueError if one is not the manifest's next."""
     tensors = iter(named)
     for wanted in manifest:
         name, tensor = next(tensors, ("nothing", torch.empty(0)))
@@ -92,7 +92,7 @@ def as_announced(manifest: Manifest, named: Named) -> Iterator[tuple[str, Tensor
 
 
 def _broadcast(group: Any, tensor: Tensor) -> None:
-    # The raw group: `torch.distributed.broadcast` would want a rank of the default group.
+    # The raw group: `torch.distributed.broadcast` would require a rank of the default group.
     options = BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     group.broadcast([tensor], options).wait()
@@ -106,7 +106,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 class GlooSender(Sender):
-    """Streams the tensors in `send`."""
+    """Stream the tensors in `send`."""
 
     def __init__(self, spec: ChannelSpec, link: Link) -> None:
         self.group: Any = open_group(link.host, link.port, 0, link.world_size, link.timeout_s)
@@ -117,7 +117,7 @@ class GlooSender(Sender):
         return as_update(manifest)
 
     def send(self, named: Named) -> int:
-        """Broadcast bucket by bucket. Raises ValueError where a tensor is not the manifest's next one."""
+        """Broadcast bucket by bucket. Raises ValueError if a tensor is not the manifest's next one."""
         total, tensors = 0, as_announced(self.manifest, named)
         for bucket in plan_buckets(self.manifest):
             flat = torch.cat([next(tensors)[1].detach().reshape(-1) for _ in bucket]).cpu()
@@ -130,7 +130,7 @@ class GlooSender(Sender):
 
 
 class PayloadSender(GlooSender):
-    """Takes few tensors (an adapter's) in `announce`, and sends them in `send`."""
+    """Read a small set of tensors (an adapter's) in `announce`, and send them in `send`."""
 
     early: ClassVar[bool] = True
 
@@ -146,20 +146,20 @@ class PayloadSender(GlooSender):
 
 
 class Receiver:
-    """Receives over the group or from files, whole or sparse, as each update says, for any engine.
+    """Receive weights over the group or from files, whole or sparse, as each update says, for any engine.
 
-    Tensors are views that the caller copies and never writes to.
+    Tensors are views, which the caller must copy and never write to.
     """
 
     def __init__(self, link: Link) -> None:
         self.group: Any = None
         if link.host:
             self.group = open_group(link.host, link.port, link.rank_offset, link.world_size, link.timeout_s)
-        self.sparse: Any = None  # the state of sparse updates, from the first one on
+        self.sparse: Any = None  # the state of sparse updates, created by the first one
 
     def receive(self, update: Update) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of the whole model. Raises TransferError where bytes or state do not fit;
-        the engine's weights are undefined then."""
+        """Yield (name, tensor) of the whole model. Raises TransferError if bytes or state do not match; the
+        engine's weights are then undefined."""
         tensors = files.read_update(update) if "path" in update else self._receive_buckets(update)
         if "delta" in update:
             self.sparse = self.sparse or load_dotted(SPARSE_RECEIVER)()
@@ -182,8 +182,8 @@ class Receiver:
 
 @torch.no_grad()
 def load_into(model: torch.nn.Module, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy tensors into the parameters of the same names. Raises TransferError for an unknown name or
-    another shape."""
+    """Copy tensors into the parameters of the same names. Raises TransferError for an unknown name or a
+    different shape."""
     parameters = dict(model.named_parameters())
     for name, tensor in named:
         if name not in parameters or parameters[name].shape != tensor.shape:

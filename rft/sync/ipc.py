@@ -6,7 +6,7 @@
                               is offloaded, the engine's KV cache wakes
 
 `ColocatedChannel` orders the turns and `IpcSender` moves the bytes: on a machine without a GPU the same
-channel runs over gloo, which is how its order is tested.
+channel runs over gloo, which lets tests check the order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Update
 
 
 class IpcSender(Sender):
-    """Every tensor as a CUDA handle, which the engine's process maps into its memory.
+    """Send every tensor as a CUDA handle, which the engine's process maps into its memory.
 
     Tensors in wire precision are shared without a copy; the others exist twice until `close`.
     """
@@ -37,7 +37,7 @@ class IpcSender(Sender):
         self.shared: list[Tensor] = []
 
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
-        """The fields of vLLM's IPCWeightTransferUpdateInfo."""
+        """Return the fields of vLLM's IPCWeightTransferUpdateInfo."""
         from torch.multiprocessing.reductions import reduce_tensor
 
         self.close()
@@ -55,7 +55,7 @@ class IpcSender(Sender):
         }
 
     def send(self, named: Named) -> int:
-        """No-op: the engine reads by itself."""
+        """No-op: the engine reads the shared memory. Return its size in bytes."""
         return sum(tensor.nbytes for tensor in self.shared)
 
     def close(self) -> None:
@@ -66,14 +66,14 @@ class IpcSender(Sender):
 
 
 class ColocatedChannel(WeightChannel):
-    """Learner and engine take turns on one device. Each push reports the device's memory in use after every
-    switch, and the seconds of the switches."""
+    """Let learner and engine take turns on one device. Each push reports the device memory in use after every
+    switch, and the duration of the switches."""
 
-    learners_turn = True  # it loads first
+    learners_turn = True  # the learner loads first
     measured: dict[str, float]
 
     async def before_start(self) -> None:
-        """Offload the learner, once it has loaded, so that the device is free for an engine to start."""
+        """Offload the learner once it has loaded, so that the device is free for an engine to start."""
         await self.learner.offload()
         self.learners_turn = False
         self.measured = {}
@@ -103,6 +103,6 @@ class ColocatedChannel(WeightChannel):
         return replace(report, seconds=time.perf_counter() - start, measured=measured)
 
     async def _measure(self, turn: str, begin: float) -> None:
-        """Note the bytes in use on the device after a switch that began at `begin`."""
+        """Record the bytes in use on the device after a switch that began at `begin`."""
         self.measured["time/switch"] = self.measured.get("time/switch", 0.0) + time.perf_counter() - begin
         self.measured[f"memory/device/{turn}"] = await self.learner.device_memory()

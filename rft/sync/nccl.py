@@ -1,8 +1,8 @@
-"""Weights over NCCL: vLLM's communicator with the deadline that NCCL lacks, and the sending end of vLLM's
+"""Weights over NCCL: vLLM's communicator with a deadline, which NCCL lacks, and the sending end of vLLM's
 packed broadcast.
 
 NCCL waits for a lost peer until its communicator is aborted, and then raises nothing. So a group is formed on
-a thread that can be abandoned, and a push that takes too long is aborted by a timer.
+a thread that can be abandoned, and a timer aborts a push that takes too long.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rft.sync.gloo import as_announced
 from rft.sync.publisher import Sender
 from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Update, as_update
 
-PACKED_BYTES = 2**30  # of tensors sent as one; both ends of vLLM's packed broadcast have to agree
+PACKED_BYTES = 2**30  # of tensors sent as one; both ends of vLLM's packed broadcast must agree on it
 
 
 class NcclGroup:
-    """The learner (NCCL rank 0, on the current CUDA device) and vLLM's workers, which join meanwhile.
+    """The learner (NCCL rank 0, on the current CUDA device) and vLLM's workers, which join at the same time.
 
-    Raises TransferError where they do not join, or a broadcast is not received, within the link's deadline;
+    Raises TransferError if they do not join, or if a broadcast is not received, within the link's deadline;
     the group cannot be used afterwards.
     """
 
@@ -43,7 +43,7 @@ class NcclGroup:
 
     @contextmanager
     def deadline(self) -> Iterator[None]:
-        """Raise TransferError unless everything that the block broadcasts arrives in time."""
+        """Raise TransferError unless all broadcasts of the block complete in time."""
         torch.cuda.synchronize()  # vLLM packs on streams that do not wait for the learner's last step
         timer = Timer(self.timeout_s, self._abort)
         timer.daemon = True
@@ -56,7 +56,7 @@ class NcclGroup:
         self._check_deadline()
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> None:
-        """As vLLM's, but on the current stream, which vLLM's would replace."""
+        """Broadcast like vLLM's, but on the current stream, which vLLM's would replace."""
         self._check_deadline()
         self.comm.broadcast(tensor, src=src, stream=torch.cuda.current_stream())
 
@@ -75,7 +75,7 @@ class NcclGroup:
 
 
 def _join(link: Link) -> Any:
-    """vLLM's communicator."""
+    """Create vLLM's communicator, joining the group."""
     from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
     place = {"master_address": link.host, "master_port": link.port, "world_size": link.world_size}
@@ -84,7 +84,7 @@ def _join(link: Link) -> Any:
 
     def join() -> None:
         try:
-            torch.accelerator.set_device_index(device)  # each thread has its own
+            torch.accelerator.set_device_index(device)  # the current device is per thread
             joined.set_result(trainer_init(place))
         except BaseException as error:
             joined.set_exception(error)
@@ -100,7 +100,7 @@ def _join(link: Link) -> Any:
 
 
 class NcclSender(Sender):
-    """Sends by vLLM's packed NCCL broadcast."""
+    """Send with vLLM's packed NCCL broadcast."""
 
     def __init__(self, spec: ChannelSpec, link: Link) -> None:
         self.group = NcclGroup(link)

@@ -35,7 +35,8 @@ class Gap(NamedTuple):
 
     @staticmethod
     def between(ours: Sequence[float], theirs: Sequence[float]) -> Gap:
-        """A NaN on either side is an infinite gap. Raises ValueError for other numbers of tokens."""
+        """Compare two score lists; NaN on either side is an infinite gap. Raises ValueError for unequal
+        lengths."""
         gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         gaps = [float("inf") if gap != gap else gap for gap in gaps]
         return Gap(sum(gaps) / len(gaps), max(gaps))
@@ -52,7 +53,7 @@ class Proof:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The gaps of the worst replica."""
+        """Return the gaps of the worst replica."""
         return {
             "sync/proof_gap": max(gap.largest for gap in self.gaps.values()),
             "sync/proof_gap_mean": max(gap.mean for gap in self.gaps.values()),
@@ -60,7 +61,7 @@ class Proof:
         }
 
     def check(self, spec: ProofSpec) -> None:
-        """Raises LogpGapError that names every replica whose gap exceeds a bound."""
+        """Raise LogpGapError, naming every replica whose gap exceeds a bound."""
         problems = []
         for index, gap in sorted(self.gaps.items()):
             for what, value, bound in (
@@ -80,7 +81,7 @@ class Proof:
 
 
 def fixed_tokens(prompts: Sequence[Prompt], seed: int, limit: int) -> tuple[int, ...]:
-    """PROOF_TOKENS tokens, at most `limit`: prompts of the data in a seeded order, one after another."""
+    """Return PROOF_TOKENS tokens, at most `limit`: data prompts in a seeded order, concatenated."""
     size, order = min(PROOF_TOKENS, limit), list(range(len(prompts)))
     random.Random(derive_seed(seed, "proof")).shuffle(order)
     tokens: list[int] = []

@@ -1,8 +1,9 @@
-"""The learner's end of a weight channel: weights in wire precision, one sender, and what a push changed.
+"""The learner's end of a weight channel: casts weights to wire precision, sends them, and measures the
+changes.
 
-A push has two parts. `announce` describes, as plain data, what is about to arrive, while engines still
-sample; `send` moves the bytes, while engines are paused and receive. A sender that is `early` reads the
-weights in `announce`, the others stream them in `send`: they are read once.
+A push has two parts. `announce` describes the coming tensors as plain data, while engines still sample;
+`send` moves the bytes, while engines are paused and receive. An `early` sender reads the weights in
+`announce`, the others stream them in `send`: they are read once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rft.sync.changes import ChangeMeter, Changes, change_metrics
 from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Sent, Update, manifest_of
 from rft.utils.dotted import load_dotted
 
-SENDERS = {  # by transport, each built as Sender(spec, link)
+SENDERS = {  # by transport; constructed as Sender(spec, link)
     "gloo": "rft.sync.gloo.GlooSender",
     "adapter": "rft.sync.gloo.PayloadSender",
     "file": "rft.sync.files.FileSender",
@@ -32,7 +33,7 @@ SENDERS = {  # by transport, each built as Sender(spec, link)
 
 
 class Sender(ABC):
-    """Brings named tensors, in manifest order, to every engine, over one transport."""
+    """Send named tensors, in manifest order, to every engine, over one transport."""
 
     early: ClassVar[bool] = False
 
@@ -41,19 +42,19 @@ class Sender(ABC):
 
     @abstractmethod
     def send(self, named: Named) -> int:
-        """Move the bytes; returns how many each engine got."""
+        """Move the bytes; return the number sent to each engine."""
 
     @abstractmethod
     def close(self) -> None: ...
 
     def changes(self) -> Changes | None:
-        """The changes of the last push, for a sender that compares bits anyway (None: it does not)."""
+        """Return the changes of the last push if the sender compares bits anyway, else None."""
         return None
 
 
 class Publisher:
-    """Announces a version, then sends it. `early` says which of the two reads the weights: the ranks of
-    a sharded learner have to read along in the same call."""
+    """Announce a version, then send it. `early` says which of the two calls reads the weights: all ranks of a
+    sharded learner must take part in that call."""
 
     def __init__(self, spec: ChannelSpec) -> None:
         self.spec = spec
@@ -64,7 +65,7 @@ class Publisher:
         self.meter_seconds = 0.0
 
     def open(self, link: Link) -> None:
-        """Open the sending end; replaces an earlier one. The next push is a full one."""
+        """Open the sending end, replacing an earlier one. The next push is full."""
         self.close()
         self.sender = load_dotted(SENDERS[self.spec.transport])(self.spec, link)
         counted = self._open_sender().changes() is not None and self.wire_dtype == torch.bfloat16
@@ -75,7 +76,7 @@ class Publisher:
         return self._open_sender().early
 
     def announce(self, version: int, manifest: Manifest, weights: Named) -> Update:
-        """Describe the tensors that are about to arrive. `weights` is read here where the sender is early."""
+        """Describe the coming tensors. Reads `weights` if the sender is early."""
         self.tensors, self.meter_seconds = len(manifest), 0.0
         wire = [(name, self.spec.wire_dtype, shape) for name, _, shape in manifest]
         return self._open_sender().announce(version, wire, self._on_wire(weights))
@@ -91,7 +92,7 @@ class Publisher:
         return {**update, "adapter": as_json(settings), "version": version}
 
     def send(self, weights: Named) -> Sent:
-        """Move the bytes. `weights` is read here where the sender is not early."""
+        """Move the bytes. Reads `weights` if the sender is not early."""
         sender = self._open_sender()
         total, metrics = sender.send(self._on_wire(weights)), {}
         if self.meter is not None:
@@ -126,7 +127,7 @@ class Publisher:
 
 
 def as_json(value: Any) -> Any:
-    """Plain data: peft's configs hold sets and enumerations, which do not travel to vLLM's workers."""
+    """Convert to plain data: peft's configs hold sets and enums, which cannot be sent to vLLM's workers."""
     if isinstance(value, dict):
         return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, set | frozenset):

@@ -1,7 +1,7 @@
 """rft inside vLLM's worker process: the weight-transfer engine and the worker extension.
 
 vLLM imports this module in every worker because `worker_extension_cls` names it, before the model
-loads; a transfer engine has to be registered there.
+loads; transfer engines must be registered at that point.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rft.sync.spec import Link, Update
 
 @dataclass
 class ChannelInit(WeightTransferInitInfo):
-    """Where the sender listens (no host: weights come as files). A worker's rank in the group is
+    """The sender's address (no host: weights are sent as files). A worker's rank in the group is
     `rank_offset` plus its rank in the engine."""
 
     host: str
@@ -39,7 +39,7 @@ class ChannelUpdate(WeightTransferUpdateInfo):
 
 
 class ChannelEngine(WeightTransferEngine[ChannelInit, ChannelUpdate]):
-    """Receives checkpoint-format weights over rft's transports: vLLM's protocol with other bytes."""
+    """Receive checkpoint-format weights over rft's transports, using vLLM's protocol."""
 
     init_info_cls = ChannelInit
     update_info_cls = ChannelUpdate
@@ -76,8 +76,8 @@ class ChannelEngine(WeightTransferEngine[ChannelInit, ChannelUpdate]):
 
 
 def _repack_heads(model: torch.nn.Module) -> None:
-    """CPU linears run on a packed copy. A tied head shares the embedding's parameter, so the reload
-    does not see it and its copy keeps the old weights: pack it again."""
+    """Repack tied heads, since CPU linears run on a packed copy: a tied head shares the embedding's
+    parameter, so the reload does not see it, and its copy would keep the old weights."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     for module in model.modules():
@@ -90,14 +90,14 @@ for _transport in ("gloo", "sparse", "file", "adapter"):
 
 
 class Extension:
-    """Methods of every worker that `collective_rpc` calls."""
+    """Worker methods that are called with `collective_rpc`."""
 
     def set_repack_tied_head(self, on: bool) -> None:
-        """Switch the tied-head repair; off only in the test that the proof of a push detects a wrong one."""
+        """Switch the tied-head repair; off only in the test that the proof detects wrong weights."""
         ChannelEngine.repack_tied_head = on
 
     def load_adapter(self, update: Update) -> None:
-        """Receive an announced adapter, which replaces the one before (LoRA only)."""
+        """Receive an announced adapter and replace the previous one (LoRA only)."""
         worker: Any = self  # vLLM's worker, which this class is mixed into
         receiver: Receiver = worker.weight_transfer_engine.receiver
         tensors = {name: tensor.clone() for name, tensor in receiver.receive(update)}
