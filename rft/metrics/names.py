@@ -111,7 +111,7 @@ METRICS: dict[str, Metric] = {
     "train/loss_tokens": Metric("tokens that the loss acted on in this step", "tokens"),
     "train/micro_batches": Metric("micro-batches that the step was split into", "micro-batches"),
     "train/updates": Metric(
-        "optimizer updates in this step: inner epochs times mini-batches, minus those without a trained token",
+        "optimizer updates of this step: inner epochs times mini-batches, less those without a trained token",
         "updates",
     ),
     "train/skipped": Metric("updates skipped because the gradient was not finite", "updates"),

@@ -1,4 +1,4 @@
-"""The charts of a report, each an inline SVG. A chart whose metrics the run does not have is left out."""
+"""The charts of a report, each an inline SVG. Charts whose metrics the run does not have are left out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from rft.report.history import Run
 from rft.report.plots import BLUE, COLORS, GREEN, GREY, ORANGE, PURPLE, RED, STYLE, TEAL, Numbers, curve
 
-POINTS = 800  # more than a chart has pixels; longer runs are thinned to averages of so many stretches
+POINTS = 800  # more than a chart has pixels; longer runs are averaged down to this many points
 OUTCOMES = {
     "correct": GREEN,
     "wrong": RED,
@@ -39,7 +39,7 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart: title, what it shows in one sentence, the SVG element."""
+    """A rendered chart: title, one-sentence caption, the SVG element."""
 
     title: str
     caption: str
@@ -47,7 +47,7 @@ class Chart:
 
 
 def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[Numbers, Numbers]:
-    """At most `POINTS` points: each the mean of a stretch of equally many rows."""
+    """Return at most `POINTS` points, each the mean of equally many rows."""
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if len(x) <= POINTS:
         return x, y
@@ -61,7 +61,7 @@ def _series(run: Run, name: str) -> tuple[Numbers, Numbers]:
 
 
 def _line(axes: Axes, run: Run, name: str, color: str, label: str = "", *, noisy: bool = True) -> bool:
-    """Draws a metric if the run has it; says whether it has."""
+    """Draw a metric if the run has it; return whether it does."""
     steps, values = _series(run, name)
     if not len(steps):
         return False
@@ -73,14 +73,14 @@ def _line(axes: Axes, run: Run, name: str, color: str, label: str = "", *, noisy
 
 
 def _lines(axes: Axes, run: Run, wanted: dict[str, str]) -> bool:
-    """Several metrics, name -> label, in the palette's colours."""
+    """Draw several metrics, name -> label, in the palette's colours."""
     pairs = zip(wanted.items(), COLORS, strict=False)
     drawn = [_line(axes, run, name, color, label) for (name, label), color in pairs]
     return any(drawn)
 
 
 def _columns(run: Run, names: Sequence[str]) -> tuple[Numbers, list[Numbers]]:
-    """Steps, and each metric's values there with 0 where a row lacks it; thinned together."""
+    """Return steps and each metric's values, 0 where a row lacks it; thinned together."""
     rows = [row for row in run.metrics if any(row.get(name) is not None for name in names)]
     steps = [row["step"] for row in rows]
     columns = [thin(steps, [row.get(name) or 0.0 for row in rows])[1] for name in names]
@@ -88,7 +88,7 @@ def _columns(run: Run, names: Sequence[str]) -> tuple[Numbers, list[Numbers]]:
 
 
 def _stack(axes: Axes, run: Run, parts: dict[str, tuple[str, str]]) -> bool:
-    """A stacked area, name -> (label, colour), of the metrics that the run has."""
+    """Draw a stacked area, name -> (label, colour), of the metrics that the run has."""
     have = set(run.names())
     parts = {name: part for name, part in parts.items() if name in have}
     if not parts:
@@ -100,12 +100,12 @@ def _stack(axes: Axes, run: Run, parts: dict[str, tuple[str, str]]) -> bool:
 
 
 def _as_share(axes: Axes, top: float | None = 1.02) -> None:
-    """Percents from 0 to `top` (None: as high as what is drawn)."""
+    """Use percents from 0 to `top` (None: the data's maximum)."""
     axes.set_ylim(0, top)
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
-# -- one function a chart: draws, and says whether there was anything to draw ----------------------
+# -- one function per chart: draws, and returns whether there was any data ----------------------
 
 
 def _reward(axes: Axes, run: Run) -> bool:
@@ -296,7 +296,7 @@ CHARTS: tuple[tuple[str, str, Callable[[Axes, Run], bool]], ...] = (
 
 
 def draw_all(run: Run) -> list[Chart]:
-    """Every chart that the run has numbers for, with its resumes and faults marked."""
+    """Draw every chart that the run has data for, with its resumes and faults marked."""
     charts = []
     for title, caption, draw in CHARTS:
         with rc_context(STYLE):
@@ -313,7 +313,7 @@ def draw_all(run: Run) -> list[Chart]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Above the chart, in one row where the labels are short."""
+    """Place the legend above the chart, in one row if the labels are short."""
     labels = axes.get_legend_handles_labels()[1]
     if labels:
         figure.legend(
@@ -328,7 +328,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _marks(axes: Axes, run: Run) -> None:
-    """Resumes as dashed grey lines, faults as dotted red ones."""
+    """Mark resumes as dashed grey lines, faults as dotted red ones."""
     for event in run.resumes():
         axes.axvline(run.step_at(event), color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
     for event in run.faults():
@@ -336,7 +336,7 @@ def _marks(axes: Axes, run: Run) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element that fits its container, without prolog and metadata."""
+    """Render the figure as an `<svg>` element that fits its container, without prolog and metadata."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Reading a run folder back: all at once for a report, or again and again while the run goes on."""
+"""Read a run folder: once for a report, or repeatedly while the run continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG_FILE = "config.yaml"
 
 
 class NoRun(FileNotFoundError):
-    """The folder is not that of a run."""
+    """The folder is not a run folder."""
 
 
 def _number(value: Any) -> bool:
@@ -35,7 +35,7 @@ def metrics_row(row: Row) -> Row | None:
 
 
 def event_row(row: Row) -> Row | None:
-    """A line of events.jsonl with the fields that readers rely on; else None."""
+    """Parse a line of events.jsonl with the fields that readers need; None for other lines."""
     if not isinstance(row.get("kind"), str) or not _number(row.get("time")):
         return None
     opened = row["kind"] == "run/opened"
@@ -45,7 +45,7 @@ def event_row(row: Row) -> Row | None:
 
 
 def sample_row(row: Row) -> Row | None:
-    """A line of samples.jsonl with the fields that readers rely on; else None."""
+    """Parse a line of samples.jsonl with the fields that readers need; None for other lines."""
     reward = row.get("reward")
     if not isinstance(row.get("step"), int) or not isinstance(row.get("split"), str):
         return None
@@ -53,9 +53,9 @@ def sample_row(row: Row) -> Row | None:
 
 
 class Tail:
-    """The whole lines of a growing file. A line that is still being written is left for next time.
+    """The complete lines of a growing file. A line that is still being written is left for the next refresh.
 
-    usable: the row as readers may rely on it, None for one that they cannot use; `odd` counts those.
+    usable: validates a row, None for one that readers cannot use; `odd` counts those.
     """
 
     def __init__(self, path: Path, usable: Callable[[Row], Row | None]) -> None:
@@ -66,7 +66,7 @@ class Tail:
         self._offset, self._inode = 0, -1
 
     def refresh(self) -> None:
-        """Read new lines. A file that was replaced (a resume sets lines aside) is read again."""
+        """Read new lines. A file that was replaced (a resume moves lines away) is read again."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -92,7 +92,7 @@ class Tail:
 class Run:
     """A run folder. `refresh` reads new lines.
 
-    Raises NoRun where the folder has neither metrics nor events.
+    Raises NoRun if the folder has neither metrics nor events.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -117,7 +117,7 @@ class Run:
 
     @property
     def metrics(self) -> list[Row]:
-        """One row a step, in order."""
+        """One row per step, in order."""
         return self._metrics.rows
 
     @property
@@ -135,12 +135,12 @@ class Run:
         return f"lines left out as damaged: {', '.join(counts)}" if counts else ""
 
     def config_text(self) -> str | None:
-        """The resolved config as it was written; None where the folder has none."""
+        """The resolved config as written; None if the folder has none."""
         path = self.path / CONFIG_FILE
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
 
     def config(self) -> dict[str, Any]:
-        """The resolved config as plain values; {} where the folder has none, or one that is damaged."""
+        """The resolved config as plain values; {} if it is missing or damaged."""
         try:
             value = yaml_files.parse(self.config_text() or "")
         except yaml_files.YamlError:
@@ -150,11 +150,11 @@ class Run:
     # -- numbers -----------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
-        """Every metric that some row has, in the order of their first appearance."""
+        """Every metric in any row, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.metrics for name in row))
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of the rows where `name` has a number."""
+        """Return (steps, values) of the rows where `name` has a number."""
         found = [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
         return [step for step, _ in found], [float(value) for _, value in found]
 
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Steps that the newest process set out to take; without events, the steps that were taken."""
+        """Total steps planned by the newest process; without events, the steps taken."""
         opened = [e for e in self.of_kind("run/opened")]
         return int(opened[-1]["total_steps"]) if opened else self.step
 
@@ -185,14 +185,14 @@ class Run:
     # -- events ------------------------------------------------------------------------------------
 
     def of_kind(self, *kinds: str) -> Iterator[Row]:
-        """Events of these kinds; `fault/` with the slash stands for all that begin so."""
+        """Yield events of these kinds; `fault/` with the slash matches all with that prefix."""
         for event in self.events:
             kind = event.get("kind", "")
             if any(kind == k or (k.endswith("/") and kind.startswith(k)) for k in kinds):
                 yield event
 
     def step_at(self, event: Row) -> float:
-        """Where an event lies among the steps: its own `step`, the step it resumed at, or by its time."""
+        """Locate an event on the step axis: by its `step`, the step it resumed at, or its time."""
         for key in ("step", "resumed_at"):
             if isinstance(event.get(key), int):
                 return float(event[key])
@@ -201,15 +201,16 @@ class Run:
         return float(self.metrics[index - 1]["step"]) if index else 0.0
 
     def resumes(self) -> list[Row]:
-        """The `run/opened` events of processes that went on from an earlier one."""
+        """Return the `run/opened` events of processes that resumed an earlier one."""
         return [e for e in self.of_kind("run/opened") if e.get("resumed_at") is not None]
 
     def faults(self) -> list[Row]:
-        """What failed: parts, engines, the run itself."""
+        """Return failures: of parts, of engines, of the run itself."""
         return list(self.of_kind("fault/", "engine/lost", "run/failed"))
 
     def state(self, silent_after: float = 300.0) -> str:
-        """ "running", "ended (reason)", "gone": the process is not there any more, or "silent for ..."."""
+        """Return "running", "ended (reason)", "gone" (the process does not exist any more), or "silent for
+        ..."."""
         if not self.events:
             return "no events"
         opened = list(self.of_kind("run/opened"))

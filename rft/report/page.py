@@ -1,4 +1,4 @@
-"""The report's page: a Jinja template. It loads nothing: no font, no script, no picture from elsewhere."""
+"""The report's page: a self-contained Jinja template, without external fonts, scripts or images."""
 
 STYLE = """
 :root { --ink: #1d2433; --soft: #5b6577; --line: #e3e8ef; --card: #fff; --ground: #f5f7fa;

@@ -1,4 +1,4 @@
-"""A plan in words: what `rft check` prints."""
+"""Format a plan as text: the output of `rft check`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _online_lines(plan: OnlinePlan) -> list[str]:
 
 
 def describe_ranks(config: Config, device: str) -> str:
-    """Say where the learner's ranks go."""
+    """Describe the placement of the learner's ranks."""
     c = config.learner
     if c.parallel == "single":
         return f"1 process on {device}"

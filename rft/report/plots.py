@@ -1,4 +1,4 @@
-"""Figures for people: the learning curve of one or several runs, and the parts that charts share."""
+"""Learning-curve figures of one or several runs, and plotting helpers shared with the charts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED, GREY)
 
 STYLE: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "rft",  # the same figure gives the same bytes
+    "svg.hashsalt": "rft",  # the same figure gives identical bytes
     "font.family": "sans-serif",
     "font.size": 9.0,
     "axes.spines.top": False,
@@ -45,8 +45,8 @@ STYLE: Any = {
 
 
 def smooth(values: Sequence[float], weight: int) -> Numbers:
-    """A centred running mean over at most `weight` neighbours; shorter at the ends, so nothing is
-    invented there."""
+    """Return a centred running mean over at most `weight` neighbours; shorter at the ends, so that no values
+    are extrapolated."""
     x = np.asarray(values, dtype=np.float64)
     half = min(weight, max(1, len(x))) // 2
     total = np.concatenate([[0.0], np.cumsum(x)])
@@ -57,12 +57,12 @@ def smooth(values: Sequence[float], weight: int) -> Numbers:
 
 
 def smoothing(length: int) -> int:
-    """How many steps a smoothed line averages over: a twentieth of the run, 50 at most."""
+    """Return the window of the running mean: a twentieth of the run, 50 steps at most."""
     return min(50, max(1, length // 20))
 
 
 def curve(axes: Axes, steps: Sequence[float], values: Sequence[float], color: str, label: str = "") -> None:
-    """A noisy series: the values pale, their running mean on top."""
+    """Draw a noisy series: pale values, with their running mean on top."""
     weight = smoothing(len(values))
     if weight > 1:
         axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
@@ -70,10 +70,10 @@ def curve(axes: Axes, steps: Sequence[float], values: Sequence[float], color: st
 
 
 def plot_learning_curve(run_dirs: Sequence[Path | str], out_png: Path | str) -> Path:
-    """Reward and held-out accuracy over steps, one line a run (seeds overlaid), as a PNG.
+    """Plot reward and held-out accuracy over steps, one line per run (seeds overlaid), as a PNG.
 
     Raises:
-        rft.report.history.NoRun: a folder is not that of a run.
+        rft.report.history.NoRun: a folder is not a run folder.
         ValueError: no folder is given, or none of the runs has a reward or an accuracy yet.
     """
     runs = [Run(path) for path in run_dirs]
@@ -104,7 +104,7 @@ def plot_learning_curve(run_dirs: Sequence[Path | str], out_png: Path | str) -> 
 
 
 def name_of(run: Run) -> str:
-    """A run's name as a label: a dollar sign would begin a formula."""
+    """Return a run's name as a label, with dollar signs escaped: they would start a formula."""
     return printable(run.name).replace("$", r"\$")
 
 

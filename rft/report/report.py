@@ -1,4 +1,4 @@
-"""`rft report RUN`: one HTML page about a run, with everything in it, to be opened anywhere or mailed."""
+"""`rft report RUN`: one self-contained HTML page about a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt's completions of the first and the last kept step; None where a side has none."""
+    """One prompt's completions at the first and the last kept step; None if a side has none."""
 
     prompt: str
     before: Row | None
@@ -45,7 +45,7 @@ class Pair:
 def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     """Write the report of a run, finished or not, and return its path (default: RUN/report.html).
 
-    Raises rft.report.history.NoRun where `run_dir` is not the folder of a run.
+    Raises rft.report.history.NoRun if `run_dir` is not a run folder.
     """
     run = Run(run_dir)
     path = Path(out) if out is not None else run.path / "report.html"
@@ -124,7 +124,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def timeline(run: Run) -> str | None:
-    """Wall time from left to right: each process as a bar, with checkpoints, faults and guards on it."""
+    """Draw wall time from left to right: each process as a bar, with checkpoints, faults and guards on it."""
     sessions = _sessions(run)
     if not sessions:
         return None
@@ -163,7 +163,7 @@ def timeline(run: Run) -> str | None:
 
 
 def _sessions(run: Run) -> list[tuple[float, float]]:
-    """(start, end) of each process that wrote: the end is the last thing it wrote."""
+    """Return (start, end) of each process that wrote; the end is its last record."""
     starts = [event["time"] for event in run.of_kind("run/opened")]
     stamps = sorted([e["time"] for e in run.events] + [row["time/wall"] for row in run.metrics])
     ends = [max((t for t in stamps if t < after), default=start) for start, after in
@@ -175,8 +175,8 @@ def _sessions(run: Run) -> list[tuple[float, float]]:
 
 
 def before_and_after(samples: Sequence[Row]) -> list[Pair]:
-    """Completions of the first and of the last kept step, side by side. Held-out prompts that both
-    steps answered come together; where there are none, training samples stand next to each other."""
+    """Pair completions of the first and the last kept step. Held-out prompts that both steps answered are
+    paired by prompt; without any, training samples are shown side by side."""
     for split in ("eval", "train"):
         rows = [row for row in samples if row.get("split") == split]
         if not rows:
@@ -194,7 +194,7 @@ def before_and_after(samples: Sequence[Row]) -> list[Pair]:
 
 
 def _first_of_each(rows: Sequence[Row]) -> dict[str, Row]:
-    """Each prompt's first row, by the prompt's text."""
+    """Return each prompt's first row, by the prompt's text."""
     found: dict[str, Row] = {}
     for row in rows:
         found.setdefault(as_text(row.get("prompt")), row)

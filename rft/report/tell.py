@@ -9,7 +9,7 @@ from rft.metrics.progress import duration
 from rft.report.history import Row, Run
 from rft.utils.terminal import printable
 
-# Events for the list under the time line, most urgent first, with the class that colours them.
+# Events for the list below the timeline, most urgent first, with their CSS class.
 TOLD = {
     "fault/": "bad",
     "run/failed": "bad",
@@ -29,7 +29,7 @@ MAX_EVENTS = 200
 
 
 def told_events(run: Run) -> list[dict[str, str]]:
-    """The events worth telling, in order, printable; the latest `MAX_EVENTS` where there are more."""
+    """Return the notable events, in order, printable; at most the latest `MAX_EVENTS`."""
     start = run.events[0]["time"] if run.events else 0.0
     rows = []
     for event in run.of_kind(*TOLD):
@@ -51,7 +51,7 @@ def told_events(run: Run) -> list[dict[str, str]]:
 
 
 def outcome_of(row: Row) -> str:
-    """A sample's outcome in one word: its own, or where each reward function has one, the first's."""
+    """Return a sample's outcome in one word: the sample's, or else that of the first reward function."""
     outcome = row.get("outcome")
     if isinstance(outcome, dict):
         outcome = next(iter(outcome.values()), None)
@@ -59,7 +59,7 @@ def outcome_of(row: Row) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A prompt or completion to read, printable: text, or chat messages as `role: content` lines."""
+    """Format a prompt or completion as printable text: text, or chat messages as `role: content` lines."""
     if isinstance(value, list) and all(isinstance(m, dict) for m in value):
         return "\n".join(f"{printable(str(m.get('role', '?')))}: {as_text(m.get('content'))}" for m in value)
     return "" if value is None else printable(str(value))

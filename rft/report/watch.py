@@ -1,4 +1,4 @@
-"""`rft watch RUN`: a live view of a run that only reads its files, so it also works from another machine."""
+"""`rft watch RUN`: a live view of a run. It only reads files, so it also works from another machine."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ SILENT_AFTER = 300.0
 def watch(
     run_dir: Path | str, *, once: bool = False, every: float = 2.0, console: Console | None = None
 ) -> None:
-    """Show a run until it ends or Ctrl-C; with `once`, one frame. Where nothing can be drawn over (a dumb
-    terminal, a file), a frame is added whenever the run has moved on.
+    """Show a run until it ends or Ctrl-C; with `once`, one frame. If the output cannot be redrawn (a dumb
+    terminal, a file), a frame is appended whenever the run has progressed.
 
-    every: seconds between two looks at the files.
+    every: polling interval of the files in seconds.
 
-    Raises rft.report.history.NoRun where `run_dir` is not the folder of a run.
+    Raises rft.report.history.NoRun if `run_dir` is not a run folder.
     """
     run = Run(run_dir)
     console = console or Console()
@@ -67,7 +67,7 @@ def watch(
 
 
 def frame(run: Run, width: int) -> RenderableType:
-    """One frame: numbers and where the time goes, ages and engines, events, samples."""
+    """Render one frame: numbers and time shares, ages and engines, events, samples."""
     parts: list[RenderableType] = [_head(run)]
     if run.metrics:
         parts.append(_panel("numbers", _numbers(run, max(10, width - 50))))
@@ -110,7 +110,7 @@ def _head(run: Run) -> Text:
 
 
 def seconds_left(run: Run) -> float | None:
-    """By the pace of the last 30 lines of the process that writes now; None before two of them."""
+    """Estimate from the last 30 lines of the current process; None before two of them."""
     opened = list(run.of_kind("run/opened"))
     since = opened[-1]["time"] if opened else 0.0
     recent = [row for row in run.metrics[-30:] if row["time/wall"] >= since]
@@ -137,7 +137,7 @@ def _numbers(run: Run, width: int) -> Table:
 
 
 def _ages(run: Run) -> Panel | None:
-    """How old the completions of the last step were, as bars."""
+    """Show the ages of the last step's completions as bars."""
     ages = histogram(run.metrics[-1]) if run.metrics else {}
     if not ages:
         return None
@@ -148,7 +148,7 @@ def _ages(run: Run) -> Panel | None:
 
 
 def histogram(row: Mapping[str, float | None]) -> dict[int, float]:
-    """age -> share, by `rollout/age/*` of one row."""
+    """Return age -> share from the `rollout/age/*` of one row."""
     found = {int(m[1]): v for k, v in row.items() if v and (m := re.fullmatch(r"rollout/age/(\d+)", k))}
     return dict(sorted(found.items()))
 
@@ -204,6 +204,6 @@ def _samples(rows: list[Row]) -> Group:
 
 
 def _shorten(text: str, lines: int = 6) -> str:
-    """At most so many lines."""
+    """Truncate to at most `lines` lines."""
     all_lines = text.splitlines()
     return "\n".join(all_lines[:lines] + ["…"] * (len(all_lines) > lines))

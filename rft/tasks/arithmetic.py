@@ -1,19 +1,19 @@
-"""Arithmetic problems of a few steps, made on the fly, with worked solutions that may contain slips.
+"""Generate arithmetic problems of a few steps, with worked solutions that may contain slips.
 
     Mia has 7 coins, finds 9, loses 4. How many now?
     7+9=16
     16-4=12
     #### 12
 
-A problem is a chain: a number, then an operator and a number for each step. The chain alone decides
-whether the problem is for training or held out, so that the two can never share a problem, whatever
-the seeds and whatever story is told around the numbers.
+A problem is a chain: a number, then an operator and a number for each step. Only the chain decides
+whether the problem is for training or held out, so that the two splits never share a problem, whatever
+the seeds and the story around the numbers.
 
-The demonstrations come from two kinds of hands. Careful ones write out every step (`lines`) and are
-nearly always right. Hasty ones write running totals (`chain`: `=16=12`), and about half of their steps
-are one or two too high; the solution goes on from there, as a pupil would. `answer` is always right.
-A model that learns to imitate them all is right about half of the time; reinforcement learning has to
-find out which way of working pays, and to do it without slips.
+Demonstrations have two styles. Careful ones write out every step (`lines`) and are nearly always right.
+Hasty ones write running totals (`chain`: `=16=12`), and about half of their steps are one or two too
+high; the solution continues from the wrong result, as a pupil would. `answer` is always right.
+A model that learns to imitate both is right about half of the time; reinforcement learning has to
+discover which style is more accurate, and to avoid slips.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Chain:
         return "test" if hash64(key) % TEST_SHARE == 0 else "train"
 
     def expression(self) -> str:
-        """In usual notation, with brackets where * follows a sum: `(3+4)*2-5`."""
+        """Format in usual notation, with brackets where * follows a sum: `(3+4)*2-5`."""
         text, is_sum = str(self.start), False
         for op, x in self.steps:
             text = f"({text}){op}{x}" if op == "*" and is_sum else f"{text}{op}{x}"
@@ -70,15 +70,15 @@ class Arithmetic:
     name = "arithmetic"
 
     def __init__(self, **options: Any) -> None:
-        """Raises pydantic.ValidationError where an option is unknown or out of range."""
+        """Raise pydantic.ValidationError for an unknown or out-of-range option."""
         self.config = ArithmeticConfig(**options)
 
     def rows(self, split: Split, n: int, seed: int) -> list[dict[str, Any]]:
-        """`n` rows, the same for the same arguments; problems may repeat within a split.
+        """Return `n` rows, deterministic in the arguments; problems may repeat within a split.
 
         prompt: the problem, ending in a line break. answer: the right result. completion: a worked
-        solution, with slips in it. style: the format of that solution. mistakes: its wrong steps.
-        Raises ValueError for an unknown split.
+        solution, possibly with slips. style: the format of that solution. mistakes: its number of wrong
+        steps. Raises ValueError for an unknown split.
         """
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", not {split!r}')
@@ -101,7 +101,7 @@ class Arithmetic:
         }
 
     def _chain(self, split: Split, rng: Random) -> Chain:
-        """A random chain of this split whose intermediate results stay within the limits."""
+        """Draw a random chain of this split whose intermediate results stay within the limits."""
         for _ in range(10_000):
             length = rng.randint(self.config.min_operands, self.config.max_operands)
             chain = self._walk(length, rng)
@@ -113,7 +113,7 @@ class Arithmetic:
         )
 
     def _walk(self, length: int, rng: Random) -> Chain | None:
-        """Draw a chain step by step; None where a drawn operator has no operand within the limits."""
+        """Draw a chain step by step; None if a drawn operator has no operand within the limits."""
         config = self.config
         value = start = rng.randint(1, config.largest)
         steps = []
@@ -131,10 +131,10 @@ class Arithmetic:
         return Chain(start, tuple(steps))
 
     def _results(self, chain: Chain, wrong: float, rng: Random) -> list[int]:
-        """What a demonstration with a share of `wrong` steps says after each step.
+        """Return the result after each step of a demonstration with a share of `wrong` steps.
 
-        A slip is chosen such that the rest of the chain still stays within 0 and the limit; where
-        there is none, the step is right.
+        A slip is chosen such that the rest of the chain still stays within 0 and the limit; if none
+        exists, the step is right.
         """
         value, results = chain.start, []
         for done, (op, x) in enumerate(chain.steps, start=1):
@@ -146,7 +146,7 @@ class Arithmetic:
         return results
 
     def _fits(self, value: int, steps: tuple[tuple[str, int], ...]) -> bool:
-        """True if all results from `value` on lie within 0 and the limit."""
+        """True if all results from `value` on are between 0 and the limit."""
         for op, x in steps:
             if not 0 <= value <= self.config.limit:
                 return False
@@ -164,7 +164,7 @@ class HardArithmetic(Arithmetic):
 
 
 def tell(chain: Chain, rng: Random) -> str:
-    """The chain as a short story."""
+    """Write the chain as a short story."""
     text = f"{rng.choice(NAMES)} has {chain.start} {rng.choice(ITEMS)}"
     for op, x in chain.steps:
         text += f", then {x} times as many" if op == "*" else f", {rng.choice(VERBS[op])} {x}"
@@ -172,7 +172,7 @@ def tell(chain: Chain, rng: Random) -> str:
 
 
 def solve(chain: Chain, results: list[int], style: Style) -> str:
-    """A worked solution that gives `results` after the steps, and the last of them as the answer."""
+    """Write a worked solution with these `results` after the steps, the last of them as the answer."""
     before = [chain.start, *results[:-1]]
     steps = [(a, op, x, b) for a, (op, x), b in zip(before, chain.steps, results, strict=True)]
     final = results[-1]
@@ -190,7 +190,7 @@ def solve(chain: Chain, results: list[int], style: Style) -> str:
 
 
 def style_of(completion: str) -> Style | None:
-    """The format that a completion is written in, by how it begins; None for anything else."""
+    """Return the format of a completion, judged by its beginning; None for anything else."""
     head = completion.lstrip()[:16]
     if head.startswith("####"):
         return "direct"

@@ -1,4 +1,4 @@
-"""The arithmetic task with solutions that are judged: pairs, labels, scores, and steps, each verified."""
+"""The arithmetic task with judged solutions: pairs, labels, scores, and steps, each verified."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TRIES = 1000
 class ArithmeticPairs(Arithmetic):
     """Rows for every kind of offline training on judgements. Options: see `ArithmeticConfig`.
 
-    chosen, rejected, margin: of solutions drawn as the demonstrations of `arithmetic` are, the first that
+    chosen, rejected, margin: of solutions drawn like the demonstrations of `arithmetic`, the first that
         ends in the right result and the first that does not; the share of the latter's results that are
         wrong.
     completion, label, score: either of the two by a coin flip, whether it is the right one, and two scores:
-        its right final result (0 or 1) and the share of its results that are right.
+        whether its final result is right (0 or 1) and the share of its results that are right.
     completions, labels: the same results line by line, and for each line whether all is right up to there.
     """
 
@@ -50,7 +50,7 @@ class ArithmeticPairs(Arithmetic):
         }
 
     def _draw(self, chain: Chain, rng: Random, correct: bool) -> tuple[Style, list[int]]:
-        """The format and the results of the first demonstration that ends right, or wrong."""
+        """Return format and results of the first demonstration with a right, or wrong, final result."""
         styles, weights = list(self.config.styles), list(self.config.styles.values())
         for _ in range(TRIES):
             style = rng.choices(styles, weights=weights)[0]

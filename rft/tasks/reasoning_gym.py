@@ -1,4 +1,4 @@
-"""Any task of the reasoning-gym package, by name, judged by that task's own verifier."""
+"""Any task of the reasoning-gym package, by name, judged by that task's verifier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 @lru_cache(maxsize=64)
 def _dataset(task: str, options: str, seed: int) -> Any:
-    """The reasoning-gym dataset; `options` as JSON, so that it can be a key of the cache."""
+    """Return the reasoning-gym dataset; `options` as JSON, so that it can be a cache key."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -38,22 +38,22 @@ class ReasoningGym:
     name = "reasoning_gym"
 
     def __init__(self, **options: Any) -> None:
-        """Raises ValueError where the task or one of its options is unknown."""
+        """Raise ValueError for an unknown task or option."""
         self.config = ReasoningGymConfig(**options)
         self._options = json.dumps(self.config.options, sort_keys=True)
         _dataset(self.config.task, self._options, seed=0)
 
     def rows(self, split: Literal["train", "test"], n: int, seed: int) -> list[dict[str, Any]]:
-        """`n` rows, the same for the same arguments.
+        """Return `n` rows, deterministic in the arguments.
 
         prompt: the question. answer: one right answer. completion: that answer, tagged.
-        task, options, metadata: what `score` needs to judge any other answer.
-        A hash of the question decides its split. Raises ValueError for an unknown split, and where
-        the task makes too few different questions to fill this one.
+        task, options, metadata: the data that `score` needs to judge any other answer.
+        A hash of the question decides its split. Raises ValueError for an unknown split, and if
+        the task generates too few different questions to fill this one.
         """
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", not {split!r}')
-        # Entry i of a dataset is drawn from seed + i: seeds far apart keep two calls' entries apart.
+        # Entry i of a dataset is drawn from seed + i: distant seeds keep the entries of two calls apart.
         source = _dataset(self.config.task, self._options, seed=seed * 10_000_019)
         rows: list[dict[str, Any]] = []
         for index in range(100 + 100 * n):
@@ -91,10 +91,10 @@ def score(
     metadata: Sequence[dict[str, Any]],
     **columns: Any,
 ) -> list[float | None]:
-    """Reward in [0, 1] of each completion, by the verifier of the task that made the question.
+    """Return a reward in [0, 1] for each completion, from the verifier of the question's task.
 
-    The last <answer>...</answer> is judged, or what follows the last ####. A completion with neither
-    gives no answer, which verifiers score 0 or close to it. Of a chat, the
+    The last <answer>...</answer> is judged, or the text after the last ####. A completion with neither
+    counts as empty, which verifiers score 0 or close to it. In a chat, the
     last message is judged.
     """
     scores: list[float | None] = []

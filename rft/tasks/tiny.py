@@ -1,8 +1,8 @@
 """A tiny from-scratch model with its tokenizer: Qwen3 architecture, tied embeddings.
 
 It is an ordinary Hugging Face folder, which transformers and vLLM load like any other. The tokenizer
-is byte-level BPE, so any text can be encoded; digits stand alone, so that the model sees numbers
-the way they are written. Same arguments, same files.
+is byte-level BPE, so any text can be encoded; each digit is a separate token, so that the model sees
+numbers as they are written. Same arguments, same files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rft.tasks.arithmetic import Arithmetic
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
 
-# `generation` marks what the assistant says, the closing token included, for response-only losses.
+# `generation` marks the assistant's text, including the closing token, for response-only losses.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|' + message['role'] + '|>' -}}"
@@ -44,8 +44,8 @@ def build_tiny(
     """Write a freshly initialised model, its tokenizer and its generation config to `folder`.
 
     `vocab_size` is an upper bound (see `build_tokenizer`). The size of an attention head is
-    hidden_size / heads; vLLM on CPU wants a multiple of 32. The global random state is left as it was.
-    Raises ValueError for sizes that do not fit.
+    hidden_size / heads; vLLM on CPU needs a multiple of 32. The global random state is preserved.
+    Raises ValueError for inconsistent sizes.
     """
     if hidden_size % heads:
         raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of heads ({heads})")
@@ -81,10 +81,10 @@ def build_tiny(
 
 
 def build_tokenizer(vocab_size: int = 512, max_positions: int = 2048) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the task's own text: 6 special tokens, 256 bytes, then merges.
+    """Train byte-level BPE on the task's text: 6 special tokens, 256 bytes, then merges.
 
-    The task's text has few words: some 370 entries hold them all, and no more are made.
-    Raises ValueError where `vocab_size` leaves no room for bytes and special tokens.
+    The task's text has few words, which fit into some 370 entries; no more are made.
+    Raises ValueError if `vocab_size` leaves no room for bytes and special tokens.
     """
     special = [BOS, EOS, PAD, *ROLES.values()]
     if vocab_size < 256 + len(special):
@@ -120,7 +120,7 @@ def build_tokenizer(vocab_size: int = 512, max_positions: int = 2048) -> PreTrai
 
 
 def _corpus() -> list[str]:
-    """Problems and solutions in every form and format."""
+    """Return problems and solutions in every form and format."""
     styles = dict.fromkeys(("lines", "chain", "prose", "code"), 1)
     task = Arithmetic(form="mixed", operators=["+", "-", "*"], styles=styles)
     return [row["prompt"] + row["completion"] for row in task.rows("train", 2000, seed=0)]

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of rft: any module may import them."""
+"""Helpers that do not depend on the rest of rft: any module may import them."""

@@ -1,4 +1,4 @@
-"""Calls to Ray actors: each has a deadline that names the call, and raises the actor's own error."""
+"""Calls to Ray actors with a named deadline; they raise the actor's original error."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rft.utils.process import kill_tree
 
 
 class ActorDied(RuntimeError):
-    """The process behind an actor is gone."""
+    """The actor's process is gone."""
 
 
 class NotHere(RuntimeError):
-    """A file or folder that this node needs is not on it."""
+    """A file or folder that this node needs does not exist on it."""
 
 
 def require_here(path: str, what: str) -> None:
-    """Raise NotHere, which names this node, unless `path` exists on it. A name that is not an absolute path
-    (a hub's) passes."""
+    """Raise NotHere, naming this node, unless `path` exists on it. A name that is not an absolute path
+    (a hub name) passes."""
     if path.startswith("/") and not os.path.exists(path):
         import ray
 
@@ -30,7 +30,7 @@ def require_here(path: str, what: str) -> None:
 
 
 async def call(reference: Any, seconds: float, what: str) -> Any:
-    """Await an actor's answer. Raises its own error, Overdue, or ActorDied."""
+    """Await an actor's answer. Raises the actor's error, Overdue, or ActorDied."""
     from ray.exceptions import RayActorError, RayTaskError
 
     try:
@@ -42,15 +42,15 @@ async def call(reference: Any, seconds: float, what: str) -> Any:
 
 
 def _first_and_last(text: str) -> str:
-    """Ray's own summary, and the error at the end of the traceback that it quotes."""
+    """Return Ray's summary, and the error at the end of the traceback that it quotes."""
     lines = [line.strip() for line in text.strip().splitlines()]
     return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
 
 
 def kill_actor(actor: Any, node: str, pid: int) -> None:
-    """Kill an actor and every process that it started; also a frozen one, which `ray.kill` would wait for.
+    """Kill an actor and every process that it started, even a frozen one, for which `ray.kill` would wait.
 
-    node, pid: where it runs; "" and 0 where that is unknown.
+    node, pid: where it runs; "" and 0 if unknown.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -23,8 +23,8 @@ def parse_cores(text: str) -> set[int]:
 def usable_cores(cores: str | None = None) -> int:
     """Count the cores that this process, or one bound to `cores`, may keep busy: at least 1.
 
-    A container's CPU quota counts: it is rounded down, because threads beyond it are stopped in the middle
-    of a product that the others then wait for.
+    A container's CPU quota counts. It is rounded down, because threads beyond it are suspended in the middle
+    of a product, and the others then wait for them.
     """
     count = len(parse_cores(cores)) if cores else len(os.sched_getaffinity(0))
     quota = cpu_quota()
@@ -32,14 +32,14 @@ def usable_cores(cores: str | None = None) -> int:
 
 
 def threads_for(threads: int | None, cores: str | None, processes: int = 1) -> int:
-    """CPU threads of this process: as asked (`threads`), else its share of the cores that it and the other
-    `processes` of its machine may keep busy. A process asks for itself: the driver's machine may have more
-    cores."""
+    """Return the CPU threads of this process: `threads` if given, else its share of the cores that it and the
+    other `processes` on its machine may keep busy. Call it in the process itself: the driver's machine may
+    have more cores."""
     return max(1, usable_cores(cores) // processes) if threads is None else threads
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Read how many CPUs the control groups (v1 and v2) allow this process; None where they set no limit.
+    """Read how many CPUs the control groups (v1 and v2) allow this process; None if they set no limit.
 
     The smallest quota counts, from this process's group up to the top of the mounted hierarchy. `root`: the
     folder that holds /proc and the mount points.
@@ -76,8 +76,8 @@ def _cpu_groups(root: Path) -> Iterator[Path]:
 
 
 def _below(group: str, mounted: str) -> str:
-    """A group's path below a mount that shows the groups below `mounted`; "" where it lies outside of it, as
-    in a container whose own group is mounted under a path of the host."""
+    """Return a group's path below a mount that shows the groups below `mounted`; "" if it is outside of it,
+    as in a container whose own group is mounted under a path of the host."""
     if ".." in group.split("/"):
         return ""
     prefix = mounted.rstrip("/") + "/"
@@ -85,7 +85,7 @@ def _below(group: str, mounted: str) -> str:
 
 
 def _quota(folder: Path) -> float | None:
-    """CPUs that one group allows: `cpu.max` (v2) or `cpu.cfs_quota_us` over `cpu.cfs_period_us` (v1)."""
+    """Return the CPUs that one group allows: `cpu.max` (v2), or quota over period of `cpu.cfs_*` (v1)."""
     if (line := _read(folder / "cpu.max")) is not None:
         quota, period = line.split()
     else:
@@ -102,5 +102,5 @@ def _read(path: Path) -> str | None:
 
 
 def _unescape(field: str) -> str:
-    r"""A path of mountinfo, in which a space is written as \040."""
+    r"""Decode a path of mountinfo, in which a space is written as \040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

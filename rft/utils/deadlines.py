@@ -18,15 +18,15 @@ class Overdue(RuntimeError):
 async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
     """Await with a deadline. Raises Overdue."""
     try:
-        async with asyncio.timeout(seconds):  # wait_for loses a cancellation that comes with the answer
+        async with asyncio.timeout(seconds):  # wait_for loses a cancellation that arrives with the answer
             return await awaitable
     except TimeoutError:
         raise Overdue(f"{what} did not finish within {seconds:.0f} s") from None
 
 
 async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:
-    """Await `work`, or raise RunStopped as soon as a stop is requested. For work of minutes that leaves
-    nothing to save: a start, an evaluation, an export."""
+    """Await `work`, or raise RunStopped as soon as a stop is requested. For long work without results to
+    save: a start, an evaluation, an export."""
     running, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait((running, asked), return_when=asyncio.FIRST_COMPLETED)

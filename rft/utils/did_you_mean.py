@@ -1,4 +1,4 @@
-"""Suggest the known name that a misspelt one resembles."""
+"""Suggest the known name that is closest to a misspelt one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 def closest_match(word: object, known: Iterable[object]) -> str | None:
-    """Return the known name most like `word`; None where none resembles it."""
+    """Return the known name most similar to `word`; None if none is similar."""
     close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.6)
     return close[0] if close else None
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
-    """Return `; did you mean 'x'?`, or "" where no known name resembles `word`."""
+    """Return `; did you mean 'x'?`, or "" if no known name is similar to `word`."""
     close = closest_match(word, known)
     return "" if close is None else f"; did you mean {close!r}?"
 

@@ -1,4 +1,4 @@
-"""Load an object by its dotted path: how the core reaches rare features without importing them."""
+"""Load an object by its dotted path, so that the core can use rare features without importing them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def load_dotted(path: str) -> Any:
-    """The object that `package.module.name` names."""
+    """Import and return the object `package.module.name`."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete, by a rename, or not at all."""
+"""Write files and folders atomically: they appear complete, by a rename, or not at all."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-UNFINISHED = ".unfinished"  # suffix of a file that is being written
+UNFINISHED = ".unfinished"  # suffix of an incomplete file
 
 
 @contextmanager
 def write_atomic(path: Path) -> Iterator[Path]:
-    """Yield the path to write to; at the end of the block that file is flushed and becomes `path`.
+    """Yield a temporary path to write to; at the end of the block that file is flushed and renamed to `path`.
 
-    Nothing is left behind where the block raises. A process that is killed leaves `NAME.PID.unfinished`.
+    If the block raises, nothing is left behind. A killed process leaves `NAME.PID.unfinished`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
@@ -35,13 +35,13 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_atomic(folder: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield the path of a folder to make; at the end of the block it becomes `folder`.
+    """Yield a temporary folder to fill; at the end of the block it is renamed to `folder`.
 
     An older `folder` is replaced. shared: several processes may make it at once, all with the same contents:
     the first one wins.
     """
     temporary = folder.with_name(f".writing-{folder.name}{f'-{os.getpid()}' if shared else ''}")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     yield temporary
     if shared and folder.exists():
         shutil.rmtree(temporary)

@@ -1,4 +1,4 @@
-"""Hashes that name cached and saved files, and that prove what they hold."""
+"""Hashes that name cached and saved files, and verify their contents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def json_digest(value: Any, *, compact: bool = False) -> str:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """Return a short hash of plain config data, for the name of what is cached by it."""
+    """Return a short hash of plain config data, to name a cache entry."""
     return json_digest(config)[:16]
 
 
@@ -33,7 +33,7 @@ def file_digest(path: Path) -> str:
 
 
 def model_digest(path: str) -> str:
-    """Return a hash of a model folder's weights and config; of a hub model, its name with its commit."""
+    """Return a hash of a model folder's weights and config; for a hub model, its name with its commit."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         from transformers import AutoConfig
@@ -47,10 +47,10 @@ def model_digest(path: str) -> str:
 
 
 def short_digest(text: str) -> str:
-    """Return 12 hex digits that stand for a text in a file name."""
+    """Return 12 hex digits that represent a text in a file name."""
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def hash64(text: str) -> int:
-    """Return 64 bits that depend on a text alone, for seeds and for splits."""
+    """Return a 64-bit hash of a text, for seeds and for splits."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""A process between a worker and its owner that limits the worker's memory and kills everything it leaves.
+"""A process between a worker and its owner that limits the worker's memory and kills its leftover processes.
 
 Orphans of the worker, including daemons, become children of the keeper, which runs none of the worker's code.
 Standard library only: it starts before anything is imported.
@@ -24,10 +24,10 @@ LOOK_EVERY_S = 1.0
 
 
 def fork_worker(board: mmap, offset: int, memory: int | None) -> None:
-    """Return in a new process, the worker; the calling process becomes its keeper and never returns.
+    """Fork a worker: return in the new process; the calling process becomes its keeper and never returns.
 
-    board, offset: where to write the worker's process id. memory: bytes that the worker may hold, with all
-    that it starts; None: no limit.
+    board, offset: where to write the worker's process id. memory: bytes that the worker and its children may
+    hold; None: no limit.
     """
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     pid = os.fork()
@@ -47,7 +47,7 @@ def fork_worker(board: mmap, offset: int, memory: int | None) -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     kill_tree(os.getpid())
     if code < 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker's core is enough
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker's core dump is enough
         with contextlib.suppress(OSError):
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

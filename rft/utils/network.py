@@ -1,4 +1,4 @@
-"""The network interface that process groups communicate over."""
+"""Select the network interface for process groups."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import socket
 
 
 def use_interface_of(host: str) -> None:
-    """Let gloo and NCCL talk over the network interface that reaches `host`: by themselves they take the
-    one that this machine's name resolves to, which is often the loopback."""
+    """Make gloo and NCCL use the network interface that reaches `host`: by default they take the one that
+    this machine's name resolves to, which is often the loopback."""
     import psutil
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

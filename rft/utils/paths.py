@@ -1,4 +1,4 @@
-"""Paths as users type them: `~` and environment variables."""
+"""Expand `~` and environment variables in user-supplied paths."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
 def expand(path: str) -> str:
-    """A path with `~`, `$NAME` and `${NAME}` replaced. Raises ValueError where a variable is not set, or a
-    user not known."""
+    """Replace `~`, `$NAME` and `${NAME}` in a path. Raises ValueError for an unset variable or an unknown
+    user."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
@@ -33,7 +33,7 @@ def expand(path: str) -> str:
 
 
 def path_argument(text: str) -> str:
-    """`expand` for a command's argument: argparse shows the message and ends with exit code 2."""
+    """`expand` as an argparse type: argparse prints the message and ends with exit code 2."""
     try:
         return expand(text)
     except ValueError as error:
@@ -51,7 +51,7 @@ def absolute_if_local(path: str) -> str:
 
 
 def not_writable(key: str, folder: Path, error: OSError) -> str:
-    """Say that a folder cannot be written, and what to do."""
+    """Return an error message: the folder cannot be written, and the remedy."""
     return (
         f"{key}: {folder} cannot be written ({error.strerror}): write {key}=FOLDER with a folder that this "
         "user may write and that has space"

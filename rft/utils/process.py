@@ -1,4 +1,4 @@
-"""End processes together with everything they started. Standard library only, Linux."""
+"""End processes together with all their descendants. Standard library only, Linux."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def prctl(option: int, value: int) -> None:
-    """Call prctl(2). Raises OSError where the kernel refuses."""
+    """Call prctl(2). Raises OSError if the kernel refuses."""
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 def die_with_parent() -> None:
-    """Have this process killed when its parent ends, for `preexec_fn`."""
+    """Have the kernel kill this process when its parent ends; for `preexec_fn`."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _processes() -> dict[int, tuple[int, int]]:
-    """pid -> (parent, session) of every process."""
+    """Return pid -> (parent, session) of every process."""
     table = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -50,7 +50,8 @@ def descendants(pid: int) -> set[int]:
 
 
 def memory_below(pid: int) -> int:
-    """Resident bytes of the descendants of `pid`, without file pages; shared pages count once per process."""
+    """Return the resident bytes of `pid`'s descendants, without file pages; shared pages count per
+    process."""
     total = 0
     for p in descendants(pid):
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{p}/status", encoding="utf-8") as file:
@@ -61,7 +62,7 @@ def memory_below(pid: int) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """True until the process has ended; one that nobody has reaped yet has ended."""
+    """True until the process has ended; an unreaped (zombie) process counts as ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
@@ -97,14 +98,14 @@ def _signal(pid: int, number: int) -> None:
 def guard() -> None:
     """Main of the guardian: read pids from stdin (`+pid`, `-pid`) and kill their trees when the parent exits.
 
-    It runs no reward code, so it cannot hang, and workers do not survive a parent that was SIGKILLed.
+    It runs no reward code, so it cannot hang, and workers do not survive a parent killed with SIGKILL.
     """
     import select
 
     parent, pids, rest = os.getppid(), set[int](), b""
     poll = select.poll()
     poll.register(0, select.POLLIN)
-    while os.getppid() == parent:  # a fork of the parent may hold the pipe open: look at both
+    while os.getppid() == parent:  # a fork of the parent may hold the pipe open: check both
         if not poll.poll(500):
             continue
         data = os.read(0, 4096)
@@ -118,10 +119,10 @@ def guard() -> None:
 
 
 class Guardian:
-    """A child process that kills the watched processes, with all descendants, when this process exits, also
+    """A child process that kills the watched processes, with all descendants, when this process exits, even
     after a SIGKILL. If the guardian itself was killed, its methods do nothing."""
 
-    # Isolated: this folder's files are called like modules of the standard library.
+    # Isolated: files in this folder have the names of standard library modules.
     COMMAND = (sys.executable, "-I", "-S", os.path.abspath(__file__))
 
     def __init__(self) -> None:

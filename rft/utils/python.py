@@ -16,7 +16,7 @@ SAFE_PYTHON = (sys.executable, "-P")
 
 
 def search_path() -> list[str]:
-    """This process's search path for another one: the working and the script's folder come last."""
+    """Return this process's search path for a child, with the working and the script's folder last."""
     script = getattr(sys.modules["__main__"], "__file__", None)
     late = {os.getcwd(), *([os.path.dirname(os.path.realpath(script))] if script else [])}
     entries = [entry or os.getcwd() for entry in sys.path]
@@ -25,13 +25,13 @@ def search_path() -> list[str]:
 
 
 def safe_workers() -> dict[str, Any]:
-    """Arguments of `ray.init` that make Ray's workers look for modules in the working folder last.
+    """Return `ray.init` arguments that make Ray's workers search the working folder last.
 
-    Ray puts the driver's working folder, and its script's, in front of their search path.
+    Ray prepends the driver's working folder and its script's folder to their search path.
     """
     from ray.job_config import JobConfig
 
-    def working_folder_last() -> None:  # local, so that it travels by value: rft itself may be in that folder
+    def working_folder_last() -> None:  # local, to be pickled by value: rft itself may be in that folder
         import os
         import sys
 
@@ -40,7 +40,7 @@ def safe_workers() -> dict[str, Any]:
 
     job = JobConfig()
     job._py_driver_sys_path = _Fixed()
-    # The variable, too: it reaches the processes that a worker starts, such as vLLM's.
+    # The variable too: child processes of a worker, such as vLLM's, inherit it.
     environment = {"PYTHONSAFEPATH": "1"}
     return {
         "job_config": job,

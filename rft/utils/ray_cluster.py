@@ -1,4 +1,4 @@
-"""Start and end a Ray cluster on this machine, and notice when its head dies."""
+"""Start and end a Ray cluster on this machine, and detect the death of its head."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from rft.utils.python import safe_workers
 
 @contextmanager
 def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
-    """A Ray cluster for the length of the block: the one that this process is connected to, the one at an
-    address, or one started here.
+    """Provide a Ray cluster for the length of the block: the one that this process is connected to, the one
+    at an address, or one started here.
 
-    One started here leaves no process behind, however the block ends.
+    A cluster started here leaves no process behind, however the block ends.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a shared machine
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default, 15, starves actors on a shared machine
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
 
-    if ray.is_initialized():  # by the program that calls rft, which also ends it
+    if ray.is_initialized():  # by the program that calls rft, which also shuts it down
         yield
         return
     if address is not None:
@@ -51,9 +51,9 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     try:
         yield
     finally:
-        known = _below()  # while their parents still live
+        known = _below()  # while their parents are still alive
         family = [p for p in known if _is_of_a_run(p)]
-        prctl(PR_SET_CHILD_SUBREAPER, 1)  # a worker that the raylet starts from now on comes here at its end
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # workers orphaned later become our children
         _kill_instead_of_terminate()
         ray.shutdown()
         _reap([*family, *(p for p in _below() if p not in known)])
@@ -67,7 +67,7 @@ def on_head_death(act: Callable[[str], None]) -> None:
     """Have the running loop call `act(name)` when a process of the Ray head that was started here ends.
 
     Ray itself notices after about a minute, and then aborts the driver. A cluster that was not started here
-    is not watched.
+    is not monitored.
     """
     loop = asyncio.get_running_loop()
 
@@ -83,8 +83,8 @@ def on_head_death(act: Callable[[str], None]) -> None:
 
 
 def _kill_instead_of_terminate() -> None:
-    """Have Ray's shutdown kill the processes of its head: it sends SIGTERM, which they block, and waits for a
-    second for each of them."""
+    """Make Ray's shutdown kill its head processes: it sends SIGTERM, which they block, and waits a second for
+    each of them."""
     import ray
 
     node: Any = ray._private.worker._global_node
@@ -94,7 +94,7 @@ def _kill_instead_of_terminate() -> None:
 
 
 def _reap(family: list[Any]) -> None:
-    """Kill the processes that Ray's shutdown has left."""
+    """Kill the processes that Ray's shutdown left behind."""
     _, alive = psutil.wait_procs(family, timeout=0.2)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
@@ -103,18 +103,18 @@ def _reap(family: list[Any]) -> None:
 
 
 def _below() -> list[Any]:
-    """All processes below this one."""
+    """Return all descendants of this process."""
     return list(psutil.Process().children(recursive=True))
 
 
 def _family() -> list[Any]:
-    """The processes of the Ray head that was started here, and of its actors."""
+    """Return the processes of the Ray head that was started here, and of its actors."""
     return [p for p in _below() if _is_of_a_run(p)]
 
 
 def _is_of_a_run(process: Any) -> bool:
-    """True for Ray's own processes and what they started, such as engines: all but reward workers,
-    which their runner ends."""
+    """True for Ray's processes and their children, such as engines: all but reward workers, which their
+    runner ends."""
     try:
         lineage = [process, *process.parents()]
         return any("raylet" in p.name() or "gcs_server" in p.name() for p in lineage)

@@ -1,8 +1,8 @@
-"""Lock a run's folder, so that one process at a time trains it.
+"""Lock a run's folder, so that only one process at a time trains it.
 
-The lock is a POSIX record lock on RUN/run.lock: it ends with the process, however that dies, and no child
-inherits it. The file names its owner. Where the file system has no locks, the owner renews the file every few
-seconds instead, and a second start checks whether the owner named there is alive.
+The lock is a POSIX record lock on RUN/run.lock: it ends with the process, however that dies, and child
+processes do not inherit it. The file names its owner. If the file system does not support locks, the owner
+renews the file every few seconds instead, and a second start checks whether the named owner is alive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rft.utils.paths import not_writable
 
 LOCK_FILE = "run.lock"
 RENEW_S = 5.0
-GONE_S = 4 * RENEW_S  # without a renewal for this long, the owner is dead
+GONE_S = 4 * RENEW_S  # without a renewal for this long, the owner is considered dead
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -32,15 +32,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 class RunLock:
     """A lock on a run's folder, from construction until `release` or the end of this process.
 
-    Makes the folder. `note` is for the user, empty where all is well. Raises ConfigError where another
-    process trains this run, or the folder cannot be written.
+    Makes the folder. `note` is a message for the user, empty if there is none. Raises ConfigError if another
+    process trains this run, or if the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_FILE
         self.note = ""
         self._ended = threading.Event()
-        self._made = [p for p in (folder, *folder.parents) if not p.exists()]  # removed again where unused
+        self._made = [p for p in (folder, *folder.parents) if not p.exists()]  # removed again if unused
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._open()
@@ -68,7 +68,7 @@ class RunLock:
             os.close(descriptor)
 
     def _lock(self, descriptor: int) -> bool:
-        """Take the lock; False where the file system has none. Raises ConfigError where it is taken."""
+        """Take the lock; False if the file system does not support it. Raises ConfigError if it is taken."""
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -85,7 +85,7 @@ class RunLock:
 
     def _wait_for_owner(self) -> None:
         """Without locks: raise ConfigError if the owner that the file names is alive. A process of this
-        machine is looked up; of another one, the next renewal is waited for."""
+        machine is looked up; for another machine, wait for the next renewal."""
         owner = read_owner(self.path)
         if not owner:
             return
@@ -100,7 +100,7 @@ class RunLock:
                 raise ConfigError([self._busy(owner)])
 
     def _check_alone(self) -> None:
-        """Without locks: of two starts at the same time, the last one to write goes on."""
+        """Without locks: of two simultaneous starts, the last writer continues."""
         time.sleep(1.0)
         owner = read_owner(self.path)
         if (owner.get("pid"), owner.get("place")) != (os.getpid(), _machine()):
@@ -136,7 +136,7 @@ class RunLock:
                 os.utime(self.path)
 
     def release(self) -> None:
-        """Give the folder free; remove it where nothing was written into it."""
+        """Release the folder; remove it if nothing was written into it."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -149,7 +149,7 @@ class RunLock:
 
 
 def read_owner(path: Path) -> dict[str, Any]:
-    """Return the owner that a lock file names; {} where it names none (yet). Not for the owner itself:
+    """Return the owner that a lock file names; {} if it names none (yet). Must not be called by the owner:
     closing the file would release its lock."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
@@ -159,13 +159,13 @@ def read_owner(path: Path) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Identify this boot of this machine, and this container: within both, a pid means one process."""
+    """Identify this boot of this machine, and this container: within both, a pid identifies one process."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _start_of(pid: int) -> int | None:
-    """Return when a process began, in ticks since boot; None where there is no such process."""
+    """Return a process's start time in ticks since boot; None if it does not exist."""
     try:
         fields = (
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -25,7 +25,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of `random`, `numpy.random`, torch's CPU generator and every visible CUDA device's.
+    """Return the states of `random`, `numpy.random`, torch's CPU generator and every visible CUDA device's.
 
     The values are plain Python numbers and uint8 tensors, so `torch.load(weights_only=True)` reads them.
     """
@@ -41,7 +41,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore every generator to a state taken by `rng_state`.
 
-    Raises CheckpointError where the number of visible CUDA devices differs: the run would not continue with
+    Raises CheckpointError if the number of visible CUDA devices differs: the run would not continue with
     the same random numbers.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,10 +1,11 @@
-"""Stop signals: heard by one thread, and blocked in every process that a run starts. Standard library only.
+"""Stop signals: received by one thread, and blocked in every process that a run starts. Standard library
+only.
 
     with StopSignals() as signals:
         signals.handle(request=ask_the_loop, at_once=write_the_reason)
 
-A signal sent to a process group, or by a job scheduler to every process of a job step, reaches Ray's
-processes and the engines too. They inherit the blocked mask, so that they live until the checkpoint is saved.
+A signal sent to a process group, or by a job scheduler to every process of a job step, also reaches Ray's
+processes and the engines. They inherit the blocked mask, so that they live until the checkpoint is saved.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 STOPPED = 75  # the exit code of a requested stop
 SAME_REQUEST_S = 5.0
 """A job step delivers a signal to each process and the parent forwards it: all that is one request."""
-RECORD_S = 5.0  # for writing the reason of an immediate end: a hung file system must not prevent the end
+RECORD_S = 5.0  # to write the reason of an immediate exit: a hung file system must not prevent the exit
 
 
 def to_catch() -> set[signal.Signals]:
-    """The stop signals that count here: SIGHUP does not where it is ignored (`nohup`)."""
+    """Return the stop signals to catch: not SIGHUP if it is ignored (`nohup`)."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return {number for number in STOP_SIGNALS if not (ignored and number is signal.SIGHUP)}
 
 
 def restore_defaults() -> None:
-    """Give this process the default stop signals back, for programs of the user, which may send and expect
-    them. Call it in the main thread, or between fork and exec."""
+    """Restore the default stop signals in this process, for user programs, which may send and expect them.
+    Call it in the main thread, or between fork and exec."""
     for number in to_catch():
-        signal.signal(number, signal.SIG_DFL)  # of SIGINT too: Python's own would write a traceback
+        signal.signal(number, signal.SIG_DFL)  # SIGINT too: Python's default handler would print a traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def describe(info: signal.struct_siginfo) -> str:
-    """A received signal in words: its name, and who sent it."""
+    """Describe a received signal: its name, and its sender."""
     name, pid = signal.Signals(info.si_signo).name, info.si_pid
-    if pid in (0, os.getpid()):  # the kernel (a terminal), another container, or passed on in this process
+    if pid in (0, os.getpid()):  # the kernel (a terminal), another container, or this process
         return name
     with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
         return f"{name} from process {pid} ({file.read().strip()})"
@@ -53,26 +54,26 @@ def describe(info: signal.struct_siginfo) -> str:
 
 
 def print_stop(text: str) -> None:
-    """Say on stderr why the process ends."""
+    """Print on stderr why the process ends."""
     print(f"rft: {text}", file=sys.stderr, flush=True)
 
 
 class StopSignals:
-    """Catches the stop signals of this process while the block lasts, on a thread that nothing else blocks.
+    """Catch the stop signals of this process during the block, on a dedicated thread that is never blocked.
 
-    The first signal calls `request(reason)`, which returns the seconds that a tidy end may take; past them
-    the process ends at once, and so it does on a signal later than SAME_REQUEST_S. Until `handle` was called
-    the first signal ends it at once, too: there is nothing to finish yet. Ending at once calls
-    `at_once(reason)`, kills all child processes, and exits with `exit_code`.
+    The first signal calls `request(reason)`, which returns the seconds that an orderly exit may take; after
+    that time the process exits immediately, and so it does on a signal later than SAME_REQUEST_S. Until
+    `handle` is called, the first signal causes an immediate exit too: there is nothing to finish yet. An
+    immediate exit calls `at_once(reason)`, kills all child processes, and exits with `exit_code`.
 
-    until_exit: leave the signals blocked at the end, for a process that is about to exit: no late signal
-        changes its exit code.
+    until_exit: leave the signals blocked at the end, for a process that is about to exit, so that a late
+        signal does not change its exit code.
     """
 
     def __init__(self, *, until_exit: bool = False) -> None:
         self.until_exit = until_exit
         self.exit_code = STOPPED
-        self.reason = ""  # of the first request; empty until there is one
+        self.reason = ""  # of the first request; empty before it
         self._asked = threading.Event()
         self._request: Callable[[str], float] = lambda reason: 0.0
         self._at_once: Callable[[str], None] = _nothing_was_saved
@@ -87,7 +88,7 @@ class StopSignals:
         self._thread = threading.Thread(target=self._listen, name="rft-stop-signals", daemon=True)
         self._thread.start()
         if threading.current_thread() is threading.main_thread():
-            for number in self._signals:  # for threads that are older than the mask, where there are any
+            for number in self._signals:  # for threads started before the mask was set, if any
                 self._handlers[number] = signal.signal(number, self._pass_on)
         return self
 
@@ -101,13 +102,13 @@ class StopSignals:
         self.release()
         if not self.until_exit:
             while signal.sigtimedwait(self._signals, 0) is not None:
-                pass  # a repetition of the request that has been obeyed
+                pass  # a repetition of the request already being handled
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def release(self) -> None:
-        """Stop listening. The signals stay blocked, for a caller that waits for them itself."""
+        """Stop listening. The signals stay blocked, for a caller that waits for them."""
         if not self._closing:
             self._closing = True
             assert self._thread.ident is not None
@@ -120,13 +121,13 @@ class StopSignals:
         request: Callable[[str], float] | None = None,
         at_once: Callable[[str], None] | None = None,
     ) -> None:
-        """Change what a signal does. Both are called on the listening thread."""
+        """Set the callbacks of a signal. Both are called on the listening thread."""
         with self._switching:
             self._request = request or self._request
             self._at_once = at_once or self._at_once
 
     def asked(self, within: float = 0.0) -> bool:
-        """Whether a stop was requested; waits `within` seconds for it, since the processes of a job step get
+        """Whether a stop was requested; waits up to `within` seconds, since the processes of a job step get
         one signal each, in any order."""
         return self._asked.wait(within)
 

@@ -34,5 +34,5 @@ def _escape(char: str) -> str:
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Print a line of untrusted text, made printable (default: to stderr)."""
+    """Print a line of untrusted text made printable (default: to stderr)."""
     print(printable(text), file=sys.stderr if stream is None else stream, flush=True)

@@ -1,4 +1,4 @@
-"""Read and write YAML strictly: UTF-8 text, no key twice, plain scalars as a config means them."""
+"""Read and write YAML strictly: UTF-8 text, no duplicate keys, scalars as expected in a config."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import yaml
 
 
 class YamlError(ValueError):
-    """Text that is not YAML, or that gives one key twice; the message names the lines."""
+    """Text that is not YAML, or that has a duplicate key; the message names the lines."""
 
 
-# YAML 1.1, which PyYAML reads, takes `1e-6` for text, `2026-11-29` for a date, `010` for 8 and `1:30` for 90.
+# YAML 1.1 (PyYAML) reads `1e-6` as text, `2026-11-29` as a date, `010` as 8 and `1:30` as 90.
 # In a config the first is a number, the second and the last are names, and `010` is 10 (as in YAML 1.2).
 _FLOAT = re.compile(
     r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
@@ -33,7 +33,7 @@ for _first in "-+.0123456789":
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader; it refuses a key that is given twice, of which PyYAML drops the first."""
+    """PyYAML's safe loader, but duplicate keys are an error: PyYAML would drop the first."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
@@ -71,7 +71,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
-    """How many values a node stands for, its aliases written out. Raises YamlError beyond the bound."""
+    """Count the values of a node with its aliases expanded. Raises YamlError beyond the bound."""
     known = counted.get(id(node))
     line = node.start_mark.line + 1
     if known == 0:
@@ -96,7 +96,7 @@ def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the text that `_Loader` would read as a number."""
+    """Quote text that `_Loader` would read as a number."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
@@ -105,7 +105,7 @@ MOST_VALUES = 1_000_000
 
 
 def parse(text: str) -> Any:
-    """Parse a YAML text. Raises YamlError, also where aliases make it larger than `MOST_VALUES`."""
+    """Parse a YAML text. Raises YamlError, also if aliases make it larger than `MOST_VALUES`."""
     try:
         loader = _Loader(text)
         try:
