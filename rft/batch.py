@@ -1,10 +1,10 @@
 """The types that flow through rft: `Prompt`, `Completion`, `Group` and the packed `Batch`.
 
-A `Batch` is flat over T tokens: no padding exists, and every algorithm sees the same thing. Its
-tokens form a forest of segments. A segment is a contiguous run of tokens; it either starts a tree
-(parent -1) or continues the segment `parent`. A token attends to the earlier tokens of its own
-segment and to all of its segment's ancestors. Plain packing (all roots), a prompt shared by the two
-completions of a preference pair, a prompt shared by G rollouts: the same rule, other parents.
+A `Batch` is flat over T tokens, without padding, and every algorithm sees the same layout. Its tokens
+form a forest of segments. A segment is a contiguous run of tokens; it either starts a tree (parent -1)
+or continues the segment `parent`. A token attends to the earlier tokens of its segment and to all of
+its segment's ancestors. Plain packing (all roots), a prompt shared by the two completions of a
+preference pair, and a prompt shared by G rollouts differ only in `parent`.
 
 Example: prompt `p0 p1` shared by the completions `a0 a1` and `b0` (N = 2 sequences, S = 3 segments):
 
@@ -33,8 +33,8 @@ FinishReason = Literal["stop", "length", "demonstration"]
 class Prompt:
     """One row of a dataset, tokenised.
 
-    `id` is stable over epochs and resumes. `text` is what the rewards see: a string, or a list of
-    chat messages. `columns` are the row's other columns, handed to rewards by name.
+    `id` is stable over epochs and resumes. `text` is passed to the rewards: a string, or a list of
+    chat messages. `columns` are the row's other columns, passed to rewards by name.
     """
 
     id: int
@@ -47,10 +47,10 @@ class Prompt:
 class Completion:
     """One response to a prompt: sampled by an engine, or read from a dataset.
 
-    `logps[i]` is the sampler's log-prob of `tokens[i]` (None: not sampled), `ref_logps[i]` the reference's
-    where it was computed beforehand. `mask[i]` says whether
-    the loss may act on `tokens[i]` (None: on all). The first `demonstrated` tokens come from a
-    demonstration instead of the policy. `versions` are (policy version, start, end) spans.
+    `logps[i]` is the sampler's log-prob of `tokens[i]` (None: not sampled), `ref_logps[i]` the reference's,
+    if precomputed. `mask[i]` says whether the loss may act on `tokens[i]` (None: on all). The first
+    `demonstrated` tokens come from a demonstration instead of the policy. `versions` are (policy version,
+    start, end) spans.
     `reward` is the combined reward; None means that it could not be judged (never a zero).
     `values` are further per-sequence numbers for the algorithm (a margin, a reward vector); nan: unknown.
     """
@@ -153,15 +153,15 @@ class Batch:
         return out.masked_scatter(self.mask, x[self.sequence[self.mask]])
 
     def old_logps_or(self, logps: Tensor) -> Tensor:
-        """The behaviour policy's log-probs [T]: `old_logps`, or `logps` themselves, detached, where
-        the batch is stepped on once and the two are the same numbers."""
+        """Return the behaviour policy's log-probs [T]: `old_logps`, or `logps`, detached, if the batch is
+        used for a single update and the two are equal."""
         return logps.detach() if self.old_logps is None else self.old_logps
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Sequence indices ([P], [P]) of (preferred, other): within each group, sequences ordered by
-        reward, each with the next lower one. Equal rewards make no pair.
+        """Return sequence indices ([P], [P]) of (preferred, other): within each group, sequences ordered by
+        reward, each with the next lower one. Equal rewards do not form a pair.
 
-        Raises ValueError where the batch carries no rewards.
+        Raises ValueError if the batch has no rewards.
         """
         if self.rewards is None:
             raise ValueError("preference pairs need rewards; this batch carries none")
@@ -174,11 +174,11 @@ class Batch:
     # -- new batches -------------------------------------------------------------------------------
 
     def with_(self, **changes: Any) -> Batch:
-        """A copy with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return replace(self, **changes)
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy with every tensor on `device`."""
+        """Return a copy with every tensor on `device`."""
         changes: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
@@ -187,14 +187,15 @@ class Batch:
         return replace(self, **changes, columns={k: v.to(device) for k, v in self.columns.items()})
 
     def select(self, trees: Iterable[int]) -> Batch:
-        """The batch made of the given trees, in ascending order, with all ids counted anew."""
+        """Return the batch of the given trees, in ascending order, with all ids renumbered."""
         wanted = torch.zeros(int((self.parent < 0).sum()), dtype=torch.bool)
         wanted[torch.as_tensor(list(trees), dtype=torch.int64)] = True
         return self._of_segments(wanted.to(self.tokens.device)[self.tree])
 
     def pruned(self, keep: Tensor) -> tuple[Batch, Tensor]:
-        """The batch without the segments that neither hold a token of `keep` [T] bool nor lie before one, and
-        [T'] int64, where its tokens stand in this batch. No kept token attends to what is gone."""
+        """Drop segments that neither contain a token of `keep` [T] bool nor are ancestors of such a segment.
+        Returns the batch and [T'] int64, the indices of its tokens in this one. Kept tokens never attend to
+        dropped ones."""
         keep_s = torch.zeros_like(self.parent, dtype=torch.bool)
         keep_s[self.segment[keep]] = True
         above = self.parent[keep_s & (self.parent >= 0)]
@@ -205,7 +206,7 @@ class Batch:
         return self._of_segments(keep_s), keep_s[self.segment].nonzero()[:, 0]
 
     def _of_segments(self, keep_s: Tensor) -> Batch:
-        """The batch made of the segments [S] bool, of which each one's parent is one too."""
+        """Return the batch of the segments [S] bool; the parent of each one must be selected too."""
         keep_t = keep_s[self.segment]
         kept = self.sequence[keep_t & (self.sequence >= 0)]
         keep_n = torch.zeros(self.num_sequences, dtype=torch.bool, device=self.tokens.device)
@@ -222,17 +223,17 @@ class Batch:
         return replace(self, **changes, columns={k: v[keep_n] for k, v in self.columns.items()})
 
     def select_groups(self, groups: Tensor) -> Batch:
-        """The batch made of the given groups (indices [K]); its trees are those that hold them."""
+        """Return the batch of the given groups (indices [K]), with the trees that contain them."""
         token_group = torch.where(self.sequence >= 0, self.group[self.sequence.clamp(min=0)], -1)
         chosen = torch.isin(token_group, groups.to(token_group.device))
         return self.select(torch.unique(self.tree[self.segment[chosen]]).tolist())
 
     @staticmethod
     def build(groups: Sequence[Group], *, share_prefix: bool = False) -> Batch:
-        """Lay groups out as one batch.
+        """Pack groups into one batch.
 
         With `share_prefix` a group is one tree (its prompt once, each completion a child segment);
-        without, each completion is a tree of its own that repeats the prompt. Groups without completions are
+        without, each completion is a separate tree that repeats the prompt. Groups without completions are
         left out; a completion that lacks one of the others' `values` has nan in that column.
         Raises ValueError for a prompt or a completion without tokens.
         """
@@ -240,14 +241,14 @@ class Batch:
 
 
 def _renumber(ids: Tensor, keep: Tensor) -> Tensor:
-    """Old ids -> ids counted over the kept entries; negative ids stay as they are."""
+    """Renumber ids over the kept entries; negative ids are unchanged."""
     new = keep.to(torch.int64).cumsum(0) - 1
     return torch.where(ids >= 0, new[ids.clamp(min=0)], ids)
 
 
 def _column(values: Sequence[float | tuple[float, ...] | None]) -> Tensor:
-    """[N] float32, or [N, K] where the values are tuples. nan where there is no value, and at the end of
-    shorter tuples."""
+    """[N] float32, or [N, K] if the values are tuples; nan for missing values and at the end of shorter
+    tuples."""
     rows = [v if isinstance(v, tuple) else (float("nan") if v is None else v,) for v in values]
     width = max(len(row) for row in rows)
     padded = torch.tensor([[*row, *[float("nan")] * (width - len(row))] for row in rows], dtype=torch.float32)
@@ -255,7 +256,7 @@ def _column(values: Sequence[float | tuple[float, ...] | None]) -> Tensor:
 
 
 class _Builder:
-    """Collects columns of numbers for `Batch.build`."""
+    """Collect columns of numbers for `Batch.build`."""
 
     def __init__(self, share_prefix: bool) -> None:
         self.share_prefix = share_prefix
@@ -283,7 +284,7 @@ class _Builder:
             self._add_group(index, group)
         dtypes = {"mask": np.bool_, "demonstrated": np.bool_, "sampler_logps": np.float32}
         dtypes["ref_logps"] = np.float32
-        t: dict[str, Any] = {  # torch.tensor is slower at reading long lists
+        t: dict[str, Any] = {  # torch.tensor is slower for long lists
             k: torch.from_numpy(np.fromiter(v, dtypes.get(k, np.int64), len(v))) for k, v in self.t.items()
         }
         if not any(c.demonstrated for c in completions):
@@ -324,7 +325,7 @@ class _Builder:
                 self._add_completion(prompt, completion, sequence, len(self.parent) - 1, source=last)
 
     def _add_prompt(self, prompt: Prompt, sequence: int) -> tuple[int, int]:
-        """Start a tree; returns (its segment, the index of the prompt's last token)."""
+        """Start a tree; return (its segment, the index of the prompt's last token)."""
         start, n = len(self.t["tokens"]), len(prompt.tokens)
         self.parent.append(-1)
         segment = len(self.parent) - 1

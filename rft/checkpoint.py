@@ -1,18 +1,18 @@
-"""Checkpoints that survive being killed at any instant, and the search for the last good one.
+"""Write checkpoints that survive a kill at any instant, and find the last good one.
 
 A checkpoint is a folder `ROOT/step-00000010` with the files of its writer, plus `manifest.json`: the step,
 the caller's `meta`, a hash of the config, the versions of the libraries, and the size and SHA-256 of every
 file. Order of writing:
 
-1. everything goes into a temporary folder beside the others (`.writing-*`);
+1. everything is written to a temporary folder next to the others (`.writing-*`);
 2. every file is hashed and fsynced, then the manifest, then the folders;
 3. one rename makes it a checkpoint, and the root is fsynced;
-4. only now are older ones removed, down to the last `keep` (each by a rename to `.removing-*` first).
+4. only then are older ones removed, down to the last `keep` (each by a rename to `.removing-*` first).
 
-So at every instant a folder named `step-*` is complete, or damaged in a way that its manifest shows. There is
-no pointer file to go stale: `latest` reads the manifests. "Latest" is the one written last (`order` in the
-manifest), not the one with the highest step: a run that was set back to step 20 continues from its progress
-since then.
+So at every instant a folder named `step-*` is complete, or damaged in a way that its manifest shows.
+Without a pointer file, nothing can become stale: `latest` reads the manifests. "Latest" is the checkpoint
+written last (`order` in the manifest), not the one with the highest step: a run that was set back to step
+20 continues from its progress since then.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Write = Callable[[Path], None]
 class Checkpoint:
     """A complete checkpoint whose files match their hashes.
 
-    `meta`: as given to `save`; `config_hash`: None where no config was given.
+    `meta`: as passed to `save`; `config_hash`: None if no config was passed.
     """
 
     path: Path
     step: int
-    order: int  # 1 for the first ever written under its root, then 2, ...
+    order: int  # 1 for the first one ever written under its root, then 2, ...
     meta: Mapping[str, Any]
     config_hash: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A folder that looks like a checkpoint and was passed over, with the reason."""
+    """A folder that looks like a checkpoint but was rejected, with the reason."""
 
     path: Path
     reason: str
@@ -86,11 +86,11 @@ def save(
 ) -> Path:
     """Write a checkpoint under `root` and return its folder.
 
-    `write(folder)` lays files (and subfolders) into an empty folder. `meta` and `config` must be
-    JSON-able. The last `keep` (at least 1) sound checkpoints stay, this one included.
+    `write(folder)` writes files (and subfolders) into an empty folder. `meta` and `config` must be
+    JSON-serialisable. The last `keep` (at least 1) sound checkpoints stay, including this one.
 
-    Raises CheckpointError where writing failed (a full disk among others: nothing is left behind and
-    the older checkpoints are untouched), or while another process writes under the same root.
+    Raises CheckpointError if writing failed (for example on a full disk: nothing is left behind and
+    the older checkpoints are untouched), or if another process is writing under the same root.
     """
     if keep < 1:
         raise CheckpointError(f"keep must be at least 1, got {keep}: the last good checkpoint has to stay")
@@ -122,7 +122,7 @@ def save_in_background(
     meta: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
 ) -> Future[Path]:
-    """Start `save` on a thread; the future holds what it returns or raises. `write` must own its data."""
+    """Start `save` on a thread; the future holds its result or error. `write` must own its data."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
     saving = pool.submit(save, root, step, write, keep=keep, meta=meta, config=config)
     pool.shutdown(wait=False)  # the thread ends with the save
@@ -132,7 +132,7 @@ def save_in_background(
 def _run_writer(write: Write, folder: Path, step: int) -> None:
     try:
         write(folder)
-    except Exception as error:  # torch and safetensors report a full disk each in a class of their own
+    except Exception as error:  # torch and safetensors report a full disk with different exception classes
         raise CheckpointError(
             f"the checkpoint of step {step} was not written: {type(error).__name__}: {error} "
             f"({_free_space(folder)}). Older checkpoints are untouched. {_remedy(error)}"
@@ -151,7 +151,7 @@ def _storage_errors(root: Path, step: int) -> Iterator[None]:
 
 
 def _remedy(error: Exception) -> str:
-    """The remedy for a storage error."""
+    """Return the remedy for a storage error."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Give this user the right to write there, or choose another output folder."
@@ -229,7 +229,7 @@ def _fsync(path: Path) -> None:
 
 
 def _free_name(root: Path, step: int) -> Path:
-    """`step-00000010`; `step-00000010.2` where a run that was set back reaches a step once more."""
+    """Return `step-00000010`, or `step-00000010.2` if a run that was set back reaches the step again."""
     name, count = root / f"step-{step:08d}", 1
     target = name
     while target.exists():
@@ -240,7 +240,7 @@ def _free_name(root: Path, step: int) -> Path:
 
 @contextmanager
 def _only_writer(root: Path) -> Iterator[None]:
-    """Hold the root's lock. It is a POSIX record lock: gone with the process, not inherited by forks."""
+    """Hold the root's lock. It is a POSIX record lock: it ends with the process and is not inherited."""
     with _in_process, (root / _LOCK).open("a", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,12 +255,12 @@ def _only_writer(root: Path) -> Iterator[None]:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a half-written folder. Its files are emptied first: a writer that failed may still hold one
-    open through its traceback, and the disk would stay full until that is gone."""
+    """Remove a half-written folder. Its files are truncated first: a failed writer may still hold one open
+    through its traceback, and the disk would stay full until that is released."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             os.truncate(path, 0)
-    shutil.rmtree(folder, ignore_errors=True)  # the error that matters is on its way
+    shutil.rmtree(folder, ignore_errors=True)  # the original error is about to be raised
 
 
 def _clean(root: Path) -> None:
@@ -271,8 +271,8 @@ def _clean(root: Path) -> None:
 
 
 def _prune(root: Path, keep: int, written: Path) -> None:
-    """Remove all but the newest `keep` checkpoints. One whose files are missing or of a wrong size
-    does not count towards `keep`: a damaged one never displaces a good one. It stays for inspection."""
+    """Remove all but the newest `keep` checkpoints. One with missing files or wrong sizes does not count
+    towards `keep`: a damaged one never displaces a good one. It is kept for inspection."""
     sound = [path for _, path, reason in sorted(_candidates(root), reverse=True) if reason is None]
     for path in sound[keep:]:
         away = root / f"{_REMOVING}{path.name}"
@@ -289,20 +289,21 @@ def _prune(root: Path, keep: int, written: Path) -> None:
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """The last good checkpoint under `root`, every file verified; None where there is none."""
+    """Return the last good checkpoint under `root`, every file verified; None if there is none."""
     return scan(root)[0]
 
 
 def newest_step(root: Path) -> int | None:
-    """The step of the newest checkpoint under `root`, by manifests and sizes; None: there is none."""
+    """Return the step of the newest checkpoint under `root`, by manifests and sizes; None if there is
+    none."""
     sound = [(order, path) for order, path, reason in _candidates(root) if reason is None]
     return int(_read_manifest(max(sound)[1])["step"]) if sound else None
 
 
 def scan(root: Path) -> tuple[Checkpoint | None, list[Rejected]]:
-    """The last good checkpoint and the folders that were passed over on the way to it, with reasons.
+    """Return the last good checkpoint, and the folders rejected during the search, with reasons.
 
-    Only manifests and sizes are read of all of them; hashes are verified from the newest on, until
+    Manifests and sizes are checked for all of them; hashes are verified from the newest on, until
     one is good.
     """
     candidates = sorted(_candidates(root), reverse=True)
@@ -319,7 +320,7 @@ def scan(root: Path) -> tuple[Checkpoint | None, list[Rejected]]:
 def load(path: Path) -> Checkpoint:
     """Read the checkpoint in the folder `path` and verify every file against its hash.
 
-    Raises CheckpointError where it is missing, half-written, truncated or changed.
+    Raises CheckpointError if it is missing, half-written, truncated or changed.
     """
     manifest = _read_manifest(path)
     reason = _wrong_sizes(path, manifest)
@@ -345,7 +346,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _candidates(root: Path) -> list[tuple[int, Path, str | None]]:
-    """(order, folder, reason why it is unsound or None) of every `step-*` folder; sizes checked only."""
+    """List (order, folder, reason why it is unsound or None) of every `step-*` folder; checks only sizes."""
     result: list[tuple[int, Path, str | None]] = []
     for path in root.glob("step-*") if root.is_dir() else ():
         try:
@@ -394,16 +395,16 @@ def _wrong_sizes(path: Path, manifest: Mapping[str, Any]) -> str | None:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a JSON-able config, independent of the order of its keys."""
+    """Return the SHA-256 (hex) of a JSON-serialisable config, independent of key order."""
     return json_digest(config, compact=True)
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide what a checkpoint means."""
+    """Return the versions of Python and of the libraries that determine how a checkpoint is read."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # an optional one that is not installed here
+            continue  # an optional library that is not installed
     return versions

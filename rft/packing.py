@@ -1,7 +1,7 @@
-"""Packing: which trees of a batch go through the model together, on which rank.
+"""Packing: assign the trees of a batch to micro-batches and ranks.
 
-Pure functions over plain numbers. A tree (a prompt with what continues it) is never split, so a
-shared prefix is computed once wherever its tree lands. Micro-batches are filled best-fit decreasing
+Pure functions over plain numbers. A tree (a prompt with its continuations) is never split, so that a
+shared prefix is computed once on any rank. Micro-batches are filled best-fit decreasing
 up to a number of tokens; over several ranks they are balanced by floating-point work, in rows: the
 j-th micro-batches of all ranks cost about the same, because ranks wait for each other in each one.
 
@@ -36,12 +36,12 @@ def micro_batches(
 ) -> list[list[list[int]]]:
     """Split a batch into micro-batches of whole trees: `[rank][micro-batch] -> tree ids, ascending`.
 
-    Every tree lies in exactly one micro-batch. Every rank gets the same number of micro-batches;
-    where there are fewer trees than that, some are empty, and such a rank must still take part in
+    Every tree is in exactly one micro-batch. Every rank gets the same number of micro-batches;
+    if there are fewer trees than that, some are empty, and such a rank must still take part in
     the step's collectives. The same batch always gives the same split.
 
     keep_groups: all trees of a group share a micro-batch (pairwise losses need both sides).
-    A tree (or kept group) above `max_tokens` gets a micro-batch to itself.
+    A tree (or kept group) above `max_tokens` gets a separate micro-batch.
     hidden_size: the model's width; it weighs attention against matrix products.
 
     Raises ValueError for a non-positive `max_tokens` or `ranks`.
@@ -77,8 +77,8 @@ def tree_costs(batch: Batch, hidden_size: int) -> Tensor:
 
 
 def sharing_gain(prompt: int, completions: Sequence[int], hidden_size: int = 1024) -> float:
-    """How many times less work a prompt with completions is than the same sequences without a shared prompt,
-    from their numbers of tokens: at least 1."""
+    """Return by which factor sharing a prompt among its completions reduces the work, from their numbers of
+    tokens: at least 1."""
     separate = sum(_sequence_cost(prompt + n, hidden_size) for n in completions)
     tokens = prompt + sum(completions)
     pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in completions)
@@ -88,8 +88,8 @@ def sharing_gain(prompt: int, completions: Sequence[int], hidden_size: int = 102
 def worth_sharing(
     groups: Iterable[tuple[int, Sequence[int]]], hidden_size: int = 1024, threshold: float = 1.05
 ) -> bool:
-    """Whether laying `(prompt, completions)` token counts out with shared prefixes is predicted to pay:
-    the work saved over all of them, less what merging costs, reaches `threshold`."""
+    """Predict whether shared prefixes pay off for `(prompt, completions)` token counts: whether the total
+    work saved, minus the cost of merging, reaches `threshold`."""
     separate = shared = 0.0
     for prompt, completions in groups:
         cost = sum(_sequence_cost(prompt + n, hidden_size) for n in completions)
@@ -100,8 +100,8 @@ def worth_sharing(
 
 
 def shares_prefix(groups: Iterable[Group], mode: Sharing, hidden_size: int) -> bool:
-    """Whether groups are laid out with shared prompts: as `learner.prefix_sharing` says, or, on `auto`, where
-    the work that it saves in a model of that width is predicted to pay."""
+    """Whether to pack groups with shared prompts: as `learner.prefix_sharing` says or, on `auto`, if the
+    predicted saving in a model of that width is large enough."""
     if mode != "auto":
         return mode == "on"
     sizes = ((len(g.prompt.tokens), [len(c.tokens) for c in g.completions]) for g in groups)
@@ -113,7 +113,7 @@ def _sequence_cost(tokens: int, hidden_size: int) -> float:
 
 
 def segment_pairs(segment: Tensor, parent: Tensor) -> Tensor:
-    """[S] int64: how many (query, key) pairs the attention of each segment's tokens covers."""
+    """[S] int64: the number of (query, key) pairs in the attention of each segment's tokens."""
     length = torch.bincount(segment, minlength=parent.numel()).cpu()
     before = [0] * parent.numel()
     sizes = length.tolist()
@@ -139,7 +139,7 @@ class _Bin:
 
 
 def _group_units(batch: Batch) -> list[list[int]]:
-    """Trees that must stay together because they hold sequences of the same group."""
+    """Merge trees that must stay together because they contain sequences of the same group."""
     tree = batch.tree[batch.segment]
     known = batch.sequence >= 0
     links = torch.stack([batch.group[batch.sequence[known]], tree[known]])
@@ -167,7 +167,7 @@ def _best_fit(
     costs: Sequence[float],
     max_tokens: int,
 ) -> list[_Bin]:
-    """Best-fit decreasing: the largest unit first, each into the fullest bin that still has room."""
+    """Pack best-fit decreasing: the largest unit first, each into the fullest bin with room for it."""
     sized = [(sum(tokens[t] for t in unit), unit) for unit in units]
     sized.sort(key=lambda item: (-item[0], item[1]))
     bins: list[_Bin] = []
@@ -190,7 +190,7 @@ def _best_fit(
 
 
 def _split_to(bins: list[_Bin], count: int) -> list[_Bin]:
-    """Halve the costliest bins (by cost) until there are `count`; empty ones where nothing can be split."""
+    """Halve the costliest bins until there are `count`; add empty ones if nothing can be split."""
     bins = list(bins)
     while len(bins) < count:
         splittable = [b for b in bins if len(b.units) > 1]
@@ -207,7 +207,7 @@ def _split_to(bins: list[_Bin], count: int) -> list[_Bin]:
 
 
 def _deal(bins: list[_Bin], ranks: int) -> list[list[list[int]]]:
-    """Bins to ranks, in rows of similar cost; within a row the costliest goes to the least loaded rank."""
+    """Assign bins to ranks, in rows of similar cost; a row's costliest goes to the least loaded rank."""
     bins = sorted(bins, key=lambda b: (-b.cost, b.trees()))
     out: list[list[list[int]]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks

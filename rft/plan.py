@@ -49,21 +49,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class BasePlan:
-    """What online and offline runs have in common, resolved."""
+    """The resolved settings shared by online and offline runs."""
 
     config: Config
-    model: str  # folder or hub name that weights are loaded from
+    model: str  # folder or hub name of the weights to load
     tokenizer: Any
     shape: ModelShape
     device: Device
     engine: Engine
     transport: str
     stop_ids: tuple[int, ...]  # token ids that end a completion
-    eval_prompts: PromptSet | None  # that completions are sampled of; None: the run samples none
-    adapter_parameters: int | None  # of learner.adapter, where they can be counted without weights
+    eval_prompts: PromptSet | None  # held-out prompts for sampling; None: the run samples none
+    adapter_parameters: int | None  # of learner.adapter, if they can be counted without weights
 
     def with_model(self, folder: str) -> Self:
-        """Return the same plan from other weights of the same shape (a finished warm start)."""
+        """Return the same plan with other weights of the same shape (a finished warm start)."""
         return replace(self, model=folder)
 
     @property
@@ -78,7 +78,7 @@ class BasePlan:
         return None if reference is None else absolute_if_local(reference)
 
     def engine_spec(self) -> EngineSpec:
-        """Return what each rollout replica is built from."""
+        """Return the spec of each rollout replica."""
         c, adapter = self.config.rollout, self.config.learner.adapter
         lora = adapter_args(adapter) if adapter and self.transport == "adapter" else {}
         return EngineSpec(
@@ -99,7 +99,7 @@ class BasePlan:
         )
 
     def learner_spec(self) -> LearnerSpec:
-        """Return what the learner is built from."""
+        """Return the spec of the learner."""
         c = self.config
         mean, largest = self.gap_bounds()
         paths = {"path": self.model, "tokenizer": self.tokenizer_path, "reference": self.reference_path}
@@ -119,7 +119,7 @@ class BasePlan:
         )
 
     def channel_spec(self) -> ChannelSpec:
-        """Return how weights travel from learner to replicas."""
+        """Return how weights are sent from learner to replicas."""
         folder = sync_folder(self.config, self.transport)
         return ChannelSpec(
             transport=self.transport,
@@ -140,7 +140,7 @@ class BasePlan:
         )
 
     def proof_spec(self) -> ProofSpec | None:
-        """Return how each push is proven; None where engines see sequences of one token only."""
+        """Return how each push is proven; None if engines only see one-token sequences."""
         limit = min(longest_sequence(self.config), self.shape.max_positions) - 1  # vLLM samples one more
         prompts = self.proof_prompts()
         if prompts is None or limit < 2:
@@ -149,13 +149,13 @@ class BasePlan:
         return ProofSpec(tokens, self.config.sync.prove_every, *self.gap_bounds())
 
     def proof_prompts(self) -> PromptSet | None:
-        """Return the prompts whose tokens prove a push."""
+        """Return the prompts whose tokens are used to prove a push."""
         return self.eval_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlinePlan(BasePlan):
-    """A run that trains on completions that it samples."""
+    """A run that trains on completions that it samples itself."""
 
     train_prompts: PromptSet
 
@@ -174,10 +174,10 @@ Plan = OnlinePlan | OfflinePlan
 
 
 class _Problems(list[str]):
-    """All problems of a config."""
+    """Collect all problems of a config."""
 
     def attempt(self, what: str, action: Callable[[], T]) -> T | None:
-        """Return what `action` returns; note a problem and return None where it fails."""
+        """Return the result of `action`; if it fails, record a problem and return None."""
         try:
             return action()
         except (ModelError, DataError, ValueError, OSError) as error:
@@ -188,15 +188,15 @@ class _Problems(list[str]):
 def make_plan(
     config: Config, *, model: str | None = None, evaluate: bool = False, starts: bool = True
 ) -> Plan:
-    """Resolve a config; `model` overrides its model's path, `evaluate` prepares for sampling on held-out
-    prompts whatever the algorithm, `starts` False: Ray and engines will not be started. Raises ConfigError
-    with all problems."""
+    """Resolve a config. `model` overrides its model's path, `evaluate` prepares for sampling on held-out
+    prompts with any algorithm, `starts` False: Ray and engines will not be started. Raises ConfigError with
+    all problems."""
     problems = _Problems()
     attempt, online, trusted = problems.attempt, config.algorithm.online, config.model.trust_remote_code
     samples = online or config.eval.generate or evaluate
     facts = machine_facts(config, samples=samples)
 
-    # Resolve the model, from its config alone, and the data.
+    # Resolve the model (only from its config) and the data.
     network = shape = tokenizer = train = offline = held_out = stops = None
     path = attempt("model", lambda: resolve_model(config, model))
     if path is not None:
@@ -235,7 +235,7 @@ def make_plan(
 
     # Check that they fit each other, the algorithm and this machine.
     if path is not None and tokenizer is not None and shape is not None:
-        if train is not None or offline is not None:  # the data are read, so the chat template works
+        if train is not None or offline is not None:  # the data could be read, so the chat template works
             stops = attempt("model", lambda: resolve_stops(config, path, tokenizer))
         if starts and not evaluate:
             problems += check_warm_start(config, path, tokenizer, stops, shape.max_positions)
