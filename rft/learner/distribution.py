@@ -1,5 +1,5 @@
-"""Whole next-token distributions, which a few algorithms need: a divergence to the reference, the expected
-embedding, and changed input embeddings."""
+"""Full next-token distributions, for the few algorithms that need them: divergence to the reference, expected
+embeddings, and changed input embeddings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CELLS = 2**24  # log-probs held at once: 64 MiB in float32
 
 def next_logps(head: Head, hidden: Tensor, temperature: float) -> Tensor:
     """Return log-probs over the vocabulary [n, V] float32 at hidden states [n, H]."""
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits to 16 bits
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the logits to 16 bits
         z = wide_product(hidden, head.weight.to(hidden.dtype))
         low, low_rank = low_rank_factors(hidden, head.lora)
         if low is not None and low_rank is not None:
@@ -41,8 +41,8 @@ def _chunks(n: int, vocabulary: int) -> Iterator[slice]:
 
 
 def _fuses(head: Head, reference: Head) -> bool:
-    """Whether the fused kernel serves two heads: it takes no LoRA factors, and one softcap and scale for
-    both."""
+    """Whether the fused kernel supports two heads: without LoRA factors, and with the same softcap and scale
+    for both."""
     same = head.softcap == reference.softcap and head.logit_scale == reference.logit_scale
     return same and head.lora is None and reference.lora is None
 
@@ -56,10 +56,10 @@ def full_divergence(
     temperature: float,
     backend: Literal["auto", "reference", "chunked"] = "auto",
 ) -> Tensor:
-    """[n] float32: `algorithm.divergence` of the policy's next-token distributions at hidden states [n, H]
-    from the reference's, with gradient to the policy; by the fused kernel where that knows the divergence.
-    Otherwise, a row chunk is computed again in the backward pass instead of kept. Without a reference the
-    policy's own distribution, detached, stands in its place."""
+    """Return `algorithm.divergence` [n] float32 of the policy's next-token distributions from the
+    reference's, at hidden states [n, H], with gradient to the policy. Uses the fused kernel if it implements
+    the divergence; otherwise the backward pass recomputes each row chunk instead of storing it. Without a
+    reference, the policy's distribution, detached, replaces it."""
     known = algorithm.known_divergence
     if known is not None and reference is not None and ref_hidden is not None and _fuses(head, reference):
         return head_divergence(
@@ -96,7 +96,7 @@ def full_divergence(
 @torch.no_grad()
 def expected_embeddings(model: Any, batch: Batch, temperature: float) -> Tensor:
     """[T, H]: at masked-in tokens the mean embedding under the policy's prediction, elsewhere the
-    token's own. Costs a forward."""
+    token's embedding. Costs one forward."""
     table, head = model.get_input_embeddings().weight, head_of(model)
     rows = batch.mask.nonzero()[:, 0]
     hidden = hidden_states(model, batch)[batch.source[rows]]
@@ -108,9 +108,9 @@ def expected_embeddings(model: Any, batch: Batch, temperature: float) -> Tensor:
 
 @contextmanager
 def reading(model: Any, batch: Batch, algorithm: ChangesEmbeddings, temperature: float) -> Iterator[None]:
-    """Within, the model reads what `algorithm.embed` makes of the tokens' embeddings.
+    """Replace the model's token embeddings by `algorithm.embed` of them within the block.
 
-    Raises ValueError where the model's sequences cannot be packed: there is then no [T, H] to change.
+    Raises ValueError if the model's sequences cannot be packed, since the embeddings are then not [T, H].
     """
 
     def change(module: Any, inputs: Any, output: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def reading(model: Any, batch: Batch, algorithm: ChangesEmbeddings, temperature:
                 f"{type(algorithm).__name__} changes embeddings, which this model's architecture does not "
                 "allow: its sequences cannot be packed"
             )
-        hook.remove()  # the extra forward of `expected` reads plain tokens
+        hook.remove()  # the extra forward of `expected` uses plain tokens
         return algorithm.embed(output[0], batch, lambda: expected_embeddings(model, batch, temperature))[None]
 
     hook = model.get_input_embeddings().register_forward_hook(change)

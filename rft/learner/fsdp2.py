@@ -24,9 +24,9 @@ from rft.learner.parallel import Ranks, device_of
 
 
 class FSDP2(Ranks):
-    """Weights, gradients and optimizer state in shards, one part per rank.
+    """Shard weights, gradients and optimizer state, one part per rank.
 
-    A decoder layer is the unit that is gathered. What remains (embedding, final norm, head) belongs to the
+    A decoder layer is the unit that is gathered. The rest (embedding, final norm, head) belongs to the
     root and stays gathered from the beginning of a forward to the end of its backward: the fused
     log-prob kernel reads the whole head. On GPU, gathered weights and activations are in the compute
     dtype and gradients are reduced in float32.
@@ -45,12 +45,12 @@ class FSDP2(Ranks):
         return "cpu"
 
     def shard(self, policy: PolicyModel) -> None:
-        # Inputs are not cast: that would also copy what is no tensor, such as an attention layout.
+        # Inputs are not cast: that would also copy objects other than tensors, such as an attention layout.
         mixed = MixedPrecisionPolicy(self.compute_dtype, torch.float32, cast_forward_inputs=False)
         exact = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
         critic = policy.value_head
         for head in (None if critic is None else critic.head, policy.score_layer):
-            if head is not None:  # small, and its arithmetic is float32 everywhere
+            if head is not None:  # small, and always computed in float32
                 fully_shard(head, mesh=self.mesh, mp_policy=exact, offload_policy=self.offload)
         trunks = [policy.model] if critic is None or critic.trunk is None else [policy.model, critic.trunk]
         for layer in (layer for trunk in trunks for layer in gathered_units(trunk)):
@@ -71,8 +71,8 @@ class FSDP2(Ranks):
         self.roots.append(root)
         for module in policy.network.modules():
             if isinstance(module, FSDPModule):
-                # A learner's loss is weighed by the whole batch: gradients add up. (Summed as such,
-                # because gloo knows no averaging.)
+                # The loss is already weighted by the whole batch: gradients are summed. (A sum instead of an
+                # average, because gloo does not support averaging.)
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         policy.device = device_of(self.device)
@@ -84,11 +84,11 @@ class FSDP2(Ranks):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def full_tensor(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = super().full_tensor(tensor, dtype)  # cast before it is gathered: fewer bytes travel
+        tensor = super().full_tensor(tensor, dtype)  # cast before gathering: fewer bytes are sent
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def reshard(self) -> None:
-        for root in self.roots:  # after a forward without backward its own weights are still gathered
+        for root in self.roots:  # after a forward without backward, the root's weights are still gathered
             root.reshard()
 
     def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -118,13 +118,13 @@ class FSDP2(Ranks):
         optimizer.load_state_dict({**state, "state": spread})
 
     def _part(self, whole: Tensor, like: Tensor) -> Tensor:
-        """This rank's part of a tensor that every rank has read as a whole."""
+        """Return this rank's part of a tensor that every rank has read in full."""
         if not isinstance(like, DTensor):
             return whole
         whole = whole.to(like.device)
         return distribute_tensor(
             whole, like.device_mesh, list(like.placements), src_data_rank=None
-        ).clone()  # a view would keep the whole one alive
+        ).clone()  # a view would keep the full tensor alive
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def gathered_units(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers: the units that are gathered one after another."""
+    """Return the decoder's layers: the units that are gathered one after another."""
     decoder = decoder_of(model)
     found = [m for name, m in decoder.named_children() if name in ("layers", "h", "blocks")]
     if len(found) != 1 or not isinstance(layers := found[0], nn.ModuleList):

@@ -1,4 +1,4 @@
-"""One training step: prepare the batch, weigh the loss, accumulate gradients, update.
+"""One training step: prepare the batch, weight the loss, accumulate gradients, update.
 
     metrics = Learner(spec).step(batch, 0)
 
@@ -32,19 +32,19 @@ from rft.utils.quantized import evaluation_mode
 
 
 class Learner(TrainState):
-    """A policy in training, and its steps. Every method leaves the learner consistent."""
+    """A policy in training, with its training step. Every method leaves the learner consistent."""
 
     def __init__(self, spec: LearnerSpec, parallel: Parallel | None = None) -> None:
         super().__init__(spec, parallel)
-        self.scoring_seconds = 0.0  # of the step that runs
-        self.updates_made = 0  # of the step that runs
+        self.scoring_seconds = 0.0  # of the current step
+        self.updates_made = 0  # of the current step
         self.messages: list[str] = []
         self.previewed: list[Batch] = []
         self.self_checked = spec.config.self_check == "off"
 
     def pop_messages(self) -> list[str]:
-        """Return the messages for the user since the last call: which kernels this rank chose by measuring
-        them, and steps without an update."""
+        """Return the messages for the user since the last call: kernels that this rank chose by timing them,
+        and steps without an update."""
         messages, self.messages = self.messages, []
         return logprob_common.pop_messages() + messages
 
@@ -53,12 +53,12 @@ class Learner(TrainState):
     def step(self, batch: Batch, step: int) -> dict[str, float]:
         """Train on a batch (all inner epochs and mini-batches); return the step's metrics.
 
-        The policy's version rises by one. Where nothing is trained on (every completion was cut off and
-        `mask_truncated` leaves those out), weights, optimizer and algorithm state stay as they are; of
-        several mini-batches, those without a trained token are passed over.
+        The policy's version increases by one. If there is nothing to train on (every completion was truncated
+        and `mask_truncated` excludes those), weights, optimizer and algorithm state stay unchanged;
+        mini-batches without a trained token are skipped.
 
-        Raises LogpGapError before anything is updated when the batch's fresh samples do not fit the learner's
-        own log-probs, LearnerError on a non-finite gradient.
+        Raises LogpGapError before any update if the log-probs of the batch's fresh samples do not match the
+        learner's, LearnerError on a non-finite gradient.
         """
         start = time.perf_counter()
         self.scoring_seconds = 0.0
@@ -117,11 +117,11 @@ class Learner(TrainState):
         }
 
     def preview(self, batch: Batch) -> None:
-        """Show a batch of later steps to an adapter that is initialised from data, in the first step."""
+        """Show a batch of later steps, during the first step, to an adapter that is initialised from data."""
         self.previewed.append(batch)
 
     def _score_previewed(self, batch: Batch) -> None:
-        """Run the first batch and the previewed ones forward: the adapter reads the inputs of its layers."""
+        """Run the first and the previewed batches forward, so that the adapter reads its layers' inputs."""
         for one in (batch, *self.previewed):
             self.score(one)
 
@@ -133,14 +133,14 @@ class Learner(TrainState):
         return batch.with_(state={**self.state, **now})
 
     def prepare(self, batch: Batch, gap: objective.LogpGap) -> Batch:
-        """Let the algorithm prepare a batch, and compute all that its loss needs. Needs that `prepare` does
-        not read are computed after it, without the tokens that it left out of the mask."""
+        """Let the algorithm prepare a batch, and compute all inputs of its loss. Inputs that `prepare` does
+        not read are computed after it, without the tokens that it masked out."""
         before = self.algorithm.before_prepare
         batch = self.algorithm.prepare(self.fill(batch, before, gap))
         return self.fill(batch, self.algorithm.needs - before, gap)
 
     def fill(self, batch: Batch, needs: frozenset[str], gap: objective.LogpGap) -> Batch:
-        """Compute those of `needs` that a forward gives: old and reference log-probs, values, entropy."""
+        """Compute those of `needs` that a forward yields: old and reference log-probs, values, entropy."""
         several = self.spec.train.num_iterations * self.spec.train.minibatches > 1
         extra = needs & {"values", "end_values"}
         extra |= frozenset({"entropy"} if "old_entropy" in needs else ())
@@ -180,7 +180,7 @@ class Learner(TrainState):
         return scores
 
     def score_tokens(self, tokens: Sequence[int]) -> list[float]:
-        """Score `tokens[1:]`, each after those before it, at temperature 1, as engines score prompts.
+        """Score `tokens[1:]`, each given its predecessors, at temperature 1, as engines score prompts.
         Collective."""
         group = Group(Prompt(0, tuple(tokens[:1]), ""), (Completion(tuple(tokens[1:])),))
         batch = Batch.build([group])
@@ -199,13 +199,13 @@ class Learner(TrainState):
         return self.score(batch, model=self.reference)["logps"]
 
     def release_reference(self) -> None:
-        """Free the reference's memory: batches bring `ref_logps` from now on."""
+        """Free the reference's memory: from now on, batches contain `ref_logps`."""
         self.reference = None
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, step: int) -> Sums:
-        """Return sums and counts, over units, of the algorithm's loss and of what its `held_out` measures, on
-        held-out data. Dropout and changed embeddings are off; the learner is left as it was."""
+        """Return sums and counts, over units, of the algorithm's loss and its `held_out` measures on held-out
+        data. Dropout and changed embeddings are off; the learner's state is not changed."""
         algorithm = self.algorithm
         batch = self.prepare(self.at_step(batch, step), objective.LogpGap())
         batch, scale = objective.weigh(algorithm, batch, self.spec.sampling.max_completion_length)
@@ -318,8 +318,8 @@ class Learner(TrainState):
         return {**measured, "train/skipped": float(not finite)}
 
     def _check_fresh(self, batch: Batch) -> None:
-        """Raise LogpGapError where completions were sampled, none of them by the current version. Asked of
-        the batch as it was received: what `prepare` leaves of it to train on is another matter."""
+        """Raise LogpGapError if completions were sampled, but none of them by the current version. Checks the
+        batch as received, before `prepare` masks tokens."""
         if not self.spec.expects_fresh or batch.version is None:
             return
         sampled = batch.mask if batch.demonstrated is None else batch.mask & ~batch.demonstrated

@@ -25,7 +25,7 @@ from rft.kernels.logprob import token_logps
 from rft.utils.dotted import load_dotted
 from rft.utils.quantized import keep_row_major
 
-# Only few algorithms change embeddings or need whole distributions.
+# Only a few algorithms change embeddings or need full distributions.
 READING = "rft.learner.distribution.reading"
 DIVERGENCE = "rft.learner.distribution.full_divergence"
 
@@ -35,7 +35,7 @@ class Head:
     """The language-model head: logits = softcap(logit_scale * (hidden weight^T + bias)).
 
     weight: [V, H]. bias: [V] or None. softcap: Gemma's soft cap of the final logits, or None.
-    lora: (A [r, H], B [V, r], scale): scale * B A is added to the weight; None: nothing is.
+    lora: (A [r, H], B [V, r], scale): scale * B A is added to the weight; None: no LoRA.
     """
 
     weight: Tensor
@@ -45,7 +45,7 @@ class Head:
     lora: tuple[Tensor, Tensor, float] | None = None
 
     def detached(self) -> Head:
-        """The same numbers without gradient; they stay what they are when the policy moves on."""
+        """Return a copy without gradient, whose values stay fixed when the policy is updated."""
         lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2])
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, weight=self.weight.detach(), bias=bias, lora=lora)
@@ -58,7 +58,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     quantize: str | None = None,
 ) -> Any:
-    """Load a causal LM for training; `quantize` (nf4, fp4, int8) holds its linear layers, but for the head,
+    """Load a causal LM for training; `quantize` (nf4, fp4, int8) stores its linear layers, except the head,
     in 4 or 8 bits through bitsandbytes. Raises ModelError naming the path."""
     from transformers import AutoModelForCausalLM
 
@@ -76,8 +76,8 @@ def load_causal_lm(
 
 
 def quantization(quantize: str, dtype: torch.dtype) -> Any:
-    """transformers' config of a base in 4 bits (the scales are quantised too) or 8 bits, computed in
-    `dtype`. Raises ModelError where bitsandbytes is not installed."""
+    """Return transformers' config for a base in 4 bits (with quantised scales) or 8 bits, computed in
+    `dtype`. Raises ModelError if bitsandbytes is not installed."""
     from transformers import BitsAndBytesConfig
 
     try:
@@ -116,10 +116,10 @@ def load_scoring_model(
     device: str,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A model with `heads` outputs for each sequence, or with `per_token` for each token.
+    """Load a model with `heads` outputs per sequence, or with `per_token` per token.
 
-    From a causal model's folder the head is made anew, small and random; from a scoring model's it is read.
-    `texts` is kept in the config. Raises ModelError naming the path.
+    From a causal model's folder, a new head is initialised, small and random; a scoring model's is loaded.
+    `texts` is stored in the config. Raises ModelError naming the path.
     """
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -138,15 +138,15 @@ def load_scoring_model(
     config = model.config.get_text_config()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if config.pad_token_id in ends:
-        config.pad_token_id = None  # else transformers takes the end token for padding, and reads before it
+        config.pad_token_id = None  # otherwise transformers pads with the end token, and reads before it
     if texts is not None:
         setattr(model.config, TEXTS, dict(texts))
     return model.to(device)
 
 
 def score_layer(model: Any) -> nn.Linear | None:
-    """The linear layer that gives the scores; None for a language model. Raises ModelError where a
-    classification model keeps its head elsewhere."""
+    """Return the linear layer that computes the scores; None for a language model. Raises ModelError if a
+    classification model stores its head elsewhere."""
     if "Classification" not in type(model).__name__:
         return None
     layer = getattr(model, "score", None) or getattr(model, "classifier", None)
@@ -156,13 +156,13 @@ def score_layer(model: Any) -> nn.Linear | None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, each shared one counted once."""
+    """Count parameters, shared ones once."""
     shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in model.parameters())
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on CPU."""
+    """Resolve a dtype name: `auto` is bfloat16 on a GPU and float32 on CPU."""
     if name == "auto":
         name = "bfloat16" if device == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
@@ -170,7 +170,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a causal LM, with what its family does to the logits."""
+    """Return the head of a causal LM, with its family's softcap and scale of the logits."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) and not hasattr(layer, "weight"):
         raise ModelError(f"{type(model).__name__} has no linear head; rft needs hidden states and a head")
@@ -182,7 +182,7 @@ def head_of(model: Any) -> Head:
 
 
 def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
-    """The factors of plain LoRA on the head; None where it has none, or they are switched off."""
+    """Return the factors of plain LoRA on the head; None if it has none, or if they are disabled."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters:
         return None
     (name,) = layer.active_adapters
@@ -195,11 +195,11 @@ def _softcap(config: Any) -> float | None:
 
 
 class Critic(nn.Module):
-    """A linear head that starts at 0, on the policy's hidden states or on those of `trunk`.
+    """A linear head initialised to 0, on the policy's hidden states or on those of `trunk`.
 
-    trunk: a causal LM that is trained with the head and shares nothing with the policy; its language
-    model head is not used. None: the head reads the policy's states, and its gradient goes there too, but
-        for steps that train the critic only.
+    trunk: a causal LM that is trained with the head and shares no weights with the policy; its language
+    model head is not used. None: the head reads the policy's states, and its gradient flows there too,
+        except in steps that train only the critic.
     kernel: the attention of `trunk`, as in `prepare_model`.
     """
 
@@ -221,7 +221,7 @@ class Critic(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the values [n] float32 at states [n, H]."""
-        # The head is float32, but where DeepSpeed holds the whole network in bfloat16.
+        # The head is float32, except where DeepSpeed holds the whole network in bfloat16.
         values: Tensor = self.head(states.to(self.head.weight.dtype))
         return values[:, 0].float()
 
@@ -238,8 +238,8 @@ class Critic(nn.Module):
 
 
 class Network(nn.Module):
-    """The modules of a policy as one. All that reads their weights is called through `forward`: there sharded
-    weights (FSDP2, ZeRO-3) are gathered, and after it their gradients are reduced."""
+    """The modules of a policy as one. All code that reads their weights runs through `forward`: sharded
+    weights (FSDP2, ZeRO-3) are gathered there, and their gradients are reduced afterwards."""
 
     def __init__(self, model: Any, critic: Critic | None) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class Network(nn.Module):
         self.critic = critic
 
     def forward(self, work: Callable[..., Any], *args: Any) -> Any:
-        """`work(*args)`. What it returns must show its tensors: a tensor, or a dict of them."""
+        """Run `work(*args)`. Its result must expose its tensors: a tensor, or a dict of them."""
         return work(*args)
 
 
@@ -286,10 +286,10 @@ class PolicyModel:
         expected: Tensor | None = None,
     ) -> PolicyOutput:
         """Compute the log-probs of the masked-in tokens, and `outputs`: entropy, values, end_values, kl.
-        Other tokens get 0. A reward model has scores and nothing else: its log-probs are 0.
+        Other tokens get 0. A reward model has only scores: its log-probs are 0.
 
         algorithm: in training; it may change embeddings, and defines the divergence `kl` from `reference`.
-        expected: [T], the gradient that the log-probs will get, where it is known; the head is then faster.
+        expected: [T], the gradient that the log-probs will get, if known; the head is then faster.
         """
         expected = None if expected is None else expected.to(self.device)
         arguments = (batch.to(self.device), outputs, algorithm, reference, expected)
@@ -368,9 +368,9 @@ class PolicyModel:
         return other
 
     def self_check(self, batch: Batch, *, fall_back: bool) -> float:
-        """The largest relative difference of packed hidden states from those of separate sequences, on part
-        of a batch. Raises RuntimeError where it is more than rounding explains; with `fall_back` it warns
-        and the model runs unpacked from now on."""
+        """Return the largest relative difference between packed hidden states and those of separate
+        sequences, on part of a batch. Raises RuntimeError if rounding does not explain it; with `fall_back`
+        it warns, and the model runs unpacked from now on."""
         with self._autocast():
             check = partial(self_check, fall_back=fall_back)
             found = self.network(lambda *args: torch.tensor(check(*args)), self.model, batch.to(self.device))
@@ -384,15 +384,15 @@ class PolicyModel:
         return found[batch.source[rows]]
 
     def head(self) -> Head:
-        """Return the language-model head with its present weights."""
+        """Return the language-model head with its current weights."""
         return head_of(self.model)
 
     def follow(self, policy: PolicyModel) -> None:
-        """Copy the weights of a policy, which refreshes a reference."""
+        """Copy the weights of a policy, to refresh a reference."""
         self.model.load_state_dict(policy.model.state_dict())
 
     def own_state(self) -> nn.Module | None:
-        """Return the module whose weights are not shared with the policy; None where all of them are."""
+        """Return the module whose weights are not shared with the policy; None if all are shared."""
         own: nn.Module = self.model
         return own
 
@@ -409,7 +409,7 @@ class PolicyModel:
 
 
 def _cut_off(batch: Batch) -> Tensor:
-    """[E] int64: the last masked-in token of each sequence that ran into the length limit."""
+    """[E] int64: the last masked-in token of each sequence truncated by the length limit."""
     last = last_tokens(batch)
     chosen = last >= 0 if batch.truncated is None else batch.truncated & (last >= 0)
     return last[chosen] if batch.truncated is not None else last[:0]

@@ -1,4 +1,4 @@
-"""Reduction, once: every unit of a loss is weighed by its share of the whole batch, before any split.
+"""Loss reduction: weight every unit of a loss by its share of the whole batch, before any split.
 
 Micro-batching, packing, accumulation and data parallelism then only reorder a sum.
 """
@@ -22,8 +22,8 @@ def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tup
     Returns the batch with `weight` [T] filled (token losses), and the scale of one sequence or pair
     (sequence and pair losses). Weights of token losses, for a sequence of L masked-in tokens:
     `token` 1 / (tokens in the batch), `sequence` 1 / (M L), `constant` 1 / (N max_completion_length).
-    M counts the sequences with a masked-in token: those that are left out count in no average. N counts
-    all sequences: a constant that follows the mask would not be one (Dr.GRPO, Liu et al. 2025, sec. 3.2).
+    M counts the sequences with a masked-in token: masked-out ones do not enter any average. N counts
+    all sequences: a constant must not depend on the mask (Dr.GRPO, Liu et al. 2025, sec. 3.2).
     """
     if algorithm.unit != "token":
         return batch, 1.0 / max(int(_counted(algorithm, batch).sum()), 1)
@@ -39,7 +39,7 @@ def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tup
 
 
 def _counted(algorithm: Algorithm, batch: Batch) -> Tensor:
-    """[N] or [P] bool: the sequences, or pairs, with a masked-in token. The others have no gradient."""
+    """[N] or [P] bool: the sequences, or pairs, with a masked-in token; only these have a gradient."""
     trained = batch.lengths > 0
     if algorithm.unit == "sequence":
         return trained
@@ -48,9 +48,9 @@ def _counted(algorithm: Algorithm, batch: Batch) -> Tensor:
 
 
 def divide(algorithm: Algorithm, batch: Batch) -> tuple[Batch, Batch]:
-    """Split a weighed batch into (trained, idle): sequences with a gradient, and the others with masked-in
+    """Split a weighted batch into (trained, idle): sequences with a gradient, and the others with masked-in
     tokens (groups of equal rewards), which are only measured. Sequences without a masked-in token are in
-    neither. Sequences stay whole, as ratios and means may be over all their tokens."""
+    neither. Sequences are not split, since ratios and means may be over all their tokens."""
     acting = batch.sum_by_sequence(algorithm.acts_on(batch).float()) > 0
     trained = batch.to_tokens(acting)
 
@@ -62,7 +62,7 @@ def divide(algorithm: Algorithm, batch: Batch) -> tuple[Batch, Batch]:
 
 def has_units(algorithm: Algorithm, batch: Batch) -> bool:
     """Whether a prepared batch has a unit to train on: a masked-in token or, for a pair loss, a pair. Without
-    one there must be no update: moments and weight decay would move the weights."""
+    one, skip the update: moments and weight decay would still move the weights."""
     return bool(batch.mask.any() if algorithm.unit == "token" else _counted(algorithm, batch).any())
 
 
@@ -77,9 +77,9 @@ def reduce_loss(algorithm: Algorithm, policy: PolicyOutput, micro: Batch, scale:
 
 
 def constant_logp_grad(algorithm: Algorithm, micro: Batch, scale: float) -> Tensor | None:
-    """Return the gradient [T] of this micro-batch's loss with respect to its log-probs where that does not
-    depend on them (SFT, a policy gradient with one update per batch): it is equal at two distant points.
-    None elsewhere."""
+    """Return the gradient [T] of this micro-batch's loss with respect to its log-probs if it does not depend
+    on them (SFT, a policy gradient with one update per batch), i.e. if it is equal at two distant points;
+    None otherwise."""
     if algorithm.outputs or algorithm.unit != "token":
         return None
     grads: list[Tensor] = []
@@ -94,15 +94,15 @@ def constant_logp_grad(algorithm: Algorithm, micro: Batch, scale: float) -> Tens
 
 
 def zero_loss(policy: PolicyOutput) -> Tensor:
-    """Return a loss of 0 whose zero gradient flows through all that `policy` was computed from."""
+    """Return a loss of 0 whose zero gradient flows to everything that `policy` was computed from."""
     outputs = (policy.logps, policy.entropy, policy.values, policy.kl, policy.scores)
     return torch.stack([t.sum() * 0.0 for t in outputs if t is not None and t.requires_grad]).sum()
 
 
 @dataclass
 class TokenMeans:
-    """Means over masked-in tokens, collected over micro-batches. Each metric counts the tokens that it was
-    measured on: those with another value than NaN. One that was measured nowhere has no mean."""
+    """Means over masked-in tokens, accumulated over micro-batches. Each metric counts only the tokens where
+    it was measured (not NaN); a metric without such tokens is left out."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -157,12 +157,12 @@ class LogpGap:
 
     @property
     def mean(self) -> float:
-        """NaN where nothing was compared."""
+        """NaN if nothing was compared."""
         return self.total / self.tokens if self.tokens else math.nan
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Nothing where nothing was compared."""
+        """Return the gaps; {} if nothing was compared."""
         return {"sync/logp_gap": self.largest, "sync/logp_gap_mean": self.mean} if self.tokens else {}
 
 

@@ -11,8 +11,8 @@ from rft.learner.state import TrainState
 
 
 def resident(learner: TrainState) -> list[Tensor]:
-    """List weights, buffers, gradients, moments and the reference, each tensor once. Not listed, and small:
-    the scales of a quantised base, and what a strategy keeps beside the optimizer."""
+    """List weights, buffers, gradients, moments and the reference, each tensor once. Two small parts are left
+    out: the scales of a quantised base, and strategy state outside the optimizer."""
     reference = None if learner.reference is None else learner.reference.own_state()
     tensors: dict[int, Tensor] = {}
     for module in (learner.policy.network, reference):
@@ -32,8 +32,8 @@ def resident(learner: TrainState) -> list[Tensor]:
 
 @torch.no_grad()
 def move(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Put tensors on a device, in place: whoever holds one sees it there. To the CPU they go into page-locked
-    memory, from which they come back several times as fast."""
+    """Move tensors to a device in place, so that all references see the move. On the CPU they are put into
+    page-locked memory, from which they are copied back several times as fast."""
     for tensor in tensors:
         if tensor.device.type == device.type:
             continue

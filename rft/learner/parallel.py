@@ -1,7 +1,7 @@
 """Parallelism of the learner: one process, or several ranks over torch.distributed.
 
-The learner computes the same on every rank: advantages and weights on the whole batch, then its own
-micro-batches. All that differs between one process, FSDP2 and ZeRO is in `Parallel` and its subclasses.
+Every rank runs the same code: advantages and weights on the whole batch, then its share of the
+micro-batches. `Parallel` and its subclasses contain all differences between one process, FSDP2 and ZeRO.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
 
 class Parallel:
-    """One process: `learner.parallel: single`, and the base of the others.
+    """One process: `learner.parallel: single`, and the base class of the others.
 
     Methods marked *collective* must be called by all ranks in the same order.
     """
@@ -45,7 +45,7 @@ class Parallel:
         return nullcontext()
 
     def shard(self, policy: PolicyModel) -> None:
-        """Keep only this rank's shard of a policy, in place, where that needs no communication."""
+        """Keep only this rank's shard of a policy, in place, if that does not need communication."""
 
     def optimizer(self, policy: PolicyModel, make: MakeOptimizer) -> Any:
         """Set up the optimizer that `make` returns for a policy in training. Collective."""
@@ -92,7 +92,7 @@ class Parallel:
         return tensor
 
     def reshard(self) -> None:
-        """Reshard gathered weights, so that modules show the parameters that are trained."""
+        """Reshard gathered weights, so that modules expose the trained parameters."""
 
     # -- weights and state ---------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Parallel:
     def model_state(self, module: nn.Module) -> dict[str, Tensor]:
         """Copy a module's full state to CPU; {} on all ranks but the first. Collective."""
         tensors = module.state_dict(keep_vars=True)
-        copies: dict[int, Tensor] = {}  # tied parameters stay one
+        copies: dict[int, Tensor] = {}  # tied parameters stay tied
         for tensor in tensors.values():
             if id(tensor) not in copies:
                 copies[id(tensor)] = self.keep(self.full_tensor(tensor))
@@ -168,19 +168,19 @@ class RendezvousStore:
 def join(
     address: Rendezvous, rank: int, ranks: int, device: str, own_store: RendezvousStore | None = None
 ) -> None:
-    """Form torch.distributed's default group: gloo on CPU; on GPU NCCL, with gloo for what lies in host
-    memory. Raises torch.distributed.DistError when the others do not come in time."""
+    """Form torch.distributed's default group: gloo on CPU; on GPU NCCL, with gloo for tensors in host
+    memory. Raises torch.distributed.DistError if the other ranks do not join in time."""
     use_interface_of(address.host)
     timeout = timedelta(seconds=address.timeout_s)
     if own_store is None:
         store = dist.TCPStore(address.host, address.port, is_master=False, timeout=timeout)
     else:
         store = own_store.store
-    # Libraries that look for torchrun's variables (DeepSpeed) find them.
+    # For libraries that read torchrun's variables (DeepSpeed).
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(ranks),
-        LOCAL_RANK="0",  # Ray shows each rank its own device only
+        LOCAL_RANK="0",  # Ray makes only the rank's device visible
         MASTER_ADDR=address.host,
         MASTER_PORT=str(address.port),
     )
@@ -216,7 +216,7 @@ class Ranks(Parallel):
 
 
 def local_share(cores: set[int], rank: int, ranks: int) -> set[int]:
-    """Return this rank's share of a machine's cores. Raises ValueError where there are fewer cores than
+    """Return this rank's share of a machine's cores. Raises ValueError if there are fewer cores than
     ranks."""
     ordered = sorted(cores)
     part = ordered[rank * len(ordered) // ranks : (rank + 1) * len(ordered) // ranks]
@@ -236,7 +236,7 @@ PARALLEL = {"fsdp2": "rft.learner.fsdp2.FSDP2", "deepspeed": "rft.contrib.deepsp
 def make_parallel(
     config: LearnerConfig, device: str, address: Rendezvous | None, rank: int, store: RendezvousStore | None
 ) -> Parallel:
-    """Join the other ranks at `address` and set up what the config asks for. Collective."""
+    """Join the other ranks at `address` and create the configured parallelism. Collective."""
     if config.parallel == "single" or address is None:
         return Parallel()
     join(address, rank, config.ranks, device, store)

@@ -13,9 +13,9 @@ from rft.config.schema import ModelConfig, TrainConfig
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """Everything that a learner needs, as sections of the config; plain data, so that it travels to an actor.
+    """Everything that a learner needs, as sections of the config; plain data that can be sent to an actor.
 
-    model: `path`, `tokenizer` and `reference` as the learner's process finds them.
+    model: with `path`, `tokenizer` and `reference` as resolved for the learner's process.
     max_gap_mean, max_gap: log-prob gap allowed between engine and learner, in nats (None: any).
     expects_fresh: synchronous training, so that every batch was sampled by the current policy version.
     stop_token_ids: end a completion; written to the exported generation config.
@@ -37,7 +37,7 @@ class LearnerSpec:
 
     @property
     def temperature(self) -> float:
-        """The temperature of the log-probs: the one that completions are sampled at; offline 1."""
+        """The temperature of the log-probs: the sampling temperature; offline 1."""
         return self.sampling.temperature if self.algorithm.online else 1.0
 
     @property

@@ -1,4 +1,4 @@
-"""Hold a policy in training, its reference and its optimizer: load, save, export."""
+"""A policy in training with its reference and its optimizer: load, save, export."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Writer = Callable[[Path], None]
 
 
 class TrainState:
-    """A policy in training with its reference, critic and optimizer; `Learner` adds the step."""
+    """A policy in training with its reference, critic and optimizer; `Learner` adds the training step."""
 
     def __init__(self, spec: LearnerSpec, parallel: Parallel | None = None) -> None:
         self.spec = spec
@@ -54,7 +54,7 @@ class TrainState:
         self.make_optimizer()
         self.version = 0
         self.state: dict[str, float] = {}  # the algorithm's
-        if self.parallel.rank:  # the same weights on all ranks, but not the same dropout
+        if self.parallel.rank:  # the same weights on all ranks, but different dropout
             seed_everything(derive_seed(spec.seed, self.parallel.rank))
 
     def _load_policy(self) -> PolicyModel:
@@ -147,7 +147,7 @@ class TrainState:
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield the policy's parameters under their Hugging Face names, tied ones once, with adapters merged
-        one layer at a time. dtype: what the caller casts them to; they may come in it, or as they are.
+        one layer at a time. dtype: the caller's target dtype; tensors may be returned in it or uncast.
         Collective."""
         self.parallel.reshard()
         return self.strategy.weights(self.policy.model, self.parallel.full_tensor, dtype)
@@ -170,12 +170,12 @@ class TrainState:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def capture_state(self) -> Writer:
-        """Copy the learner's state to the CPU of rank 0, and return a writer of the copies into a folder.
-        The writer shares nothing with the learner, so that it may run on a thread while training goes on.
+        """Copy the learner's state to the CPU of rank 0, and return a function that writes the copies to a
+        folder. It shares no data with the learner, so it may run on a thread while training continues.
         Collective; only rank 0 may call the writer."""
         parallel, policy, reference = self.parallel, self.policy, self.reference
         model, strategy = policy.model, self.strategy
-        part = strategy.model_state()  # of the model, where that is all a checkpoint needs
+        part = strategy.model_state()  # of the model, if a checkpoint needs no more
         weights = parallel.model_state(model) if part is None else {}
         own = reference.own_state() if reference is not None and self.algorithm.refresh_reference else None
         rest = {
@@ -190,7 +190,7 @@ class TrainState:
         }
 
         if parallel.rank == 0:
-            parameters = {name for name, _ in model.named_parameters()}  # buffers may hold infinities
+            parameters = {name for name, _ in model.named_parameters()}  # buffers may contain infinities
             trained = rest["part"]
             if part is None:
                 trained = {name: w for name, w in weights.items() if name in parameters}
@@ -206,7 +206,7 @@ class TrainState:
         return write
 
     def read_state(self, folder: Path) -> None:
-        """Load the state that a writer of `capture_state` wrote, by any number of ranks. Collective."""
+        """Load the state written by a `capture_state` writer, on any number of ranks. Collective."""
         parallel, policy, strategy = self.parallel, self.policy, self.strategy
         saved = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True, mmap=True)
         if saved["part"] is None:
@@ -223,13 +223,13 @@ class TrainState:
         own = None if self.reference is None else self.reference.own_state()
         if own is not None and saved["reference"] is not None:
             parallel.load_model_state(own, saved["reference"])
-        if parallel.rank < len(saved["rng"]):  # a new rank keeps its seed
+        if parallel.rank < len(saved["rng"]):  # an additional rank keeps its seed
             set_rng_state(saved["rng"][parallel.rank])
 
 
 def _require_finite(version: int, trained: Mapping[str, Tensor]) -> None:
-    """Raise BrokenWeights rather than let a checkpoint of weights that are not finite take the place of an
-    older, sound one."""
+    """Raise BrokenWeights instead of letting a checkpoint of non-finite weights replace an older, sound
+    one."""
     for name, tensor in trained.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BrokenWeights(

@@ -1,4 +1,4 @@
-"""Choose which parameters are trained, and how: all of them here, adapters and parts by dotted path."""
+"""Choose the trained parameters and the optimizer: all parameters here, adapters and parts by dotted path."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class FullTensor(Protocol):
 
 
 class Strategy:
-    """Train all parameters; the base of the other strategies.
+    """Train all parameters; the base class of the other strategies.
 
     Order of calls: `attach` once after loading, `optimizer`, `begin` per step, `penalty` and `trained` per
-    update. Work around an update is registered as a hook of the optimizer.
+    update. Code around an update is registered as a hook of the optimizer.
     """
 
-    quantize: Quantize | None = None  # how the base is held in memory
+    quantize: Quantize | None = None  # the quantisation of the base's weights in memory
 
     def __init__(self, spec: LearnerSpec) -> None:
         self.spec = spec
@@ -50,7 +50,7 @@ class Strategy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the policy's weights are held."""
+        """The dtype of the policy's stored weights."""
         return torch.float32
 
     def attach(self, model: Any) -> None:
@@ -64,7 +64,7 @@ class Strategy:
 
     def begin(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> bool:
         """Prepare a step: `forward` runs the batch without gradient, `backward` adds the gradient of its
-        loss. Return whether the trained parameters have changed: the optimizer is then made anew."""
+        loss. Return whether the trained parameters have changed, so that the optimizer must be recreated."""
         return False
 
     def optimizer(self, model: nn.Module, extra: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -77,19 +77,20 @@ class Strategy:
         return policy.trained()
 
     def penalty(self) -> Tensor | None:
-        """Return a term that is added to the loss once per update."""
+        """Return a term to add to the loss once per update."""
         return None
 
     # -- weights and state ---------------------------------------------------------------------------
 
     def weights(self, model: nn.Module, full_tensor: FullTensor, dtype: torch.dtype | None = None) -> Named:
-        """(name, tensor) of the plain model's parameters under their Hugging Face names, tied ones once."""
+        """Yield (name, tensor) of the plain model's parameters under their Hugging Face names, tied ones
+        once."""
         for name, parameter in model.named_parameters():
             yield name, full_tensor(parameter, dtype)
 
     def adapter(self, full_tensor: FullTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the adapter's tensors and config. Raises ValueError where there is no adapter; the preflight
-        allows the transport that asks only with one."""
+        """Return the adapter's tensors and config. Raises ValueError without an adapter; the preflight allows
+        the transport that calls this only with one."""
         raise ValueError("learner.adapter is not set: there is no adapter to send")
 
     def model_state(self) -> dict[str, Tensor] | None:
@@ -101,11 +102,11 @@ class Strategy:
         return {}
 
     def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], set_full: SetFull) -> bool:
-        """Load `model_state` and `state`; return as `begin` does."""
+        """Load `model_state` and `state`; return the same flag as `begin`."""
         return False
 
     def export(self, folder: Path, full_tensor: FullTensor, write: bool) -> None:
-        """Write the merged model, and the part that `model_state` returns, into a folder. Every rank takes
+        """Write the merged model, and the part that `model_state` returns, to a folder. Every rank takes
         part; the one with `write` writes."""
         raise NotImplementedError
 
@@ -123,7 +124,7 @@ def make_strategy(spec: LearnerSpec) -> Strategy:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices decay, vectors (norms, biases) never do."""
+    """Return optimizer groups: matrices decay, vectors (norms, biases) do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -132,7 +133,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def make_optimizer(config: LearnerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """`config.optimizer` over parameter groups. Raises ModelError where bitsandbytes is not installed."""
+    """Make `config.optimizer` over parameter groups. Raises ModelError if bitsandbytes is not installed."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings)
@@ -152,7 +153,7 @@ def make_optimizer(config: LearnerConfig, groups: list[dict[str, Any]]) -> torch
 
 
 def learning_rate(config: LearnerConfig, step: int, total: int) -> float:
-    """The learning rate of update `step` (from 0) of `total`.
+    """Return the learning rate of update `step` (from 0) of `total`.
 
     Linear warm-up over `warmup_steps`, then constant, linear or cosine decay down to
     `final_lr_ratio` of the peak, reached at the last step.

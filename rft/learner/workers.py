@@ -3,7 +3,7 @@
     learner = LearnerGroup(spec, channel)
     metrics = await learner.step(batch, 3)
 
-Every call goes to every rank, in the same order, so that their collectives meet; the answer is rank 0's.
+Every call goes to every rank, in the same order, so that their collectives match; the answer is rank 0's.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ GRACE_S = 5.0  # for the other ranks to end a call that failed on one
 
 
 class LearnerHandle(WeightSource, Protocol):
-    """A learner as the loops see it. A call is submitted at once, in the order of the calls, and has a
-    deadline; awaiting it raises the learner's own error, Overdue or ActorDied."""
+    """The learner, as used by the loops. A call is submitted at once, in call order, and has a deadline;
+    awaiting it raises the learner's error, Overdue or ActorDied."""
 
     def describe(self) -> Awaitable[LearnerInfo]:
         """Wait for the learner to load; return facts for the log."""
@@ -66,7 +66,7 @@ class LearnerHandle(WeightSource, Protocol):
         """Return the reference's log-probs [T] float32."""
 
     def release_reference(self) -> Awaitable[None]:
-        """Free the reference's memory: batches bring `ref_logps` from now on."""
+        """Free the reference's memory: from now on, batches contain `ref_logps`."""
 
     def pop_messages(self) -> Awaitable[list[str]]:
         """Return the messages for the user since the last call."""
@@ -77,8 +77,8 @@ class LearnerHandle(WeightSource, Protocol):
         """Copy the state and write it in the background. One at a time; `finish_save` returns the result."""
 
     def finish_save(self, wait: bool = True) -> Awaitable[str | None]:
-        """Return the folder of the checkpoint that was begun; None where there is none or, without `wait`,
-        while it is being written. Raises CheckpointError where writing it failed."""
+        """Return the folder of the last started checkpoint; None if there is none or, without `wait`, while
+        it is being written. Raises CheckpointError if writing it failed."""
 
     def restore(self, folder: str) -> Awaitable[int]:
         """Load a checkpoint's learner state; return the policy version."""
@@ -87,12 +87,12 @@ class LearnerHandle(WeightSource, Protocol):
         """Write the policy and its tokenizer as a Hugging Face folder; return it."""
 
     def kill(self) -> None:
-        """End all ranks at once and free what they held."""
+        """Kill all ranks at once and free their resources."""
 
 
 class LearnerActor:
     """One rank of the learner: the learner, its weight channel and its checkpoints. Every method is called
-    on all ranks at once; engines and files are rank 0's business.
+    on all ranks at once; only rank 0 deals with engines and files.
 
     The actor is created at once; `load` then builds the learner, which waits for the other ranks.
     """
@@ -101,7 +101,7 @@ class LearnerActor:
         self.spec = spec
         self.rank = rank
         self.publisher = Publisher(channel)
-        self._saving: Future[Path] | None = None  # the checkpoint that is being written
+        self._saving: Future[Path] | None = None  # the checkpoint being written
         self._learner: Learner | None = None
         self._store: RendezvousStore | None = None
         self._manifest: Manifest | None = None
@@ -191,7 +191,7 @@ class LearnerActor:
                 self.publisher.open(link)
 
     def announce(self, version: int) -> Update:
-        """Describe what `send_weights` is about to bring. An early publisher (sparse, files) reads the
+        """Describe the tensors that `send_weights` will send. An early publisher (sparse, files) reads the
         weights here, any other one in `send_weights`: once per push."""
         learner = self.learner
         if self.publisher.spec.transport == "adapter":
@@ -203,25 +203,25 @@ class LearnerActor:
             self._manifest = manifest_of(learner.weights(self.publisher.wire_dtype))
         if self.rank == 0:
             return self.publisher.announce(version, self._manifest, weights)
-        deque(weights, maxlen=0)  # takes part in gathering each
+        deque(weights, maxlen=0)  # takes part in gathering each one
         return {}
 
     def send_weights(self) -> Sent:
-        """Send what was announced, in the engines' precision. Raises LearnerError for weights that are not
-        finite: no engine may sample from them, and no checkpoint may hold them. Raises TransferError where
-        the engines do not take them: the learner remains usable."""
+        """Send the announced weights, in the engines' precision. Raises LearnerError for non-finite weights:
+        no engine may sample from them, and no checkpoint may contain them. Raises TransferError if the
+        engines do not accept them: the learner remains usable."""
         weights = iter(()) if self._early() else self._finite_weights()
         try:
             with _blame_engines():
                 return self.publisher.send(weights) if self.rank == 0 else Sent(0, 0, {})
         except TransferError:
-            self.publisher.close()  # so that no engine waits for the rest; the channel is opened anew
+            self.publisher.close()  # so that engines do not wait for the rest; the channel is reopened
             raise
         finally:
-            deque(weights, maxlen=0)  # takes part in gathering each, also those that are not sent any more
+            deque(weights, maxlen=0)  # takes part in gathering each one, also those that are no longer sent
 
     def _early(self) -> bool:
-        """Whether rank 0 reads the weights when it announces them; the other ranks read along."""
+        """Whether rank 0 reads the weights when it announces them; the other ranks then take part too."""
         return self.learner.parallel.gather(self.rank == 0 and self.publisher.early)[0]
 
     def _finite_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -252,7 +252,7 @@ class LearnerActor:
         return float(total - free)
 
     def peak_memory(self) -> float:
-        """Return the most bytes held on the device since the last call; on CPU, those held now."""
+        """Return the peak bytes on the device since the last call; on CPU, the current ones."""
         if self.spec.device != "cuda":
             return float(psutil.Process().memory_info().rss)
         peak = torch.cuda.max_memory_allocated()
@@ -262,7 +262,7 @@ class LearnerActor:
 
 @contextmanager
 def _blame_engines() -> Iterator[None]:
-    """Turn what the channel's group reports about a lost peer into an engine's fault, not a rank's."""
+    """Convert errors of the channel's group about a lost peer to an engine's fault, not a rank's."""
     try:
         yield
     except (LearnerError, TransferError):
@@ -277,7 +277,7 @@ def _remote(
     method: Callable[Concatenate[LearnerActor, P], R],
     seconds: Callable[[LearnerGroup], float] | None = None,
 ) -> Callable[Concatenate[LearnerGroup, P], Awaitable[R]]:
-    """A method of the group that calls `method` on every rank, with the same arguments and result."""
+    """Make a method of the group that calls `method` on every rank, with the same arguments and result."""
 
     def call(group: LearnerGroup, *args: P.args, **kwargs: P.kwargs) -> Awaitable[R]:
         return group.submit(method, seconds(group) if seconds else group.step_timeout_s, *args, **kwargs)
@@ -286,11 +286,11 @@ def _remote(
 
 
 class LearnerGroup:
-    """`ranks` learner actors, packed on as few machines as hold them: a `LearnerHandle`.
+    """`ranks` learner actors, packed on as few machines as possible: a `LearnerHandle`.
 
-    name: how messages call it. A rank that dies, or fails where the others do not end their part of the
-    call, ends the group: all ranks are killed, and this and every later call raises the error, with the
-    rank's number.
+    name: used in messages. If a rank dies, or fails while the others do not end their part of the call, the
+    group ends: all ranks are killed, and this and every later call raises the error, with the rank's
+    number.
     """
 
     _at = ""  # the step of the newest step call, for messages
@@ -316,7 +316,7 @@ class LearnerGroup:
         self._loading: asyncio.Task[list[None]] | None = None
 
     def _start(self, spec: LearnerSpec, channel: ChannelSpec, rank: int) -> Any:
-        threads = spec.config.threads  # none: the actor counts the cores of the machine that it is on
+        threads = spec.config.threads  # none: the actor counts the cores of its machine
         env = {"OMP_WAIT_POLICY": "PASSIVE", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         gpus = channel.gpu_share if spec.device == "cuda" else 0
         options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": gpus, "runtime_env": {"env_vars": env}}
@@ -372,14 +372,14 @@ class LearnerGroup:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Awaitable[R]:
-        """Submit a call to every rank now; the result is rank 0's. Loading has a deadline besides."""
+        """Submit a call to every rank now; the result is rank 0's. Loading has an additional deadline."""
         if self._ended is not None:
             raise self._ended
         name = method.__name__
         what = f"{name} on {self.name}{self._at}"
         shared: tuple[Any, ...] = args
         if len(self._actors) > 1:
-            shared = tuple(ray.put(value) for value in args)  # once, not once a rank
+            shared = tuple(ray.put(value) for value in args)  # once, not once per rank
         calls = [getattr(actor, name).remote(*shared, **kwargs) for actor in self._actors]
 
         async def answer() -> R:
@@ -392,7 +392,7 @@ class LearnerGroup:
     async def _loaded(self) -> None:
         if self._loading is None:
             self._loading = asyncio.ensure_future(self._all("load", self._loads))
-            # Nobody may be left to await it: without this, asyncio logs its exception as unhandled.
+            # The task may never be awaited: without this, asyncio logs its exception as unhandled.
             self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         # Several calls may wait for it, and any of them may be cancelled.
         loading = asyncio.shield(self._loading)
@@ -412,14 +412,14 @@ class LearnerGroup:
                 task.cancel()
 
     def _root_error(self, name: str, waiting: list[asyncio.Task[Any]]) -> BaseException:
-        """Return the error to raise; end the group unless all ranks have ended the call and live."""
+        """Return the error to raise; end the group unless all ranks have ended the call and are alive."""
         errors = {rank: error for rank, task in enumerate(waiting) if (error := _failed(task))}
         busy = [rank for rank, task in enumerate(waiting) if not task.done()]
         rank, error = min(errors.items(), key=lambda item: (_priority(item[1]), item[0]))
         dead = isinstance(error, RayActorError)
         if len(waiting) == 1 and not dead:
             return _unwrap(error)
-        torn = any(_priority(e) == 2 for e in errors.values())  # a rank left in the middle of a collective
+        torn = any(_priority(e) == 2 for e in errors.values())  # a rank was interrupted in a collective
         if not dead and not busy and not torn:
             return _noted(_unwrap(error), rank, len(waiting))
         who = self.name if len(waiting) == 1 else f"learner rank {rank} of {len(waiting)}"
@@ -429,7 +429,7 @@ class LearnerGroup:
 
 
 class _Answer(Generic[R]):
-    """The result of a submitted call. Unlike a coroutine or a task, it may be left unawaited."""
+    """The result of a submitted call. Unlike a coroutine or a task, it does not have to be awaited."""
 
     def __init__(self, wait: Callable[[], Coroutine[Any, Any, R]]) -> None:
         self._wait = wait
@@ -439,7 +439,7 @@ class _Answer(Generic[R]):
 
 
 def _reserve(spec: LearnerSpec) -> PlacementGroup:
-    """Reserve a bundle for each rank. Raises LearnerError where the cluster lacks what they need."""
+    """Reserve a bundle for each rank. Raises LearnerError if the cluster lacks the resources."""
     kind, ranks = ("GPU" if spec.device == "cuda" else "CPU"), spec.config.ranks
     available = int(ray.cluster_resources().get(kind, 0))
     if available < ranks:
@@ -459,16 +459,16 @@ def _failed(task: asyncio.Task[Any]) -> BaseException | None:
 
 
 def _priority(error: BaseException) -> int:
-    """0: died. 1: failed by itself. 2: failed because another rank did. The lowest is the root error."""
+    """0: died. 1: failed itself. 2: failed because another rank did. The lowest is the root error."""
     if isinstance(error, RayActorError):
         return 0
-    if isinstance(_unwrap(error), TransferError):  # an engine's fault, whatever it says
+    if isinstance(_unwrap(error), TransferError):  # an engine's fault, whatever the message
         return 1
     return 2 if lost_a_peer(_unwrap(error)) else 1
 
 
 def _unwrap(error: BaseException) -> BaseException:
-    """Return the rank's own error, with its traceback as the cause."""
+    """Return the rank's original error, with its traceback as the cause."""
     if not isinstance(error, RayTaskError):
         return error
     own: BaseException = error.cause

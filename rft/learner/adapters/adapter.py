@@ -39,17 +39,17 @@ class Adapter(Strategy):
         self.config = config
         self.quantize = spec.config.quantize
         self.names: list[str] = []
-        self.keys: set[str] = set()  # of the plain model's state
+        self.keys: set[str] = set()  # keys of the plain model's state
         self.peft: Any = None  # peft's wrapper; None before a data-driven adapter is made
         self.base: Any = None
-        # The adapter as it began, where the base was changed by what it took over (PiSSA and the like).
+        # The initial adapter, if the method moved part of the base's weights into it (PiSSA and the like).
         self.initial: dict[str, Tensor] = {}
-        self.snapshot: dict[str, Tensor] = {}  # the reference's adapter, where it is not the beginning
+        self.snapshot: dict[str, Tensor] = {}  # the reference's adapter, if it is not the initial one
         self.updates = 0
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype, as the base is never updated."""
+        """The compute dtype, since the base is never updated."""
         return resolve_dtype(self.spec.config.dtype, self.spec.device)
 
     # -- making the adapter --------------------------------------------------------------------------
@@ -60,8 +60,8 @@ class Adapter(Strategy):
         self.base, self.names = model, [name for name, _ in model.named_parameters()]
         self.keys = set(model.state_dict())
         if self.config.method in DATA_DRIVEN:
-            self._settings()  # what is wrong with it is said at once
-            model.requires_grad_(False)  # made of the first batch
+            self._settings()  # raises errors in the settings at once
+            model.requires_grad_(False)  # the adapter is made from the first batch
             return
         self._wrap(self._settings())
         if self.config.method == "loftq":
@@ -77,7 +77,8 @@ class Adapter(Strategy):
         return peft_config(self.config, **fixed)
 
     def _wrap(self, settings: Any) -> Any:
-        """Put the adapter in; return peft's model. Keep its initial state where a part of the base moved."""
+        """Insert the adapter; return peft's model. Keep its initial state if part of the base moved into
+        it."""
         from peft import get_peft_model
 
         marks = {name: _mark(p) for name, p in self.base.named_parameters()}
@@ -98,7 +99,7 @@ class Adapter(Strategy):
         return self.peft
 
     def _check_merge(self) -> None:
-        """Raises ModelError where the method cannot merge on this model: nothing could then be pushed."""
+        """Raise ModelError if the method cannot merge on this model: its policy could not be pushed."""
         for path, layer in tuner_layers(self.base):
             try:
                 merged_layer(layer)
@@ -118,7 +119,7 @@ class Adapter(Strategy):
 
     @torch.no_grad()
     def _rebase(self, originals: dict[str, Tensor]) -> None:
-        """Set base = original - initial adapter: the same numbers on every start."""
+        """Set base = original - initial adapter, with the same numbers on every start."""
         now = self._tensors(copy=True)
         self._put(self.initial)
         for path, layer in tuner_layers(self.base):
@@ -141,7 +142,8 @@ class Adapter(Strategy):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within, the model is the reference: as the run started, or as `follow` left it."""
+        """Switch the model to the reference within the block: the initial policy, or the one at the last
+        `follow`."""
         if self.peft is None:
             yield
             return
@@ -161,7 +163,7 @@ class Adapter(Strategy):
                 own[name].data = data
 
     def follow(self) -> None:
-        """Make the present policy the reference."""
+        """Make the current policy the reference."""
         self.snapshot = self._tensors(copy=True)
 
     # -- training ------------------------------------------------------------------------------------
@@ -194,9 +196,10 @@ class Adapter(Strategy):
         return merged_weights(model, self.names, full_tensor, dtype)
 
     def adapter(self, full_tensor: FullTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The adapter on the *original* base: tensors by peft's names, and its config as plain data.
+        """Return the adapter relative to the *original* base: tensors by peft's names, and its config as
+        plain data.
 
-        What PiSSA and the like took from the base is given back: their adapter has twice the rank then.
+        Weights that PiSSA and the like moved from the base are given back, which doubles the adapter's rank.
         """
         from peft import get_peft_model_state_dict
 
@@ -220,7 +223,7 @@ class Adapter(Strategy):
             self.snapshot = snapshot
 
     def export(self, folder: Path, full_tensor: FullTensor, write: bool) -> None:
-        """Write the merged model in the base's dtype, and the adapter in peft's format beside it."""
+        """Write the merged model in the base's dtype, and the adapter in peft's format in a subfolder."""
         from transformers import AutoModelForCausalLM
 
         config = type(self.base.config).from_dict(
@@ -281,7 +284,7 @@ class Adapter(Strategy):
         return state
 
     def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], set_full: SetFull) -> bool:
-        if not model_state:  # saved before the first batch made the adapter
+        if not model_state:  # saved before the first batch, from which the adapter is made
             return False
         made = self.peft is None
         if made:
@@ -303,10 +306,10 @@ class Adapter(Strategy):
         return made
 
     def _restore_base(self, initial: dict[str, Tensor]) -> None:
-        """Set the base to that of the run that began with `initial`."""
+        """Set the base to that of the run that started with `initial`."""
         if not initial or _same(initial, self.initial):
             return
-        if self.initial:  # this start took over something else: begin from the original again
+        if self.initial:  # this start moved other weights: begin from the original again
             originals = self._full_weights()
         else:
             originals = {plain_name(n): p.detach().clone() for n, p in self._base_parameters()}
@@ -320,7 +323,7 @@ class Adapter(Strategy):
 
 
 class AdapterReference(PolicyModel):
-    """The policy's model with its initial adapter, or none: no second copy of the weights."""
+    """The policy's model with its initial adapter, or none, instead of a second copy of the weights."""
 
     def __init__(self, policy: PolicyModel, strategy: Adapter) -> None:
         self.__dict__.update(policy.__dict__)
@@ -343,11 +346,11 @@ class AdapterReference(PolicyModel):
         self.strategy.follow()
 
     def own_state(self) -> nn.Module | None:
-        return None  # the strategy's state has it
+        return None  # the strategy's state contains it
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (path, layer) of every layer with an adapter, the outermost of nested ones."""
+    """Yield (path, layer) of every layer with an adapter, only the outermost of nested ones."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, module in model.named_modules():
@@ -356,13 +359,13 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _of_base(name: str) -> bool:
-    """Whether a state entry belongs to a wrapped layer of the plain model. bitsandbytes adds entries of 8-bit
+    """Whether a state entry belongs to a wrapped layer of the plain model. bitsandbytes adds entries to 8-bit
     layers in the first forward."""
     return ".base_layer." in name or ".original_module." in name or name.endswith((".SCB", ".weight_format"))
 
 
 def _mark(parameter: nn.Parameter) -> tuple[Any, ...]:
-    """Return a checksum by which a changed weight is found without a copy of it."""
+    """Return a checksum that detects a changed weight without a copy of it."""
     data = parameter.detach()
     total = data.sum(dtype=torch.float64 if data.is_floating_point() else torch.int64)
     some = data.reshape(-1)[:: max(1, data.numel() // 97)].float().norm()
@@ -376,7 +379,8 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def as_plain_lora(
     now: dict[str, Tensor], begun: dict[str, Tensor], settings: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """LoRA of twice the rank, whose product is s (B A - B0 A0): what training changed on the original base.
+    """Return LoRA of twice the rank, whose product is s (B A - B0 A0): the change relative to the original
+    base.
 
     now, begun: peft's state dicts of the same adapter, A [r, in] and B [out, r] per layer.
     Returns tensors and config as plain data.

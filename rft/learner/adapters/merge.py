@@ -1,4 +1,4 @@
-"""What a policy with adapters is as plain weights: one layer at a time, the base untouched."""
+"""Merge adapters into plain weights, one layer at a time, leaving the base unchanged."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rft.utils.quantized import full_weight, is_quantized
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name before peft put layers around its module."""
+    """Return a parameter's name before peft wrapped its module."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 @torch.no_grad()
 def merged_layer(layer: Any) -> dict[str, Tensor]:
-    """The parameters of one layer with its adapter merged in, float32, as new tensors.
+    """Return the parameters of one layer with its adapter merged in, float32, as new tensors.
 
-    layer: a peft tuner layer. Its own `merge` does the arithmetic on a stand-in for the base layer, so the
-    base is untouched bit for bit, and peft's formula is the only one.
+    layer: a peft tuner layer. Its `merge` does the arithmetic on a copy of the base layer, so the base is
+    unchanged bit for bit, and peft's formula is the only one.
     """
     base = layer.get_base_layer()
     stand_in = _copy(base)
@@ -45,14 +45,14 @@ def merged_layer(layer: Any) -> dict[str, Tensor]:
 
 
 def _owner(layer: Any, base: nn.Module) -> Any:
-    """The module that holds the base: tuner layers may lie around each other."""
+    """Return the module that holds the base: tuner layers may be nested."""
     while layer.base_layer is not base:
         layer = layer.base_layer
     return layer
 
 
 def _copy(base: nn.Module) -> nn.Module:
-    """A float32 layer of the same kind with the same weights; quantised ones become plain linear layers."""
+    """Copy to a float32 layer of the same kind and weights; quantised ones become plain linear layers."""
     if is_quantized(base):
         weight, bias = full_weight(base).float(), getattr(base, "bias", None)
         with torch.device("meta"):
@@ -73,8 +73,8 @@ def _copy(base: nn.Module) -> nn.Module:
 
 @contextmanager
 def gathered(layer: nn.Module, full_tensor: FullTensor) -> Iterator[None]:
-    """Within, all parameters of a layer are whole. Those that rest here whole stay as they are."""
-    parts = (m for m in layer.modules() if not is_quantized(m))  # which one process alone holds
+    """Gather all parameters of a layer within the block. Unsharded ones are left unchanged."""
+    parts = (m for m in layer.modules() if not is_quantized(m))  # quantised layers are never sharded
     kept = [(m, name, p) for m in parts for name, p in m.named_parameters(recurse=False)]
     for module, name, parameter in kept:
         full = full_tensor(parameter)
@@ -90,10 +90,10 @@ def gathered(layer: nn.Module, full_tensor: FullTensor) -> Iterator[None]:
 def merged_weights(
     model: nn.Module, names: list[str], full_tensor: FullTensor, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter of the plain model, adapters merged, in the order of `names`.
+    """Yield (name, tensor) of every parameter of the plain model, adapters merged, in the order of `names`.
 
-    names: the parameters' names before adapters were put in. At most one layer's merged weights exist at a
-    time beyond what the consumer keeps. Collective where `full_tensor` is.
+    names: the parameters' names before adapters were inserted. At most one layer's merged weights exist at
+    a time, besides those that the consumer keeps. Collective if `full_tensor` is.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -105,7 +105,7 @@ def merged_weights(
         module = model.get_submodule(path)
         if isinstance(module, BaseTunerLayer):
             if path != at:
-                merged = {}  # freed before the next is made
+                merged = {}  # freed before the next one is made
                 with gathered(module, full_tensor):
                     at, merged = path, merged_layer(module)
             yield name, merged[leaf]

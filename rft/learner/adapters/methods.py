@@ -1,4 +1,4 @@
-"""Methods of peft by name: which exist, how their configs are made, and which cannot be carried out."""
+"""peft's methods by name: the known ones, how their configs are made, and the unsupported ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rft.errors import ModelError
 from rft.utils.did_you_mean import did_you_mean, did_you_mean_or_list
 from rft.utils.dotted import load_dotted
 
-# What LoRA's variants are called by their papers, as fields of peft's LoraConfig.
+# LoRA variants by the names in their papers, as fields of peft's LoraConfig.
 LORA: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -23,10 +23,10 @@ LORA: dict[str, dict[str, Any]] = {
     "lora_ga": {"init_lora_weights": "lora_ga"},
     "loftq": {"init_lora_weights": True},  # replaced layer by layer, see `data_init.loftq`
 }
-ON_HEAD = ("lora", "eva", "pissa", "olora", "corda", "lora_ga")  # plain factors, run without logits
+ON_HEAD = ("lora", "eva", "pissa", "olora", "corda", "lora_ga")  # plain factors, applied without logits
 ALIASES = {"bone": "miss", "dora": "lora"} | dict.fromkeys(LORA, "lora")
 
-# Refused, and why.
+# Unsupported methods, with the reason.
 _PROMPT = "adds tokens or states to the prompt, which packed batches and merged weights cannot carry"
 _INPUT = "cannot be merged into the weights that engines sample with: what it adds depends on the input"
 REFUSED: dict[str, str] = {
@@ -47,7 +47,7 @@ REFUSED: dict[str, str] = {
 }
 
 
-# Initialised from the first batch, and by what; LoftQ from the base's rounding.
+# Methods initialised from the first batch, and their initialisers; LoftQ uses the base's rounding.
 DATA_DRIVEN = {
     "eva": "rft.contrib.strategies.data_init.eva",
     "corda": "rft.contrib.strategies.data_init.corda",
@@ -55,17 +55,17 @@ DATA_DRIVEN = {
 }
 DATA_CONFIG = "rft.contrib.strategies.data_init.data_config"
 LOFTQ = "rft.contrib.strategies.data_init.loftq"
-# Sequences that those by activations look at, where the data are known beforehand: CorDA's authors take 256.
+# Number of sequences for activation-based methods, if the data are known in advance: CorDA's authors use 256.
 _PREVIEWED = {"eva": 256, "corda": 256}
 
 
 def previewed_sequences(config: LearnerConfig) -> int:
-    """How many sequences an adapter that is initialised from data looks at."""
+    """Return how many sequences the data-driven initialisation of an adapter reads."""
     return 0 if config.adapter is None else _PREVIEWED.get(config.adapter.method, 0)
 
 
 def known_methods() -> list[str]:
-    """Every name that `learner.adapter.method` takes."""
+    """List every name that `learner.adapter.method` accepts."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     names = {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
@@ -73,10 +73,10 @@ def known_methods() -> list[str]:
 
 
 def peft_config(config: AdapterConfig, **fixed: Any) -> Any:
-    """peft's own config of the method; `fixed` are fields that the run determines.
+    """Build peft's config of the method; `fixed` are fields that the run determines.
 
-    Raises ModelError for an unknown or refused method, and for options that the method does not have or
-    take, naming them.
+    Raises ModelError for an unknown or unsupported method, and for options that the method does not have
+    or accept, naming them.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -104,7 +104,7 @@ def peft_config(config: AdapterConfig, **fixed: Any) -> Any:
 
 
 def _settings(config: AdapterConfig, method: str, fields: set[str]) -> dict[str, Any]:
-    """rft's names in the method's own terms. Raises ModelError for a setting that it lacks."""
+    """Translate rft's setting names to the method's. Raises ModelError for a setting that it lacks."""
     given: dict[str, Any] = {}
     if "target_modules" in fields:
         given["target_modules"] = config.target_modules
@@ -130,9 +130,9 @@ def _first(method: str, what: str, names: tuple[str, ...], fields: set[str]) -> 
 
 
 def rewrites_base(settings: Any) -> bool:
-    """Whether a method with these peft settings moves a part of the base's weights into the adapter.
+    """Whether a method with these peft settings moves part of the base's weights into the adapter.
 
-    Raises ModelError for combinations in which that part cannot be told from the rest.
+    Raises ModelError for combinations in which that part cannot be separated from the rest.
     """
     init = getattr(settings, "init_lora_weights", None)
     moves = isinstance(init, str) and init.lower().split("_niter_")[0] in (
@@ -150,7 +150,7 @@ def rewrites_base(settings: Any) -> bool:
 
 
 def check_targets(config: AdapterConfig, model: nn.Module) -> None:
-    """Raises ModelError where a target names no layer of the model, with what there is instead."""
+    """Raise ModelError if a target does not match any layer of the model; the message lists the layers."""
     targets = config.target_modules
     if targets == "all-linear":
         return
@@ -172,9 +172,9 @@ def check_targets(config: AdapterConfig, model: nn.Module) -> None:
 
 
 def check_layers(model: Any, config: AdapterConfig) -> None:
-    """Raises ModelError where an adapter would sit on a layer that rft cannot push or run.
+    """Raise ModelError if an adapter would be placed on a layer that rft cannot push or run.
 
-    model: before the adapter is put in.
+    model: before the adapter is inserted.
     """
     if config.target_modules == "all-linear":
         return
