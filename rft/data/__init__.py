@@ -1,4 +1,4 @@
-"""Datasets in, prompts and groups out."""
+"""Datasets, and the prompts and groups made from them."""
 
 from rft.data.errors import DataError
 from rft.data.groups import GroupMaker, GroupSet, load_groups

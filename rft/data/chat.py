@@ -1,4 +1,4 @@
-"""Conversations to tokens: chat templates, the tokens that open and end a turn, and the assistant's words."""
+"""Tokenise conversations by chat templates, with turn boundaries and loss masks of assistant turns."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rft.data.messages import Messages, Text
 
 Piece = tuple[str, bool]  # (text, written by the assistant)
 Span = tuple[int, int]
-_OPENED = re.compile(r"<(\w+)>\s*$")  # what a generation prompt opens for the model, `<think>` for one
-_ASKED, _ANSWERED = "rft-asks", "rft-answers"  # contents of messages by which a template is examined
+_OPENED = re.compile(r"<(\w+)>\s*$")  # tag opened at the end of a generation prompt, e.g. `<think>`
+_ASKED, _ANSWERED = "rft-asks", "rft-answers"  # message contents used to probe a template
 
 
 class Renderer:
-    """Renders prompts and responses with one tokenizer, the way they are seen at generation time.
+    """Render prompts and responses with a tokenizer, exactly as at generation time.
 
-    Raises DataError where a chat template is asked for and the tokenizer has none.
+    Raises DataError if a chat template is required and the tokenizer does not have one.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
@@ -32,14 +32,14 @@ class Renderer:
                 "`chat_template: never` to train on plain text"
             )
         self.chat = has_template and config.chat_template != "never"
-        # What may end an assistant's turn: special tokens, as text.
+        # Special tokens, as text: each may end an assistant turn.
         special = set(tokenizer.all_special_tokens) | set(_added_tokens(tokenizer))
         self.closers = tuple(sorted(special))
 
     # -- prompts -----------------------------------------------------------------------------------
 
     def prompt(self, text: Text, tools: list[Any] | None = None) -> tuple[str, list[int]]:
-        """A prompt as (rendered text, token ids), ready for the response to follow. Raises RowProblem."""
+        """Render a prompt up to the start of the response: (text, token ids). Raises RowProblem."""
         if not self.chat:
             if isinstance(text, list) or tools:
                 what = "the prompt is a list of messages" if isinstance(text, list) else "`tools` are given"
@@ -55,7 +55,7 @@ class Renderer:
         return rendered, self.encode(rendered)
 
     def as_messages(self, prompt: Text) -> Messages:
-        """A prompt as messages, behind the config's system message, without tokens that end a turn."""
+        """Return a prompt as messages, after the config's system message, without end-of-turn tokens."""
         messages = prompt if isinstance(prompt, list) else [_said("user", prompt)]
         if self.config.system is not None and messages[0]["role"] != "system":
             messages = [_said("system", self.config.system), *messages]
@@ -76,11 +76,11 @@ class Renderer:
         return f"{bos}{text}" if lacks else text
 
     def is_rendered(self, text: Text) -> bool:
-        """Whether a prompt has been through the chat template already: it holds the template's own marks."""
+        """Return whether a prompt is already rendered: it contains markup of the chat template."""
         if not self.chat or not isinstance(text, str):
             return False
         before, after = self._empty_prompt
-        text = self.without_end(text)  # an end token alone is not a rendering
+        text = self.without_end(text)  # a trailing end token does not make a text rendered
         marks = {c for c in self.closers if c in before or c in after} - {self.tokenizer.bos_token}
         if any(mark in text for mark in marks):
             return True
@@ -89,7 +89,7 @@ class Renderer:
 
     @cached_property
     def _empty_prompt(self) -> tuple[str, str]:
-        """The text that the template puts before and after a prompt."""
+        """Return the text that the template writes before and after a prompt."""
         try:
             before, _, after = self.render([_said("user", _ASKED)], generate=True).partition(_ASKED)
         except RowProblem:
@@ -98,8 +98,11 @@ class Renderer:
 
     @cached_property
     def turn_end(self) -> str | None:
-        """The text after an assistant's words in the template, up to the special token that ends the turn: a
-        token that closes it, or else the one that opens the next turn. None: no special token follows."""
+        """Return the template's text after assistant content, up to and including the end-of-turn token.
+
+        That is the token that closes the turn, or else the one that opens the next turn. None: no special
+        token follows.
+        """
         if not self.chat:
             return None
         turn = [_said("user", _ASKED), _said("assistant", _ANSWERED)]
@@ -113,13 +116,13 @@ class Renderer:
         return None
 
     def closing(self, rest: str) -> int:
-        """Length of the beginning of `rest` that ends a turn (spaces, then a special token); 0: none does."""
+        """Return the length of the prefix of `rest` that ends a turn (spaces, then a special token), or 0."""
         bare = rest.lstrip()
         found = [closer for closer in self.closers if bare.startswith(closer)]
         return len(rest) - len(bare) + len(max(found, key=len)) if found else 0
 
     def only_closers(self, rest: str) -> bool:
-        """Whether a text is special tokens and spaces alone, at least one token."""
+        """Return whether a text consists of spaces and at least one special token."""
         found = False
         while length := self.closing(rest):
             rest, found = rest[length:], True
@@ -127,11 +130,11 @@ class Renderer:
 
     @property
     def end(self) -> str:
-        """The text that follows an assistant's words where it ends its turn."""
+        """Return the text that ends an assistant turn after its content."""
         return self.turn_end or self.tokenizer.eos_token or ""
 
     def without_end(self, text: str) -> str:
-        """A text without the tokens that end a turn, which are put behind it anyway."""
+        """Strip trailing end-of-turn tokens, which rendering appends again."""
         ends = tuple(end for end in (self.end.strip(), self.tokenizer.eos_token) if end)
         while (bare := text.rstrip()).endswith(ends):
             text = bare.removesuffix(next(end for end in ends if bare.endswith(end)))
@@ -147,8 +150,11 @@ class Renderer:
         generate: bool = False,
         unfinished: bool = False,
     ) -> str:
-        """Messages as the template writes them; `generate` opens the assistant's next turn, `unfinished`
-        leaves the last turn open. Raises RowProblem with the template's own complaint."""
+        """Render messages by the chat template.
+
+        generate: append the generation prompt. unfinished: leave the last turn open. Raises RowProblem with
+        the template's error.
+        """
         from jinja2 import TemplateError
 
         try:
@@ -168,11 +174,11 @@ class Renderer:
 
     @cached_property
     def template(self) -> str:
-        """The text of the chat template; of several, the one that plain conversations use."""
+        """Return the source of the chat template; of several, the one for conversations without tools."""
         return str(self.tokenizer.get_chat_template()) if self.chat else ""
 
     def check_written(self, messages: Messages, rendered: str) -> None:
-        """Raises RowProblem where the template leaves out the words of a system or user message."""
+        """Raise RowProblem if the template omits the content of a system or user message."""
         text = "".join(rendered.split())
         for number, message in enumerate(messages, 1):
             given = message["role"] in ("system", "developer", "user")
@@ -183,7 +189,7 @@ class Renderer:
                 )
 
     def check_tools(self, messages: Messages, tools: list[Any] | None) -> None:
-        """Raises RowProblem where the template leaves out the tools, or a message's calls of them."""
+        """Raise RowProblem if the template omits the tools or a message's tool calls."""
         if tools and self.render(messages, tools) == self.render(messages):
             raise RowProblem("the chat template leaves out `tools`; use a model whose template writes them")
         if any("tool_calls" in m for m in messages):
@@ -194,7 +200,7 @@ class Renderer:
                 )
 
     def generation_spans(self, messages: Messages, tools: list[Any] | None) -> list[tuple[int, int]]:
-        """Where in the rendered text the template's `generation` marks stand, as (start, end)."""
+        """Return the character spans (start, end) of the template's `generation` blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.config.chat_template_options}
@@ -210,8 +216,11 @@ class Renderer:
     # -- tokens ------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text from its start. A rendered chat brings its own special tokens; plain
-        text gets the tokenizer's (a BOS, unless it has one), but no end token: something is to follow."""
+        """Return the token ids of a text that starts a sequence.
+
+        A rendered chat contains its special tokens. Plain text gets the tokenizer's (a BOS, unless present),
+        but no end token, since more text follows.
+        """
         ids = list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
         if self.chat:
             return ids
@@ -223,11 +232,10 @@ class Renderer:
         return ids
 
     def follow(self, text: str, ids: Sequence[int], piece: str) -> list[int]:
-        """Token ids of `piece` after `text` (whose ids are `ids`).
+        """Return the token ids of `piece` after `text`, whose token ids are `ids`.
 
-        The two are encoded together where that keeps `ids` as they are, which is what tokenizers
-        that mark the start of a word need; else apart, since a model that generates cannot merge its
-        first token into the prompt either.
+        Both are encoded together if that leaves `ids` unchanged, as required by tokenizers that mark word
+        starts; otherwise separately, since a generating model cannot merge its first token into the prompt.
         """
         joint = self.encode(text + piece)
         if joint[: len(ids)] == list(ids):
@@ -235,18 +243,17 @@ class Renderer:
         return list(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
 
     def answer(self, prompt: Text, response: str, tools: list[Any] | None = None) -> list[int]:
-        """Token ids of a response to a prompt as a model would sample it: the words, and what ends the turn.
-        Raises RowProblem."""
+        """Return the token ids of a response as a model samples it, with its end token. Raises RowProblem."""
         rendered, ids = self.prompt(prompt, tools)
         return self.follow(rendered, ids, self.without_end(response) + self.end)
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Token ids of what ends the assistant's turn."""
+        """Return the token ids that end an assistant turn."""
         return tuple(self.tokenizer(self.end, add_special_tokens=False)["input_ids"]) if self.end else ()
 
     def pieces(self, prompt: str, ids: Sequence[int], rest: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-        """Token ids of the pieces that follow a prompt, and for each whether it has a loss."""
+        """Return the token ids of the pieces after a prompt, and their loss mask."""
         text, so_far, mask = prompt, list(ids), []
         for piece, trained in rest:
             new = self.follow(text, so_far, piece)
@@ -265,25 +272,25 @@ def _added_tokens(tokenizer: Any) -> Mapping[str, int]:
 
 # -- the turns with a loss -----------------------------------------------------------------------------
 #
-# Where a template marks the assistant's words (`{% generation %}`), the marks decide. Where it does not, each
-# assistant turn is located by rendering the conversation up to it and past it, and the result is checked
-# against the rendering of the whole. A template that writes a turn differently depending on what follows is
-# accepted where the turn can still be found for certain; otherwise it is an error.
+# If a template marks assistant content (`{% generation %}`), the marks define the loss. Otherwise each
+# assistant turn is located by rendering the conversation up to it and past it, and checked against the
+# rendering of the whole conversation. A template that renders a turn differently depending on later turns is
+# accepted if the turn can still be located unambiguously; otherwise it is an error.
 
 
 class CannotTell(RowProblem):
-    """The template does not let one know which words the assistant wrote."""
+    """The assistant's content cannot be located in the rendered conversation."""
 
 
 def pieces(
     render: Renderer, messages: Messages, trained: Sequence[int], tools: list[Any] | None = None
 ) -> list[Piece]:
-    """The rendered conversation as (text, has a loss) pieces. The first is the prompt: all before the
-    first of `trained`, the ascending indices of the assistant turns that have a loss. What follows
-    the last of them is left out.
+    """Split the rendered conversation into pieces (text, has a loss).
 
-    A trained piece ends with the token that ends the turn, without the line break that templates put
-    behind it: a model that generates never sees that. Raises CannotTell.
+    trained: ascending indices of the assistant turns with a loss. The first piece is the prompt, all text
+    before the first of them; text after the last is omitted. A trained piece ends with the end-of-turn token,
+    without the line break that templates write after it, which a generating model never sees.
+    Raises CannotTell.
     """
     last = trained[-1]
     text = render.render(messages[: last + 1], tools)
@@ -314,12 +321,12 @@ def pieces(
 
 
 def continuation(render: Renderer, before: Messages, response: str, tools: list[Any] | None) -> list[Piece]:
-    """The pieces of a response that goes on with the assistant's turn that ends the prompt `before`."""
+    """Return the pieces of a response that continues the last assistant turn of the prompt `before`."""
     return [(render.render(before, tools, unfinished=True), False), (response + render.end, True)]
 
 
 def _marked(render: Renderer, messages: Messages, tools: list[Any] | None) -> dict[int, Span] | None:
-    """The spans that the template marks as the assistant's, by turn; None where it has no marks."""
+    """Return the spans of assistant content marked by the template, by turn; None without marks."""
     if not re.search(r"\{%-?\s*generation\b", render.template):
         return None
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -330,28 +337,30 @@ def _marked(render: Renderer, messages: Messages, tools: list[Any] | None) -> di
 
 
 def _locate(render: Renderer, messages: Messages, turn: int, text: str, tools: list[Any] | None) -> Span:
-    """Where assistant turn `turn` stands in `text`, the rendering of the whole conversation."""
+    """Return the span of assistant turn `turn` in `text`, the rendered conversation. Raises CannotTell."""
     start = _length_of(render.render(messages[:turn], tools, generate=True), text)
     if start is None:
         raise CannotTell(f"the chat template rewrites what stands before assistant turn {turn + 1}")
     alone = render.render(messages[: turn + 1], tools)
     if text.startswith(alone):
         return start, len(alone)
-    # Written differently as the last turn (a thought put before it, say). It is still certain where it
-    # ends if its own words, and what closed it, follow the head directly.
+    # As the last turn it is rendered differently (e.g. with an added thought). Its end is still unambiguous
+    # if its content and its closing text follow the head directly.
     content = messages[turn]["content"]
     if content:
         at = alone.rfind(content)
         closing = alone[at + len(content) :]
-        closing = closing[: render.closing(closing) or None]  # some put one more token at the very end
+        closing = closing[: render.closing(closing) or None]  # some templates append one more token
         if at >= 0 and closing and text.startswith(content + closing, start):
             return start, start + len(content + closing)
     raise CannotTell(f"the chat template writes assistant turn {turn + 1} differently once others follow")
 
 
 def _length_of(head: str, text: str) -> int | None:
-    """The length of the beginning of `text` that renders the same as `head`: some templates put other spaces
-    before a turn that is there than before one that is to come. None: it begins with other words."""
+    """Return the length of the prefix of `text` that equals `head` up to whitespace; None: no such prefix.
+
+    Some templates write different whitespace before an existing turn than before one to be generated.
+    """
     if text.startswith(head):
         return len(head)
     words, bare = _squeezed(head), head.rstrip()
@@ -369,7 +378,7 @@ def _length_of(head: str, text: str) -> int | None:
 def _generation_prompt(
     render: Renderer, messages: Messages, turn: int, tools: list[Any] | None, before: str
 ) -> str:
-    """The text before the first turn with a loss, spaced as it is when the model generates that turn."""
+    """Return the text before the first turn with a loss, with the whitespace of a generation prompt."""
     head = render.render(messages[:turn], tools, generate=True)
     return head if _squeezed(head) == _squeezed(before) else before
 
@@ -377,9 +386,9 @@ def _generation_prompt(
 def _with_end(
     render: Renderer, text: str, start: int, stop: int, words: str, *, final: bool
 ) -> tuple[str, int]:
-    """(a turn whose content is `words` with the token that ends it, where they end in `text`)."""
+    """Return the turn with content `words` and its end-of-turn token, and its end position in `text`."""
     after = text.rfind(words, start, stop) + len(words) if words and words in text[start:stop] else stop
-    if render.only_closers(text[after:stop]):  # the first one is where sampling stops
+    if render.only_closers(text[after:stop]):  # sampling stops at the first one
         stop = after + render.closing(text[after:stop])
         return text[start:stop], stop
     bare = text[start:stop].rstrip()
@@ -393,7 +402,7 @@ def _with_end(
 
 
 def _check_complete(message: dict[str, Any], turn: int, written: str) -> None:
-    """Raise CannotTell where the template leaves out words of a turn (a thought, often)."""
+    """Raise CannotTell if the template omits part of a turn (often a thought)."""
     for part in (message["content"], message.get("reasoning_content")):
         if isinstance(part, str) and _squeezed(part) not in _squeezed(written):
             raise CannotTell(f"the chat template leaves out words of assistant turn {turn + 1}")
@@ -406,10 +415,10 @@ def _squeezed(text: str) -> str:
 def _as_sampled(
     render: Renderer, messages: Messages, before: str, tools: list[Any] | None, problem: CannotTell
 ) -> list[Piece]:
-    """The last turn as a model samples it: its words, thought and all, behind the generation prompt.
+    """Return the last turn as a model samples it after the generation prompt, including its thought.
 
-    Templates that drop thoughts from what they render cannot show it otherwise. Raises `problem` where
-    the generation prompt does not go on from `before`, or the turn has no thought.
+    Used for templates that drop thoughts from rendered turns. Raises `problem` if the generation prompt does
+    not continue `before`, or if the turn lacks a thought.
     """
     *history, message = messages
     head = render.render(history, tools, generate=True)
@@ -423,5 +432,5 @@ def _as_sampled(
             )
         raise problem
     if opened is not None:
-        words = re.sub(rf"^\s*<{opened[1]}>\n?", "", words)  # the prompt has it already
+        words = re.sub(rf"^\s*<{opened[1]}>\n?", "", words)  # already in the prompt
     return [(head[len(before) :], False), (words + render.end, True)]

@@ -1,4 +1,4 @@
-"""The error that every problem with a dataset is raised as, and the collector that gathers bad rows."""
+"""Dataset errors with file, row and column, and a collector of bad rows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rft.utils.did_you_mean import closest_match
 
 
 class Source(str):
-    """The name of a dataset, which messages begin with."""
+    """Name of a dataset, as the prefix of messages."""
 
     def locate(self, row: int) -> tuple[str, int]:
-        """The file that holds row `row` of the dataset, and the row's number in it; both counted from 1."""
+        """Return the file of row `row` and the row's number in that file; rows are counted from 1."""
         return str(self), row
 
 
 class FolderSource(Source):
-    """A dataset of several files; `ends[i]`: rows of the files up to the i-th."""
+    """Dataset of several files; `ends[i]`: cumulative number of rows up to and including file i."""
 
     def __new__(cls, name: str, files: Sequence[str], ends: Sequence[int]) -> FolderSource:
         source = super().__new__(cls, name)
@@ -36,7 +36,7 @@ class FolderSource(Source):
 
 
 class StreamSource(Source):
-    """Files that are read as a stream: `places` holds what `locate` gives, for the rows at hand."""
+    """Streamed dataset; `places` maps the buffered rows to the results of `locate`."""
 
     def __new__(cls, name: str) -> StreamSource:
         source = super().__new__(cls, name)
@@ -50,12 +50,12 @@ class StreamSource(Source):
 
 
 def locate(source: str, row: int) -> tuple[str, int]:
-    """The file that holds a dataset's row, and the row's number in it."""
+    """Return the file of a dataset's row and the row's number in that file."""
     return source.locate(row) if isinstance(source, Source) else (source, row)
 
 
 class DataError(ValueError):
-    """A dataset cannot be used. The message names the file, the row in it (counted from 1) and the column."""
+    """Unusable dataset. The message names the file, the row in it (counted from 1) and the column."""
 
     def __init__(
         self, problem: str, *, source: str | None = None, row: int | None = None, column: str | None = None
@@ -70,11 +70,11 @@ class DataError(ValueError):
 
 
 class RowProblem(ValueError):
-    """A row that cannot be used, and why."""
+    """Unusable row, with the reason."""
 
 
 def missing_column(column: str, existing: Iterable[str], source: str, row: int | None = None) -> DataError:
-    """The error for a column that a row lacks: names the columns that exist, and the nearest."""
+    """Return the error for a missing column, with the existing columns and the closest name."""
     names = [str(name) for name in existing]
     near = closest_match(column, names)
     hint = f" Did you mean '{near}'?" if near else ""
@@ -89,19 +89,19 @@ def missing_column(column: str, existing: Iterable[str], source: str, row: int |
 
 
 SHOWN = 8
-"""Rows of one reason that a message names, the first ones."""
+"""Number of rows per reason that a message lists."""
 
 
 class BadRows:
-    """Gathers bad rows by reason, so that the user reads one message instead of one row at a time."""
+    """Collector of bad rows by reason, to report all of them in one message."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.rows: dict[str, list[int]] = {}
-        self.places: dict[str, list[tuple[str, int]]] = {}  # of the first rows: file, row in it
+        self.places: dict[str, list[tuple[str, int]]] = {}  # (file, row in it) of the first rows
 
     def add(self, reason: str, row: int) -> None:
-        """Note a bad row; `row` is its number counted from 1."""
+        """Record a bad row; `row` is counted from 1."""
         self.rows.setdefault(reason, []).append(row)
         places = self.places.setdefault(reason, [])
         if len(places) < SHOWN:
@@ -109,14 +109,14 @@ class BadRows:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Reason -> number of rows."""
+        """Return the number of rows by reason."""
         return {reason: len(rows) for reason, rows in self.rows.items()}
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
     def lines(self) -> list[str]:
-        """Each reason with the numbers of its rows (the first eight)."""
+        """Return one line per reason, with the numbers of its first eight rows."""
         lines = []
         for reason, rows in self.rows.items():
             shown = self._shown(self.places[reason]) + (", ..." if len(rows) > SHOWN else "")
@@ -124,7 +124,7 @@ class BadRows:
         return lines
 
     def _shown(self, places: list[tuple[str, int]]) -> str:
-        """Row numbers; behind the name of their file where the dataset has several."""
+        """Format row numbers, prefixed by the file name if the dataset has several files."""
         by_file: dict[str, list[int]] = {}
         for file, row in places:
             by_file.setdefault(file, []).append(row)
@@ -134,7 +134,7 @@ class BadRows:
         )
 
     def error(self, remedy: str) -> DataError:
-        """One error that lists each reason with its row numbers (the first eight) and the remedy."""
+        """Return an error that lists each reason with its first eight row numbers, and the remedy."""
         lines = [f"  {line}" for line in self.lines()]
         total = sum(self.counts.values())
         first = min(row for places in self.places.values() for _, row in places)

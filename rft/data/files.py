@@ -1,6 +1,6 @@
-"""Rows out of files: JSON in its forms, gzipped or not, Parquet and Arrow, without a cache beside them.
+"""Read rows of JSON, JSON lines (both optionally gzipped), Parquet and Arrow files, without a cache on disk.
 
-Whatever is wrong with a file is a DataError that names it, and the row where there is one.
+Invalid files raise DataError with the file and, if known, the row.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import Any
 
 from rft.data.errors import DataError
 
-_BLOCK = 1000  # rows of a table that are turned into Python objects at a time
-# The most that a row may have, in every format: a longer one would fill the memory, a deeper one overflow the
-# stack of what reads it.
+_BLOCK = 1000  # rows of a table converted to Python objects at a time
+# Limits of a row in every format: a larger row would exhaust memory, a deeper one overflow the stack.
 ROW_BYTES = 16 << 20
-ROW_DEPTH = 100  # lists and objects inside one another, the row included
+ROW_DEPTH = 100  # nesting depth of lists and objects, including the row
 _GZIP = b"\x1f\x8b"
-# How files of other kinds begin, and what to do with them.
+# Magic bytes of unsupported files, with the remedy.
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "a zip archive; unpack it"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it, or use gzip"),
@@ -40,15 +39,15 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_file(file: Path) -> Sequence[Any]:
-    """The rows of a data file, by its name's ending: JSON at once, tables as they are asked for."""
+    """Return the rows of a data file, by file extension: JSON loaded at once, tables read lazily."""
     is_table = file.name.endswith((".parquet", ".arrow"))
     return TableRows([file]) if is_table else read_json(file)
 
 
 def read_json(file: Path) -> list[Any]:
-    """The rows of a JSON array or of JSON lines, gzipped or not, whatever the file's name says of that.
+    """Return the rows of a JSON array or of JSON lines, gzipped or not, regardless of the file name.
 
-    Blank lines are passed over. Raises DataError that names the malformed line.
+    Blank lines are skipped. Raises DataError with the malformed line.
     """
     source, number = str(file), 0
     rows: list[Any] = []
@@ -78,9 +77,9 @@ def read_json(file: Path) -> list[Any]:
 
 
 def read_lines(stream: io.BufferedIOBase, source: str, number: int = 0) -> Iterator[bytes]:
-    """The lines behind line `number`; of a JSON array in the first one, only its beginning may be given.
+    """Yield the lines after line `number`; a first line that starts a JSON array may be truncated.
 
-    Raises DataError at a line of more than `ROW_BYTES`, of which it reads no more.
+    Raises DataError at a line longer than `ROW_BYTES`, without reading the rest of it.
     """
     while line := stream.readline(ROW_BYTES + 1):
         number += 1
@@ -94,17 +93,17 @@ def read_lines(stream: io.BufferedIOBase, source: str, number: int = 0) -> Itera
 
 
 def unreadable(file: Path, error: OSError) -> DataError:
-    """The error for a file that cannot be opened or read."""
+    """Return the error for a file that cannot be opened or read."""
     return DataError(f"cannot be read: {error.strerror or error}", source=str(file))
 
 
 def _whole(raw: bytes, first: int, source: str) -> list[Any]:
-    """The rows of a text that is a JSON array, or else JSON lines, and begins in line `first`."""
+    """Return the rows of a JSON array, or else of JSON lines, starting at line `first`."""
     lines = [decode(line, n, source) for n, line in enumerate(raw.splitlines(keepends=True), first)]
     text = "".join(lines)
     try:
         rows = json.loads(text, object_pairs_hook=_object)
-    except RecursionError:  # of the row no position is known
+    except RecursionError:  # the position of the row is unknown
         raise DataError(_TOO_DEEP, source=source, row=first) from None
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data" and not text.lstrip().startswith("["):
@@ -124,7 +123,7 @@ def _whole(raw: bytes, first: int, source: str) -> list[Any]:
 
 
 def decode(raw: bytes, number: int, source: str) -> str:
-    """A line's text; `number` is its number, counted from 1. Raises DataError where it is not UTF-8."""
+    """Decode a line; `number` is counted from 1. Raises DataError if it is not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -136,7 +135,7 @@ def decode(raw: bytes, number: int, source: str) -> str:
 
 
 def parse_line(line: str, number: int, source: str) -> Any:
-    """One JSON line; `number` is its line number, counted from 1."""
+    """Parse a JSON line; `number` is counted from 1. Raises DataError."""
     try:
         value = json.loads(line, object_pairs_hook=_object)
     except RecursionError:
@@ -160,9 +159,9 @@ def _may_be_deep(text: str) -> bool:
 
 
 def refuse_large(row: Any, number: int, source: str) -> None:
-    """Raise DataError for a row of more than `ROW_BYTES` or `ROW_DEPTH`.
+    """Raise DataError for a row that exceeds `ROW_BYTES` or `ROW_DEPTH`.
 
-    Its bytes are those of its texts, and one for every other value: at most what it has as JSON.
+    The size is the bytes of all strings plus one per other value, a lower bound of the size as JSON.
     """
     size, level = 0, [row]
     for _ in range(ROW_DEPTH + 1):
@@ -191,7 +190,7 @@ def refuse_large(row: Any, number: int, source: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that is given twice, of which `json` drops the first."""
+    """Build a JSON object. Raises ValueError for a duplicate key, which `json` would silently overwrite."""
     out = dict(pairs)
     if len(out) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -200,7 +199,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_surrogates(value: Any, number: int, source: str) -> None:
-    """Half of a surrogate pair is in JSON, but not in Unicode text: tokenizers fail on it."""
+    """Raise DataError for a lone surrogate: valid in JSON, but tokenizers fail on it."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -213,15 +212,15 @@ def _refuse_surrogates(value: Any, number: int, source: str) -> None:
 
 
 class TableRows(Sequence[Any]):
-    """Rows of Parquet and Arrow files as plain dicts, read part by part as they are asked for.
+    """Rows of Parquet and Arrow files as plain dicts, read lazily, one part at a time.
 
-    Raises DataError with the file and its row, when a damaged part is read.
+    Raises DataError with the file and row when a damaged part is read.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._parts: list[tuple[Path, int, int]] = []  # (file, row group or record batch, rows before it)
         self._ends: list[int] = []
-        self.file_ends: list[int] = []  # rows of the files up to each
+        self.file_ends: list[int] = []  # cumulative number of rows by file
         for file in files:
             before = 0
             for index, rows in enumerate(_guarded(file, 1, lambda f=file: _Table(f).sizes())):
@@ -252,14 +251,14 @@ class TableRows(Sequence[Any]):
             table, first = self._loaded[1], block - begin
             part_rows = table.slice(first, _BLOCK)
             rows = _guarded(file, before + first + 1, part_rows.to_pylist)
-            if part_rows.nbytes > ROW_BYTES:  # deeper ones than `ROW_DEPTH` are refused by pyarrow
+            if part_rows.nbytes > ROW_BYTES:  # pyarrow rejects rows deeper than `ROW_DEPTH`
                 for row_number, row in enumerate(rows, before + first + 1):
                     refuse_large(row, row_number, str(file))
             self._block = block, rows
         return self._block[1][index - block]
 
     def _table(self, file: Path) -> _Table:
-        """The file, opened; the one before it is closed."""
+        """Open a file and close the previous one."""
         if self._opened[0] != file:
             self._opened = file, _Table(file)
         table: _Table = self._opened[1]
@@ -267,7 +266,7 @@ class TableRows(Sequence[Any]):
 
 
 def _guarded(file: Path, row: int, read: Any) -> Any:
-    """Return `read()`. Raises DataError that names the file and the first row that it reads."""
+    """Return `read()`. Raises DataError with the file and the first row of the part."""
     import pyarrow as pa
 
     try:
@@ -280,7 +279,7 @@ def _guarded(file: Path, row: int, read: Any) -> Any:
 
 
 class _Table:
-    """An open Parquet or Arrow file, in parts. Raises pyarrow's errors, OSError and ValueError."""
+    """Open Parquet or Arrow file, read in parts. Raises ArrowException, OSError or ValueError."""
 
     def __init__(self, file: Path) -> None:
         self.parquet, self.batches = None, []
@@ -292,7 +291,7 @@ class _Table:
             self.batches = _batches(file)
 
     def sizes(self) -> list[int]:
-        """The number of rows of each part."""
+        """Return the number of rows of each part (row group or record batch)."""
         if self.parquet is None:
             return [batch.num_rows for batch in self.batches]
         metadata = self.parquet.metadata
@@ -302,12 +301,12 @@ class _Table:
         if self.parquet is not None:
             return self.parquet.read_row_group(number)
         batch = self.batches[number]
-        batch.validate(full=True)  # a damaged offset would be read from memory that is not the file's
+        batch.validate(full=True)  # a damaged offset would read memory outside the file
         return batch
 
 
 def _batches(file: Path) -> list[Any]:
-    """The record batches of an Arrow file or stream (`Dataset.save_to_disk` writes streams), mapped."""
+    """Return the memory-mapped record batches of an Arrow file or stream (as by `Dataset.save_to_disk`)."""
     import pyarrow as pa
 
     source = pa.memory_map(str(file))

@@ -1,4 +1,4 @@
-"""Groups for offline training: demonstrations, preference pairs, labelled and ranked responses."""
+"""Build groups for offline training from demonstrations, preference pairs, labelled and ranked responses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from rft.data.messages import Messages, Text, read_messages, read_text, read_too
 from rft.data.prompts import RENDERED, fill_template, with_source_prefix
 from rft.data.rows import Row, Split, load_rows
 
-PAIR_TEMPLATE = "{prompt}\n\nCandidate A: {a}\n\nCandidate B: {b}"  # what a pairwise reward model reads
-CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold a whole conversation
-MAX_STEPS = 64  # steps that a process-supervised solution may have
+PAIR_TEMPLATE = "{prompt}\n\nCandidate A: {a}\n\nCandidate B: {b}"  # input of a pairwise reward model
+CONVERSATIONS = ("messages", "conversations", "conversation")  # columns with a whole conversation
+MAX_STEPS = 64  # maximum steps of a process-supervised solution
 
 
 @dataclass(frozen=True)
 class GroupSet(Sequence[Group]):
-    """The groups of a split. `skipped` counts the rows left out, by reason; `truncated` counts the
-    completions that were cut to fit; `notes` are warnings about rows that were used."""
+    """Groups of a split.
+
+    skipped: number of skipped rows by reason. truncated: number of truncated completions. notes: warnings
+    about rows that are used.
+    """
 
     groups: list[Group]
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -56,18 +59,18 @@ def load_groups(
     split: Split = "train",
     max_length: int | None = None,
 ) -> GroupSet:
-    """Rows -> groups of tokenised completions with rewards.
+    """Convert rows to groups of tokenised completions with rewards.
 
     sft         `prompt`, `completion`, or `messages`                reward 1
     preference  `chosen`, `rejected`, `prompt` (may be implicit)     1 and 0
-    pairwise    the same, as one text with both candidates, in both orders; `columns["targets"]` 1 and 0
+    pairwise    same columns; one text with both candidates, in both orders; `columns["targets"]` 1 and 0
     unpaired    `prompt`, `completion`, `label`                      1 or 0
-    ranked      `prompt`, `completions` best first, or with `scores` the scores, or K-1, ..., 0
+    ranked      `prompt`, `completions` best first, or `scores`      the scores, or K-1, ..., 0
     scored      `prompt`, `completion`, `score` (one or a list)      the first; `columns["targets"]`
     steps       `prompt`, `completions` (steps), `labels`            mean; `columns["step_labels"]`
 
-    `max_length` counts prompt and completion (default: the config's).
-    Raises DataError with all bad and all too long rows by number, unless the config says to skip.
+    max_length: maximum tokens of prompt and completion together (default: from the config).
+    Raises DataError with the numbers of all invalid and overlong rows, unless the config skips them.
     """
     rows = load_rows(config, split)
     maker = GroupMaker(config, tokenizer, kind, rows.source, max_length)
@@ -80,7 +83,7 @@ def load_groups(
 
 
 class GroupMaker:
-    """Makes groups one row at a time, and keeps account of what was left out or cut."""
+    """Build groups row by row, and record skipped rows and truncated completions."""
 
     def __init__(
         self, config: DataConfig, tokenizer: Any, kind: DataKind, source: str, max_length: int | None = None
@@ -93,7 +96,7 @@ class GroupMaker:
         self.truncated = 0
 
     def make(self, row: Row, number: int) -> Group | None:
-        """The group of a row, or None where the row is bad or too long (noted in `bad`, `long`)."""
+        """Return the group of a row; None if it is invalid or overlong (recorded in `bad` or `long`)."""
         try:
             return self._make(row, number)
         except RowProblem as problem:
@@ -101,7 +104,7 @@ class GroupMaker:
         return None
 
     def check(self) -> None:
-        """Raise DataError for what was noted, unless the config says to skip it."""
+        """Raise DataError for all recorded rows, unless the config skips them."""
         if self.bad and self.config.bad_rows != "skip":
             raise self.bad.error("fix or remove them, or set `bad_rows: skip` to leave them out")
         if self.long and self.config.overlong == "reject":
@@ -147,7 +150,7 @@ class GroupMaker:
         return Group(Prompt(number, tuple(prompt[1]), seen, columns), tuple(fitted))
 
     def _pieces(self, example: Example, response: Any, row: Row, number: int) -> list[Piece]:
-        """[prompt piece, then the response's pieces]."""
+        """Return the prompt piece, followed by the pieces of the response."""
         tools = read_tools(row.get("tools"))
         if example.prompt is None:
             messages = with_source_prefix(response, row, self.config, self.source, number)
@@ -165,7 +168,7 @@ class GroupMaker:
         return self._answered(prompt, read_text(response, "response"), tools)
 
     def _answered(self, prompt: Text, response: Text, tools: list[Any] | None) -> list[Piece]:
-        """A prompt and its response, which is a string or messages that begin with the assistant."""
+        """Render a prompt and a response; a list of messages must start with the assistant."""
         plain = not self.render.chat or self.render.is_rendered(prompt)
         if plain and isinstance(response, list):
             if not self.render.chat or len(response) > 1:
@@ -185,13 +188,13 @@ class GroupMaker:
         return self._trained_pieces([*before, *response], len(before), tools)
 
     def _conversation(self, messages: Text, tools: list[Any] | None) -> list[Piece]:
-        assert isinstance(messages, list)  # `read_example` makes them so
+        assert isinstance(messages, list)  # ensured by `read_example`
         if not self.render.chat:
             raise RowProblem("`messages` need a tokenizer with a chat template")
         return self._trained_pieces(self.render.as_messages(messages), 0, tools)
 
     def _trained_pieces(self, messages: Messages, first: int, tools: list[Any] | None) -> list[Piece]:
-        """The pieces of a conversation whose assistant turns from message `first` on have a loss."""
+        """Return the pieces of a conversation, with a loss on assistant turns from message `first` on."""
         written = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
         turns = [i for i in written if _weight(messages[i], i) > 0]
         messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
@@ -207,7 +210,7 @@ class GroupMaker:
         return pieces(self.render, messages, turns if self.config.train_on == "all" else turns[-1:], tools)
 
     def _step_ends(self, prompt: tuple[str, list[int]], steps: Sequence[Piece]) -> list[bool]:
-        """True at the last token of each step."""
+        """Return a mask that is True at the last token of each step."""
         mask: list[bool] = []
         for n in range(1, len(steps) + 1):
             length = len(self.render.pieces(*prompt, steps[:n])[0])
@@ -215,7 +218,7 @@ class GroupMaker:
         return mask
 
     def _values(self, row: Row, number: int) -> dict[str, float | tuple[float, ...]]:
-        """The numeric columns that go with each of the row's sequences."""
+        """Return the numeric columns of a row, shared by its sequences."""
         out: dict[str, float | tuple[float, ...]] = {}
         for name in self.config.numbers:
             if name not in row:
@@ -224,12 +227,12 @@ class GroupMaker:
                 raise RowProblem(f"`{name}` must be a finite number, not {row[name]!r:.40}")
             out[name] = float(row[name])
         if self.config.sources:
-            with_source_prefix("", row, self.config, self.source, number)  # an unknown source is an error
+            with_source_prefix("", row, self.config, self.source, number)  # raises for an unknown source
             out["weight"] = self.config.sources[row["source"]].weight
         return out
 
     def _fit(self, prompt: list[int], completions: list[Completion], number: int) -> list[Completion] | None:
-        """The completions within the length limits; None (and a note) where the row is left out."""
+        """Apply the length limits to completions; None if the row is skipped, which is recorded."""
         longest, limit = self.config.max_prompt_length, self.max_length
         if longest is not None and len(prompt) > longest:
             self.long.add(f"the prompt is longer than max_prompt_length={longest} tokens", number + 1)
@@ -261,7 +264,7 @@ class GroupMaker:
 
 
 def _weight(message: Mapping[str, Any], index: int) -> float:
-    """The weight of a message in the loss: 1, or 0 where it is only read."""
+    """Return the loss weight of a message, 0 or 1. Raises RowProblem."""
     weight = message.get("weight", 1)
     if weight not in (0, 1):
         raise RowProblem(f"message {index + 1} has weight {weight!r:.20}; it must be 0 or 1")
@@ -269,7 +272,7 @@ def _weight(message: Mapping[str, Any], index: int) -> float:
 
 
 def cut(c: Completion, room: int) -> Completion:
-    """The first `room` tokens of a completion, marked as ended by the length limit."""
+    """Truncate a completion to `room` tokens and mark it as ended by the length limit."""
     mask = c.mask[:room] if c.mask is not None else None
     return Completion(
         tokens=c.tokens[:room],
@@ -282,14 +285,15 @@ def cut(c: Completion, room: int) -> Completion:
     )
 
 
-# -- rows of demonstrations and preferences, taken apart -----------------------------------------------
+# -- parsing rows of demonstrations and preferences ----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row. `responses` are strings, message lists, or (steps) lists of strings; `rewards` one each.
+    """Parsed row.
 
-    `prompt` is None where the responses are whole conversations.
+    prompt: None if the responses are whole conversations. responses: strings, message lists, or lists of
+    strings (kind `steps`). rewards: one per response.
     """
 
     prompt: Text | None
@@ -299,7 +303,7 @@ class Example:
 
 
 def read_example(row: Row, kind: DataKind, source: str, number: int) -> Example:
-    """Take a row apart. Raises DataError for a missing column, RowProblem for values that do not fit."""
+    """Parse a row. Raises DataError for a missing column, RowProblem for invalid values."""
 
     def column(name: str) -> Any:
         if name not in row:
@@ -331,11 +335,11 @@ def read_example(row: Row, kind: DataKind, source: str, number: int) -> Example:
 
 
 def _split_pair(prompt: Any, chosen: Text, rejected: Text) -> Example:
-    """The pair with its prompt, found as the common beginning where it is not given."""
+    """Return the pair with its prompt; a missing prompt is the common prefix of both responses."""
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowProblem("`chosen` and `rejected` must both be strings, or both be message lists")
     if isinstance(chosen, list) and isinstance(rejected, list):
-        if chosen[0]["role"] != "assistant":  # conversations that repeat the prompt
+        if chosen[0]["role"] != "assistant":  # conversations that include the prompt
             same = 0
             while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
                 same += 1
@@ -353,7 +357,7 @@ def _split_pair(prompt: Any, chosen: Text, rejected: Text) -> Example:
 
 
 def _both_orders(pair: Example) -> Example:
-    """Both candidates after the prompt, in both orders: is the first one better?"""
+    """Return both candidates after the prompt, in both orders; reward 1 if the first one is better."""
     if not all(isinstance(text, str) for text in (pair.prompt, *pair.responses)):
         raise RowProblem("a pairwise model reads plain text: prompt and responses must be strings")
     a, b = pair.responses
@@ -363,8 +367,10 @@ def _both_orders(pair: Example) -> Example:
 
 
 def common_text(a: str, b: str) -> str:
-    """The common beginning of two texts, cut between words so that neither rest is empty, and without the
-    space before the first word that differs (a line break stays with the beginning)."""
+    """Return the common prefix of two texts, cut between words so that neither remainder is empty.
+
+    The space before the first differing word is excluded; a line break is included.
+    """
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1
@@ -376,8 +382,11 @@ def common_text(a: str, b: str) -> str:
 
 
 def _between_words(text: str, n: int) -> bool:
-    """Whether a text may be cut before its character `n`: at a space, or beside a character of a script that
-    is written without spaces; never before a mark that belongs to the character in front of it."""
+    """Return whether a text may be cut before character `n`.
+
+    That is at a space, or next to a character of a script written without spaces, but never before a
+    combining mark.
+    """
     before, after = text[n - 1], text[n]
     if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after):
         return False
@@ -395,7 +404,7 @@ def _label(value: Any) -> float:
 
 
 def _numbers(value: Any, name: str) -> list[float]:
-    """A number or a list of numbers, all finite; None in a list means unknown (nan)."""
+    """Parse a number or a list of finite numbers; None in a list means unknown (nan). Raises RowProblem."""
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     listed = isinstance(value, Sequence) and not isinstance(value, str)
     out = []
@@ -412,10 +421,10 @@ def _numbers(value: Any, name: str) -> list[float]:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number that a float holds."""
+    """Return whether a value is a number representable as a finite float."""
     try:
         return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of floats
+    except OverflowError:  # integer outside the range of floats
         return False
 
 

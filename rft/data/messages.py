@@ -1,7 +1,7 @@
-"""Chat messages as datasets hold them, brought to one form: `role`, text `content`, no empty keys.
+"""Normalise chat messages to one format: `role`, text `content`, without null keys.
 
-Read are OpenAI's form (content as a list of parts, tool calls with JSON text), ShareGPT's (`from`, `value`),
-what Arrow makes of either (every key of any message, filled with null), and all of these as JSON text.
+Supported are the OpenAI format (content as a list of parts, tool calls with JSON text), ShareGPT (`from`,
+`value`), either as stored by Arrow (missing keys filled with null), and all of these as JSON text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHAREGPT_ROLES = {
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is a non-empty list of chat messages."""
+    """Return whether a value is a non-empty list of chat messages."""
     return isinstance(value, list) and bool(value) and all(_is_message(m) for m in value)
 
 
@@ -34,7 +34,7 @@ def _is_message(value: Any) -> bool:
 
 
 def read_text(value: Any, column: str) -> Text:
-    """A column's value as text or as messages in one form. Raises RowProblem."""
+    """Return a column's value as text or as normalised messages. Raises RowProblem."""
     if isinstance(value, str):
         parsed = _json_messages(value)
         return value if parsed is None else read_messages(parsed, column)
@@ -42,7 +42,7 @@ def read_text(value: Any, column: str) -> Text:
 
 
 def read_messages(value: Any, column: str) -> Messages:
-    """Messages in one form, from any of the forms that are read. Raises RowProblem."""
+    """Normalise messages from any supported format. Raises RowProblem."""
     if isinstance(value, str):
         parsed = _json_messages(value)
         if parsed is None:
@@ -58,7 +58,7 @@ def read_messages(value: Any, column: str) -> Messages:
 
 
 def _json_messages(text: str) -> Any:
-    """The messages of which `text` is the JSON; None where it is other text."""
+    """Parse messages from JSON text; None for any other text."""
     if not text.lstrip().startswith("["):
         return None
     try:
@@ -70,7 +70,7 @@ def _json_messages(text: str) -> Any:
 
 
 def _message(raw: Mapping[str, Any], number: int, column: str) -> dict[str, Any]:
-    """One message: nulls left out, content as text, tool calls with arguments as an object."""
+    """Normalise a message: without nulls, content as text, tool-call arguments as objects."""
     message = {k: without_nulls(v) for k, v in raw.items() if v is not None and k != "content"}
     content = raw.get("content")
     if "role" not in message:
@@ -104,7 +104,7 @@ def _from_sharegpt(message: dict[str, Any], value: Any, number: int, column: str
 
 
 def _content(content: Any, where: str) -> str | None:
-    """Text, or a list of text parts, as text; None stays None."""
+    """Return text, or a list of text parts, as text; None stays None. Raises RowProblem."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -129,7 +129,7 @@ def _named(kind: str) -> str:
 
 
 def _tool_calls(calls: Any, where: str) -> list[Any]:
-    """Tool calls whose arguments are objects: most templates write JSON text a second time as JSON."""
+    """Normalise tool-call arguments to objects: most templates would encode JSON text as JSON again."""
     out = []
     for call in _listed(_parsed(calls, where) if isinstance(calls, str) else calls):
         if not isinstance(call, Mapping):
@@ -146,7 +146,7 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
 
 
 def read_tools(value: Any) -> list[Any] | None:
-    """The `tools` column: a list of function schemas, its JSON text, or nothing. Raises RowProblem."""
+    """Parse the `tools` column: a list of function schemas, its JSON text, or None. Raises RowProblem."""
     value = _parsed(value, "`tools`") if isinstance(value, str) and value.strip() else value
     if not value:
         return None
@@ -168,7 +168,7 @@ def _parsed(text: Any, where: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the null keys that Arrow adds to objects, at any depth."""
+    """Remove the null keys that Arrow adds to objects, recursively."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value

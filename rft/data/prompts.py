@@ -1,4 +1,4 @@
-"""Prompts out: rows rendered as text or chat, tokenised, and measured against the length limit."""
+"""Render rows as text or chat prompts, tokenise them and apply the length limit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from rft.data.messages import Text, read_text, read_tools
 from rft.data.rows import Row, Rows, Split, load_rows
 
 RENDERED = "already rendered with the chat template, which is not put around them again"
-RESERVED = ("prompt", "prompts", "completions")  # what rewards get from the run, under these names
+RESERVED = ("prompt", "prompts", "completions")  # names of reward arguments provided by the run
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a split. `skipped` counts the rows left out, by reason; `rows` says which
-    (numbers counted from 1); `notes` are warnings about rows that were used."""
+    """Prompts of a split.
+
+    skipped: number of skipped rows by reason. rows: their numbers, counted from 1. notes: warnings about rows
+    that are used.
+    """
 
     prompts: list[Prompt]
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -41,11 +44,11 @@ class PromptSet:
 def load_prompts(
     config: DataConfig, tokenizer: Any, split: Split = "train", max_prompt_length: int | None = None
 ) -> PromptSet:
-    """Rows -> tokenised prompts. A row's other columns go to the rewards by name.
+    """Convert rows to tokenised prompts; other columns are passed to the rewards by name.
 
-    A prompt longer than `max_prompt_length` tokens (default: the config's) is never cut:
-    `overlong: reject` raises, `overlong: skip` leaves it out and counts it.
-    Raises DataError for that, for a missing or empty prompt, and for all that `load_rows` raises.
+    Prompts longer than `max_prompt_length` tokens (default: from the config) are never truncated:
+    `overlong: reject` raises, `overlong: skip` skips and counts them.
+    Raises DataError for overlong, missing or empty prompts, and as `load_rows`.
     """
     rows = load_rows(config, split)
     limit = max_prompt_length or config.max_prompt_length
@@ -81,9 +84,9 @@ def load_prompts(
 
 
 def prompt_of(row: Row, config: DataConfig, rows: Rows, number: int) -> Text:
-    """A row's prompt: the `prompt` column, or the `template` filled in, behind its source's prefix.
+    """Return a row's prompt: its source's prefix, then the `prompt` column or the filled-in `template`.
 
-    Raises DataError for a missing column, RowProblem for a value that is not a prompt.
+    Raises DataError for a missing column, RowProblem for an invalid prompt.
     """
     if config.template is None and "prompt" not in row:
         raise missing_column("prompt", row, rows.source, number + 1)
@@ -91,7 +94,7 @@ def prompt_of(row: Row, config: DataConfig, rows: Rows, number: int) -> Text:
 
 
 def fill_template(row: Row, config: DataConfig, source: str, number: int, prompt: Any) -> Text:
-    """`prompt`, or in its place the `template` filled in from the row; behind the source's prefix."""
+    """Return the source's prefix, then `prompt` or, if configured, the `template` filled in from the row."""
     if config.template is None:
         text = read_text(prompt, "prompt")
     else:
@@ -108,7 +111,7 @@ def fill_template(row: Row, config: DataConfig, source: str, number: int, prompt
 
 
 class _TextFormatter(string.Formatter):
-    """`str.format` that refuses what has no text: null, and lists and objects (messages, say)."""
+    """`str.format` that rejects null, lists and objects (e.g. messages)."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         value, first = super().get_field(field_name, args, kwargs)
@@ -120,7 +123,7 @@ class _TextFormatter(string.Formatter):
 
 
 def with_source_prefix(text: Text, row: Row, config: DataConfig, source: str, number: int) -> Text:
-    """Put the prefix of the row's source class before its (first user) text."""
+    """Prepend the prefix of the row's source class to the text or the first user message."""
     if not config.sources:
         return text
     if "source" not in row:
@@ -145,10 +148,9 @@ def with_source_prefix(text: Text, row: Row, config: DataConfig, source: str, nu
 
 
 def demonstrations_of(prompt: Prompt) -> list[str]:
-    """The demonstrated completions of an online run's prompt, from its column `completion`: a string, or a
-    list of strings; empty ones left out.
+    """Return the demonstrations of an online prompt from its column `completion`, without empty ones.
 
-    Raises DataError naming the row for anything else.
+    The column is a string or a list of strings. Raises DataError with the row for any other value.
     """
     value = prompt.columns.get("completion")
     texts = [value] if value is None or isinstance(value, str) else value
@@ -162,5 +164,5 @@ def demonstrations_of(prompt: Prompt) -> list[str]:
 
 
 def any_demonstration(prompts: Iterable[Prompt]) -> bool:
-    """Whether at least one prompt has a demonstration; every row is read. Raises as `demonstrations_of`."""
+    """Return whether any prompt has a demonstration; checks every row. Raises as `demonstrations_of`."""
     return any([bool(demonstrations_of(prompt)) for prompt in prompts])

@@ -1,4 +1,4 @@
-"""How the texts of a reward model's training data were rendered, as its config records it for scoring."""
+"""Text rendering of a reward model's training data, stored in its config and reused for scoring."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 from rft.config.data import DataConfig
 
-TEXTS = "rft_texts"  # in a reward model's config; read by rft/contrib/rewards/trained.py
+TEXTS = "rft_texts"  # key in a reward model's config; read by rft/contrib/rewards/trained.py
 
 
 def reward_texts(kind: str, data: DataConfig) -> dict[str, Any]:
-    """Return what scoring needs to render texts alike. kind: of the rows, as `Algorithm.data`."""
+    """Return the rendering settings needed for scoring. kind: kind of the rows, see `Algorithm.data`."""
     names = {"system", "chat_template", "chat_template_options", "train_on"}
     return {"kind": kind, "data": data.model_dump(mode="json", include=names)}

@@ -1,4 +1,4 @@
-"""Rows in: from generated tasks, local files and the hub, as plain dicts with rft's column names."""
+"""Load rows of generated tasks, local files and the hub, as plain dicts with rft column names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ GENERATED = {"train": 8192, "test": 512}
 
 
 class Rows(Sequence[Row]):
-    """Rows of one split, mapped to rft's column names when they are read.
+    """Rows of a split, mapped to rft column names on access.
 
-    `numbers[i]` is row i's number in its source, counted from 0: stable ids, whatever is held out.
+    numbers: row numbers in the source, counted from 0; ids that do not depend on the holdout.
     """
 
     def __init__(self, base: Sequence[Any], numbers: Sequence[int], config: DataConfig, source: str) -> None:
@@ -41,10 +41,10 @@ class Rows(Sequence[Row]):
 
 
 def load_rows(config: DataConfig, split: Split = "train") -> Rows:
-    """The rows of a split, read lazily where the format allows.
+    """Load the rows of a split, lazily if the format allows.
 
-    Raises DataError: file or folder or hub dataset not found, malformed line (its number), empty
-    dataset, a mapped column that does not exist.
+    Raises DataError for a missing file, folder or hub dataset, a malformed line (with its number), an empty
+    dataset, or a mapped column that does not exist.
     """
     kind = config.resolved_kind
     limit = config.limit if split == "train" else config.eval_limit
@@ -58,13 +58,13 @@ def load_rows(config: DataConfig, split: Split = "train") -> Rows:
     if kind in ("file", "hub"):
         numbers = _hold_out(config, split, len(base), source)
     rows = Rows(base, numbers if limit is None else numbers[:limit], config, source)
-    rows[0]  # a wrong column name is found before anything is built on the rows
+    rows[0]  # fail early on a wrong column name
     return rows
 
 
 def _generate(config: DataConfig, split: Split, n: int) -> Sequence[Any]:
-    """`n` rows of a generated task. For reasoning_gym `options` are the task's own, besides `suffix`."""
-    from rft.tasks import TASKS  # here: generated tasks bring in packages that files do not need
+    """Generate `n` rows of a task. For reasoning_gym, `options` are those of the task, plus `suffix`."""
+    from rft.tasks import TASKS  # imported here: tasks need optional packages
 
     kind, options = config.resolved_kind, dict(config.options)
     if kind == "reasoning_gym":
@@ -72,15 +72,15 @@ def _generate(config: DataConfig, split: Split, n: int) -> Sequence[Any]:
         options = {"task": config.task, "options": options, **suffix}
     try:
         rows: Sequence[Any] = TASKS[kind](**options).rows(split=split, n=n, seed=config.seed)
-    except ValueError as error:  # pydantic's ValidationError among them
+    except ValueError as error:  # includes pydantic's ValidationError
         raise DataError(f"the task refuses its options: {error}", source=config.task or kind) from error
     return rows
 
 
 def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number: int) -> Row:
-    """A raw row with rft's column names: `columns` renames, `answer_pattern` extracts.
+    """Rename the columns of a raw row by `columns` and extract the answer by `answer_pattern`.
 
-    A column may be mapped to several names; columns that are not mapped keep theirs.
+    A column may be mapped to several names; unmapped columns keep their names. Raises DataError.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"a row must be an object, not {type(row).__name__}", source=source, row=number + 1)
@@ -109,7 +109,7 @@ def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number:
 
 
 def _hold_out(config: DataConfig, split: Split, size: int, source: str) -> Sequence[int]:
-    """The row numbers of a split where `holdout` rows are set aside, by a shuffle with the seed."""
+    """Return the row numbers of a split, with `holdout` rows selected by a seeded shuffle."""
     if not config.holdout or (split == "test" and config.eval_path):
         return range(size)
     if config.holdout >= size:
@@ -123,9 +123,8 @@ def _hold_out(config: DataConfig, split: Split, size: int, source: str) -> Seque
 
 
 def data_source(config: DataConfig, split: Split) -> tuple[str, str]:
-    """(path, split's name) that a split is read from. Raises DataError where a single file has to
-    serve for training and evaluation both."""
-    assert config.path is not None  # DataConfig checks it
+    """Return the path and split name to read. Raises DataError if evaluation would read the training file."""
+    assert config.path is not None  # ensured by DataConfig
     path = (config.eval_path if split == "test" else None) or config.path
     name = config.eval_split if split == "test" and not config.holdout else config.split
     if split == "test" and not config.eval_path and not config.holdout and Path(path).expanduser().is_file():
@@ -138,8 +137,11 @@ def data_source(config: DataConfig, split: Split) -> tuple[str, str]:
 
 
 def has_held_out(config: DataConfig) -> bool:
-    """Whether a dataset has rows to evaluate on: generated ones always have, files where the config or a
-    file's name says so. Of a hub dataset it is taken to be so: loading the split names those there are."""
+    """Return whether a dataset has evaluation rows.
+
+    Generated tasks always have, files according to the config or the file names. Hub datasets are assumed to
+    have them; loading a missing split raises an error that lists the existing ones.
+    """
     if config.resolved_kind != "file" or config.holdout or config.eval_path:
         return True
     place = Path(str(config.path)).expanduser()
@@ -168,10 +170,12 @@ def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
 
 
 def find_files(path: str, split: str) -> list[Path]:
-    """The data files of a split: the file itself, or a folder's files named after the split
-    (`train.jsonl`, `train-00000-of-00002.parquet`, `train/...`), or all of them if none is.
+    """Return the data files of a split.
 
-    Raises DataError: nothing there, or no file of a format that is read, or formats mixed.
+    That is the file itself, or the files of a folder that are named after the split (`train.jsonl`,
+    `train-00000-of-00002.parquet`, `train/...`), or all files if no name contains a split.
+
+    Raises DataError if the path does not exist, or on unsupported or mixed formats.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -205,8 +209,10 @@ def _known_split(file: Path, root: Path) -> bool:
 
 
 def load_hub(config: DataConfig, path: str, split: str, *, streaming: bool = False) -> Any:
-    """A dataset from the hub (or its local cache). Raises DataError: not found, unreachable, no such
-    subset or split (with those that exist)."""
+    """Load a dataset from the hub or its local cache.
+
+    Raises DataError if it is not found or unreachable, or for an unknown subset or split (listing the known).
+    """
     import datasets
 
     try:
@@ -219,7 +225,7 @@ def load_hub(config: DataConfig, path: str, split: str, *, streaming: bool = Fal
             f"that exists, or set `kind: file`",
             source=path,
         ) from error
-    except ValueError as error:  # unknown split or subset: the message lists those that exist
+    except ValueError as error:  # unknown split or subset: the message lists the known ones
         raise DataError(str(error), source=path) from error
     except (ConnectionError, OSError) as error:
         raise DataError(

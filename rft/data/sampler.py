@@ -1,4 +1,4 @@
-"""The order in which rows are visited: shuffled without replacement, resumable to the row."""
+"""Sampling order of rows: shuffled without replacement, exactly resumable."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rft.data.errors import DataError
 
 
 class Sampler:
-    """Indices 0..size-1 in a new random order each epoch, a pure function of (seed, epoch).
+    """Indices 0..size-1, reshuffled at each epoch by (seed, epoch).
 
-    Its whole state is (epoch, position), so a resumed run visits exactly the rows that were left.
+    The state is (epoch, position), so a resumed run visits exactly the remaining rows.
     """
 
     def __init__(self, size: int, seed: int = 0, *, shuffle: bool = True) -> None:
@@ -32,11 +32,11 @@ class Sampler:
 
     @property
     def seen(self) -> int:
-        """Indices handed out since the start."""
+        """Return the number of indices returned so far."""
         return self.epoch * self.size + self.position
 
     def next(self, k: int) -> list[int]:
-        """The next k indices; runs on into the next epoch."""
+        """Return the next k indices, continuing into the next epoch."""
         out: list[int] = []
         while len(out) < k:
             if self.position == self.size:
@@ -48,7 +48,7 @@ class Sampler:
         return out
 
     def observe(self, row: int, group: Group, primary: str) -> None:
-        """Ignored: the order depends on the seed alone."""
+        """No-op: the order depends only on the seed."""
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -63,7 +63,7 @@ class Sampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken. Raises DataError if the data is not the same."""
+        """Restore a state. Raises DataError if the data settings differ."""
         for name in ("size", "seed", "shuffle"):
             if state[name] != getattr(self, name):
                 raise DataError(
@@ -75,50 +75,50 @@ class Sampler:
 
 
 class PromptSampler(Protocol):
-    """The order of an online run's prompts: `Sampler`, or one that learns from the rewards (a curriculum)."""
+    """Order of an online run's prompts: `Sampler`, or a curriculum that adapts to the rewards."""
 
     size: int
     epoch: int  # of the last row returned
 
     @property
     def seen(self) -> int:
-        """Rows handed out since the start, repeated ones counted each time."""
+        """Return the number of rows returned so far, including repeats."""
 
     def next(self, k: int) -> list[int]:
-        """The next k rows."""
+        """Return the next k rows."""
 
     def observe(self, row: int, group: Group, primary: str) -> None:
-        """Take note of a row's scored group. primary: name of the reward that judges correctness."""
+        """Record a row's scored group. primary: name of the reward that measures correctness."""
 
     def metrics(self) -> dict[str, float]:
-        """`data/...` metrics of the order itself."""
+        """Return `data/...` metrics of the order."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state, as plain data."""
+        """Return the state as plain data."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Restore a state."""
 
 
 class GroupSource(Protocol):
-    """Groups for ever, epoch after epoch; its state resumes it exactly."""
+    """Infinite source of groups, epoch after epoch, exactly resumable."""
 
     @property
     def epochs(self) -> float:
-        """Passes over the data so far."""
+        """Return the passes over the data so far."""
 
     def next(self, k: int) -> list[Group]:
-        """The next k groups."""
+        """Return the next k groups."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, as plain data."""
+        """Return the state as plain data."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Restore a state."""
 
 
 class GroupSampler:
-    """Loaded groups in the order of a `Sampler`: the `GroupSource` of data that fit into memory."""
+    """`GroupSource` of in-memory groups, in the order of a `Sampler`."""
 
     def __init__(self, groups: Sequence[Group], seed: int = 0, *, shuffle: bool = True) -> None:
         self.groups = groups

@@ -1,4 +1,4 @@
-"""Which tokens end a completion: one answer for both engines, the training data and the exported model."""
+"""Stop tokens of completions, shared by the engines, the training data and the exported model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from rft.errors import ModelError
 def stop_ids(
     model: str, tokenizer: Any, turn_end: str | None = None, *, trust_remote_code: bool = False
 ) -> tuple[int, ...]:
-    """Token ids that end a completion of `model`, a folder or a hub name: those of its generation config and
-    its config, the tokenizer's end token, and the token with which the chat template ends a turn.
+    """Return the stop token ids of `model`, a folder or hub name.
 
-    turn_end: what the template writes after the assistant's words, up to that token; None: no chat template.
+    They are those of its generation config and its config, the tokenizer's end token, and the end-of-turn
+    token of the chat template. turn_end: text of the template after assistant content, up to and including
+    that token; None: no chat template.
     """
     from transformers import AutoConfig
 
     ids = {*_listed(tokenizer.eos_token_id), *_listed(_generation_eos(model))}
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    # A config.json that names no end token gets its class's default, which may be any word of this tokenizer.
+    # Without an end token in config.json, transformers uses the class default, which may be any token here.
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids |= special & {*_listed(config.eos_token_id), *_listed(config.get_text_config().eos_token_id)}
     if turn_end is not None:
@@ -32,7 +33,7 @@ def stop_ids(
 
 
 def _generation_eos(model: str) -> Any:
-    """`eos_token_id` of the model's generation config; None where it comes without one."""
+    """Return `eos_token_id` of the model's generation config; None if it does not have one."""
     from transformers.utils import cached_file
 
     file = cached_file(
@@ -56,8 +57,10 @@ def _listed(ids: int | Sequence[int] | None) -> list[int]:
 def unstopped_turns(
     groups: Sequence[Group], stops: Sequence[int], tokenizer: Any, key: str = "data"
 ) -> list[str]:
-    """A message for every token that ends a trained turn of some group and is not a stop token: a model
-    that learned it would sample on behind it. key: what the config calls the data."""
+    """Return a message for every token that ends a trained turn of some group and is not a stop token.
+
+    A model trained on it would not stop there. key: config key of the data.
+    """
     ends = {token for g in groups for c in g.completions for token in _turn_ends(c)}
     return [
         f"{key}: a trained turn ends with {tokenizer.decode([token])!r} (token {token}), which is not a stop "
@@ -68,7 +71,7 @@ def unstopped_turns(
 
 
 def _turn_ends(c: Completion) -> list[int]:
-    """The last token of each run of tokens that has a loss; of a completion that was cut there is none."""
+    """Return the last token of each span with a loss; none for a truncated completion."""
     if c.finish == "length":
         return []
     mask = (*(c.mask or [True] * len(c.tokens)), False)

@@ -1,8 +1,8 @@
-"""Offline training on data that is read as it goes: nothing is loaded whole, and a resume is exact.
+"""Streamed datasets for offline training, exactly resumable.
 
-Rows are read in blocks of `shuffle_buffer`, each block is shuffled by (seed, epoch, block), and the
-state is where the block begins and how much of it was used. A resume reads that one block again.
-(The shuffle buffer of `datasets` cannot be resumed exactly: it forgets the rows it held.)
+Rows are read in blocks of `shuffle_buffer`; each block is shuffled by (seed, epoch, block). The state is the
+start of the block and the position in it; a resume reads that block again. (The shuffle buffer of `datasets`
+cannot be resumed exactly, since its state does not contain the buffered rows.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rft.data.rows import Row, Split, data_source, find_files, load_hub, load_ro
 
 
 class Reader(ABC):
-    """Raw rows in order, from any place that `state` named. `next` raises StopIteration at the end."""
+    """Iterator over raw rows that can be restored to any earlier `state`."""
 
     def __iter__(self) -> Reader:
         return self
@@ -38,16 +38,16 @@ class Reader(ABC):
     def state(self) -> dict[str, Any]: ...
 
     def place(self) -> tuple[str, int] | None:
-        """The file of the row that was read last, and its row in it, from 1; None where that is not known."""
+        """Return the file of the last row and the row's number in it, counted from 1; None: unknown."""
         return None
 
     @abstractmethod
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Continue at a state; None is the beginning."""
+        """Continue at a state; None: from the start."""
 
 
 class LineReader(Reader):
-    """JSON lines from a list of files; the state is (file, byte, line, row)."""
+    """JSON lines of a list of files; the state is (file, byte, line, row)."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -56,7 +56,7 @@ class LineReader(Reader):
     def restore(self, state: Mapping[str, Any] | None) -> None:
         at = state or {"file": 0, "byte": 0, "line": 0}
         self.file, self.byte, self.line = at["file"], at["byte"], at["line"]
-        self.row = at.get("row", self.line)  # without blank lines; older checkpoints do not count it
+        self.row = at.get("row", self.line)  # excludes blank lines; missing in older checkpoints
 
     def place(self) -> tuple[str, int]:
         return str(self.files[self.file]), self.row
@@ -90,7 +90,7 @@ class LineReader(Reader):
 
 
 class TableReader(Reader):
-    """Rows of Parquet and Arrow files, one part (row group, record batch) in memory; the state is the row."""
+    """Rows of Parquet and Arrow files, one row group or record batch in memory; the state is the row."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.rows = TableRows(files)
@@ -114,7 +114,7 @@ class TableReader(Reader):
 
 
 class HubReader(Reader):
-    """Rows of a `datasets.IterableDataset`, which keeps its own state. Raises DataError if a read fails."""
+    """Rows of a `datasets.IterableDataset`, with its own state. Raises DataError if a read fails."""
 
     def __init__(self, dataset: Any, source: str) -> None:
         self.dataset, self.source = dataset, source
@@ -122,7 +122,7 @@ class HubReader(Reader):
         self.restore(None)
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        # The dataset tells its new state only once a row was read: until then, this one counts.
+        # The dataset updates its state only after reading a row; until then the restored state is valid.
         self.unread: dict[str, Any] | None = deepcopy(state["dataset"] if state else self.start)
         self.dataset.load_state_dict(deepcopy(self.unread))
         self.rows = iter(self.dataset)
@@ -133,14 +133,14 @@ class HubReader(Reader):
     def __next__(self) -> Any:
         try:
             row = next(self.rows)
-        except (OSError, ValueError) as error:  # the network, or a damaged file
+        except (OSError, ValueError) as error:  # network error or damaged file
             raise DataError(f"cannot be read: {type(error).__name__}: {error}", source=self.source) from error
         self.unread = None
         return row
 
 
 def open_reader(config: DataConfig, split: Split) -> tuple[Reader, str]:
-    """The reader of a split, and its name for messages. Raises DataError as `load_rows` does."""
+    """Open the reader of a split; returns it with its name for messages. Raises DataError as `load_rows`."""
     path, name = data_source(config, split)
     if config.resolved_kind == "hub":
         source = f"{path} ({name})"
@@ -156,7 +156,7 @@ def open_reader(config: DataConfig, split: Split) -> tuple[Reader, str]:
 
 
 def first_row(config: DataConfig) -> Row:
-    """The first training row, with rft's column names. Raises DataError."""
+    """Return the first training row, with rft column names. Raises DataError."""
     if not config.streaming:
         row: Row = load_rows(config)[0]
         return row
@@ -167,9 +167,9 @@ def first_row(config: DataConfig) -> Row:
 
 
 class GroupStream:
-    """Groups for ever, epoch after epoch. `next(k)` gives the next k; `state_dict` resumes exactly.
+    """`GroupSource` of streamed data: groups epoch after epoch, exactly resumable by `state_dict`.
 
-    Raises DataError at the first bad or too long row, unless the config says to skip such rows.
+    Raises DataError at the first invalid or overlong row, unless the config skips such rows.
     """
 
     def __init__(
@@ -192,16 +192,16 @@ class GroupStream:
         self.block, self.first, self.position = -1, 0, 0  # `first`: number of the block's first row
         self.rows: list[tuple[int, Any]] = []
         self.block_state: dict[str, Any] | None = None
-        self.made = 0  # groups that this epoch has given
+        self.made = 0  # groups returned in this epoch
         self.reader.restore(None)
 
     @property
     def epochs(self) -> float:
-        """Whole passes over the data so far: how long one is, is not known."""
+        """Return the completed passes over the data; fractions are unknown, since the length is."""
         return float(self.epoch)
 
     def next(self, k: int) -> list[Group]:
-        """The next k groups; runs on into the next epoch."""
+        """Return the next k groups, continuing into the next epoch."""
         out: list[Group] = []
         while len(out) < k:
             if self.position == len(self.rows):
@@ -217,7 +217,7 @@ class GroupStream:
         return out
 
     def _read_block(self) -> None:
-        """Read and shuffle the next block, or begin the next epoch."""
+        """Read and shuffle the next block, or start the next epoch."""
         first = self.first + len(self.rows)
         state = self.reader.state()
         self._fill(first)
@@ -258,7 +258,7 @@ class GroupStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken. Raises DataError if the settings are not the same."""
+        """Restore a state. Raises DataError if the data settings differ."""
         for name in ("seed", "shuffle_buffer"):
             if state[name] != getattr(self.config, name):
                 raise DataError(
@@ -271,7 +271,7 @@ class GroupStream:
             return
         reader = state["reader"]
         if isinstance(self.reader, TableReader):
-            # The block begins at this row; older checkpoints hold the state of the library `datasets`.
+            # State at the start of the block; older checkpoints contain the state of the `datasets` library.
             reader = {"row": state["first"]}
         elif not set(reader) <= set(self.reader.state()):
             raise DataError(
