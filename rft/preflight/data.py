@@ -1,4 +1,4 @@
-"""Load and check the data of a run: an offline run's rows, and a warm start's demonstrations."""
+"""Load and check the rows of an offline run and the demonstrations of a warm start."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from rft.tasks import REVISION
 from rft.utils.hashing import fingerprint
 
 DRY_RUN_GROUPS = 8
-GENERATED = 64  # rows of a generated task that are checked: its code makes all of them alike
+GENERATED = 64  # checked rows of a generated task, whose rows share one format
 
 
 def load_held_out(config: Config, tokenizer: Any) -> PromptSet:
-    """Load the prompts that completions are sampled of for evaluation. Raises DataError."""
+    """Load the prompts of held-out evaluation. Raises DataError."""
     prompts = load_prompts(config.data, tokenizer, "test", config.rollout.sampling.max_prompt_length)
     return replace(prompts, prompts=prompts.prompts[: config.eval.problems])
 
 
 def has_demonstrations(prompts: PromptSet, algorithm: Algorithm) -> bool:
-    """Whether some prompts have a demonstration. Raises DataError where one that is needed is unusable."""
+    """Return whether any prompt has a demonstration. Raises DataError if a required one is invalid."""
     if algorithm.uses_demonstrations:
         return any_demonstration(prompts.prompts)
     return any(p.columns.get("completion") for p in prompts.prompts)
@@ -54,21 +54,23 @@ def has_demonstrations(prompts: PromptSet, algorithm: Algorithm) -> bool:
 
 @dataclass(frozen=True)
 class OfflineData:
-    """The groups that an offline run trains on, `sample` of them (all, or a stream's first batch), and the
-    held-out ones."""
+    """Training and held-out groups of an offline run.
+
+    sample: all training groups, or a stream's first batch.
+    """
 
     train: GroupSet | GroupStream
     sample: list[Group]
     held_out: GroupSet | None
 
     def source(self, config: Config) -> GroupSource:
-        """Return the groups in the run's order."""
+        """Return the training groups in sampling order."""
         if isinstance(self.train, GroupStream):
             return self.train
         return GroupSampler(self.train, config.seed, shuffle=config.data.shuffle)
 
     def lines(self, config: Config) -> list[str]:
-        """Describe both, for the plan."""
+        """Describe training and held-out data, for the plan."""
         streamed = isinstance(self.train, GroupStream)
         out = [f"data         {f'streamed from {self.train.source}' if streamed else self.train}"]
         if self.held_out is not None:
@@ -79,7 +81,7 @@ class OfflineData:
 
 
 def load_offline(config: Config, tokenizer: Any) -> OfflineData:
-    """Read the data of an offline run; of a stream, the first batch. Raises DataError."""
+    """Load the data of an offline run; of a stream, only the first batch. Raises DataError."""
     kind, data = _group_kind(config), config.data
     held_out = None
     if config.eval.every and has_held_out(data):
@@ -97,7 +99,7 @@ def load_offline(config: Config, tokenizer: Any) -> OfflineData:
 
 
 def _group_kind(config: Config) -> DataKind:
-    """The kind of groups that the algorithm trains on; preferences may come as ranked lists, too."""
+    """Return the kind of groups of the algorithm; preference data may also be ranked lists."""
     kind = config.algorithm.data
     if kind == "preference":
         row = first_row(config.data)
@@ -109,7 +111,7 @@ def _group_kind(config: Config) -> DataKind:
 def check_offline(
     config: Config, data: OfflineData, tokenizer: Any, stops: Sequence[int] | None, positions: int | None
 ) -> list[str]:
-    """Check the rows against the model that reads them and the algorithm that trains on them."""
+    """Check the rows against the model and the algorithm."""
     algorithm, found = config.algorithm, []
     if stops is not None and not score_heads(algorithm):
         found += unstopped_turns(data.sample, stops, tokenizer)
@@ -118,7 +120,7 @@ def check_offline(
 
 
 def check_lengths(key: str, groups: Sequence[Group], positions: int | None) -> list[str]:
-    """Check that a model of so many positions reads the longest row. key: the data's key in the config."""
+    """Check that the longest row fits the model's positions. key: config key of the data."""
     longest = max(len(g.prompt.tokens) + len(c.tokens) for g in groups for c in g.completions)
     if positions is None or longest <= positions:
         return []
@@ -129,7 +131,7 @@ def check_lengths(key: str, groups: Sequence[Group], positions: int | None) -> l
 
 
 def check_batch(algorithm: Algorithm, groups: list[Group]) -> list[str]:
-    """Run an algorithm on real groups with made-up log-probs: a column may be missing, for one."""
+    """Run an algorithm on real groups with dummy log-probs, to detect e.g. missing columns."""
     try:
         batch = Batch.build(arrange(algorithm, groups))
         zeros = torch.zeros(batch.num_tokens)
@@ -150,7 +152,7 @@ def check_batch(algorithm: Algorithm, groups: list[Group]) -> list[str]:
 
 
 def warm_start_folder(config: Config, stage: WarmStartConfig, model: str) -> Path:
-    """Return where the result of this warm start is (or will be) kept."""
+    """Return the cache folder of a warm start's result."""
     key = {
         "stage": stage.model_dump(mode="json", exclude={"cache"}),
         "data": warm_start_data(config, stage).model_dump(mode="json"),
@@ -163,21 +165,21 @@ def warm_start_folder(config: Config, stage: WarmStartConfig, model: str) -> Pat
 
 
 def warm_start_data(config: Config, stage: WarmStartConfig) -> DataConfig:
-    """Return the demonstrations of the stage: its `data`, or else the run's."""
+    """Return the data config of the stage: its `data`, or else the run's."""
     return stage.data or config.data
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a warm start's folder holds its result."""
+    """Return whether a warm start's folder contains its result."""
     return (folder / "config.json").exists()
 
 
 def check_warm_start(
     config: Config, model: str, tokenizer: Any, stops: Sequence[int] | None, positions: int
 ) -> list[str]:
-    """Check the demonstrations of a warm start; not of a finished one, since its data are not read again.
+    """Check the demonstrations of a warm start, unless it is cached and its data are not read again.
 
-    stops: token ids that end a completion; None where they are not known yet. positions: of the model.
+    stops: stop token ids; None: not known yet. positions: maximum positions of the model.
     """
     stage = config.warm_start
     if stage is None or is_finished(warm_start_folder(config, stage, model)):

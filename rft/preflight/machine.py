@@ -1,4 +1,4 @@
-"""Facts about this machine, and checks of the folders that a run writes into, before anything starts."""
+"""Collect facts about the machine and check the folders that a run writes to."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from rft.utils.hashing import short_digest
 from rft.utils.paths import not_writable
 
 SHARED_MEMORY = Path("/dev/shm")
-SOCKET_PATH_BYTES = 107  # of a Unix socket's path on Linux, without its final NUL
-# What Ray appends to its temporary folder; a pid has at most seven digits.
+SOCKET_PATH_BYTES = 107  # maximum path length of a Unix socket on Linux, without the final NUL
+# Path that Ray appends to its temporary folder; a pid has at most seven digits.
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 _VLLM_SOCKET = "/00000000-0000-0000-0000-000000000000"
 
 
 def machine_facts(config: Config, *, samples: bool) -> Facts:
-    """Return the facts that depend on this machine alone: devices, cores, installed packages."""
+    """Return the machine's facts: devices, cores, installed packages."""
     installed = frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
     gpu_here, wanted = torch.cuda.is_available(), config.ray.device
     on_gpu = gpu_here if wanted == "auto" else wanted == "cuda"
     if on_gpu and not gpu_here and config.ray.address is None:
-        on_gpu = False  # a check reports it
+        on_gpu = False  # reported by `engine_checks`
     engine = config.rollout.engine
     if engine == "auto":
         engine = "vllm" if "vllm" in installed else "hf"
@@ -46,7 +46,7 @@ def machine_facts(config: Config, *, samples: bool) -> Facts:
 
 
 def sync_folder(config: Config, transport: str) -> Path | None:
-    """Return the folder of this run's weight files, the same one after a resume; None: it has none."""
+    """Return the folder of the run's weight files, unchanged by a resume; None: no weight files."""
     folder = config.sync.folder
     if transport != "file" and not folder:
         return None
@@ -64,7 +64,7 @@ def check_sync_folder(config: Config, weight_bytes: int | None) -> list[str]:
     base = SHARED_MEMORY if sync.folder is None else Path(sync.folder).expanduser()
     if not base.is_dir() or not os.access(base, os.W_OK):
         return [f"sync.folder: {base} is no folder that this user can write to"]
-    need = 2 * (weight_bytes or 0)  # the version in use and the one that is being written
+    need = 2 * (weight_bytes or 0)  # the version in use and the one being written
     free = shutil.disk_usage(base).free
     if need <= free:
         return []
@@ -75,7 +75,7 @@ def check_sync_folder(config: Config, weight_bytes: int | None) -> list[str]:
 
 
 def check_folders(config: Config) -> list[str]:
-    """Check that the folders that a training run writes into can be written."""
+    """Check that all folders that a training run writes to are writable."""
     written = {"output_dir": config.run_dir}
     if config.warm_start is not None:
         written["warm_start.cache"] = Path(config.warm_start.cache).expanduser()
@@ -89,10 +89,10 @@ def check_folders(config: Config) -> list[str]:
 
 
 def check_sockets(config: Config, *, vllm: bool) -> list[str]:
-    """Check the temporary folders that hold sockets: Ray's, and vLLM's where that runs here."""
+    """Check the folders for sockets of Ray and, if it runs here, vLLM."""
     if config.ray.address is not None:
         return []
-    ray_folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as `ray.init` decides
+    ray_folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as in `ray.init`
     found = _check_socket_folder("Ray", "RAY_TMPDIR", ray_folder, _RAY_SOCKET)
     if vllm:
         folder = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
@@ -118,7 +118,7 @@ def _check_socket_folder(who: str, variable: str, folder: str, socket: str) -> l
 
 
 def _write_error(folder: Path) -> OSError | None:
-    """Return why a file cannot be written in `folder`, or in the nearest existing parent; None: it can."""
+    """Return the error of writing a file in `folder` or its closest existing parent; None: writable."""
     try:
         while not folder.exists():
             folder = folder.parent

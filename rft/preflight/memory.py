@@ -1,4 +1,4 @@
-"""Predict the memory of learner and replicas from the model's config alone."""
+"""Predict the memory of learner and replicas from the model config, without loading weights."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class ModelShape:
     layers: int
     vocab: int
     max_positions: int
-    query: int  # width of all heads' queries of one token
-    key: int  # of its keys, and of its values
-    normed: bool  # queries and keys are normalised
-    linear: int  # parameters of the layers' linear maps: what quantisation shrinks
+    query: int  # total width of a token's queries, over all heads
+    key: int  # total width of a token's keys, same for its values
+    normed: bool  # whether queries and keys are normalised
+    linear: int  # parameters of the layers' linear maps, which quantisation applies to
 
     @classmethod
     def of(cls, path: str, model: ModelConfig) -> ModelShape:
-        """Read a model's config and count its parameters without allocating them. Raises ModelError."""
+        """Read a model config and count the parameters without allocating them. Raises ModelError."""
         network = meta_network(path, model.trust_remote_code)
         text = network.config.get_text_config()
         head = network.get_output_embeddings()
@@ -58,13 +58,13 @@ class ModelShape:
         )
 
 
-# Parts of transformers' messages when the hub cannot be reached.
+# Error messages of transformers when the hub is unreachable.
 _UNREACHABLE = re.compile(r"couldn't connect|offline mode|[Oo]ffline|cannot reach|Max retries")
 
 
 @lru_cache(maxsize=4)
 def meta_network(path: str, trust_remote_code: bool) -> Any:
-    """Build a model without weights, from its config alone. Raises ModelError naming the path."""
+    """Build a model on the meta device from its config. Raises ModelError with the path."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -83,8 +83,8 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
     return network
 
 
-MOMENTS = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04}  # bytes a parameter
-# Bytes of a quantised weight with its scales: one byte for every 64 weights, and theirs once more (QLoRA).
+MOMENTS = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04}  # bytes per parameter
+# Bytes of a quantised weight, including its scales (QLoRA): one byte per 64 weights, and second-level scales.
 QUANTIZED = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
 
 
@@ -103,14 +103,14 @@ def learner_bytes(
     Peak = persistent + max(start of backward, end of backward, optimizer step).
 
     - persistent: the weights in float32 with Adam's moments; with an adapter of `adapter` parameters, the
-      base in the compute precision (or quantised), and weights and moments of the adapter alone; with
-      `reference`, a second model; with `critic`, a critic in float32 with its moments;
-    - start of backward: all activations, no gradient;
-    - end of backward: the first layer's activations, all gradients. In between, layer by layer, activations
-      fall as gradients rise, so that the sum never exceeds both ends;
+      base in the compute dtype (or quantised), plus weights and moments of the adapter; with `reference`, a
+      second model; with `critic`, a critic in float32 with its moments;
+    - start of backward: all activations, no gradients;
+    - end of backward: the first layer's activations, all gradients. Between the two, activations are freed
+      layer by layer as gradients are allocated, so the sum does not exceed the larger end;
     - optimizer step: all gradients, and Adam's working copies.
 
-    CPU offload, sharding over ranks, a critic's activations and mixtures of experts are not counted.
+    Not counted: CPU offload, sharding over ranks, a critic's activations, and mixtures of experts.
     """
     width = resolve_dtype(config.dtype, device).itemsize
     full = config.adapter is None
@@ -122,8 +122,8 @@ def learner_bytes(
     held += shape.parameters * (4 + MOMENTS[config.optimizer]) if critic else 0
     count = tokens or config.tokens_per_micro_batch
     layer = count * _kept(shape, width, full)
-    between = count * shape.hidden * 4  # what one layer hands to the next
-    copies = width * (shape.linear + shape.vocab * shape.hidden) if full and width < 4 else 0  # autocast's
+    between = count * shape.hidden * 4  # hidden states between layers
+    copies = width * (shape.linear + shape.vocab * shape.hidden) if full and width < 4 else 0  # of autocast
     if config.gradient_checkpointing:
         begins = max(shape.layers * between + layer, copies)
     else:
@@ -131,7 +131,7 @@ def learner_bytes(
     gradients = 4 * (trained + (shape.parameters if critic else 0))
     ends = gradients + (between + layer if config.gradient_checkpointing else layer)
     working = _head_bytes(shape, count, width) + count * width * (3 * shape.intermediate + 2 * shape.hidden)
-    if config.quantize:  # one matrix at a time is made whole
+    if config.quantize:  # one matrix at a time is dequantised
         working += width * shape.hidden * shape.intermediate
     return int(
         held + max(max(begins, ends) + working, gradients + _step_bytes(shape, config, trained, device))
@@ -139,11 +139,11 @@ def learner_bytes(
 
 
 def _kept(shape: ModelShape, width: int, full: bool) -> float:
-    """Return the bytes that a decoder layer keeps of a token for its backward pass, counted on Llama and
-    Qwen3: the inputs of its linear maps, attention's queries, keys, values and output, the four inner states
-    of a gated MLP, and the inputs of its norms. A trained norm keeps its normalised input too.
+    """Return the bytes per token that a decoder layer saves for the backward pass.
 
-    Norms compute in float32: in a narrower precision their inputs are kept in float32 besides.
+    Counted on Llama and Qwen3: the inputs of linear maps, queries, keys, values and output of attention, the
+    four inner states of a gated MLP, and the inputs of norms. A trained norm also saves its normalised input.
+    Norms compute in float32: with a narrower compute dtype, a float32 copy of their inputs is saved too.
     """
     attention = 2 * shape.query + 2 * shape.key
     headwise = shape.query + shape.key if shape.normed else 0
@@ -156,20 +156,23 @@ def _kept(shape: ModelShape, width: int, full: bool) -> float:
 
 
 def _head_bytes(shape: ModelShape, count: int, width: int) -> int:
-    """Return the bytes of the final states, and of a chunk of logits with its gradient."""
+    """Return the bytes of the final hidden states and of a chunk of logits with its gradient."""
     rows = min(count, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (shape.vocab * width)))
     return 4 * 3 * count * shape.hidden + 2 * rows * shape.vocab * width
 
 
 def _step_bytes(shape: ModelShape, config: LearnerConfig, trained: int, device: str) -> int:
-    """Return the bytes of Adam's working copies: torch steps all parameters at once on a GPU and one by one
-    on a CPU, where the embedding is the largest; bitsandbytes makes none."""
+    """Return the bytes of Adam's working copies.
+
+    PyTorch updates all parameters at once on a GPU, and one by one on a CPU, where the embedding is the
+    largest; bitsandbytes needs no copies.
+    """
     if config.optimizer != "adamw":
         return 0
     return 4 * trained if device == "cuda" else min(2 * 4 * shape.vocab * shape.hidden, 2 * 4 * trained)
 
 
 def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
-    """Return the bytes of a rollout replica on CPU: its weights and its KV cache."""
+    """Return the bytes of a rollout replica on CPU: weights and KV cache."""
     width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
     return shape.parameters * width + int(spec.config.kv_cache_gib * 2**30)

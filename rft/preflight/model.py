@@ -1,4 +1,4 @@
-"""Resolve the policy, and check what is trained on it, from the model's config alone, without weights."""
+"""Resolve the policy, and check adapter and reference against the model config, without loading weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rft.utils.paths import absolute_if_local, expand
 
 
 def resolve_model(config: Config, model: str | None = None) -> str:
-    """Return the folder or hub name of the policy; `tiny` is built in the cache first. Raises ModelError."""
+    """Return the folder or hub name of the policy, after building `tiny` in the cache. Raises ModelError."""
     path = model or config.model.path
     if path != "tiny":
         resolved = absolute_if_local(expand(path))
@@ -41,16 +41,17 @@ def resolve_model(config: Config, model: str | None = None) -> str:
 
 
 def resolve_stops(config: Config, path: str, tokenizer: Any) -> tuple[int, ...]:
-    """Return the token ids that end a completion."""
+    """Return the stop token ids of completions."""
     turn_end = Renderer(config.data, tokenizer).turn_end
     known = stop_ids(path, tokenizer, turn_end, trust_remote_code=config.model.trust_remote_code)
     return tuple(sorted({*known, *config.rollout.sampling.stop_token_ids}))
 
 
 def stored_quantization(network: nn.Module) -> str | None:
-    """Return the method by which a model's own weights are stored quantised; None where they are not.
+    """Return the quantisation method of a model's stored weights; None: not quantised.
 
-    Such weights cannot be trained, and engines that hold them cannot take pushed ones."""
+    Such weights cannot be trained, and engines that load them cannot receive a weight sync.
+    """
     stored = getattr(network.config, "quantization_config", None)
     if stored is None:
         return None
@@ -59,7 +60,7 @@ def stored_quantization(network: nn.Module) -> str | None:
 
 
 def check_adapter(key: str, adapter: AdapterConfig, network: nn.Module | None) -> list[str]:
-    """Check an adapter's method, options and targets against a model on the meta device, if known."""
+    """Check an adapter's method, options and, given a model on the meta device, its target modules."""
     try:
         peft_config(adapter)
         if network is not None:
@@ -71,8 +72,7 @@ def check_adapter(key: str, adapter: AdapterConfig, network: nn.Module | None) -
 
 
 def count_adapter_parameters(network: nn.Module, adapter: AdapterConfig) -> int | None:
-    """Count the parameters of an adapter on a model on the meta device; None where peft cannot put the method
-    on a model without weights."""
+    """Count an adapter's parameters on the meta device; None if the method cannot be applied without weights."""
     from peft import get_peft_model
 
     plain = {"init_lora_weights": True} if hasattr(peft_config(adapter), "init_lora_weights") else {}
@@ -85,7 +85,7 @@ def count_adapter_parameters(network: nn.Module, adapter: AdapterConfig) -> int 
 
 
 def check_reference(reference: str, vocabulary: int, trust_remote_code: bool) -> list[str]:
-    """Check that a model can be the reference of a policy with that vocabulary."""
+    """Check that a reference model has the vocabulary size of the policy."""
     from transformers import AutoConfig
 
     try:

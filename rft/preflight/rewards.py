@@ -1,4 +1,4 @@
-"""Check reward functions, their options, and the data that they read, before anything is started."""
+"""Check reward functions, their options, and the data columns that they read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rft.utils.did_you_mean import did_you_mean
 from rft.utils.urls import has_credentials
 
 Rows = Mapping[int, Collection[str]]
-"""By row number, counted from 1: the names of its columns."""
+"""Column names of each row, by row number counted from 1."""
 
 
 def check_rewards(config: RewardsConfig, sets: Mapping[str, PromptSet]) -> list[str]:
-    """Check the reward functions, the columns that they need in each data set, and the values in them."""
+    """Check the reward functions, and the columns that they need in each dataset, including their values."""
     rows = {name: {p.id + 1: p.columns for p in prompts.prompts} for name, prompts in sets.items()}
     problems = check_reward(config, Path.cwd(), rows=rows)
     for name, prompts in sets.items():
@@ -38,10 +38,10 @@ def check_reward(
     columns: Collection[str] | None = None,
     rows: Mapping[str, Rows] | None = None,
 ) -> list[str]:
-    """Check that each function can be loaded, and finds the columns that it needs.
+    """Check that each function can be loaded and that its columns exist.
 
-    columns: those of the one dataset. rows: those of each row of several datasets, by the datasets' names.
-    Custom functions are loaded as the run would load them, in worker processes.
+    columns: column names of a single dataset. rows: column names by row, for each dataset by name.
+    Custom functions are loaded in worker processes, as in a run.
     """
     problems = [] if config.functions else ["rewards.functions is empty: name at least one reward"]
     datasets = dict(rows or {}) if columns is None else {"the dataset": {1: columns}}
@@ -59,9 +59,9 @@ def check_reward(
 def check_values(
     config: RewardsConfig, source: str, rows: Iterable[tuple[int, Mapping[str, Any]]]
 ) -> list[str]:
-    """Check the values of the columns that built-ins read, such as a gold answer that is null.
+    """Check the column values that built-ins read, e.g. for null gold answers.
 
-    rows: (number, columns); numbers are counted from 1. One problem for each reward, with the rows.
+    rows: (number, columns), counted from 1. Returns one problem per reward and column, with its rows.
     """
     checks = []
     for i, c in enumerate(config.functions):
@@ -109,13 +109,13 @@ def _column_problems(c: RewardConfig, need: Loaded, dataset: str, rows: Rows) ->
 
 
 def _needs(config: RewardsConfig, base_dir: Path) -> list[Loaded | str]:
-    """Load every reward; return what each needs, or why it cannot be loaded."""
+    """Load all rewards; return the columns that each needs, or its load error."""
     result: dict[int, Loaded | str] = {}
     custom = [i for i, c in enumerate(config.functions) if ":" in c.function]
     for i, c in enumerate(config.functions):
         if i not in custom:
             result[i] = _builtin_needs(c)
-    if custom:  # in a loop of its own, whether or not one runs here
+    if custom:  # in another thread, since an event loop may already run in this one
         with ThreadPoolExecutor(1) as thread:
             thread.submit(lambda: asyncio.run(_load_all(config, custom, base_dir, result))).result()
     return [result[i] for i in range(len(config.functions))]
@@ -137,7 +137,7 @@ def _builtin_needs(c: RewardConfig) -> Loaded | str:
 async def _load_all(
     config: RewardsConfig, custom: Sequence[int], base_dir: Path, result: dict[int, Loaded | str]
 ) -> None:
-    """Load the custom functions, each in a worker that ends at once."""
+    """Load the custom functions, each in a worker that exits afterwards."""
 
     async def one(i: int) -> None:
         c = config.functions[i]
@@ -150,7 +150,7 @@ async def _load_all(
         finally:
             await pool.close()
 
-    for i in custom:  # one after another, so that a check does not fill the machine with processes
+    for i in custom:  # sequentially, to limit the number of processes
         await one(i)
 
 
@@ -161,9 +161,9 @@ CREDENTIALS = (
 
 
 def protection(c: RewardConfig) -> str:
-    """Say what protects this machine from the programs that a reward runs; "" for one that runs none.
+    """Describe the sandbox of the programs that a reward runs; "" if it does not run programs.
 
-    Raises SandboxError where a protection that the reward requires is not available here.
+    Raises SandboxError if a required protection is not available on this machine.
     """
     if c.function not in ("code", "translated_code"):
         return ""
@@ -173,6 +173,6 @@ def protection(c: RewardConfig) -> str:
 
 @lru_cache
 def _sandbox_of(readable: tuple[str, ...], require: tuple[str, ...], backend: Backend) -> str:
-    """Describe a sandbox's protections here: it is started once for the check and the printed plan."""
+    """Describe a sandbox's protections on this machine; cached, since the check and the plan both need it."""
     with Sandbox(readable, require, backend) as sandbox:
         return sandbox.describe()
