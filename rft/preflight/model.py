@@ -72,7 +72,7 @@ def check_adapter(key: str, adapter: AdapterConfig, network: nn.Module | None) -
 
 
 def count_adapter_parameters(network: nn.Module, adapter: AdapterConfig) -> int | None:
-    """Count an adapter's parameters on the meta device; None if the method cannot be applied without weights."""
+    """Count an adapter's parameters on the meta device; None if the method needs the weights."""
     from peft import get_peft_model
 
     plain = {"init_lora_weights": True} if hasattr(peft_config(adapter), "init_lora_weights") else {}
