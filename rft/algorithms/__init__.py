@@ -1,4 +1,4 @@
-"""Every algorithm by name. Adding one takes a file and an entry here."""
+"""Registry of algorithms by name; a new algorithm needs a module and an entry here."""
 
 from __future__ import annotations
 

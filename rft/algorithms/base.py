@@ -1,10 +1,10 @@
-"""The base of all algorithms: a frozen dataclass whose fields are its config and whose methods are its math.
+"""Base class of all algorithms: a frozen dataclass whose fields are settings and whose methods are the math.
 
-The learner runs the model, hands the algorithm what it computed (`PolicyOutput`) and the `Batch`,
-and gets back an unreduced loss. Reduction is the learner's: it weighs every unit of the loss by its
-share of the *whole* batch before splitting, so micro-batches, packing and data parallelism cannot
-change a gradient. What only a few algorithms do besides (a critic, a reward head, other embeddings, a second
-model) is in `extras`.
+The learner runs the model, passes its outputs (`PolicyOutput`) and the `Batch` to the algorithm, and receives
+an unreduced loss. The learner reduces it: every unit of the loss is weighted by its share of the *whole*
+batch before the batch is split, so that micro-batches, packing and data parallelism do not change the
+gradient. Features of few algorithms (a critic, a reward head, modified embeddings, a second model) are in
+`extras`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ DataKind = Literal["sft", "preference", "pairwise", "unpaired", "ranked", "score
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """Outputs of the current policy for a batch, with gradient.
+    """Outputs of the current policy on a batch, with gradient.
 
     logps: [T] float32, log-prob of `batch.tokens[t]`; 0 where the mask is False.
-    entropy, values, kl: [T] float32, present when the algorithm's `outputs` names them: the
-        policy's entropy (without gradient), the critic's value, the full-vocabulary divergence to the
-        reference.
-    end_values: [T] float32, where it is asked for: at the last token of a sequence that ran into the length
-        limit, the critic's value of the state after it; 0 elsewhere.
-    scores: [T, K] float32, the K outputs of a reward head that has read token t (and not, as a value,
-        the tokens before it); present when `outputs` names it, for reward models.
+    entropy, values, kl: [T] float32, present if listed in the algorithm's `outputs`: the policy's entropy
+        (without gradient), the critic's value, and the full-vocabulary divergence from the reference.
+    end_values: [T] float32, present if requested: the critic's value of the state after the last token of a
+        sequence truncated by the length limit; 0 elsewhere.
+    scores: [T, K] float32, the K outputs of a reward head after reading token t (unlike `values`, which are
+        before it); present if listed in `outputs`, for reward models.
     """
 
     logps: Tensor
@@ -48,20 +47,20 @@ class PolicyOutput:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A request for one completion of a prompt. The rollout carries it out.
+    """Request for one completion of a prompt.
 
-    greedy: the most likely token every time, instead of sampling.
-    train: False for a completion that only serves as a baseline: it is scored, but takes no part in
-        the batch; its reward stands in `columns["baseline"]` [N] of the others of its group.
-    prefix_share: the share of a demonstration's tokens that the completion starts with; the policy
-        goes on from there, with at least two tokens left to it. 1: the whole demonstration, nothing is
-        sampled. Given tokens are marked in `Batch.demonstrated`, and in the mask. Of several demonstrations
-        each completion gets one at random.
-    prefix_least: where given, the share is drawn for each completion, uniformly between this and
-        `prefix_share`. Draws depend on the prompt's seed alone.
-    mixture: the sampling distribution is policy^(1 - mixture) * reference^mixture, per token.
-    role: "observer" samples after the prompt and the answer of the "pioneer" before it in the plan;
-        `columns["observer"]` [N] is 1 for observers, and `columns["pair"]` [N] counts the pairs of a group.
+    greedy: greedy decoding instead of sampling.
+    train: False for a baseline completion: it is scored, but excluded from the batch; its reward is
+        `columns["baseline"]` [N] of the other completions of the group.
+    prefix_share: fraction of a demonstration's tokens that the completion starts with; the policy continues
+        from there, with at least two tokens left to sample. 1: the whole demonstration, without sampling.
+        Prefix tokens are True in `Batch.demonstrated` and in the mask. With several demonstrations, one is
+        drawn at random per completion.
+    prefix_least: if given, the fraction is drawn per completion, uniformly between this and `prefix_share`.
+        Draws depend only on the prompt's seed.
+    mixture: sample from policy^(1 - mixture) * reference^mixture, per token.
+    role: an "observer" samples after the prompt and the answer of the preceding "pioneer";
+        `columns["observer"]` [N] is 1 for observers, `columns["pair"]` [N] is the pair's index in its group.
     """
 
     greedy: bool = False
@@ -81,8 +80,10 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """A dataclass field with a one-line description and an optional range, checked at construction (as are
-    the choices of a `Literal`)."""
+    """Return a dataclass field with a one-line description and an optional range.
+
+    Ranges, and the choices of a `Literal`, are checked at construction.
+    """
     bounds = {k: v for k, v in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if v is not None}
     return field(default=default, metadata={"doc": doc, **bounds})
 
@@ -97,22 +98,22 @@ _CHECKS = {
 
 @cache
 def _choices(kind: type[Algorithm]) -> dict[str, tuple[Any, ...]]:
-    """The values that the fields annotated as a `Literal` may have."""
+    """Return the allowed values of the fields annotated as `Literal`."""
     hints = get_type_hints(kind)
     return {f.name: get_args(hints[f.name]) for f in fields(kind) if get_origin(hints[f.name]) is Literal}
 
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Base of all algorithms. Subclasses are frozen dataclasses with a `loss`.
+    """Base class of algorithms. Subclasses are frozen dataclasses with a `loss`.
 
     Class attributes:
-        online: True if it trains on completions that the policy samples during the run.
-        unit: what one element of `loss` belongs to: a token ([T]), a sequence ([N]), a pair ([P]).
-        min_generations: the smallest group that makes sense.
-        needs_demonstrations: True if prompts must come with a demonstrated completion.
-        on_policy: True if a batch may be stepped on only once.
-        data: offline, the kind of groups it trains on, a `kind` of `rft.data.load_groups`.
+        online: True if it trains on completions sampled during the run.
+        unit: unit of the elements of `loss`: token ([T]), sequence ([N]) or pair ([P]).
+        min_generations: minimum group size.
+        needs_demonstrations: True if every prompt needs a demonstration.
+        on_policy: True if each batch allows only one optimizer step.
+        data: offline, the kind of groups, see `kind` of `rft.data.load_groups`.
     """
 
     online: ClassVar[bool] = True
@@ -136,122 +137,142 @@ class Algorithm(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Batch fields to fill in before the step: of `old_logps`, `ref_logps`, `old_entropy`,
-        `values`, `end_values`, `rewards`. `old_logps` is only computed where a batch is stepped on several
-        times."""
+        """Return the batch fields to compute before the step.
+
+        Choices are `old_logps`, `ref_logps`, `old_entropy`, `values`, `end_values`, `rewards`. `old_logps` is
+        only computed for several optimizer steps per batch.
+        """
         return frozenset()
 
     @property
     def prescored(self) -> bool:
-        """Whether `prepare` reads `old_logps`: they are then computed for every batch, even where it is
-        stepped on once and `old_logps_or` would do for the loss."""
+        """Return whether `prepare` reads `old_logps`.
+
+        They are then computed for every batch, even with a single optimizer step, for whose loss
+        `old_logps_or` suffices.
+        """
         return False
 
     @property
     def before_prepare(self) -> frozenset[str]:
-        """Those of `needs` that `prepare` reads. The others are computed after it, for what it leaves in the
-        mask."""
+        """Return the fields of `needs` that `prepare` reads; others are computed after it, on its mask."""
         return self.needs
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a reference model is kept."""
+        """Return whether the algorithm needs a reference model."""
         return "ref_logps" in self.needs
 
     @property
     def uses_demonstrations(self) -> bool:
-        """Whether demonstrated completions take part, where prompts have them."""
+        """Return whether the algorithm trains on demonstrations, if prompts have them."""
         return self.needs_demonstrations
 
     @property
     def outputs(self) -> frozenset[str]:
-        """`PolicyOutput` fields that the loss reads beside `logps`: `entropy`, `values`, `kl`, `scores`."""
+        """Return the `PolicyOutput` fields read besides `logps`: `entropy`, `values`, `kl`, `scores`."""
         return frozenset()
 
     @property
     def normalizer(self) -> Normalization:
-        """How token losses are averaged: over all tokens, over each sequence and then over sequences,
-        or over sequences times a constant length (Dr.GRPO)."""
+        """Return how token losses are averaged.
+
+        Over all tokens, over each sequence and then over sequences, or over sequences times a constant length
+        (Dr.GRPO).
+        """
         return "token"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Fill in `advantages` (and `returns`) of a whole batch, before it is split. It may narrow the
-        mask too: tokens left out then count nowhere, in no average either."""
+        """Compute `advantages` (and `returns`) of a whole batch, before it is split.
+
+        It may also narrow the mask; removed tokens are excluded from all averages.
+        """
         return batch
 
     @abstractmethod
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """The unreduced loss of a (micro-)batch: [T], [N] or [P], by `unit`."""
+        """Return the unreduced loss of a (micro-)batch: [T], [N] or [P], by `unit`."""
 
     def acts_on(self, batch: Batch) -> Tensor:
-        """[T] bool: the masked-in tokens of a prepared batch at which the loss can have a gradient, for some
-        policy. Sequences without one are not trained on: at most, they are measured. They must add nothing to
-        the loss, and the loss of the others must be the same without them."""
+        """Return the masked-in tokens of a prepared batch whose loss may have a gradient, [T] bool.
+
+        Sequences without such tokens are not trained on, and at most used for metrics. They must not
+        contribute to the loss, nor may the loss of other sequences depend on them.
+        """
         return batch.mask
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """([P], [P]): sequence indices of the pairs that a loss of unit `pair` is about. Pairs lie
-        within groups, so they survive any split that keeps groups whole."""
+        """Return the sequence indices of the pairs of a loss of unit `pair`: ([P], [P]).
+
+        Both sequences of a pair are in the same group, so splits that keep groups whole preserve pairs.
+        """
         return batch.pairs()
 
     def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
-        """The numbers that live from step to step (an adaptive KL coefficient): they reach the next
-        step's batch as `batch.state` and are part of a checkpoint. `metrics` are the step's means."""
+        """Return the state after a step, e.g. an adaptive KL coefficient.
+
+        It is `batch.state` of the next step and part of checkpoints. metrics: the step's mean metrics.
+        """
         return dict(state)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """Unreduced diagnostics [T], averaged over masked-in tokens of the whole batch; NaN: not measured."""
+        """Return unreduced metrics [T], averaged over masked-in tokens of the batch; NaN: not measured."""
         return {}
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """Offline: what is measured on held-out data beside the loss, each a vector whose elements are
-        averaged (over tokens, sequences, pairs or steps, whichever it is about): `eval/NAME`."""
+        """Return held-out metrics of offline training besides the loss, logged as `eval/NAME`.
+
+        Each is a vector whose elements (tokens, sequences, pairs or steps) are averaged.
+        """
         return {"nll": -policy.logps[batch.mask]}
 
     def report(self, batch: Batch) -> dict[str, float]:
-        """Numbers about a whole prepared batch, once a step (how many groups carry no gradient)."""
+        """Return metrics of a whole prepared batch, once per step, e.g. the number of degenerate groups."""
         return {}
 
-    # -- what rollouts ask -------------------------------------------------------------------------
+    # -- rollouts ----------------------------------------------------------------------------------
 
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
-        """The completions to get for one prompt. `progress` in [0, 1] is the share of the run that is
-        done; `demonstration` says whether this prompt has one."""
+        """Return the completions to request for a prompt.
+
+        progress: completed fraction of the run, in [0, 1]. demonstration: whether the prompt has one.
+        """
         return (Rollout(),) * num_generations
 
     def keep_group(self, rewards: Sequence[float]) -> bool:
-        """Whether a scored group enters the step. A group that does not is dropped, counted, and
-        another prompt is sampled in its place (dynamic sampling)."""
+        """Return whether a scored group is trained on (dynamic sampling).
+
+        A rejected group is counted and replaced by the group of another prompt.
+        """
         return True
 
     @property
     def hooks(self) -> str:
-        """Dotted path of the function that makes the algorithm's hooks of the online loop
-        (`rft/rollout/hooks.py`). Empty: it needs none."""
+        """Return the dotted path of the factory of online hooks (`rft/rollout/hooks.py`); empty: none."""
         return ""
 
     @property
     def refresh_reference(self) -> int:
-        """The reference becomes a copy of the policy every so many steps. 0: it stays as it was."""
+        """Return the interval, in steps, at which the policy is copied to the reference; 0: never."""
         return 0
 
     def conflicts(self, num_generations: int) -> list[str]:
-        """Settings that do not go together, each as one sentence that says what to write instead."""
+        """Return conflicts between settings, each as one sentence with the remedy."""
         return []
 
 
 def default_of(f: Any) -> Any:
-    """The default of a dataclass field, made if it has a factory."""
+    """Return the default of a dataclass field, from its factory if it has one."""
     return f.default if f.default is not MISSING else f.default_factory()
 
 
 def required(x: Tensor | None, name: str) -> Tensor:
-    """`x`, or a ValueError that names what the batch or the policy output lacks."""
+    """Return `x`. Raises ValueError with the name of the missing field if it is None."""
     if x is None:
         raise ValueError(f"the algorithm needs {name}, and it was not filled in")
     return x
 
 
 def column(batch: Batch, name: str) -> Tensor:
-    """A column of the batch, or a ValueError that names it."""
+    """Return a column of the batch. Raises ValueError with its name if it is missing."""
     return required(batch.columns.get(name), f'columns["{name}"]')

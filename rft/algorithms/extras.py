@@ -1,5 +1,8 @@
-"""Abilities that few algorithms have. Each is a protocol, or a base class; whoever serves it asks by
-`isinstance`, or by the function beside it, which also answers for all other algorithms."""
+"""Optional features of algorithms, each a protocol or base class.
+
+Callers test for a feature by `isinstance`, or by its helper function, which returns a default for other
+algorithms.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,26 @@ from rft.batch import Batch, Group
 
 @dataclass(frozen=True)
 class ReadsDistributions(Algorithm):
-    """Where `outputs` names `kl`, the loss reads a function of whole next-token distributions."""
+    """Algorithm whose `kl` output is a function of full next-token distributions."""
 
     @abstractmethod
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
-        """`PolicyOutput.kl`: a divergence of two next-token distributions, given as log-probs over the
-        vocabulary, [..., V] each: [...]."""
+        """Return `PolicyOutput.kl`, [...], from log-probs over the vocabulary, [..., V] each."""
 
     @property
     def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
-        """The direction and the beta by which `rft.kernels.divergence` computes the same as `divergence`,
-        without the vocabulary's distributions in memory; None where it has none."""
+        """Return (direction, beta) with which a fused kernel computes `divergence`; None: unsupported.
+
+        The kernel, `rft.kernels.divergence`, does not materialise the distributions.
+        """
         return None
 
     @property
     def compares_distributions(self) -> bool:
-        """Whether `divergence` reads the reference's distribution, for which that model runs beside the
-        policy. False: `kl` is a function of the policy's alone."""
+        """Return whether `divergence` reads the reference's distribution, which then runs in each forward.
+
+        False: `kl` depends only on the policy's distribution.
+        """
         return "kl" in self.outputs
 
     @property
@@ -43,58 +49,62 @@ class ReadsDistributions(Algorithm):
 
 
 def compares_distributions(algorithm: Algorithm) -> bool:
-    """Whether the reference runs beside the policy in each forward."""
+    """Return whether the reference runs along with the policy in each forward."""
     return isinstance(algorithm, ReadsDistributions) and algorithm.compares_distributions
 
 
 @runtime_checkable
 class ChangesEmbeddings(Protocol):
-    """The model reads other embeddings than the tokens' in training."""
+    """Algorithm that modifies the input embeddings during training."""
 
     def embed(self, embeddings: Tensor, batch: Batch, expected: Callable[[], Tensor]) -> Tensor:
-        """What the model reads in place of `embeddings`, [T, H]. `expected()`, at the price of a forward, is
-        [T, H] without gradient: at each token the mean embedding under the policy's prediction there (the
-        token's own embedding where nothing predicts it)."""
+        """Return the input embeddings [T, H] to use instead of `embeddings` [T, H].
+
+        expected: returns [T, H] without gradient, at the cost of a forward: the mean embedding under the
+        policy's prediction of each token (the token's embedding if nothing predicts it).
+        """
 
 
 @runtime_checkable
 class TrainsCritic(Protocol):
-    """The critic, for an algorithm that reads `values`: without these members a head on the policy's trunk,
-    which learns as fast as the policy."""
+    """Algorithm that configures the critic of `values`.
+
+    By default, the critic is a head on the policy's trunk, with the policy's learning rate.
+    """
 
     @property
     def separate_critic(self) -> bool:
-        """Whether the critic is another model, instead of a head on the policy's trunk."""
+        """Return whether the critic is a separate model instead of a head on the policy's trunk."""
 
     @property
     def critic_rate(self) -> float:
-        """The critic's learning rate over the policy's."""
+        """Return the critic's learning rate, relative to the policy's."""
 
     def critic_only(self, state: Mapping[str, float]) -> bool:
-        """Whether a step with this `Batch.state` trains the critic and nothing else."""
+        """Return whether a step with this `Batch.state` trains only the critic."""
 
 
 def separate_critic(algorithm: Algorithm) -> bool:
-    """Whether the critic, where there is one, is another model."""
+    """Return whether the critic, if any, is a separate model."""
     return isinstance(algorithm, TrainsCritic) and algorithm.separate_critic
 
 
 def critic_only(algorithm: Algorithm, state: Mapping[str, float]) -> bool:
-    """Whether a step with this `Batch.state` leaves the policy as it is."""
+    """Return whether a step with this `Batch.state` leaves the policy unchanged."""
     return isinstance(algorithm, TrainsCritic) and algorithm.critic_only(state)
 
 
 @runtime_checkable
 class TrainsScoreHead(Protocol):
-    """A reward model is trained: a head that scores instead of one that predicts tokens."""
+    """Algorithm that trains a reward model, with a score head instead of the LM head."""
 
     @property
     def score_heads(self) -> int:
-        """K of `PolicyOutput.scores`: how many numbers the head gives."""
+        """Return the number of outputs of the head, K of `PolicyOutput.scores`."""
 
 
 def score_heads(algorithm: Algorithm) -> int:
-    """How many numbers the reward head gives; 0: there is none."""
+    """Return the number of outputs of the score head; 0: no score head."""
     return algorithm.score_heads if isinstance(algorithm, TrainsScoreHead) else 0
 
 
@@ -103,25 +113,26 @@ def score_heads(algorithm: Algorithm) -> int:
 
 @runtime_checkable
 class ArrangesGroups(Protocol):
-    """The groups of an offline step are rearranged before they are laid out as a batch."""
+    """Algorithm that rearranges the groups of an offline step before batching."""
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups of one step."""
+        """Return the rearranged groups of one step."""
 
 
 def arrange(algorithm: Algorithm, groups: Sequence[Group]) -> list[Group]:
-    """The groups of one offline step, as the algorithm wants them laid out."""
+    """Return the groups of one offline step, rearranged by the algorithm."""
     return algorithm.arrange(groups) if isinstance(algorithm, ArrangesGroups) else list(groups)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How a completion is cut into steps that are valued one by one. The rollout carries it out, and fills in
-    `columns["step_ends"]` [N, K] with how many tokens lie before the end of each step, and
+    """Split of completions into individually valued steps.
 
-    - `columns["step_values"]` [N, K], the mean reward of `branches` continuations from before each step
-      (nan before the first one), or, where `branches` is 0,
-    - `columns["step_rewards"]` [N, K], the steps' scores from a reward that judges step by step.
+    The rollout fills in `columns["step_ends"]` [N, K], the number of tokens up to the end of each step, and
+
+    - `columns["step_values"]` [N, K], the mean reward of `branches` continuations from the start of each step
+      (nan for the first), or, if `branches` is 0,
+    - `columns["step_rewards"]` [N, K], the scores of a reward that scores each step.
     """
 
     separator: str
@@ -130,11 +141,11 @@ class Steps:
 
 @runtime_checkable
 class ValuesSteps(Protocol):
-    """Completions are cut into steps that are valued one by one."""
+    """Algorithm that assigns values to the steps of completions."""
 
     @property
     def steps(self) -> Steps:
-        """How they are cut."""
+        """Return the split of completions into steps."""
 
 
 # -- in the models -------------------------------------------------------------------------------------
@@ -142,21 +153,21 @@ class ValuesSteps(Protocol):
 
 @runtime_checkable
 class TrainsCopies(Protocol):
-    """Two copies of the model may be trained, which play two roles."""
+    """Algorithm that may train two copies of the model, in two roles."""
 
     @property
     def copies(self) -> int:
-        """How many copies of the model are trained, 1 or 2."""
+        """Return the number of trained copies of the model, 1 or 2."""
 
     def copy_of(self, step: int, *, observer: bool) -> int:
-        """Which copy, 0 or 1, plays a role (pioneer or observer) after `step` finished steps."""
+        """Return the copy, 0 or 1, in a role (pioneer or observer) after `step` finished steps."""
 
 
 def copies(algorithm: Algorithm) -> int:
-    """How many copies of the model are trained, 1 or 2."""
+    """Return the number of trained copies of the model, 1 or 2."""
     return algorithm.copies if isinstance(algorithm, TrainsCopies) else 1
 
 
 def copy_of(algorithm: Algorithm, step: int, *, observer: bool) -> int:
-    """Which copy plays a role after `step` finished steps; the only one where there is one."""
+    """Return the copy in a role after `step` finished steps; 0 if there is only one copy."""
     return algorithm.copy_of(step, observer=observer) if isinstance(algorithm, TrainsCopies) else 0

@@ -1,1 +1,1 @@
-"""Pure functions on tensors that the algorithms share. Nothing here knows a model or a config."""
+"""Pure tensor functions shared by the algorithms, independent of models and configs."""

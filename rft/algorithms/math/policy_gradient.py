@@ -1,6 +1,6 @@
-"""The math of policy gradients: statistics of groups, KL estimators, advantages, and probability ratios.
+"""Policy-gradient math: group statistics, KL estimators, advantages and probability ratios.
 
-`group` is [N] int64 counted from 0, as in `Batch.group`; `x` beside it is [N] (or [N, K], by column).
+`group` is [N] int64, counted from 0, as in `Batch.group`; the corresponding `x` is [N], or [N, K] by column.
 """
 
 from __future__ import annotations
@@ -19,62 +19,62 @@ Correction = Literal[
 ]
 Proximal = Literal["recomputed", "interpolated", "sampler"]
 
-MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: past this a ratio says "another model", and squares overflow
+MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: larger ratios carry no information, and their squares overflow
 
 # -- groups --------------------------------------------------------------------------------------------
 
 
 def group_size(group: Tensor) -> Tensor:
-    """[N] int64: how many sequences each sequence's group has."""
+    """Return the size of each sequence's group, [N] int64."""
     return torch.bincount(group)[group]
 
 
 def group_sum(x: Tensor, group: Tensor) -> Tensor:
-    """Each sequence's group sum, shape of `x`."""
+    """Return the sum over each sequence's group, shape of `x`."""
     groups = int(group.max()) + 1 if group.numel() else 0
     return x.new_zeros(groups, *x.shape[1:]).index_add(0, group, x)[group]
 
 
 def group_mean(x: Tensor, group: Tensor) -> Tensor:
-    """Each sequence's group mean, shape of `x`."""
+    """Return the mean over each sequence's group, shape of `x`."""
     return group_sum(x, group) / _like(group_size(group), x)
 
 
 def group_std(x: Tensor, group: Tensor) -> Tensor:
-    """Each sequence's group standard deviation (n - 1 in the denominator; 0 for a group of one)."""
+    """Return the sample standard deviation over each sequence's group (n - 1; 0 for a group of one)."""
     squares = group_sum((x - group_mean(x, group)).square(), group)
     return (squares / _like(group_size(group) - 1, x).clamp(min=1)).sqrt()
 
 
 def group_max(x: Tensor, group: Tensor) -> Tensor:
-    """Each sequence's group maximum, for x [N]."""
+    """Return the maximum over each sequence's group, for `x` [N]."""
     groups = int(group.max()) + 1 if group.numel() else 0
     return x.new_full((groups,), -torch.inf).scatter_reduce(0, group, x, "amax")[group]
 
 
 def leave_one_out(x: Tensor, group: Tensor) -> Tensor:
-    """Mean of the other sequences of the group; in a group of one, the sequence's own value."""
+    """Return the mean over the other sequences of the group; in a group of one, `x` itself."""
     size = _like(group_size(group), x)
     others = (group_sum(x, group) - x) / (size - 1).clamp(min=1)
     return torch.where(size > 1, others, x)
 
 
 def degenerate(x: Tensor, group: Tensor) -> Tensor:
-    """[N] bool: True where all of a sequence's group have exactly the same value in `x` [N].
+    """Return whether all values `x` [N] of each sequence's group are equal, [N] bool.
 
-    Compared by extremes, not by a standard deviation: three times 0.1 has a rounding error for a
-    standard deviation, which a division would blow up into an advantage.
+    Compares extremes instead of the standard deviation, which for three values of 0.1 is a rounding error
+    that a division would turn into an advantage.
     """
     return group_max(x, group) == -group_max(-x, group)
 
 
 def count_degenerate(rewards: Tensor, group: Tensor) -> int:
-    """The number of groups with all rewards equal, which have no gradient."""
+    """Count the groups whose rewards are all equal, so that their advantages are 0."""
     return int(torch.unique(group[degenerate(rewards, group)]).numel())
 
 
 def rank_in_group(x: Tensor, group: Tensor) -> Tensor:
-    """[N] int64: 0 for the best of each group, then 1, ...; ties in order of appearance."""
+    """Return ranks within groups, [N] int64: 0 for the highest `x`; ties in order of appearance."""
     order = torch.argsort(x, descending=True, stable=True)
     order = order[torch.argsort(group[order], stable=True)]
     size = torch.bincount(group)
@@ -90,12 +90,12 @@ def _like(n: Tensor, x: Tensor) -> Tensor:
 
 
 def safe_exp(log_ratio: Tensor) -> Tensor:
-    """exp, with the exponent held in [-20, 20] so that neither value nor gradient is ever inf or nan."""
+    """Return exp with the exponent clamped to [-20, 20], so that value and gradient are finite."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def sampled_kl(logps: Tensor, other: Tensor, estimator: KLEstimator = "k3") -> Tensor:
-    """KL(policy || other), one term per sampled token: same shape as `logps`, in nats.
+    """Estimate KL(policy || other) at each sampled token, in nats, shape of `logps`.
 
     Schulman, "Approximating KL divergence" (2020). With x sampled from the policy p and r = q(x) / p(x) for
     the other model q, KL(p || q) is the mean over samples of
@@ -104,10 +104,10 @@ def sampled_kl(logps: Tensor, other: Tensor, estimator: KLEstimator = "k3") -> T
         k2 = (log r)^2 / 2      biased, low variance
         k3 = (r - 1) - log r    unbiased, never negative
 
-    That is about values. As a *loss*, on-policy: the gradient of k1 has mean zero (it moves nothing but
-    noise), that of k2 is the gradient of KL(p || q), that of k3 is the gradient of KL(q || p).
+    These properties are of the values. As an on-policy *loss*, the gradient of k1 has mean zero (only noise),
+    that of k2 is the gradient of KL(p || q), and that of k3 is the gradient of KL(q || p).
 
-    Raises ValueError for "full": that one needs the whole vocabulary, not sampled log-probs.
+    Raises ValueError for "full", which needs distributions over the vocabulary.
     """
     log_r = other - logps
     if estimator == "k1":
@@ -120,19 +120,20 @@ def sampled_kl(logps: Tensor, other: Tensor, estimator: KLEstimator = "k3") -> T
 
 
 def full_kl(logps: Tensor, other: Tensor) -> Tensor:
-    """KL(policy || other) from log-probs over the vocabulary, [..., V] each: [...]."""
+    """Return KL(policy || other), [...], from log-probs over the vocabulary, [..., V] each."""
     return (logps.exp() * (logps - other)).sum(-1)
 
 
 def jensen_shannon(logps: Tensor, other: Tensor, beta: float) -> Tensor:
-    """Generalised Jensen-Shannon divergence of a student `logps` and a teacher `other`, [..., V]: [...].
+    """Return the generalised Jensen-Shannon divergence, [...], of two log-prob tensors [..., V].
+
+    logps: student; other: teacher.
 
     Agarwal et al., "On-policy distillation" (2023), eq. 1: with M = beta * teacher + (1-beta) * student,
 
         beta * KL(teacher || M) + (1 - beta) * KL(student || M)
 
-    and in the limits, as is the custom, beta = 0 is KL(teacher || student) and beta = 1 is
-    KL(student || teacher).
+    By convention, beta = 0 is KL(teacher || student) and beta = 1 is KL(student || teacher).
     """
     if beta == 0.0:
         return full_kl(other, logps)
@@ -147,8 +148,10 @@ def jensen_shannon(logps: Tensor, other: Tensor, beta: float) -> Tensor:
 
 
 def discounted(rewards: Tensor, batch: Batch, discount: float | Tensor) -> Tensor:
-    """[T]: the sum of this token's and all later tokens' `rewards` [T] within the sequence, each later
-    one times `discount` (a number, or [N]) once more per token."""
+    """Return discounted returns [T] of `rewards` [T] within each sequence.
+
+    discount: factor per token, a number or [N].
+    """
     grid, real = to_grid(batch)
     x = rewards[grid].masked_fill(~real, 0)
     total, out = x.new_zeros(batch.num_sequences), torch.zeros_like(x)
@@ -159,7 +162,7 @@ def discounted(rewards: Tensor, batch: Batch, discount: float | Tensor) -> Tenso
 
 
 def next_values(values: Tensor, batch: Batch) -> Tensor:
-    """[T]: the value at the sequence's next masked-in token; 0 at its last (the end is worth nothing)."""
+    """Return the value at the sequence's next masked-in token, [T]; 0 at the last, a terminal state."""
     grid, real = to_grid(batch)
     x = values[grid].masked_fill(~real, 0)
     shifted = torch.cat([x[:, 1:], x.new_zeros(len(x), 1)], dim=1)
@@ -174,20 +177,22 @@ def gae(
     lam: float | Tensor,
     ends: Tensor | float = 0.0,
 ) -> Tensor:
-    """Generalised advantage estimates [T] (Schulman et al. 2016, eq. 16).
+    """Return generalised advantage estimates [T] (Schulman et al. 2016, eq. 16).
 
     rewards, values: [T] float32; values[t] is the critic's value of the state before tokens[t].
-    lam: a number, or one per sequence [N]. ends [T]: at the last token of a sequence that was cut off, the
-    value of the state after it, where it would have gone on; 0 elsewhere. With
-    delta_t = r_t + gamma V_{t+1} - V_t, the advantage is the sum of (gamma lam)^k delta_{t+k}.
+    lam: a number, or [N]. ends: [T], the value of the state after the last token of a truncated sequence; 0
+    elsewhere. With delta_t = r_t + gamma V_{t+1} - V_t, the advantage is the sum of
+    (gamma lam)^k delta_{t+k}.
     """
     delta = rewards + gamma * (next_values(values, batch) + ends) - values
     return discounted(delta.masked_fill(~batch.mask, 0), batch, gamma * lam)
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """`x` [T] scaled to standard deviation 1 over masked-in tokens (and to mean 0); 0 elsewhere.
-    Fewer than two tokens stay as they are."""
+    """Normalise `x` [T] to standard deviation 1, and optionally mean 0, over masked-in tokens; 0 elsewhere.
+
+    Fewer than two tokens are left unchanged.
+    """
     chosen = x[mask]
     if chosen.numel() < 2:
         return x.masked_fill(~mask, 0)
@@ -197,8 +202,10 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over masked-in tokens: 1 for a perfect critic, 0 for
-    a constant one, below 0 for a harmful one. nan where returns do not vary."""
+    """Return 1 - Var(returns - values) / Var(returns) over masked-in tokens; nan for constant returns.
+
+    1: perfect critic; 0: no better than a constant; negative: worse than a constant.
+    """
     v, r = values[mask].double(), returns[mask].double()
     spread = r.var(correction=0) if r.numel() else r.sum()
     return float(1 - (r - v).var(correction=0) / spread) if float(spread) > 0 else float("nan")
@@ -206,23 +213,23 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 # -- ratios --------------------------------------------------------------------------------------------
 #
-# Three policies meet here. The *sampler* made the tokens (the engine: other kernels, perhaps older weights).
-# *Old* is the learner's policy before the step. The *current* policy is being changed. The clip holds current
-# near old; the correction weighs by old / sampler. Keeping the two apart is decoupled PPO (Hilton et al.,
-# "Batch size-invariance", 2021; AReaL 2025, eq. 5). Old is then the *proximal* policy:
-# `recomputed` by a forward of its own where a batch is stepped on more than once, `interpolated` between
-# sampler and current, or the `sampler` itself (not decoupled).
+# Three policies are distinguished. The *sampler* generated the tokens (the engine: other kernels, possibly
+# older weights). *Old* is the learner's policy before the step. The *current* policy is being optimised.
+# Clipping bounds current / old; the correction weights by old / sampler. Separating the two is decoupled PPO
+# (Hilton et al., "Batch size-invariance", 2021; AReaL 2025, eq. 5). Old is then the *proximal* policy:
+# `recomputed` by a separate forward for several steps per batch, `interpolated` between sampler and current,
+# or equal to the `sampler` (not decoupled).
 
 
 def proximal_logps(logps: Tensor, batch: Batch, *, interpolate: bool) -> Tensor:
-    """The proximal policy's log-probs [T] without a forward, from the current ones (detached).
+    """Return the proximal policy's log-probs [T], detached, without a forward.
 
-    The sampler's; or, with `interpolate`, log-linearly between sampler and current policy,
+    Without `interpolate`, those of the sampler; with it, log-linear between sampler and current policy,
 
         log p = a * log sampler + (1 - a) * log current,   a = 1 / d for d > 0, else 0,
 
-    where d is how many versions the token's sampler is behind `batch.state["version"]` (A-3PO, Li et al.
-    2025): an old sampler is a poor centre to stay near. Tokens that nobody sampled keep `logps`.
+    where d is the number of versions that the token's sampler lags behind `batch.state["version"]` (A-3PO,
+    Li et al. 2025), since a stale sampler is a poor trust-region centre. Demonstrated tokens keep `logps`.
     """
     assert batch.sampler_logps is not None
     sampled = batch.mask if batch.demonstrated is None else batch.mask & ~batch.demonstrated
@@ -238,10 +245,10 @@ def proximal_logps(logps: Tensor, batch: Batch, *, interpolate: bool) -> Tensor:
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None = None
 ) -> Tensor:
-    """The PPO objective, to be maximised, shape of `ratio`.
+    """Return the PPO objective, to be maximised, shape of `ratio`.
 
-    min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), Schulman et al. 2017, eq. 7. `dual` is the
-    bound c > 1 + high of dual clip (Ye et al. 2020, eq. 5): where A < 0 the objective is at least c * A.
+    min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), Schulman et al. 2017, eq. 7. dual: bound c > 1 + high
+    of dual-clip PPO (Ye et al. 2020, eq. 5): for A < 0 the objective is at least c * A.
     """
     near = ratio.clamp(1 - low, 1 + high)
     if dual is not None:
@@ -250,20 +257,22 @@ def clipped_surrogate(
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """1.0 where the clip of `clipped_surrogate` is active (no gradient), else 0.0."""
+    """Return 1.0 where the clip of `clipped_surrogate` is active (no gradient), else 0.0."""
     above, below = (ratio > 1 + high) & (advantages > 0), (ratio < 1 - low) & (advantages < 0)
     return (above | below).to(ratio.dtype)
 
 
 def sequence_ratio(log_ratio: Tensor, batch: Batch, *, geometric: bool) -> Tensor:
-    """[T]: at each masked-in token, its sequence's ratio: the product over its tokens, or, with
-    `geometric`, its length-th root (GSPO, eq. 7). 1 elsewhere."""
+    """Return each masked-in token's sequence ratio, [T]; 1 elsewhere.
+
+    It is the product of the sequence's token ratios or, with `geometric`, their geometric mean (GSPO, eq. 7).
+    """
     over = batch.mean_by_sequence if geometric else batch.sum_by_sequence
     return safe_exp(batch.to_tokens(over(log_ratio)))
 
 
 def correction_weights(old: Tensor, batch: Batch, mode: Correction, cap: float, floor: float = 0.0) -> Tensor:
-    """Weights old / sampler that correct for tokens drawn by the sampler: [T], detached.
+    """Return importance weights old / sampler of the off-policy correction, [T], detached.
 
     token_truncate      min(w_t, cap)                  (TIS, Yao et al. 2025)
     token_mask          w_t where in [floor, cap], else 0   (IcePop, 2025)
@@ -271,7 +280,7 @@ def correction_weights(old: Tensor, batch: Batch, mode: Correction, cap: float, 
     sequence_mask       product where in [floor, cap], else 0
     geometric_mask      1 where the geometric mean is in [floor, cap], else 0
 
-    Tokens of demonstrations have no sampler: weight 1. So does all of a batch without sampler_logps.
+    The weight is 1 for demonstrated tokens, and for all tokens of a batch without sampler_logps.
     """
     if mode == "none" or batch.sampler_logps is None:
         return torch.ones_like(old)

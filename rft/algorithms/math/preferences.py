@@ -1,4 +1,4 @@
-"""The math of preferences: pairs within groups, scores of two responses, and the losses that compare them."""
+"""Preference math: pairs within groups, scores of two responses, and pairwise losses."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ DivergenceType = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
 def win_probability(reward: Tensor, other: Tensor, preference: Preference) -> Tensor:
-    """P(first is preferred), same shape: sigmoid(reward - other) of a Bradley-Terry reward model, or,
-    for verifiable rewards, 1, 1/2, 0 as the first is better, equal, worse."""
+    """Return P(first is preferred), same shape.
+
+    sigmoid(reward - other) for Bradley-Terry rewards; for verifiable rewards 1, 1/2 or 0 if the first is
+    better, equal or worse.
+    """
     if preference == "bradley_terry":
         return torch.sigmoid(reward - other)
     return (torch.sign(reward - other) + 1) / 2
 
 
 def win_rate(rewards: Tensor, group: Tensor, preference: Preference) -> Tensor:
-    """[N]: mean probability that a sequence is preferred to another of its group; 1/2 for one alone.
+    """Return the mean probability that a sequence is preferred to the others of its group, [N].
 
-    The mean over *others* leaves out the comparison with oneself.
+    The comparison with itself is excluded; in a group of one the result is 1/2.
     """
     same = (group[:, None] == group[None, :]) & ~torch.eye(len(group), dtype=torch.bool, device=group.device)
     wins = win_probability(rewards[:, None], rewards[None, :], preference).masked_fill(~same, 0)
@@ -41,8 +44,10 @@ def win_rate(rewards: Tensor, group: Tensor, preference: Preference) -> Tensor:
 
 
 def best_and_worst(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """([P], [P]): each group's best and worst sequence; groups with all rewards equal have none.
-    Ties go to the first in order."""
+    """Return the indices of each group's best and worst sequence, ([P], [P]).
+
+    Groups whose rewards are all equal are omitted; ties go to the first in order.
+    """
     best = rank_in_group(rewards, group) == 0
     worst = rank_in_group(-rewards, group) == 0
     first, last = best.nonzero().squeeze(1), worst.nonzero().squeeze(1)
@@ -52,29 +57,31 @@ def best_and_worst(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def all_pairs(group: Tensor) -> tuple[Tensor, Tensor]:
-    """([P], [P]): every two sequences of the same group, the earlier one first."""
+    """Return all pairs of sequences of the same group, the earlier one first, ([P], [P])."""
     same = (group[:, None] == group[None, :]).triu(diagonal=1)
     first, second = same.nonzero(as_tuple=True)
     return first, second
 
 
 def sequence_log_ratio(logps: Tensor, other: Tensor, batch: Batch) -> Tensor:
-    """[N]: log of policy over `other` of whole sequences, in nats."""
+    """Return the log-ratio of policy to `other` of whole sequences, [N], in nats."""
     return batch.sum_by_sequence(logps - other)
 
 
 def paired_sums(
     x: Tensor, batch: Batch, first: Tensor, second: Tensor, tail: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """([P], [P]): sums of x [T] over the sequences `first` [P] and `second` [P] of pairs; tokens past the
-    length of the pair's shorter sequence are multiplied by `tail`."""
+    """Return sums of `x` [T] over the sequences `first` [P] and `second` [P] of pairs, ([P], [P]).
+
+    Tokens past the length of the pair's shorter sequence are weighted by `tail`.
+    """
     if tail == 1.0:
         total = batch.sum_by_sequence(x)
         return total[first], total[second]
     shorter = torch.minimum(batch.lengths[first], batch.lengths[second])
     index = token_index(batch)
 
-    def total_of(role: Tensor) -> Tensor:  # a sequence in the middle of a ranking has another length in each
+    def total_of(role: Tensor) -> Tensor:  # in a ranking, a sequence may be in two pairs of different lengths
         common = torch.zeros_like(batch.lengths).index_put((role,), shorter)
         weight = torch.where(index < batch.to_tokens(common), 1.0, tail)
         return batch.sum_by_sequence(x * weight)[role]
@@ -83,28 +90,28 @@ def paired_sums(
 
 
 def of_same_rank(values: Tensor, like: Tensor) -> Tensor:
-    """[P]: `values` [P] in the order of `like` [P]: the smallest where that is smallest, and so on."""
+    """Permute `values` [P] to the rank order of `like` [P]: the smallest where `like` is smallest, etc."""
     order = torch.argsort(like, stable=True)
     return torch.empty_like(values).scatter(0, order, values.sort().values)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, without loss of digits near 0 or far from it (Maechler 2012)."""
+    """Return log(1 - exp(x)) for x < 0, numerically stable (Maechler 2012)."""
     near = x > -0.6931471805599453  # -log 2
-    safe_near = torch.where(near, x, -1.0)  # each branch sees only what it is good for: no nan in gradients
+    safe_near = torch.where(near, x, -1.0)  # restrict each branch to its valid range, to avoid nan gradients
     safe_far = torch.where(near, -1.0, x)
     return torch.where(near, (-torch.expm1(safe_near)).log(), torch.log1p(-safe_far.exp()))
 
 
 # -- losses --------------------------------------------------------------------------------------------
 #
-# `chosen` and `rejected` are [P]: beta-free implicit rewards, log of policy over reference (or whatever takes
-# its place: a length-normalised one, another f-divergence's). All return [P].
+# `chosen` and `rejected` are [P]: implicit rewards without beta, i.e. the log-ratio of policy to reference,
+# or a variant of it (length-normalised, or of another f-divergence). All losses return [P].
 
 
 @dataclass(frozen=True)
 class LossParams:
-    """Parameters of the losses: `beta`, the share of flipped labels, the temperature of DiscoPOP."""
+    """Parameters of the losses: `beta`, the fraction of flipped labels, the temperature of DiscoPOP."""
 
     beta: float
     smoothing: float = 0.0
@@ -115,8 +122,10 @@ PairLoss = Callable[[Tensor, Tensor, LossParams], Tensor]
 
 
 def sigmoid(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """-log sigmoid(beta * margin) (Rafailov et al. 2023, eq. 7); with smoothing, conservative DPO
-    (Mitchell 2023, eq. 3)."""
+    """-log sigmoid(beta * margin) (Rafailov et al. 2023, eq. 7).
+
+    With label smoothing: conservative DPO (Mitchell 2023, eq. 3).
+    """
     x = p.beta * (chosen - rejected)
     return -(1 - p.smoothing) * F.logsigmoid(x) - p.smoothing * F.logsigmoid(-x)
 
@@ -132,8 +141,10 @@ def ipo(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
 
 
 def robust(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Unbiased under flipped labels (Chowdhury et al. 2024):
-    ((1 - e) * loss - e * flipped loss) / (1 - 2 e)."""
+    """Unbiased under flipped labels (Chowdhury et al. 2024).
+
+    ((1 - e) * loss - e * flipped loss) / (1 - 2 e).
+    """
     x, e = p.beta * (chosen - rejected), p.smoothing
     return (e * F.logsigmoid(-x) - (1 - e) * F.logsigmoid(x)) / (1 - 2 * e)
 
@@ -147,37 +158,39 @@ def exo(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
 
 
 def nca(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Noise-contrastive alignment for pairs (Chen et al. 2024): absolute likelihoods too, so that
-    the chosen response does not sink with the rejected one."""
+    """Noise-contrastive alignment for pairs (Chen et al. 2024).
+
+    It also optimises absolute likelihoods, which keeps the chosen response's likelihood from decreasing.
+    """
     c, r = p.beta * chosen, p.beta * rejected
     return -F.logsigmoid(c) - 0.5 * F.logsigmoid(-c) - 0.5 * F.logsigmoid(-r)
 
 
 def bco(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Binary classifier: chosen against rejected, each on its own (Jung et al. 2024, with shift 0)."""
+    """Binary classification of chosen and rejected responses, independently (Jung et al. 2024, shift 0)."""
     return -F.logsigmoid(p.beta * chosen) - F.logsigmoid(-p.beta * rejected)
 
 
 def sppo_hard(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Squared distance to +-1 / (2 beta) (Wu et al. 2024, eq. 4.7 with P(win) 1 and 0)."""
+    """Squared error to targets +-1 / (2 beta) (Wu et al. 2024, eq. 4.7, with P(win) 1 and 0)."""
     return (chosen - 0.5 / p.beta).square() + (rejected + 0.5 / p.beta).square()
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Chosen up, rejected down (D'Oosterlinck et al. 2024, eq. 7): for data better than the model."""
+    """Increase chosen, decrease rejected: for data better than the model (D'Oosterlinck et al. 2024, (7))."""
     return torch.sigmoid(-p.beta * chosen) + torch.sigmoid(p.beta * rejected)
 
 
 def apo_down(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Both down, rejected further (eq. 8): for data worse than the model."""
+    """Decrease both, rejected more, for data worse than the model (D'Oosterlinck et al. 2024, eq. 8)."""
     return torch.sigmoid(p.beta * chosen) + torch.sigmoid(-p.beta * (chosen - rejected))
 
 
 def discopop(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Logistic and exponential loss, blended by the margin itself (Lu et al. 2024, eq. 5).
+    """Logistic and exponential loss, blended as a function of the margin (Lu et al. 2024, eq. 5).
 
-    Not monotone: with tau 0.05 its slope at a margin of 0 is +0.8, so that a policy that starts at the
-    reference is drawn to slightly negative margins, unless tau / beta is small against a step.
+    Not monotone: with tau 0.05 the slope at margin 0 is +0.8, so a policy initialised at the reference moves
+    to slightly negative margins, unless tau / beta is small compared to a step.
     """
     x = p.beta * (chosen - rejected)
     blend = torch.sigmoid(x / p.tau)
@@ -198,18 +211,20 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "discopop": discopop,
 }
 
-# Losses of the margin alone; the others need the two scores to be log-ratios.
+# Losses that depend only on the margin; the others require log-ratios as scores.
 OF_MARGIN = frozenset({"sigmoid", "hinge", "ipo", "robust", "exo", "discopop", "aot"})
 
 
 def f_score(log_ratio: Tensor, divergence: DivergenceType, alpha: float) -> Tensor:
-    """The implicit reward f'(t), t = exp(log_ratio), of DPO under another divergence (Wang et al. 2023,
-    "Beyond reverse KL", table 1), up to a constant that cancels in a margin."""
+    """Return the implicit reward f'(t), t = exp(log_ratio), of DPO with an f-divergence.
+
+    Up to a constant that cancels in margins; Wang et al. 2023, "Beyond reverse KL", table 1.
+    """
     if divergence == "reverse_kl" or (divergence == "alpha" and abs(alpha - 1) < 1e-6):
         return log_ratio
     if divergence == "forward_kl":
         return 1 - safe_exp(-log_ratio)
     if divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
-    exponent = ((alpha - 1) * log_ratio).clamp(max=2 * MAX_LOG_RATIO)  # its square still fits float32
+    exponent = ((alpha - 1) * log_ratio).clamp(max=2 * MAX_LOG_RATIO)  # so that its square fits float32
     return (exponent.exp() - 1) / (alpha - 1)

@@ -1,4 +1,4 @@
-"""Where tokens stand within their sequences."""
+"""Token positions within sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rft.batch import Batch
 
 
 def token_index(batch: Batch) -> Tensor:
-    """[T] int64: at masked-in tokens, how many masked-in tokens of the same sequence stand before; else 0."""
+    """Return the index of each masked-in token among those of its sequence, [T] int64; 0 elsewhere."""
     index = batch.sequence[batch.mask]
     order = torch.argsort(index, stable=True)
     counts = torch.bincount(index, minlength=batch.num_sequences)
@@ -19,14 +19,17 @@ def token_index(batch: Batch) -> Tensor:
 
 
 def last_tokens(batch: Batch) -> Tensor:
-    """[N] int64: the index of each sequence's last masked-in token; -1 where it has none."""
+    """Return the index of each sequence's last masked-in token, [N] int64; -1 if it has none."""
     where = batch.mask.nonzero()[:, 0]
     last = torch.full((batch.num_sequences,), -1, dtype=torch.int64, device=where.device)
     return last.scatter_reduce(0, batch.sequence[where], where, "amax")
 
 
 def top_share(score: Tensor, mask: Tensor, share: float) -> Tensor:
-    """[T] bool: the share of masked-in tokens with the highest scores (at least one; ties by order)."""
+    """Select the fraction `share` of masked-in tokens with the highest scores, [T] bool.
+
+    At least one token is selected; ties by order.
+    """
     where = mask.nonzero()[:, 0]
     keep = max(1, round(share * len(where))) if len(where) else 0
     best = torch.argsort(score[where], descending=True, stable=True)[:keep]
@@ -34,9 +37,11 @@ def top_share(score: Tensor, mask: Tensor, share: float) -> Tensor:
 
 
 def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
-    """([N, L] int64, [N, L] bool): each sequence's masked-in token indices in order, and which cells
-    are real. L is the largest number of masked-in tokens, and at least 1. Turns in which the policy did
-    not speak vanish: the token after them follows the one before."""
+    """Return each sequence's masked-in token indices, padded, [N, L] int64, and their mask, [N, L] bool.
+
+    L is the largest number of masked-in tokens, at least 1. The mask is True at real entries. Tokens outside
+    the mask, such as user turns, are removed.
+    """
     index = batch.mask.nonzero().squeeze(1)
     row = batch.sequence[index]
     order = torch.argsort(row, stable=True)
@@ -52,7 +57,7 @@ def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def at_last_token(x: Tensor, batch: Batch) -> Tensor:
-    """[N] -> [T]: each sequence's value at its last masked-in token, 0 elsewhere."""
+    """Place per-sequence values `x` [N] at the last masked-in token of each sequence, [T]; 0 elsewhere."""
     grid, real = to_grid(batch)
     has = real.any(1)
     last = grid.gather(1, (real.sum(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)[has]

@@ -1,6 +1,7 @@
-"""Bases of the policy-gradient algorithms: the KL to the reference, the correction for the
-sampler, the averaging, the diagnostics. A subclass gives `advantages`, and one of the two objectives
-here, or its own."""
+"""Base classes of policy-gradient algorithms: KL to the reference, off-policy correction, averaging, metrics.
+
+A subclass defines `advantages`, and uses one of the two objectives here or defines another.
+"""
 
 from __future__ import annotations
 
@@ -33,35 +34,40 @@ from rft.batch import Batch
 @dataclass(frozen=True)
 class PolicyGradient(ReadsDistributions):
     """loss = - correction * objective + beta * KL(policy || reference) - entropy_coef * entropy, per token.
-    Demonstrated tokens have no entropy term."""
 
-    beta: float = setting(0.0, "weight of the KL to the reference; 0: no reference is needed", ge=0)
-    kl_in: Literal["loss", "reward"] = setting(
-        "loss", "where that KL goes: a term of the loss, or of the reward"
+    The entropy term does not apply to demonstrated tokens.
+    """
+
+    beta: float = setting(0.0, "weight of the KL to the reference; 0: no reference model", ge=0)
+    kl_in: Literal["loss", "reward"] = setting("loss", "apply the KL as a loss term or as a reward penalty")
+    kl_estimator: KLEstimator = setting("k3", "KL estimator in the loss: k1, k2, k3, or full (vocabulary)")
+    normalization: Normalization = setting(
+        "token", "average the loss over tokens, sequences or a constant length"
     )
-    kl_estimator: KLEstimator = setting("k3", "its estimator in the loss: k1, k2, k3, or full (vocabulary)")
-    normalization: Normalization = setting("token", "average over tokens, sequences, or a constant length")
-    correction: Correction = setting("token_truncate", "weights for learner against sampler log-probs")
-    correction_cap: float = setting(2.0, "upper bound of these weights", gt=0)
-    correction_floor: float = setting(0.0, "lower bound, for the masking corrections", ge=0)
+    correction: Correction = setting("token_truncate", "importance weights of learner to sampler log-probs")
+    correction_cap: float = setting(2.0, "upper bound of the correction weights", gt=0)
+    correction_floor: float = setting(0.0, "lower bound of the weights, for masking corrections", ge=0)
     proximal: Proximal = setting(
-        "recomputed", "what the clip is around: recomputed, interpolated, or sampler"
+        "recomputed", "centre of the clip: recomputed, interpolated or sampler log-probs"
     )
     entropy_coef: float = setting(
         0.0,
-        "weight of the policy's entropy, which the loss then raises; costs a second pass of the head",
+        "weight of the entropy bonus; requires a second pass through the LM head",
         ge=0,
     )
-    mask_truncated: bool = setting(False, "leave completions that ran into the length limit out of the loss")
+    mask_truncated: bool = setting(False, "exclude completions truncated by the length limit from the loss")
 
     @abstractmethod
     def advantages(self, batch: Batch) -> Tensor:
-        """[T] float32, of a whole batch."""
+        """Return the advantages of a whole batch, [T] float32."""
 
     @abstractmethod
     def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[T], to be maximised. A multiple of the advantage: where that is 0 it is 0, with its gradient; an
-        objective for which this is not so needs an `acts_on`."""
+        """Return the objective to maximise, [T].
+
+        It must be a multiple of the advantage, with objective and gradient 0 at advantage 0; otherwise
+        override `acts_on`.
+        """
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,7 +94,7 @@ class PolicyGradient(ReadsDistributions):
         return self._full_kl
 
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
-        """KL(policy || reference); with an entropy coefficient, minus the entropy: reads no reference."""
+        """Return KL(policy || reference), or with `entropy_coef` the negative entropy, without reference."""
         return (logps.exp() * logps).sum(-1) if self.entropy_coef else full_kl(logps, reference)
 
     @property
@@ -104,8 +110,11 @@ class PolicyGradient(ReadsDistributions):
         return batch.with_(advantages=self.advantages(batch), mask=self.trained(batch))
 
     def trained(self, batch: Batch) -> Tensor:
-        """[T] bool: the tokens that stay in the mask. Statistics over tokens (whitening) are over these;
-        statistics over rewards are over all completions, as each is a sample of its prompt's reward."""
+        """Return the tokens that stay in the mask, [T] bool.
+
+        Token statistics (whitening) use only these; reward statistics use all completions, each of which is a
+        sample of its prompt's reward.
+        """
         if not self.mask_truncated or batch.truncated is None:
             return batch.mask
         return batch.mask & ~batch.to_tokens(batch.truncated)
@@ -116,7 +125,7 @@ class PolicyGradient(ReadsDistributions):
         return batch.mask & (required(batch.advantages, "advantages") != 0)
 
     def around(self, policy: PolicyOutput, batch: Batch) -> Batch:
-        """The batch with the log-probs of the proximal policy as `old_logps`."""
+        """Return the batch with the proximal policy's log-probs as `old_logps`."""
         if self.proximal == "recomputed" or batch.sampler_logps is None:
             return batch
         logps = policy.logps.detach()
@@ -146,39 +155,45 @@ class PolicyGradient(ReadsDistributions):
         return problems
 
     def weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[T], detached: old policy against sampler."""
+        """Return the correction weights of old policy to sampler, [T], detached."""
         old = batch.old_logps_or(policy.logps)
         return correction_weights(old, batch, self.correction, self.correction_cap, self.correction_floor)
 
     def kl_weight(self, state: Mapping[str, float]) -> float:
-        """`beta`, unless an algorithm adapts it."""
+        """Return the weight of the KL: `beta`, unless an algorithm adapts it."""
         return self.beta
 
     def kl(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[T]: KL(policy || reference)."""
+        """Return KL(policy || reference), [T]."""
         if self.kl_estimator == "full":
             return required(policy.kl, "policy.kl")
         return sampled_kl(policy.logps, required(batch.ref_logps, "ref_logps"), self.kl_estimator)
 
     def kl_penalty(self, batch: Batch) -> Tensor:
-        """[T]: what the KL takes off each token's reward (k1 at the policy that sampled)."""
+        """Return the KL penalty of each token's reward, [T]: k1 at the sampling policy."""
         if not self.beta or self.kl_in == "loss":
             return torch.zeros(batch.num_tokens, device=batch.tokens.device)
         kl = behaviour_logps(batch) - required(batch.ref_logps, "ref_logps")
         return self.kl_weight(batch.state) * kl.masked_fill(~batch.mask, 0)
 
     def task_rewards(self, batch: Batch) -> Tensor:
-        """[N]: rewards before any KL. Groups in which they are all equal have nothing to compare: between
-        equal rewards, the KL's sampling noise is no signal."""
+        """Return the rewards before any KL, [N].
+
+        Groups whose task rewards are all equal count as degenerate: differences in their KL are sampling
+        noise.
+        """
         return required(batch.rewards, "rewards")
 
     def sequence_rewards(self, batch: Batch) -> Tensor:
-        """[N]: `task_rewards`, less the KL of the whole sequence where `kl_in` is reward."""
+        """Return `task_rewards` minus, for `kl_in: reward`, the KL penalty of the sequence, [N]."""
         return self.task_rewards(batch) - batch.sum_by_sequence(self.kl_penalty(batch))
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """policy/kl is to the policy that sampled (NaN on a demonstration, which none did), policy/kl_ref to
-        the reference: both k3, the latter exact where `kl_estimator` is full."""
+        """Return token metrics [T].
+
+        policy/kl: k3 to the sampling policy (NaN on demonstrations). policy/kl_ref: k3 to the reference,
+        exact for `kl_estimator: full`.
+        """
         batch, logps = self.around(policy, batch), policy.logps.detach()
         ratio = safe_exp(logps - batch.old_logps_or(logps))
         metrics = {"policy/ratio": ratio, "policy/ratio_spread": (ratio - 1).abs()}
@@ -203,7 +218,7 @@ class PolicyGradient(ReadsDistributions):
         return metrics
 
     def report(self, batch: Batch) -> dict[str, float]:
-        """group/degenerate: how many groups have all rewards equal; group/degenerate_share: of all."""
+        """Return group/degenerate, the number of groups with equal rewards, and group/degenerate_share."""
         if batch.rewards is None or not batch.num_groups:
             return {}
         count = count_degenerate(batch.rewards, batch.group)
@@ -216,7 +231,7 @@ class ClippedPolicyGradient(PolicyGradient):
 
     epsilon: float = setting(0.2, "clip range of the ratio below 1", ge=0, le=1)
     epsilon_high: float | None = setting(None, "clip range above 1; null: the same as epsilon", ge=0)
-    dual_clip: float | None = setting(None, "bound on the ratio where the advantage is negative", gt=1)
+    dual_clip: float | None = setting(None, "dual-clip bound of the ratio at negative advantages", gt=1)
 
     def conflicts(self, num_generations: int) -> list[str]:
         problems = super().conflicts(num_generations)
@@ -231,7 +246,7 @@ class ClippedPolicyGradient(PolicyGradient):
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[T]: current over old policy."""
+        """Return the probability ratio of current to old policy, [T]."""
         return safe_exp(log_ratio(policy, batch))
 
     def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
@@ -251,8 +266,10 @@ class ClippedPolicyGradient(PolicyGradient):
 
 @dataclass(frozen=True)
 class Reinforce(PolicyGradient):
-    """REINFORCE's objective, A * log p: on-policy, nothing is clipped. The value of the loss means
-    little; its gradient is the policy gradient (Williams 1992)."""
+    """REINFORCE objective, A * log p: on-policy, without clipping (Williams 1992).
+
+    The gradient of the loss is the policy gradient; its value is not meaningful.
+    """
 
     on_policy: ClassVar[bool] = True
 
@@ -261,12 +278,12 @@ class Reinforce(PolicyGradient):
 
 
 def behaviour_logps(batch: Batch) -> Tensor:
-    """[T]: log-probs of the policy that sampled, by the learner's account, or else by the sampler's."""
+    """Return log-probs of the sampling policy, [T]: the learner's if computed, else the sampler's."""
     return required(
         batch.sampler_logps if batch.old_logps is None else batch.old_logps, "old_logps or sampler_logps"
     )
 
 
 def log_ratio(policy: PolicyOutput, batch: Batch) -> Tensor:
-    """[T]: log of current over old policy, with gradient; 0 where the mask is False."""
+    """Return the log-ratio of current to old policy, [T], with gradient; 0 where the mask is False."""
     return torch.where(batch.mask, policy.logps - batch.old_logps_or(policy.logps), 0)

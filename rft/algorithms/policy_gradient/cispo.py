@@ -16,9 +16,9 @@ class CISPO(GRPO):
     """MiniMax, "MiniMax-M1" (2025), eq. 4 and 5.
 
     The objective is clip(ratio, 1 - epsilon, 1 + epsilon_high).detach() * A * log p: a token far from
-    the old policy keeps a bounded gradient, where PPO's clip would silence it (and with it the rare
-    "wait" tokens that start reflections). The defaults bound above only, at 5. On-policy the ratio is 1
-    and the gradient is that of `grpo`.
+    the old policy keeps a bounded gradient, whereas PPO's clip would set it to 0 (including rare "wait"
+    tokens that start reflections). The defaults only bound the ratio from above, at 5. On-policy the ratio
+    is 1 and the gradient is that of `grpo`.
     """
 
     epsilon: float = setting(1.0, "clip range of the ratio below 1", ge=0, le=1)

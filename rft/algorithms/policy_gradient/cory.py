@@ -1,4 +1,4 @@
-"""CORY: two copies, one answers first, the other sees that answer, both get both rewards."""
+"""CORY: cooperative training of two copies, where the second also reads the first one's answer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from rft.batch import Batch
 class CORY(GRPO):
     """Ma et al., "Coevolving with the other you" (2024), eq. 5 and 6, algorithm 1.
 
-    A pioneer answers the prompt; an observer answers the prompt and the pioneer's answer. Each is
-    rewarded with the sum of both rewards, and every `swap_every` steps the two copies of the model
-    trade roles. The advantage is `grpo`'s, each role against its own kind (the paper uses PPO). Half of
-    `num_generations` are pioneers. With `copies: 1` one model plays both
-    roles. What is evaluated and exported as `model` is the first copy; the second is `model-second`.
+    A pioneer answers the prompt; an observer answers given the prompt and the pioneer's answer. Both receive
+    the sum of both rewards, and every `swap_every` steps the two copies of the model swap roles. The
+    advantage is `grpo`'s, separately by role (the paper uses PPO). Half of `num_generations` are pioneers.
+    With `copies: 1` one model has both roles. The first copy is evaluated and exported as `model`, the
+    second is exported as `model-second`.
     """
 
     min_generations: ClassVar[int] = 4
 
-    copies: int = setting(2, "copies of the model that are trained; 1: it plays both roles", ge=1, le=2)
-    swap_every: int = setting(50, "steps after which the two copies trade roles", ge=1)
+    copies: int = setting(2, "number of trained copies of the model; 1: it has both roles", ge=1, le=2)
+    swap_every: int = setting(50, "interval, in steps, at which the two copies swap roles", ge=1)
 
     @property
     def hooks(self) -> str:
@@ -48,12 +48,12 @@ class CORY(GRPO):
         return self.task_rewards(batch) - self._shared(kl, batch)
 
     def _shared(self, x: Tensor, batch: Batch) -> Tensor:
-        """[N]: the sum of x [N] over each pair of pioneer and observer."""
+        """Return the sum of `x` [N] over each pair of pioneer and observer, [N]."""
         pair = column(batch, "pair").long()
         return group_sum(x, pair + batch.group * (int(pair.max()) + 1 if pair.numel() else 1))
 
     def advantages(self, batch: Batch) -> Tensor:
-        """GRPO's, with each role of each group as a separate group."""
+        """Return GRPO's advantages, with each role of a group as a separate group."""
         role = 2 * batch.group + column(batch, "observer").long()
         return batch.to_tokens(self.relative(self.sequence_rewards(batch), self.task_rewards(batch), role))
 

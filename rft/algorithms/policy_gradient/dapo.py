@@ -1,4 +1,4 @@
-"""DAPO: four changes to GRPO that keep long reasoning runs alive."""
+"""DAPO: GRPO with clip-higher, dynamic sampling, token-level loss and overlong shaping."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rft.batch import Batch
 class DAPO(GRPO):
     """Yu et al., "DAPO" (2025), eq. 8 to 13.
 
-    Clip-higher (unlikely tokens have room to grow), dynamic sampling (`keep_group`: a group that is
-    all right or all wrong is replaced), a loss averaged over tokens, and a soft penalty for length:
-    with limit L and buffer B, 0 up to L - B tokens, then falling in a straight line to -1 at L.
+    Clip-higher (allows unlikely tokens to grow), dynamic sampling (`keep_group`: groups whose rewards are all
+    equal are replaced), a loss averaged over tokens, and a soft length penalty: for limit L and buffer B, 0
+    up to L - B tokens, then decreasing linearly to -1 at L.
 
-    Where every prompt is always solved, or never, dynamic sampling finds nothing to train on.
+    If every prompt is always or never solved, dynamic sampling does not find any group to train on.
     """
 
     epsilon_high: float | None = setting(0.28, "clip range above 1; null: the same as epsilon", ge=0)
     dynamic_sampling: bool = setting(True, "replace groups whose rewards are all equal")
     overlong_buffer: int = setting(
-        0, "tokens before max_completion_length where the penalty starts; 0: none", ge=0
+        0, "length of the penalty ramp before max_completion_length, in tokens; 0: no penalty", ge=0
     )
-    overlong_penalty: float = setting(1.0, "the penalty at max_completion_length", ge=0)
+    overlong_penalty: float = setting(1.0, "penalty at max_completion_length", ge=0)
 
     def keep_group(self, rewards: Sequence[float]) -> bool:
         return not self.dynamic_sampling or len(set(rewards)) > 1

@@ -1,4 +1,4 @@
-"""On-policy distillation: the student writes, the teacher grades every token."""
+"""On-policy distillation: minimise the divergence to a teacher on the student's samples."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ class Distill(ReadsDistributions):
     """Agarwal et al., "On-policy distillation of language models" (GKD, 2023), eq. 1 and algorithm 1.
 
     full: the generalised Jensen-Shannon divergence of student and teacher over the vocabulary at each
-    token; `beta` 0 is the forward KL(teacher || student), 1 the reverse KL. sampled: the reverse KL on the
-    sampled tokens only, by REINFORCE (weighed by the ratio to the policy
-    that sampled) with the reward log teacher - log student (no second
-    distribution in memory). The teacher is the reference model. Tokens are the student's own but for
-    `demonstration_share` of the completions, which are the demonstration (GKD's 1 - lambda).
+    token; `beta` 0 is the forward KL(teacher || student), 1 the reverse KL. sampled: the reverse KL on
+    sampled tokens only, by REINFORCE (weighted by the ratio to the sampling policy) with reward
+    log teacher - log student, which does not need the teacher's distribution in memory. The teacher is the
+    reference model. Completions are sampled from the student, except a fraction `demonstration_share` that
+    are demonstrations (GKD's 1 - lambda).
 
-    Where student and teacher agree, loss and gradient are 0.
+    If student and teacher are equal, loss and gradient are 0.
     """
 
-    estimator: Literal["full", "sampled"] = setting("full", "over the vocabulary, or on sampled tokens")
-    beta: float = setting(0.5, "between forward (0) and reverse (1) KL; for full", ge=0, le=1)
-    demonstration_share: float = setting(0.0, "share of completions that are the demonstration", ge=0, le=1)
+    estimator: Literal["full", "sampled"] = setting(
+        "full", "divergence over the vocabulary, or on sampled tokens"
+    )
+    beta: float = setting(0.5, "full: interpolation between forward (0) and reverse (1) KL", ge=0, le=1)
+    demonstration_share: float = setting(
+        0.0, "fraction of completions replaced by demonstrations", ge=0, le=1
+    )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -66,8 +70,10 @@ class Distill(ReadsDistributions):
         return -(ratio * reward * policy.logps).masked_fill(~batch.mask, 0)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """policy/divergence: what is minimised (full). policy/kl_ref: k3 to the teacher (sampled), or the
-        divergence where that is the reverse KL."""
+        """Return policy/divergence, the minimised divergence (full), and policy/kl_ref.
+
+        policy/kl_ref is k3 to the teacher (sampled), or the divergence if that is the reverse KL.
+        """
         if self.estimator == "sampled":
             teacher = required(batch.ref_logps, "ref_logps")
             return {"policy/kl_ref": sampled_kl(policy.logps.detach(), teacher)}

@@ -1,4 +1,4 @@
-"""Dr.GRPO: GRPO without its two biases."""
+"""Dr.GRPO: GRPO without its length and difficulty biases."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ class DrGRPO(GRPO):
     """Liu et al., "Understanding R1-Zero-like training" (2025), section 3.2.
 
     A_i = r_i - mean(r), not divided by the standard deviation (which gives very easy and very hard
-    prompts more weight), and token losses summed over a constant length (dividing by each answer's own
-    length makes long wrong answers cheap). Otherwise `grpo`; it degenerates in the same place.
+    prompts more weight), and token losses divided by a constant length (dividing by each answer's length
+    penalises long wrong answers less). Otherwise `grpo`, with the same degenerate case.
     """
 
-    normalization: Normalization = setting("constant", "average over tokens, sequences, or a constant length")
+    normalization: Normalization = setting(
+        "constant", "average the loss over tokens, sequences or a constant length"
+    )
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "none", "divide advantages by the standard deviation of the group, of the batch, or not"
     )

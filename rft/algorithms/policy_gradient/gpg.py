@@ -1,4 +1,4 @@
-"""GPG: the plain policy gradient with a group baseline."""
+"""GPG: REINFORCE with a group baseline."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class GPG(Reinforce):
 
     The objective is alpha * A * log p with A_i = r_i - mean(r): no ratio, no clip, no reference. Groups
     whose rewards are all equal add nothing to the sum but are counted in the mean; alpha = groups /
-    groups that differ undoes that. Against `grpo` on-policy: alpha, and no standard deviation.
-    Degenerates where no group differs: then all advantages are 0.
+    non-degenerate groups compensates for that. It differs from on-policy `grpo` by alpha, and by not
+    dividing by the standard deviation. If all groups are degenerate, all advantages are 0.
     """
 
     min_generations: ClassVar[int] = 2

@@ -1,4 +1,4 @@
-"""GRPO: a group of completions of one prompt is its own baseline."""
+"""GRPO: PPO without a critic, with the mean reward of a group as baseline."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from rft.batch import Batch
 
 @dataclass(frozen=True)
 class GRPO(ClippedPolicyGradient):
-    """Shao et al., "DeepSeekMath" (2024), eq. 3 and 4, with its parts as settings.
+    """Shao et al., "DeepSeekMath" (2024), eq. 3 and 4, with its components as settings.
 
     Every token of completion i has the advantage A_i = (r_i - mean(r)) / (std(r) + 1e-4) over its
     group, in PPO's clipped objective.
 
-    Against `ppo` there is no critic: the group's mean stands for the value. It degenerates where a
-    group's rewards are all equal (before any KL): A = 0, and the group adds nothing but the KL term of
-    the loss. The paper
-    averages per sequence (`normalization: sequence`), which favours short right and long wrong
-    answers; the default here averages over tokens.
+    Unlike `ppo`, it does not need a critic: the group's mean replaces the value. If a group's rewards are all
+    equal (before any KL), A = 0 and the group contributes only the KL term of the loss. The paper averages
+    per sequence (`normalization: sequence`), which favours short right and long wrong answers; the default
+    here averages over tokens.
     """
 
     min_generations: ClassVar[int] = 2
@@ -39,7 +38,7 @@ class GRPO(ClippedPolicyGradient):
         )
 
     def relative(self, rewards: Tensor, task: Tensor, group: Tensor) -> Tensor:
-        """[N]: rewards against their group's; 0 in groups whose `task` rewards are all equal."""
+        """Return rewards relative to their group, [N]; 0 in groups whose `task` rewards are all equal."""
         centred = rewards - group_mean(rewards, group)
         if self.scale_rewards == "group":
             centred = centred / (group_std(rewards, group) + 1e-4)

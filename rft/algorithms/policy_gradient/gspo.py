@@ -1,4 +1,4 @@
-"""GSPO: ratio and clip belong to the sequence, as the reward does."""
+"""GSPO: GRPO with ratio and clip per sequence."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from rft.batch import Batch
 class GSPO(GRPO):
     """Zheng et al., "Group sequence policy optimization" (2025), eq. 5 to 7.
 
-    Against `grpo`, each token's ratio is its sequence's: the geometric mean of the token ratios. A
-    sequence is then clipped as a whole, and one odd token (an expert routed otherwise) no longer
-    decides. The mean of many log-ratios is small: hence clip ranges in the ten-thousandths. For
-    sequences of one token it is `grpo`, with `normalization: sequence`.
+    Unlike in `grpo`, each token has the ratio of its sequence, the geometric mean of the token ratios.
+    Sequences are clipped as a whole, which is robust to outlier tokens (e.g. from different expert routing).
+    The mean of many log-ratios is small, hence clip ranges of order 1e-4. For sequences of one token it is
+    `grpo` with `normalization: sequence`.
     """
 
     epsilon: float = setting(3e-4, "clip range of the sequence's ratio below 1", ge=0, le=1)
     epsilon_high: float | None = setting(4e-4, "clip range above 1; null: the same as epsilon", ge=0)
-    normalization: Normalization = setting("sequence", "average over tokens, sequences, or a constant length")
+    normalization: Normalization = setting(
+        "sequence", "average the loss over tokens, sequences or a constant length"
+    )
 
     def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         return sequence_ratio(log_ratio(policy, batch), batch, geometric=True)

@@ -1,4 +1,4 @@
-"""LUFFY: whole demonstrations in the group, beside the policy's own completions."""
+"""LUFFY: groups of sampled completions and whole demonstrations."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from rft.batch import Batch
 class LUFFY(DrGRPO):
     """Yan et al., "Learning to reason under off-policy guidance" (2025), eq. 5 to 7.
 
-    The group is the policy's completions and one demonstration, with advantages over all of them. On
-    the demonstration's tokens the ratio is p / (p + gamma) with p the policy's probability (its
-    author's is taken as 1), not clipped: tokens that the policy finds unlikely get more of the gradient
-    than p alone would give. Of several demonstrations each place takes one at random, and
-    `train.curriculum` counts none of them as solved by the policy. The parallel counterpart of
-    `prefix_rft`; without demonstrations it is `dr_grpo`.
+    A group consists of sampled completions and one demonstration, with advantages over all of them. On
+    demonstrated tokens the ratio is p / (p + gamma), with p the policy's probability (that of the
+    demonstration's author is taken as 1), without clipping: unlikely tokens get a larger gradient than with p
+    itself. With several demonstrations, one is drawn at random per place; `train.curriculum` does not count
+    them as solved by the policy. Variant of `prefix_rft` with whole demonstrations; without demonstrations it
+    is `dr_grpo`.
     """
 
     needs_demonstrations: ClassVar[bool] = True
 
     gamma: float = setting(0.1, "shape of the off-policy ratio p / (p + gamma)", gt=0)
-    demonstrations: int = setting(1, "places of the group that the demonstration takes", ge=0)
+    demonstrations: int = setting(1, "number of demonstrations per group", ge=0)
 
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         given = min(self.demonstrations, num_generations) if demonstration else 0

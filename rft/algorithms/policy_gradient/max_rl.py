@@ -1,4 +1,4 @@
-"""MaxRL: advantages that climb the log of the success rate."""
+"""MaxRL: policy gradient of the log success rate."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rft.batch import Batch
 class MaxRL(ClippedPolicyGradient):
     """Tajwar et al., "Maximum likelihood reinforcement learning" (2026).
 
-    A_i = (r_i - mean(r)) / mean(r), for rewards of at least 0. Dividing by the mean, where `grpo` divides
-    by the standard deviation, turns the gradient of the success rate p into that of log p, up to
-    the order that G samples can estimate: hard prompts weigh more. With G = 2 and rewards 0 and 1 it is
-    `dr_grpo` times 2. A group without any reward, like one with equal rewards, has A = 0.
+    A_i = (r_i - mean(r)) / mean(r), for non-negative rewards. Dividing by the mean, instead of the standard
+    deviation as in `grpo`, turns the gradient of the success rate p into that of log p, up to the order
+    that G samples can estimate, so hard prompts get more weight. With G = 2 and rewards 0 and 1 it is
+    `dr_grpo` times 2. A = 0 for groups whose rewards are all 0 or all equal.
     """
 
     min_generations: ClassVar[int] = 2

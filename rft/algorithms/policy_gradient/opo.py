@@ -1,4 +1,4 @@
-"""OPO: on-policy REINFORCE with the baseline of least variance."""
+"""OPO: on-policy REINFORCE with the variance-minimising baseline."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rft.batch import Batch
 class OPO(Reinforce):
     """Hao et al., "On-policy RL with optimal reward baseline" (2025), eq. 7.
 
-    The baseline that makes the gradient's variance least weighs each reward by the squared norm of its
-    gradient, about its length: b = sum(l_i r_i) / sum(l_i) over the group, A_i = r_i - b. Strictly
-    on-policy: step once on each batch. For answers of equal length it is `dr_grpo`.
+    The baseline that minimises the gradient's variance weights each reward by its squared gradient norm,
+    approximated by the length: b = sum(l_i r_i) / sum(l_i) over the group, A_i = r_i - b. Strictly
+    on-policy: one optimizer step per batch. For answers of equal length it is `dr_grpo`.
     """
 
     min_generations: ClassVar[int] = 2

@@ -1,4 +1,4 @@
-"""Credit per step: from process rewards, or from continuations at the step boundaries."""
+"""Credit assignment per step: from process rewards, or Monte Carlo continuations at step boundaries."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class PerStep(ClippedPolicyGradient):
     """Kazemnejad et al., "VinePPO" (2024), eq. 9; Setlur et al., "RL on incorrect synthetic data"
     (2024), eq. 3; process rewards: Shao et al. (2024), section 4.1.3.
 
-    A completion is cut into steps at `separator`; all tokens of a step share its advantage.
+    A completion is split into steps at `separator`; all tokens of a step share its advantage.
     continuations: A_k = V(after step k) - V(before it), where V is the mean reward of `branches`
-    continuations that the policy samples from there (before the first step: the group's mean; after the
-    last: the completion's own reward). process: a judge scores each step; scores are normalised over
-    all steps of the group, and a step's advantage is the sum of its own and all later ones.
+    continuations sampled from that state (before the first step: the group's mean; after the last: the
+    completion's reward). process: a judge scores each step; scores are normalised over all steps of the
+    group, and a step's advantage is the sum of its score and all later ones.
 
-    Against `ppo`, no critic; against `grpo`, the step that went wrong takes the blame. With one step it
-    is `dr_grpo` (continuations) or `grpo` (process).
+    Unlike `ppo`, it does not need a critic; unlike `grpo`, it assigns credit to individual steps. With one
+    step it is `dr_grpo` (continuations) or `grpo` (process).
 
     Reads `columns["step_ends"]`, and `columns["step_values"]` or `columns["step_rewards"]`, see `Steps`;
     padded with nan.
     """
 
-    source: Literal["continuations", "process"] = setting("continuations", "where the credit comes from")
+    source: Literal["continuations", "process"] = setting("continuations", "source of step values")
     branches: int = setting(4, "continuations sampled at each step boundary", ge=1)
-    separator: str = setting("\n", "the text that ends a step")
+    separator: str = setting("\n", "text that ends a step")
 
     @property
     def steps(self) -> Steps:

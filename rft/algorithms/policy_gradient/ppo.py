@@ -1,4 +1,4 @@
-"""PPO: a critic says what each state was worth."""
+"""PPO: clipped policy gradient with a critic and GAE."""
 
 from __future__ import annotations
 
@@ -22,45 +22,46 @@ class PPO(ClippedPolicyGradient):
     """Schulman et al., "Proximal policy optimization" (2017), eq. 7 and 9; for language models Ouyang
     et al. (2022). Length-adaptive and decoupled lambda: Yuan et al., "VAPO" (2025), section 4.1.
 
-    A token's reward is 0 but for the last, which has the completion's, less the KL where `kl_in` is
-    reward. Advantages are GAE(gamma, lam) over values of the critic (a model of its own, or a head on the
-    policy's trunk); the critic learns returns made with `critic_lam`. A completion that ran into the length
-    limit did not end there: the critic's value of the state after its last token stands for what would have
-    come (Pardo et al., "Time limits in reinforcement learning", 2018, eq. 6). Where the limit is part of the
-    task, set `bootstrap_truncated: false`. `entropy_coef` is eq. 9's c2.
+    The reward of a completion is assigned to its last token, and the KL penalty to each token for
+    `kl_in: reward`. Advantages are GAE(gamma, lam) over values of the critic (a separate model, or a head on
+    the policy's trunk); the critic is trained on returns computed with `critic_lam`. For a completion
+    truncated by the length limit, the return is bootstrapped from the critic's value of the state after its
+    last token (Pardo et al., "Time limits in reinforcement learning", 2018, eq. 6). If the limit is part of
+    the task, set `bootstrap_truncated: false`. `entropy_coef` is eq. 9's c2.
 
-    Against `grpo` it can tell good tokens from bad ones in one completion, at the price of a critic that must
-    be right: hence the defaults, a separate critic that learns much faster than the policy, and alone for the
-    first steps, in which the policy does not move. With gamma = lam = 1 and a critic that says the group's
-    mean it is `dr_grpo`.
+    Unlike `grpo` it assigns credit to individual tokens, but depends on the accuracy of the critic. The
+    defaults are therefore a separate critic that learns much faster than the policy, and initial steps that
+    train only the critic. With gamma = lam = 1 and a critic that predicts the group's mean it is `dr_grpo`.
 
-    The KL's weight adapts when `kl_target` is set: it grows or shrinks by up to 2 % a step as the mean
-    KL per token is above or below the target (Ziegler et al. 2019, section 2.2).
+    With `kl_target`, the weight of the KL is adapted: it increases or decreases by up to 2 % per step if the
+    mean KL per token is above or below the target (Ziegler et al. 2019, section 2.2).
     """
 
-    kl_in: Literal["loss", "reward"] = setting(
-        "reward", "where that KL goes: a term of the loss, or of the reward"
-    )
+    kl_in: Literal["loss", "reward"] = setting("reward", "apply the KL as a loss term or as a reward penalty")
     gamma: float = setting(1.0, "discount per token", ge=0, le=1)
     lam: float = setting(1.0, "GAE lambda of the policy", ge=0, le=1)
     critic_lam: float | None = setting(None, "GAE lambda of the critic's returns; null: lam", ge=0, le=1)
     lam_length: float | None = setting(
-        None, "alpha: the policy's lambda is 1 - 1 / (alpha * length); null: lam", gt=0
+        None, "alpha of length-adaptive GAE, lambda = 1 - 1 / (alpha * length); null: lam", gt=0
     )
-    whiten: bool = setting(True, "scale advantages to mean 0 and deviation 1 over the trained tokens")
-    value_coef: float = setting(0.5, "weight of the critic's loss", ge=0)
+    whiten: bool = setting(
+        True, "normalise advantages to mean 0 and standard deviation 1 over trained tokens"
+    )
+    value_coef: float = setting(0.5, "weight of the critic loss", ge=0)
     value_clip: float | None = setting(
-        None, "how far a value may move from the old one; null: unbounded", gt=0
+        None, "clip range of the value around the old value; null: no clipping", gt=0
     )
     critic: Literal["head", "model"] = setting(
-        "model", "the critic: a model of its own that starts as the policy's copy, or a head on its trunk"
+        "model", "critic: a separate model, initialised from the policy, or a head on the policy's trunk"
     )
-    critic_rate: float = setting(75.0, "the critic's learning rate over the policy's", gt=0)
-    critic_warmup: int = setting(10, "steps at the start that train the critic only", ge=0)
+    critic_rate: float = setting(75.0, "learning rate of the critic, relative to the policy's", gt=0)
+    critic_warmup: int = setting(10, "initial steps that train only the critic", ge=0)
     bootstrap_truncated: bool = setting(
-        True, "value the state after a completion that was cut off by the critic, instead of by 0"
+        True, "bootstrap the return of truncated completions from the critic, instead of 0"
     )
-    kl_target: float | None = setting(None, "KL per token, in nats, that beta adapts to; null: fixed", gt=0)
+    kl_target: float | None = setting(
+        None, "target KL per token, in nats, of an adaptive beta; null: fixed beta", gt=0
+    )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -76,20 +77,20 @@ class PPO(ClippedPolicyGradient):
 
     @property
     def before_prepare(self) -> frozenset[str]:
-        return super().before_prepare | (self.needs & {"old_logps"})  # from the forward that values need
+        return super().before_prepare | (self.needs & {"old_logps"})  # from the same forward as the values
 
     def acts_on(self, batch: Batch) -> Tensor:
-        return batch.mask  # the critic learns from every token
+        return batch.mask  # the critic is trained on every token
 
     def token_rewards(self, batch: Batch) -> Tensor:
-        """[T]: the completion's reward at its last token, less the KL."""
+        """Return token rewards, [T]: the completion's reward at its last token, minus the KL penalty."""
         return at_last_token(required(batch.rewards, "rewards"), batch) - self.kl_penalty(batch)
 
     def critic_only(self, state: Mapping[str, float]) -> bool:
         return state.get("steps", 0) < self.critic_warmup
 
     def _gae(self, batch: Batch, lam: float | Tensor) -> Tensor:
-        """[T]: generalised advantage estimates of the critic's values."""
+        """Return generalised advantage estimates over the critic's values, [T]."""
         values = required(batch.values, "values")
         ends = required(batch.end_values, "end_values") if self.bootstrap_truncated else 0.0
         return gae(self.token_rewards(batch), values, batch, self.gamma, lam, ends)
@@ -112,7 +113,7 @@ class PPO(ClippedPolicyGradient):
         return loss + self.value_coef * self.critic_loss(policy, batch)
 
     def critic_loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[T]: half the squared error, the larger of it and that of the clipped value."""
+        """Return half the squared error, [T]: the larger of those of the value and the clipped value."""
         values, returns = required(policy.values, "policy.values"), required(batch.returns, "returns")
         error = (values - returns).square()
         if self.value_clip is not None:

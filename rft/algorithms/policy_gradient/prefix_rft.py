@@ -1,4 +1,4 @@
-"""Prefix-RFT: some rollouts start with the beginning of a demonstration."""
+"""Prefix-RFT: some rollouts start with a prefix of a demonstration."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ from rft.batch import Batch
 class PrefixRFT(DrGRPO):
     """Huang et al., "Blending supervised and reinforcement fine-tuning with prefix sampling" (2025), sec. 3.
 
-    For prompts with a demonstration, the first `hybrids` of the group's rollouts are a prefix of it (of one
-    of several, at random) with the policy's own continuation. They stand in one group with ordinary
-    rollouts, and `dr_grpo`'s update acts on all: if the prefix leads to the right answer, its tokens are
-    imitated. A prefix is a share l of the demonstration, drawn for each hybrid from U(low, share_from),
-    where low falls from `share_from` to `share_to` by a cosine over the run: long prefixes stay in the mix.
+    For prompts with a demonstration, the first `hybrids` rollouts of a group start with a prefix of it (of a
+    random one if there are several), continued by the policy. They form one group with ordinary rollouts, and
+    `dr_grpo`'s update applies to all: if the prefix leads to the right answer, its tokens are imitated. The
+    prefix is a fraction of the demonstration, drawn for each hybrid from U(low, share_from), where low
+    decreases from `share_from` to `share_to` by a cosine schedule over the run, so long prefixes still occur.
 
-    Of all prefix tokens of a step only those where the policy is least sure (the top `entropy_share` by
-    entropy, before the step) have an advantage; the others have 0 and keep their place in averages. On prefix
-    tokens the ratio is clipped as elsewhere, in a range of its own (`prefix_epsilon`), or not at all
+    Of all prefix tokens of a step, only those where the policy is most uncertain (the top `entropy_share` by
+    entropy, before the step) have an advantage; that of the others is 0, but they count in averages. On
+    prefix tokens the ratio is clipped as elsewhere, in a separate range (`prefix_epsilon`), or not at all
     (`prefix_clip: false`).
 
-    Prompts without a demonstration, and with `hybrids: 0` all, are plain `dr_grpo`. Hybrids say nothing of
-    how often the policy solves a prompt, so `train.curriculum` does not count them.
+    Prompts without a demonstration, and all prompts with `hybrids: 0`, are trained by `dr_grpo`. Hybrids do
+    not measure the policy's pass rate, so `train.curriculum` does not count them.
     """
 
     needs_demonstrations: ClassVar[bool] = True
 
-    hybrids: int = setting(1, "rollouts of a group that start with a prefix", ge=0)
+    hybrids: int = setting(1, "rollouts per group that start with a prefix", ge=0)
     share_from: float = setting(
-        0.95, "largest share of a demonstration that is given, and the least at the start", ge=0, lt=1
+        0.95, "upper bound of the prefix fraction, and initial lower bound", ge=0, lt=1
     )
-    share_to: float = setting(0.05, "least share that is given at the end of the run", ge=0, lt=1)
-    entropy_share: float = setting(0.2, "share of prefix tokens, by entropy, that take part", ge=0, le=1)
+    share_to: float = setting(0.05, "lower bound of the prefix fraction at the end of the run", ge=0, lt=1)
+    entropy_share: float = setting(
+        0.2, "fraction of prefix tokens, by highest entropy, that are trained on", ge=0, le=1
+    )
     prefix_clip: bool = setting(True, "clip the ratio on prefix tokens too")
     prefix_epsilon: float | None = setting(
         None, "clip range below 1 on prefix tokens; null: epsilon", ge=0, le=1
     )
     prefix_epsilon_high: float | None = setting(
-        None, "clip range above 1 on prefix tokens; null: as prefix_epsilon, or elsewhere", ge=0
+        None, "clip range above 1 on prefix tokens; null: prefix_epsilon, or else epsilon_high", ge=0
     )
 
     @property
@@ -56,7 +58,7 @@ class PrefixRFT(DrGRPO):
         return super().needs | {"old_entropy"}
 
     def least_share(self, progress: float) -> float:
-        """The lower end of the shares that are drawn, `progress` in [0, 1]."""
+        """Return the lower bound of the prefix fraction at `progress` in [0, 1]."""
         return self.share_to + (self.share_from - self.share_to) * (1 + math.cos(math.pi * progress)) / 2
 
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
@@ -76,7 +78,7 @@ class PrefixRFT(DrGRPO):
         return batch.with_(advantages=advantages.index_fill(0, sure, 0.0))
 
     def _prefix_range(self) -> tuple[float, float]:
-        """The clip range on prefix tokens, below and above 1."""
+        """Return the clip range on prefix tokens, below and above 1."""
         low = self.epsilon if self.prefix_epsilon is None else self.prefix_epsilon
         same = self.high if self.prefix_epsilon is None else self.prefix_epsilon
         return low, same if self.prefix_epsilon_high is None else self.prefix_epsilon_high
@@ -125,7 +127,7 @@ class PrefixRFT(DrGRPO):
 
 
 def demonstration_report(batch: Batch) -> dict[str, float]:
-    """Mean reward of the sequences that start with a demonstration, and of the others."""
+    """Return the mean reward of sequences that start with a demonstration, and of the others."""
     if batch.demonstrated is None or batch.rewards is None:
         return {}
     given = torch.zeros(batch.num_sequences, dtype=torch.bool, device=batch.tokens.device)

@@ -1,4 +1,4 @@
-"""RAFT and its kin: train on the good completions, leave out the rest."""
+"""RAFT and its variants: train only on the best completions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from rft.batch import Batch
 
 @dataclass(frozen=True)
 class Chosen(PolicyGradient):
-    """Keeps the top of each group, or of the batch, in the mask, with advantage 1. What is left out counts in
-    no average, and is not run through the model."""
+    """Base of rejection sampling: keep the top of each group, or of the batch, with advantage 1.
 
-    top_share: float = setting(0.0, "share that is chosen, rounded up; 0: the best one of each", ge=0, le=1)
+    Other completions are removed from the mask: they are excluded from averages and from the forward pass.
+    """
+
+    top_share: float = setting(0.0, "fraction to keep, rounded up; 0: only the best one", ge=0, le=1)
     rank: Literal["group", "batch"] = setting(
-        "group", "what top_share is a share of: each prompt's completions, or all of the step's"
+        "group", "apply top_share to each prompt's completions, or to all completions of the step"
     )
-    threshold: float | None = setting(0.0, "rewards at or below are never chosen; null: no bound")
+    threshold: float | None = setting(0.0, "discard completions with rewards at or below; null: no threshold")
 
     def chosen(self, batch: Batch) -> Tensor:
-        """[N] bool. Among equal rewards of a group, the first in order; among equal rewards of the batch, the
-        one that fewer of its group are better than, so that all prompts come before a second of one."""
+        """Return the selected completions, [N] bool.
+
+        Ties within a group go to the first in order; ties within the batch to the one with the better rank in
+        its group, so that every prompt is selected once before any is selected twice.
+        """
         rewards = self.sequence_rewards(batch)
         place = rank_in_group(rewards, batch.group)
         size = group_size(batch.group)
@@ -58,53 +63,56 @@ class Chosen(PolicyGradient):
 
 @dataclass(frozen=True)
 class RAFT(Chosen, Reinforce):
-    """Train on the best of each group, leave out the rest.
+    """Train only on the best completions of each group.
 
     Dong et al., "RAFT: reward ranked fine-tuning" (2023), algorithm 1, streamed: each step samples, ranks
     and trains.
 
-    Maximum likelihood of the best of K of each prompt's completions, whatever its reward (eq. 5), or of the
-    top share of each group or of the whole batch (the authors' code: the best 20 % of all). Against `grpo`
-    the bad ones say nothing, so entropy falls faster. With a `threshold` a group with nothing above it is
-    left out: for rewards that say right or wrong, where the best of K may be wrong. The scores of a reward
-    model have no zero to put one at. With one completion a prompt and a threshold it is rejection sampling.
+    Maximum likelihood of the best of K completions per prompt, regardless of its reward (eq. 5), or of the
+    top fraction of each group or of the whole batch (the authors' code: the best 20 % of all). Unlike `grpo`
+    it does not learn from bad completions, so entropy decreases faster. With a `threshold`, groups without a
+    reward above it are skipped: for binary rewards, where the best of K may be wrong. Scores of a reward
+    model lack a natural threshold. With one completion per prompt and a threshold it is rejection sampling.
     """
 
-    threshold: float | None = setting(None, "rewards at or below are never chosen; null: no bound")
+    threshold: float | None = setting(
+        None, "discard completions with rewards at or below; null: no threshold"
+    )
 
     on_policy: ClassVar[bool] = False
 
-    correction: Correction = setting("none", "weights for learner against sampler log-probs")
+    correction: Correction = setting("none", "importance weights of learner to sampler log-probs")
 
 
 @dataclass(frozen=True)
 class RAFTPlusPlus(Chosen, ClippedPolicyGradient):
-    """RAFT on all right answers, with ratio and clip.
+    """RAFT on all correct completions, with ratio and clip.
 
     Xiong et al., "A minimalist approach to LLM reasoning" (2025), section 3: RAFT++.
 
-    All positive completions, with PPO's ratio and clip, so that a batch can be stepped on several times.
-    It is `grpo` with advantage 1 for the right ones and the wrong ones left out.
+    All completions above the threshold, with PPO's ratio and clip, which allows several optimizer steps per
+    batch. It is `grpo` with advantage 1 for correct completions, without the wrong ones.
     """
 
-    top_share: float = setting(1.0, "share that is chosen, rounded up; 0: the best one of each", ge=0, le=1)
+    top_share: float = setting(1.0, "fraction to keep, rounded up; 0: only the best one", ge=0, le=1)
 
 
 @dataclass(frozen=True)
 class ReinforceRej(ClippedPolicyGradient):
-    """Plus and minus one, without the groups that are all right or all wrong.
+    """REINFORCE with advantages +1 and -1, without groups that are all correct or all wrong.
 
-    Xiong et al. (2025), section 3: Reinforce-Rej. Groups that are all right or all wrong are left out;
-    what remains has advantage +1 above the threshold and -1 below, less the KL where `kl_in` is reward.
-    The paper's point: leaving out the all-wrong groups is most of what `grpo`'s normalisation achieves.
+    Xiong et al. (2025), section 3: Reinforce-Rej. Groups that are all correct or all wrong are excluded;
+    other completions have advantage +1 above the threshold and -1 otherwise, minus the KL for `kl_in:
+    reward`. The paper finds that excluding all-wrong groups accounts for most of the effect of `grpo`'s
+    normalisation.
     """
 
     min_generations: ClassVar[int] = 2
 
-    threshold: float = setting(0.0, "rewards above it are right, the others wrong")
+    threshold: float = setting(0.0, "rewards above it count as correct, others as wrong")
 
     def right(self, batch: Batch) -> Tensor:
-        """[N] float32: 1 for right, 0 for wrong."""
+        """Return 1 for correct and 0 for wrong completions, [N] float32."""
         return (self.task_rewards(batch) > self.threshold).float()
 
     def trained(self, batch: Batch) -> Tensor:
@@ -120,16 +128,16 @@ class ReinforceRej(ClippedPolicyGradient):
 
 @dataclass(frozen=True)
 class ExpertIteration(RAFT):
-    """RAFT on the good answers of many steps.
+    """RAFT on the correct completions of several steps.
 
     Expert iteration over accumulated data (Anthony et al. 2017; for reasoning, STaR, Zelikman et al.
-    2022, and Havrilla et al. 2024): `raft` on all good completions of this step and of the `replay` steps
-    before it. With `replay: 0` it is `raft` with a top share of 1 and a threshold of 0.
+    2022, and Havrilla et al. 2024): `raft` on all completions above the threshold of this step and the
+    `replay` previous steps. With `replay: 0` it is `raft` with `top_share: 1` and `threshold: 0`.
     """
 
-    top_share: float = setting(1.0, "share that is chosen, rounded up; 0: the best one of each", ge=0, le=1)
-    threshold: float | None = setting(0.0, "rewards at or below are never chosen; null: no bound")
-    replay: int = setting(8, "past steps whose completions are trained on again", ge=0)
+    top_share: float = setting(1.0, "fraction to keep, rounded up; 0: only the best one", ge=0, le=1)
+    threshold: float | None = setting(0.0, "discard completions with rewards at or below; null: no threshold")
+    replay: int = setting(8, "previous steps whose completions are replayed", ge=0)
 
     @property
     def hooks(self) -> str:

@@ -1,4 +1,4 @@
-"""REINFORCE++: PPO's stability without its critic."""
+"""REINFORCE++: PPO without a critic, with advantages normalised over the batch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ from rft.batch import Batch
 class ReinforcePP(ClippedPolicyGradient):
     """Hu et al., "REINFORCE++" (2025), eq. 7 to 10.
 
-    Each token's return is the reward at the end less the KL of this and all later tokens; advantages
-    are the returns normalised over all tokens of the whole batch, in PPO's clipped objective. With
-    `baseline: group` (REINFORCE++-baseline, for several completions a prompt) the group's mean is taken off
-    the rewards first, and the KL is a k2 term of the loss (`kl_in: loss`, `kl_estimator: k2`).
+    Each token's return is the final reward minus the KL of this and all later tokens; advantages are the
+    returns normalised over all tokens of the batch, in PPO's clipped objective. With `baseline: group`
+    (REINFORCE++-baseline, for several completions per prompt) the group's mean is first subtracted from the
+    rewards, and the KL is a k2 loss term (`kl_in: loss`, `kl_estimator: k2`).
 
-    Against `grpo`, the scale is the batch's, not the group's: easy prompts are not blown up. Where
+    Unlike in `grpo`, the scale is that of the batch, not of the group, so easy prompts are not amplified. If
     all rewards of the batch are equal and there is no KL, advantages are 0.
     """
 
-    kl_in: Literal["loss", "reward"] = setting(
-        "reward", "where that KL goes: a term of the loss, or of the reward"
-    )
-    baseline: Literal["none", "group"] = setting("none", "take the group's mean off the rewards first")
+    kl_in: Literal["loss", "reward"] = setting("reward", "apply the KL as a loss term or as a reward penalty")
+    baseline: Literal["none", "group"] = setting("none", "subtract the group's mean from the rewards first")
     gamma: float = setting(1.0, "discount per token", ge=0, le=1)
 
     def advantages(self, batch: Batch) -> Tensor:

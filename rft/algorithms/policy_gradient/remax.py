@@ -1,4 +1,4 @@
-"""ReMax: the greedy answer's reward is the baseline."""
+"""ReMax: REINFORCE with the reward of the greedy completion as baseline."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rft.batch import Batch
 class ReMax(Reinforce):
     """Li et al., "ReMax" (2023), eq. 4 and algorithm 2.
 
-    A = r(sampled) - r(greedy answer to the same prompt), in REINFORCE over the whole sequence. Against
-    `rloo`, one sampled completion is enough: the baseline costs one greedy one, which is not trained on.
-    Where the policy has become deterministic both answers are the same and A = 0.
+    A = r(sampled) - r(greedy completion of the same prompt), in REINFORCE over the whole sequence. Unlike
+    `rloo`, it works with one sampled completion per prompt; the baseline costs one greedy completion, which
+    is not trained on. For a deterministic policy both completions are equal and A = 0.
     """
 
-    kl_in: Literal["loss", "reward"] = setting(
-        "reward", "where that KL goes: a term of the loss, or of the reward"
+    kl_in: Literal["loss", "reward"] = setting("reward", "apply the KL as a loss term or as a reward penalty")
+    normalization: Normalization = setting(
+        "constant", "average the loss over tokens, sequences or a constant length"
     )
-    normalization: Normalization = setting("constant", "average over tokens, sequences, or a constant length")
 
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         return (*[Rollout()] * num_generations, Rollout(greedy=True, train=False))

@@ -1,4 +1,4 @@
-"""RLOO: each completion's baseline is the mean of the others."""
+"""RLOO: REINFORCE with a leave-one-out baseline."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class RLOO(ClippedPolicyGradient):
     """Ahmadian et al., "Back to basics" (2024), eq. 8; Kool et al. 2019.
 
     A_i = r_i - mean of the other rewards, an unbiased baseline, equal to G / (G - 1) (r_i - mean(r)).
-    The whole completion is one action: its ratio is the product over its tokens, and the KL belongs
-    to the reward. Against `dr_grpo`: the factor G / (G - 1), and the sequence's ratio instead of the
-    token's. Degenerates like `grpo` where all rewards are equal.
+    The whole completion is one action: its ratio is the product over its tokens, and the KL is part of the
+    reward. It differs from `dr_grpo` by the factor G / (G - 1), and by the ratio per sequence instead of per
+    token. As in `grpo`, A = 0 if all rewards of a group are equal.
     """
 
     min_generations: ClassVar[int] = 2
 
-    kl_in: Literal["loss", "reward"] = setting(
-        "reward", "where that KL goes: a term of the loss, or of the reward"
+    kl_in: Literal["loss", "reward"] = setting("reward", "apply the KL as a loss term or as a reward penalty")
+    normalization: Normalization = setting(
+        "sequence", "average the loss over tokens, sequences or a constant length"
     )
-    normalization: Normalization = setting("sequence", "average over tokens, sequences, or a constant length")
 
     def advantages(self, batch: Batch) -> Tensor:
         rewards = self.sequence_rewards(batch)

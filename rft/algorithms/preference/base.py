@@ -1,4 +1,4 @@
-"""Bases of the preference algorithms: online, on groups and a reference; offline, on pairs of responses."""
+"""Base classes of preference algorithms: online with a reference on groups, offline on pairs of responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rft.batch import Batch
 
 @dataclass(frozen=True)
 class OnlinePreference(Algorithm):
-    """Losses on the log-ratio of policy and reference over whole completions."""
+    """Base of online losses on the log-ratio of policy to reference of whole completions."""
 
     min_generations: ClassVar[int] = 2
 
@@ -26,7 +26,7 @@ class OnlinePreference(Algorithm):
         return frozenset({"rewards", "ref_logps"})
 
     def log_ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[N]: log of policy over reference."""
+        """Return the log-ratio of policy to reference, [N]."""
         return sequence_log_ratio(policy.logps, required(batch.ref_logps, "ref_logps"), batch)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ class OnlinePreference(Algorithm):
         return metrics
 
     def report(self, batch: Batch) -> dict[str, float]:
-        """group/degenerate: how many groups have all rewards equal; group/degenerate_share: of all."""
+        """Return group/degenerate, the number of groups with equal rewards, and group/degenerate_share."""
         count = count_degenerate(required(batch.rewards, "rewards"), batch.group)
         if not batch.num_groups:
             return {}
@@ -47,7 +47,7 @@ class OnlinePreference(Algorithm):
 
 
 def without_unknown(batch: Batch, name: str) -> Batch:
-    """The batch without the sequences whose column `name` is nan: they leave the mask."""
+    """Remove sequences whose column `name` is nan from the mask."""
     unknown = column(batch, name).isnan()
     if not unknown.any():
         return batch
@@ -56,14 +56,14 @@ def without_unknown(batch: Batch, name: str) -> Batch:
 
 
 def preference(margin: Tensor) -> dict[str, Tensor]:
-    """Held-out accuracy and margin of pairs, from the margins [P] of their rewards."""
+    """Return held-out accuracy and margin of pairs, from their reward margins [P]."""
     right = ((margin > 0).to(margin) + (margin >= 0).to(margin)) / 2
     return {"preference_accuracy": right, "preference_margin": margin}
 
 
 @dataclass(frozen=True)
 class OfflinePreference(Algorithm):
-    """Losses [P] on pairs of responses to a prompt: chosen and rejected, or neighbours in a ranking."""
+    """Base of losses [P] on pairs of responses: chosen and rejected, or neighbours in a ranking."""
 
     online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "pair"
@@ -71,11 +71,13 @@ class OfflinePreference(Algorithm):
 
     @abstractmethod
     def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[N]: the reward that the policy implies for each sequence, up to a constant per prompt."""
+        """Return the implicit reward of each sequence, [N], up to a constant per prompt."""
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """preference_accuracy, preference_margin: of the implicit rewards, by pair (a tie counts half);
-        nll: of the preferred responses' tokens."""
+        """Return preference_accuracy and preference_margin of implicit rewards, and nll.
+
+        The first two are by pair (ties count 1/2), nll is by token of the preferred responses.
+        """
         first, second = self.pairs(batch)
         reward = self.implicit_rewards(policy, batch)
         preferred = torch.zeros(batch.num_sequences, device=reward.device).index_fill(0, first, 1.0)
@@ -85,10 +87,12 @@ class OfflinePreference(Algorithm):
         }
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """preference/accuracy: pairs whose chosen has the higher implicit reward (a tie counts half);
-        preference/margin: by how much; preference/chosen, preference/rejected: log-prob per token.
+        """Return token metrics of pairs.
 
-        Pairs are spread over their tokens, so long pairs count more here. Never in the loss.
+        preference/accuracy: pairs whose chosen response has the higher implicit reward (ties count 1/2).
+        preference/margin: difference of implicit rewards. preference/chosen, preference/rejected: log-prob
+        per token. The value of a pair is repeated at its tokens, so long pairs have more weight (unlike in
+        the loss).
         """
         first, second = self.pairs(batch)
         if not len(first):

@@ -18,14 +18,15 @@ class CPO(OfflinePreference):
     """loss = -log sigmoid(beta * (log p(chosen) - log p(rejected))) - nll * mean log p(chosen); Xu et al.,
     "Contrastive preference optimization" (2024), eqs. 3 to 5.
 
-    It is `dpo` with a uniform reference; the likelihood term, here per token and averaged over
-    pairs, keeps the chosen from sinking. `loss_type` as in `dpo`; `ipo` takes log p per token.
+    It is `dpo` with a uniform reference; the likelihood term, here per token and averaged over pairs,
+    prevents the likelihood of chosen responses from decreasing. `loss_type` as in `dpo`; `ipo` uses log p
+    per token.
     """
 
     beta: float = setting(0.1, "scale of the margin", gt=0)
     nll: float = setting(1.0, "weight of the chosen response's negative log-likelihood per token", ge=0)
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = setting("sigmoid", "the loss of the margin")
-    label_smoothing: float = setting(0.0, "share of pairs whose labels are taken to be flipped", ge=0, lt=0.5)
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = setting("sigmoid", "loss function of the margin")
+    label_smoothing: float = setting(0.0, "assumed fraction of flipped labels", ge=0, lt=0.5)
 
     def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         return self.beta * batch.sum_by_sequence(policy.logps)

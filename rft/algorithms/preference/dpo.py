@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its family: one shape, many losses."""
+"""Direct preference optimisation: DPO and its variants of loss, divergence and weighting."""
 
 from __future__ import annotations
 
@@ -44,29 +44,29 @@ class DPO(ReadsDistributions, OfflinePreference):
     """loss = -log sigmoid(beta * (s(chosen) - s(rejected))), s = log policy - log reference of a response;
     Rafailov et al., "Direct preference optimization" (2023), eq. 7.
 
-    `loss_type` names what replaces -log sigmoid; each is described in `math/preferences.py`. `ipo`
-    takes s per token, as its authors do. `aot` (Melnyk et al. 2024) compares not pair by pair but
-    distribution by distribution: the batch's sorted margins against the reference's sorted ones.
-    `label_smoothing` is the share of flipped labels (cDPO; robust; exo's epsilon; aot).
+    `loss_type` selects the replacement of -log sigmoid; each is described in `math/preferences.py`. `ipo`
+    uses s per token, like its authors. `aot` (Melnyk et al. 2024) compares distributions instead of pairs:
+    the sorted margins of the batch with the sorted margins of the reference.
+    `label_smoothing` is the assumed fraction of flipped labels (cDPO; robust; exo's epsilon; aot).
 
-    Beside the loss: `divergence_type` changes s (f-DPO, Wang et al. 2023); `length_normalized` takes s per
-    token; `tail` < 1 is LD-DPO (Liu et al. 2024): tokens past the length of the pair's shorter response
-    count that much; `nll` adds the chosen response's -log p per token (RPO, Pang et al. 2024, eq. 1);
-    `weighting` multiplies by both responses' geometric mean probability (WPO, Zhou et al. 2024, eq. 2;
-    `aligned`: over that of a sample of the policy). With no pair in the batch there is no loss.
+    Further settings: `divergence_type` changes s (f-DPO, Wang et al. 2023); `length_normalized` uses s per
+    token; `tail` < 1 is LD-DPO (Liu et al. 2024): it weights tokens past the length of the pair's shorter
+    response; `nll` adds the chosen response's -log p per token (RPO, Pang et al. 2024, eq. 1); `weighting`
+    multiplies by the geometric mean probability of both responses (WPO, Zhou et al. 2024, eq. 2; `aligned`:
+    relative to that of a sample of the policy). The loss of a batch without pairs is 0.
     """
 
-    loss_type: LossType = setting("sigmoid", "the loss of the two scores")
-    beta: float = setting(0.1, "how far the policy may move from the reference: small is far", gt=0)
-    label_smoothing: float = setting(0.0, "share of pairs whose labels are taken to be flipped", ge=0, lt=0.5)
-    divergence_type: DivergenceType = setting("reverse_kl", "divergence to the reference: the shape of s")
-    alpha: float = setting(1.0, "divergence_type alpha: its order", gt=0)
-    length_normalized: bool = setting(False, "take log-ratios per token")
-    tail: float = setting(1.0, "weight of tokens past the shorter response's length", ge=0, le=1)
+    loss_type: LossType = setting("sigmoid", "loss function of the two scores")
+    beta: float = setting(0.1, "strength of the regularisation towards the reference", gt=0)
+    label_smoothing: float = setting(0.0, "assumed fraction of flipped labels", ge=0, lt=0.5)
+    divergence_type: DivergenceType = setting("reverse_kl", "f-divergence to the reference, which defines s")
+    alpha: float = setting(1.0, "order of divergence_type alpha", gt=0)
+    length_normalized: bool = setting(False, "use log-ratios per token")
+    tail: float = setting(1.0, "weight of tokens past the length of the shorter response", ge=0, le=1)
     nll: float = setting(0.0, "weight of the chosen response's negative log-likelihood per token", ge=0)
-    weighting: Literal["none", "plain", "aligned"] = setting("none", "weigh pairs by their probability")
-    tau: float = setting(0.05, "discopop: temperature of its blend", gt=0)
-    reference_free: bool = setting(False, "take the reference as uniform: no model, s = log policy")
+    weighting: Literal["none", "plain", "aligned"] = setting("none", "weight pairs by their probability")
+    tau: float = setting(0.05, "discopop: temperature of the blend", gt=0)
+    reference_free: bool = setting(False, "use a uniform reference instead of a model: s = log policy")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,13 +95,13 @@ class DPO(ReadsDistributions, OfflinePreference):
         return False
 
     def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
-        """log sum p^2: the log of a sampled token's mean probability (for `aligned`); no reference read."""
+        """Return log sum p^2, the log mean probability of a sampled token, for `weighting: aligned`."""
         return torch.logsumexp(2 * logps, -1)
 
     # -- scores ------------------------------------------------------------------------------------
 
     def prepare(self, batch: Batch) -> Batch:
-        """aot: give each pair, by rank of its margin, the reference margin of the same rank."""
+        """For aot, assign to each pair the reference margin of the same rank as its margin."""
         if self.loss_type != "aot":
             return batch
         first, second = self.pairs(batch)
@@ -117,7 +117,7 @@ class DPO(ReadsDistributions, OfflinePreference):
         return required(batch.ref_logps, "ref_logps")
 
     def scores(self, policy: PolicyOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-        """([P], [P]): s of the chosen and of the rejected."""
+        """Return s of the chosen and rejected responses, ([P], [P])."""
         chosen, rejected = paired_sums(
             policy.logps - self._reference(batch), batch, *self.pairs(batch), self.tail
         )
@@ -150,7 +150,7 @@ class DPO(ReadsDistributions, OfflinePreference):
         return loss
 
     def _weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        """[P]: the product of both responses' geometric mean probability, without gradient."""
+        """Return the product of both responses' geometric mean probability, [P], without gradient."""
         logps = policy.logps.detach()
         if self.weighting == "aligned":
             logps = logps - required(policy.kl, "kl").detach()

@@ -1,4 +1,4 @@
-"""Iterative DPO: rounds of sampling and DPO, each from where the last one ended."""
+"""Iterative DPO: online DPO with a reference refreshed every round and a likelihood term."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rft.batch import Batch
 class IterativeDPO(OnlineDPO):
     """Pang et al., "Iterative reasoning preference optimization" (2024), eq. 1; Xu et al. 2023.
 
-    Against `online_dpo`, the reference becomes the policy at the end of each round, and the best
-    completion's negative log-likelihood per token is added, so that it does not sink with its
-    loser. With `refresh_reference: 0` and `nll: 0` it is `online_dpo`.
+    Unlike in `online_dpo`, the policy is copied to the reference after each round, and the best completion's
+    negative log-likelihood per token is added, which prevents its likelihood from decreasing with that of the
+    worst. With `refresh_reference: 0` and `nll: 0` it is `online_dpo`.
     """
 
     nll: float = setting(1.0, "weight of the best completion's negative log-likelihood per token", ge=0)
     refresh_reference: int = setting(
-        20, "steps of a round, after which the reference becomes the policy", ge=0
+        20, "steps per round, after which the policy is copied to the reference; 0: never", ge=0
     )
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Preference optimisation from thumbs up and thumbs down, without pairs."""
+"""Kahneman-Tversky optimisation: preference optimisation from binary labels, without pairs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ class KTO(Algorithm):
     responses, s = log policy - log reference; Ethayarajh et al., "KTO" (2024), eqs. 7 and 8.
 
     z is the policy's divergence from the reference, estimated without gradient as max(0, mean s) over
-    mismatched responses: each prompt with the next one's response. Those sequences carry no loss.
-    `baseline: zero` leaves them out and takes z = 0 (APO-zero, unpaired). Weights should balance the
-    labels: desirable * (number of good) within 1 to 4/3 of undesirable * (number of bad).
+    mismatched responses: each prompt with the next prompt's response. These sequences are not trained on.
+    `baseline: zero` omits them and sets z = 0 (APO-zero, unpaired). Weights should balance the labels:
+    desirable * (number of good) within 1 to 4/3 of undesirable * (number of bad).
     """
 
     online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "sequence"
     data: ClassVar[DataKind] = "unpaired"
 
-    beta: float = setting(0.1, "how far the policy may move from the reference: small is far", gt=0)
+    beta: float = setting(0.1, "strength of the regularisation towards the reference", gt=0)
     desirable: float = setting(1.0, "weight of good responses", ge=0)
     undesirable: float = setting(1.0, "weight of bad responses", ge=0)
-    baseline: Literal["mismatched", "zero"] = setting("mismatched", "what z is estimated from")
+    baseline: Literal["mismatched", "zero"] = setting(
+        "mismatched", "estimate z from mismatched responses, or set it to zero"
+    )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -42,9 +44,9 @@ class KTO(Algorithm):
         return self.baseline == "mismatched"
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
-        """Give each prompt the next one's response besides its own, marked by `values["mismatched"]`.
+        """Add the next prompt's response to each group, marked by `values["mismatched"]`.
 
-        Raises ValueError for fewer than two groups: there is no other response.
+        Raises ValueError for fewer than two groups.
         """
         if self.baseline == "zero":
             return list(groups)
@@ -59,8 +61,10 @@ class KTO(Algorithm):
         return out
 
     def prepare(self, batch: Batch) -> Batch:
-        """`columns["kto_z"]` [N]: z; `columns["kto_weight"]` [N]: each sequence's weight, such that a mean
-        over all sequences is one over those that carry a loss."""
+        """Add `columns["kto_z"]` [N], z, and `columns["kto_weight"]` [N], the weight of each sequence.
+
+        Weights are scaled such that a mean over all sequences is a mean over those with a loss.
+        """
         good = required(batch.rewards, "rewards") > 0.5
         weight = torch.where(good, self.desirable, self.undesirable)
         z = torch.zeros(())
@@ -82,8 +86,11 @@ class KTO(Algorithm):
         return column(batch, "kto_weight") * (1 - value)
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """reward_good, reward_bad: the implicit reward beta * s of good and of bad responses;
-        label_accuracy: responses that it puts on the right side of beta * z; nll: of the good ones."""
+        """Return held-out metrics.
+
+        reward_good, reward_bad: implicit reward beta * s of good and bad responses. label_accuracy: responses
+        whose implicit reward is on the right side of beta * z. nll: of good responses.
+        """
         ratio = policy.logps - required(batch.ref_logps, "ref_logps")
         reward = self.beta * batch.sum_by_sequence(ratio)
         own = torch.ones_like(reward, dtype=torch.bool)
@@ -99,5 +106,5 @@ class KTO(Algorithm):
         }
 
     def report(self, batch: Batch) -> dict[str, float]:
-        """kto/z: the divergence that both kinds are measured against."""
+        """Return kto/z, the estimated divergence from the reference."""
         return {"kto/z": float(batch.columns["kto_z"][0])}

@@ -1,4 +1,4 @@
-"""Nash-MD: learn to be preferred to a mixture of yourself and the reference."""
+"""Nash-MD: maximise the win rate against a mixture of policy and reference."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from rft.batch import Batch
 class NashMD(Reinforce):
     """Munos et al., "Nash learning from human feedback" (2023), eq. 9 and section 7 (Nash-MD-PG).
 
-    A = P(y is preferred to y') - 1/2, with y of the policy and y' of the geometric mixture
-    policy^(1 - mixture) * reference^mixture; and a KL to the reference of weight `beta` (the paper's
-    tau). P comes from rewards, or from a pairwise judge as `columns["win_rate"]`. It needs no
-    transitive reward: its fixed point is the Nash equilibrium of the regularised preference game.
-    Completions that the judge abstains on are not trained on.
+    A = P(y is preferred to y') - 1/2, with y sampled from the policy and y' from the geometric mixture
+    policy^(1 - mixture) * reference^mixture; plus a KL to the reference with weight `beta` (the paper's
+    tau). P is computed from rewards, or given by a pairwise judge as `columns["win_rate"]`. It does not
+    require a transitive reward: its fixed point is the Nash equilibrium of the regularised preference game.
+    Completions on which the judge abstains are not trained on.
     With `mixture: 0` it is self-play; with 1, the best response to the reference.
     """
 
     mixture: float = setting(0.125, "weight of the reference in the opponent", ge=0, le=1)
     preference: Preference = setting("compare", "P(win) from rewards: compare (1, 1/2, 0) or bradley_terry")
-    beta: float = setting(0.01, "weight of the KL to the reference; 0: no reference is needed", ge=0)
-    kl_estimator: KLEstimator = setting("k2", "its estimator in the loss: k1, k2, k3, or full (vocabulary)")
+    beta: float = setting(0.01, "weight of the KL to the reference; 0: no reference model", ge=0)
+    kl_estimator: KLEstimator = setting("k2", "KL estimator in the loss: k1, k2, k3, or full (vocabulary)")
 
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         return (*[Rollout()] * num_generations, Rollout(mixture=self.mixture, train=False))

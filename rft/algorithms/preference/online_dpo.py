@@ -1,4 +1,4 @@
-"""Online DPO: the pair is sampled from the policy, and judged now."""
+"""Online DPO: DPO on pairs sampled from the policy and scored during training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ class OnlineDPO(OnlinePreference):
     """Guo et al., "Direct language model alignment from online AI feedback" (2024), eq. 1 and algorithm 1.
 
     -log sigmoid(beta * (log-ratio of the best - log-ratio of the worst)) on the best and the worst
-    completion of each group. Against `dpo`, the data are the policy's own. Groups whose rewards are all
-    equal give no pair.
+    completion of each group. Unlike in `dpo`, the data are sampled from the policy. Groups whose rewards are
+    all equal are skipped.
     """
 
     unit: ClassVar[Unit] = "pair"
 
-    beta: float = setting(0.1, "strength of the pull to the reference, in 1 / nats", gt=0)
-    loss_type: Literal["sigmoid", "ipo"] = setting("sigmoid", "sigmoid (DPO) or ipo")
+    beta: float = setting(0.1, "strength of the regularisation towards the reference, in 1 / nats", gt=0)
+    loss_type: Literal["sigmoid", "ipo"] = setting("sigmoid", "loss function: sigmoid (DPO) or ipo")
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return best_and_worst(required(batch.rewards, "rewards"), batch.group)
 
     def acts_on(self, batch: Batch) -> Tensor:
-        """The best and the worst of each group: without the others these are the best and the worst still."""
+        """Return the tokens of each group's best and worst completion, [T] bool.
+
+        Without the other completions, the best and the worst are the same.
+        """
         paired = torch.zeros(batch.num_sequences, dtype=torch.bool, device=batch.tokens.device)
         paired[torch.cat(self.pairs(batch))] = True
         return batch.to_tokens(paired)

@@ -1,4 +1,4 @@
-"""Odds-ratio preference optimisation: supervised fine-tuning and preference in one loss."""
+"""Odds-ratio preference optimisation: supervised fine-tuning plus an odds-ratio term, without reference."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ORPO(OfflinePreference):
     """loss = -mean log p(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected)), with
     odds = p / (1 - p), p = exp(mean log p per token); Hong et al., "ORPO" (2024), eqs. 6 and 7.
 
-    No reference, and no fine-tuning before it. The likelihood term is averaged over pairs. p is
-    held below 1 - 1e-6: odds of a certain response are infinite.
+    It needs neither a reference nor prior fine-tuning. The likelihood term is averaged over pairs. p is
+    clamped to at most 1 - 1e-6, since the odds of p = 1 are infinite.
     """
 
     beta: float = setting(0.1, "weight of the odds-ratio term", ge=0)

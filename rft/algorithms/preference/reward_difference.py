@@ -1,4 +1,4 @@
-"""Reward-difference regression: the log-ratio of two answers should differ as their rewards do."""
+"""Reward-difference regression (REBEL, PRDP): regress differences of log-ratios on those of rewards."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class RewardDifference(OnlinePreference):
     """Gao et al., "REBEL" (2024), eq. 2; Deng et al., "PRDP" (2024), eq. 8 and 12.
 
     (beta * (log-ratio_i - log-ratio_j) - (r_i - r_j))^2 over all pairs of a group; the optimum is that of
-    KL-regularised reward maximisation. REBEL refreshes the reference each iteration (beta is its 1 / eta),
-    which is many updates; PRDP keeps it (`refresh_reference: 0`). Where the reference is the policy at
-    every update, the gradient is that of `rloo`, and `clip` never binds. Proximal clipping (PRDP):
-    log-ratios may move by at most `clip` nats from the policy that sampled; of the two squared errors, with
-    and without, the larger one counts.
+    KL-regularised reward maximisation. REBEL refreshes the reference at each iteration of many updates (beta
+    is its 1 / eta); PRDP keeps it fixed (`refresh_reference: 0`). If the reference equals the policy at every
+    update, the gradient is that of `rloo`, and `clip` has no effect. Proximal clipping (PRDP): log-ratios
+    are clipped to within `clip` nats of the sampling policy; the loss is the larger of the squared errors
+    with and without clipping.
 
-    Against `online_dpo` it uses how much better an answer is. Equal rewards pull the log-ratios together.
+    Unlike `online_dpo` it uses the size of reward differences. Equal rewards draw the log-ratios together.
     """
 
     unit: ClassVar[Unit] = "pair"
 
     beta: float = setting(0.1, "reward per nat of log-ratio", gt=0)
     clip: float | None = setting(
-        None, "nats that a completion's log-ratio may move in a step; null: free", gt=0
+        None, "clip range of a completion's log-ratio per step, in nats; null: no clipping", gt=0
     )
     refresh_reference: int = setting(
-        20, "steps after which the reference becomes the policy; 0: never (PRDP)", ge=0
+        20, "interval, in steps, of copying the policy to the reference; 0: never (PRDP)", ge=0
     )
 
     @property

@@ -1,4 +1,4 @@
-"""Simple preference optimisation: no reference, likelihood per token."""
+"""Simple preference optimisation: length-normalised likelihood and a target margin, without reference."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class SimPO(OfflinePreference):
     """loss = -log sigmoid(beta * (s(chosen) - s(rejected)) - gamma), s = mean log p per token; Meng et al.,
     "SimPO" (2024), eq. 6.
 
-    Against `dpo`: what is compared is what generation maximises, so no reference is needed, and
-    long responses win nothing. `gamma` is how far chosen has to lead. With `alpha`, AlphaPO (Gupta et al.
-    2025): s = (1 - p^-alpha) / alpha for p = exp(mean log p), which tends to log p as alpha goes to 0.
+    Unlike `dpo`, it compares the quantity that generation maximises, so it does not need a reference and does
+    not favour long responses. `gamma` is the target margin. With `alpha`, AlphaPO (Gupta et al. 2025):
+    s = (1 - p^-alpha) / alpha for p = exp(mean log p), which tends to log p as alpha goes to 0.
     """
 
     beta: float = setting(2.0, "scale of the margin", gt=0)
-    gamma: float = setting(1.0, "margin by which the chosen has to lead", ge=0)
+    gamma: float = setting(1.0, "target margin of the chosen response", ge=0)
     alpha: float = setting(0.0, "AlphaPO: shape of the reward; 0: log-likelihood")
-    label_smoothing: float = setting(0.0, "share of pairs whose labels are taken to be flipped", ge=0, lt=0.5)
+    label_smoothing: float = setting(0.0, "assumed fraction of flipped labels", ge=0, lt=0.5)
 
     def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         mean = batch.mean_by_sequence(policy.logps)

@@ -1,4 +1,4 @@
-"""SPPO: play against yourself, and regress the log-ratio on the win rate."""
+"""SPPO: self-play preference optimisation by regressing the log-ratio on the win rate."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class SPPO(OnlinePreference):
     loss_i = (log pi(y_i) / pi_t(y_i) - eta (P(y_i wins) - 1/2))^2, with pi_t the policy of the last
     iteration (the reference, refreshed every `refresh_reference` steps) and P(win) the mean preference
     over the group's other completions: from rewards, or from a pairwise judge as `columns["win_rate"]`.
-    Completions that the judge abstains on are not trained on.
-    The paper's iteration is a pass over the data against a fixed pi_t; where pi_t is the policy at every
-    update the log-ratio is 0, and what is left is REINFORCE on the win rate.
+    Completions on which the judge abstains are not trained on.
+    The paper's iteration is a pass over the data with a fixed pi_t; if pi_t equals the policy at every
+    update, the log-ratio is 0 and the gradient is that of REINFORCE on the win rate.
 
-    Against `online_dpo` it moves each completion by itself and by how much it wins, so winners'
-    likelihood does not sink with the losers'. Where all rewards are equal it holds the policy at pi_t.
+    Unlike `online_dpo` it trains each completion independently, by its win rate, so the likelihood of
+    winners does not decrease with that of losers. If all rewards are equal it keeps the policy at pi_t.
     """
 
     unit: ClassVar[Unit] = "sequence"
 
-    eta: float = setting(1000.0, "nats of log-ratio for a sure win, times two", gt=0)
+    eta: float = setting(1000.0, "scale of the target log-ratio eta * (P(win) - 1/2), in nats", gt=0)
     preference: Preference = setting("compare", "P(win) from rewards: compare (1, 1/2, 0) or bradley_terry")
     refresh_reference: int = setting(
-        20, "steps of an iteration, after which pi_t becomes the policy; 0: never", ge=0
+        20, "steps per iteration, after which the policy is copied to pi_t; 0: never", ge=0
     )
 
     def prepare(self, batch: Batch) -> Batch:

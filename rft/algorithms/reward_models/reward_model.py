@@ -1,4 +1,4 @@
-"""Reward models: a head that reads a response and says what it is worth."""
+"""Reward models: pairwise, regression, pairwise-input and process reward models with a score head."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rft.batch import Batch
 
 
 def response_scores(policy: PolicyOutput, batch: Batch) -> Tensor:
-    """[N, K]: the head's outputs at each response's last token, as transformers' sequence classifiers."""
+    """Return the head's outputs at each response's last token, [N, K], like sequence classifiers."""
     return required(policy.scores, "scores")[last_tokens(batch)]
 
 
 @dataclass(frozen=True)
 class ScoreHead(Algorithm):
-    """Base of reward models: they train offline, on the scores of a head with `score_heads` outputs."""
+    """Base of reward models, trained offline on the scores of a head with `score_heads` outputs."""
 
     online: ClassVar[bool] = False
 
@@ -40,15 +40,15 @@ class RewardModel(ScoreHead):
     """loss = -log sigmoid(r(chosen) - r(rejected) - margin) + centre * (r(chosen) + r(rejected))^2; Ouyang et
     al. 2022, eq. 1; margin: Touvron et al. 2023, "Llama 2", eq. 2; centring: Eisenstein et al. 2023.
 
-    Bradley-Terry knows rewards up to a constant; centring fixes it at 0. `margin` says how much
-    better the chosen is, from `columns["margin"]` [N] (`data.numbers`).
+    Bradley-Terry rewards are defined up to a constant; centring fixes it at 0. `margin` is the strength of
+    the preference, from `columns["margin"]` [N] (`data.numbers`).
     """
 
     unit: ClassVar[Unit] = "pair"
     data: ClassVar[DataKind] = "preference"
 
-    centre: float = setting(0.0, "weight of the squared sum of the two rewards", ge=0)
-    margin: bool = setting(False, "subtract the column margin")
+    centre: float = setting(0.0, "weight of the centring term, the squared sum of the two rewards", ge=0)
+    margin: bool = setting(False, "subtract the column `margin` from the reward difference")
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         first, second = self.pairs(batch)
@@ -59,13 +59,13 @@ class RewardModel(ScoreHead):
         return -F.logsigmoid(difference) + self.centre * (reward[first] + reward[second]).square()
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """preference_accuracy, preference_margin: by pair (a tie counts half); score: all rewards."""
+        """Return preference_accuracy, preference_margin (by pair; ties count 1/2) and score (all rewards)."""
         first, second = self.pairs(batch)
         reward = response_scores(policy, batch)[:, 0]
         return {**preference(reward[first] - reward[second]), "score": reward}
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """preference/reward: mean reward over the responses' tokens."""
+        """Return preference/reward, the reward of each response at its tokens."""
         return {"preference/reward": batch.to_tokens(response_scores(policy, batch)[:, 0].detach())}
 
 
@@ -74,15 +74,17 @@ class RewardRegression(ScoreHead):
     """Squared error, or cross-entropy for targets in 0..1, to given scores: one number per response, or
     `heads` of them (multi-objective; Wang et al. 2024, "ArmoRM"; HelpSteer).
 
-    Targets are `columns["targets"]` [N, heads]; nan is unknown, and counts nowhere. The loss of a
-    response is the mean over its known targets.
+    Targets are `columns["targets"]` [N, heads]; nan is unknown and ignored. The loss of a response is the
+    mean over its known targets.
     """
 
     unit: ClassVar[Unit] = "sequence"
     data: ClassVar[DataKind] = "scored"
 
-    heads: int = setting(1, "how many numbers are predicted", ge=1)
-    objective: Literal["mse", "bce"] = setting("mse", "mse: squared error; bce: targets are probabilities")
+    heads: int = setting(1, "number of predicted scores", ge=1)
+    objective: Literal["mse", "bce"] = setting(
+        "mse", "mse: squared error; bce: cross-entropy, with probabilities as targets"
+    )
 
     @property
     def score_heads(self) -> int:
@@ -103,7 +105,7 @@ class RewardRegression(ScoreHead):
         return loss.masked_fill(~known, 0).sum(-1) / known.sum(-1).clamp(min=1)
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """score_error: distance of a known target from what is predicted (with `bce`, its probability)."""
+        """Return score_error, the absolute error of known targets (with `bce`, of the probability)."""
         predicted, target = response_scores(policy, batch), column(batch, "targets")
         if self.objective == "bce":
             predicted = predicted.sigmoid()
@@ -112,13 +114,13 @@ class RewardRegression(ScoreHead):
 
 @dataclass(frozen=True)
 class PairwiseReward(ScoreHead):
-    """loss = -log p of the better candidate, one model reading the prompt and both; Jiang et al.,
+    """loss = -log p of the better candidate, with both candidates in the input; Jiang et al.,
     "LLM-Blender" (2023), PairRM; Zhao et al., "SLiC-HF" (2023), sec. 3.
 
-    Against `reward_model`, which scores each response alone: it sees what the two have in common and where
-    they differ, at the price of one call for each pair. Every pair is read in both orders, with the
-    candidates as in `rft.data.groups.PAIR_TEMPLATE`; sigmoid(r) at its last token is the chance
-    that candidate A is better, and `columns["targets"]` [N, 1] says whether it is.
+    Unlike `reward_model`, which scores each response separately, it can compare the two directly, at the cost
+    of one call per pair. Every pair is read in both orders, formatted by `rft.data.groups.PAIR_TEMPLATE`;
+    sigmoid(r) at the last token is the probability that candidate A is better, and `columns["targets"]`
+    [N, 1] is 1 if it is, else 0.
     """
 
     unit: ClassVar[Unit] = "sequence"
@@ -129,13 +131,13 @@ class PairwiseReward(ScoreHead):
         return F.binary_cross_entropy_with_logits(score, target.to(score.dtype), reduction="none")
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """preference_accuracy, preference_margin: of the candidate that is better (a tie counts half)."""
+        """Return preference_accuracy and preference_margin of the better candidate (ties count 1/2)."""
         score, target = response_scores(policy, batch)[:, 0], _first(column(batch, "targets"))
         return preference(torch.where(target > 0.5, score, -score))
 
 
 def _first(targets: Tensor) -> Tensor:
-    """[N] of [N] or [N, K]."""
+    """Return the first column, [N], of [N] or [N, K]."""
     return targets.reshape(len(targets), -1)[:, 0]
 
 
@@ -144,19 +146,19 @@ class ProcessReward(ScoreHead):
     """Cross-entropy of each step's label at the step's last token; Lightman et al., "Let's verify step by
     step" (2023); Uesato et al. 2022.
 
-    The mask is True at the ends of steps only, and `columns["step_labels"]` [N, K] holds the label of
-    the k-th; nan is unknown. Averaged over all steps of the batch.
+    The mask is True only at the last token of each step, and `columns["step_labels"]` [N, K] contains the
+    label of step k; nan is unknown. The loss is averaged over all steps of the batch.
     """
 
     data: ClassVar[DataKind] = "steps"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Fill in `labels`, and leave out steps without one."""
+        """Remove steps without a label from the mask."""
         labels = self.labels(batch)
         return batch.with_(mask=batch.mask & ~labels.isnan(), labels=labels)
 
     def labels(self, batch: Batch) -> Tensor:
-        """[T]: at the end of each step, its label; elsewhere that of a first step."""
+        """Return the label of each step at its last token, [T]; values at other tokens are unused."""
         sequence = batch.sequence.clamp(min=0)
         return column(batch, "step_labels")[sequence, token_index(batch)]
 
@@ -167,7 +169,7 @@ class ProcessReward(ScoreHead):
         return loss.masked_fill(~batch.mask, 0)
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """step_accuracy: share of labelled steps that it puts on the right side of 1/2."""
+        """Return step_accuracy, the fraction of labelled steps classified correctly at threshold 1/2."""
         scores = required(policy.scores, "scores")[batch.mask, 0]
         label = required(batch.labels, "labels")[batch.mask]
         return {"step_accuracy": ((scores > 0) == (label > 0.5)).to(scores.dtype)}

@@ -1,4 +1,4 @@
-"""Anchored supervised fine-tuning: DFT that is held near the model it started from."""
+"""Anchored supervised fine-tuning: DFT with a divergence to the reference."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rft.batch import Batch
 class ASFT(ReadsDistributions, DFT):
     """loss = -sg(p) log p + lam * KL per token; Zhu et al., "Anchored supervised fine-tuning" (2025).
 
-    Against `dft`, a divergence to the reference over the whole vocabulary, at each response token,
-    stops the drift that a loss without an anchor allows. The paper writes KL(policy || reference)
-    (`reverse`); its published code computes KL(reference || policy) (`forward`). `lam: 0` is `dft`.
+    It adds to `dft` a full-vocabulary divergence to the reference at each response token, which limits drift.
+    The paper uses KL(policy || reference) (`reverse`); its published code computes KL(reference || policy)
+    (`forward`). `lam: 0` is `dft`.
     """
 
     lam: float = setting(0.1, "weight of the divergence to the reference", ge=0)
@@ -46,5 +46,5 @@ class ASFT(ReadsDistributions, DFT):
         return loss + self.lam * required(policy.kl, "kl").masked_fill(~batch.mask, 0)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """policy/kl_ref: the divergence, in nats per token."""
+        """Return policy/kl_ref, the divergence to the reference, in nats per token."""
         return {} if policy.kl is None else {"policy/kl_ref": policy.kl.detach()}

@@ -15,10 +15,10 @@ from rft.batch import Batch
 class CRLFT(SFT):
     """loss = -w(source) log p(token | prompt, source); Wang et al., "OpenChat" (2023).
 
-    Each source of demonstrations is a class with a weight (the paper's exp(reward / beta), such as 1 for
-    expert and 0.1 for sub-optimal data) and a prompt prefix of its own: `data.sources`. Knowing whom it
-    imitates, the policy need not average over sources; prompted with the best class, it answers as
-    that one. With one source of weight 1 it is `sft`. Reads `columns["weight"]` [N].
+    Each source of demonstrations is a class with a weight (the paper's exp(reward / beta), e.g. 1 for expert
+    and 0.1 for sub-optimal data) and a prompt prefix: `data.sources`. Conditioned on the source, the policy
+    does not average over sources; prompted with the best class, it imitates that source. With one source of
+    weight 1 it is `sft`. Reads `columns["weight"]` [N].
     """
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:

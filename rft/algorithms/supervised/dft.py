@@ -1,4 +1,4 @@
-"""Dynamic fine-tuning: each token's loss weighed by the policy's own probability of it."""
+"""Dynamic fine-tuning: each token's loss weighted by the policy's probability of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rft.batch import Batch
 class DFT(SFT):
     """loss = -sg(p) log p per token; Wu et al., "On the generalization of SFT" (2025).
 
-    SFT is a policy gradient whose implicit reward is 1 / p: the less likely a token, the harder it
-    pulls. The factor p, without gradient, takes that out. A token that the policy finds impossible
-    then teaches nothing, which is good for wrong demonstrations and bad for new knowledge.
+    SFT is a policy gradient with implicit reward 1 / p, so unlikely tokens have a large weight. The factor p,
+    without gradient, cancels it. Tokens of very low probability then have almost no gradient, which helps
+    with wrong demonstrations but prevents learning new knowledge.
     """
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:

@@ -18,18 +18,21 @@ class Forgetting(TokenCleaning):
     """loss = mean over positive tokens of -log p - lam * mean over negative tokens of min(-log p, bound);
     Ghahrizjani et al., "Forgetting: a new mechanism towards better fine-tuning" (2025).
 
-    Positive are the `share` of tokens that `token_cleaning` keeps; the others, which it only leaves
-    out, are unlearned here. lam rises linearly over the run. A negative token that costs more than
-    `bound` nats already is left alone, so that the ascent cannot run away. `lam: 0` is `token_cleaning`.
+    Positive tokens are the fraction `share` that `token_cleaning` keeps; the others, which it only ignores,
+    are unlearned here. lam increases linearly over the run. Negative tokens whose loss exceeds `bound` nats
+    are ignored, so that gradient ascent does not diverge. `lam: 0` is `token_cleaning`.
     """
 
-    share: float = setting(0.75, "share of the response tokens that are learned", gt=0, le=1)
+    share: float = setting(0.75, "fraction of response tokens that are learned", gt=0, le=1)
     lam: float = setting(0.05, "weight of unlearning at the end of the run", ge=0)
-    bound: float = setting(5.0, "nats past which a negative token is left alone", gt=0)
+    bound: float = setting(5.0, "loss, in nats, above which a negative token is ignored", gt=0)
 
     def prepare(self, batch: Batch) -> Batch:
-        """`advantages` [T]: 1 for positive tokens, -lam for negative ones, each over its share of the
-        tokens, so that the mean over all tokens is the difference of the two means."""
+        """Compute `advantages` [T]: 1 for positive tokens, -lam for negative ones.
+
+        Each is divided by its fraction of the tokens, so that the mean over all tokens is the difference of
+        the two means.
+        """
         positive = top_share(self.score(batch), batch.mask, self.share)
         negative = batch.mask & ~positive
         tokens = batch.mask.sum()

@@ -1,4 +1,4 @@
-"""Importance-weighted supervised fine-tuning."""
+"""Supervised fine-tuning with importance weights per response."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class IWSFT(SFT):
     """loss = -w(y) log p per token, w(y) = min(exp(sum_t clip(log p_t - log ref_t)), cap), without gradient;
     Qin and Springenberg, "Supervised fine-tuning on curated data is reinforcement learning" (2025).
 
-    SFT on filtered data maximises a lower bound of the reward; weighing each response by how much the
-    policy has moved towards it makes the bound tight. Each token's log-ratio is held within
-    +- `clip`, since a product over hundreds of tokens is otherwise 0 or infinite. At the first
-    step, policy and reference being equal, it is `sft`.
+    SFT on filtered data maximises a lower bound of the reward; weighting each response by its ratio of policy
+    to reference makes the bound tight. Each token's log-ratio is clipped to +- `clip`, since a product over
+    hundreds of tokens is otherwise close to 0 or overflows. At the first step, where policy and reference are
+    equal, it is `sft`.
     """
 
-    clip: float = setting(0.1, "bound of each token's log-ratio to the reference", gt=0)
-    cap: float = setting(5.0, "bound of a response's weight", gt=0)
+    clip: float = setting(0.1, "clip range of each token's log-ratio to the reference", gt=0)
+    cap: float = setting(5.0, "upper bound of a response's weight", gt=0)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"ref_logps"})
 
     def weights(self, logps: Tensor, batch: Batch) -> Tensor:
-        """[N]: each response's importance weight."""
+        """Return the importance weight of each response, [N]."""
         ratio = (logps.detach() - required(batch.ref_logps, "ref_logps")).clamp(-self.clip, self.clip)
         return safe_exp(batch.sum_by_sequence(ratio)).clamp(max=self.cap)
 

@@ -1,4 +1,4 @@
-"""Masked thought fine-tuning: parts of the demonstration hidden from the model that learns it."""
+"""Masked thought fine-tuning: randomly masked response tokens in the input."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from rft.batch import Batch
 
 @dataclass(frozen=True)
 class MaskedThought(SFT):
-    """`sft` that reads its response tokens replaced at random, with the loss on the originals; Chen et al.,
-    "Masked thought" (2024).
+    """`sft` with randomly masked response tokens in the input, and the loss on the original tokens; Chen et
+    al., "Masked thought" (2024).
 
-    What stands earlier in a chain of thought cannot then be copied without looking at the question.
-    The share rises linearly to `share` over the first `warmup` of the run, as in the paper. A hidden
-    token is read as a zero vector, as another token of the batch, or as the mean embedding, none of
-    which needs a mask token in the vocabulary.
+    This prevents copying from earlier steps of a chain of thought without attending to the question. The
+    masked fraction increases linearly to `share` over the first `warmup` of the run, as in the paper. A
+    masked token is replaced by a zero vector, another token of the batch, or the mean embedding, so the
+    vocabulary does not need a mask token.
     """
 
-    share: float = setting(0.4, "share of response tokens that are hidden", ge=0, le=1)
-    warmup: float = setting(0.67, "part of the run over which the share rises from 0", ge=0, le=1)
+    share: float = setting(0.4, "fraction of response tokens that are masked", ge=0, le=1)
+    warmup: float = setting(
+        0.67, "fraction of the run over which the masked fraction increases from 0", ge=0, le=1
+    )
     replace: Literal["shuffle", "zero", "mean"] = setting(
-        "shuffle", "shuffle: another token of the batch; zero; or mean"
+        "shuffle", "replacement: shuffle (another token of the batch), zero, or mean (embedding)"
     )
 
     def current_share(self, batch: Batch) -> float:
-        """The share at this point of the run."""
+        """Return the masked fraction at this point of the run."""
         progress = batch.state.get("progress", 1.0)
         return self.share * min(1.0, progress / self.warmup) if self.warmup else self.share
 

@@ -1,4 +1,4 @@
-"""Preference-oriented supervised fine-tuning: be likelier than models that are aligned already."""
+"""Preference-oriented supervised fine-tuning: prefer the policy's likelihood to that of aligned models."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ class PoFT(Algorithm):
     """loss = -log sigmoid(beta * (l(policy) - l(aligned))), l the mean log p per token of the demonstration;
     Fan et al., "Preference-oriented supervised fine-tuning" (2024).
 
-    A Bradley-Terry preference not between responses but between models: the policy is to find the
-    demonstration likelier than an aligned model does. A demonstration that the aligned model
-    finds unlikely is soon won, and pulls little: noise is damped. The aligned model is the reference;
-    for several, or ones with another tokenizer, give their mean log p per token in
-    `columns["aligned_logps"]` [N] (`data.numbers`), which then takes the reference's place.
+    A Bradley-Terry preference between models instead of responses: the policy should assign the
+    demonstration a higher likelihood than an aligned model. Demonstrations that are unlikely under the
+    aligned model soon have a small gradient, which dampens noise. The aligned model is the reference; for
+    several models, or models with another tokenizer, provide their mean log p per token in
+    `columns["aligned_logps"]` [N] (`data.numbers`), used instead of the reference.
     """
 
     online: ClassVar[bool] = False
     unit: ClassVar[Unit] = "sequence"
     needs_demonstrations: ClassVar[bool] = True
 
-    beta: float = setting(1.0, "scale of the difference", gt=0)
-    from_column: bool = setting(False, "read the aligned models' log-probs from the data")
-    length_normalized: bool = setting(True, "mean log-prob per token; false: of the whole response")
+    beta: float = setting(1.0, "scale of the log-prob difference", gt=0)
+    from_column: bool = setting(False, "read the aligned models' log-probs from the column aligned_logps")
+    length_normalized: bool = setting(
+        True, "use the mean log-prob per token; false: the sum over the response"
+    )
 
     @property
     def needs(self) -> frozenset[str]:

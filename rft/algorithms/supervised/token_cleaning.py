@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the tokens worth it, chosen by the loss of two models."""
+"""Supervised fine-tuning on tokens selected by the log-probs of two models."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rft.batch import Batch
 
 @dataclass(frozen=True)
 class TokenCleaning(SFT):
-    """`sft` on the share of the batch's tokens that a reference model finds likeliest against the
-    policy; Pang et al., "Token cleaning" (2025); Lin et al., "Rho-1" (2024), eq. 3.
+    """`sft` on the fraction of tokens with the highest log-ratio of reference to policy; Pang et al.,
+    "Token cleaning" (2025); Lin et al., "Rho-1" (2024), eq. 3.
 
-    score = log ref - log policy, before the step: high where there is something to learn that a
-    better model knows; low for noise, which neither knows, and for what is known already. The
-    reference is a model trained on a clean part of the data. `share: 1` is `sft`.
+    score = log ref - log policy, before the step: high for tokens that a better model predicts and the policy
+    does not; low for noise, which neither predicts, and for tokens already learned. The reference is a model
+    trained on a clean part of the data. `share: 1` is `sft`.
     """
 
-    share: float = setting(0.6, "share of the response tokens that are trained on", gt=0, le=1)
+    share: float = setting(0.6, "fraction of response tokens that are trained on", gt=0, le=1)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -33,7 +33,7 @@ class TokenCleaning(SFT):
         return True
 
     def score(self, batch: Batch) -> Tensor:
-        """[T]: how much a token is worth training on."""
+        """Return the selection score of each token, [T]."""
         return required(batch.ref_logps, "ref_logps") - required(batch.old_logps, "old_logps")
 
     def prepare(self, batch: Batch) -> Batch:
@@ -42,15 +42,16 @@ class TokenCleaning(SFT):
 
 @dataclass(frozen=True)
 class SSToken(TokenCleaning):
-    """The same with the model's own history for a reference; "ssToken" (2025), the self-modulated part.
+    """Token cleaning with the policy's history as reference; "ssToken" (2025), the self-modulated part.
 
-    score = log policy - log history: a token that has become likelier is one that the model is
-    learning, and is kept. The history is the model at the start of the run, or, with
-    `refresh_reference`, of some steps ago. (The paper adds an attention score, left out here: it
-    needs attention maps, which no fast attention gives.)
+    score = log policy - log history: tokens that have become more likely are being learned, and are kept.
+    The history is the model at the start of the run, or, with `refresh_reference`, of some steps ago. (The
+    attention score of the paper is omitted: fast attention kernels do not return attention maps.)
     """
 
-    refresh_reference: int = setting(0, "steps after which the history becomes the policy; 0: never", ge=0)
+    refresh_reference: int = setting(
+        0, "interval, in steps, of copying the policy to the history; 0: never", ge=0
+    )
 
     def score(self, batch: Batch) -> Tensor:
         return -super().score(batch)
