@@ -53,7 +53,7 @@ class Rollout:
     train: False for a baseline completion: it is scored, but excluded from the batch; its reward is
         `columns["baseline"]` [N] of the other completions of the group.
     prefix_share: fraction of a demonstration's tokens that the completion starts with; the policy continues
-        from there, with at least two tokens left to sample. 1: the whole demonstration, without sampling.
+        it, with at least two tokens left to sample. 1: the whole demonstration, without sampling.
         Prefix tokens are True in `Batch.demonstrated` and in the mask. With several demonstrations, one is
         drawn at random per completion.
     prefix_least: if given, the fraction is drawn per completion, uniformly between this and `prefix_share`.

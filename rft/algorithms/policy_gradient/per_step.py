@@ -1,4 +1,4 @@
-"""Credit assignment per step: from process rewards, or Monte Carlo continuations at step boundaries."""
+"""Per-step credit: advantages from process rewards, or from sampled continuations at step boundaries."""
 
 from __future__ import annotations
 

@@ -71,8 +71,9 @@ class RewardModel(ScoreHead):
 
 @dataclass(frozen=True)
 class RewardRegression(ScoreHead):
-    """Squared error, or cross-entropy for targets in 0..1, to given scores: one number per response, or
-    `heads` of them (multi-objective; Wang et al. 2024, "ArmoRM"; HelpSteer).
+    """Regression on given scores, by squared error or, for targets in [0, 1], cross-entropy.
+
+    One score per response, or `heads` of them (multi-objective; Wang et al. 2024, "ArmoRM"; HelpSteer).
 
     Targets are `columns["targets"]` [N, heads]; nan is unknown and ignored. The loss of a response is the
     mean over its known targets.
