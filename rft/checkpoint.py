@@ -294,8 +294,7 @@ def latest(root: Path) -> Checkpoint | None:
 
 
 def newest_step(root: Path) -> int | None:
-    """Return the step of the newest checkpoint under `root`, by manifests and sizes; None if there is
-    none."""
+    """Return the newest checkpoint's step under `root`, by manifests and sizes; None if there is none."""
     sound = [(order, path) for order, path, reason in _candidates(root) if reason is None]
     return int(_read_manifest(max(sound)[1])["step"]) if sound else None
 

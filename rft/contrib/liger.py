@@ -73,8 +73,7 @@ def try_token_logps(
 
 
 def task_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: bool) -> Task | None:
-    """Return the task for which Liger supports a call (without LoRA or support, not in float64); None if it
-    does not."""
+    """Return the task for which Liger supports a call (without LoRA or support, not in float64), or None."""
     if entropy or not hidden.shape[0]:
         return None
     if not torch.is_grad_enabled():
@@ -85,11 +84,9 @@ def task_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, entropy: bool) 
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, f: LogitMap) -> Tensor:
-    """Return log-probs [T] float32 for either task. hidden [T, H], weight [V, H], bias [V], targets [T]
-    int64.
+    """Return log-probs [T] float32 for either task. hidden [T, H], weight [V, H], bias [V], targets [T].
 
-    Raises ImportError without liger-kernel. Liger's checks of the targets synchronise with the device per
-    chunk.
+    Raises ImportError without liger-kernel. Liger's checks of the int64 targets synchronise once per chunk.
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         logps: Tensor = Frozen.apply(hidden, weight, bias, targets, f)

@@ -228,8 +228,7 @@ class TrainState:
 
 
 def _require_finite(version: int, trained: Mapping[str, Tensor]) -> None:
-    """Raise BrokenWeights instead of letting a checkpoint of non-finite weights replace an older, sound
-    one."""
+    """Raise BrokenWeights for non-finite weights: their checkpoint would replace an older, sound one."""
     for name, tensor in trained.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BrokenWeights(

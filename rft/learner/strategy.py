@@ -83,8 +83,7 @@ class Strategy:
     # -- weights and state ---------------------------------------------------------------------------
 
     def weights(self, model: nn.Module, full_tensor: FullTensor, dtype: torch.dtype | None = None) -> Named:
-        """Yield (name, tensor) of the plain model's parameters under their Hugging Face names, tied ones
-        once."""
+        """Yield (name, tensor) of the plain model under Hugging Face parameter names, tied ones once."""
         for name, parameter in model.named_parameters():
             yield name, full_tensor(parameter, dtype)
 

@@ -209,8 +209,7 @@ class Run:
         return list(self.of_kind("fault/", "engine/lost", "run/failed"))
 
     def state(self, silent_after: float = 300.0) -> str:
-        """Return "running", "ended (reason)", "gone" (the process does not exist any more), or "silent for
-        ..."."""
+        """Return "running", "ended (reason)", "gone" (the process no longer exists), or "silent for ..."."""
         if not self.events:
             return "no events"
         opened = list(self.of_kind("run/opened"))

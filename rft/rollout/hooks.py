@@ -20,8 +20,7 @@ class LoopHooks:
     fleets: Sequence[Fleet] = ()
 
     def route(self, generate: Generate) -> Generate:
-        """Return the function that completes training requests; `generate` sends them to the policy's
-        engines."""
+        """Return the function that completes training requests; `generate` uses the policy's engines."""
         return generate
 
     def select(self, groups: list[Group]) -> list[Group]:

@@ -154,8 +154,7 @@ class Replica:
 
     @contextmanager
     def _blame_engine(self, what: str) -> Iterator[None]:
-        """Raise EngineError for a fault of the engine or its machine; re-raise programming errors
-        unchanged."""
+        """Raise EngineError for a fault of the engine or its machine, and other errors unchanged."""
         try:
             yield
         except Exception as error:

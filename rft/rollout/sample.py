@@ -149,8 +149,7 @@ async def sample_group(
 def _kind(
     rollout: Rollout, demonstrations: Sequence[tuple[int, ...]], limit: int, rng: random.Random
 ) -> _Kind:
-    """Return the kind of one planned completion, with its random choices drawn. limit: tokens of a
-    completion.
+    """Return the kind of one planned completion, with random choices drawn. limit: tokens of a completion.
 
     A prefix leaves at least two tokens of its demonstration and of the limit: the last one ends the answer,
     and a policy that is scored by its continuation must have one to write.

@@ -1,5 +1,4 @@
-"""Measure how much of the weights a step changes in bfloat16: most of Adam's small steps round to no
-change."""
+"""Measure how much of the weights a step changes in bfloat16, where most of Adam's small steps vanish."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ Changes = tuple[dict[str, int], dict[str, int]]
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Return the tensor's bits as flat integers of its size: unlike values, NaN equals NaN and 0 is not
-    -0."""
+    """Return the tensor's bits as flat integers of its size: as bits, NaN equals NaN and 0 is not -0."""
     return tensor.reshape(-1).view(_BITS[tensor.element_size()])
 
 

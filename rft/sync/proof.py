@@ -35,8 +35,7 @@ class Gap(NamedTuple):
 
     @staticmethod
     def between(ours: Sequence[float], theirs: Sequence[float]) -> Gap:
-        """Compare two score lists; NaN on either side is an infinite gap. Raises ValueError for unequal
-        lengths."""
+        """Compare two lists; NaN on either side is an infinite gap. Raises ValueError for unequal lengths."""
         gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         gaps = [float("inf") if gap != gap else gap for gap in gaps]
         return Gap(sum(gaps) / len(gaps), max(gaps))

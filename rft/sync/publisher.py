@@ -1,5 +1,4 @@
-"""The learner's end of a weight channel: casts weights to wire precision, sends them, and measures the
-changes.
+"""The learner's end of a weight channel: cast weights to wire precision, send them, measure the changes.
 
 A push has two parts. `announce` describes the coming tensors as plain data, while engines still sample;
 `send` moves the bytes, while engines are paused and receive. An `early` sender reads the weights in

@@ -50,8 +50,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def memory_below(pid: int) -> int:
-    """Return the resident bytes of `pid`'s descendants, without file pages; shared pages count per
-    process."""
+    """Return the resident bytes of `pid`'s descendants without file pages (shared pages: per process)."""
     total = 0
     for p in descendants(pid):
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{p}/status", encoding="utf-8") as file:

@@ -37,8 +37,7 @@ class SparseState(Sender):
 
 
 class SparseSender(SparseState):
-    """Send the elements that changed since the last push, over gloo or files. `known` is a copy on the
-    CPU."""
+    """Send the elements that changed since the last push, over gloo or files. `known` is a CPU copy."""
 
     def __init__(self, spec: ChannelSpec, link: Link) -> None:
         super().__init__(spec)

@@ -1,5 +1,4 @@
-"""Initialise adapters from data (EVA, CorDA, LoRA-GA) or from the base's rounding error (LoftQ), using
-peft."""
+"""Initialise adapters with peft from data (EVA, CorDA, LoRA-GA) or from the base's rounding error (LoftQ)."""
 
 from __future__ import annotations
 

@@ -77,8 +77,7 @@ class Adapter(Strategy):
         return peft_config(self.config, **fixed)
 
     def _wrap(self, settings: Any) -> Any:
-        """Insert the adapter; return peft's model. Keep its initial state if part of the base moved into
-        it."""
+        """Insert the adapter; return peft's model. Keep the initial state of methods that change the base."""
         from peft import get_peft_model
 
         marks = {name: _mark(p) for name, p in self.base.named_parameters()}
@@ -142,8 +141,7 @@ class Adapter(Strategy):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Switch the model to the reference within the block: the initial policy, or the one at the last
-        `follow`."""
+        """Switch the model to the reference within the block: the initial policy, or that of `follow`."""
         if self.peft is None:
             yield
             return
@@ -196,8 +194,7 @@ class Adapter(Strategy):
         return merged_weights(model, self.names, full_tensor, dtype)
 
     def adapter(self, full_tensor: FullTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the adapter relative to the *original* base: tensors by peft's names, and its config as
-        plain data.
+        """Return the adapter on the *original* base: tensors by peft's names, and its config as plain data.
 
         Weights that PiSSA and the like moved from the base are given back, which doubles the adapter's rank.
         """
@@ -379,8 +376,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def as_plain_lora(
     now: dict[str, Tensor], begun: dict[str, Tensor], settings: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return LoRA of twice the rank, whose product is s (B A - B0 A0): the change relative to the original
-    base.
+    """Return LoRA of twice the rank, with product s (B A - B0 A0): the change relative to the original base.
 
     now, begun: peft's state dicts of the same adapter, A [r, in] and B [out, r] per layer.
     Returns tensors and config as plain data.
