@@ -1,4 +1,4 @@
-"""The config of a run: sections (`schema` and the files beside it), loading, and checks across sections."""
+"""Config of a run: its sections (`schema` and one module per section), loading, and cross-section checks."""
 
 from __future__ import annotations
 

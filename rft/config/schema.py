@@ -25,7 +25,8 @@ class ModelConfig(ConfigModel):
     """The policy."""
 
     path: PathText = Field(
-        "tiny", description="Hugging Face model folder or hub name; `tiny`: a small model built for tests"
+        "tiny",
+        description="Hugging Face model folder or hub name; `tiny`: a small random model built on the fly",
     )
     reference: PathText | None = Field(
         None,

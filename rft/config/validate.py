@@ -1,4 +1,4 @@
-"""Consistency checks of a config, by itself and against resolved facts, as pairs of (condition, message).
+"""Consistency checks of a config, internally and against resolved facts, as pairs of (condition, message).
 
 `problems` evaluates all checks, so that all errors are reported at once. Checks that need files, data or the
 model's layers are in `rft/preflight/`.

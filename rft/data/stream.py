@@ -197,7 +197,7 @@ class GroupStream:
 
     @property
     def epochs(self) -> float:
-        """Return the completed passes over the data; fractions are unknown, since the length is."""
+        """Return the completed passes over the data, without fractions, since the length is unknown."""
         return float(self.epoch)
 
     def next(self, k: int) -> list[Group]:

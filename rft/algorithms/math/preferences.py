@@ -177,12 +177,12 @@ def sppo_hard(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Increase chosen, decrease rejected: for data better than the model (D'Oosterlinck et al. 2024, (7))."""
+    """Increase chosen, decrease rejected (D'Oosterlinck et al. 2024, eq. 7): for data above model quality."""
     return torch.sigmoid(-p.beta * chosen) + torch.sigmoid(p.beta * rejected)
 
 
 def apo_down(chosen: Tensor, rejected: Tensor, p: LossParams) -> Tensor:
-    """Decrease both, rejected more, for data worse than the model (D'Oosterlinck et al. 2024, eq. 8)."""
+    """Decrease both, rejected more (D'Oosterlinck et al. 2024, eq. 8): for data below model quality."""
     return torch.sigmoid(p.beta * chosen) + torch.sigmoid(-p.beta * (chosen - rejected))
 
 
