@@ -309,11 +309,11 @@ class _Builder:
     def _add_group(self, index: int, group: Group) -> None:
         prompt = group.prompt
         if not prompt.tokens:
-            raise ValueError(f"prompt {prompt.id} has no tokens: a completion needs a token to follow")
+            raise ValueError(f"prompt {prompt.id} is empty: a prompt needs at least one token")
         root = self._add_prompt(prompt, sequence=-1) if self.share_prefix else None
         for completion in group.completions:
             if not completion.tokens:
-                raise ValueError(f"a completion of prompt {prompt.id} has no tokens")
+                raise ValueError(f"a completion of prompt {prompt.id} is empty: it needs at least one token")
             sequence = len(self.group)
             self.group.append(index)
             if root is None:

@@ -248,8 +248,8 @@ def _only_writer(root: Path) -> Iterator[None]:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise CheckpointError(
-                f"another process is writing checkpoints under {root}: is the same run going twice? "
-                "Stop one of them, or give this one its own output folder."
+                f"another process is writing checkpoints under {root}: if the same run was started twice, "
+                "stop one of the two; otherwise choose another output folder."
             ) from error
         yield
 
@@ -333,7 +333,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"cannot be read: {error}") from error
     for name in names:
         if found[name]["sha256"] != manifest["files"][name]["sha256"]:
-            raise CheckpointError(f"{name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+            raise CheckpointError(f"{name} is damaged: its SHA-256 does not match {MANIFEST}")
     return Checkpoint(
         path=path,
         step=manifest["step"],

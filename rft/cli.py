@@ -15,8 +15,9 @@ from rft.utils.paths import path_argument
 from rft.utils.terminal import say
 
 _EXIT_CODES = (
-    "exit codes: 0 done, 1 failed, 2 your mistake, 75 stopped on request (the message names the checkpoint), "
-    "76 a part of the machine failed: the same command goes on from the last checkpoint"
+    "exit codes: 0 done, 1 failed, 2 wrong config or command line, 75 stopped on request (the message "
+    "names the checkpoint), 76 a part of the machine failed: the same command resumes from the last "
+    "checkpoint"
 )
 
 
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", default="auto", metavar="auto|never|PATH", type=path_argument,
         help="go on from the run's last checkpoint")  # fmt: skip
     add("--restarts", type=int, default=0, metavar="N",
-        help="start again by itself after a fault, at most N times in a row without a new checkpoint"
+        help="restart automatically after a fault, at most N times in a row without a new checkpoint"
         )  # fmt: skip
     add("-h", "--help", action=_HelpWithKeys, nargs=0, help="this help, and every config key")
     add = command(
@@ -132,11 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=path_argument, help="file to write (default: RUN/report.html)")
     add = command(_watch, "watch", "a live view of a running job, from its folder")
     add("run_dir", type=path_argument, help="run folder")
-    add("--once", action="store_true", help="show one frame and end")
+    add("--once", action="store_true", help="show one frame and exit")
     add = command(_bench, "bench", "run the benchmarks of this checkout")
     add("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
     add("--peers", action="store_true", help="also run the peers, in their own environments")
-    add("--fresh", action="store_true", help="measure anew what an interrupted run has measured")
+    add("--fresh", action="store_true", help="repeat measurements that an interrupted run completed")
     add = command(_reward, "reward", "score a file with a reward and show how it judged")
     add("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
     return parser
@@ -249,7 +250,7 @@ def _run_folder(text: str) -> Path:
 
     path = Path(text)
     if not (path / "events.jsonl").exists():
-        raise ConfigError([f"{path} is no run folder: it has no events.jsonl"])
+        raise ConfigError([f"{path} is not a run folder: it has no events.jsonl"])
     return path
 
 

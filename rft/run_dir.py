@@ -85,11 +85,13 @@ def _folder_of(config: Config) -> Path:
     """Return the run's folder. Raises ConfigError where something else is in its place."""
     path = config.run_dir.absolute()  # the learner, which writes into it, has another working folder
     if path.exists() and not path.is_dir():
-        raise ConfigError([f"output_dir/name: {path} is a file"])
+        raise ConfigError(
+            [f"output_dir/name: {path} is a file, not a folder; choose another name or output_dir"]
+        )
     there = {p.name for p in path.iterdir()} if path.exists() else set()
     if there - {LOCK_FILE} and "config.yaml" not in there:
         raise ConfigError(
-            [f"output folder {path} is not empty and is no run's: choose another name or output_dir"]
+            [f"output folder {path} is not empty and not a run folder: choose another name or output_dir"]
         )
     return path
 
@@ -118,7 +120,7 @@ def claim(config: Config, resume: str) -> RunFolder:
     if _is_complete(config, finished):
         return RunFolder(path, None, tuple(notes), finished)
     best, rejected = checkpoint.scan(path / "checkpoints")
-    notes += [f"checkpoint passed over: {r}" for r in rejected]
+    notes += [f"checkpoint skipped: {r}" for r in rejected]
     if best is not None:
         notes += [*_other_versions(best), *_other_length(config, path, best.step)]
     return RunFolder(path, best, tuple(notes), interrupted=True, rejected=tuple(rejected))
@@ -153,8 +155,8 @@ def _check_same(config: Config, path: Path) -> list[str]:
     if fatal:
         raise ConfigError(
             [
-                f"output folder {path} belongs to another run; these settings differ in what is learned "
-                "(choose another name, or set them back to resume):",
+                f"output folder {path} belongs to another run; these settings, which change the result, "
+                "differ (choose another name, or set them back to resume):",
                 *fatal,
             ]
         )
@@ -169,7 +171,7 @@ def _other_length(config: Config, path: Path, step: int) -> list[str]:
     learner, new = config.learner, config.train.steps
     now = learning_rate(learner, step, new)
     if learner.schedule == "constant":
-        notes = [f"learning rate: constant, it goes on with {now:.3g}"]
+        notes = [f"learning rate: constant, it stays at {now:.3g}"]
     else:
         before = learning_rate(learner, min(step, old - 1), old)
         notes = [
@@ -216,6 +218,6 @@ def read_result(path: Path) -> dict[str, Any] | None:
     if not isinstance(result, dict) or not isinstance(result.get("steps"), int):
         why = f": {result}" if isinstance(result, Exception) else ""
         raise ConfigError(
-            [f"{file} is damaged{why}; remove it, and the run goes on from its last checkpoint"]
+            [f"{file} is damaged{why}; delete it, and the run resumes from its last checkpoint"]
         )
     return result

@@ -168,8 +168,8 @@ class Ending:
 
 def _standing(saved: int | None) -> str:
     if saved is None:
-        return "and nothing was saved: the same command starts over"
-    return f"and the checkpoint of step {saved} stands; the same command goes on from there"
+        return "and nothing was saved: the same command starts again from step 0"
+    return f"and the checkpoint of step {saved} is complete; the same command resumes from it"
 
 
 def _end_with_ray(name: str, log: RunLog, progress: Progress, signals: StopSignals) -> None:

@@ -38,11 +38,11 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
         (["sync.folder=/tmp"], "transport auto writes no files"),
         (
             ["sync.transport=file", "sync.folder=/nowhere"],
-            "/nowhere is no folder that",
+            "/nowhere is not a folder that",
         ),
         (["sync.transport=file", "ray.address=auto"], "shared memory reaches one machine only"),
         (["sync.full_every=0"], "sync.full_every"),
-        (["sync.transport=adapter"], "learner.adapter trains none"),
+        (["sync.transport=adapter"], "learner.adapter is not set"),
         (["sync.transport=adapter", "learner.adapter={method: dora}"], "does not compute learner.adapter"),
         (["sync.transport=adapter", "learner.adapter={}"], "set rollout.update to wait or abort"),
         (
@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_runs_is_not_touched(tmp_path: Path, capsys, command
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     assert main(run(tmp_path, "name=mine", command=command)) == 2
-    assert "is not empty and is no run's" in capsys.readouterr().err
+    assert "is not empty and not a run folder" in capsys.readouterr().err
     assert [p.name for p in folder.iterdir()] == ["thesis.txt"]
 
 
@@ -151,7 +151,7 @@ def test_export_without_a_model_and_into_a_full_folder(tmp_path: Path, capsys) -
 
 def test_report_of_a_folder_that_is_no_run(tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option(tmp_path: Path, capsys) -> None:

@@ -73,7 +73,7 @@ def test_a_missing_reward_is_no_zero() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "completion", "words"),
-    [((), (1,), "prompt 5 has no tokens"), ((1,), (), "completion of prompt 5")],
+    [((), (1,), "prompt 5 is empty"), ((1,), (), "completion of prompt 5")],
 )
 def test_empty_sequences_are_refused_by_name(prompt, completion, words) -> None:
     with pytest.raises(ValueError, match=words):

@@ -220,8 +220,10 @@ def test_a_hub_that_cannot_be_reached_is_said_so(
     assert main(["check", str(EXAMPLES / "gsm8k_lora.yaml"), f"output_dir={runs}"]) == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message
-    assert "'Qwen/Qwen2.5-7B-Instruct' is no folder here and not in the hub's local cache" in message
-    assert "run `hf download Qwen/Qwen2.5-7B-Instruct`" in message
+    assert (
+        "'Qwen/Qwen2.5-7B-Instruct' is neither a local folder nor in the local Hugging Face cache" in message
+    )
+    assert "Run `hf download Qwen/Qwen2.5-7B-Instruct`" in message
 
 
 def test_the_times_of_a_preemption_fit() -> None:

@@ -62,7 +62,7 @@ def test_a_wrong_first_batch_stops_the_learner(windowed, make_groups) -> None:
 def test_falling_back_trains_as_separate_sequences_do(windowed, make_groups) -> None:
     batch = Batch.build(make_groups(longest=20), share_prefix=True)
     learner = blind_to_windows(spec(windowed, config={"self_check": "fall_back"}))
-    with pytest.warns(UserWarning, match="padded row of its own from now on"):
+    with pytest.warns(UserWarning, match="from now on, every sequence runs in a separate padded row"):
         loss = learner.step(batch, 0)["train/grad_norm"]
     right = Learner(spec(windowed))
     assert loss == pytest.approx(right.step(batch, 0)["train/grad_norm"], rel=1e-4)

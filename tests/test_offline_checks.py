@@ -106,19 +106,19 @@ def test_references_that_cannot_be_cached_or_are_not_read(raw: dict[str, Any], t
     assert plan_of(raw, learner=cached).config.learner.reference_logps == "cached"
     tasks = {**raw, "data": {"limit": 16}}
     for algorithm, words in (
-        ("sft", "sft reads no reference"),
+        ("sft", "sft does not use a reference"),
         ("asft", "compares whole distributions"),
-        ({"name": "ss_token", "refresh_reference": 2}, "moves its reference"),
+        ({"name": "ss_token", "refresh_reference": 2}, "updates its reference"),
     ):
         assert words in refused(tasks, algorithm=algorithm, learner=cached)
     kto = {**raw, "data": {"kind": "arithmetic_pairs", "limit": 16}, "learner": cached}
     assert "pairs prompts with other responses" in refused(kto, algorithm="kto")
     assert plan_of(kto, algorithm={"name": "kto", "baseline": "zero"})
     stream = {**raw["data"], "streaming": True}
-    assert "a stream is never seen as a whole" in refused(raw, data=stream, learner=cached)
+    assert "a streamed dataset cannot be scored before training" in refused(raw, data=stream, learner=cached)
     model = {**raw["model"], "reference": raw["model"]["path"]}
     free = {"name": "dpo", "reference_free": True}
-    assert "model.reference: dpo reads no reference" in refused(raw, algorithm=free, model=model)
+    assert "model.reference: dpo does not use a reference" in refused(raw, algorithm=free, model=model)
     assert "is neither a model folder" in refused(raw, model={**model, "reference": str(tmp_path / "no")})
 
 

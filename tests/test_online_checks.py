@@ -33,7 +33,7 @@ def refusal(name: str, small: list[str], *overrides: str) -> str:
 @needs_vllm
 def test_only_the_plain_engine_mixes_policy_and_reference(small: list[str], tiny_folder: Path) -> None:
     assert checked("nash_md", small).engine_spec().reference == str(tiny_folder)
-    assert "write mixture: 0, or use the hf engine" in refusal("nash_md", small, "rollout.engine=vllm")
+    assert "write mixture: 0, or set rollout.engine: hf" in refusal("nash_md", small, "rollout.engine=vllm")
     own = checked("nash_md", small, "rollout.engine=vllm", "algorithm.mixture=0")
     assert own.engine_spec().reference is None
 
@@ -41,7 +41,7 @@ def test_only_the_plain_engine_mixes_policy_and_reference(small: list[str], tiny
 def test_an_observer_s_sequence_holds_two_prompts_and_two_answers(small: list[str]) -> None:
     lengths = ["rollout.sampling.max_prompt_length=64", "rollout.sampling.max_completion_length=24"]
     assert checked("cory", small, *lengths).engine_spec().max_model_len == 2 * (64 + 24)
-    assert "make sequences of 2176" in refusal(
+    assert "allow sequences of 2176 tokens" in refusal(
         "cory", small, lengths[0], "rollout.sampling.max_completion_length=1024"
     )
 
@@ -50,7 +50,7 @@ def test_process_credit_needs_a_reward_that_judges_steps(small: list[str]) -> No
     process = "algorithm={name: per_step, source: process}"
     assert "source: process needs a reward that judges step by step" in refusal("per_step", small, process)
     rewards = "rewards=[{function: math}, {function: process, options: {function: length%s}}]"
-    assert "is not where the reward process ends its steps" in refusal(
+    assert "differs from the separator of the reward process" in refusal(
         "per_step", small, process, rewards % ""
     )
     options = '{function: not_truncated, separator: "\\n"}'

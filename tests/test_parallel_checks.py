@@ -40,14 +40,17 @@ def config(**changes: Any) -> Config:
             | {"learner": {"ranks": 3, "prefix_sharing": "on"}},
             "an update has 1 groups, too few for 3 ranks",
         ),
-        ({"learner": {"parallel": "deepspeed", "cpu_offload": True}}, "this is fsdp2's; for deepspeed write"),
+        (
+            {"learner": {"parallel": "deepspeed", "cpu_offload": True}},
+            "only fsdp2 uses it; for deepspeed write",
+        ),
         (
             {"learner": {"deepspeed": {"zero_optimization": {"stage": 1}}}},
-            "read with learner.parallel deepspeed",
+            "only used with learner.parallel: deepspeed",
         ),
         (
             {"learner": {"parallel": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 4}}}},
-            "stage: 4 is none of 1, 2 and 3",
+            "stage: must be 1, 2 or 3, got 4",
         ),
         (
             {
@@ -72,7 +75,7 @@ def config(**changes: Any) -> Config:
                     "deepspeed": {"zero_optimization": {"stage": 3}},
                 }
             },
-            "adapter: does not go with stage 3; use stage 2, or fsdp2",
+            "adapter: not supported with ZeRO stage 3; use stage 2, or fsdp2",
         ),
         ({"learner": {"adapter": {}, "quantize": "nf4"}}, "learner.quantize: works in one process only"),
         ({"learner": {"optimizer": "adamw_8bit"}}, "learner.optimizer: adamw_8bit works in one process only"),

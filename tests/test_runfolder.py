@@ -35,9 +35,9 @@ def test_differences_are_listed_or_refused(tmp_path: Path) -> None:
     assert set(found.notes) == {
         "checkpoint.every: 50 -> 5",
         "train.steps: 100 -> 9",
-        "learning rate: constant, it goes on with 1e-06",
+        "learning rate: constant, it stays at 1e-06",
     }
-    with pytest.raises(ConfigError, match=r"(?s)differ in what is learned.*seed: was 1, now 2"):
+    with pytest.raises(ConfigError, match=r"(?s)which change the result, differ.*seed: was 1, now 2"):
         run_dir.claim(config(tmp_path, seed=2), "auto")
 
 
@@ -82,7 +82,7 @@ def test_more_steps_say_what_the_learning_rate_does(tmp_path: Path) -> None:
         "(by the old schedule 0), and the last one with 0"
     ) in notes
     notes = extended(tmp_path / "constant", learner={"learning_rate": 0.5})
-    assert "learning rate: constant, it goes on with 0.5" in notes
+    assert "learning rate: constant, it stays at 0.5" in notes
     weight = {"start": 1.0, "end": 0.0}
     notes = extended(tmp_path / "weights", algorithm="grpo", rewards=[{"function": "math", "weight": weight}])
     assert "reward weights that move with the run's progress (math): it is now 50% instead of 100%" in notes
@@ -143,7 +143,7 @@ def test_a_damaged_run_folder_is_one_message_or_an_older_checkpoint(tmp_path: Pa
     else:
         claimed = run_dir.claim(config(tmp_path), "auto")
         assert claimed.resumed_at == 3
-        assert any("passed over" in note for note in claimed.notes)
+        assert any("checkpoint skipped" in note for note in claimed.notes)
 
 
 @pytest.mark.parametrize("name", [".", "..", "...", "", "a/b", "a b"])

@@ -70,7 +70,7 @@ def test_a_second_process_is_told_who_trains_the_run(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as refused:
             RunLock(tmp_path / "run")
         pattern = (
-            rf"being trained already, by process {other.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+            rf"already being trained, by process {other.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
         )
         assert re.search(pattern, str(refused.value)) and str(tmp_path / "run") in str(refused.value)
 
@@ -172,7 +172,7 @@ def test_without_locks_one_of_two_starts_at_a_time_goes_on(
         real(0)
 
     monkeypatch.setattr(time, "sleep", sleep)
-    with pytest.raises(ConfigError, match="being trained already"):
+    with pytest.raises(ConfigError, match="already being trained"):
         RunLock(tmp_path)
 
 

@@ -197,7 +197,7 @@ def test_a_run_that_is_verified_ends_with_whoever_verifies_it(tmp_path: Path) ->
     [
         (-1, None, RunStopped(None), "stopped before the first step and nothing was saved: the same command"),
         (2, 2, RunStopped(None), "stopped at step 2 with a checkpoint saved; the same command"),
-        (3, 2, RunStopped(3), "stopped at step 3 and the checkpoint of step 2 stands; the same command"),
+        (3, 2, RunStopped(3), "stopped at step 3 and the checkpoint of step 2 is complete; the same command"),
         (0, None, RunStopped(None, "warm start"), "before the first step of the warm start and nothing"),
     ],
 )

@@ -269,7 +269,10 @@ def default_of(f: Any) -> Any:
 def required(x: Tensor | None, name: str) -> Tensor:
     """Return `x`. Raises ValueError with the name of the missing field if it is None."""
     if x is None:
-        raise ValueError(f"the algorithm needs {name}, and it was not filled in")
+        raise ValueError(
+            f"{name} is missing; declare it in the `needs` of the algorithm, or list its column under "
+            "data.numbers"
+        )
     return x
 
 

@@ -121,9 +121,11 @@ class DataConfig(ConfigModel):
             if kind not in kinds and getattr(self, name) != type(self).model_fields[name].get_default(
                 call_default_factory=True
             ):
-                raise ValueError(f"`{name}` has no meaning for `kind: {kind}` (only for {', '.join(kinds)})")
+                raise ValueError(
+                    f"`{name}` does not apply to `kind: {kind}`, only to {', '.join(kinds)}; remove it"
+                )
         if self.streaming and self.holdout:
-            raise ValueError("`holdout` needs the number of rows, unknown when `streaming`; use `eval_path`")
+            raise ValueError("`holdout` cannot be combined with `streaming`; remove it, and set `eval_path`")
         if self.eval_source is not None and self.eval_source not in self.sources:
             known = ", ".join(self.sources) or "none"
             raise ValueError(f"`eval_source: {self.eval_source}` is not among `sources` ({known})")
@@ -136,7 +138,7 @@ class DataConfig(ConfigModel):
         try:
             groups = re.compile(self.answer_pattern).groups
         except re.error as error:
-            raise ValueError(f"`answer_pattern` is no regular expression: {error}") from None
+            raise ValueError(f"`answer_pattern` is not a valid regular expression: {error}") from None
         if groups < 1:
             raise ValueError("`answer_pattern` needs a group around the answer, as in '####\\s*(.+)'")
 

@@ -86,8 +86,8 @@ class SubnetworkConfig(ConfigModel):
     def _some_source(self) -> SubnetworkConfig:
         if self.tuned is None and not Path(self.mask).expanduser().exists():
             raise ValueError(
-                f"the mask {self.mask!r} does not exist; name the first run's model folder as `tuned`, "
-                "and the mask is made from it"
+                f"the mask {self.mask!r} does not exist; set `tuned` to the model folder of the earlier run "
+                "to create it"
             )
         return self
 

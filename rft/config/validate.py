@@ -96,28 +96,28 @@ def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     yield (
         a.online and a.uses_demonstrations and facts.demonstrations is False,
-        f"{key}: {name} needs demonstrations, and the data have none; name their column",
+        f"{key}: {name} needs demonstrations, and the data has none; name their column under data.columns",
     )
     yield (
         "rewards" in a.needs and not config.rewards.functions,
-        f"{key}: {name} needs a reward, and there is none; name at least one under rewards",
+        f"{key}: {name} needs a reward; name at least one under rewards",
     )
     yield (
         a.online
         and any(r.mixture for r in rollouts(config, bool(facts.demonstrations)))
         and facts.engine != "hf",
-        f"{key}: {name} samples from a mixture with the reference, which this rollout engine cannot; "
-        "write mixture: 0, or use the hf engine",
+        f"{key}: {name} samples from a mixture with the reference, which vllm does not support; write "
+        "mixture: 0, or set rollout.engine: hf",
     )
     yield (
         a.on_policy and updates > 1,
-        f"{key}: {name} is on-policy without a ratio, and each batch is stepped on {updates} times; "
+        f"{key}: {name} is on-policy and uses no importance ratio, but takes {updates} updates per batch; "
         "write num_iterations: 1 and one minibatch",
     )
     yield (
         a.needs_reference and a.refresh_reference == 1 and updates == 1,
         f"{key}: refresh_reference: 1 with one update per step makes the reference the policy at every "
-        "update: log-ratios to it are 0, and the loss is another one; write refresh_reference: 20, or take "
+        "update: log-ratios to it are always 0, which changes the loss; write refresh_reference: 20, or take "
         "several updates per step (train.minibatches, train.num_iterations)",
     )
     for conflict in a.conflicts(t.num_generations):
@@ -135,7 +135,7 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
     roles = [rollout.role for rollout in rollouts(config, bool(facts.demonstrations))]
     yield (
         any(roles) and roles != ["pioneer", "observer"] * (len(roles) // 2),
-        f"{key}: pioneers and observers must take turns, and take all places of the group",
+        f"{key}: pioneers and observers must alternate and fill the whole group",
     )
     yield (
         not config.rewards.functions and "rewards" not in a.needs,
@@ -152,8 +152,8 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
             separator = judge.options.get("separator", _SEPARATOR)
             yield (
                 separator != a.steps.separator,
-                f"{key}: separator: {a.steps.separator!r} is not where the reward {judge.label} ends its "
-                f"steps ({separator!r}); give both the same",
+                f"{key}: separator: {a.steps.separator!r} differs from the separator of the reward "
+                f"{judge.label} ({separator!r}); write the same in both",
             )
     yield (
         config.data.streaming,
@@ -162,7 +162,7 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
     length = longest_sequence(config)
     yield (
         facts.positions is not None and length > facts.positions,
-        f"rollout.sampling: max_prompt_length and max_completion_length make sequences of {length}, "
+        f"rollout.sampling: max_prompt_length and max_completion_length allow sequences of {length} tokens, "
         f"but the model has {facts.positions} positions; lower one of them",
     )
 
@@ -185,13 +185,13 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
             f"learner.{part}: {name} trains a whole reward model with a new head; leave it out",
         )
     uncached = [
-        (not a.needs_reference, f"{name} reads no reference"),
+        (not a.needs_reference, f"{name} does not use a reference"),
         (
             compares_distributions(a),
             f"{name} compares whole distributions, for which the reference has to run",
         ),
-        (config.data.streaming, "a stream is never seen as a whole"),
-        (bool(a.refresh_reference), f"{name} moves its reference"),
+        (config.data.streaming, "a streamed dataset cannot be scored before training"),
+        (bool(a.refresh_reference), f"{name} updates its reference during the run"),
         (
             a.data == "unpaired" and a.prescored,
             f"{name} pairs prompts with other responses anew each epoch; or write baseline: zero",
@@ -201,7 +201,7 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     yield c.reference_logps == "cached" and bool(why), f"learner.reference_logps: {why}; write live"
     yield (
         name == "kto" and facts.held_out_rows is not None and facts.held_out_rows < 2,
-        "data: kto compares responses, and there is only one held-out row; set aside more",
+        "data: kto compares responses, and there is only one held-out row; raise data.holdout",
     )
 
 
@@ -209,7 +209,7 @@ def run_checks(config: Config, facts: Facts) -> Iterator[Check]:
     t, name = config.train, algorithm_name(config.algorithm)
     yield (
         config.model.reference is not None and not config.algorithm.needs_reference,
-        f"model.reference: {name} reads no reference; leave it out",
+        f"model.reference: {name} does not use a reference; remove it",
     )
     yield (
         facts.rows is not None and facts.rows < t.batch_size,
@@ -217,7 +217,7 @@ def run_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     yield (
         (facts.largest_token or 0) >= (facts.vocabulary or 2**63),
-        f"model.tokenizer: makes token ids up to {facts.largest_token}, but the model's vocabulary has "
+        f"model.tokenizer: it produces token ids up to {facts.largest_token}, but the model's vocabulary has "
         f"{facts.vocabulary} entries; use the model's own tokenizer",
     )
     for key, cores in (("rollout.cores", config.rollout.cores), ("learner.cores", config.learner.cores)):
@@ -230,7 +230,8 @@ def _core_checks(key: str, cores: str | None, facts: Facts) -> Iterator[Check]:
     except ValueError as error:
         yield True, f"{key}: {error}"
     else:
-        yield bool(missing), f"{key}: this machine has no core {min(missing, default=0)}"
+        yield bool(missing), f"{key}: this machine has no core {min(missing, default=0)}; choose among the "
+        "cores that it has"
 
 
 # -- the learner ---------------------------------------------------------------------------------------
@@ -286,13 +287,13 @@ def _method_checks(c: LearnerConfig, facts: Facts) -> Iterator[Check]:
     yield c.optimizer != "adamw" and no_bitsandbytes, f"optimizer: {c.optimizer} {remedy}"
     yield (
         c.optimizer != "adamw" and isinstance(strategy, GaloreConfig),
-        f"strategy: galore is an optimizer of its own, not {c.optimizer}; use adamw",
+        f"strategy: galore cannot be combined with optimizer {c.optimizer}; use adamw",
     )
     if isinstance(strategy, LisaConfig):
         yield (
             facts.layers is not None and strategy.layers >= facts.layers,
-            f"strategy.layers: {strategy.layers} at a time are all the model's {facts.layers} layers; "
-            "lower it, or leave the strategy out",
+            f"strategy.layers: the model has only {facts.layers} layers, so {strategy.layers} at a time "
+            "selects all of them; lower it, or remove the strategy",
         )
 
 
@@ -307,12 +308,12 @@ def _adapter_checks(c: LearnerConfig, algorithm: Algorithm | None) -> Iterator[C
     )
     yield (
         c.strategy is not None,
-        f"strategy: {c.strategy and c.strategy.name} chooses among the policy's own weights, which an "
-        "adapter leaves frozen; use one of the two",
+        f"strategy: {c.strategy and c.strategy.name} selects weights of the policy to train, but an adapter "
+        "freezes all of them; remove either the strategy or the adapter",
     )
     yield (
         adapter.method == "loftq" and c.quantize not in ("nf4", "fp4"),
-        "adapter.method: loftq makes up for 4-bit rounding; set quantize: nf4, or use lora",
+        "adapter.method: loftq compensates for 4-bit quantisation; set quantize: nf4, or use lora",
     )
     yield (
         algorithm is not None and algorithm.online and float(adapter.options.get("lora_dropout", 0) or 0) > 0,
@@ -348,12 +349,12 @@ def _parallel_checks(
     )
     yield (
         c.cpu_offload and c.parallel != "fsdp2",
-        "cpu_offload: this is fsdp2's; for deepspeed write "
+        "cpu_offload: only fsdp2 uses it; for deepspeed write "
         f"{key}.deepspeed={{zero_optimization: {{stage: 2, offload_optimizer: {{device: cpu}}}}}}",
     )
     yield (  # the default is allowed: a resolved config contains it
         c.parallel != "deepspeed" and c.deepspeed != LearnerConfig.model_fields["deepspeed"].default,
-        f"deepspeed: read with {key}.parallel deepspeed only, which is {c.parallel}",
+        f"deepspeed: only used with {key}.parallel: deepspeed, but it is {c.parallel}; remove these settings",
     )
     if c.parallel == "single":
         return
@@ -376,7 +377,7 @@ def _parallel_checks(
         yield follows, f"adapter: a reference that follows it needs one process; set {key}.parallel to single"
         yield (
             c.parallel == "deepspeed" and zero_stage(c) == 3,
-            "adapter: does not go with stage 3; use stage 2, or fsdp2",
+            "adapter: not supported with ZeRO stage 3; use stage 2, or fsdp2",
         )
     if c.parallel == "deepspeed":
         yield from _deepspeed_checks(c, algorithm, facts)
@@ -429,7 +430,7 @@ def _deepspeed_checks(c: LearnerConfig, algorithm: Algorithm | None, facts: Fact
     for name in sorted(c.deepspeed.keys() & REPLACED_KEYS.keys()):
         yield True, f"deepspeed.{name}: set by rft from {REPLACED_KEYS[name]}; remove it"
     stage, zero = zero_stage(c), c.deepspeed.get("zero_optimization")
-    yield stage not in (1, 2, 3), f"deepspeed.zero_optimization.stage: {stage!r} is none of 1, 2 and 3"
+    yield stage not in (1, 2, 3), f"deepspeed.zero_optimization.stage: must be 1, 2 or 3, got {stage!r}"
     for part in ("offload_optimizer", "offload_param"):
         entry = zero.get(part) if isinstance(zero, dict) else None
         yield (
@@ -543,7 +544,7 @@ def _ipc_checks(config: Config, facts: Facts) -> Iterator[Check]:
         config.rollout.staleness > 0,
         "with ipc the engine sleeps while the learner trains; set rollout.staleness to 0",
     )
-    yield copies(config.algorithm) == 2, "two policies do not share one GPU by ipc; use nccl"
+    yield copies(config.algorithm) == 2, "ipc does not support two policies on one GPU; use nccl"
     yield (
         config.ray.address is not None,
         "ipc stays within one machine, and ray.address names a cluster; use nccl",
@@ -553,7 +554,7 @@ def _ipc_checks(config: Config, facts: Facts) -> Iterator[Check]:
 def _sent_adapter_checks(config: Config, facts: Facts) -> Iterator[Check]:
     adapter = config.learner.adapter
     if adapter is None:
-        yield True, "adapter sends a LoRA adapter, and learner.adapter trains none; use auto"
+        yield True, "adapter sends only a LoRA adapter, but learner.adapter is not set; use auto"
         return
     yield (
         adapter.method not in PLAIN_LORA,
@@ -562,8 +563,8 @@ def _sent_adapter_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     yield (
         adapter.method in FROM_FIRST_BATCH,
-        f"learner.adapter.method {adapter.method} is made of the first batch, before which there "
-        "is nothing to send; use auto, which pushes the merged weights",
+        f"learner.adapter.method {adapter.method} is initialised from the first batch, so nothing can be "
+        "sent before it; use auto, which pushes the merged weights",
     )
     yield (
         adapter.method not in FROM_FIRST_BATCH and adapter.lora_rank > MAX_ADAPTER_RANK,
@@ -571,8 +572,8 @@ def _sent_adapter_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     yield (
         config.learner.quantize is not None,
-        "the learner's base is quantised (learner.quantize), the engine's is not: adapter would sample "
-        "from another base than is trained on; use auto",
+        "the learner's base is quantised (learner.quantize), the engine's is not: with adapter, the engine "
+        "would sample from a different base; use auto",
     )
     yield (
         config.rollout.update in ("keep", "continue"),
@@ -601,6 +602,6 @@ def warnings(config: Config) -> list[str]:
     instead = "threshold: null" if nullable else "another algorithm"
     return [
         f"algorithm.threshold: {threshold:g} is compared with scores of the reward {models[0].label}, "
-        f"which have no zero: all prompts may lie below it and be dropped, or all above; write {instead}, or "
-        "a threshold that was read off the model's scores"
+        f"whose scale is arbitrary: all completions may lie below it, or all above; write {instead}, or "
+        "choose a threshold from scores that the model gave"
     ]

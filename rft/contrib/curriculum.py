@@ -97,7 +97,10 @@ class Curriculum:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`. Raises DataError if the data is not the same."""
         if "plain" not in state:
-            raise DataError("the checkpoint was made without train.curriculum: leave it out, or start anew")
+            raise DataError(
+                "the checkpoint was made without train.curriculum: remove it from the config, or "
+                "start a new run"
+            )
         self.plain.load_state_dict(state["plain"])
         self.draws, self._rows = state["draws"], list(state["measured"])
         self.visits = {row: (count, last) for row, count, last, _ in state["rows"]}

@@ -114,9 +114,7 @@ class ZeRO(Ranks):
 
     def discard(self, optimizer: Any) -> None:
         if self.pending:
-            raise RuntimeError(
-                "DeepSpeed holds the gradient of a batch that was given up: start the learner anew"
-            )
+            raise RuntimeError("DeepSpeed still holds the gradient of an aborted batch: restart the run")
 
     # -- weights and state ---------------------------------------------------------------------------
 

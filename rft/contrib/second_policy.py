@@ -93,8 +93,8 @@ class SecondPolicy(LoopHooks):
         found = [c for c in map(checkpoint.load, self.root.glob("step-*")) if c.step == step]
         if not found:
             raise CheckpointError(
-                f"{self.root} has no checkpoint of step {step}, where the first copy goes on; "
-                "start anew with another name"
+                f"{self.root} has no checkpoint of step {step}, from which the first copy resumes; start a "
+                "new run with another name"
             )
         await self.learner.restore(str(max(found, key=lambda c: c.order).path))
         self.saved_at = self.version = step

@@ -170,7 +170,7 @@ class Renderer:
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(m["role"] for m in messages)
-            raise RowProblem(f"the chat template refuses these messages (roles: {roles}): {error}") from None
+            raise RowProblem(f"the chat template rejects these messages (roles: {roles}): {error}") from None
 
     @cached_property
     def template(self) -> str:
@@ -184,19 +184,19 @@ class Renderer:
             given = message["role"] in ("system", "developer", "user")
             if given and "".join(message["content"].split()) not in text:
                 raise RowProblem(
-                    f"the chat template leaves out message {number} ({message['role']}); put its words "
-                    "into a message that the template writes"
+                    f"the chat template leaves out message {number} ({message['role']}); move its text into "
+                    "a message of another role"
                 )
 
     def check_tools(self, messages: Messages, tools: list[Any] | None) -> None:
         """Raise RowProblem if the template omits the tools or a message's tool calls."""
         if tools and self.render(messages, tools) == self.render(messages):
-            raise RowProblem("the chat template leaves out `tools`; use a model whose template writes them")
+            raise RowProblem("the chat template leaves out `tools`; use a model whose template supports them")
         if any("tool_calls" in m for m in messages):
             bare = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
             if self.render(messages, tools) == self.render(bare, tools):
                 raise RowProblem(
-                    "the chat template leaves out `tool_calls`; use a model whose template writes them"
+                    "the chat template leaves out `tool_calls`; use a model whose template supports them"
                 )
 
     def generation_spans(self, messages: Messages, tools: list[Any] | None) -> list[tuple[int, int]]:
@@ -302,11 +302,11 @@ def pieces(
         try:
             start, stop = _locate(render, messages, turn, text, tools) if marks is None else marks[turn]
             if not out and not text[:start].strip():
-                raise CannotTell("the chat template writes nothing before the first assistant turn")
+                raise CannotTell("the chat template produces no text before the first assistant turn")
             words = messages[turn]["content"].rstrip()
             written, stop = _with_end(render, text, start, stop, words, final=turn == last)
             if start < end or start >= stop:
-                raise CannotTell("the chat template gives an assistant turn no text of its own")
+                raise CannotTell("the chat template leaves an assistant turn empty")
             _check_complete(messages[turn], turn, written)
         except CannotTell as problem:
             if turn != last:
@@ -332,7 +332,9 @@ def _marked(render: Renderer, messages: Messages, tools: list[Any] | None) -> di
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     spans = render.generation_spans(messages, tools)
     if len(spans) != len(turns):
-        raise CannotTell(f"the chat template marks {len(spans)} assistant turns of {len(turns)}")
+        raise CannotTell(
+            f"the chat template marks {len(spans)} of {len(turns)} assistant turns with {{% generation %}}"
+        )
     return dict(zip(turns, spans, strict=True))
 
 
@@ -340,7 +342,9 @@ def _locate(render: Renderer, messages: Messages, turn: int, text: str, tools: l
     """Return the span of assistant turn `turn` in `text`, the rendered conversation. Raises CannotTell."""
     start = _length_of(render.render(messages[:turn], tools, generate=True), text)
     if start is None:
-        raise CannotTell(f"the chat template rewrites what stands before assistant turn {turn + 1}")
+        raise CannotTell(
+            f"the chat template changes the text before assistant turn {turn + 1} when later messages follow"
+        )
     alone = render.render(messages[: turn + 1], tools)
     if text.startswith(alone):
         return start, len(alone)
@@ -353,7 +357,9 @@ def _locate(render: Renderer, messages: Messages, turn: int, text: str, tools: l
         closing = closing[: render.closing(closing) or None]  # some templates append one more token
         if at >= 0 and closing and text.startswith(content + closing, start):
             return start, start + len(content + closing)
-    raise CannotTell(f"the chat template writes assistant turn {turn + 1} differently once others follow")
+    raise CannotTell(
+        f"the chat template writes assistant turn {turn + 1} differently when later messages follow"
+    )
 
 
 def _length_of(head: str, text: str) -> int | None:
@@ -397,7 +403,9 @@ def _with_end(
     if length := render.closing(text[stop:]):
         return text[start : stop + length], stop + length
     if not final:
-        raise CannotTell("the chat template ends a turn with no special token, at which sampling could stop")
+        raise CannotTell(
+            "the chat template does not end a turn with a special token, so sampling could not stop there"
+        )
     return text[start:stop] + render.end, stop
 
 
@@ -405,7 +413,7 @@ def _check_complete(message: dict[str, Any], turn: int, written: str) -> None:
     """Raise CannotTell if the template omits part of a turn (often a thought)."""
     for part in (message["content"], message.get("reasoning_content")):
         if isinstance(part, str) and _squeezed(part) not in _squeezed(written):
-            raise CannotTell(f"the chat template leaves out words of assistant turn {turn + 1}")
+            raise CannotTell(f"the chat template drops words of assistant turn {turn + 1}")
 
 
 def _squeezed(text: str) -> str:

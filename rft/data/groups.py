@@ -201,9 +201,9 @@ class GroupMaker:
         messages = [{**m, "content": self.render.without_end(m["content"])} for m in messages]
         if not turns:
             why = "; each has weight 0" if written else ""
-            raise RowProblem(f"there is no assistant message to learn from{why}")
+            raise RowProblem(f"no assistant message to learn from{why}")
         if turns[0] == 0:
-            raise RowProblem("the conversation begins with the assistant: there is no prompt")
+            raise RowProblem("the conversation begins with the assistant: put a user message first")
         if any(not messages[i].get("tool_calls") and not messages[i]["content"].strip() for i in turns):
             raise RowProblem("a response is empty")
         self.render.check_tools(messages, tools)
@@ -254,10 +254,10 @@ class GroupMaker:
     def _cut(self, completions: list[Completion], room: int, number: int) -> list[Completion] | None:
         out = [c if len(c.tokens) <= room else cut(c, room) for c in completions]
         if any(c.mask is not None and not any(c.mask) for c in out):
-            self.long.add("cut to max_length, nothing that has a loss is left", number + 1)
+            self.long.add("cut to max_length, the completion has no trained token left", number + 1)
             return None
         if len(out) > 1 and len({c.tokens for c in out}) < len({c.tokens for c in completions}):
-            self.long.add("cut to max_length, two responses are equal", number + 1)
+            self.long.add("two responses are equal after they were cut to max_length", number + 1)
             return None
         self.truncated += sum(len(c.tokens) > room for c in completions)
         return out
@@ -416,7 +416,7 @@ def _numbers(value: Any, name: str) -> list[float]:
         else:
             raise RowProblem(f"`{name}` must be a finite number or a list of them, not {value!r:.40}")
     if not out or all(math.isnan(v) for v in out):
-        raise RowProblem(f"`{name}` holds no number")
+        raise RowProblem(f"`{name}` is empty or has only NaN")
     return out
 
 
@@ -445,9 +445,9 @@ def _steps(prompt: Any, steps: Any, labels: Any) -> Example:
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
         raise RowProblem("`completions` must be a list of steps, each a non-empty string")
     if not isinstance(labels, list) or len(labels) != len(steps):
-        raise RowProblem(f"{len(steps)} steps need as many `labels`")
+        raise RowProblem(f"`completions` has {len(steps)} steps, so `labels` must be a list of as many")
     if len(steps) > MAX_STEPS:
-        raise RowProblem(f"more than {MAX_STEPS} steps")
+        raise RowProblem(f"more than {MAX_STEPS} steps; split the row")
     marks = [_label(label) for label in labels]
     padded = (*marks, *[math.nan] * (MAX_STEPS - len(marks)))
     return Example(prompt, [steps], [sum(marks) / len(marks)], [{"step_labels": padded}])

@@ -95,7 +95,7 @@ def _from_sharegpt(message: dict[str, Any], value: Any, number: int, column: str
     role = _SHAREGPT_ROLES.get(name)
     if role is None:
         known = ", ".join(_SHAREGPT_ROLES)
-        raise RowProblem(f"message {number} of `{column}` is from {name!r}; known are {known}")
+        raise RowProblem(f"message {number} of `{column}` is from {name!r}; the known roles are {known}")
     if name == "function_call":
         call = _parsed(value, f"message {number} (function_call) of `{column}`")
         calls = call if isinstance(call, list) else [call]

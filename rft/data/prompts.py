@@ -156,7 +156,7 @@ def demonstrations_of(prompt: Prompt) -> list[str]:
     texts = [value] if value is None or isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(t is None or isinstance(t, str) for t in texts):
         raise DataError(
-            f"must be a text, or a list of texts (several demonstrations), not {value!r:.80}",
+            f"must be a string, or a list of strings (several demonstrations), not {value!r:.80}",
             row=prompt.id + 1,
             column="completion",
         )

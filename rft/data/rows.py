@@ -73,7 +73,7 @@ def _generate(config: DataConfig, split: Split, n: int) -> Sequence[Any]:
     try:
         rows: Sequence[Any] = TASKS[kind](**options).rows(split=split, n=n, seed=config.seed)
     except ValueError as error:  # includes pydantic's ValidationError
-        raise DataError(f"the task refuses its options: {error}", source=config.task or kind) from error
+        raise DataError(f"the task rejects its options: {error}", source=config.task or kind) from error
     return rows
 
 
@@ -99,7 +99,7 @@ def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number:
         found = re.search(config.answer_pattern, str(out["answer"]))
         if found is None or found[1] is None:
             raise DataError(
-                f"`answer_pattern` {config.answer_pattern!r} finds nothing in {str(out['answer'])[-60:]!r}",
+                f"`answer_pattern` {config.answer_pattern!r} does not match {str(out['answer'])[-60:]!r}",
                 source=source,
                 row=number + 1,
                 column="answer",
@@ -114,7 +114,7 @@ def _hold_out(config: DataConfig, split: Split, size: int, source: str) -> Seque
         return range(size)
     if config.holdout >= size:
         raise DataError(
-            f"`holdout: {config.holdout}` leaves nothing of {size} rows to train on", source=source
+            f"`holdout: {config.holdout}` leaves none of the {size} rows to train on; lower it", source=source
         )
     order = list(range(size))
     random.Random(f"holdout/{config.seed}").shuffle(order)
@@ -180,7 +180,7 @@ def find_files(path: str, split: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_file():
         if not place.name.endswith(SUFFIXES):
-            raise DataError(f"unknown file type; known are {', '.join(SUFFIXES)}", source=path)
+            raise DataError(f"unknown file type; supported are {', '.join(SUFFIXES)}", source=path)
         return [place]
     if not place.is_dir():
         near = place.parent if place.parent.is_dir() else None

@@ -68,7 +68,7 @@ class Sampler:
             if state[name] != getattr(self, name):
                 raise DataError(
                     f"cannot resume the sample order: the checkpoint was made with {name}={state[name]}, "
-                    f"this run has {name}={getattr(self, name)}; restore the data settings, or start anew"
+                    f"this run has {name}={getattr(self, name)}; restore this setting, or start a new run"
                 )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._order = self._shuffled()

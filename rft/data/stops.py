@@ -64,8 +64,8 @@ def unstopped_turns(
     ends = {token for g in groups for c in g.completions for token in _turn_ends(c)}
     return [
         f"{key}: a trained turn ends with {tokenizer.decode([token])!r} (token {token}), which is not a stop "
-        f"token ({', '.join(map(str, stops)) or 'there is none'}); name it under "
-        "rollout.sampling.stop_token_ids, or end turns with a token that is"
+        f"token ({', '.join(map(str, stops)) or 'there is none'}); add it to "
+        "rollout.sampling.stop_token_ids, or end turns with a stop token"
         for token in sorted(ends - set(stops))
     ]
 

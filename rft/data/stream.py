@@ -263,7 +263,7 @@ class GroupStream:
             if state[name] != getattr(self.config, name):
                 raise DataError(
                     f"cannot resume the stream: the checkpoint was made with {name}={state[name]}, this run "
-                    f"has {name}={getattr(self.config, name)}"
+                    f"has {name}={getattr(self.config, name)}; restore this setting, or start a new run"
                 )
         self.epoch = state["epoch"]
         self._begin_epoch()
@@ -275,8 +275,8 @@ class GroupStream:
             reader = {"row": state["first"]}
         elif not set(reader) <= set(self.reader.state()):
             raise DataError(
-                "cannot resume the stream: the checkpoint's place is in data of another kind. Set "
-                "`data.path` to what the run began with, or start a new run",
+                "cannot resume the stream: the checkpoint was made with another kind of data file. Restore "
+                "`data.path`, or start a new run",
                 source=self.source,
             )
         self.reader.restore(reader)
@@ -285,4 +285,7 @@ class GroupStream:
         self._shuffle()
         self.position, self.made = state["position"], state["made"]
         if self.position > len(self.rows):
-            raise DataError("the data ends before the place to resume at: it has changed", source=self.source)
+            raise DataError(
+                "the data has fewer rows than when the checkpoint was made; restore it, or start a new run",
+                source=self.source,
+            )

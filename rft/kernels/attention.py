@@ -47,12 +47,13 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     if route.max_length is not None and forest.longest > route.max_length:
         raise ValueError(
             f"{type(decoder).__name__} changes its position encoding for batches that reach beyond "
-            f"{route.max_length} tokens, this one has a sequence of {forest.longest}: shorten it"
+            f"{route.max_length} tokens, this one has a sequence of {forest.longest}: lower the maximum "
+            "prompt or completion length"
         )
     if route.max_tokens is not None and forest.num_tokens > route.max_tokens:
         raise ValueError(
             f"{type(decoder).__name__} scales queries by their place beyond {route.max_tokens} tokens, this "
-            f"packed batch has {forest.num_tokens}: lower the number of tokens per micro-batch"
+            f"packed batch has {forest.num_tokens}: lower learner.tokens_per_micro_batch"
         )
     hidden = _run(decoder, batch.tokens, forest, route)
     device = hidden.device.type
@@ -143,7 +144,7 @@ def prepare_model(model: nn.Module, kernel: Kernel = "auto") -> AttentionRoute:
     if route.kind == "sequences":
         warnings.warn(
             f"{type(decoder).__name__} cannot run packed or share prefixes ({route.reason}): every sequence "
-            "runs in a padded row of its own, at full cost",
+            "is computed in a separate padded row, and shared prefixes are computed again for each",
             stacklevel=2,
         )
     setattr(decoder, ROUTE, route)
@@ -184,9 +185,9 @@ def _cause(decoder: PreTrainedModel, repeated: float) -> str:
     between two runs of the same sequences, one by one."""
     if repeated > tolerance_of(decoder):
         return (
-            f"Cause: the same sequence gives other hidden states when it is run again (by {repeated:.1e}): a "
-            "layer is random, or its weights change, with dropout off and without gradient. Take that layer "
-            "out, or use another model"
+            "Cause: the same sequence gives different hidden states when it is run again (by "
+            f"{repeated:.1e}): a layer is random, or its weights change, with dropout off and without "
+            "gradient. Take that layer out, or use another model"
         )
     if any(is_quantized(m) for m in decoder.modules()):
         return (
@@ -194,8 +195,8 @@ def _cause(decoder: PreTrainedModel, repeated: float) -> str:
             "depends on the shape of the batch. Leave learner.quantize out, or set learner.dtype: bfloat16"
         )
     return (
-        "Cause: a layer reads more than its own sequence's tokens, or fewer, in a way that is unknown here. "
-        "Use another architecture"
+        "Cause: a layer attends to other tokens than rft expects of this architecture. Use another "
+        "architecture"
     )
 
 
@@ -275,10 +276,8 @@ def self_check(
             raise RuntimeError(
                 f"{message}. Cause: with this batch's lengths a layer mixes the tokens of different "
                 "sequences, or its arithmetic is coarser than its dtype. Set learner.self_check: fall_back "
-                "to run every sequence in a padded row of its own"
+                "to run every sequence in a separate padded row"
             )
-        warnings.warn(
-            message + ": running every sequence in a padded row of its own from now on", stacklevel=2
-        )
+        warnings.warn(message + ": from now on, every sequence runs in a separate padded row", stacklevel=2)
         setattr(decoder, ROUTE, AttentionRoute("sequences", message))
     return error

@@ -150,8 +150,8 @@ def _attend(
     if kernel == "merge":
         if not merges:
             raise ValueError(
-                f"the merge serves no layer with window {window}, chunk {chunk}, softcap {softcap}, heads of "
-                f"{q.shape[-1]} and {width} in {q.dtype} on {device}: use kernel auto"
+                f"the kernel merge does not support a layer with window {window}, chunk {chunk}, softcap "
+                f"{softcap}, heads of {q.shape[-1]} and {width} in {q.dtype} on {device}: use kernel auto"
             )
         # heads of unequal width (latent attention): zero-padding the values changes nothing
         v = F.pad(v, (0, q.shape[-1] - width))

@@ -93,7 +93,7 @@ def candidates(model: nn.Module, decoder: PreTrainedModel) -> list[AttentionRout
     if recurrent := _recurrent_modules(decoder):
         return [plain.because(f"recurrent or convolutional layers: {', '.join(recurrent)}")]
     if sparse := _sparse_settings(config):
-        return [plain.because(f"attention limited in a way unknown here: {', '.join(sparse)}")]
+        return [plain.because(f"an unsupported kind of sparse attention: {', '.join(sparse)}")]
     merge = AttentionRoute("merge", "", config.num_hidden_layers, kinds, limit, _longest_row(config))
     if kinds is not None and any(k != LayerKind() for k in kinds):
         return [merge, plain]

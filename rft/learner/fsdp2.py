@@ -96,7 +96,9 @@ class FSDP2(Ranks):
         own = module.state_dict(keep_vars=True)
         missing = sorted(own.keys() - state.keys())
         if missing:
-            raise ValueError(f"the saved model lacks {', '.join(missing[:3])}: it is another model's")
+            raise ValueError(
+                f"the saved model lacks {', '.join(missing[:3])}: it was saved from another model"
+            )
         for name, tensor in own.items():
             self.set_full(tensor, state[name])
 
@@ -137,7 +139,7 @@ def gathered_units(model: nn.Module) -> list[nn.Module]:
     found = [m for name, m in decoder.named_children() if name in ("layers", "h", "blocks")]
     if len(found) != 1 or not isinstance(layers := found[0], nn.ModuleList):
         raise ValueError(
-            f"{type(decoder).__name__} keeps its layers under no name that is known here; "
-            "learner.parallel fsdp2 cannot shard it layer by layer, deepspeed may"
+            f"{type(decoder).__name__} has no list of layers named layers, h or blocks, which "
+            "learner.parallel: fsdp2 needs; use deepspeed"
         )
     return list(layers)

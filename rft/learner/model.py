@@ -133,7 +133,7 @@ def load_scoring_model(
             problem_type="regression",
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no reward model can be made of {path!r}: {error}") from error
+        raise ModelError(f"{path!r} cannot be loaded as a reward model: {error}") from error
     score_layer(model)
     config = model.config.get_text_config()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -151,7 +151,9 @@ def score_layer(model: Any) -> nn.Linear | None:
         return None
     layer = getattr(model, "score", None) or getattr(model, "classifier", None)
     if not isinstance(layer, nn.Linear):
-        raise ModelError(f"{type(model).__name__} has no single linear head to train")
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer named score or classifier; choose a model with one"
+        )
     return layer
 
 
@@ -173,7 +175,9 @@ def head_of(model: Any) -> Head:
     """Return the head of a causal LM, with its family's softcap and scale of the logits."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) and not hasattr(layer, "weight"):
-        raise ModelError(f"{type(model).__name__} has no linear head; rft needs hidden states and a head")
+        raise ModelError(
+            f"{type(model).__name__} has no linear LM head; use a causal language model with one"
+        )
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     if divisor := getattr(config, "logits_scaling", None):  # Granite divides

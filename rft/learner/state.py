@@ -233,5 +233,5 @@ def _require_finite(version: int, trained: Mapping[str, Tensor]) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BrokenWeights(
                 f"the weights of version {version} are not finite, first {name}: not saved. Lower "
-                "learner.learning_rate and go on from the last checkpoint, which is older."
+                "learner.learning_rate and resume from the last checkpoint, which is older."
             )

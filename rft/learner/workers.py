@@ -229,7 +229,7 @@ class LearnerActor:
             if not bool(torch.isfinite(tensor).all()):
                 raise BrokenWeights(
                     f"the weights of version {self.learner.version} are not finite, first {name}: not "
-                    "pushed, not saved. Lower learner.learning_rate and go on from the last checkpoint, "
+                    "pushed, not saved. Lower learner.learning_rate and resume from the last checkpoint, "
                     "which is older."
                 )
             yield name, tensor

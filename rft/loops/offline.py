@@ -273,7 +273,10 @@ def attach(groups: Sequence[Group], file: Path) -> list[Group]:
     values = iter(logps)
     wanted = sum(sum(_mask(c)) for g in groups for c in g.completions)
     if wanted != len(logps):
-        raise ValueError(f"{file} holds {len(logps)} log-probs, the data have {wanted} tokens: delete it")
+        raise ValueError(
+            f"{file} holds {len(logps)} reference log-probs, but the data has {wanted} tokens: "
+            "delete the file, and they are computed again"
+        )
     return [replace(g, completions=tuple(_filled(c, values) for c in g.completions)) for g in groups]
 
 

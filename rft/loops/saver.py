@@ -125,7 +125,7 @@ class Saver:
         if not loop.step:
             saved = "no step is finished, so there is nothing to save"
         elif isinstance(error, BrokenWeights):
-            saved = "no checkpoint is saved: its weights are broken"
+            saved = "no checkpoint is saved: the weights are not finite"
         else:
             try:
                 await loop.save(final=True)

@@ -75,7 +75,7 @@ def reward_faults(metrics: Mapping[str, float], known: float) -> tuple[float, di
     if killed + crashed <= known:
         return known, {}
     what = f"so far {killed:.0f} exceeded their time and were killed, {crashed:.0f} died"
-    action = "replaced; the judgement that ended them counts as timeout or error, never as wrong"
+    action = "replaced; the call that ended them counts as a timeout or an error, never as a wrong answer"
     return killed + crashed, {"part": "reward workers", "what": what, "action": action}
 
 

@@ -147,7 +147,7 @@ def reward_hacking(history: History, config: GuardsConfig) -> Finding | None:
         return None
     text = (
         f"held-out accuracy fell from {best:.3f} to {recent:.3f} while the reward rose from "
-        f"{fmean(then):.3f} to {fmean(now):.3f}: the reward may be paid for something else"
+        f"{fmean(then):.3f} to {fmean(now):.3f}: the reward may measure something other than the task"
     )
     return Finding("reward_hacking", _step(history), fall, limit, text)
 
@@ -163,13 +163,13 @@ def stale_engines(history: History, config: GuardsConfig, staleness: int = 0) ->
     }
     if silent and max(silent.values()) > config.engine_silence:
         engine, value = max(silent.items(), key=lambda pair: pair[1])
-        text = f"engine {engine} gave no sign of life for {value:.0f} s"
+        text = f"engine {engine} passed no health check for {value:.0f} s"
         return Finding("stale_engines", _step(history), value, config.engine_silence, text)
     limit = staleness if config.age_limit is None else config.age_limit
     age = row.get("rollout/age_max")
     if age is None or age <= limit:
         return None
-    text = f"trained on a completion {age:.0f} versions old; the limit is {limit}"
+    text = f"trained on a completion {age:.0f} policy versions old; the limit is {limit}"
     return Finding("stale_engines", _step(history), age, float(limit), text)
 
 

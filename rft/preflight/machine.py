@@ -63,7 +63,7 @@ def check_sync_folder(config: Config, weight_bytes: int | None) -> list[str]:
         return []
     base = SHARED_MEMORY if sync.folder is None else Path(sync.folder).expanduser()
     if not base.is_dir() or not os.access(base, os.W_OK):
-        return [f"sync.folder: {base} is no folder that this user can write to"]
+        return [f"sync.folder: {base} is not a folder that this user can write to"]
     need = 2 * (weight_bytes or 0)  # the version in use and the one being written
     free = shutil.disk_usage(base).free
     if need <= free:

@@ -75,8 +75,9 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
         why = str(error).splitlines()[0]
         if _UNREACHABLE.search(str(error)):
             raise ModelError(
-                f"{path!r} is no folder here and not in the hub's local cache, and the hub is out of reach. "
-                f"Where there is a network, run `hf download {path}` with the same HF_HOME, or give a folder"
+                f"{path!r} is neither a local folder nor in the local Hugging Face cache, and the hub cannot "
+                f"be reached. Run `hf download {path}` where there is a network, with the same HF_HOME, or "
+                "give a folder"
             ) from error
         raise ModelError(f"{path!r} is neither a model folder nor a hub model: {why}") from error
     network.tie_weights()

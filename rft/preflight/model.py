@@ -98,5 +98,5 @@ def check_reference(reference: str, vocabulary: int, trust_remote_code: bool) ->
         return []
     return [
         f"model.reference: {reference} has a vocabulary of {size:,}, the policy one of {vocabulary:,}; "
-        "its log-probs of the policy's tokens mean nothing"
+        "so it cannot score the policy's tokens. Use a reference with the policy's tokenizer"
     ]

@@ -88,8 +88,8 @@ def _column_problems(c: RewardConfig, need: Loaded, dataset: str, rows: Rows) ->
         lacks.append((" or ".join(map(repr, need.any_of)), need.any_of[0]))
     for shown, name in lacks:
         problems.append(
-            f"needs the column {shown}{did_you_mean(name, columns)}; {have}. Where it has another name, say "
-            f"so: columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
+            f"needs the column {shown}{did_you_mean(name, columns)}; {have}. If the column has another name, "
+            f"write columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
         )
     for parameter, column in c.columns.items():
         if column not in columns:

@@ -219,7 +219,7 @@ class Run:
         if opened and opened[-1].get("host") == socket.gethostname():
             pid = opened[-1]["pid"]
             if not Path(f"/proc/{pid}").exists():
-                return f"gone: process {pid} ended without a word"
+                return f"gone: process {pid} ended without closing the run"
         newest = max(r["time/wall"] if "time/wall" in r else r["time"] for r in self._newest())
         quiet = time.time() - newest
         return "running" if quiet < silent_after else f"silent for {quiet / 60:.0f} min"

@@ -135,7 +135,7 @@ PAGE = (
 
 <h2>Config</h2>
 {% if config %}
-<details class="card"><summary>Everything that the run was told</summary><pre>{{ config }}</pre></details>
+<details class="card"><summary>All settings of the run</summary><pre>{{ config }}</pre></details>
 {% else %}
 <p class="soft">The run folder has no config.yaml.</p>
 {% endif %}

@@ -252,7 +252,7 @@ def _content(response: httpx.Response) -> str:
     try:
         return str(response.json()["choices"][0]["message"]["content"])
     except (ValueError, KeyError, IndexError, TypeError):
-        raise JudgeError(f"not a chat completion: {response.text[:300]}") from None
+        raise JudgeError(f"the reply is not a chat completion: {response.text[:300]}") from None
 
 
 def _retry_after(value: str | None) -> float | None:

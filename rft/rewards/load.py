@@ -115,7 +115,10 @@ def resolve(spec: str, base_dir: Path | str = ".") -> Any:
     """Return the object that `file.py:name` or `package.module:name` names. Raises SpecError if missing."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
-        raise SpecError(f"{spec!r} is not `file.py:function` or `package.module:function`")
+        raise SpecError(
+            f"{spec!r} does not name a reward: write a built-in, `file.py:function` or "
+            "`package.module:function`"
+        )
     module = _import_file(where, base_dir) if where.endswith(".py") else _import_module(where, base_dir)
     target: Any = module
     for part in name.split("."):
@@ -137,7 +140,7 @@ def _import_file(where: str, base_dir: Path | str) -> Any:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise SpecError(f"{path} cannot be imported as Python")
+        raise SpecError(f"{path} is not a Python file that can be imported")
     if str(path.parent) not in sys.path:  # so that the file can import its neighbours; last, so that none
         sys.path.append(str(path.parent))  # of them shadows a module of Python or of a package
     module = importlib.util.module_from_spec(spec)
@@ -146,7 +149,7 @@ def _import_file(where: str, base_dir: Path | str) -> Any:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise SpecError(f"{path} does not import:\n{describe_error(error)}") from error
+        raise SpecError(f"{path} cannot be imported:\n{describe_error(error)}") from error
     return module
 
 
@@ -245,8 +248,8 @@ def require_columns(reward: Any, label: str, columns: Collection[str]) -> None:
         lacks.append((" or ".join(map(repr, reward.any_of)), reward.any_of[0]))
     for shown, name in lacks[:1]:
         raise CallError(
-            f"reward {label!r} needs the column {shown}; the columns here: {have}. Where it has another "
-            f"name, say so: columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
+            f"reward {label!r} needs the column {shown}; the columns are {have}. If the column has another "
+            f"name, write columns: {{{name}: NAME_IN_YOUR_DATA}}; or give the parameter a default"
         )
 
 

@@ -103,7 +103,7 @@ def gold_answer(answer: Any) -> str:
     """Return the final answer of a gold entry. Raises ValueError if there is none."""
     if isinstance(answer, float):
         if not real.isfinite(answer):
-            raise ValueError(f"the gold answer is no number: {answer!r}")
+            raise ValueError(f"the gold answer is not a finite number: {answer!r}")
         return str(int(answer)) if answer.is_integer() else repr(answer)
     if not isinstance(answer, str | int | Fraction | Decimal):
         kind = "null" if answer is None else f"a {type(answer).__name__}"

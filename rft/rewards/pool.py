@@ -438,7 +438,7 @@ class Worker:
         try:
             return pickle.loads(data)
         except Exception as error:  # a reward wrote to a descriptor that it does not own
-            raise Died("its connection carried something else than messages") from error
+            raise Died("it wrote other data than messages to its connection") from error
 
     async def receive(self, timeout_s: float, *, per_call: bool) -> Any:
         """Return the next message. Raises Died; raises Hung once a call (or the wait) exceeds `timeout_s`."""
@@ -496,7 +496,7 @@ class Worker:
             return "its connection closed"
         if end.si_code == os.CLD_EXITED and end.si_status == TOO_MUCH_MEMORY and self.memory is not None:
             allowed = f"rewards.worker_memory_gib = {self.memory / 2**30:g}"
-            return f"it held more memory, with all that it has started, than {allowed} allows"
+            return f"it and its child processes used more memory than {allowed} allows"
         if end.si_code == os.CLD_EXITED:
             return f"it exited with status {end.si_status}"
         return f"it was killed by {signal.Signals(end.si_status).name}{self._told()}"

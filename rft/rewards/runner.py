@@ -141,7 +141,9 @@ class RewardRunner:
         try:
             for parameter, column in c.columns.items():
                 if column not in columns:
-                    raise CallError(f"reward {c.label!r}: `columns` names {column!r}, which is not there")
+                    raise CallError(
+                        f"reward {c.label!r}: `columns` names {column!r}, which the data does not have"
+                    )
                 renamed[parameter] = columns[column]
             require_columns(pool.loaded[index], c.label, renamed)
         except CallError as error:

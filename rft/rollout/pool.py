@@ -318,7 +318,9 @@ class RolloutPool:
             while True:
                 worked = 0.0 if sent.began is None else member.working_time() - sent.began
                 if worked >= limit:
-                    raise Overdue(f"{what} did not finish within {limit:.0f} s of work")
+                    raise Overdue(
+                        f"{what} did not finish within {limit:.0f} s of work (rollout.generate_timeout_s)"
+                    )
                 await asyncio.wait({waiting}, timeout=limit - worked)
                 if waiting.done():
                     return waiting.result()

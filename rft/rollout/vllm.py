@@ -145,7 +145,7 @@ class VLLMEngine:
     def _generated(self, request_id: str, output: Any) -> Generated:
         tokens = tuple(output.token_ids)
         if output.finish_reason == "abort":
-            raise Aborted(f"request {request_id} was cut off by a weight push")
+            raise Aborted(f"request {request_id} was aborted by a weight sync")
         if output.finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended request {request_id} with reason {output.finish_reason!r}")
         spans = tuple((_version(s.version), s.start, s.end) for s in output.weight_versions or ())

@@ -109,7 +109,9 @@ class Sandbox:
     ) -> None:
         unknown = set(require) - set(PROTECTIONS)
         if unknown:
-            raise SandboxError(f"no protection {min(unknown)!r}; there are: {', '.join(PROTECTIONS)}")
+            raise SandboxError(
+                f"unknown protection {min(unknown)!r} in `require`; known: {', '.join(PROTECTIONS)}"
+            )
         self._readable = [os.path.abspath(os.path.expanduser(path)) for path in readable]
         self._require = require
         self._wanted: Backend = backend
@@ -296,7 +298,7 @@ class Sandbox:
         except BaseException as error:
             running.abandon()
             if isinstance(error, OSError):
-                raise SandboxError(f"the sandbox's zygote has ended: {error}") from error
+                raise SandboxError(f"the sandbox process has ended: {error}") from error
             raise
         running.sent()
         return running
@@ -431,7 +433,7 @@ class _Running:
             self.control_r, self.control = self._own.pipe()
         except OSError as error:
             self.abandon()
-            raise SandboxError(f"no descriptors are left: {error}") from error
+            raise SandboxError(f"cannot open a pipe to the sandbox: {error}") from error
 
     def __enter__(self) -> _Running:
         return self

@@ -376,7 +376,9 @@ def _call_function(function: Any) -> None:
         parameters = inspect.signature(function).parameters.values()
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in case]
         if missing:
-            raise CannotPass(f"the test {function.__name__} wants {missing[0]!r}: there are no fixtures")
+            raise CannotPass(
+                f"the test {function.__name__} takes {missing[0]!r}, but fixtures are not supported"
+            )
         result = function(**case)
         if inspect.iscoroutine(result):
             importlib.import_module("asyncio").run(result)

@@ -87,7 +87,7 @@ def as_announced(manifest: Manifest, named: Named) -> Iterator[tuple[str, Tensor
         name, tensor = next(tensors, ("nothing", torch.empty(0)))
         found = (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         if found != wanted:
-            raise ValueError(f"{wanted} was announced, {found} came instead")
+            raise ValueError(f"expected {wanted}, received {found}")
         yield name, tensor
 
 
@@ -188,5 +188,5 @@ def load_into(model: torch.nn.Module, named: Iterable[tuple[str, Tensor]]) -> No
     for name, tensor in named:
         if name not in parameters or parameters[name].shape != tensor.shape:
             shape = tuple(parameters[name].shape) if name in parameters else "none"
-            raise TransferError(f"{name}: {tuple(tensor.shape)} arrived, the engine has {shape}")
+            raise TransferError(f"{name}: received shape {tuple(tensor.shape)}, the engine has {shape}")
         parameters[name].copy_(tensor)

@@ -63,7 +63,8 @@ class NcclGroup:
     def _check_deadline(self) -> None:
         if self.overdue.is_set():
             raise TransferError(
-                f"an engine did not take its part of a push within {self.timeout_s:g} s; the group is aborted"
+                f"an engine did not join a weight sync within {self.timeout_s:g} s (sync.timeout_s); the "
+                "group was aborted"
             )
 
     def _abort(self) -> None:

@@ -101,8 +101,8 @@ def run(parts: Sequence[str], *, peers: bool = False, fresh: bool = False, folde
         raise ConfigError([f"bench has no part {p!r}; choose from {', '.join(PARTS)}, all" for p in unknown])
     if not (folder / "common.py").is_file():
         raise ConfigError(
-            [f"{folder} is not there: benchmarks come with a checkout of rft, not with an installed package. "
-             "Clone the repository, `pip install -e .` there, and run rft bench from it"]
+            [f"{folder} does not exist: benchmarks come with a checkout of rft, not with an installed "
+             "package. Clone the repository, `pip install -e .` there, and run rft bench from it"]
         )  # fmt: skip
     brief = "all" in parts or not parts
     chosen = tuple(PARTS) if brief else tuple(dict.fromkeys(parts))
@@ -123,7 +123,8 @@ def run(parts: Sequence[str], *, peers: bool = False, fresh: bool = False, folde
     subprocess.run([sys.executable, str(folder / "performance.py")], check=True)
     if failed:
         print(
-            f"[bench] FAILED: {'; '.join(failed)}. Remedy: the messages above; then again, only these run",
+            f"[bench] FAILED: {'; '.join(failed)}. See the messages above; the same command repeats only "
+            "these",
             file=sys.stderr,
         )
     return 1 if failed else 0

@@ -25,7 +25,12 @@ def export_run(run_dir: Path, out: Path) -> Path:
     if not (source / "config.json").exists():
         newest = checkpoint.latest(run_dir / "checkpoints")
         if newest is None:
-            raise ConfigError([f"{run_dir} has neither a final model nor a checkpoint"])
+            raise ConfigError(
+                [
+                    f"{run_dir} has neither a final model nor a checkpoint: name the folder of a "
+                    "run that saved one"
+                ]
+            )
         source = newest.path / "model"
         if not source.exists():  # an adapter checkpoint: the base model is the one the run started from
             _merge_adapter(run_dir / "config.yaml", newest.path, out)

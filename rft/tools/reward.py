@@ -134,8 +134,8 @@ def read_rows(path: str | Path, prompt: str, completion: str, label: str, limit:
             if not isinstance(value, str) and not is_messages(value):
                 file, at = locate(source.source, number + 1)
                 raise InputError(
-                    f"{file}, row {at}, column {column!r}: must be a text or a list of "
-                    f"messages, not {value!r:.80}"
+                    f"{file}, row {at}, column {column!r}: must be a string or a list of messages, not "
+                    f"{value!r:.80}"
                 )
     names = {name for row in rows for name in row} - {prompt, completion, label}
     return Rows(

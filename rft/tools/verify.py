@@ -64,7 +64,7 @@ class Verdict:
             mark = "equal  " if f.equal else "DIFFERS" if f.must else "differs"
             yield f"  {mark}  {f.what:<18} {f.detail}"
         yield f"promised: {self.promise}"
-        yield "verdict: " + ("kept: the resumed run is the uninterrupted one" if self.kept else "BROKEN")
+        yield "verdict: " + ("kept: the resumed run equals the uninterrupted one" if self.kept else "BROKEN")
 
 
 def verify_resume(

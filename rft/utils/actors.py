@@ -24,8 +24,9 @@ def require_here(path: str, what: str) -> None:
         import ray
 
         raise NotHere(
-            f"{what}: {path} is not on node {os.uname().nodename} ({ray.util.get_node_ip_address()}). Every "
-            "node of the cluster needs it under the same path: put it on a folder that they share, or copy it"
+            f"{what}: {path} does not exist on node {os.uname().nodename} "
+            f"({ray.util.get_node_ip_address()}). Every node of the cluster needs it under the same path: "
+            "put it into a shared folder, or copy it there"
         )
 
 

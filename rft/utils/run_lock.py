@@ -113,8 +113,8 @@ class RunLock:
             else "by another process that is just starting"
         )
         return (
-            f"output folder {self.path.parent}: this run is being trained already, {who}. Wait for its end "
-            "or stop that process, or give this run another name"
+            f"output folder {self.path.parent}: this run is already being trained, {who}. Wait until it "
+            "ends, stop it, or give this run another name"
         )
 
     def _write(self, descriptor: int) -> None:

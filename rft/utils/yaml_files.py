@@ -89,7 +89,7 @@ def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
     if total > MOST_VALUES:
         raise YamlError(
             f"line {line}: its aliases (*name), written out, hold more than {MOST_VALUES:,} values; "
-            "write less of them"
+            "use fewer aliases"
         )
     counted[id(node)] = total
     return total

@@ -186,7 +186,7 @@ def test_tools_are_refused_where_the_template_leaves_them_out(tmp_path: Path) ->
 def test_two_assistant_messages_in_a_row_are_two_turns(tmp_path: Path) -> None:
     found = trained(CASES / "sft_two_assistants.jsonl", make_tokenizer(), tmp_path)
     assert found[1] == ["«one<|im_end|>»\n<|im_start|>assistant\n«two<|im_end|>»"]
-    with pytest.raises(DataError, match=r"1 row \(1\): the chat template refuses .*roles must alternate"):
+    with pytest.raises(DataError, match=r"1 row \(1\): the chat template rejects .*roles must alternate"):
         trained(CASES / "sft_two_assistants.jsonl", gemma_tokenizer(), tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_a_turn_that_the_next_role_ends_is_learned_with_that_token(tmp_path: Pat
 def test_a_turn_without_a_special_token_behind_it_is_learned_as_the_last_only(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(PLAIN_ROLES)
     with pytest.raises(
-        DataError, match="no special token, at which sampling could stop; write `train_on: last`"
+        DataError, match="special token, so sampling could not stop there; write `train_on: last`"
     ):
         trained([{"messages": TALK}], tokenizer, tmp_path)
     assert trained([{"messages": TALK}], tokenizer, tmp_path, train_on="last")[1] == ["«d\n<|im_end|>»"]
@@ -267,7 +267,7 @@ def test_several_thoughts_name_the_remedy(template: str, tmp_path: Path) -> None
 def test_a_thought_that_the_template_leaves_out_is_no_silent_loss(tmp_path: Path) -> None:
     row = {"messages": [*HI, said("assistant", "4", reasoning_content="add")]}
     assert trained([row], make_tokenizer(QWEN3), tmp_path)[1] == ["«<think>\nadd\n</think>\n\n4<|im_end|>»"]
-    with pytest.raises(DataError, match="leaves out words of assistant turn 2"):
+    with pytest.raises(DataError, match="drops words of assistant turn 2"):
         trained([row], make_tokenizer(CHATML), tmp_path)
 
 
@@ -316,7 +316,7 @@ def test_a_template_over_what_is_no_text_is_a_bad_row(value: Any, tmp_path: Path
 def test_a_template_that_fails_on_a_row_names_the_row(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": [said("tool", "x"), said("user", "y")]}]
     with pytest.raises(
-        DataError, match=r"1 row \(2\): the chat template refuses these messages \(roles: tool"
+        DataError, match=r"1 row \(2\): the chat template rejects these messages \(roles: tool"
     ):
         prompts(rows, gemma_tokenizer(), tmp_path)
 

@@ -42,7 +42,7 @@ def check(
     [
         ([GOOD, {"prompt": "q"}], "row 2"),
         ([GOOD, {**GOOD, "completion": ""}], "row (2): a response is empty"),
-        ([{"messages": [{"role": "user", "content": "q"}]}], "there is no assistant message"),
+        ([{"messages": [{"role": "user", "content": "q"}]}], "no assistant message to learn from"),
         ([{**GOOD, "completion": "4" * 5000}], "the longest row has"),
         ([], "the dataset is empty"),
     ],

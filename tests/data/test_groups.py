@@ -88,7 +88,7 @@ def test_a_prompt_is_tokenised_as_at_generation_time(tmp_path: Path, chat: Any) 
 
 
 def test_a_template_that_shifts_is_an_error_not_a_guess(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"(?s)1 row \(1\): the chat template rewrites what stands before"):
+    with pytest.raises(DataError, match=r"(?s)1 row \(1\): the chat template changes the text before"):
         groups(tmp_path, [{"messages": TURNS}], make_tokenizer(SHIFTING_TEMPLATE))
 
 
@@ -191,7 +191,10 @@ def test_a_cut_that_leaves_nothing_to_learn_is_counted(tmp_path: Path, plain: An
     pair = {"prompt": "a ", "chosen": "1111112", "rejected": "1111113"}
     keep = {"prompt": "a ", "chosen": "1", "rejected": "2"}
     kept = groups(tmp_path, [pair, keep], plain, "preference", max_length=6, overlong="truncate")
-    assert kept.skipped == {"cut to max_length, two responses are equal": 1} and kept.truncated == 0
+    assert (
+        kept.skipped == {"two responses are equal after they were cut to max_length": 1}
+        and kept.truncated == 0
+    )
     with pytest.raises(DataError, match="no row is left"):
         groups(tmp_path, [pair], plain, "preference", max_length=2, overlong="truncate")
 
@@ -230,8 +233,12 @@ def test_bad_rows_come_in_one_message_with_their_numbers(tmp_path: Path, plain: 
         ("ranked", {"prompt": "a", "completions": ["b", "c"], "scores": [1]}, "2 `completions`, but 1"),
         ("ranked", {"prompt": "a", "completions": ["b", "c"], "scores": [1, 1]}, "nothing is preferred"),
         ("scored", {"prompt": "a", "completion": "b", "score": "x"}, "finite number"),
-        ("scored", {"prompt": "a", "completion": "b", "score": [None]}, "holds no number"),
-        ("steps", {"prompt": "a", "completions": ["b"], "labels": []}, "1 steps need as many"),
+        ("scored", {"prompt": "a", "completion": "b", "score": [None]}, "is empty or has only NaN"),
+        (
+            "steps",
+            {"prompt": "a", "completions": ["b"], "labels": []},
+            "`completions` has 1 steps, so `labels` must be",
+        ),
         ("steps", {"prompt": "a", "completions": ["b"] * 65, "labels": [1] * 65}, "more than 64 steps"),
     ],
 )

@@ -165,9 +165,9 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"kind": "file"}, "needs `path`"),
         ({"kind": "reasoning_gym"}, "needs `task`"),
-        ({"subset": "main"}, "`subset` has no meaning for `kind: arithmetic`"),
+        ({"subset": "main"}, "`subset` does not apply to `kind: arithmetic`"),
         ({"path": "a/b", "answer_pattern": "####"}, "needs a group"),
-        ({"path": "a/b", "answer_pattern": "("}, "no regular expression"),
+        ({"path": "a/b", "answer_pattern": "("}, "not a valid regular expression"),
         ({"pat": "a"}, "pat"),
     ],
 )
@@ -192,7 +192,7 @@ def test_generated_tasks(plain: Any) -> None:
     assert [p.tokens for p in again.prompts] == [p.tokens for p in train.prompts]
     gym = load_rows(DataConfig(task="chain_sum", limit=2, options={"min_terms": 2, "max_terms": 2}))
     assert {"prompt", "answer", "metadata"} <= set(gym[0])
-    with pytest.raises(DataError, match="refuses its options"):
+    with pytest.raises(DataError, match="rejects its options"):
         load_rows(DataConfig(task="chain_sun"))
 
 

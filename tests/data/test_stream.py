@@ -99,7 +99,7 @@ def test_a_place_in_another_kind_of_data_is_said(tmp_path: Path, plain: Any) -> 
     c = config(tmp_path)
     stream = GroupStream(c, plain)
     stream.next(1)
-    with pytest.raises(DataError, match=r"data of another kind. Set `data.path` to what the run began with"):
+    with pytest.raises(DataError, match=r"another kind of data file. Restore `data.path`"):
         GroupStream(c, plain).load_state_dict({**stream.state_dict(), "reader": {"dataset": {}}})
 
 

@@ -132,4 +132,4 @@ def test_a_model_that_one_node_lacks_is_told_with_the_node(cluster: Cluster, tin
     shutil.copytree(tiny_folder, model)
     done = train(cluster.hidden.parent / "runs", cluster.address, f"model.path={model}", "model.options={}")
     assert done.returncode == 1
-    assert f"{model} is not on node" in done.stderr and OTHER in done.stderr
+    assert f"{model} does not exist on node" in done.stderr and OTHER in done.stderr

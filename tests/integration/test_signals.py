@@ -371,7 +371,7 @@ def test_a_second_start_of_a_run_is_refused(tmp_path: Path) -> None:
             first.wait("the first start", ready)
             done = subprocess.run(again, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
             assert done.returncode == 2, done.stderr
-            assert f"being trained already, by process {first.process.pid} on " in done.stderr
+            assert f"already being trained, by process {first.process.pid} on " in done.stderr
         assert first.process.poll() is None
         first.process.kill()
         first.process.wait()

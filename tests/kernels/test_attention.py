@@ -330,7 +330,7 @@ def test_self_check_stops_or_falls_back_on_a_wrong_route() -> None:
     batch = forest_batch()
     with pytest.raises(RuntimeError, match="differ from those of separate sequences"):
         self_check(model, batch)
-    with pytest.warns(UserWarning, match="padded row of its own from now on"):
+    with pytest.warns(UserWarning, match="from now on, every sequence runs in a separate padded row"):
         self_check(model, batch, fall_back=True)
     assert getattr(decoder, ROUTE).kind == "sequences"
     torch.testing.assert_close(packed_logps(model, batch), separate_logps(build("mistral"), batch))
@@ -424,5 +424,5 @@ def test_llama4_scaling_by_place_limits_the_row() -> None:
     route = getattr(decoder, ROUTE)
     assert route.max_tokens == model.config.floor_scale - 1
     setattr(decoder, ROUTE, AttentionRoute("merge", "", 3, route.layer_kinds, None, 10))
-    with pytest.raises(ValueError, match="lower the number of tokens per micro-batch"):
+    with pytest.raises(ValueError, match=r"lower learner\.tokens_per_micro_batch"):
         hidden_states(model, forest_batch())

@@ -71,7 +71,7 @@ def test_what_a_kernel_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="no backward on CPU"):
         hidden_states(model, forest_batch())
     windowed = build("gemma2")
-    with pytest.raises(ValueError, match="the merge serves no layer with window"):
+    with pytest.raises(ValueError, match="the kernel merge does not support a layer with window"):
         prepare_model(windowed, kernel="merge")
 
 

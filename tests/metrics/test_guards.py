@@ -121,7 +121,7 @@ def test_a_fall_within_two_standard_errors_is_noise() -> None:
 def test_stale_engines_by_silence_and_by_age() -> None:
     rows = healthy()
     silent = [*rows[:-1], {**rows[-1], "engine/0/silence": 2.0, "engine/3/silence": 400.0}]
-    assert "engine 3 gave no sign of life for 400 s" in only(silent).message
+    assert "engine 3 passed no health check for 400 s" in only(silent).message
     old = only(after(rollout__age_max=2.0), staleness=1)
     assert (old.guard, old.value, old.limit) == ("stale_engines", 2.0, 1.0)
     assert check(after(rollout__age_max=2.0), GuardsConfig(age_limit=4)) == []

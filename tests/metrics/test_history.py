@@ -84,7 +84,7 @@ def test_a_dead_process_is_noticed_on_its_own_machine(tmp_path: Path) -> None:
         RunLog(tmp_path, 9, PLAIN).log(1, {})
         os._exit(9)
     os.waitpid(pid, 0)
-    assert Run(tmp_path).state() == f"gone: process {pid} ended without a word"
+    assert Run(tmp_path).state() == f"gone: process {pid} ended without closing the run"
     events = tmp_path / "events.jsonl"
     events.write_text(events.read_text().replace(socket.gethostname(), "another-machine"))
     assert Run(tmp_path).state() == "running"  # over a shared folder only its silence can tell

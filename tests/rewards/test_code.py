@@ -242,7 +242,7 @@ def test_cpu_time_is_limited(sandbox: Sandbox) -> None:
 
 
 def test_a_missing_protection_is_refused_by_name() -> None:
-    with pytest.raises(SandboxError, match="no protection 'fire'"):
+    with pytest.raises(SandboxError, match="unknown protection 'fire'"):
         Sandbox(require=["fire"])
 
 

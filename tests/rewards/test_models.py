@@ -68,7 +68,7 @@ def test_a_principle_conditions_the_score(tiny: dict[str, str]) -> None:
 
 
 def test_several_labels_need_a_choice(tiny: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="say which one counts"):
+    with pytest.raises(ValueError, match="set the option `label`"):
         load_reward("reward_model", model=tiny["two"]).score(["q"], ["a"])  # type: ignore[attr-defined]
     a, b = (load_reward("reward_model", model=tiny["two"], label=k)(["q"], ["a"])[0] for k in (0, 1))
     assert a == pytest.approx(-b, abs=1e-5)

@@ -302,7 +302,7 @@ async def test_metrics_count_outcomes_per_component() -> None:
 
 async def test_mistakes_in_a_call_are_named() -> None:
     async with RewardRunner(config("with_columns"), HERE) as runner:
-        with pytest.raises(RewardError, match=r"needs the column .answer.; the columns here: gold"):
+        with pytest.raises(RewardError, match=r"needs the column .answer.; the columns are gold"):
             await runner.score(["p"], ["a"], {"gold": ["a"]})
         with pytest.raises(ValueError, match="'answer' has 2 values for 1 completions"):
             await runner.score(["p"], ["a"], {"answer": ["a", "b"]})

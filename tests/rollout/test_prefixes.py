@@ -116,7 +116,7 @@ def test_demonstrations_are_texts() -> None:
     assert of(None) == of("") == of([]) == of([None, ""]) == []
     assert of("a") == ["a"] and of(["a", None, "b"]) == ["a", "b"]
     for wrong in (3, {"content": "a"}, [{"role": "assistant", "content": "a"}], ["a", 3]):
-        with pytest.raises(DataError, match="row 5, column 'completion': must be a text, or a list"):
+        with pytest.raises(DataError, match="row 5, column 'completion': must be a string, or a list"):
             of(wrong)
     prompts = [Prompt(0, (1,), "p", {"completion": "a"}), Prompt(1, (1,), "p", {"completion": 3})]
     with pytest.raises(DataError, match="row 2"):

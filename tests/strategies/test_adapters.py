@@ -117,8 +117,8 @@ def test_every_method_of_peft_is_tested_or_refused_with_a_reason() -> None:
         ({"method": "eva", "options": {"eva_config": {"rho": 2.0}}}, "only 1"),
         ({"target_modules": ["q_prj"]}, "'q_prj' matches no layer; did you mean 'q_proj'?; there are: "),
         ({"target_modules": "no.*thing"}, "'no.*thing' matches no layer"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head is tied to the embeddings"),
-        ({"method": "pissa", "options": {"use_dora": True}}, "goes with neither use_dora nor lora_bias"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head shares its weights with the embeddings"),
+        ({"method": "pissa", "options": {"use_dora": True}}, "cannot be combined with use_dora or lora_bias"),
         ({"method": "beft", "target_modules": ["q_proj"]}, "no bias"),
     ],
 )

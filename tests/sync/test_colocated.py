@@ -32,7 +32,7 @@ def config(**more: Any) -> Any:
         ({"rollout": {"staleness": 1}}, "set rollout.staleness to 0"),
         ({"learner": {"parallel": "fsdp2"}}, "set learner.parallel to single"),
         ({"ray": {"address": "auto"}}, "ray.address names a cluster"),
-        ({"algorithm": "cory"}, "two policies do not share one GPU"),
+        ({"algorithm": "cory"}, "ipc does not support two policies"),
     ],
 )
 def test_what_may_share_one_gpu(layout: dict, words: str | None) -> None:

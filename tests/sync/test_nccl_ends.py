@@ -120,7 +120,7 @@ def test_a_receiver_killed_half_way_fails_the_push_in_time(
     else:
         other.join(30)
     begin = time.monotonic()
-    with pytest.raises(TransferError, match="did not take its part of a push within 2 s"):
+    with pytest.raises(TransferError, match="did not join a weight sync within 2 s"):
         publisher.send(() if publisher.early else weights.items())
     assert DEADLINE_S - 0.1 < time.monotonic() - begin < DEADLINE_S + 8
     other.join(10)

@@ -149,8 +149,8 @@ class PolicyGradient(ReadsDistributions):
         problems = super().conflicts(num_generations)
         if self.entropy_coef and self._full_kl:
             problems.append(
-                "entropy_coef and kl_estimator: full both read the vocabulary in the loss, and there is one "
-                "such reading; write kl_estimator: k3, or entropy_coef: 0"
+                "entropy_coef and kl_estimator: full cannot be combined, because the loss reads the whole "
+                "vocabulary only once; write kl_estimator: k3, or entropy_coef: 0"
             )
         return problems
 

@@ -39,7 +39,7 @@ class DAPO(GRPO):
             return rewards
         if "max_completion_length" not in batch.state:
             raise ValueError(
-                'overlong shaping needs state["max_completion_length"], and it was not filled in'
+                'overlong shaping needs state["max_completion_length"], which this batch does not have'
             )
         excess = batch.lengths - (batch.state["max_completion_length"] - self.overlong_buffer)
         return rewards - self.overlong_penalty * (excess / self.overlong_buffer).clamp(0, 1)

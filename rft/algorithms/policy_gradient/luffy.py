@@ -51,6 +51,7 @@ class LUFFY(DrGRPO):
         problems = super().conflicts(num_generations)
         if self.demonstrations >= num_generations:
             problems.append(
-                f"demonstrations: {self.demonstrations} leaves no rollout; at most {num_generations - 1}"
+                f"demonstrations: {self.demonstrations} leaves no rollout; write at most "
+                f"{num_generations - 1}"
             )
         return problems

@@ -75,7 +75,10 @@ class DPO(ReadsDistributions, OfflinePreference):
         if self.divergence_type != "reverse_kl" and self.loss_type not in OF_MARGIN - {"aot"}:
             raise ValueError(f"{self.loss_type} is defined for divergence_type: reverse_kl only")
         if self.loss_type == "aot" and self.weighting != "none":
-            raise ValueError("aot sorts pairs apart, so that weighting has no pair to weigh; write none")
+            raise ValueError(
+                "weighting does not apply to aot, which compares sorted scores instead of pairs; write "
+                "weighting: none"
+            )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -51,7 +51,9 @@ class KTO(Algorithm):
         if self.baseline == "zero":
             return list(groups)
         if len(groups) < 2:
-            raise ValueError("KTO needs at least two examples per step; or write baseline: zero")
+            raise ValueError(
+                "KTO needs at least two examples per step: raise train.batch_size, or write baseline: zero"
+            )
         out = []
         for i, group in enumerate(groups):
             own = [replace(c, values={**c.values, "mismatched": 0.0}) for c in group.completions]

@@ -140,7 +140,7 @@ def instructions(
     failed = []
     for name, given in zip(instruction_id_list, arguments, strict=True):
         if name not in CHECKS:
-            raise ValueError(f"no instruction check {name!r}{did_you_mean(name, CHECKS)}")
+            raise ValueError(f"unknown instruction check {name!r}{did_you_mean(name, CHECKS)}")
         present = {k: v for k, v in (given or {}).items() if v is not None}
         if not text.strip() or not CHECKS[name](text, **present):
             failed.append(name)

@@ -96,7 +96,8 @@ class _Classifier:
         for index, _, logits in self.batches(texts):
             if logits.shape[-1] > 1 and label is None:
                 raise ValueError(
-                    f"the model has {logits.shape[-1]} labels: say which one counts with `label`"
+                    f"the model has {logits.shape[-1]} labels: set the option `label` to the one to use as "
+                    "the reward"
                 )
             if self.model.config.problem_type == "regression":
                 values = logits[:, label or 0]
@@ -269,7 +270,10 @@ class ProcessRewardModel:
         kind = AutoModelForTokenClassification
         self.classifier = _Classifier(kind, model, device, dtype, batch_size, max_length)
         if not self.classifier.tokenizer.is_fast:
-            raise ValueError(f"{model} has no fast tokenizer: its tokens cannot be matched with steps")
+            raise ValueError(
+                f"{model} has no fast tokenizer, which is needed to map tokens to steps; use a "
+                "model with a tokenizer.json"
+            )
         self.separator = separator or ("\n" if self.classifier.trained else "\n\n")
         self.aggregate, self.label = aggregate, label
 

@@ -24,7 +24,10 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ModelError(f"{type(decoder).__name__} has no list of its {count} layers")
+    raise ModelError(
+        f"{type(decoder).__name__} does not hold its {count} layers in one list, which "
+        "learner.strategy needs; leave the strategy out"
+    )
 
 
 class LayerSampling(Strategy, abc.ABC):
@@ -89,8 +92,8 @@ class Lisa(LayerSampling):
         layers = layers_of(model)
         if self.layers >= len(layers):
             raise ModelError(
-                f"learner.strategy.layers: {self.layers} layers at a time are all of the model's "
-                f"{len(layers)}; lower it, or leave the strategy out"
+                f"learner.strategy.layers: the model has only {len(layers)} layers, so {self.layers} at a "
+                "time selects all of them; lower it, or remove the strategy"
             )
         chosen = dice.sample(range(len(layers)), self.layers)
         for index, layer in enumerate(layers):

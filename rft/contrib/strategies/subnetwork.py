@@ -30,7 +30,10 @@ def find_mask(
     mask = {}
     for name, old in before.items():
         if name not in after or after[name].shape != old.shape:
-            raise ModelError(f"the tuned model has no parameter {name} of shape {list(old.shape)}")
+            raise ModelError(
+                f"learner.strategy.tuned: it has no parameter {name} of shape {list(old.shape)}; give a "
+                "model that was trained from model.path"
+            )
         change = (after[name].bfloat16().float() - old.bfloat16().float()).abs()
         places = (change.reshape(-1) > tolerance).nonzero()[:, 0]
         if places.numel():
@@ -60,7 +63,7 @@ class Subnetwork(Strategy):
                 return load_file(path)
             except SafetensorError as error:
                 raise ModelError(
-                    f"learner.strategy.mask: {str(path)!r} is no safetensors file: {error}"
+                    f"learner.strategy.mask: {str(path)!r} is not a safetensors file: {error}"
                 ) from error
         if strategy.tuned is None:
             raise ModelError(
@@ -71,8 +74,9 @@ class Subnetwork(Strategy):
         mask = find_mask(before, dict(tuned.named_parameters()), strategy.tolerance)
         if not mask:
             raise ModelError(
-                f"learner.strategy: {strategy.tuned!r} differs from the model by no more than "
-                f"{strategy.tolerance} anywhere: there is nothing to train"
+                f"learner.strategy: {strategy.tuned!r} nowhere differs from the model by more than "
+                f"{strategy.tolerance}, so the mask is empty; lower learner.strategy.tolerance, or name "
+                "another model"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomic(path) as temporary:
@@ -84,7 +88,8 @@ class Subnetwork(Strategy):
         for name, places in self.mask.items():
             if name not in parameters or int(places[-1]) >= parameters[name].numel():
                 raise ModelError(
-                    f"learner.strategy.mask: {name} is no parameter of this model, or a smaller one"
+                    f"learner.strategy.mask: it was made for another model: {name} does not exist here, or "
+                    "is smaller; name another file"
                 )
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in self.mask)

@@ -92,8 +92,8 @@ class Adapter(Strategy):
             self._rebase(copies)
         elif any(_mark(p) != marks[plain_name(n)] for n, p in self._base_parameters()):
             raise ModelError(
-                f"learner.adapter: {self.config.method} with these options changes the base in a way that "
-                "rft cannot take back for the reference; use pissa, olora, corda or lora_ga"
+                f"learner.adapter: {self.config.method} with these options changes the base weights, and rft "
+                "cannot restore them for the reference; use pissa, olora, corda or lora_ga"
             )
         return self.peft
 
@@ -201,7 +201,10 @@ class Adapter(Strategy):
         from peft import get_peft_model_state_dict
 
         if self.peft is None:
-            raise ModelError(f"learner.adapter: {self.config.method} is made of the first batch")
+            raise ModelError(
+                f"learner.adapter: {self.config.method} is initialised from the first batch, and no batch "
+                "was trained on yet"
+            )
         tensors = {n: full_tensor(t) for n, t in get_peft_model_state_dict(self.peft).items()}
         settings = self.peft.peft_config[NAME]
         if self.initial:

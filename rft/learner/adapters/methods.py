@@ -43,7 +43,7 @@ REFUSED: dict[str, str] = {
     "lily": "cannot be merged into the weights that engines sample with: peft has no merge for it",
     "ln_tuning": "swaps whole layers in and out, which leaves nothing to merge",
     "trainable_tokens": "trains rows of the embeddings, which most models share with their head",
-    "pvera": "draws its weights anew in every forward, so that the learner cannot match what engines sampled",
+    "pvera": "samples new weights in every forward pass, so its log-probs cannot match those of the engine",
 }
 
 
@@ -143,8 +143,8 @@ def rewrites_base(settings: Any) -> bool:
     )
     if moves and (settings.use_dora or settings.lora_bias):
         raise ModelError(
-            f"learner.adapter: {init} takes a part of the base over, which goes with neither use_dora nor "
-            "lora_bias; use one of the two"
+            f"learner.adapter: {init} moves a part of the base into the adapter and cannot be combined with "
+            "use_dora or lora_bias; remove those, or choose another init_lora_weights"
         )
     return moves
 
@@ -166,8 +166,8 @@ def check_targets(config: AdapterConfig, model: nn.Module) -> None:
                 n.rsplit(".", 1)[-1] for n, m in names.items() if not list(m.children()) and has_weight(m)
             }
             raise ModelError(
-                f"target_modules: {target!r} matches no layer{did_you_mean(target, layers)}; "
-                f"there are: {', '.join(sorted(layers))}"
+                f"target_modules: {target!r} matches no layer{did_you_mean(target, layers)}; the linear "
+                f"layers are: {', '.join(sorted(layers))}"
             )
 
 
@@ -190,8 +190,8 @@ def check_layers(model: Any, config: AdapterConfig) -> None:
             continue
         if tied:
             raise ModelError(
-                f"target_modules: {name} is tied to the embeddings, and an adapter on one of the two would "
-                "part them; leave it out"
+                f"target_modules: {name} shares its weights with the embeddings, and an adapter would "
+                "separate the two; leave it out"
             )
         if module is head and config.method not in ON_HEAD:
             raise ModelError(
