@@ -133,7 +133,7 @@ def test_a_config_is_laid_over_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("base: child.yaml", "leads back to itself"),
+        ("base: child.yaml", "leads back to this file"),
         ("base: nowhere.yaml", "nowhere.yaml: No such file"),
         ("base: [a]", "base must be the path of one YAML file"),
     ],

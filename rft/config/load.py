@@ -31,7 +31,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     above: files that lead here through `base`, to detect cycles.
     """
     if path.resolve() in above:
-        raise ConfigError([f"config {path}: its `base` leads back to itself"])
+        raise ConfigError(
+            [f"config {path}: its `base` leads back to this file; remove one `base` of the cycle"]
+        )
     try:
         raw = yaml_files.read(path)
         raw = {} if raw is None else raw
@@ -109,7 +111,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if isinstance(child, str) and keys[: i + 1] == ["algorithm"]:
             child = {"name": child}
         if not isinstance(child, dict | list):
-            raise ValueError(f"{where} is not a section (it is {child!r:.40})")
+            raise ValueError(
+                f"{where} is not a section (it is {child!r:.40}), so it has no key {keys[i + 1]}"
+            )
         node[int(part) if isinstance(node, list) else part] = child
         node = child
     _entry(node, keys[-1], keys[:-1])  # raises for an index out of range

@@ -14,7 +14,7 @@ from rft.data.errors import BadRows, DataError, RowProblem, missing_column
 from rft.data.messages import Text, read_text, read_tools
 from rft.data.rows import Row, Rows, Split, load_rows
 
-RENDERED = "already rendered with the chat template, which is not put around them again"
+RENDERED = "already rendered with the chat template, so the template is not applied again"
 RESERVED = ("prompt", "prompts", "completions")  # names of reward arguments provided by the run
 
 
@@ -131,7 +131,7 @@ def with_source_prefix(text: Text, row: Row, config: DataConfig, source: str, nu
     if row["source"] not in config.sources:
         known = ", ".join(config.sources)
         raise DataError(
-            f"{row['source']!r} is not among `sources` ({known})",
+            f"{row['source']!r} is not among `sources` ({known}); add it there",
             source=source,
             row=number + 1,
             column="source",

@@ -109,7 +109,7 @@ class RunLog:
             return
         if step <= self.last_step:
             raise ValueError(
-                f"step {step} cannot be logged after step {self.last_step}: one line a step, in order"
+                f"step {step} cannot be logged after step {self.last_step}: each step has one line, in order"
             )
         row: dict[str, float | None] = {"step": step, "time/wall": round(time.time(), 3)}
         non_finite: dict[str, str] = {}

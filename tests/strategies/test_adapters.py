@@ -115,7 +115,10 @@ def test_every_method_of_peft_is_tested_or_refused_with_a_reason() -> None:
         ({"options": {"lora_dropuot": 0.1}}, "no option 'lora_dropuot' in peft; did you mean 'lora_dropout'"),
         ({"method": "vera", "alpha": 3}, "method 'vera' has no setting 'alpha'"),
         ({"method": "eva", "options": {"eva_config": {"rho": 2.0}}}, "only 1"),
-        ({"target_modules": ["q_prj"]}, "'q_prj' matches no layer; did you mean 'q_proj'?; there are: "),
+        (
+            {"target_modules": ["q_prj"]},
+            "'q_prj' matches no layer; did you mean 'q_proj'?; the linear layers are: ",
+        ),
         ({"target_modules": "no.*thing"}, "'no.*thing' matches no layer"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head shares its weights with the embeddings"),
         ({"method": "pissa", "options": {"use_dora": True}}, "cannot be combined with use_dora or lora_bias"),
