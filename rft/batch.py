@@ -159,10 +159,8 @@ class Batch:
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Return sequence indices ([P], [P]) of (preferred, other): within each group, sequences ordered by
-        reward, each with the next lower one. Equal rewards do not form a pair.
-
-        Raises ValueError if the batch has no rewards.
-        """
+        reward, each with the next lower one. Equal rewards do not form a pair. Raises ValueError if the batch
+        has no rewards."""
         if self.rewards is None:
             raise ValueError("preference pairs need rewards; this batch carries none")
         order = torch.argsort(self.rewards, descending=True, stable=True)
@@ -230,13 +228,10 @@ class Batch:
 
     @staticmethod
     def build(groups: Sequence[Group], *, share_prefix: bool = False) -> Batch:
-        """Pack groups into one batch.
-
-        With `share_prefix` a group is one tree (its prompt once, each completion a child segment);
-        without, each completion is a separate tree that repeats the prompt. Groups without completions are
-        left out; a completion that lacks one of the others' `values` has nan in that column.
-        Raises ValueError for a prompt or a completion without tokens.
-        """
+        """Pack groups into one batch. With `share_prefix` a group is one tree (its prompt once, each
+        completion a child segment); without, each completion is a separate tree that repeats the prompt.
+        Groups without completions are left out; a completion that lacks one of the others' `values` has nan
+        in that column. Raises ValueError for a prompt or a completion without tokens."""
         return _Builder(share_prefix).build(groups)
 
 

@@ -65,11 +65,9 @@ def tree_tokens(batch: Batch) -> Tensor:
 
 
 def tree_costs(batch: Batch, hidden_size: int) -> Tensor:
-    """[trees] float64: the work of each tree, in units of one token's matrix products.
-
-    A layer of width H does about 24 H^2 multiply-adds per token in its matrix products (attention
-    projections and a 4 H wide MLP) and 4 H per pair of tokens that attend to each other.
-    """
+    """[trees] float64: the work of each tree, in units of one token's matrix products. A layer of width H
+    does about 24 H^2 multiply-adds per token in its matrix products (attention projections and a 4 H wide
+    MLP) and 4 H per pair of tokens that attend to each other."""
     tokens = tree_tokens(batch)
     pairs = torch.zeros(tokens.numel(), dtype=torch.float64)
     pairs.index_add_(0, batch.tree.cpu(), segment_pairs(batch.segment, batch.parent).double().cpu())

@@ -80,10 +80,8 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """Return a dataclass field with a one-line description and an optional range.
-
-    Ranges, and the choices of a `Literal`, are checked at construction.
-    """
+    """Return a dataclass field with a one-line description and an optional range. Ranges, and the choices of
+    a `Literal`, are checked at construction."""
     bounds = {k: v for k, v in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if v is not None}
     return field(default=default, metadata={"doc": doc, **bounds})
 
@@ -137,20 +135,15 @@ class Algorithm(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the batch fields to compute before the step.
-
-        Choices are `old_logps`, `ref_logps`, `old_entropy`, `values`, `end_values`, `rewards`. `old_logps` is
-        only computed for several optimizer steps per batch.
-        """
+        """Return the batch fields to compute before the step. Choices are `old_logps`, `ref_logps`,
+        `old_entropy`, `values`, `end_values`, `rewards`. `old_logps` is only computed for several optimizer
+        steps per batch."""
         return frozenset()
 
     @property
     def prescored(self) -> bool:
-        """Return whether `prepare` reads `old_logps`.
-
-        They are then computed for every batch, even with a single optimizer step, for whose loss
-        `old_logps_or` suffices.
-        """
+        """Return whether `prepare` reads `old_logps`. They are then computed for every batch, even with a
+        single optimizer step, for whose loss `old_logps_or` suffices."""
         return False
 
     @property
@@ -175,18 +168,13 @@ class Algorithm(ABC):
 
     @property
     def normalizer(self) -> Normalization:
-        """Return how token losses are averaged.
-
-        Over all tokens, over each sequence and then over sequences, or over sequences times a constant length
-        (Dr.GRPO).
-        """
+        """Return how token losses are averaged: over all tokens, over each sequence and then over sequences,
+        or over sequences times a constant length (Dr.GRPO)."""
         return "token"
 
     def prepare(self, batch: Batch) -> Batch:
-        """Compute `advantages` (and `returns`) of a whole batch, before it is split.
-
-        It may also narrow the mask; removed tokens are excluded from all averages.
-        """
+        """Compute `advantages` (and `returns`) of a whole batch, before it is split. It may also narrow the
+        mask; removed tokens are excluded from all averages."""
         return batch
 
     @abstractmethod
@@ -194,25 +182,19 @@ class Algorithm(ABC):
         """Return the unreduced loss of a (micro-)batch: [T], [N] or [P], by `unit`."""
 
     def acts_on(self, batch: Batch) -> Tensor:
-        """Return the masked-in tokens of a prepared batch whose loss may have a gradient, [T] bool.
-
-        Sequences without such tokens are not trained on, and at most used for metrics. They must not
-        contribute to the loss, nor may the loss of other sequences depend on them.
-        """
+        """Return the masked-in tokens of a prepared batch whose loss may have a gradient, [T] bool. Sequences
+        without such tokens are not trained on, and at most used for metrics. They must not contribute to the
+        loss, nor may the loss of other sequences depend on them."""
         return batch.mask
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the sequence indices of the pairs of a loss of unit `pair`: ([P], [P]).
-
-        Both sequences of a pair are in the same group, so splits that keep groups whole preserve pairs.
-        """
+        """Return the sequence indices of the pairs of a loss of unit `pair`: ([P], [P]). Both sequences of a
+        pair are in the same group, so splits that keep groups whole preserve pairs."""
         return batch.pairs()
 
     def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return the state after a step, e.g. an adaptive KL coefficient.
-
-        It is `batch.state` of the next step and part of checkpoints. metrics: the step's mean metrics.
-        """
+        """Return the state after a step, e.g. an adaptive KL coefficient. It is `batch.state` of the next
+        step and part of checkpoints. metrics: the step's mean metrics."""
         return dict(state)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
@@ -220,10 +202,8 @@ class Algorithm(ABC):
         return {}
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
-        """Return held-out metrics of offline training besides the loss, logged as `eval/NAME`.
-
-        Each is a vector whose elements (tokens, sequences, pairs or steps) are averaged.
-        """
+        """Return held-out metrics of offline training besides the loss, logged as `eval/NAME`. Each is a
+        vector whose elements (tokens, sequences, pairs or steps) are averaged."""
         return {"nll": -policy.logps[batch.mask]}
 
     def report(self, batch: Batch) -> dict[str, float]:
@@ -240,10 +220,8 @@ class Algorithm(ABC):
         return (Rollout(),) * num_generations
 
     def keep_group(self, rewards: Sequence[float]) -> bool:
-        """Return whether a scored group is trained on (dynamic sampling).
-
-        A rejected group is counted and replaced by the group of another prompt.
-        """
+        """Return whether a scored group is trained on (dynamic sampling). A rejected group is counted and
+        replaced by the group of another prompt."""
         return True
 
     @property

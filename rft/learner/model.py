@@ -116,11 +116,9 @@ def load_scoring_model(
     device: str,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a model with `heads` outputs per sequence, or with `per_token` per token.
-
-    From a causal model's folder, a new head is initialised, small and random; a scoring model's is loaded.
-    `texts` is stored in the config. Raises ModelError naming the path.
-    """
+    """Load a model with `heads` outputs per sequence, or with `per_token` per token. From a causal model's
+    folder, a new head is initialised, small and random; a scoring model's is loaded. `texts` is stored in the
+    config. Raises ModelError naming the path."""
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     kind = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
@@ -256,10 +254,8 @@ class Network(nn.Module):
 
 
 class PolicyModel:
-    """A causal LM, its head, and an optional critic, run on packed batches.
-
-    `compute_dtype` bfloat16 runs the float32 parameters under autocast.
-    """
+    """A causal LM, its head, and an optional critic, run on packed batches. `compute_dtype` bfloat16 runs the
+    float32 parameters under autocast."""
 
     def __init__(
         self,

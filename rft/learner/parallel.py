@@ -28,10 +28,8 @@ MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
 
 class Parallel:
-    """One process: `learner.parallel: single`, and the base class of the others.
-
-    Methods marked *collective* must be called by all ranks in the same order.
-    """
+    """One process: `learner.parallel: single`, and the base class of the others. Methods marked *collective*
+    must be called by all ranks in the same order."""
 
     rank = 0
     ranks = 1

@@ -84,11 +84,9 @@ class SlotBuffer:
         return work
 
     def dispatch(self, work: Work, version: int) -> None:
-        """Mark the work item as sent to an engine that samples with policy `version` or a later one.
-
-        A group that is dispatched again (its engine died) keeps its first version, which is the conservative
-        side of the bound.
-        """
+        """Mark the work item as sent to an engine that samples with policy `version` or a later one. A group
+        that is dispatched again (its engine died) keeps its first version, which is the conservative side of
+        the bound."""
         self._expect(work, State.waiting, State.inflight)
         if work.version < 0:
             work.version = version

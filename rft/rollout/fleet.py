@@ -97,10 +97,8 @@ class Fleet:
         return report
 
     async def prove(self) -> None:
-        """Wait for the proof of the last push, if one is due. Call with the gate held.
-
-        Raises LogpGapError if a replica computes with weights that differ from the learner's.
-        """
+        """Wait for the proof of the last push, if one is due. Call with the gate held. Raises LogpGapError if
+        a replica computes with weights that differ from the learner's."""
         while True:
             try:
                 self.proof = await self.channel.proved()

@@ -199,12 +199,10 @@ async def judge(
 
 
 def scored_group(judged: Judged, trained: list[bool]) -> Group:
-    """The completions that could be scored, with their rewards; the others are removed.
-
-    Baseline completions (not `trained`) are removed too; their reward becomes `values["baseline"]` of the
-    others. A completion whose partner could not be scored is removed as well. A reward called `win_rate` is
-    the column of that name, nan where it abstains.
-    """
+    """The completions that could be scored, with their rewards; the others are removed. Baseline completions
+    (not `trained`) are removed too; their reward becomes `values["baseline"]` of the others. A completion
+    whose partner could not be scored is removed as well. A reward called `win_rate` is the column of that
+    name, nan where it abstains."""
     rows = list(zip(judged.completions, judged.rewards, trained, strict=True))
     baselines = [r.value for _, r, train in rows if not train and r.value is not None]
     shared = {"baseline": sum(baselines) / len(baselines)} if baselines else {}
@@ -284,9 +282,7 @@ def _turn_tokens(tokenizer: Any) -> tuple[frozenset[int], dict[int, str]]:
 
 def _markup(tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """Yield (text that the chat template puts around messages, whether none of it can be part of an answer).
-
-    The text around an assistant's message may contain a tag of the answer, such as an open `<think>`.
-    """
+    The text around an assistant's message may contain a tag of the answer, such as an open `<think>`."""
     from jinja2 import TemplateError
 
     mark = "\ue000"

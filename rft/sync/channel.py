@@ -87,10 +87,8 @@ class PushReport:
 
 class WeightChannel:
     """Push weights from learner rank 0 to all workers of all replicas. Callers never branch on the transport.
-
     If learner and engines share a device (`ColocatedChannel`), they take turns: the learner computes only
-    after `before_step`, and an engine starts only after `before_start`.
-    """
+    after `before_step`, and an engine starts only after `before_start`."""
 
     def __init__(
         self,
@@ -184,10 +182,8 @@ class WeightChannel:
             part.cancel()
 
     def _begin_proof(self, version: int) -> None:
-        """Have both sides score the fixed tokens, while engines sample.
-
-        The learner is called here, before any call that changes its weights or moves them off the device.
-        """
+        """Have both sides score the fixed tokens, while engines sample. The learner is called here, before
+        any call that changes its weights or moves them off the device."""
         if self.proof is None or not (self._unproven or version % self.proof.every == 0):
             return
         scored = self.learner.score_tokens(self.proof.tokens)
