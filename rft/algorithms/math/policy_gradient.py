@@ -60,11 +60,9 @@ def leave_one_out(x: Tensor, group: Tensor) -> Tensor:
 
 
 def degenerate(x: Tensor, group: Tensor) -> Tensor:
-    """Return whether all values `x` [N] of each sequence's group are equal, [N] bool.
-
-    Compares extremes instead of the standard deviation, which for three values of 0.1 is a rounding error
-    that a division would turn into an advantage.
-    """
+    """Return whether all values `x` [N] of each sequence's group are equal, [N] bool. Compares extremes
+    instead of the standard deviation, which for three values of 0.1 is a rounding error that a division would
+    turn into an advantage."""
     return group_max(x, group) == -group_max(-x, group)
 
 
@@ -190,9 +188,7 @@ def gae(
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Normalise `x` [T] to standard deviation 1, and optionally mean 0, over masked-in tokens; 0 elsewhere.
-
-    Fewer than two tokens are left unchanged.
-    """
+    Fewer than two tokens are left unchanged."""
     chosen = x[mask]
     if chosen.numel() < 2:
         return x.masked_fill(~mask, 0)
@@ -245,11 +241,9 @@ def proximal_logps(logps: Tensor, batch: Batch, *, interpolate: bool) -> Tensor:
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None = None
 ) -> Tensor:
-    """Return the PPO objective, to be maximised, shape of `ratio`.
-
-    min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), Schulman et al. 2017, eq. 7. dual: bound c > 1 + high
-    of dual-clip PPO (Ye et al. 2020, eq. 5): for A < 0 the objective is at least c * A.
-    """
+    """Return the PPO objective, to be maximised, shape of `ratio`. min(ratio * A, clip(ratio, 1 - low, 1 +
+    high) * A), Schulman et al. 2017, eq. 7. dual: bound c > 1 + high of dual-clip PPO (Ye et al. 2020, eq.
+    5): for A < 0 the objective is at least c * A."""
     near = ratio.clamp(1 - low, 1 + high)
     if dual is not None:
         ratio = torch.where(advantages < 0, ratio.clamp(max=dual), ratio)
@@ -263,10 +257,8 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tenso
 
 
 def sequence_ratio(log_ratio: Tensor, batch: Batch, *, geometric: bool) -> Tensor:
-    """Return each masked-in token's sequence ratio, [T]; 1 elsewhere.
-
-    It is the product of the sequence's token ratios or, with `geometric`, their geometric mean (GSPO, eq. 7).
-    """
+    """Return each masked-in token's sequence ratio, [T]; 1 elsewhere. It is the product of the sequence's
+    token ratios or, with `geometric`, their geometric mean (GSPO, eq. 7)."""
     over = batch.mean_by_sequence if geometric else batch.sum_by_sequence
     return safe_exp(batch.to_tokens(over(log_ratio)))
 
