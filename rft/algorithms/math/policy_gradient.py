@@ -241,9 +241,9 @@ def proximal_logps(logps: Tensor, batch: Batch, *, interpolate: bool) -> Tensor:
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None = None
 ) -> Tensor:
-    """Return the PPO objective, to be maximised, shape of `ratio`. min(ratio * A, clip(ratio, 1 - low, 1 +
-    high) * A), Schulman et al. 2017, eq. 7. dual: bound c > 1 + high of dual-clip PPO (Ye et al. 2020, eq.
-    5): for A < 0 the objective is at least c * A."""
+    """Return the PPO objective, to be maximised, shape of `ratio`:
+    min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), Schulman et al. 2017, eq. 7. dual: bound c > 1 + high
+    of dual-clip PPO (Ye et al. 2020, eq. 5): for A < 0 the objective is at least c * A."""
     near = ratio.clamp(1 - low, 1 + high)
     if dual is not None:
         ratio = torch.where(advantages < 0, ratio.clamp(max=dual), ratio)
