@@ -141,7 +141,7 @@ class Ending:
         saved = self._newest(stopped.stage)
         self.log.event("run/stopped", step=stopped.step, signal=self.signals.reason, saved=saved, error=error)
         if saved is not None and saved == stopped.step:
-            stands = "with a checkpoint saved; the same command goes on from there"
+            stands = "with a checkpoint saved; the same command resumes from it"
         else:
             stands = _standing(saved)
         failed = f"; meanwhile: {error}" if error else ""

@@ -53,7 +53,7 @@ def test_a_kept_group_starts_the_count_of_those_without_signal_anew(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("equal", "why"), [(1.0, "in 9 the rewards differ too little"), (None, "in 9 too few completions could")]
+    ("equal", "why"), [(1.0, "in 9 the rewards are too similar"), (None, "in 9 too few completions could")]
 )
 def test_too_many_groups_in_a_row_without_signal_end_the_run(
     tmp_path: Path, equal: float | None, why: str

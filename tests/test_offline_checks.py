@@ -56,7 +56,7 @@ def test_a_folder_s_test_split_is_held_out(raw: dict[str, Any], tmp_path: Path) 
     assert [len(offline.sample), len(offline.held_out)] == [8, 4]
     (folder / "test.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "2"}')
     told = refused(raw, data={"path": str(folder)})
-    assert "held-out rows" in told and "are equal" in told and "without them: eval.every: 0" in told
+    assert "held-out rows" in told and "are equal" in told and "set eval.every: 0" in told
     (folder / "test.jsonl").unlink()
     offline = plan_of(raw, data={"path": str(folder)}).data
     assert offline.held_out is None

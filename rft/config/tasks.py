@@ -93,7 +93,7 @@ class ArithmeticConfig(ConfigModel):
                 f"min_operands ({self.min_operands}) must not exceed max_operands ({self.max_operands})"
             )
         if not self.slips or 0 in self.slips:
-            raise ValueError("slips must name what wrong steps are off by, none of it 0: [-1, 1]")
+            raise ValueError("slips must list the errors of wrong steps, none of them 0, such as [-1, 1]")
         if not self.operators:
             raise ValueError('operators must name at least one of "+", "-", "*"')
         if "+" not in self.operators and "-" not in self.operators and self.limit < 2**self.max_operands:

@@ -444,7 +444,8 @@ def _reserve(spec: LearnerSpec) -> PlacementGroup:
     available = int(ray.cluster_resources().get(kind, 0))
     if available < ranks:
         raise LearnerError(
-            f"learner.ranks: {ranks} ranks need {ranks} {kind}s, the Ray cluster has {available}"
+            f"learner.ranks: {ranks} ranks need {ranks} {kind}s, but the Ray cluster has "
+            f"{available}; lower learner.ranks"
         )
     bundle = {"CPU": 1.0, "GPU": 1.0} if kind == "GPU" else {"CPU": 1.0}
     return placement_group([dict(bundle) for _ in range(ranks)], strategy="PACK")

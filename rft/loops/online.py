@@ -347,7 +347,7 @@ class Controller:
             return
         causes = []
         if filtered := self._without_signal["filtered"]:
-            causes.append(f"in {filtered} the rewards differ too little: the task is too easy or too hard")
+            causes.append(f"in {filtered} the rewards are too similar: the task may be too easy or too hard")
         if unjudged := self._without_signal["unjudged"]:
             causes.append(f"in {unjudged} too few completions could be judged: see the rewards' outcomes")
         raise NoSignal(

@@ -42,7 +42,7 @@ async def warm_start(
     partial = run / WARM_START_FOLDER
     if is_finished(folder):
         shutil.rmtree(partial, ignore_errors=True)
-        progress.note(f"warm start: found in {folder}")
+        progress.note(f"warm start: reused from {folder}")
         return str(folder)
     groups = load_groups(warm_start_data(config, stage), plan.tokenizer, "sft").groups
     spec = replace(

@@ -90,7 +90,9 @@ def load_offline(config: Config, tokenizer: Any) -> OfflineData:
         try:
             held_out = load_groups(whole, tokenizer, kind, "test")
         except DataError as error:
-            raise DataError(f"held-out rows: {error}\n(without them: eval.every: 0)") from error
+            raise DataError(
+                f"held-out rows: {error}\n(to train without evaluation, set eval.every: 0)"
+            ) from error
     if not data.streaming:
         train = load_groups(data, tokenizer, kind)
         return OfflineData(train, train.groups, held_out)
@@ -191,7 +193,7 @@ def check_warm_start(
     try:
         groups = load_groups(data, tokenizer, "sft").groups
     except DataError as error:
-        other = "" if stage.data else "\n(these are the run's own data; name others under warm_start.data)"
+        other = "" if stage.data else "\n(this is the data of the run; name other data under warm_start.data)"
         return [f"{key}: {error}{other}"]
     unstopped = [] if stops is None else unstopped_turns(groups, stops, tokenizer, key)
     return unstopped + check_lengths(key, groups, positions)

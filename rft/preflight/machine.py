@@ -69,8 +69,8 @@ def check_sync_folder(config: Config, weight_bytes: int | None) -> list[str]:
     if need <= free:
         return []
     return [
-        f"sync.folder: two versions of the weights need {need / 2**30:.2f} GiB, {base} has "
-        f"{free / 2**30:.2f} free"
+        f"sync.folder: two versions of the weights need {need / 2**30:.2f} GiB, but {base} has "
+        f"{free / 2**30:.2f} free: free space there, or name another folder"
     ]
 
 

@@ -68,7 +68,7 @@ class Link:
         try:
             return json.loads(line)
         except (ValueError, RecursionError):
-            raise Gone("the program answered with something that is no message") from None
+            raise Gone("the program answered with something that is not a message") from None
 
     def pack(self, value: Any) -> Any:
         """Convert a value to JSON data; an object that is not plain data is lent."""
@@ -189,7 +189,7 @@ class Link:
         while True:
             message = self.read()
             if not isinstance(message, dict):
-                raise Gone("the program answered with something that is no message")
+                raise Gone("the program answered with something that is not a message")
             if "do" not in message:
                 return message
             self.write(self.answer(message["do"]))

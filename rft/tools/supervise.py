@@ -62,7 +62,8 @@ class _Supervisor:
             info = signal.sigtimedwait(self.signals, PAUSE_S * failures)
             if info is not None:
                 print_stop(
-                    f"stopped before the restart ({describe(info)}); the same command goes on from there"
+                    f"stopped before the restart ({describe(info)}); the same command resumes from the last "
+                    "checkpoint"
                 )
                 return STOPPED
 

@@ -107,7 +107,7 @@ def verify_resume(
     run = Run(out / "resumed")
     opened = run.resumes()
     if not opened:
-        raise RuntimeError("the killed run had ended before it was killed: choose a smaller --kill-at")
+        raise RuntimeError("the run ended before it could be killed: choose a smaller --kill-at")
     resumed_at = max(int(opened[-1]["resumed_at"]), 0)
     after = [row["time/wall"] for row in run.metrics if row["time/wall"] > began]
     return compare(

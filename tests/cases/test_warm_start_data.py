@@ -67,7 +67,7 @@ def test_a_demonstrated_turn_that_no_stop_token_ends_is_found_by_check(
 def test_the_runs_own_data_must_demonstrate_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(tmp_path, make_tokenizer(), [{"prompt": "q", "answer": "4"}] * 64, own=True)[0] == 2
     message = capsys.readouterr().err
-    assert "column 'completion'" in message and "name others under warm_start.data" in message
+    assert "column 'completion'" in message and "name other data under warm_start.data" in message
 
 
 def test_data_of_a_finished_warm_start_are_not_read_again(tmp_path: Path) -> None:
