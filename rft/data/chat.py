@@ -343,7 +343,8 @@ def _locate(render: Renderer, messages: Messages, turn: int, text: str, tools: l
     start = _length_of(render.render(messages[:turn], tools, generate=True), text)
     if start is None:
         raise CannotTell(
-            f"the chat template changes the text before assistant turn {turn + 1} when later messages follow"
+            f"the text before assistant turn {turn + 1} differs from the generation prompt that the chat "
+            "template writes for it"
         )
     alone = render.render(messages[: turn + 1], tools)
     if text.startswith(alone):

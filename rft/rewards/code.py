@@ -157,7 +157,7 @@ class _Runner:
         files: Mapping[str, bytes] | None = None,
     ) -> Score:
         if not cases:
-            raise ValueError("there are no tests")
+            raise ValueError("the column `tests` has no tests")
         passed, detail, broken = 0, "", ""
         for i, (given, want) in enumerate(cases):
             limits = replace(
@@ -234,7 +234,7 @@ class Code:
             program = complete(str(prompt), program, entry_point)
             return self._asserts(program, [f"{test}\ncheck({entry_point})\n"], [entry_point])
         if tests is None or len(tests) == 0:
-            raise ValueError("the code reward needs a column `tests`, or `test` and `entry_point`, not empty")
+            raise ValueError("the code reward needs a non-empty column `tests`, or `test` and `entry_point`")
         tests = _from_json(tests)
         cases = stdio_cases(tests)
         if cases is not None:

@@ -109,7 +109,7 @@ def _config(args: argparse.Namespace) -> RewardsConfig:
 def _pair(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"{text!r} is not key=value")
+        raise InputError(f"{text!r} must have the form key=value")
     try:
         return key, json.loads(value)
     except json.JSONDecodeError:

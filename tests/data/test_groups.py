@@ -88,7 +88,7 @@ def test_a_prompt_is_tokenised_as_at_generation_time(tmp_path: Path, chat: Any) 
 
 
 def test_a_template_that_shifts_is_an_error_not_a_guess(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"(?s)1 row \(1\): the chat template changes the text before"):
+    with pytest.raises(DataError, match=r"(?s)1 row \(1\): the text before assistant turn"):
         groups(tmp_path, [{"messages": TURNS}], make_tokenizer(SHIFTING_TEMPLATE))
 
 
