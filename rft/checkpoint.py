@@ -328,11 +328,11 @@ def load(path: Path) -> Checkpoint:
     names = list(manifest["files"])
     try:
         with _hash_pool() as pool:
-            found = dict(zip(names, pool.map(lambda name: _describe(path / name), names), strict=True))
+            present = dict(zip(names, pool.map(lambda name: _describe(path / name), names), strict=True))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error}") from error
     for name in names:
-        if found[name]["sha256"] != manifest["files"][name]["sha256"]:
+        if present[name]["sha256"] != manifest["files"][name]["sha256"]:
             raise CheckpointError(f"{name} is damaged: its SHA-256 does not match {MANIFEST}")
     return Checkpoint(
         path=path,

@@ -129,10 +129,10 @@ def claim(config: Config, resume: str) -> RunFolder:
 def _resume_from(config: Config, path: Path, folder: Path) -> RunFolder:
     notes = _check_same(config, path) if (path / "config.yaml").exists() else []
     try:
-        found = checkpoint.load(folder)
+        loaded = checkpoint.load(folder)
     except CheckpointError as error:
         raise ConfigError([f"--resume {folder}: {error}"]) from error
-    return RunFolder(path, found, tuple(notes), interrupted=(path / "config.yaml").exists())
+    return RunFolder(path, loaded, tuple(notes), interrupted=(path / "config.yaml").exists())
 
 
 def _check_same(config: Config, path: Path) -> list[str]:
@@ -188,11 +188,11 @@ def _other_length(config: Config, path: Path, step: int) -> list[str]:
     return notes
 
 
-def _other_versions(found: checkpoint.Checkpoint) -> list[str]:
+def _other_versions(loaded: checkpoint.Checkpoint) -> list[str]:
     """Note libraries updated since the checkpoint was written: allowed, but numbers may differ."""
     now = checkpoint.library_versions()
-    names = sorted(n for n in {*now, *found.versions} if now.get(n) != found.versions.get(n))
-    return [f"{n}: version {found.versions.get(n)} -> {now.get(n)} since the checkpoint" for n in names]
+    names = sorted(n for n in {*now, *loaded.versions} if now.get(n) != loaded.versions.get(n))
+    return [f"{n}: version {loaded.versions.get(n)} -> {now.get(n)} since the checkpoint" for n in names]
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -189,11 +189,11 @@ def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
     """Return (key, old value, new value) for every key that differs between two plain configs."""
-    found = []
+    changed = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
+            changed += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append((f"{prefix}{key}", a, b))
-    return found
+            changed.append((f"{prefix}{key}", a, b))
+    return changed

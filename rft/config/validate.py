@@ -498,8 +498,8 @@ def transport_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"sync.transport: {transport} needs rollout.engine vllm; hf receives over "
         f"{', '.join(_FOR_ANY_ENGINE)}",
     )
-    own = {"adapter": _sent_adapter_checks, "ipc": _ipc_checks}.get(transport)
-    for wrong, message in own(config, facts) if own else ():
+    specific = {"adapter": _sent_adapter_checks, "ipc": _ipc_checks}.get(transport)
+    for wrong, message in specific(config, facts) if specific else ():
         yield wrong, f"sync.transport: {message}"
     needed = 1 + _engine_devices(config)
     yield (

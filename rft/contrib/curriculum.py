@@ -111,5 +111,7 @@ def pass_rate(group: Group, primary: str) -> float | None:
     """Return the share of a group's completions that the reward named `primary` judged correct. Completions
     that begin with a demonstration do not count: the policy did not solve the prompt. None if none are
     left."""
-    own = [c for c in group.completions if not c.demonstrated]
-    return sum(c.scores[primary].outcome == Outcome.correct for c in own) / len(own) if own else None
+    sampled = [c for c in group.completions if not c.demonstrated]
+    return (
+        sum(c.scores[primary].outcome == Outcome.correct for c in sampled) / len(sampled) if sampled else None
+    )

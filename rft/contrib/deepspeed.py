@@ -133,12 +133,12 @@ class ZeRO(Ranks):
             return tensor.detach().to(dtype or tensor.dtype, copy=True)
 
     def model_state(self, module: nn.Module) -> dict[str, Tensor]:
-        own = module.state_dict(keep_vars=True)
+        local_state = module.state_dict(keep_vars=True)
         copies: dict[int, Tensor] = {}
-        for tensor in own.values():
+        for tensor in local_state.values():
             if id(tensor) not in copies:
                 copies[id(tensor)] = self.keep(self._master(tensor))
-        return {} if self.rank else {name: copies[id(tensor)] for name, tensor in own.items()}
+        return {} if self.rank else {name: copies[id(tensor)] for name, tensor in local_state.items()}
 
     def _master(self, tensor: Tensor) -> Tensor:
         """Return the full tensor, in float32 if it is trained."""

@@ -200,7 +200,7 @@ def _measured(kind: CallKind, hidden: Tensor, runs: Mapping[Choice, Logps]) -> t
     """Measure both kernels; return the chosen kernel, the line that reports it, and the line's level."""
     expected = _call(runs["triton"], kind.task, hidden)  # compiles and tunes; must not fail
     try:
-        found = _call(runs["liger"], kind.task, hidden)
+        output = _call(runs["liger"], kind.task, hidden)
         times: dict[Choice, list[float]] = {"triton": [], "liger": []}
         for _ in range(ROUNDS):
             for kernel, spent in times.items():
@@ -208,7 +208,7 @@ def _measured(kind: CallKind, hidden: Tensor, runs: Mapping[Choice, Logps]) -> t
     except Exception as problem:  # any failure rules Liger out, and the reason is reported
         failure = f"{type(problem).__name__}: {problem}"
         return "triton", f"{kind}: Triton; Liger's kernel failed: {failure}", logging.WARNING
-    if not (off := _difference(found, expected)) <= AGREEMENT:
+    if not (off := _difference(output, expected)) <= AGREEMENT:
         return "triton", f"{kind}: Triton; Liger's kernel is off by {off:.1e}", logging.WARNING
     ms = {kernel: 1e3 * statistics.median(spent) for kernel, spent in times.items()}
     chosen: Choice = "liger" if ms["liger"] < ms["triton"] else "triton"
@@ -230,10 +230,10 @@ def _call(run: Logps, task: Task, hidden: Tensor) -> tuple[Tensor, Tensor | None
     return logps.detach(), grad
 
 
-def _difference(found: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tensor | None]) -> float:
+def _difference(output: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tensor | None]) -> float:
     """Return the larger of the log-probs' largest difference and the gradients' relative difference; NaN if
     one side only is NaN. Equal infinities do not differ."""
-    (logps, grad), (right, right_grad) = found, expected
+    (logps, grad), (right, right_grad) = output, expected
     same = (logps == right) | (logps.isnan() & right.isnan())
     worst = torch.where(same, 0.0, (logps - right).abs()).max()
     if grad is not None and right_grad is not None and not right.isnan().any():

@@ -41,11 +41,11 @@ async def sample_pairs(
         if params.seed is not None:
             params = replace(params, seed=params.seed + 1000 * (index + 1))
         request = Request(f"{name}-observer-{index}", prompt.tokens + read, params, copies[1])
-        (own,) = completions_of(await generate(request), tokenizer)
-        mask = (False,) * len(read) + (True,) * len(own.tokens)
-        versions = tuple((v, a + len(read), b + len(read)) for v, a, b in own.versions)
-        logps = (0.0,) * len(read) + (own.logps or ())
-        return replace(own, tokens=read + own.tokens, logps=logps, mask=mask, versions=versions)
+        (completion,) = completions_of(await generate(request), tokenizer)
+        mask = (False,) * len(read) + (True,) * len(completion.tokens)
+        versions = tuple((v, a + len(read), b + len(read)) for v, a, b in completion.versions)
+        logps = (0.0,) * len(read) + (completion.logps or ())
+        return replace(completion, tokens=read + completion.tokens, logps=logps, mask=mask, versions=versions)
 
     observers = await asyncio.gather(*(observe(index) for index in range(count)))
     return [

@@ -90,13 +90,13 @@ class SecondPolicy(LoopHooks):
 
     async def restore(self, step: int) -> None:
         """Load the last checkpoint of a step. Raises CheckpointError if there is none."""
-        found = [c for c in map(checkpoint.load, self.root.glob("step-*")) if c.step == step]
-        if not found:
+        checkpoints = [c for c in map(checkpoint.load, self.root.glob("step-*")) if c.step == step]
+        if not checkpoints:
             raise CheckpointError(
                 f"{self.root} has no checkpoint of step {step}, from which the first copy resumes; start a "
                 "new run with another name"
             )
-        await self.learner.restore(str(max(found, key=lambda c: c.order).path))
+        await self.learner.restore(str(max(checkpoints, key=lambda c: c.order).path))
         self.saved_at = self.version = step
 
     async def export(self, folder: Path) -> None:

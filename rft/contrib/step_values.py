@@ -30,9 +30,9 @@ def step_ends(pieces: Sequence[str], separator: str) -> tuple[int, ...]:
     reached = list(accumulate(len(piece) for piece in pieces))
     text, ends, start = "".join(pieces), [], 0
     while start < len(text):
-        found = text.find(separator, start)
-        stop = len(text) if found < 0 else found + len(separator)
-        if text[start : len(text) if found < 0 else found].strip():
+        end = text.find(separator, start)
+        stop = len(text) if end < 0 else end + len(separator)
+        if text[start : len(text) if end < 0 else end].strip():
             ends.append(bisect_left(reached, stop) + 1)
         start = stop
     return (*ends[:-1], len(pieces)) if pieces else ()
@@ -56,7 +56,7 @@ async def value_steps(
         return _with_scores(judged, ends)
     limit = sampling.max_tokens
     starts = {
-        c.tokens[:e] for c, own in zip(judged.completions, ends, strict=True) for e in own[:-1] if e < limit
+        c.tokens[:e] for c, cuts in zip(judged.completions, ends, strict=True) for e in cuts[:-1] if e < limit
     }
     ordered = sorted(starts)
     values = await asyncio.gather(
@@ -92,8 +92,8 @@ def _with_values(
 ) -> Judged:
     """Set the step values. A boundary without a value is dropped: the steps around it are merged."""
     completions = []
-    for c, own in zip(judged.completions, ends, strict=True):
-        inner = [(e, v) for e in own[:-1] if (v := values.get(c.tokens[:e])) is not None]
+    for c, completion_ends in zip(judged.completions, ends, strict=True):
+        inner = [(e, v) for e in completion_ends[:-1] if (v := values.get(c.tokens[:e])) is not None]
         columns: dict[str, tuple[float, ...]] = {
             "step_ends": (*(float(e) for e, _ in inner), float(len(c.tokens))),
             "step_values": (math.nan, *(v for _, v in inner)),
@@ -104,10 +104,10 @@ def _with_values(
 
 def _with_scores(judged: Judged, ends: Sequence[tuple[int, ...]]) -> Judged:
     completions, rewards = [], []
-    for c, reward, own in zip(judged.completions, judged.rewards, ends, strict=True):
+    for c, reward, completion_ends in zip(judged.completions, judged.rewards, ends, strict=True):
         scores = next((s.steps for s in reward.scores.values() if s.steps), ())
-        fits = len(scores) == len(own)
-        columns = {"step_ends": tuple(map(float, own)), "step_rewards": scores} if fits else {}
+        fits = len(scores) == len(completion_ends)
+        columns = {"step_ends": tuple(map(float, completion_ends)), "step_rewards": scores} if fits else {}
         completions.append(replace(c, values={**c.values, **columns}))
         rewards.append(reward if fits else replace(reward, value=None))
     return replace(judged, completions=completions, rewards=rewards)

@@ -118,15 +118,15 @@ class Renderer:
     def closing(self, rest: str) -> int:
         """Return the length of the prefix of `rest` that ends a turn (spaces, then a special token), or 0."""
         bare = rest.lstrip()
-        found = [closer for closer in self.closers if bare.startswith(closer)]
-        return len(rest) - len(bare) + len(max(found, key=len)) if found else 0
+        matches = [closer for closer in self.closers if bare.startswith(closer)]
+        return len(rest) - len(bare) + len(max(matches, key=len)) if matches else 0
 
     def only_closers(self, rest: str) -> bool:
         """Return whether a text consists of spaces and at least one special token."""
-        found = False
+        closed = False
         while length := self.closing(rest):
-            rest, found = rest[length:], True
-        return found and not rest.strip()
+            rest, closed = rest[length:], True
+        return closed and not rest.strip()
 
     @property
     def end(self) -> str:

@@ -96,15 +96,15 @@ def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number:
     if config.answer_pattern is not None:
         if "answer" not in out:
             raise missing_column("answer", out, source, number + 1)
-        found = re.search(config.answer_pattern, str(out["answer"]))
-        if found is None or found[1] is None:
+        match = re.search(config.answer_pattern, str(out["answer"]))
+        if match is None or match[1] is None:
             raise DataError(
                 f"`answer_pattern` {config.answer_pattern!r} does not match {str(out['answer'])[-60:]!r}",
                 source=source,
                 row=number + 1,
                 column="answer",
             )
-        out["answer"] = found[1].strip()
+        out["answer"] = match[1].strip()
     return out
 
 
@@ -187,8 +187,8 @@ def find_files(path: str, split: str) -> list[Path]:
         siblings = sorted(p.name for p in near.iterdir())[:8] if near else []
         there = f"; {near} holds {', '.join(siblings) or 'nothing'}" if near else ""
         raise DataError(f"no such file or folder{there}", source=path)
-    found = sorted(p for p in place.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
-    data = [p for p in found if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
+    files = sorted(p for p in place.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+    data = [p for p in files if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
     data = [p for p in data if not p.name.startswith("cache-")]
     of_split = [p for p in data if _of_split(p, split, place)]
     chosen = of_split or ([] if any(_known_split(p, place) for p in data) else data)

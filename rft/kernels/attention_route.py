@@ -127,17 +127,17 @@ def _layer_kinds(config: Any) -> tuple[tuple[LayerKind, ...] | None, list[str]]:
 
 def _recurrent_modules(decoder: PreTrainedModel) -> list[str]:
     """List the classes of modules that carry state from token to token outside attention."""
-    found = {type(m).__name__ for m in decoder.modules() if isinstance(m, nn.Conv1d)}
-    found |= {type(m).__name__ for m in decoder.modules() if _RECURRENT.search(type(m).__name__)}
-    return sorted(found)
+    recurrent = {type(m).__name__ for m in decoder.modules() if isinstance(m, nn.Conv1d)}
+    recurrent |= {type(m).__name__ for m in decoder.modules() if _RECURRENT.search(type(m).__name__)}
+    return sorted(recurrent)
 
 
 def _sparse_settings(config: Any) -> list[str]:
     settings = config.to_dict()
-    found = [k for k, v in settings.items() if v and _SPARSE.search(k) and not _KNOWN.fullmatch(k)]
+    sparse = [k for k, v in settings.items() if v and _SPARSE.search(k) and not _KNOWN.fullmatch(k)]
     if settings.get("attention_chunk_size") and not settings.get("layer_types"):
-        found.append("attention_chunk_size")
-    return sorted(f"{k} = {settings[k]}" for k in found)
+        sparse.append("attention_chunk_size")
+    return sorted(f"{k} = {settings[k]}" for k in sparse)
 
 
 def _longest_row(config: Any) -> int | None:

@@ -221,10 +221,10 @@ class Forest:
             rows = Rows.of(row, self.device)
             out.append(Block(rows, rows, causal=True))
         dense: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
-        for depth, below, own in self._below:
-            dense.setdefault((depth, len(own)), []).append((below, own))
+        for depth, below, lengths in self._below:
+            dense.setdefault((depth, len(lengths)), []).append((below, lengths))
         for pairs in dense.values():
-            key_of = {below[0]: own for below, own in pairs}
+            key_of = {below[0]: lengths for below, lengths in pairs}
             for row in _similar([below for below, _ in pairs]):
                 keys = Rows.of([key_of[below[0]] for below in row], self.device)
                 out.append(Block(Rows.of(row, self.device), keys, causal=False))
@@ -236,10 +236,10 @@ class Forest:
         runs = [run for run in self._runs[0] if run]
         out = [self._stretch(runs, runs, causal=True)]
         levels: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
-        for depth, below, own in self._below:
+        for depth, below, lengths in self._below:
             queries, keys = levels.setdefault(depth, ([], []))
             queries.append(below)
-            keys.append(own)
+            keys.append(lengths)
         return out + [self._stretch(q, k, causal=False) for q, k in levels.values()]
 
     def _stretch(self, queries: list[list[int]], keys: list[list[int]], causal: bool) -> Stretch:
@@ -309,8 +309,8 @@ class Forest:
         inner = set(parents)
         tokens: list[list[int]] = []
         for s, p in enumerate(parents):
-            own = list(range(ends[s - 1] if s else 0, ends[s]))
-            tokens.append((tokens[p] if p >= 0 else []) + own)
+            indices = list(range(ends[s - 1] if s else 0, ends[s]))
+            tokens.append((tokens[p] if p >= 0 else []) + indices)
         return [path for s, path in enumerate(tokens) if s not in inner and path]
 
     @cached_property

@@ -278,9 +278,9 @@ def differentiate_forward(
     for chunk, h, low, products in chunks:
         for rows, inner, z, cap_slope in chunks.tiles(chunk, products, cap_slope=True):
             scratch = chunks.tile("scratch", z.shape[0]) if entropies is not None else None
-            logps[rows], lse[rows], total, found = softmax_tile_(z, targets[rows], scratch)
+            logps[rows], lse[rows], total, target_logit = softmax_tile_(z, targets[rows], scratch)
             if entropies is not None:
-                entropies[rows] = found
+                entropies[rows] = target_logit
             z.mul_(-c[rows] / total[:, None])
             z.scatter_add_(1, targets[rows, None], c[rows])
             finish_tile(z, cap_slope, products[inner])

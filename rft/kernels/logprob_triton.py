@@ -86,13 +86,13 @@ def _forward(
     top = tl.full((BM,), -1e30, dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
     weighted = tl.zeros((BM,), dtype=tl.float32)
-    found = tl.zeros((BM,), dtype=tl.float32)
+    target_logit = tl.zeros((BM,), dtype=tl.float32)
     for start in range(share * span, tl.minimum(share * span + span, V), BN):
         cols = start + tl.arange(0, BN)
         z = _products(h_ptr, w_ptr, bias_ptr, rows, cols, T, V, H, EXACT, BIAS, BM, BN, BK) * inner
         if CAP:
             z = _tanh(z) * outer
-        found += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
+        target_logit += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), axis=1)
         z = tl.where((cols < V)[None, :], z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, axis=1))
         below = tl.maximum(z - new_top[:, None], -1e4)
@@ -105,7 +105,7 @@ def _forward(
     at = share.to(tl.int64) * T + rows
     tl.store(top_ptr + at, top, mask=rows < T)
     tl.store(total_ptr + at, total, mask=rows < T)
-    tl.store(found_ptr + at, found, mask=rows < T)
+    tl.store(found_ptr + at, target_logit, mask=rows < T)
     if ENTROPY:
         tl.store(weighted_ptr + at, weighted, mask=rows < T)
 
@@ -175,9 +175,9 @@ def forward(
     (t, width), vocab = hidden.shape, weight.shape[0]
     splits = _splits(hidden, vocab)
     parts = hidden.new_empty((4, splits, t), dtype=torch.float32)
-    top, total, weighted, found = parts
+    top, total, weighted, target_logit = parts
     _forward[lambda meta: (max(1, triton.cdiv(t, meta["BM"])), splits)](
-        hidden, weight, weight if bias is None else bias, targets, top, total, weighted, found,
+        hidden, weight, weight if bias is None else bias, targets, top, total, weighted, target_logit,
         t, vocab, width, splits, *_scales(f), **_flags(hidden, bias, f, entropy),
     )  # fmt: skip
     part_lse = top + total.log()
@@ -188,7 +188,7 @@ def forward(
         share = (part_lse - lse).exp()
         mean = torch.where(total > 0, weighted / total + top - lse, 0.0)
         entropies = -(share * mean).sum(0)
-    return found.sum(0) - lse, lse, entropies
+    return target_logit.sum(0) - lse, lse, entropies
 
 
 class TritonLogps(torch.autograd.Function):

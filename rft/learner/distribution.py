@@ -86,11 +86,11 @@ def full_divergence(
         return algorithm.divergence(logps, other)
 
     vocabulary = head.weight.shape[0]
-    found = [
+    parts = [
         checkpoint(part, hidden[s], None if ref_hidden is None else ref_hidden[s], use_reentrant=False)
         for s in _chunks(len(hidden), vocabulary)
     ]
-    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 @torch.no_grad()

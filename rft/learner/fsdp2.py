@@ -93,13 +93,13 @@ class FSDP2(Ranks):
 
     def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
         self.reshard()
-        own = module.state_dict(keep_vars=True)
-        missing = sorted(own.keys() - state.keys())
+        local_state = module.state_dict(keep_vars=True)
+        missing = sorted(local_state.keys() - state.keys())
         if missing:
             raise ValueError(
                 f"the saved model lacks {', '.join(missing[:3])}: it was saved from another model"
             )
-        for name, tensor in own.items():
+        for name, tensor in local_state.items():
             self.set_full(tensor, state[name])
 
     def set_full(self, tensor: Tensor, value: Tensor) -> None:
@@ -136,8 +136,8 @@ def _local(tensor: Tensor) -> Tensor:
 def gathered_units(model: nn.Module) -> list[nn.Module]:
     """Return the decoder's layers: the units that are gathered one after another."""
     decoder = decoder_of(model)
-    found = [m for name, m in decoder.named_children() if name in ("layers", "h", "blocks")]
-    if len(found) != 1 or not isinstance(layers := found[0], nn.ModuleList):
+    blocks = [m for name, m in decoder.named_children() if name in ("layers", "h", "blocks")]
+    if len(blocks) != 1 or not isinstance(layers := blocks[0], nn.ModuleList):
         raise ValueError(
             f"{type(decoder).__name__} has no list of layers named layers, h or blocks, which "
             "learner.parallel: fsdp2 needs; use deepspeed"

@@ -218,8 +218,8 @@ class Critic(nn.Module):
         """Return the states [T, H] that the head reads; of_policy: the policy's [T, H]."""
         if self.trunk is None:
             return of_policy
-        found: Tensor = hidden_states(self.trunk, batch)
-        return found
+        states: Tensor = hidden_states(self.trunk, batch)
+        return states
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the values [n] float32 at states [n, H]."""
@@ -373,15 +373,17 @@ class PolicyModel:
         it warns, and the model runs unpacked from now on."""
         with self._autocast():
             check = partial(self_check, fall_back=fall_back)
-            found = self.network(lambda *args: torch.tensor(check(*args)), self.model, batch.to(self.device))
-        return float(found)
+            difference = self.network(
+                lambda *args: torch.tensor(check(*args)), self.model, batch.to(self.device)
+            )
+        return float(difference)
 
     @torch.no_grad()
     def states(self, batch: Batch, rows: Tensor) -> Tensor:
         """Return the hidden states [n, H] that predict the tokens at `rows`, without gradient."""
         with self._autocast():
-            found: Tensor = self.network(hidden_states, self.model, batch.to(self.device))
-        return found[batch.source[rows]]
+            states: Tensor = self.network(hidden_states, self.model, batch.to(self.device))
+        return states[batch.source[rows]]
 
     def head(self) -> Head:
         """Return the language-model head with its current weights."""
@@ -393,8 +395,8 @@ class PolicyModel:
 
     def own_state(self) -> nn.Module | None:
         """Return the module whose weights are not shared with the policy; None if all are shared."""
-        own: nn.Module = self.model
-        return own
+        module: nn.Module = self.model
+        return module
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:

@@ -177,13 +177,15 @@ class TrainState:
         model, strategy = policy.model, self.strategy
         part = strategy.model_state()  # of the model, if a checkpoint needs no more
         weights = parallel.model_state(model) if part is None else {}
-        own = reference.own_state() if reference is not None and self.algorithm.refresh_reference else None
+        reference_state = (
+            reference.own_state() if reference is not None and self.algorithm.refresh_reference else None
+        )
         rest = {
             "optimizer": parallel.optimizer_state(self.optimizer),
             "version": self.version,
             "state": dict(self.state),
             "value_head": None if policy.value_head is None else parallel.model_state(policy.value_head),
-            "reference": None if own is None else parallel.model_state(own),
+            "reference": None if reference_state is None else parallel.model_state(reference_state),
             "part": None if part is None else parallel.copy(part),
             "strategy": parallel.copy(strategy.state()),
             "rng": parallel.gather(rng_state()),
@@ -220,9 +222,9 @@ class TrainState:
         self.version, self.state = saved["version"], saved["state"]
         if policy.value_head is not None:
             parallel.load_model_state(policy.value_head, saved["value_head"])
-        own = None if self.reference is None else self.reference.own_state()
-        if own is not None and saved["reference"] is not None:
-            parallel.load_model_state(own, saved["reference"])
+        reference_state = None if self.reference is None else self.reference.own_state()
+        if reference_state is not None and saved["reference"] is not None:
+            parallel.load_model_state(reference_state, saved["reference"])
         if parallel.rank < len(saved["rng"]):  # an additional rank keeps its seed
             set_rng_state(saved["rng"][parallel.rank])
 

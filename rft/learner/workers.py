@@ -196,8 +196,8 @@ class LearnerActor:
         learner = self.learner
         if self.publisher.spec.transport == "adapter":
             learner.parallel.reshard()
-            found = learner.strategy.adapter(learner.parallel.full_tensor)
-            return self.publisher.announce_adapter(version, *found) if self.rank == 0 else {}
+            adapter = learner.strategy.adapter(learner.parallel.full_tensor)
+            return self.publisher.announce_adapter(version, *adapter) if self.rank == 0 else {}
         weights = self._finite_weights() if self._early() else iter(())
         if self._manifest is None:  # it never changes, and making it gathers every weight
             self._manifest = manifest_of(learner.weights(self.publisher.wire_dtype))
@@ -472,9 +472,9 @@ def _unwrap(error: BaseException) -> BaseException:
     """Return the rank's original error, with its traceback as the cause."""
     if not isinstance(error, RayTaskError):
         return error
-    own: BaseException = error.cause
-    own.__cause__ = error
-    return own
+    cause: BaseException = error.cause
+    cause.__cause__ = error
+    return cause
 
 
 def _noted(error: BaseException, rank: int, ranks: int) -> BaseException:

@@ -398,10 +398,10 @@ class Controller:
             await fleet.open(self.step)
             self._spawn(fleet.watch_health())
 
-    async def _restore(self, found: Checkpoint) -> None:
-        parts, meta = self.parts, found.meta
+    async def _restore(self, checkpoint: Checkpoint) -> None:
+        parts, meta = self.parts, checkpoint.meta
         await parts.channel.before_step()
-        self.step = await parts.learner.restore(str(found.path))
+        self.step = await parts.learner.restore(str(checkpoint.path))
         await parts.hooks.restore(self.step)
         parts.hooks.load_state_dict(meta["replay"], {p.id: p for p in self.prompts})
         self.sampler.load_state_dict(meta["sampler"])
@@ -411,8 +411,8 @@ class Controller:
         parts.rewards.load_state_dict(meta["rewards"])
         self.saver.saved_at = self.step
         self.guards.resume(parts.log.run_dir, self.step)
-        parts.log.event("checkpoint/restored", step=self.step, path=str(found.path))
-        parts.progress.note(f"resumed at step {self.step} from {found.path}")
+        parts.log.event("checkpoint/restored", step=self.step, path=str(checkpoint.path))
+        parts.progress.note(f"resumed at step {self.step} from {checkpoint.path}")
 
     @property
     def _primary(self) -> str:

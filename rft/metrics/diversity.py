@@ -26,10 +26,10 @@ def diversity(completions: Sequence[Sequence[Hashable]], groups: Sequence[int]) 
     for key in keys:
         distinct.update(pairwise(key))
         pairs += max(len(key) - 1, 0)
-    found = {
+    metrics = {
         "completion/shared": sum(len(answered[key]) > 1 for key in keys) / len(keys),
         "completion/duplicates": 1 - len(set(zip(keys, groups, strict=True))) / len(keys),
     }
     if pairs:
-        found["completion/distinct_2"] = len(distinct) / pairs
-    return found
+        metrics["completion/distinct_2"] = len(distinct) / pairs
+    return metrics

@@ -47,8 +47,8 @@ class GuardStop(RuntimeError):
 
 def _values(rows: History, name: str) -> list[float]:
     """Return the finite values of a metric."""
-    found = (row.get(name) for row in rows)
-    return [v for v in found if v is not None and math.isfinite(v)]
+    values = (row.get(name) for row in rows)
+    return [v for v in values if v is not None and math.isfinite(v)]
 
 
 def _step(history: History) -> int:
@@ -183,10 +183,10 @@ def check(
     """Run all guards that are not `off` on the newest row; return findings with the configured actions."""
     if not history:
         return []
-    found = [non_finite(history, config), stale_engines(history, config, staleness)]
+    findings = [non_finite(history, config), stale_engines(history, config, staleness)]
     if len(history) > config.warmup:
-        found += [guard(history, config) for guard in SLOW]
-    named = [finding for finding in found if finding is not None]
+        findings += [guard(history, config) for guard in SLOW]
+    named = [finding for finding in findings if finding is not None]
     actions = {f.guard: config.action(f.guard, online=online) for f in named}
     return [Finding(**{**asdict(f), "action": actions[f.guard]}) for f in named if actions[f.guard] != "off"]
 

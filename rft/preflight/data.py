@@ -114,11 +114,11 @@ def check_offline(
     config: Config, data: OfflineData, tokenizer: Any, stops: Sequence[int] | None, positions: int | None
 ) -> list[str]:
     """Check the rows against the model and the algorithm."""
-    algorithm, found = config.algorithm, []
+    algorithm, problems = config.algorithm, []
     if stops is not None and not score_heads(algorithm):
-        found += unstopped_turns(data.sample, stops, tokenizer)
-    found += check_lengths("data", data.sample, positions)
-    return found + check_batch(algorithm, data.sample[: min(DRY_RUN_GROUPS, config.train.batch_size)])
+        problems += unstopped_turns(data.sample, stops, tokenizer)
+    problems += check_lengths("data", data.sample, positions)
+    return problems + check_batch(algorithm, data.sample[: min(DRY_RUN_GROUPS, config.train.batch_size)])
 
 
 def check_lengths(key: str, groups: Sequence[Group], positions: int | None) -> list[str]:

@@ -93,11 +93,11 @@ def check_sockets(config: Config, *, vllm: bool) -> list[str]:
     if config.ray.address is not None:
         return []
     ray_folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as in `ray.init`
-    found = _check_socket_folder("Ray", "RAY_TMPDIR", ray_folder, _RAY_SOCKET)
+    problems = _check_socket_folder("Ray", "RAY_TMPDIR", ray_folder, _RAY_SOCKET)
     if vllm:
         folder = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
-        found += _check_socket_folder("vLLM", "VLLM_RPC_BASE_PATH", folder, _VLLM_SOCKET)
-    return found
+        problems += _check_socket_folder("vLLM", "VLLM_RPC_BASE_PATH", folder, _VLLM_SOCKET)
+    return problems
 
 
 def _check_socket_folder(who: str, variable: str, folder: str, socket: str) -> list[str]:

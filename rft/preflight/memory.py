@@ -149,8 +149,8 @@ def _kept(shape: ModelShape, width: int, full: bool) -> float:
     attention = 2 * shape.query + 2 * shape.key
     headwise = shape.query + shape.key if shape.normed else 0
     if width == 4:
-        own = (6 if full else 4) * shape.hidden + (2 if full else 1) * headwise
-        return 4 * (own + attention + 4 * shape.intermediate)
+        per_layer = (6 if full else 4) * shape.hidden + (2 if full else 1) * headwise
+        return 4 * (per_layer + attention + 4 * shape.intermediate)
     wide = (4 if full else 2) * shape.hidden + headwise
     narrow = (5 if full else 6) * shape.hidden + (headwise if full else 0)
     return 4 * wide + width * (narrow + attention + 4 * shape.intermediate)

@@ -228,7 +228,7 @@ def _time(axes: Axes, run: Run) -> bool:
 
 def _age(axes: Axes, run: Run) -> bool:
     ages = sorted(
-        (int(found[1]), found[0]) for n in run.names() if (found := re.fullmatch(r"rollout/age/(\d+)", n))
+        (int(match[1]), match[0]) for n in run.names() if (match := re.fullmatch(r"rollout/age/(\d+)", n))
     )
     shades = dict(zip([a for a, _ in ages], COLORS * (len(ages) // len(COLORS) + 1), strict=False))
     if _stack(axes, run, {name: (f"{age} old", shades[age]) for age, name in ages}):

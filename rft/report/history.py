@@ -155,8 +155,8 @@ class Run:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return (steps, values) of the rows where `name` has a number."""
-        found = [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
-        return [step for step, _ in found], [float(value) for _, value in found]
+        points = [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+        return [step for step, _ in points], [float(value) for _, value in points]
 
     def last(self, name: str) -> float | None:
         """The newest number of a metric."""

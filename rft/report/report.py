@@ -83,7 +83,7 @@ def _algorithm(run: Run) -> str:
 
 def facts(run: Run) -> list[Fact]:
     """Return the headline numbers of the run; quantities that were not measured are left out."""
-    found = [Fact("steps", f"{run.step:,}", f"of {run.total_steps:,}")]
+    headline = [Fact("steps", f"{run.step:,}", f"of {run.total_steps:,}")]
     for label, name, form in (
         ("held-out accuracy", "eval/accuracy", "{:.1%}"),
         ("greedy accuracy", "eval/greedy_accuracy", "{:.1%}"),
@@ -94,26 +94,26 @@ def facts(run: Run) -> list[Fact]:
     ):
         first, last = run.first(name), run.last(name)
         if first is not None and last is not None:
-            found.append(Fact(label, form.format(last), "from " + form.format(first)))
+            headline.append(Fact(label, form.format(last), "from " + form.format(first)))
     if len(run.metrics) > 1:
         seconds = run.metrics[-1]["time/wall"] - run.metrics[0]["time/wall"]
         step = run.series("time/step")[1]
         remark = f"{duration(sorted(step)[len(step) // 2])} a step" if step else ""
-        found.append(Fact("time", duration(seconds), remark))
+        headline.append(Fact("time", duration(seconds), remark))
     speed = run.series("throughput/tokens_per_s")[1]
     if speed:
-        found.append(Fact("tokens a second", f"{sum(speed) / len(speed):,.0f}", "mean over steps"))
+        headline.append(Fact("tokens a second", f"{sum(speed) / len(speed):,.0f}", "mean over steps"))
     for name, label in (("sync/proof_gap", "proof of pushes"), ("sync/logp_gap", "log-prob gap")):
         gaps = run.series(name)[1]
         if gaps:
-            found.append(Fact(label, f"{max(gaps):.1e}", "largest, nats"))
+            headline.append(Fact(label, f"{max(gaps):.1e}", "largest, nats"))
     resumes, faults = len(run.resumes()), len(run.faults())
-    found.append(
+    headline.append(
         Fact(
             "interruptions", str(resumes + faults), f"{_count(resumes, 'resume')}, {_count(faults, 'fault')}"
         )
     )
-    return found
+    return headline
 
 
 def _count(number: int, noun: str) -> str:
@@ -195,7 +195,7 @@ def before_and_after(samples: Sequence[Row]) -> list[Pair]:
 
 def _first_of_each(rows: Sequence[Row]) -> dict[str, Row]:
     """Return each prompt's first row, by the prompt's text."""
-    found: dict[str, Row] = {}
+    first: dict[str, Row] = {}
     for row in rows:
-        found.setdefault(as_text(row.get("prompt")), row)
-    return found
+        first.setdefault(as_text(row.get("prompt")), row)
+    return first

@@ -149,8 +149,8 @@ def _ages(run: Run) -> Panel | None:
 
 def histogram(row: Mapping[str, float | None]) -> dict[int, float]:
     """Return age -> share from the `rollout/age/*` of one row."""
-    found = {int(m[1]): v for k, v in row.items() if v and (m := re.fullmatch(r"rollout/age/(\d+)", k))}
-    return dict(sorted(found.items()))
+    shares = {int(m[1]): v for k, v in row.items() if v and (m := re.fullmatch(r"rollout/age/(\d+)", k))}
+    return dict(sorted(shares.items()))
 
 
 def engines(run: Run) -> dict[str, Row]:

@@ -172,8 +172,8 @@ def describe_error(error: BaseException) -> str:
     told = traceback.TracebackException.from_exception(error)
     part: traceback.TracebackException | None = told
     while part is not None:
-        own = [f for f in part.stack if not f.filename.startswith(_MACHINERY)]
-        part.stack = traceback.StackSummary.from_list(own or list(part.stack))
+        user_frames = [f for f in part.stack if not f.filename.startswith(_MACHINERY)]
+        part.stack = traceback.StackSummary.from_list(user_frames or list(part.stack))
         part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
     text = "".join(told.format()).rstrip()
     if isinstance(error, SystemExit):

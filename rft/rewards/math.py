@@ -59,22 +59,28 @@ def math(
     correct, wrong, unparseable: the values. Raises ValueError for a gold entry without an answer.
     """
     golds = gold_answers(answer)
-    found = extract(completion, extraction)
-    if found is None or found.text is None:
-        why = "no answer found" if found is None else f"the answer is cut off or empty ({found.way})"
+    answer_text = extract(completion, extraction)
+    if answer_text is None or answer_text.text is None:
+        why = (
+            "no answer found"
+            if answer_text is None
+            else f"the answer is cut off or empty ({answer_text.way})"
+        )
         return Score(unparseable, Outcome.unparseable, why)
     try:
         for gold in golds:
-            quick = equal_numbers(gold, found.text)
-            verdict = _limited(gold, found.text, limit_s) if quick is None else quick
+            quick = equal_numbers(gold, answer_text.text)
+            verdict = _limited(gold, answer_text.text, limit_s) if quick is None else quick
             if verdict.equal:
                 break
     except OutOfTime:
-        return Score(None, Outcome.timeout, f"comparing {found.text!r} with {gold!r} exceeded {limit_s:g} s")
-    if verdict.equal and prompt and _repeats(text_of(prompt), found.text, golds):
-        return Score(wrong, Outcome.wrong, f"{found.way}: {found.text!r} repeats the question")
+        return Score(
+            None, Outcome.timeout, f"comparing {answer_text.text!r} with {gold!r} exceeded {limit_s:g} s"
+        )
+    if verdict.equal and prompt and _repeats(text_of(prompt), answer_text.text, golds):
+        return Score(wrong, Outcome.wrong, f"{answer_text.way}: {answer_text.text!r} repeats the question")
     sign = "==" if verdict.equal else "!="
-    detail = f"{found.way}: {found.text!r} {sign} {gold!r} ({verdict.how})"
+    detail = f"{answer_text.way}: {answer_text.text!r} {sign} {gold!r} ({verdict.how})"
     if verdict.equal:
         return Score(correct, Outcome.correct, detail)
     return Score(wrong, Outcome.wrong, detail)
@@ -110,8 +116,8 @@ def gold_answer(answer: Any) -> str:
         raise ValueError(f"the gold answer is {kind}, not a text or a number: {answer!r:.200}")
     text = str(answer).strip()
     if "####" in text or "\\boxed" in text or "\\fbox" in text:
-        found = extract(text, ("boxed", "hash"))
-        text = found.text or "" if found else ""
+        answer_text = extract(text, ("boxed", "hash"))
+        text = answer_text.text or "" if answer_text else ""
     if not text:
         raise ValueError(f"the gold answer is empty: {answer!r:.200}")
     return text
@@ -370,9 +376,9 @@ def extract(text: str, ways: Sequence[Way] = WAYS) -> Found | None:
     if "<think>" in text:
         return Found(None, "think")  # cut off before the end of the thought
     for way in ways:
-        found = _FIND[way](text)
-        if found is not None:
-            return found
+        extracted = _FIND[way](text)
+        if extracted is not None:
+            return extracted
     return None
 
 

@@ -154,10 +154,10 @@ def same_curve(a: Expression, b: Expression) -> bool | None:
     ratio = same_relation(a, b)
     if ratio:
         return True
-    found = [_holds_where_solved(a, b), _holds_where_solved(b, a)]
-    if False in found:
+    both_ways = [_holds_where_solved(a, b), _holds_where_solved(b, a)]
+    if False in both_ways:
         return False
-    if found == [True, True]:
+    if both_ways == [True, True]:
         return True
     return False if ratio == 0 and _is_exact(a) and _is_exact(b) else None
 

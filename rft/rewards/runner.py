@@ -240,10 +240,10 @@ class _Tally:
             failures = self.failures[kind]
             if failures <= _allowed(policy, floor, self.scored):
                 continue
-            found = _first(kind, scores)
-            if found is None:
+            example = _first(kind, scores)
+            if example is None:
                 continue
-            name, i = found
+            name, i = example
             raise RewardError(
                 f"{failures} of {self.scored} samples ended in {kind.value}: more than "
                 f"{key}: {_shown(policy)} with {floor_key}: {floor} allows.\n"

@@ -85,9 +85,9 @@ def _final(completion: str) -> str:
     """Return the final answer of a completion: in `<answer>`, in a box, or all text after `</think>`."""
     from rft.rewards.math import extract
 
-    found = extract(completion, ("boxed", "tag"))
-    if found is not None and found.text is not None:
-        return found.text
+    extracted = extract(completion, ("boxed", "tag"))
+    if extracted is not None and extracted.text is not None:
+        return extracted.text
     return completion.rpartition("</think>")[2].strip()
 
 
@@ -107,8 +107,8 @@ def choice(completion: str, answer: str, *, letters: str = "ABCDEFGHIJ") -> Scor
     """Score 1 if the completion chooses the letter of the answer: "(B)", "B.", "the answer is B"."""
     from rft.rewards.math import extract
 
-    found = extract(completion, ("boxed", "tag", "hash", "phrase"))
-    text = completion.strip() if found is None else found.text or ""
+    extracted = extract(completion, ("boxed", "tag", "hash", "phrase"))
+    text = completion.strip() if extracted is None else extracted.text or ""
     picked = re.findall(
         rf"(?<![A-Za-z])\(?([{letters}])(?![A-Za-z'])", re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     )

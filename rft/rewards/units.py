@@ -289,10 +289,10 @@ def _unit(words: list[str]) -> tuple[Unit | None, int]:
         if word in ("*", "a", "an") and powers and at + 1 < len(words):
             sign, at = (-1 if word in ("a", "an") else sign), at + 1
             continue
-        found = _known(word)
-        if found is None or "angle" in powers:
+        unit = _known(word)
+        if unit is None or "angle" in powers:
             break
-        dimensions, scale = found
+        dimensions, scale = unit
         power, at = pending, at + 1
         pending = 1
         if at < len(words) and (match := re.fullmatch(r"\^\{?(-?\d)\}?", words[at])):

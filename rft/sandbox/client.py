@@ -319,17 +319,17 @@ class Sandbox:
         """Run a Python program as `__main__`, or a command, in an empty scratch folder with `files`."""
         payload: dict[str, Any] = {"files": _encoded(files or {})}
         payload |= {"argv": list(argv)} if argv is not None else {"program": program}
-        with _Descriptors() as own:
-            out, out_w = own.pipe()
-            err, err_w = own.pipe()
+        with _Descriptors() as descriptors:
+            out, out_w = descriptors.pipe()
+            err, err_w = descriptors.pipe()
             fds = {
-                "payload": own.add(_memory_file(json.dumps(payload).encode())),
-                "stdin": own.add(_memory_file(stdin.encode("utf-8", "surrogatepass"))),
+                "payload": descriptors.add(_memory_file(json.dumps(payload).encode())),
+                "stdin": descriptors.add(_memory_file(stdin.encode("utf-8", "surrogatepass"))),
                 "stdout": out_w,
                 "stderr": err_w,
             }
             with self._spawn("main", limits, fds) as running:
-                own.close(*fds.values())
+                descriptors.close(*fds.values())
                 outputs = _collect([running], {out: "stdout", err: "stderr"}, limits.output)
         return running.result(outputs)
 
@@ -346,17 +346,19 @@ class Sandbox:
         tests: sources; `testing.py` defines which statements are tests. names: builtin names that mean the
         program's function in the tests, for example `sum`. Raises TestsError for tests that cannot be run.
         """
-        with _Descriptors() as own:
-            link, link_w = map(own.add, map(socket.socket.detach, socket.socketpair()))
-            report, report_w = own.pipe()
-            err, err_w = own.pipe()
-            source = own.add(_memory_file(json.dumps({"program": program}).encode()))
-            checks = own.add(_memory_file(json.dumps({"tests": list(tests), "names": list(names)}).encode()))
+        with _Descriptors() as descriptors:
+            link, link_w = map(descriptors.add, map(socket.socket.detach, socket.socketpair()))
+            report, report_w = descriptors.pipe()
+            err, err_w = descriptors.pipe()
+            source = descriptors.add(_memory_file(json.dumps({"program": program}).encode()))
+            checks = descriptors.add(
+                _memory_file(json.dumps({"tests": list(tests), "names": list(names)}).encode())
+            )
             with (
                 self._spawn("serve", limits, {"payload": source, "link": link, "stderr": err_w}) as a,
                 self._spawn("test", limits, {"payload": checks, "link": link_w, "report": report_w}) as b,
             ):
-                own.close(source, link, err_w, checks, link_w, report_w)
+                descriptors.close(source, link, err_w, checks, link_w, report_w)
                 outputs = _collect([b, a], {report: "report", err: "stderr"}, max(limits.output, 1 << 16))
         ran, tested = a.result(outputs), b.result(outputs)
         broken = ran.broken or tested.broken

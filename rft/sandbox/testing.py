@@ -214,12 +214,12 @@ def _trusted(name: str, attributes: dict[str, set[str]]) -> Any:
     else:
         return None
     try:
-        found = importlib.import_module(module)
+        loaded = importlib.import_module(module)
     except ImportError:
         return None
-    if not all(hasattr(found, attribute) for attribute in used):
+    if not all(hasattr(loaded, attribute) for attribute in used):
         return None  # the program has an object of that name
-    return getattr(found, name) if name in _COMPARING else found
+    return getattr(loaded, name) if name in _COMPARING else loaded
 
 
 _MODULES = {"np": "numpy", "numpy": "numpy", "pytest": "pytest"}

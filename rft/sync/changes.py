@@ -50,11 +50,11 @@ def change_metrics(changes: dict[str, int], sizes: dict[str, int], measure: Meas
     if measure == "off" or not changes:
         return {}
     shares = {name: changes[name] / sizes[name] for name in changes if sizes[name]}
-    found = {
+    metrics = {
         "sync/changed_share": sum(changes.values()) / max(sum(sizes.values()), 1),
         "sync/changed_share_min": min(shares.values()),
         "sync/changed_share_max": max(shares.values()),
     }
     if measure == "matrices":
-        found |= {f"sync/changed/{name}": share for name, share in shares.items()}
-    return found
+        metrics |= {f"sync/changed/{name}": share for name, share in shares.items()}
+    return metrics

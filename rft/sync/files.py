@@ -77,9 +77,9 @@ def read_update(update: Update) -> Iterator[tuple[str, Tensor]]:
             f"the weights at {path} cannot be read on {os.uname().nodename}: {error}. Every node with an "
             "engine has to see sync.folder under the same path"
         ) from error
-    found = digest("", tensors.values())
-    if found != update["digest"]:
-        raise TransferError(f"{path} has the checksum {found[:8]}, but {update['digest'][:8]} was written")
+    actual = digest("", tensors.values())
+    if actual != update["digest"]:
+        raise TransferError(f"{path} has the checksum {actual[:8]}, but {update['digest'][:8]} was written")
     yield from tensors.items()
 
 

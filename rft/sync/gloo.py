@@ -85,9 +85,9 @@ def as_announced(manifest: Manifest, named: Named) -> Iterator[tuple[str, Tensor
     tensors = iter(named)
     for wanted in manifest:
         name, tensor = next(tensors, ("nothing", torch.empty(0)))
-        found = (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        if found != wanted:
-            raise ValueError(f"expected {wanted}, received {found}")
+        described = (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        if described != wanted:
+            raise ValueError(f"expected {wanted}, received {described}")
         yield name, tensor
 
 

@@ -51,10 +51,10 @@ def _line(cls: type[Algorithm]) -> str:
 def _needs(cls: type[Algorithm]) -> str:
     needs = cls().needs
     words = {"rewards": "rewards", "ref_logps": "reference", "values": "critic", "old_entropy": "entropy"}
-    found = [word for field, word in words.items() if field in needs]
+    needed = [word for field, word in words.items() if field in needs]
     if compares_distributions(cls()):
-        found.append("vocabulary of the reference")
-    return ", ".join(found + (["demonstrations"] if cls.needs_demonstrations else []))
+        needed.append("vocabulary of the reference")
+    return ", ".join(needed + (["demonstrations"] if cls.needs_demonstrations else []))
 
 
 def _section(name: str, cls: type[Algorithm]) -> str:

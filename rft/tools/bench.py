@@ -142,8 +142,8 @@ class Journal:
         results.mkdir(exist_ok=True)
         self.seconds: dict[str, float] = {}
         if not fresh and self.file.is_file():
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-            self.seconds = found["seconds"] if found["call"] == call else {}
+            journal = json.loads(self.file.read_text(encoding="utf-8"))
+            self.seconds = journal["seconds"] if journal["call"] == call else {}
 
     def run(self, command: Sequence[str], folder: Path, minutes: float | None) -> bool:
         """Run a script that the journal lacks, for at most twice its minutes; return whether it succeeded."""
@@ -176,17 +176,17 @@ class Journal:
         self.file.unlink(missing_ok=True)
         if brief:
             machine = {"system": platform.platform(), "cores": usable_cores()}
-            found = {
+            summary = {
                 **self.call,
                 "minutes": round(total / 60, 1),
                 "machine": machine,
                 "seconds": self.seconds,
             }
-            self._write(self.results / "bench-all.json", found)
+            self._write(self.results / "bench-all.json", summary)
 
     @staticmethod
-    def _write(file: Path, found: dict[str, Any]) -> None:
-        write_text_atomic(file, json.dumps(found, indent=1) + "\n")
+    def _write(file: Path, content: dict[str, Any]) -> None:
+        write_text_atomic(file, json.dumps(content, indent=1) + "\n")
 
 
 def _run(command: Sequence[str], minutes: float | None) -> int:

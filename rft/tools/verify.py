@@ -238,7 +238,7 @@ def _states(whole: Path, resumed: Path, *, must: bool) -> Iterator[Finding]:
     a, b = (checkpoint.latest(run / "checkpoints") for run in (whole, resumed))
     if a is None or b is None:
         raise RuntimeError("a finished run left no sound checkpoint")
-    left, right = (_leaves(found) for found in (a, b))
+    left, right = (_leaves(one) for one in (a, b))
     for what in ("weights", "optimizer", "random states", "learner", "run state"):
         names = sorted(n for n in {*left, *right} if _kind(n) == what)
         other = [n for n in names if n not in left or n not in right or not _same(left[n], right[n])]
@@ -251,18 +251,18 @@ def _states(whole: Path, resumed: Path, *, must: bool) -> Iterator[Finding]:
         yield Finding(what, not other, must, detail)
 
 
-def _leaves(found: checkpoint.Checkpoint) -> dict[str, Any]:
+def _leaves(loaded: checkpoint.Checkpoint) -> dict[str, Any]:
     """Map the path of every value in a checkpoint to the value."""
     leaves: dict[str, Any] = {}
-    for file in sorted(p for p in found.path.rglob("*") if p.is_file() and p.name != checkpoint.MANIFEST):
-        name = file.relative_to(found.path).as_posix()
+    for file in sorted(p for p in loaded.path.rglob("*") if p.is_file() and p.name != checkpoint.MANIFEST):
+        name = file.relative_to(loaded.path).as_posix()
         if file.suffix == ".safetensors":
             leaves |= {f"{name}/{key}": value for key, value in load_file(file).items()}
         elif file.suffix == ".pt":
             leaves |= _flat(torch.load(file, map_location="cpu", weights_only=True), name)
         else:
             leaves[name] = file.read_bytes()
-    return leaves | _flat(json.loads(json.dumps(dict(found.meta))), "meta")
+    return leaves | _flat(json.loads(json.dumps(dict(loaded.meta))), "meta")
 
 
 def _flat(node: Any, path: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ def use_interface_of(host: str) -> None:
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing; the kernel chooses the route
-        own = probe.getsockname()[0]
+        address = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == own for a in addresses):
+        if any(a.address == address for a in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
             return

@@ -37,12 +37,12 @@ class LUFFY(DrGRPO):
         return (*[Rollout(prefix_share=1.0)] * given, *[Rollout()] * (num_generations - given))
 
     def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        own = super().objective(policy, batch)
+        clipped = super().objective(policy, batch)
         if batch.demonstrated is None:
-            return own
+            return clipped
         p = policy.logps.exp()
         shaped = p / (p + self.gamma) * required(batch.advantages, "advantages")
-        return torch.where(batch.demonstrated, shaped, own)
+        return torch.where(batch.demonstrated, shaped, clipped)
 
     def report(self, batch: Batch) -> dict[str, float]:
         return {**super().report(batch), **demonstration_report(batch)}

@@ -84,14 +84,14 @@ class PrefixRFT(DrGRPO):
         return low, same if self.prefix_epsilon_high is None else self.prefix_epsilon_high
 
     def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
-        own = super().objective(policy, batch)
+        clipped = super().objective(policy, batch)
         if batch.demonstrated is None:
-            return own
+            return clipped
         ratio, advantages = self.ratio(policy, batch), required(batch.advantages, "advantages")
         prefix = ratio * advantages
         if self.prefix_clip:
             prefix = clipped_surrogate(ratio, advantages, *self._prefix_range(), self.dual_clip)
-        return torch.where(batch.demonstrated, prefix, own)
+        return torch.where(batch.demonstrated, prefix, clipped)
 
     def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         metrics = super().metrics(policy, batch)
@@ -103,8 +103,8 @@ class PrefixRFT(DrGRPO):
             prefix = torch.zeros_like(ratio)
             if self.prefix_clip:
                 prefix = clipped(ratio, advantages, *self._prefix_range())
-            own = metrics["policy/clip_fraction"]
-            metrics["policy/clip_fraction"] = torch.where(batch.demonstrated, prefix, own)
+            clip_fraction = metrics["policy/clip_fraction"]
+            metrics["policy/clip_fraction"] = torch.where(batch.demonstrated, prefix, clip_fraction)
         return metrics
 
     def report(self, batch: Batch) -> dict[str, float]:

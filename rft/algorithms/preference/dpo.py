@@ -82,8 +82,8 @@ class DPO(ReadsDistributions, OfflinePreference):
 
     @property
     def needs(self) -> frozenset[str]:
-        found = set() if self.reference_free else {"ref_logps"}
-        return frozenset(found | ({"old_logps"} if self.prescored else set()))
+        needs = set() if self.reference_free else {"ref_logps"}
+        return frozenset(needs | ({"old_logps"} if self.prescored else set()))
 
     @property
     def prescored(self) -> bool:

@@ -56,10 +56,10 @@ class KTO(Algorithm):
             )
         out = []
         for i, group in enumerate(groups):
-            own = [replace(c, values={**c.values, "mismatched": 0.0}) for c in group.completions]
+            matched = [replace(c, values={**c.values, "mismatched": 0.0}) for c in group.completions]
             other = groups[(i + 1) % len(groups)].completions[0]
             mismatched = replace(other, values={**other.values, "mismatched": 1.0})
-            out.append(Group(group.prompt, (*own, mismatched)))
+            out.append(Group(group.prompt, (*matched, mismatched)))
         return out
 
     def prepare(self, batch: Batch) -> Batch:
@@ -95,16 +95,16 @@ class KTO(Algorithm):
         """
         ratio = policy.logps - required(batch.ref_logps, "ref_logps")
         reward = self.beta * batch.sum_by_sequence(ratio)
-        own = torch.ones_like(reward, dtype=torch.bool)
+        matched = torch.ones_like(reward, dtype=torch.bool)
         if self.prescored:
-            own = column(batch, "mismatched") < 0.5
+            matched = column(batch, "mismatched") < 0.5
         good = required(batch.rewards, "rewards") > 0.5
         above = reward > self.beta * column(batch, "kto_z")
         return {
-            "reward_good": reward[own & good],
-            "reward_bad": reward[own & ~good],
-            "label_accuracy": (above == good)[own].to(reward.dtype),
-            "nll": -policy.logps[batch.to_tokens((own & good).to(reward.dtype)) > 0],
+            "reward_good": reward[matched & good],
+            "reward_bad": reward[matched & ~good],
+            "label_accuracy": (above == good)[matched].to(reward.dtype),
+            "nll": -policy.logps[batch.to_tokens((matched & good).to(reward.dtype)) > 0],
         }
 
     def report(self, batch: Batch) -> dict[str, float]:

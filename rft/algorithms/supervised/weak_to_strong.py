@@ -43,5 +43,5 @@ class WeakToStrong(ReadsDistributions, SFT):
             return nll
         progress = batch.state.get("progress", 1.0)
         a = self.alpha * min(1.0, progress / self.warmup) if self.warmup else self.alpha
-        own = required(policy.kl, "kl").masked_fill(~batch.mask, 0)
-        return (1 - a) * nll + a * own
+        confident = required(policy.kl, "kl").masked_fill(~batch.mask, 0)
+        return (1 - a) * nll + a * confident

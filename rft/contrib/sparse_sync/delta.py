@@ -136,6 +136,6 @@ class SparseReceiver:
 
 
 def _verify(base: str, tensors: Iterable[Tensor], update: Update) -> None:
-    found = digest(base, tensors)
-    if found != update["state"]:
-        raise TransferError(f"the checksum is {found[:8]}, but {update['state'][:8]} was sent")
+    actual = digest(base, tensors)
+    if actual != update["state"]:
+        raise TransferError(f"the checksum is {actual[:8]}, but {update['state'][:8]} was sent")

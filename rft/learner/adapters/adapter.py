@@ -150,15 +150,15 @@ class Adapter(Strategy):
             with self.peft.disable_adapter():
                 yield
             return
-        own = self._parameters()
-        kept = {name: own[name].data for name in tensors}
+        parameters = self._parameters()
+        kept = {name: parameters[name].data for name in tensors}
         for name, tensor in tensors.items():
-            own[name].data = tensor
+            parameters[name].data = tensor
         try:
             yield
         finally:
             for name, data in kept.items():
-                own[name].data = data
+                parameters[name].data = data
 
     def follow(self) -> None:
         """Make the current policy the reference."""
@@ -239,9 +239,9 @@ class Adapter(Strategy):
             plain.generation_config = self.base.generation_config
             plain.save_pretrained(folder, state_dict=merged)
         if self.peft is not None:
-            found = self.adapter(full_tensor)
+            tensors = self.adapter(full_tensor)
             if write:
-                self._write_adapter(folder / "adapter", *found)
+                self._write_adapter(folder / "adapter", *tensors)
 
     def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
         import json
@@ -268,9 +268,9 @@ class Adapter(Strategy):
 
     @torch.no_grad()
     def _put(self, tensors: dict[str, Tensor]) -> None:
-        own = self._parameters()
+        parameters = self._parameters()
         for name, tensor in tensors.items():
-            own[name].data.copy_(tensor)
+            parameters[name].data.copy_(tensor)
 
     def model_state(self) -> dict[str, Tensor]:
         return {} if self.peft is None else self._parameters()
@@ -289,14 +289,14 @@ class Adapter(Strategy):
         made = self.peft is None
         if made:
             self._wrap(self._settings(init_lora_weights=True))
-        own = self._parameters()
+        parameters = self._parameters()
         here = {
-            k: {n: t.to(own[n].device, copy=True) for n, t in state[k].items()}
+            k: {n: t.to(parameters[n].device, copy=True) for n, t in state[k].items()}
             for k in ("initial", "snapshot")
         }
         self._restore_base(here["initial"])
         for name, tensor in model_state.items():
-            set_full(own[name], tensor)
+            set_full(parameters[name], tensor)
         self.snapshot, self.updates = here["snapshot"], state["updates"]
         if self.config.method == "adalora":
             allocator = self.peft.base_model.rankallocator

@@ -155,12 +155,12 @@ def check_targets(config: AdapterConfig, model: nn.Module) -> None:
     if targets == "all-linear":
         return
     names = {name: module for name, module in model.named_modules() if name}
-    found = peft_config(config)
+    peft = peft_config(config)
     from peft.tuners.tuners_utils import check_target_module_exists
 
     wanted = [targets] if isinstance(targets, str) else list(targets)
     for target in wanted:
-        one = dataclasses.replace(found, target_modules=target if isinstance(targets, str) else [target])
+        one = dataclasses.replace(peft, target_modules=target if isinstance(targets, str) else [target])
         if not any(check_target_module_exists(one, name) for name in names):
             layers = {
                 n.rsplit(".", 1)[-1] for n, m in names.items() if not list(m.children()) and has_weight(m)
@@ -181,12 +181,12 @@ def check_layers(model: Any, config: AdapterConfig) -> None:
     from peft.tuners.tuners_utils import check_target_module_exists
 
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    found = peft_config(config)
+    peft = peft_config(config)
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     for name, module in model.named_modules():
         if module is not head and module is not table:
             continue
-        if not check_target_module_exists(found, name):
+        if not check_target_module_exists(peft, name):
             continue
         if tied:
             raise ModelError(
