@@ -189,7 +189,7 @@ def test_an_evaluation_as_large_as_gsm8k_lets_control_calls_pass(
                 "model": {"path": str(tiny_folder)},
                 "data": {"kind": "arithmetic", "limit": 64, "eval_limit": 1319},
                 "rewards": [{"function": "math"}],
-                "rollout": {"engine": "hf"},
+                "rollout": {"engine": "hf", "sampling": {"max_completion_length": 4}},
                 "eval": {"problems": 1319, "samples": 1},
             }
         )
@@ -206,10 +206,7 @@ def test_an_evaluation_as_large_as_gsm8k_lets_control_calls_pass(
             rewards,
             plan.tokenizer,
             plan.eval_prompts.prompts,
-            plan.config.eval,
-            primary="math",
-            max_tokens=4,
-            seed=0,
+            plan.config,
             label="eval-0",
         )
         running, asked = asyncio.ensure_future(evaluation), []
