@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; argparse by itself takes overrides before the options only."""
+    """Parse the command line. Plain argparse accepts overrides before the options only."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     late = [word for word in rest if "=" in word and not word.startswith("-")] if "overrides" in args else []

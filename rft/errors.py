@@ -41,7 +41,7 @@ class LearnerError(RuntimeError):
 
 
 class BrokenWeights(LearnerError):
-    """The learner's weights are not finite: there is nothing left in it that is worth saving or sending."""
+    """The learner's weights are not finite, so they can be neither saved nor sent."""
 
 
 class LogpGapError(RuntimeError):
@@ -71,14 +71,14 @@ class RunStopped(Exception):
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether an error is a process group's way to say that another of its members is gone or silent."""
+    """Return whether a process group reports with this error that another member died or timed out."""
     return bool(_OF_A_PEER.search(f"{type(error).__name__}: {error}"))
 
 
 def is_engine_fault(error: BaseException) -> bool:
-    """Whether an error in an engine's part of a push is its machine's, so that an engine built anew may do
-    better. Anything else is a mistake in the program."""
-    if type(error) is Exception:  # vLLM passes the text of what its processes raise on, and no type
+    """Return whether an error on the engine side of a push was caused by its machine, so that a rebuilt
+    engine may succeed. Any other error is a programming error."""
+    if type(error) is Exception:  # vLLM forwards the text of its processes' errors without the type
         return True
     text = f"{type(error).__name__}: {error}"
     return isinstance(error, OSError) or (

@@ -26,7 +26,7 @@ from rft.utils import yaml_files
 from rft.utils.files import write_text_atomic
 from rft.utils.run_lock import LOCK_FILE, RunLock
 
-# What may differ between a run and its resumption: none of these changes what is learned.
+# Keys that a resumed run may change, because they do not change the training result.
 FREE = (
     "train.steps", "train.stop_grace_s", "checkpoint.", "tracking.", "guards.", "ray.", "eval.", "output_dir",
     "rollout.replicas", "rollout.threads", "rollout.cores", "rollout.kv_cache_gib",
