@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from rft.utils.dotted import load_dotted
 
 if TYPE_CHECKING:
     from rft.config.load import apply_overrides, describe_fields, load_config, parse_config
@@ -19,4 +20,4 @@ _HOMES = {"Config": "rft.config.schema", "ConfigError": "rft.errors"}
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "rft.config.load")), name)
+    return load_dotted(f"{_HOMES.get(name, 'rft.config.load')}.{name}")

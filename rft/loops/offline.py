@@ -215,7 +215,7 @@ class OfflineLoop:
         await self.saver.save(self.step, {"step": self.step, "data": self.trained}, final=final)
 
     async def _evaluate(self, held_out: HeldOut) -> dict[str, float]:
-        """The held-out metrics of the current weights."""
+        """Evaluate the current weights on the held-out data; return the metrics."""
         begin = time.perf_counter()
         sums = [await self.learner.evaluate(batch, self.step) for batch in held_out.batches()]
         metrics = held_out.metrics(sums)
@@ -228,7 +228,7 @@ class OfflineLoop:
         return metrics
 
     async def _evaluate_unless_stopped(self, held_out: HeldOut) -> dict[str, float]:
-        """As `_evaluate`; {} where a stop is requested meanwhile: the loop saves and ends."""
+        """Evaluate; return {} if a stop is requested meanwhile, because the loop then saves and ends."""
         try:
             return await unless_stopped(self._evaluate(held_out), self.stop)
         except RunStopped:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rft.rewards.load import BUILTINS, load_reward
 from rft.rewards.types import Outcome, RewardError, RewardFunction, SampleReward, Score
+from rft.utils.dotted import load_dotted
 
 if TYPE_CHECKING:
     from rft.config.rewards import RewardConfig, RewardsConfig
@@ -36,4 +36,4 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return load_dotted(f"{_HOMES[name]}.{name}")

@@ -340,9 +340,9 @@ class VLLMServer:
             time.sleep(0.25)
         else:
             what = f"did not answer within {seconds:g} s (start_timeout_s)"
-        told = Path(self.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-20:]
+        output = Path(self.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-20:]
         self.close()
-        raise RewardError(f"the judge's server, vllm serve {model}, {what}. It said:\n" + "\n".join(told))
+        raise RewardError(f"the judge's server, vllm serve {model}, {what}. It said:\n" + "\n".join(output))
 
     def close(self) -> None:
         """Stop the server and all its processes."""

@@ -169,13 +169,13 @@ def _import_module(where: str, base_dir: Path | str) -> Any:
 
 def describe_error(error: BaseException) -> str:
     """Format the traceback from the reward's frames on; a very long one is cut in the middle."""
-    told = traceback.TracebackException.from_exception(error)
-    part: traceback.TracebackException | None = told
+    report = traceback.TracebackException.from_exception(error)
+    part: traceback.TracebackException | None = report
     while part is not None:
         user_frames = [f for f in part.stack if not f.filename.startswith(_MACHINERY)]
         part.stack = traceback.StackSummary.from_list(user_frames or list(part.stack))
         part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
-    text = "".join(told.format()).rstrip()
+    text = "".join(report.format()).rstrip()
     if isinstance(error, SystemExit):
         text += f"\n(it asked Python to exit with status {error.code!r}; a reward must return or raise)"
     half = MAX_DETAIL // 2
