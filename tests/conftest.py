@@ -56,17 +56,30 @@ def make_groups() -> Callable[..., list[Group]]:
 
 
 @pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of 1 MiB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"this user may not mount a tmpfs here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
+    """Mount a tmpfs with the given options on a new folder of the given name; unmounted after the test."""
+    disks: list[Path] = []
+
+    def mount(name: str, options: str) -> Path:
+        disk = tmp_path / name
+        disk.mkdir()
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, text=True
+        )
+        if mounted.returncode != 0:
+            pytest.skip(f"this user may not mount a tmpfs here: {mounted.stderr.strip()}")
+        disks.append(disk)
+        return disk
+
+    yield mount
+    for disk in disks:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture
+def tiny_disk(mount_tmpfs: Callable[[str, str], Path]) -> Path:
+    """A folder on a separate disk of 1 MiB."""
+    return mount_tmpfs("disk", "size=1m")
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,9 @@ def long_folder(root: Path, size: int) -> str:
 
 
 @pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
+def read_only(mount_tmpfs: Callable[[str, str], Path]) -> Path:
     """A folder on a disk that is mounted read-only."""
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]).returncode:
-        pytest.skip("this user may not mount a tmpfs here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    return mount_tmpfs("read-only", "ro")
 
 
 @pytest.fixture
