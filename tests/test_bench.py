@@ -55,7 +55,7 @@ def test_a_failed_or_interrupted_run_goes_on_where_it_stopped(folder: Path, capf
     (folder / "sync.py").write_text("raise SystemExit(3)")
     assert bench.run([], peers=True, folder=folder) == 1
     err = capfd.readouterr().err
-    assert "FAILED: sync.py --steps 6 --transports gloo sparse. Remedy" in err
+    assert "FAILED: sync.py --steps 6 --transports gloo sparse. See the messages above" in err
     (folder / "sync.py").write_text("print('synced')")
     assert bench.run(["all"], peers=True, folder=folder) == 0
     out = capfd.readouterr().out

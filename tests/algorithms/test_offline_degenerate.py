@@ -103,7 +103,7 @@ def test_top_share_keeps_at_least_one_and_breaks_ties_by_order() -> None:
         ("dpo", {"loss_type": "sigmod"}, "loss_type must be one of sigmoid"),
         ("dpo", {"loss_type": "exo"}, "write label_smoothing"),
         ("dpo", {"loss_type": "nca", "divergence_type": "js"}, "reverse_kl only"),
-        ("dpo", {"loss_type": "aot", "weighting": "plain"}, "write none"),
+        ("dpo", {"loss_type": "aot", "weighting": "plain"}, "write weighting: none"),
         ("cpo", {"loss_type": "nca"}, "loss_type must be one of sigmoid, hinge, ipo"),
         ("kto", {"baseline": "own"}, "baseline must be one of mismatched, zero"),
         ("masked_thought", {"replace": "mask"}, "replace must be one of shuffle, zero, mean"),

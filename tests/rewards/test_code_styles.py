@@ -166,4 +166,4 @@ def test_calls_by_name(code: Any, as_text: bool) -> None:
 def test_a_test_that_wants_a_fixture_is_an_error(code: Any) -> None:
     score = code.score([""], ["def f(): return 1"], tests=["def test_f(capsys):\n    assert f() == 1"])[0]
     assert (score.value, score.outcome) == (None, Outcome.error)
-    assert "wants 'capsys'" in score.detail
+    assert "takes 'capsys', but fixtures are not supported" in score.detail

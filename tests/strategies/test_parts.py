@@ -148,7 +148,7 @@ def test_a_subnetwork_is_found_saved_and_trained_alone(
 
 
 def test_an_equal_model_gives_no_mask(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="there is nothing to train"):
+    with pytest.raises(ModelError, match="so the mask is empty"):
         learner(tiny_folder, SubnetworkConfig(mask=str(tmp_path / "m"), tuned=str(tiny_folder)))
 
 
