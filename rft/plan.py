@@ -224,7 +224,8 @@ def make_plan(
             held_out = attempt("data (held-out)", lambda: load_held_out(config, tokenizer))
     if train is not None:
         shown = attempt("data", lambda: has_demonstrations(train, config.algorithm))
-        facts = replace(facts, rows=len(train), demonstrations=shown)
+        longest = max(len(prompt.tokens) for prompt in train.prompts)
+        facts = replace(facts, rows=len(train), demonstrations=shown, longest_prompt=longest)
     if offline is not None:
         streamed, others = isinstance(offline.train, GroupStream), offline.held_out
         facts = replace(

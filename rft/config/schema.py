@@ -12,6 +12,7 @@ from pydantic import Field, SerializeAsAny, TypeAdapter, field_serializer, field
 from rft.algorithms import ALGORITHMS, Algorithm
 from rft.config.base import ConfigModel
 from rft.config.data import DataConfig
+from rft.config.environment import EnvironmentConfig
 from rft.config.learner import LearnerConfig
 from rft.config.metrics import GuardsConfig, TrackingConfig
 from rft.config.rewards import RewardsConfig
@@ -154,6 +155,9 @@ class Config(ConfigModel):
     data: DataConfig = Field(DataConfig(), description="dataset of the run")
     rewards: RewardsConfig = Field(
         RewardsConfig(), description="reward functions; a list is shorthand for `functions`"
+    )
+    environment: EnvironmentConfig | None = Field(
+        None, description="the multi-turn environment of the policy (none: one completion per prompt)"
     )
     train: TrainConfig = Field(TrainConfig(), description="training steps and batch sizes")
     rollout: RolloutConfig = Field(RolloutConfig(), description="rollout engines and sampling")

@@ -57,6 +57,7 @@ class Facts:
     largest_token: int | None = None  # largest token id of the tokenizer
     stored_quantization: str | None = None  # quantisation method of the model's stored weights
     rows: int | None = None
+    longest_prompt: int | None = None  # of the training prompts, in tokens
     held_out_rows: int | None = None  # of an offline run
     demonstrations: bool | None = None  # whether any training prompt has one
 
@@ -77,6 +78,8 @@ def rollouts(config: Config, demonstration: bool = False) -> Sequence[Rollout]:
 def longest_sequence(config: Config) -> int:
     """Return the maximum sequence length of the engines, in tokens; an observer reads two turns."""
     s = config.rollout.sampling
+    if config.environment is not None and config.environment.max_episode_tokens is not None:
+        return config.environment.max_episode_tokens
     turns = 2 if any(r.role for r in rollouts(config)) else 1
     return turns * (s.max_prompt_length + s.max_completion_length)
 
@@ -99,7 +102,7 @@ def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"{key}: {name} needs demonstrations, and the data has none; name their column under data.columns",
     )
     yield (
-        "rewards" in a.needs and not config.rewards.functions,
+        "rewards" in a.needs and not config.rewards.functions and config.environment is None,
         f"{key}: {name} needs a reward; name at least one under rewards",
     )
     yield (
@@ -138,7 +141,7 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"{key}: pioneers and observers must alternate and fill the whole group",
     )
     yield (
-        not config.rewards.functions and "rewards" not in a.needs,
+        not config.rewards.functions and config.environment is None and "rewards" not in a.needs,
         f"{key}: no reward is given; evaluation needs one: `rewards: [{{function: math}}]`",
     )
     if isinstance(a, ValuesSteps) and not a.steps.branches:
@@ -165,6 +168,57 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"rollout.sampling: max_prompt_length and max_completion_length allow sequences of {length} tokens, "
         f"but the model has {facts.positions} positions; lower one of them",
     )
+
+
+GIVE_NO_PATH = ("tools", "reasoning_gym")  # kinds of environment that load no class or function
+
+
+def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    """Check the environment's section; what must be loaded is checked in `rft/preflight/environment.py`."""
+    e, a = config.environment, config.algorithm
+    if e is None:
+        return
+    key, sampling = "environment", config.rollout.sampling
+    yield (
+        not a.online,
+        f"{key}: {algorithm_name(a)} trains on rows of a dataset, without sampling; remove it, or "
+        "choose an online algorithm",
+    )
+    yield (
+        e.kind in GIVE_NO_PATH and e.path is not None,
+        f"{key}.path: kind {e.kind} loads no class or function; remove it",
+    )
+    yield (
+        e.kind not in GIVE_NO_PATH and e.path is None,
+        f"{key}.path: kind {e.kind} needs the class or function; write `file.py:name` or "
+        "`package.module:name`",
+    )
+    yield (
+        e.kind == "tools" and not e.tools,
+        f"{key}.tools: kind tools needs at least one; name `python`, `calculator` or `file.py:function`",
+    )
+    yield (
+        e.kind not in ("tools", "class") and bool(e.tools),
+        f"{key}.tools: kind {e.kind} takes no tools; remove them, or write kind: tools",
+    )
+    budget, per_turn = longest_sequence(config), e.max_tokens_per_turn or sampling.max_completion_length
+    whence = "" if e.max_episode_tokens else " (sampling.max_prompt_length + max_completion_length)"
+    yield (
+        facts.longest_prompt is not None and facts.longest_prompt >= budget,
+        f"{key}.max_episode_tokens: {budget}{whence}, but the longest prompt has {facts.longest_prompt} "
+        "tokens; raise it",
+    )
+    yield (
+        e.max_tokens_per_turn is not None and per_turn >= budget,
+        f"{key}.max_tokens_per_turn: {per_turn} tokens do not fit into an episode of {budget}{whence}; "
+        "lower it, or raise max_episode_tokens",
+    )
+    for name in ("setup_timeout_s", "step_timeout_s"):
+        yield (
+            getattr(e, name) > e.episode_timeout_s,
+            f"{key}.{name}: {getattr(e, name):g} s exceed the episode's {e.episode_timeout_s:g} s; lower it, "
+            "or raise episode_timeout_s",
+        )
 
 
 def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
@@ -585,6 +639,7 @@ CHECKS = (
     engine_checks,
     algorithm_checks,
     online_checks,
+    environment_checks,
     offline_checks,
     run_checks,
     learner_checks,

@@ -1,0 +1,1 @@
+"""Environments: multi-turn tasks that run in killable worker processes."""
