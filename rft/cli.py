@@ -8,9 +8,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from rft import __version__
+from rft.tools.commands import list_keys, note, register
 from rft.utils.paths import path_argument
 from rft.utils.terminal import say
 
@@ -87,7 +87,7 @@ class _HelpWithKeys(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         parser.print_help()
         print("\nconfig keys, with defaults:")
-        _config(argparse.Namespace(prefix=""))
+        list_keys(argparse.Namespace(prefix=""))
         parser.exit()
 
 
@@ -97,57 +97,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        run: Callable[[argparse.Namespace], int], name: str, text: str, *, config: bool = False
+        run: Callable[[argparse.Namespace], int],
+        name: str,
+        text: str,
+        *,
+        config: bool = False,
+        stoppable: bool = False,
+        add_help: bool = True,
     ) -> Callable[..., argparse.Action]:
-        help_ = name != "train"
-        sub = commands.add_parser(name, help=text, description=text, epilog=_EXIT_CODES, add_help=help_)
-        sub.set_defaults(run=run, stoppable=name in ("train", "eval"))
+        sub = commands.add_parser(name, help=text, description=text, epilog=_EXIT_CODES, add_help=add_help)
+        sub.set_defaults(run=run, stoppable=stoppable)
         if config:
             sub.add_argument("config", type=path_argument, help="YAML file")
             sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config overrides")
         return sub.add_argument
 
-    add = command(_train, "train", "train as the config says", config=True)
+    add = command(_train, "train", "train as the config says", config=True, stoppable=True, add_help=False)
     add("--resume", default="auto", metavar="auto|never|PATH", type=path_argument,
         help="go on from the run's last checkpoint")  # fmt: skip
     add("--restarts", type=int, default=0, metavar="N",
         help="restart automatically after a fault, at most N times in a row without a new checkpoint"
         )  # fmt: skip
     add("-h", "--help", action=_HelpWithKeys, nargs=0, help="this help, and every config key")
-    add = command(
-        _verify, "verify-resume", "run, kill, resume, and compare with an uninterrupted run", config=True
-    )
-    add("--steps", type=int, required=True, metavar="N", help="steps of the run")
-    add("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
-    add("--out", type=path_argument, help="folder for the two runs (default: a temporary one)")
-    command(_check, "check", "resolve everything and print the plan, without training", config=True)
-    add = command(_eval, "eval", "held-out accuracy and pass@k of a model, as JSON on stdout", config=True)
-    add("--model", type=path_argument, help="model folder or hub name (none: the config's)")
-    add = command(_config, "config", "every config key with its default and meaning")
-    add("prefix", nargs="?", default="", help="only keys that start with this")
-    add = command(_export, "export", "the run's final model as a Hugging Face folder")
-    add("run_dir", type=path_argument, help="run folder")
-    add("out", type=path_argument, help="folder to write")
-    add = command(_report, "report", "write one HTML page about a run")
-    add("run_dir", type=path_argument, help="run folder")
-    add("--out", type=path_argument, help="file to write (default: RUN/report.html)")
-    add = command(_watch, "watch", "a live view of a running job, from its folder")
-    add("run_dir", type=path_argument, help="run folder")
-    add("--once", action="store_true", help="show one frame and exit")
-    add = command(_bench, "bench", "run the benchmarks of this checkout")
-    add("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
-    add("--peers", action="store_true", help="also run the peers, in their own environments")
-    add("--fresh", action="store_true", help="repeat measurements that an interrupted run completed")
-    add = command(_reward, "reward", "score a file with a reward and show how it judged")
-    add("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
+    register(command)
     return parser
 
 
-# -- commands ------------------------------------------------------------------------------------------
-
-
-def _note(text: str) -> None:
-    say(f"rft: {text}")
+# -- the command train ---------------------------------------------------------------------------------
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -164,106 +140,11 @@ def _train(args: argparse.Namespace) -> int:
     with run_dir.hold(config) as warning:
         folder = run_dir.claim(config, args.resume)
         for text in filter(None, (warning, *folder.notes)):
-            _note(text)
+            note(text)
         if folder.finished is not None:
-            _note(f"{folder.path} is complete: {json.dumps(folder.finished)}")
+            note(f"{folder.path} is complete: {json.dumps(folder.finished)}")
             return 0
         return run_training.train(make_plan(config), folder, args.signals)
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from rft.tools.verify import verify_resume
-
-    out = None if args.out is None else Path(args.out)
-    verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, _note)
-    say("\n".join(verdict.lines()), sys.stdout)
-    return 0 if verdict.kept else 1
-
-
-def _check(args: argparse.Namespace) -> int:
-    from rft import run_dir
-    from rft.config.load import load_config
-    from rft.errors import ConfigError
-    from rft.plan import make_plan
-    from rft.report.plan_text import plan_lines
-
-    config = load_config(args.config, args.overrides)
-    problems: list[str] = []
-    for action in (
-        lambda: run_dir.claim(config, "auto"),
-        lambda: say("\n".join(plan_lines(make_plan(config))), sys.stdout),
-    ):
-        try:
-            action()
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return 0
-
-
-def _eval(args: argparse.Namespace) -> int:
-    import asyncio
-
-    from rft.config.load import load_config
-    from rft.plan import make_plan
-    from rft.run_training import evaluate_model
-
-    plan = make_plan(load_config(args.config, args.overrides), model=args.model, evaluate=True)
-    metrics = asyncio.run(evaluate_model(plan, args.signals))
-    print(json.dumps(metrics, indent=2))
-    return 0
-
-
-def _config(args: argparse.Namespace) -> int:
-    from rft.config.load import describe_fields
-
-    for key, default, text in describe_fields():
-        if key.startswith(args.prefix):
-            print(f"{key:<44} {default:<24} {text}")
-    return 0
-
-
-def _export(args: argparse.Namespace) -> int:
-    from rft.tools.export import export_run
-
-    print(f"{export_run(Path(args.run_dir), Path(args.out))} -> {args.out}")
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    from rft.report.report import write_report
-
-    print(write_report(_run_folder(args.run_dir), Path(args.out) if args.out else None))
-    return 0
-
-
-def _watch(args: argparse.Namespace) -> int:
-    from rft.report.watch import watch
-
-    watch(_run_folder(args.run_dir), once=args.once)
-    return 0
-
-
-def _run_folder(text: str) -> Path:
-    from rft.errors import ConfigError
-
-    path = Path(text)
-    if not (path / "events.jsonl").exists():
-        raise ConfigError([f"{path} is not a run folder: it has no events.jsonl"])
-    return path
-
-
-def _reward(args: argparse.Namespace) -> int:
-    from rft.tools.reward import main as reward_main
-
-    return reward_main(args.rest)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from rft.tools.bench import run
-
-    return run(args.parts, peers=args.peers, fresh=args.fresh)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""The commands of the command line, except `train`: their arguments, and one thin function for each.
+
+Imports are inside the functions, so that `rft --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rft.utils.paths import path_argument
+from rft.utils.terminal import say
+
+AddCommand = Callable[..., Callable[..., argparse.Action]]
+"""Add a command: `(run, name, text, *, config=False, stoppable=False)`; returns its `add_argument`."""
+
+
+def register(command: AddCommand) -> None:
+    """Add the commands to the parser of the command line."""
+    add = command(
+        verify_resume,
+        "verify-resume",
+        "run, kill, resume, and compare with an uninterrupted run",
+        config=True,
+    )
+    add("--steps", type=int, required=True, metavar="N", help="steps of the run")
+    add("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
+    add("--out", type=path_argument, help="folder for the two runs (default: a temporary one)")
+    command(check, "check", "resolve everything and print the plan, without training", config=True)
+    text = "held-out accuracy and pass@k of a model, as JSON on stdout"
+    add = command(evaluate, "eval", text, config=True, stoppable=True)
+    add("--model", type=path_argument, help="model folder or hub name (none: the config's)")
+    add = command(list_keys, "config", "every config key with its default and meaning")
+    add("prefix", nargs="?", default="", help="only keys that start with this")
+    add = command(export, "export", "the run's final model as a Hugging Face folder")
+    add("run_dir", type=path_argument, help="run folder")
+    add("out", type=path_argument, help="folder to write")
+    add = command(report, "report", "write one HTML page about a run")
+    add("run_dir", type=path_argument, help="run folder")
+    add("--out", type=path_argument, help="file to write (default: RUN/report.html)")
+    add = command(watch, "watch", "a live view of a running job, from its folder")
+    add("run_dir", type=path_argument, help="run folder")
+    add("--once", action="store_true", help="show one frame and exit")
+    add = command(bench, "bench", "run the benchmarks of this checkout")
+    add("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
+    add("--peers", action="store_true", help="also run the peers, in their own environments")
+    add("--fresh", action="store_true", help="repeat measurements that an interrupted run completed")
+    add = command(reward, "reward", "score a file with a reward and show how it judged")
+    add("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
+
+
+def note(text: str) -> None:
+    """Print a line about the run on stderr."""
+    say(f"rft: {text}")
+
+
+def verify_resume(args: argparse.Namespace) -> int:
+    from rft.tools.verify import verify_resume
+
+    out = None if args.out is None else Path(args.out)
+    verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, note)
+    say("\n".join(verdict.lines()), sys.stdout)
+    return 0 if verdict.kept else 1
+
+
+def check(args: argparse.Namespace) -> int:
+    from rft import run_dir
+    from rft.config.load import load_config
+    from rft.errors import ConfigError
+    from rft.plan import make_plan
+    from rft.report.plan_text import plan_lines
+
+    config = load_config(args.config, args.overrides)
+    problems: list[str] = []
+    for action in (
+        lambda: run_dir.claim(config, "auto"),
+        lambda: say("\n".join(plan_lines(make_plan(config))), sys.stdout),
+    ):
+        try:
+            action()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from rft.config.load import load_config
+    from rft.plan import make_plan
+    from rft.run_training import evaluate_model
+
+    plan = make_plan(load_config(args.config, args.overrides), model=args.model, evaluate=True)
+    metrics = asyncio.run(evaluate_model(plan, args.signals))
+    print(json.dumps(metrics, indent=2))
+    return 0
+
+
+def list_keys(args: argparse.Namespace) -> int:
+    from rft.config.load import describe_fields
+
+    for key, default, text in describe_fields():
+        if key.startswith(args.prefix):
+            print(f"{key:<44} {default:<24} {text}")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from rft.tools.export import export_run
+
+    print(f"{export_run(Path(args.run_dir), Path(args.out))} -> {args.out}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from rft.report.report import write_report
+
+    print(write_report(_run_folder(args.run_dir), Path(args.out) if args.out else None))
+    return 0
+
+
+def watch(args: argparse.Namespace) -> int:
+    from rft.report.watch import watch
+
+    watch(_run_folder(args.run_dir), once=args.once)
+    return 0
+
+
+def _run_folder(text: str) -> Path:
+    from rft.errors import ConfigError
+
+    path = Path(text)
+    if not (path / "events.jsonl").exists():
+        raise ConfigError([f"{path} is not a run folder: it has no events.jsonl"])
+    return path
+
+
+def reward(args: argparse.Namespace) -> int:
+    from rft.tools.reward import main
+
+    return main(args.rest)
+
+
+def bench(args: argparse.Namespace) -> int:
+    from rft.tools.bench import run
+
+    return run(args.parts, peers=args.peers, fresh=args.fresh)
