@@ -35,8 +35,8 @@ from rft.data.rows import load_rows
 from rft.loops.offline import OfflineLoop
 from rft.loops.saver import Saver
 from rft.metrics import Progress
-from rft.packing import shares_prefix
 from rft.plan import OfflinePlan, make_plan
+from rft.work import shares_prefix
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

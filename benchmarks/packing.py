@@ -37,7 +37,8 @@ from torch import Tensor
 
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.kernels.attention import hidden_states, prepare_model
-from rft.packing import micro_batches, tree_costs, tree_tokens, worth_sharing
+from rft.packing import micro_batches
+from rft.work import tree_costs, tree_tokens, worth_sharing
 
 BUDGET = 4096
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.kernels.attention import hidden_states, prepare_model
-from rft.packing import worth_sharing
+from rft.work import worth_sharing
 
 CASES = [(512, 64, 2), (256, 64, 8), (1024, 128, 8), (64, 256, 8)]
 GRID = [(p, r, g) for p, r in ((32, 256), (128, 128), (512, 128), (512, 64)) for g in (4, 8, 16)]

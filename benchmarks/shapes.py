@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rft.batch import Batch
-from rft.packing import segment_pairs
+from rft.work import segment_pairs
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from rft.config.rollout import SamplingConfig
 from rft.config.schema import ModelConfig, TrainConfig
 from rft.learner.learner import Learner
 from rft.learner.spec import LearnerSpec
-from rft.packing import shares_prefix
+from rft.work import shares_prefix
 
 HERE = Path(__file__).resolve().parent
 LEARNING_RATE = 1e-6

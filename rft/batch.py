@@ -18,9 +18,9 @@ Example: prompt `p0 p1` shared by the completions `a0 a1` and `b0` (N = 2 sequen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,24 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Branch(NamedTuple):
+    """The tokens of a completion from `start` to the next branch's start follow position `after` of (prompt +
+    completion), which may lie in the prompt; -1: they start a tree without the prompt."""
+
+    start: int
+    after: int
+
+
+class Turn(NamedTuple):
+    """The tokens start:end of a completion that one call of its session sampled (none for a call that is not
+    trained), the part of the session's reward that the turn earned, and the state in which it was sampled."""
+
+    start: int
+    end: int
+    reward: float | None
+    state: Hashable
+
+
 @dataclass(frozen=True)
 class Completion:
     """One response to a prompt: sampled by an engine, or read from a dataset.
@@ -53,6 +71,8 @@ class Completion:
     start, end) spans.
     `reward` is the combined reward; None means that it could not be judged (never a zero).
     `values` are further per-sequence numbers for the algorithm (a margin, a reward vector); nan: unknown.
+    A session has `turns`, one for each of its model calls, and `branches` if one call's prompt did not extend
+    the call before; `tokens` are those of all branches. No branches: the tokens follow the prompt's last.
     """
 
     tokens: tuple[int, ...]
@@ -66,6 +86,8 @@ class Completion:
     reward: float | None = None
     scores: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
+    branches: tuple[Branch, ...] = ()
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -307,6 +329,8 @@ class _Builder:
             raise ValueError(f"prompt {prompt.id} is empty: a prompt needs at least one token")
         root = self._add_prompt(prompt, sequence=-1) if self.share_prefix else None
         for completion in group.completions:
+            if completion.branches:
+                raise ValueError(f"a completion of prompt {prompt.id} has branches")
             if not completion.tokens:
                 raise ValueError(f"a completion of prompt {prompt.id} is empty: it needs at least one token")
             sequence = len(self.group)

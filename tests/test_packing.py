@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rft.batch import Batch, Completion, Group, Prompt
-from rft.packing import (
-    micro_batches,
-    shares_prefix,
-    sharing_gain,
-    tree_costs,
-    tree_tokens,
-    worth_sharing,
-)
+from rft.packing import micro_batches
+from rft.work import shares_prefix, sharing_gain, tree_costs, tree_tokens, worth_sharing
 
 Sizes = list[tuple[int, list[int]]]
 sizes = st.lists(

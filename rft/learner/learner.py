@@ -27,8 +27,9 @@ from rft.learner.parallel import Parallel
 from rft.learner.spec import LearnerSpec
 from rft.learner.state import TrainState
 from rft.learner.strategy import learning_rate
-from rft.packing import micro_batches, tree_tokens
+from rft.packing import micro_batches
 from rft.utils.quantized import evaluation_mode
+from rft.work import tree_tokens
 
 
 class Learner(TrainState):

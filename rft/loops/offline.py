@@ -34,12 +34,12 @@ from rft.loops.evaluate import HeldOut, SampledEvaluation
 from rft.loops.saver import Saver
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards
-from rft.packing import shares_prefix
 from rft.plan import OfflinePlan
 from rft.run_dir import RunFolder
 from rft.utils.deadlines import unless_stopped
 from rft.utils.files import write_atomic
 from rft.utils.hashing import model_digest
+from rft.work import shares_prefix
 
 # -- a run ---------------------------------------------------------------------------------------------
 

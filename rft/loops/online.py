@@ -59,7 +59,6 @@ from rft.loops.evaluate import SampledEvaluation
 from rft.loops.saver import Saver
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards
-from rft.packing import shares_prefix
 from rft.plan import OnlinePlan
 from rft.rewards.runner import RewardRunner
 from rft.rollout.buffer import SlotBuffer, State, Work
@@ -72,6 +71,7 @@ from rft.sync.channel import WeightChannel
 from rft.utils.deadlines import unless_stopped
 from rft.utils.dotted import load_dotted
 from rft.utils.seeds import derive_seed
+from rft.work import shares_prefix
 
 CURRICULUM = "rft.contrib.curriculum.Curriculum"
 KEPT_DROPPED = 100_000  # dropped prompts that a checkpoint names, the newest ones
