@@ -138,6 +138,7 @@ def _train(args: argparse.Namespace) -> int:
         args.signals.release()  # the parent waits for signals and its child in one place
         return supervise([args.config, *args.overrides], config.run_dir, args.restarts, args.resume)
     with run_dir.hold(config) as warning:
+        config = run_dir.keep_dtypes(config, args.resume)
         folder = run_dir.claim(config, args.resume)
         for text in filter(None, (warning, *folder.notes)):
             note(text)

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
-import torch
-
 from rft.config import validate
 from rft.config.schema import Config
 from rft.config.validate import Device, Engine, longest_sequence
@@ -27,6 +25,7 @@ from rft.preflight.data import (
     load_held_out,
     load_offline,
 )
+from rft.preflight.dtype import resolve_dtypes
 from rft.preflight.machine import check_folders, check_sockets, check_sync_folder, machine_facts, sync_folder
 from rft.preflight.memory import ModelShape, meta_network
 from rft.preflight.model import (
@@ -61,6 +60,7 @@ class BasePlan:
     stop_ids: tuple[int, ...]  # token ids that end a completion
     eval_prompts: PromptSet | None  # held-out prompts for sampling; None: the run samples none
     adapter_parameters: int | None  # of learner.adapter, if they can be counted without weights
+    dtype_choice: str  # what `dtype: auto` resolved to, and why; "" if the config has none
 
     def with_model(self, folder: str) -> Self:
         """Return the same plan with other weights of the same shape (a finished warm start)."""
@@ -86,7 +86,7 @@ class BasePlan:
             kind=self.engine,
             model=self.model,
             tokenizer=self.tokenizer_path,
-            dtype=str(resolve_dtype(c.dtype, self.device)).removeprefix("torch."),
+            dtype=c.dtype,
             device=self.device,
             max_model_len=longest_sequence(self.config),
             seed=self.config.seed,
@@ -123,7 +123,7 @@ class BasePlan:
         folder = sync_folder(self.config, self.transport)
         return ChannelSpec(
             transport=self.transport,
-            wire_dtype=str(resolve_dtype(self.config.rollout.dtype, self.device)).removeprefix("torch."),
+            wire_dtype=self.config.rollout.dtype,
             folder=None if folder is None else str(folder),
             config=self.config.sync,
         )
@@ -131,8 +131,7 @@ class BasePlan:
     def gap_bounds(self) -> tuple[float | None, float | None]:
         """Return the (mean, largest) log-prob gap allowed between engine and learner."""
         c = self.config
-        dtypes = {resolve_dtype(dtype, self.device) for dtype in (c.rollout.dtype, c.learner.dtype)}
-        exact = dtypes == {torch.float32}
+        exact = c.rollout.dtype == c.learner.dtype == "float32"
         mean, largest = c.sync.max_logp_gap_mean, c.sync.max_logp_gap
         return (
             (1e-3 if exact else 0.05) if mean is None else mean,
@@ -204,7 +203,9 @@ def make_plan(
         tokenizer = attempt(
             "model.tokenizer", lambda: load_tokenizer(config.model.tokenizer or path, trusted)
         )
+    dtype_choice = ""
     if path is not None and shape is not None:
+        config, dtype_choice = resolve_dtypes(config, facts.device, shape.parameters)
         network = meta_network(path, trusted)
         facts = replace(
             facts,
@@ -274,6 +275,7 @@ def make_plan(
             stop_ids=stops,
             eval_prompts=held_out,
             adapter_parameters=None if adapter is None else count_adapter_parameters(network, adapter),
+            dtype_choice=dtype_choice,
         )
         if train is not None:
             return OnlinePlan(**vars(plan), train_prompts=train)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rft import checkpoint
+from rft.config.dtypes import dtypes_of, fill_in_dtypes
 from rft.config.load import differences, parse_config
 from rft.config.rewards import Schedule
 from rft.config.schema import Config
@@ -98,6 +99,22 @@ def _folder_of(config: Config) -> Path:
 
 def _is_complete(config: Config, result: dict[str, Any] | None) -> bool:
     return result is not None and result["steps"] >= config.train.steps
+
+
+def keep_dtypes(config: Config, resume: str) -> Config:
+    """Return the config with `dtype: auto` filled in as the run began, on whatever machine that was; a new
+    run keeps `auto`, for its plan to resolve. `resume`: as in `claim`."""
+    folders = [config.run_dir]
+    if resume not in ("auto", "never"):
+        folders.append(Path(resume).absolute().parent.parent)  # of the run that wrote the checkpoint
+    for file in (folder / "config.yaml" for folder in folders):
+        if file.is_file():
+            try:
+                written = parse_config(yaml_files.read(file))
+            except (yaml_files.YamlError, ConfigError):
+                return config  # `claim` reports a damaged file
+            return fill_in_dtypes(config, dtypes_of(written))
+    return config
 
 
 def claim(config: Config, resume: str) -> RunFolder:

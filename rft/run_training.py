@@ -62,6 +62,9 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
         log.event("checkpoint/rejected", path=str(rejected.path), reason=rejected.reason)
     weights = plan.channel_spec().folder
     ending = Ending(folder, log, progress, signals, weights)
+    if plan.dtype_choice:
+        log.event("run/dtype", choice=plan.dtype_choice)
+        progress.note(f"dtype: {plan.dtype_choice}")
     reason = "failed"
     try:
         with progress:

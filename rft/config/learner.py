@@ -162,7 +162,9 @@ class LearnerConfig(ConfigModel):
         16384, ge=1, description="tokens per micro-batch; affects memory, not the gradient"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute dtype; auto: bfloat16 on GPU, float32 on CPU"
+        "auto",
+        description="compute dtype; auto: bfloat16 on GPU; on CPU bfloat16 for a model above 20 M parameters "
+        "if a measurement of 50 ms finds its products at least 1.5 times as fast, else float32",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     prefix_sharing: Literal["auto", "on", "off"] = Field(

@@ -51,7 +51,7 @@ class RolloutConfig(ConfigModel):
         "them again)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the engine's weights; auto: bfloat16 on GPU, float32 on CPU"
+        "auto", description="dtype of the engine's weights; auto: as `learner.dtype`"
     )
     max_num_seqs: int = Field(
         256,

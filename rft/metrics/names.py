@@ -192,6 +192,7 @@ METRICS: dict[str, Metric] = {
 
 EVENTS: dict[str, str] = {
     "run/opened": "a process began to write: pid, host, total_steps, resumed_at (none: from the start)",
+    "run/dtype": "`dtype: auto` was resolved: choice (dtype, sections, reason)",
     "run/closed": "the process stopped writing: last_step, reason (done, stopped, or the error)",
     "run/superseded": "lines after the resume point were set aside: file, lines, first_step, last_step",
     "run/stopping": "a stop was requested: signal (and who sent it)",

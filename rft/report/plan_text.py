@@ -20,6 +20,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"model        {plan.model}: {plan.shape.parameters:,} parameters, vocabulary {plan.shape.vocab:,}",
         f"stop tokens  {stops}",
     ]
+    why = f" (auto: {plan.dtype_choice})" if plan.dtype_choice else ""
+    out.append(f"dtype        learner {c.learner.dtype}, engines {c.rollout.dtype}{why}")
     if warm_start is not None:
         out.append(
             f"warm start   {warm_start.steps} supervised steps of {warm_start.batch_size} demonstrations, "

@@ -73,7 +73,7 @@ def check(args: argparse.Namespace) -> int:
     from rft.plan import make_plan
     from rft.report.plan_text import plan_lines
 
-    config = load_config(args.config, args.overrides)
+    config = run_dir.keep_dtypes(load_config(args.config, args.overrides), "auto")
     problems: list[str] = []
     for action in (
         lambda: run_dir.claim(config, "auto"),

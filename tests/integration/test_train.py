@@ -129,6 +129,7 @@ def test_a_short_run_learns_and_a_stop_on_its_way_does_not_show(
     undocumented = {name for r in metrics for name in r if not is_documented(name)}
     assert not undocumented
     assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "learn"
+    assert yaml.safe_load((run / "config.yaml").read_text())["learner"]["dtype"] == "float32"  # resolved
     assert {r["split"] for r in rows(run, "samples.jsonl")} == {"train", "eval"}
     assert list((run / "tensorboard").iterdir())
 
