@@ -162,7 +162,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """Resolve a dtype name: `auto` is bfloat16 on a GPU and float32 on CPU."""
+    """Resolve a dtype name. A plan has none that is `auto`; without a plan, it is float32 on CPU."""
     if name == "auto":
         name = "bfloat16" if device == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)

@@ -45,7 +45,10 @@ def _choose(device: Device, parameters: int) -> tuple[str, str]:
     if device == "cuda":
         return "bfloat16", "the default on a GPU"
     if parameters <= LARGE:
-        return "float32", f"a model of at most {LARGE / 1e6:.0f} M parameters gains nothing from bfloat16 on CPU"
+        return (
+            "float32",
+            f"a model of at most {LARGE / 1e6:.0f} M parameters gains nothing from bfloat16 on CPU",
+        )
     rates = measure_product_rates()
     measured = (
         f"matrix products measured at {rates.bfloat16 / 1e9:.0f} GFLOP/s in bfloat16 and "
