@@ -17,6 +17,18 @@ class EnvironmentFault(RuntimeError):
     """An environment cannot be loaded or started; the message says how to correct it."""
 
 
+class OperationFailed(Exception):
+    """An operation of the environment raised; the message is its traceback."""
+
+
+class WorkerHung(Exception):
+    """An operation exceeded its deadline; its worker was killed."""
+
+
+class WorkerDied(Exception):
+    """The worker process ended in an operation; the message says how."""
+
+
 class PolicyLimit(Exception):
     """The policy exhausted a budget of its session. Its episode is scored: this is not a fault."""
 
@@ -92,6 +104,9 @@ class Session(Protocol):
 
     @property
     def seed(self) -> int | None: ...
+
+    @property
+    def calls(self) -> Sequence[Sampled]: ...
 
     async def chat(
         self,

@@ -177,7 +177,7 @@ def describe_error(error: BaseException) -> str:
         part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
     text = "".join(report.format()).rstrip()
     if isinstance(error, SystemExit):
-        text += f"\n(it asked Python to exit with status {error.code!r}; a reward must return or raise)"
+        text += f"\n(it asked Python to exit with status {error.code!r}; it must return or raise)"
     half = MAX_DETAIL // 2
     return text if len(text) <= MAX_DETAIL else f"{text[:half]}\n[...]\n{text[-half:]}"
 
@@ -488,14 +488,14 @@ def as_score(spec: str, value: Any, seconds: float = 0.0) -> Score:
         return Score(None, Outcome.abstain, "", seconds)
     if isinstance(value, Score):
         return _sound(spec, value, seconds)
-    number = _number(value)
+    number = finite_number(value)
     if number is not None:
         return Score(number, Outcome.correct if number > 0 else Outcome.wrong, "", seconds)
     detail = f"{spec} returned {value!r:.200} ({type(value).__name__}): not a finite number and not None"
     return Score(None, Outcome.error, detail, seconds)
 
 
-def _number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """Return a finite float; None for anything else."""
     if hasattr(value, "item"):  # numpy or torch scalar
         value = value.item()
@@ -510,8 +510,8 @@ def _number(value: Any) -> float | None:
 
 def _sound(spec: str, score: Score, seconds: float) -> Score:
     """Validate a Score made by a custom function; an invalid one becomes an error that names the problem."""
-    value = None if score.value is None else _number(score.value)
-    steps = tuple(_number(step) for step in score.steps)
+    value = None if score.value is None else finite_number(score.value)
+    steps = tuple(finite_number(step) for step in score.steps)
     problem = ""
     if (score.value is not None and value is None) or None in steps:
         problem = "its value and steps must be finite numbers"

@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 import pickle
-import re
 import signal
 import socket
 import subprocess
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from rft.rewards.types import Outcome, RewardError, Score, Text, TrainerState
-from rft.rewards.worker import HEADER, PROGRESS, WHERE, decode
+from rft.rewards.worker import HEADER, PROGRESS, decode
 from rft.utils.keeper import TOO_MUCH_MEMORY, WORKER
 from rft.utils.process import Guardian, is_running, kill_tree
 from rft.utils.python import SAFE_PYTHON, search_path
+from rft.utils.stack import WHERE, read_stack
 
 MAX_HUNG_CALLS = 16
 """Hung calls of one request that are split to isolate the sample; further ones become timeouts."""
@@ -347,7 +347,6 @@ START = (
 )
 END_S = 10.0
 """Seconds to wait for a killed process, which may hang in the kernel (on a disk, a device)."""
-FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
 
 class Died(Exception):
@@ -472,22 +471,11 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, WHERE)
         for _ in range(20):
-            begun = self._told() != ""
+            begun = read_stack(self._where_fd) != ""
             await asyncio.sleep(0.02)  # the stack is written line by line
             if begun:
                 break
-        return self._told()
-
-    def _told(self) -> str:
-        """Format the frames of the reward's code from the stack that the process has written."""
-        text = os.pread(self._where_fd, 1 << 16, 0).decode("utf-8", "replace")
-        frames = [f for f in FRAME.findall(text) if not f[0].startswith((_RFT, "<frozen", "<string>"))]
-        return (
-            "; it was at "
-            + ", called from ".join(f"{file}, line {line}, in {name}" for file, line, name in frames[:6])
-            if frames
-            else ""
-        )
+        return read_stack(self._where_fd)
 
     def reason(self) -> str:
         """Describe how the process ended."""
@@ -499,7 +487,7 @@ class Worker:
             return f"it and its child processes used more memory than {allowed} allows"
         if end.si_code == os.CLD_EXITED:
             return f"it exited with status {end.si_status}"
-        return f"it was killed by {signal.Signals(end.si_status).name}{self._told()}"
+        return f"it was killed by {signal.Signals(end.si_status).name}{read_stack(self._where_fd)}"
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         """End the process and its children; with a grace period, ask it to exit first."""
@@ -510,7 +498,7 @@ class Worker:
         if self.process.returncode is None:  # not reaped yet, so its process id cannot have been reused
             killed = kill_tree(self.process.pid)
             await asyncio.shield(self.exited)
-            await _until_ended(killed)
+            await until_ended(killed)
         self.process.wait()
         if self.writer is not None:
             self.writer.close()
@@ -521,11 +509,8 @@ class Worker:
         self.board.close()
 
 
-async def _until_ended(killed: set[int]) -> None:
+async def until_ended(killed: set[int]) -> None:
     """Wait until killed processes have ended, for at most END_S seconds."""
     deadline = time.monotonic() + END_S
     while any(map(is_running, killed)) and time.monotonic() < deadline:
         await asyncio.sleep(0.005)
-
-
-_RFT = str(Path(__file__).parents[1]) + "/"

@@ -17,7 +17,6 @@ import fcntl
 import os
 import pickle
 import select
-import signal
 import socket
 import struct
 import sys
@@ -31,11 +30,11 @@ from rft.rewards.load import CallError, Custom, PerSample, SpecError, Stateful, 
 from rft.rewards.types import Outcome, Score, TrainerState
 from rft.utils.process import PR_SET_CHILD_SUBREAPER, kill_tree, prctl
 from rft.utils.signals import restore_defaults
+from rft.utils.stack import WHERE
 
 HEADER = struct.Struct("!Q")
 PROGRESS = struct.Struct("=qd")  # index within the job (-1: idle), monotonic start of the call
 FLUSH_S = 0.25  # results are sent at least this often, so that a kill loses little
-WHERE = signal.SIGRTMAX
 PRIVATE_FDS = 512  # high enough to be safe from code that closes or writes to all low descriptors
 
 
@@ -86,7 +85,7 @@ class Call:
         self.mark = mark
         self.log = log
         self.pid = os.getpid()
-        self.surroundings = _Surroundings()
+        self.surroundings = Surroundings()
 
     def run(
         self,
@@ -147,7 +146,7 @@ class Call:
         return scores
 
 
-class _Surroundings:
+class Surroundings:
     """Restore working folder, environment and output streams, so that every call starts in the same state."""
 
     def __init__(self) -> None:
@@ -197,7 +196,7 @@ def _warm(reward: Any) -> None:
         warm()
 
 
-def _out_of_the_way(fd: int) -> int:
+def out_of_the_way(fd: int) -> int:
     """Move an open file to a high descriptor that no child program inherits."""
     try:
         moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, PRIVATE_FDS)
@@ -210,8 +209,8 @@ def _out_of_the_way(fd: int) -> int:
 def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
     """Load the rewards, report, and score jobs until asked to exit or the parent is gone."""
     open_streams()
-    sock = socket.socket(fileno=_out_of_the_way(socket_fd))
-    where = _out_of_the_way(where_fd)
+    sock = socket.socket(fileno=out_of_the_way(socket_fd))
+    where = out_of_the_way(where_fd)
     faulthandler.enable(where, all_threads=False)  # also reports the position of a crash in C
     faulthandler.register(WHERE, where, all_threads=False)
     restore_defaults()  # a reward and its children may send and handle the signals that stop a run

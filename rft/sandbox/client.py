@@ -241,6 +241,11 @@ class Sandbox:
                 self._process.stderr.close()
             self._process = None
 
+    @property
+    def pid(self) -> int | None:
+        """Return the process id of the zygote; None if it is not running."""
+        return None if self._process is None else self._process.pid
+
     def close(self) -> None:
         """Stop the zygote, and with it everything that runs in the sandbox."""
         if self._pid != os.getpid():

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -35,9 +36,9 @@ def _processes() -> dict[int, tuple[int, int]]:
     return table
 
 
-def descendants(pid: int) -> set[int]:
+def descendants(pid: int, table: Mapping[int, tuple[int, int]] | None = None) -> set[int]:
     """Return the living descendants of `pid` and the members of its session, without `pid` itself."""
-    table = _processes()
+    table = _processes() if table is None else table
     below: set[int] = set()
     grown = True
     while grown:
@@ -49,14 +50,28 @@ def descendants(pid: int) -> set[int]:
     return below - {pid}
 
 
+def children(pid: int) -> set[int]:
+    """Return the living child processes of `pid`."""
+    return {p for p, (parent, _) in _processes().items() if parent == pid}
+
+
 def memory_below(pid: int) -> int:
     """Return the resident bytes of `pid`'s descendants without file pages (shared pages: per process)."""
+    return sum(map(_memory, descendants(pid)))
+
+
+def memory_of_trees(pids: Iterable[int]) -> dict[int, int]:
+    """Return the resident bytes of each process with its descendants, counted as `memory_below` does."""
+    table = _processes()
+    return {pid: sum(map(_memory, {pid} | descendants(pid, table))) for pid in pids}
+
+
+def _memory(pid: int) -> int:
     total = 0
-    for p in descendants(pid):
-        with contextlib.suppress(OSError, ValueError), open(f"/proc/{p}/status", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith(("RssAnon:", "RssShmem:")):
-                    total += int(line.split()[1]) << 10
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(("RssAnon:", "RssShmem:")):
+                total += int(line.split()[1]) << 10
     return total
 
 

@@ -1,0 +1,89 @@
+"""Kind `class`: TRL's environment class: `reset(**row)`, public methods as tools, `get_reward()`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rft.environments.loop import first_messages, tool_loop
+from rft.environments.rewards import read_reward
+from rft.environments.tools import Toolbox, call_tool, kept, load_tools
+from rft.environments.types import Episode, Row, Session, ToolCall
+from rft.rewards.load import SpecError, checked_options, resolve
+
+if TYPE_CHECKING:
+    from rft.environments.runner import Remote
+    from rft.environments.zygote import Spec
+
+NOT_TOOLS = ("reset", "get_reward")
+
+
+class Host:
+    """Operations in the worker. As in TRL, an instance is made once, and `reset` for each episode."""
+
+    session: Any = None
+
+    def __init__(self, spec: Spec) -> None:
+        assert spec.path is not None
+        self.spec, self.path = spec, spec.path
+        self.factory = resolve(spec.path, spec.base_dir)
+        self.options = checked_options(spec.path, self.factory, spec.options, strict=False)
+        self.stateful: list[Any] = []
+        self.instance: Any = None
+        self.kind = self.factory if inspect.isclass(self.factory) else type(self._make())
+        members = dict(inspect.getmembers(self.kind, predicate=inspect.isfunction))
+        if "reset" not in members:
+            raise SpecError(
+                f"{spec.path} has no method `reset`; an environment class needs `reset(self, **row)`"
+            )
+        self.gives_reward = "get_reward" in members
+        self.methods = [n for n in members if not n.startswith("_") and n not in NOT_TOOLS]
+        # Schemas are those of the class: an instance may open connections, which workers must not share.
+        self.toolbox = Toolbox(
+            [(f"{self.path}.{name}", members[name]) for name in self.methods]
+            + load_tools(spec, self.stateful)
+        )
+
+    def _make(self) -> Any:
+        return self.factory(**self.options)
+
+    def describe(self) -> dict[str, Any]:
+        return {"tools": self.toolbox.schemas, "gives_reward": self.gives_reward}
+
+    def kept(self) -> set[int]:
+        return kept(self.stateful)
+
+    def reset(self, row: Mapping[str, Any]) -> Any:
+        if self.instance is None:
+            self.instance = self._make()
+            for name in self.methods:
+                self.toolbox.functions[name] = getattr(self.instance, name)
+        return self.instance.reset(**row)
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        return self.toolbox.call(name, arguments)
+
+    async def reward(self) -> dict[str, Any]:
+        value = self.instance.get_reward()
+        if inspect.isawaitable(value):
+            value = await value
+        reward, scores = read_reward(value, f"{self.path}.get_reward")
+        return {"reward": reward, "scores": scores}
+
+    def end(self) -> None:
+        for tool in self.stateful:
+            tool.close()
+
+
+async def play(row: Row, session: Session, remote: Remote) -> Episode:
+    """Play one episode. A tool that overruns loses the state of the environment, which ends the episode."""
+    observation = await remote.call("reset", row, setup=True)
+    messages = first_messages(row, observation)
+
+    async def call(tool: ToolCall) -> str:
+        return await call_tool(remote, tool)
+
+    ending = await tool_loop(session, messages, remote.tools, call)
+    given = await remote.call("reward") if remote.gives_reward else {"reward": None, "scores": {}}
+    return Episode(given["reward"], ending, given["scores"], messages)
