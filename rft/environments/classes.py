@@ -34,9 +34,7 @@ class Host:
         self.kind = self.factory if inspect.isclass(self.factory) else type(self._make())
         members = dict(inspect.getmembers(self.kind, predicate=inspect.isfunction))
         if "reset" not in members:
-            raise SpecError(
-                f"{spec.path} has no method `reset`; an environment class needs `reset(self, **row)`"
-            )
+            raise SpecError(f"{spec.path} has no `reset`; an environment class needs `reset(self, **row)`")
         self.gives_reward = "get_reward" in members
         self.methods = [n for n in members if not n.startswith("_") and n not in NOT_TOOLS]
         # Schemas are those of the class: an instance may open connections, which workers must not share.

@@ -52,7 +52,7 @@ START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from rft.environments.zygote import main; main(*map(int, sys.argv[2:]))"
 )
-MAX_MESSAGE = 64 << 20  # bytes of one message of a worker
+MAX_MESSAGE = 16 << 20  # bytes of one message of a worker
 END_S = 10.0  # to wait for a killed process, which may hang in the kernel
 
 

@@ -199,12 +199,14 @@ def serve(host: Any, sock: socket.socket, where: int) -> None:
         return threading.active_count() == threads and not mine
 
     def run(operation: Any, *arguments: Any) -> Any:
-        result = operation(*arguments)
-        return (
-            loop.run_until_complete(_answered(result, host.session))
-            if asyncio.iscoroutine(result)
-            else result
-        )
+        try:
+            result = operation(*arguments)
+            if asyncio.iscoroutine(result):
+                result = loop.run_until_complete(_answered(result, host.session))
+            return result
+        finally:
+            if os.getpid() != pid:  # a child forked by the environment returned from it
+                os._exit(0)
 
     try:
         while True:

@@ -279,7 +279,7 @@ async def test_hostile_tools(make: Make, capfd: pytest.CaptureFixture[str]) -> N
         "write_garbage",
         "huge",
     )
-    runner = make("tools", tools=(*names, "add"), step_timeout_s=3.0)
+    runner = make("tools", tools=(*names, "add"), step_timeout_s=5.0)
     results = {}
     for name in names:
         session = ScriptedSession(use(name), use("add", a=1, b=1), "done")
