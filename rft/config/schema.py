@@ -27,14 +27,15 @@ class ModelConfig(ConfigModel):
 
     path: PathText = Field(
         "tiny",
-        description="Hugging Face model folder or hub name; `tiny`: a small random model built on the fly",
+        description="Hugging Face model folder, hub name, or GGUF file; `smollm2`: SmolLM2-135M-Instruct "
+        "from a Python package; `tiny`: a small random model built on the fly",
     )
     reference: PathText | None = Field(
         None,
-        description="folder or hub name of the reference model (none: the initial policy)",
+        description="the reference model, named as in `path` (none: the initial policy)",
     )
     tokenizer: PathText | None = Field(
-        None, description="folder or hub name of the tokenizer (none: that of the model)"
+        None, description="folder or hub name of the tokenizer, named as in `path` (none: that of the model)"
     )
     options: dict[str, Any] = Field({}, description="sizes of the `tiny` model (see rft.tasks.tiny)")
     trust_remote_code: bool = Field(False, description="run Python code shipped with the model")

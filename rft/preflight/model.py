@@ -15,29 +15,51 @@ from rft.data.chat import Renderer
 from rft.data.stops import stop_ids
 from rft.errors import ModelError
 from rft.learner.adapters.methods import check_layers, check_targets, peft_config
+from rft.preflight.gguf import PACKAGED, converted_folder, packaged_folder
 from rft.tasks import REVISION
 from rft.utils.hashing import fingerprint
 from rft.utils.paths import absolute_if_local, expand
 
 
 def resolve_model(config: Config, model: str | None = None) -> str:
-    """Return the folder or hub name of the policy, after building `tiny` in the cache. Raises ModelError."""
-    path = model or config.model.path
-    if path != "tiny":
-        resolved = absolute_if_local(expand(path))
-        if Path(resolved).is_absolute() and not (Path(resolved) / "config.json").exists():
-            raise ModelError(f"{path!r} is not a model folder: it has no config.json")
-        return resolved
+    """Return the folder or hub name of the policy. Raises ModelError if it is a folder without a model."""
+    name = model or config.model.path
+    path = resolve_name(name, config)
+    if Path(path).is_absolute() and not (Path(path) / "config.json").exists():
+        raise ModelError(f"{name!r} is not a model folder: it has no config.json")
+    return path
+
+
+def resolve_optional(name: str | None, config: Config) -> str | None:
+    """Return `resolve_name` of a model or tokenizer that need not be given."""
+    return None if name is None else resolve_name(name, config)
+
+
+def resolve_name(name: str, config: Config) -> str:
+    """Return the folder or hub name of a model or tokenizer that a config names. Raises ModelError.
+
+    `tiny`, the packaged models (`smollm2`) and GGUF files become folders in OUTPUT_DIR/.cache.
+    """
+    cache = Path(config.output_dir) / ".cache"
+    if name == "tiny":
+        return str(_tiny_folder(config, cache))
+    if name in PACKAGED:
+        return str(packaged_folder(name, cache))
+    path = absolute_if_local(expand(name))
+    return str(converted_folder(Path(path), cache)) if path.endswith(".gguf") else path
+
+
+def _tiny_folder(config: Config, cache: Path) -> Path:
     from rft.tasks.tiny import build_tiny
 
     options = {"seed": config.seed, **config.model.options}
-    folder = Path(config.output_dir) / ".cache" / f"tiny-{fingerprint({**options, 'code': REVISION})}"
+    folder = cache / f"tiny-{fingerprint({**options, 'code': REVISION})}"
     if not (folder / "config.json").exists():
         try:
             build_tiny(folder, **options)
         except TypeError as error:
             raise ModelError(f"model.options: {error}") from error
-    return str(folder.absolute())
+    return folder.absolute()
 
 
 def resolve_stops(config: Config, path: str, tokenizer: Any) -> tuple[int, ...]:

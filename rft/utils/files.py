@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 UNFINISHED = ".unfinished"  # suffix of an incomplete file
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system
 
 
 @contextmanager
@@ -48,3 +51,20 @@ def folder_atomic(folder: Path, *, shared: bool = False) -> Iterator[Path]:
         return
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+@contextmanager
+def exclusive(lock: Path) -> Iterator[bool]:
+    """Wait until no other process holds the file `lock`, and hold it while the block lasts.
+
+    Yields False if the file system does not support locks: then the block is not exclusive.
+    """
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            yield False
+        else:
+            yield True

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from rft.errors import ConfigError
+from rft.utils.files import NO_LOCKS
 from rft.utils.paths import not_writable
 
 LOCK_FILE = "run.lock"
 RENEW_S = 5.0
 GONE_S = 4 * RENEW_S  # without a renewal for this long, the owner is considered dead
 _TAKEN = (errno.EACCES, errno.EAGAIN)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
@@ -74,7 +74,7 @@ class RunLock:
         except OSError as error:
             if error.errno in _TAKEN:
                 raise ConfigError([self._busy(read_owner(self.path))]) from error
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             self.note = (
                 f"{self.path.parent} is on a file system without locks ({error.strerror}): {LOCK_FILE} is "
