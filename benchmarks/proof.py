@@ -27,20 +27,22 @@ from rft.tasks.tiny import build_tiny
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import write_result
+from shapes import SMOLLM2, Shape
 
-# name: (options of the tiny model, prompts, completions of each, tokens of a prompt, of a completion, rounds)
-SIZES: dict[str, tuple[dict[str, Any], int, int, int, int, int]] = {
-    "demo": ({}, 32, 8, 40, 20, 5),
-    "smollm2": (
-        {"hidden_size": 576, "layers": 30, "heads": 9, "intermediate_size": 1536}, 8, 8, 99, 43, 2,
-    ),
-}  # fmt: skip
+# name: (shape of the model or None: the demo's, prompts, completions of each, tokens of a prompt, of a
+# completion, rounds)
+SIZES: dict[str, tuple[Shape | None, int, int, int, int, int]] = {
+    "demo": (None, 32, 8, 40, 20, 9),
+    "smollm2": (SMOLLM2, 8, 8, 99, 43, 3),
+}
 
 
 def measure(folder: Path, size: str) -> dict[str, Any]:
     """Seconds of scoring and of a step, and their ratio."""
-    options, prompts, each, asked, answered, rounds = SIZES[size]
-    build_tiny(folder, seed=1, **options)
+    shape, prompts, each, asked, answered, rounds = SIZES[size]
+    build_tiny(folder, seed=1)
+    if shape is not None:  # with the tokenizer of the tiny model
+        shape.build().save_pretrained(folder)
     dice = random.Random(1)
     tokens = lambda n: tuple(dice.randrange(6, 250) for _ in range(n))  # noqa: E731
     groups = [

@@ -130,7 +130,8 @@ class BasePlan:
         exact = c.rollout.dtype == c.learner.dtype == "float32"
         mean, largest = c.sync.max_logp_gap_mean, c.sync.max_logp_gap
         return (
-            (1e-3 if exact else 0.05) if mean is None else mean,
+            # bfloat16: 0.03 to 0.08 with SmolLM2-135M (benchmarks/results/proof-gaps-cpu.json)
+            (1e-3 if exact else 0.1) if mean is None else mean,
             (0.02 if exact else None) if largest is None else largest,
         )
 

@@ -55,6 +55,6 @@ class SyncConfig(ConfigModel):
         ge=0,
         description="stop the run if the mean |learner - engine| log-prob exceeds this over a step's tokens "
         "of the current policy version, or over the fixed tokens of a verification (none: 0.001 if both run "
-        "in float32, else 0.05)",
+        "in float32, else 0.1)",
     )
     timeout_s: float = Field(120, gt=0, description="timeout of a weight sync or a rendezvous, in seconds")

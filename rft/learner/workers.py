@@ -400,7 +400,7 @@ class LearnerGroup:
 
     async def _all(self, name: str, calls: list[Any]) -> list[Any]:
         """Wait for all ranks' answers; raise the error of the rank that failed first."""
-        waiting = [asyncio.ensure_future(_plain(call)) for call in calls]
+        waiting = [asyncio.ensure_future(call) for call in calls]
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
             if not any(_failed(task) for task in waiting):
@@ -449,10 +449,6 @@ def _reserve(spec: LearnerSpec) -> PlacementGroup:
         )
     bundle = {"CPU": 1.0, "GPU": 1.0} if kind == "GPU" else {"CPU": 1.0}
     return placement_group([dict(bundle) for _ in range(ranks)], strategy="PACK")
-
-
-async def _plain(call: Any) -> Any:
-    return await call
 
 
 def _failed(task: asyncio.Task[Any]) -> BaseException | None:

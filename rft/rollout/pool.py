@@ -313,7 +313,7 @@ class RolloutPool:
     ) -> list[Generated]:
         """Await an answer. Raises Overdue once the engine has worked `generate_timeout_s` on the request;
         time in a queue, or while the replica was paused for a push, does not count."""
-        waiting, limit = asyncio.ensure_future(_plain(answer)), self.config.generate_timeout_s
+        waiting, limit = asyncio.ensure_future(answer), self.config.generate_timeout_s
         try:
             while True:
                 worked = 0.0 if sent.began is None else member.working_time() - sent.began
@@ -591,7 +591,3 @@ def _raise_lost(lost: dict[int, EngineError]) -> None:
         raise first
     if lost:
         raise ReplicasLost({index: str(error) for index, error in lost.items()})
-
-
-async def _plain(answer: Awaitable[R]) -> R:
-    return await answer

@@ -276,6 +276,7 @@ class Sandbox:
             if self._process is None or self._process.poll() is not None:
                 self._end_process()
                 self._start()
+            zygote = self._socket
             self._users = (self._users + 1) % 1_000_000
             user, group = self._first_user + self._users, None
             if self._groups is not None:
@@ -298,8 +299,19 @@ class Sandbox:
                 "address_space": limits.address_space,
             },
         }
+        message, copies = [json.dumps(header).encode()], list(sent.values())
         try:
-            socket.send_fds(self._socket, [json.dumps(header).encode()], list(sent.values()))
+            try:
+                socket.send_fds(zygote, message, copies)
+            except OSError as error:
+                if not isinstance(error, ConnectionError) and zygote.fileno() >= 0:
+                    raise
+                # The zygote ended, and `poll` does not show it yet; nothing was sent.
+                with self._lock:
+                    if self._socket is zygote:
+                        self._end_process()
+                        self._start()
+                socket.send_fds(self._socket, message, copies)
         except BaseException as error:
             running.abandon()
             if isinstance(error, OSError):

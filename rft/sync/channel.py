@@ -121,9 +121,7 @@ class WeightChannel:
         host, port = await self.learner.reserve_address() if self.spec.grouped else ("", 0)
         *offsets, world = accumulate(self.engines.workers, initial=1)  # each replica's first rank, all ranks
         links = [Link(host, port, offset, world, self.timeout_s) for offset in offsets]
-        opened = asyncio.ensure_future(
-            _plain(self.learner.open_channel(Link(host, port, 0, world, self.timeout_s)))
-        )
+        opened = asyncio.ensure_future(self.learner.open_channel(Link(host, port, 0, world, self.timeout_s)))
         opened.add_done_callback(lambda task: task.cancelled() or task.exception())  # `_both` raises it
         joined = self.engines.join(links)
         try:
@@ -161,7 +159,7 @@ class WeightChannel:
         """Return the learner's answer once the engines have done their part too. If one side fails, the other
         fails with it, so the engines' error is raised first: it names the lost replicas. Programming errors
         are raised unchanged."""
-        answer, part = asyncio.ensure_future(_plain(learner)), asyncio.ensure_future(_plain(engines))
+        answer, part = asyncio.ensure_future(learner), asyncio.ensure_future(engines)
         try:
             await asyncio.wait((answer, part), timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
             failure = _error(answer)
@@ -193,7 +191,7 @@ class WeightChannel:
 
     async def _prove(self, spec: ProofSpec, version: int, scored: Awaitable[list[float]]) -> Proof:
         begin = time.perf_counter()
-        learner, engines = await asyncio.gather(_plain(scored), self.engines.score(spec.tokens))
+        learner, engines = await asyncio.gather(scored, self.engines.score(spec.tokens))
         gaps = {index: Gap.between(learner, logps) for index, logps in engines.items()}
         proof = Proof(version, len(learner), gaps, time.perf_counter() - begin)
         proof.check(spec)
@@ -215,10 +213,6 @@ class WeightChannel:
         """Remove the files of the last versions."""
         self._drop_proof()
         files.remove(self.spec.folder)
-
-
-async def _plain(answer: Awaitable[R]) -> R:
-    return await answer
 
 
 def _error(task: asyncio.Future[Any]) -> BaseException | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rft.metrics.log import read_jsonl
+from rft.sync.proof import PROOF_TOKENS
 from tests.integration.conftest import ROOT, rft
 from tests.specs import needs_vllm
 
@@ -46,7 +47,7 @@ def test_every_version_is_proven_on_every_replica(tmp_path: Path) -> None:
     rows = [r for r in read_jsonl(tmp_path / "async/metrics.jsonl") if "train/loss" in r]
     proven = [e for e in read_jsonl(tmp_path / "async/events.jsonl") if e["kind"] == "version/proved"]
     assert [e["version"] for e in proven] == [0, 1, 2, 3, 4, 5]
-    assert all(set(e["gaps"]) == {"0", "1"} and e["tokens"] > 128 for e in proven)
+    assert all(set(e["gaps"]) == {"0", "1"} and e["tokens"] == PROOF_TOKENS - 1 for e in proven)
     assert all(0 < r["sync/proof_gap_mean"] <= r["sync/proof_gap"] < 1e-3 for r in rows)
     assert all(r["sync/logp_gap"] > 0 for r in rows if "sync/logp_gap" in r)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -221,6 +222,22 @@ def test_a_zygote_killed_in_the_middle_of_a_request_is_replaced(backend: str) ->
         while any(os.path.exists(f"/proc/{pid}") for pid in below) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not [pid for pid in below if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", "native", "landlock"])
+def test_a_zygote_that_has_just_ended_is_replaced(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end of the socket is closed a moment before its exit status can be read."""
+    from rft.sandbox.zygote import descendants
+
+    with open_sandbox(backend) as sandbox:
+        process = sandbox._process
+        assert process is not None
+        os.kill(descendants(process.pid)[1] if backend == "bubblewrap" else process.pid, signal.SIGKILL)
+        ready, _, _ = select.select([sandbox._socket], [], [], 20)
+        assert ready, "the socket of a killed zygote stays open"
+        monkeypatch.setattr(process, "poll", lambda: None)
+        assert printed(sandbox, "print('again')") == "again"
+        assert sandbox._process is not process
 
 
 @pytest.mark.parametrize("backend", ["bubblewrap", "native", "landlock"])
