@@ -44,6 +44,7 @@ SETTINGS = [
     "learner.warmup_steps=0",
     "train.batch_size=4",
     "eval.every=0",
+    "train.steps=1000",
 ]
 
 
