@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from rft import __version__
-from rft.tools.commands import list_keys, note, register
+from rft.tools.commands import list_keys, register
 from rft.utils.paths import path_argument
 from rft.utils.terminal import say
 
@@ -127,9 +126,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from rft import run_dir, run_training
+    from rft import run_training
     from rft.config.load import load_config
-    from rft.plan import make_plan
 
     config = load_config(args.config, args.overrides)
     if args.restarts > 0:
@@ -137,15 +135,7 @@ def _train(args: argparse.Namespace) -> int:
 
         args.signals.release()  # the parent waits for signals and its child in one place
         return supervise([args.config, *args.overrides], config.run_dir, args.restarts, args.resume)
-    with run_dir.hold(config) as warning:
-        config = run_dir.keep_dtypes(config, args.resume)
-        folder = run_dir.claim(config, args.resume)
-        for text in filter(None, (warning, *folder.notes)):
-            note(text)
-        if folder.finished is not None:
-            note(f"{folder.path} is complete: {json.dumps(folder.finished)}")
-            return 0
-        return run_training.train(make_plan(config), folder, args.signals)
+    return run_training.run(config, args.resume, args.signals)
 
 
 if __name__ == "__main__":

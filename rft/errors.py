@@ -60,6 +60,10 @@ class NoSignal(RuntimeError):
     """Too many groups in a row without a learning signal."""
 
 
+class CallbackError(RuntimeError):
+    """A callback raised an exception, which is its cause; the message names the callback and the step."""
+
+
 class RunStopped(Exception):
     """The run was asked to stop, after `step` finished steps (None: before the first one could begin).
     `stage` is empty for the run itself."""

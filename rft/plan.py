@@ -42,13 +42,14 @@ from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
+from rft.utils.dotted import load_dotted
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BasePlan:
-    """The resolved settings shared by online and offline runs."""
+    """The resolved settings shared by online and offline runs. `str` describes the plan, for people."""
 
     config: Config
     model: str  # folder or hub name of the weights to load
@@ -63,6 +64,9 @@ class BasePlan:
     eval_prompts: PromptSet | None  # held-out prompts for sampling; None: the run samples none
     adapter_parameters: int | None  # of learner.adapter, if they can be counted without weights
     dtype_choice: str  # what `dtype: auto` resolved to, and why; "" if the config has none
+
+    def __repr__(self) -> str:
+        return "\n".join(load_dotted("rft.report.plan_text.plan_lines")(self))
 
     def with_model(self, folder: str) -> Self:
         """Return the same plan with other weights of the same shape (a finished warm start)."""
@@ -149,7 +153,7 @@ class BasePlan:
         return self.eval_prompts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class OnlinePlan(BasePlan):
     """A run that trains on completions that it samples itself."""
 
@@ -159,7 +163,7 @@ class OnlinePlan(BasePlan):
         return self.train_prompts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class OfflinePlan(BasePlan):
     """A run that trains on rows of a dataset."""
 
@@ -199,6 +203,7 @@ def make_plan(
     given = attempt("model.tokenizer", lambda: resolve_optional(config.model.tokenizer, config))
     if path is not None:
         shape = attempt("model.path", lambda: ModelShape.of(path, config.model))
+    if path is not None and (shape is not None or given is not None):
         tokenizer = attempt("model.tokenizer", lambda: load_tokenizer(given or path, trusted))
     dtype_choice = ""
     if path is not None and shape is not None:

@@ -4,14 +4,15 @@ runs/NAME/config.yaml      the resolved config
          metrics.jsonl, samples.jsonl, events.jsonl, tensorboard/
          checkpoints/step-*/    model/   (the final policy, a Hugging Face folder)
          result.json        written last: the run is complete
+         data/               rows that a Python program passed
          run.lock            while a process trains the run: which one
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from rft.config.schema import Config
 from rft.errors import CheckpointError, ConfigError
 from rft.learner.strategy import learning_rate
 from rft.utils import yaml_files
-from rft.utils.files import write_text_atomic
+from rft.utils.files import write_atomic, write_text_atomic
 from rft.utils.run_lock import LOCK_FILE, RunLock
+
+DATA_FOLDER = "data"
 
 # Keys that a resumed run may change, because they do not change the training result.
 FREE = (
@@ -90,7 +93,7 @@ def _folder_of(config: Config) -> Path:
             [f"output_dir/name: {path} is a file, not a folder; choose another name or output_dir"]
         )
     there = {p.name for p in path.iterdir()} if path.exists() else set()
-    if there - {LOCK_FILE} and "config.yaml" not in there:
+    if there - {LOCK_FILE, DATA_FOLDER} and "config.yaml" not in there:
         raise ConfigError(
             [f"output folder {path} is not empty and not a run folder: choose another name or output_dir"]
         )
@@ -159,11 +162,15 @@ def _check_same(config: Config, path: Path) -> list[str]:
         raise ConfigError([f"{path / 'config.yaml'} is damaged: {error}; choose another name"]) from None
     if not isinstance(written, dict):
         raise ConfigError([f"{path / 'config.yaml'} is damaged: it holds no settings; choose another name"])
+    new = config.to_dict()
     try:
         old = parse_config(written).to_dict()  # settings that are newer than the run have their defaults
     except ConfigError:
         old = written
-    changed = differences(old, config.to_dict())
+    else:
+        if others := _other_objects(old, new):
+            raise ConfigError([f"output folder {path} belongs to a run with another reward:", *others])
+    changed = differences(_in_place(old, path), _in_place(new, path))
     fatal = [
         f"{key}: was {a!r}, now {b!r}"
         for key, a, b in changed
@@ -178,6 +185,56 @@ def _check_same(config: Config, path: Path) -> list[str]:
             ]
         )
     return [f"{key}: {a!r} -> {b!r}" for key, a, b in changed]
+
+
+def _other_objects(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Name each reward that was passed from Python and differs from the one that the run was trained with."""
+    problems = []
+    pairs = zip(old["rewards"]["functions"], new["rewards"]["functions"], strict=False)
+    for i, (a, b) in enumerate(pairs):
+        before, now = a.get("passed"), b.get("passed")
+        if before is None or now is None or before["sha256"] == now["sha256"]:
+            continue
+        name = a["name"] or a["function"].rpartition(":")[2]
+        parts = [f"{key} was {x}, now {y}" for key, x, y in differences(before["values"], now["values"])]
+        parts += ["its source differs"] if before["source"] != now["source"] else []
+        why = "; ".join(parts) or "a value that it uses differs"
+        problems.append(
+            f"rewards.functions[{i}] ({name}): the run was trained with another function of this name: "
+            f"{why}. Pass that one again, or give this run another name"
+        )
+    return problems
+
+
+def _in_place(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a config whose paths of data in the run folder do not depend on where that folder is."""
+    data = dict(config.get("data") or {})
+    for key in ("path", "eval_path"):
+        if (file := data.get(key)) and Path(file).parent.parts[-2:] == (path.name, DATA_FOLDER):
+            data[key] = f"{DATA_FOLDER}/{Path(file).name}"
+    return {**config, "data": data}
+
+
+@contextmanager
+def with_files(files: Mapping[Path, bytes], *, keep: bool) -> Iterator[None]:
+    """Provide files in a run folder, each written once. They are removed again if the block raises, and at
+    its end unless `keep`."""
+    made = [path for path in files if not path.exists()]
+    folders = {p for path in made for p in path.parents if not p.exists()}
+    stay = False
+    try:
+        for path in made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomic(path) as temporary:
+                temporary.write_bytes(files[path])
+        yield
+        stay = keep
+    finally:
+        for path in () if stay else made:
+            path.unlink(missing_ok=True)
+        for folder in sorted(folders, key=lambda p: len(p.parts), reverse=True):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _other_length(config: Config, path: Path, step: int) -> list[str]:

@@ -1,11 +1,14 @@
-"""A run from plan to final model: start the parts, hand them to the loop, end them all."""
+"""A run from config to final model: claim the folder, start the parts, run the loop, end them all."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
+import threading
 import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +17,7 @@ from pathlib import Path
 from ray.exceptions import RayError
 
 from rft import checkpoint, run_dir
+from rft.config.schema import Config
 from rft.errors import CheckpointError, ConfigError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerGroup, LearnerHandle
@@ -22,7 +26,8 @@ from rft.loops.offline import train_offline
 from rft.loops.online import Controller, Parts
 from rft.loops.warm_start import WARM_START_FOLDER, warm_start
 from rft.metrics import Progress, RunLog
-from rft.plan import OfflinePlan, OnlinePlan, Plan
+from rft.metrics.log import Observer
+from rft.plan import OfflinePlan, OnlinePlan, Plan, make_plan
 from rft.rewards import RewardError
 from rft.rewards.runner import RewardRunner
 from rft.rollout.fleet import Fleet
@@ -38,7 +43,7 @@ from rft.utils.dotted import load_dotted
 from rft.utils.files import folder_atomic
 from rft.utils.process import kill_tree
 from rft.utils.ray_cluster import on_head_death, ray_cluster
-from rft.utils.signals import SAME_REQUEST_S, STOPPED, StopSignals, print_stop
+from rft.utils.signals import STOPPED, StopRequests, print_stop
 from rft.utils.terminal import say
 
 DONE, FAILED, USER_ERROR, FAULT = 0, 1, 2, 76
@@ -46,7 +51,51 @@ DONE, FAILED, USER_ERROR, FAULT = 0, 1, 2, 76
 _OF_ANOTHER_PROCESS = (ActorDied, EngineError, Overdue, RayError, RewardError, TransferError)
 
 
-def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
+def check(config: Config) -> Plan:
+    """Resolve a config and its run folder, without training. Raises ConfigError with all problems."""
+    problems: list[str] = []
+    config = run_dir.keep_dtypes(config, "auto")
+    try:
+        run_dir.claim(config, "auto")
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        plan = make_plan(config)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return plan
+
+
+def run(
+    config: Config,
+    resume: str,
+    stops: StopRequests,
+    observers: Sequence[Observer] = (),
+    files: Mapping[Path, bytes] | None = None,
+) -> int:
+    """Claim the config's run folder and train in it; returns the exit code.
+
+    resume: auto, never, or a checkpoint's folder. files: data that the config names, written into the run
+    folder first. Raises ConfigError before anything is started, and what ends the run.
+    """
+    with run_dir.hold(config) as warning:
+        config = run_dir.keep_dtypes(config, resume)
+        folder = run_dir.claim(config, resume)
+        for text in filter(None, (warning, *folder.notes)):
+            say(f"rft: {text}")
+        if folder.finished is not None:
+            say(f"rft: {folder.path} is complete: {json.dumps(folder.finished)}")
+            return DONE
+        with run_dir.with_files(files or {}, keep=True):
+            plan = make_plan(config)
+        if stops.asked():
+            raise RunStopped(None)
+        return train(plan, folder, stops, observers)
+
+
+def train(plan: Plan, folder: RunFolder, signals: StopRequests, observers: Sequence[Observer] = ()) -> int:
     """Carry out a plan in a claimed folder; returns the exit code."""
     config = plan.config
     run_dir.write_config(folder.path, config)
@@ -57,6 +106,7 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
         config.tracking,
         resumed_at=folder.resumed_at,
         config=config.to_dict(),
+        observers=observers,
     )
     for rejected in folder.rejected:
         log.event("checkpoint/rejected", path=str(rejected.path), reason=rejected.reason)
@@ -69,8 +119,9 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
     try:
         with progress:
             signals.handle(at_once=ending.at_once)
-            progress.stage("starting Ray")
             try:
+                log.begin()
+                progress.stage("starting Ray")
                 with ray_cluster(config.ray.address, config.ray.object_store_gib):
                     asyncio.run(_train(plan, folder, progress, log, signals))
                 reason = "done"
@@ -79,6 +130,9 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
             except RunStopped as stopped:
                 reason = "stopped"
                 return ending.stopped(stopped)
+            except asyncio.CancelledError:  # stopped at once by the program that called
+                reason = "stopped"
+                return ending.stopped(RunStopped(max(log.last_step, 0) or None))
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 log.event("run/failed", error=reason, traceback=traceback.format_exc())
@@ -91,25 +145,29 @@ def train(plan: Plan, folder: RunFolder, signals: StopSignals) -> int:
 
 
 async def _train(
-    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, signals: StopSignals
+    plan: Plan, folder: RunFolder, progress: Progress, log: RunLog, signals: StopRequests
 ) -> None:
     config = plan.config
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    stop, loop, thread = asyncio.Event(), asyncio.get_running_loop(), threading.get_ident()
+    task = asyncio.current_task()
+    assert task is not None
     seconds = config.train.stop_grace_s
 
     def announce(reason: str) -> None:
         progress.note(
-            f"{reason}: finishing the step and saving a checkpoint, within {seconds:g} s "
-            f"(a signal more than {SAME_REQUEST_S:g} s from now: stop at once)"
+            f"{reason}: finishing the step and saving a checkpoint, within {seconds:g} s ({signals.again})"
         )
         log.event("run/stopping", signal=reason)
         stop.set()
 
     def request(reason: str) -> float:
-        loop.call_soon_threadsafe(announce, reason)
+        if threading.get_ident() == thread:  # a callback, between two steps: the next one must not begin
+            announce(reason)
+        else:
+            loop.call_soon_threadsafe(announce, reason)
         return seconds
 
-    signals.handle(request=request)
+    signals.handle(request=request, cancel=lambda: loop.call_soon_threadsafe(task.cancel))
     try:
         if config.warm_start is not None:
             progress.stage("warm start")
@@ -134,7 +192,7 @@ class Ending:
     folder: RunFolder
     log: RunLog
     progress: Progress
-    signals: StopSignals
+    signals: StopRequests
     weights: str | None  # folder of weights in transfer, often in shared memory
 
     def stopped(self, stopped: RunStopped, error: str = "") -> int:
@@ -175,7 +233,7 @@ def _standing(saved: int | None) -> str:
     return f"and the checkpoint of step {saved} is complete; the same command resumes from it"
 
 
-def _end_with_ray(name: str, log: RunLog, progress: Progress, signals: StopSignals) -> None:
+def _end_with_ray(name: str, log: RunLog, progress: Progress, signals: StopRequests) -> None:
     """End the process: without its head Ray can be neither asked nor shut down."""
     what = f"Ray's {name} died; every actor is lost with it"
     log.event("fault/ray", part=name, what=what, action="the run ends; the last checkpoint is sound")
@@ -265,7 +323,7 @@ async def export(learner: LearnerHandle, folder: Path) -> None:
 EVALUATION_END_S = 30.0  # for ending the engines after a stop signal
 
 
-async def evaluate_model(plan: Plan, signals: StopSignals) -> dict[str, float]:
+async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
     """Return the `eval/...` metrics of the plan's model, without a learner.
 
     Raises ConfigError where there is nothing to evaluate, and RunStopped on a stop signal.

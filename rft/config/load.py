@@ -22,7 +22,12 @@ from rft.utils.paths import expand
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and validate a config. Raises ConfigError listing all problems."""
-    return parse_config(apply_overrides(_read(Path(path), ()), overrides))
+    return parse_config(apply_overrides(read_config(Path(path)), overrides))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a YAML file and merge it over its `base`, without validating it. Raises ConfigError."""
+    return _read(path, ())
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -66,12 +71,44 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
+def merge(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of a plain config, in place; a section is merged key by key with the one that is there."""
+    if key == "rewards":
+        raw[key], value = list_as_functions(raw.get(key)), list_as_functions(value)
+    raw[key] = _laid_over(raw, {key: value})[key]
+
+
 def parse_config(raw: Mapping[str, Any]) -> Config:
     """Validate plain data. Raises ConfigError listing all problems."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError([_explain(e) for e in error.errors()]) from None
+
+
+def replace(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return a config with other values, by dotted key. Raises ConfigError listing all problems."""
+    raw, problems = config.to_dict(), []
+    for key, value in changes.items():
+        try:
+            apply_change(raw, key, value)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    return with_objects(parse_config(raw), config)
+
+
+def with_objects(config: Config, known: Config) -> Config:
+    """Return `config` with the reward objects of `known` that it names by their hash."""
+    payloads = {c.passed.sha256: c.payload for c in known.rewards.functions if c.passed is not None}
+    functions = [
+        c.with_payload(payloads[c.passed.sha256])
+        if c.passed is not None and c.payload is None and c.passed.sha256 in payloads
+        else c
+        for c in config.rewards.functions
+    ]
+    return config.model_copy(update={"rewards": config.rewards.model_copy(update={"functions": functions})})
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -97,7 +134,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     keys = key.split(".")
     if not equals or not all(part and part == part.strip() for part in keys):
         raise ValueError("write key.sub=value, without empty parts or spaces in the key")
-    value = yaml_files.parse(text)
+    apply_change(raw, key, yaml_files.parse(text))
+
+
+def apply_change(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at a dotted key, in place; numbers are list indices. Raises ValueError."""
+    keys = key.split(".")
     if keys[0] == "rewards" and len(keys) > 1:
         raw["rewards"] = list_as_functions(raw.get("rewards")) or {}
         keys[1:1] = ["functions"] if keys[1].isdecimal() else []
@@ -110,6 +152,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             child = {}
         if isinstance(child, str) and keys[: i + 1] == ["algorithm"]:
             child = {"name": child}
+        if (isinstance(child, str) or callable(child)) and keys[:i] == ["rewards", "functions"]:
+            child = {"function": child}
         if not isinstance(child, dict | list):
             raise ValueError(
                 f"{where} is not a section (it is {child!r:.40}), so it has no key {keys[i + 1]}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from rft.config.base import ConfigModel
+from rft.utils import objects
 from rft.utils.paths import PathText, expand
+
+PASSED = "python:"
+"""Prefix of a reward that a Python program passed as an object."""
 
 
 class MaxFraction(ConfigModel):
@@ -49,11 +54,23 @@ class ActorConfig(ConfigModel):
     num_gpus: float = Field(0.0, description="GPUs reserved by Ray", ge=0)
 
 
+class PassedReward(ConfigModel):
+    """Content of a reward that was passed as a Python object, by which a resumed run recognises it."""
+
+    sha256: str = Field(description="hash of the source and of the values that it uses")
+    source: str = Field("", description="source of the function, or of the instance's class")
+    values: dict[str, str] = Field({}, description="values that it uses: defaults, closure, globals")
+
+
 class RewardConfig(ConfigModel):
     """Reward function and its execution."""
 
     function: PathText = Field(
-        description="name of a built-in (e.g. `math`), `file.py:function` or `package.module:function`"
+        description="name of a built-in (e.g. `math`), `file.py:function` or `package.module:function`; from "
+        "Python also the function itself"
+    )
+    passed: PassedReward | None = Field(
+        None, description="written by rft for a function that was passed from Python: not set by hand"
     )
     name: str | None = Field(None, description="name in metrics (none: the function's name)")
     weight: float | Schedule = Field(1.0, description="weight in the sum, or a schedule of it")
@@ -76,6 +93,51 @@ class RewardConfig(ConfigModel):
         {}, description="mapping from parameter names to dataset columns, if they differ"
     )
     options: dict[str, Any] = Field({}, description="options passed to the function")
+
+    _payload: bytes | None = PrivateAttr(None)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_object(cls, value: Any, handler: ModelWrapValidatorHandler[RewardConfig]) -> RewardConfig:
+        """Accept a name or a function in place of the section; pickle a function for the reward workers."""
+        if isinstance(value, str) or (callable(value) and not isinstance(value, ConfigModel)):
+            value = {"function": value}
+        target = value.get("function") if isinstance(value, Mapping) else None
+        if not callable(target):
+            return handler(value)
+        identity = objects.identify(target)
+        try:
+            payload = objects.pickled(target)
+        except objects.NotPicklable as error:
+            raise ValueError(
+                f"the reward {identity.name} cannot be sent to the reward workers, which are processes: it "
+                f"cannot be pickled: {error}. Create what cannot be pickled (a lock, a connection, an open "
+                "file) inside the function, or write the reward into a file: file.py:function"
+            ) from None
+        passed = PassedReward(sha256=identity.sha256, source=identity.source, values=identity.values)
+        made = handler({**value, "function": f"{PASSED}{identity.name}", "passed": passed})
+        made._payload = payload
+        return made
+
+    @model_validator(mode="after")
+    def _known_object(self) -> RewardConfig:
+        if self.function.startswith(PASSED) and self.passed is None:
+            raise ValueError(
+                f"function: {self.function} stands for an object that a Python program passes; in a config "
+                "file write `file.py:function` or `package.module:function`"
+            )
+        return self
+
+    @property
+    def payload(self) -> bytes | None:
+        """Return the pickle of a passed object; None for other rewards, and in a config that was read."""
+        return self._payload
+
+    def with_payload(self, payload: bytes | None) -> RewardConfig:
+        """Return a copy with the pickle of the passed object."""
+        copy = self.model_copy()
+        copy._payload = payload
+        return copy
 
     @model_validator(mode="after")
     def _expanded(self) -> RewardConfig:

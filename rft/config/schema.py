@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, TypeAdapter, field_serializer, field_validator, model_validator
 
@@ -19,7 +19,10 @@ from rft.config.rewards import RewardsConfig
 from rft.config.rollout import RolloutConfig
 from rft.config.sync import SyncConfig
 from rft.utils.did_you_mean import did_you_mean_or_list
+from rft.utils.dotted import load_dotted
 from rft.utils.paths import PathText
+
+BUILT_IN_MODELS = ("tiny",)  # names of models that are built where they are used
 
 
 class ModelConfig(ConfigModel):
@@ -142,8 +145,17 @@ class WarmStartConfig(ConfigModel):
     cache: PathText = Field("runs/.cache", description="cache folder of finished warm starts")
 
 
-class Config(ConfigModel):
-    """Config of a run."""
+class _RaisesConfigError(type(ConfigModel)):  # type: ignore[misc]
+    """Metaclass of the root config: its constructor raises ConfigError, as loading a file does."""
+
+    if not TYPE_CHECKING:  # so that the constructor keeps its types
+
+        def __call__(cls, **sections: Any) -> Any:
+            return load_dotted("rft.config.load.parse_config")(sections)
+
+
+class Config(ConfigModel, metaclass=_RaisesConfigError):
+    """Config of a run: one field per section. Raises ConfigError with all problems."""
 
     name: str = Field(
         "run", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", description="name of the run and of its folder"
@@ -173,7 +185,9 @@ class Config(ConfigModel):
     @field_validator("algorithm", mode="before")
     @classmethod
     def _build_algorithm(cls, value: Any) -> Any:
-        return value if isinstance(value, Algorithm) else build_algorithm(value)
+        if isinstance(value, Algorithm):  # check the types and bounds of its settings as well
+            value = {"name": algorithm_name(value), **dataclasses.asdict(value)}
+        return build_algorithm(value)
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -184,8 +198,23 @@ class Config(ConfigModel):
     def _name_algorithm(self, value: Algorithm) -> dict[str, Any]:
         return {"name": algorithm_name(value), **dataclasses.asdict(value)}
 
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Self:
+        """Read a YAML file and apply overrides `key.sub=value`. Raises ConfigError with all problems."""
+        config: Self = load_dotted("rft.config.load.load_config")(path, overrides)
+        return config
+
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """Return a config with other values, by key: `{"train.steps": 60, "learner.threads": 2}`.
+
+        Raises ConfigError with all problems.
+        """
+        config: Self = load_dotted("rft.config.load.replace")(self, changes)
+        return config
+
     @property
     def run_dir(self) -> Path:
+        """The run's folder."""
         return Path(self.output_dir) / self.name
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,12 +224,15 @@ class Config(ConfigModel):
 
 def list_as_functions(rewards: Any) -> Any:
     """Expand a list of reward functions to a `rewards` section; return anything else unchanged."""
-    return {"functions": rewards} if isinstance(rewards, list) else rewards
+    return {"functions": list(rewards)} if isinstance(rewards, list | tuple) else rewards
 
 
 def algorithm_name(algorithm: Algorithm) -> str:
-    """Return the registered name of an algorithm."""
-    return next(name for name, kind in ALGORITHMS.items() if type(algorithm) is kind)
+    """Return the registered name of an algorithm. Raises ValueError if it has none."""
+    for name, kind in ALGORITHMS.items():
+        if type(algorithm) is kind:
+            return name
+    raise ValueError(f"{type(algorithm).__name__} is not registered: add it to rft.algorithms.ALGORITHMS")
 
 
 def build_algorithm(value: Any) -> Algorithm:

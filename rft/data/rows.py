@@ -129,8 +129,8 @@ def data_source(config: DataConfig, split: Split) -> tuple[str, str]:
     name = config.eval_split if split == "test" and not config.holdout else config.split
     if split == "test" and not config.eval_path and not config.holdout and Path(path).expanduser().is_file():
         raise DataError(
-            "no evaluation rows: this one file holds the training rows; set `eval_path`, or `holdout: 64` "
-            "to set rows aside, or give a folder with a file per split",
+            "no evaluation rows: this one file holds the training rows; set `eval_path` (Python: eval_data), "
+            "or `holdout: 64` to set rows aside, or give a folder with a file per split",
             source=path,
         )
     return path, name

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from rft.config.schema import Config
 from rft.errors import (
     BrokenWeights,
+    CallbackError,
     CheckpointError,
     EngineError,
     LearnerError,
@@ -26,7 +27,7 @@ from rft.utils.actors import ActorDied
 from rft.utils.deadlines import Overdue
 
 # After these the learner is usable, and the steps since the last checkpoint are worth keeping.
-SAVE_ON = (GuardStop, RewardError, NoSignal, EngineError, LearnerError, LogpGapError)
+SAVE_ON = (GuardStop, RewardError, NoSignal, EngineError, LearnerError, LogpGapError, CallbackError)
 
 
 class Loop(Protocol):

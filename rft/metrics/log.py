@@ -17,13 +17,26 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rft.config.metrics import TrackingConfig
 from rft.metrics.trackers import Tracker, open_trackers
 from rft.utils.files import write_text_atomic
 
 METRICS_FILE, SAMPLES_FILE, EVENTS_FILE = "metrics.jsonl", "samples.jsonl", "events.jsonl"
+
+
+class Observer(Protocol):
+    """Follows a run through its log. What it raises ends the run."""
+
+    def begin(self) -> None:
+        """The run begins: its log is open, nothing else is started."""
+
+    def logged(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """A step's line was written; `metrics` is the line."""
+
+    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """An event was written."""
 
 
 class RunLog:
@@ -36,6 +49,7 @@ class RunLog:
         resumed_at: None for a new run; k for a run that resumes from a checkpoint of step k; -1 for one
             that was interrupted before its first checkpoint and starts over.
         config: the resolved config as plain values, for trackers that show it.
+        observers: told of what is written, after the trackers.
 
     Raises:
         FileExistsError: `resumed_at` is None and the folder already has metrics.
@@ -50,7 +64,9 @@ class RunLog:
         *,
         resumed_at: int | None = None,
         config: Mapping[str, Any] | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
+        self.observers = tuple(observers)
         self.run_dir = Path(run_dir)
         self.total_steps = total_steps
         self.tracking = tracking
@@ -127,6 +143,8 @@ class RunLog:
         finite = {name: v for name, v in row.items() if v is not None and name not in ("step", "time/wall")}
         for tracker in self._trackers:
             tracker.log(step, finite)
+        for observer in self.observers:
+            observer.logged(step, row)
 
     def wants_samples(self, step: int) -> bool:
         """True on the steps whose samples are kept: every `sample_every`, the first (0) and the last."""
@@ -157,6 +175,13 @@ class RunLog:
         """
         stamp = {"time": round(time.time(), 3), "clock": round(time.monotonic(), 3), "kind": kind}
         _write(self._events, {**stamp, **fields})
+        for observer in self.observers:
+            observer.event(kind, fields)
+
+    def begin(self) -> None:
+        """Tell the observers that the run begins."""
+        for observer in self.observers:
+            observer.begin()
 
     # -- the end -----------------------------------------------------------------------------------
 

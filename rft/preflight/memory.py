@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from rft.config.learner import LearnerConfig
+from rft.config.schema import BUILT_IN_MODELS, ModelConfig
 from rft.errors import ModelError
 from rft.kernels.logprob_chunked import CHUNK_BYTES, MIN_CHUNK_ROWS
 from rft.learner.model import resolve_dtype
 from rft.rollout.engine import EngineSpec
-
-if TYPE_CHECKING:
-    from rft.config.schema import ModelConfig
+from rft.utils.did_you_mean import closest_match
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,15 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0]
+        why, near = str(error).splitlines()[0], closest_match(path, BUILT_IN_MODELS)
+        hint = f"; did you mean the built-in model {near!r}?" if near else "."
         if _UNREACHABLE.search(str(error)):
             raise ModelError(
                 f"{path!r} is neither a local folder nor in the local Hugging Face cache, and the hub cannot "
-                f"be reached. Run `hf download {path}` where there is a network, with the same HF_HOME, or "
-                "give a folder"
+                f"be reached{hint} Run `hf download {path}` where there is a network, with the same HF_HOME, "
+                "or give a folder"
             ) from error
-        raise ModelError(f"{path!r} is neither a model folder nor a hub model: {why}") from error
+        raise ModelError(f"{path!r} is neither a model folder nor a hub model{hint} ({why})") from error
     network.tie_weights()
     return network
 

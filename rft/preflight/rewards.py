@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.config.rewards import PASSED, RewardConfig, RewardsConfig
 from rft.data import PromptSet
 from rft.data.errors import BadRows
 from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_options, signature_columns
-from rft.rewards.pool import Loaded, Spec, WorkerPool
+from rft.rewards.pool import Loaded, WorkerPool, spec_of
 from rft.rewards.types import RewardError
 from rft.sandbox import PROTECTIONS, Backend, Sandbox, SandboxError
 from rft.utils.did_you_mean import did_you_mean
@@ -111,14 +111,25 @@ def _column_problems(c: RewardConfig, need: Loaded, dataset: str, rows: Rows) ->
 def _needs(config: RewardsConfig, base_dir: Path) -> list[Loaded | str]:
     """Load all rewards; return the columns that each needs, or its load error."""
     result: dict[int, Loaded | str] = {}
-    custom = [i for i, c in enumerate(config.functions) if ":" in c.function]
+    custom = []
     for i, c in enumerate(config.functions):
-        if i not in custom:
+        if ":" not in c.function:
             result[i] = _builtin_needs(c)
+        elif c.passed is not None and c.payload is None:
+            result[i] = NOT_PASSED.format(c.function.removeprefix(PASSED))
+        else:
+            custom.append(i)
     if custom:  # in another thread, since an event loop may already run in this one
         with ThreadPoolExecutor(1) as thread:
             thread.submit(lambda: asyncio.run(_load_all(config, custom, base_dir, result))).result()
     return [result[i] for i in range(len(config.functions))]
+
+
+NOT_PASSED = (
+    "it was passed from Python as an object, and this process does not have it: continue from Python, with "
+    'rft.Run("RUN_FOLDER").resume(rewards=[{0}]); or start a run whose config names the function as '
+    "file.py:function"
+)
 
 
 def _builtin_needs(c: RewardConfig) -> Loaded | str:
@@ -141,7 +152,7 @@ async def _load_all(
 
     async def one(i: int) -> None:
         c = config.functions[i]
-        pool = WorkerPool([Spec(c.function, c.options, base_dir)], 1, start_timeout_s=config.start_timeout_s)
+        pool = WorkerPool([spec_of(c, base_dir)], 1, start_timeout_s=config.start_timeout_s)
         try:
             await pool.start()
             result[i] = pool.loaded[0]

@@ -295,10 +295,13 @@ CHARTS: tuple[tuple[str, str, Callable[[Axes, Run], bool]], ...] = (
 )  # fmt: skip
 
 
-def draw_all(run: Run) -> list[Chart]:
-    """Draw every chart that the run has data for, with its resumes and faults marked."""
-    charts = []
+def draw_all(run: Run, most: int | None = None) -> list[Chart]:
+    """Draw every chart that the run has data for (most: the first few only), with its resumes and faults
+    marked."""
+    charts: list[Chart] = []
     for title, caption, draw in CHARTS:
+        if len(charts) == most:
+            break
         with rc_context(STYLE):
             figure = Figure(figsize=(4.3, 2.2), layout="constrained")
             axes = figure.add_subplot()

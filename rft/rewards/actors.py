@@ -8,7 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rft.rewards.load import load_reward
+from rft.rewards.load import load_spec
 from rft.rewards.pool import Loaded, Logged, Spec
 from rft.rewards.types import Outcome, RewardError, Score, Text, TrainerState
 from rft.rewards.worker import Call, decode, encode
@@ -18,10 +18,10 @@ from rft.utils.signals import STOP_SIGNALS
 class RewardActor:
     """Ray actor that loads one reward function and scores with it."""
 
-    def __init__(self, function: str, options: dict[str, Any], base_dir: str) -> None:
+    def __init__(self, function: str, options: dict[str, Any], base_dir: str, payload: bytes | None) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # for the reward's children; see worker.py
         os.environ.pop("PYTHONSAFEPATH", None)  # meant for rft's processes, not for a reward's children
-        self.reward: Any = load_reward(function, base_dir=base_dir, **options)
+        self.reward: Any = load_spec(function, options, base_dir, payload)
 
     def loaded(self) -> tuple[Any, ...]:
         """Return the fields of `Loaded`, and the process id."""
@@ -76,7 +76,8 @@ class ActorPool:
         if not ray.is_initialized():
             raise RewardError("a reward with `actor` needs Ray: call ray.init() before the rewards start")
         remote = ray.remote(RewardActor).options(num_cpus=self.num_cpus, num_gpus=self.num_gpus)
-        actor: Any = remote.remote(self.spec.function, dict(self.spec.options), str(self.spec.base_dir))
+        spec = self.spec
+        actor: Any = remote.remote(spec.function, dict(spec.options), str(spec.base_dir), spec.payload)
         try:
             *facts, pid = await asyncio.wait_for(actor.loaded.remote(), self.start_timeout_s)
         except TimeoutError:

@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -98,6 +99,22 @@ def load_reward(spec: str, /, *, base_dir: Path | str = ".", **options: Any) -> 
             return Stateful(spec, target, options)
         return PerSample(spec, target, options)
     return Custom(spec, resolve(spec, base_dir), options)
+
+
+def load_spec(
+    spec: str, options: Mapping[str, Any], base_dir: Path | str, payload: bytes | None
+) -> RewardFunction:
+    """Load a reward from its spec, or from the pickle of an object that was passed. Raises SpecError."""
+    if payload is None:
+        return load_reward(spec, base_dir=base_dir, **options)
+    try:
+        target = pickle.loads(payload)
+    except Exception as error:
+        raise SpecError(
+            f"{spec} cannot be unpickled in a reward worker; a module that it needs must be importable "
+            f"from {base_dir}:\n{describe_error(error)}"
+        ) from error
+    return Custom(spec, target, options)
 
 
 def builtin(name: str) -> Any:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rft.config.rewards import RewardConfig
 from rft.rewards.types import Outcome, RewardError, Score, Text, TrainerState
 from rft.rewards.worker import HEADER, PROGRESS, decode
 from rft.utils.keeper import TOO_MUCH_MEMORY, WORKER
@@ -40,13 +41,19 @@ Logged = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Spec:
-    """A reward function to be loaded by the workers."""
+    """A reward function to be loaded by the workers. payload: pickle of a function passed as an object."""
 
     function: str
     options: Mapping[str, Any] = field(default_factory=dict)
     base_dir: Path = Path(".")
     timeout_s: float = 30.0
     batch_size: int | None = None
+    payload: bytes | None = None
+
+
+def spec_of(c: RewardConfig, base_dir: Path) -> Spec:
+    """Return what the workers load for a reward of the config."""
+    return Spec(c.function, c.options, base_dir, c.call_timeout_s, c.batch_size, c.payload)
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,7 @@ class WorkerPool:
         loading = self.specs[0].function
         try:
             await worker.attach(sock)
-            worker.send([(s.function, dict(s.options), str(s.base_dir)) for s in self.specs])
+            worker.send([(s.function, dict(s.options), str(s.base_dir), s.payload) for s in self.specs])
             async with asyncio.timeout(self.start_timeout_s):
                 kind, *rest = await worker.receive(self.start_timeout_s, per_call=False)
                 while kind == "loading":

@@ -14,7 +14,7 @@ from rft.config.rewards import SLOW, ErrorPolicy, MaxFraction, RewardConfig, Rew
 from rft.rewards.actors import ActorPool
 from rft.rewards.combine import combine
 from rft.rewards.load import CallError, require_columns
-from rft.rewards.pool import Logged, Spec, WorkerPool
+from rft.rewards.pool import Logged, WorkerPool, spec_of
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, TrainerState, text_of
 
 Columns = Mapping[str, Sequence[Any]]
@@ -41,7 +41,7 @@ class RewardRunner:
         self._pools: list[WorkerPool | ActorPool] = []
         self._place: dict[str, tuple[WorkerPool | ActorPool, int]] = {}
         for configs, workers in plan:
-            specs = [self._spec(c) for c in configs]
+            specs = [spec_of(c, self.base_dir) for c in configs]
             gib = None if configs[0].function in SLOW else config.worker_memory_gib
             memory = None if gib is None else int(gib * 2**30)
             pool = WorkerPool(specs, workers, config.recycle_after, config.start_timeout_s, memory)
@@ -49,15 +49,13 @@ class RewardRunner:
             self._place.update({c.label: (pool, i) for i, c in enumerate(configs)})
         for c in config.functions:
             if c.actor is not None:
-                actor = ActorPool(self._spec(c), c.actor.num_cpus, c.actor.num_gpus, config.start_timeout_s)
+                spec, a = spec_of(c, self.base_dir), c.actor
+                actor = ActorPool(spec, a.num_cpus, a.num_gpus, config.start_timeout_s)
                 self._pools.append(actor)
                 self._place[c.label] = (actor, 0)
         self._starting: asyncio.Task[None] | None = None
         self._tally = _Tally(config)
         self._logged: dict[str, Logged] = {c.label: {} for c in config.functions}
-
-    def _spec(self, c: RewardConfig) -> Spec:
-        return Spec(c.function, c.options, self.base_dir, c.call_timeout_s, c.batch_size)
 
     async def __aenter__(self) -> RewardRunner:
         await self.start()

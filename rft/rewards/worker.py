@@ -26,7 +26,7 @@ from mmap import mmap
 from time import monotonic
 from typing import Any
 
-from rft.rewards.load import CallError, Custom, PerSample, SpecError, Stateful, describe_error, load_reward
+from rft.rewards.load import CallError, Custom, PerSample, SpecError, Stateful, describe_error, load_spec
 from rft.rewards.types import Outcome, Score, TrainerState
 from rft.utils.process import PR_SET_CHILD_SUBREAPER, kill_tree, prctl
 from rft.utils.signals import restore_defaults
@@ -226,9 +226,9 @@ def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
         specs = receive(sock)
         rewards: list[Custom | PerSample | Stateful] = []
         try:
-            for i, (spec, options, base) in enumerate(specs):
+            for i, (spec, options, base, payload) in enumerate(specs):
                 send(sock, ("loading", i))
-                rewards.append(load_reward(spec, base_dir=base, **options))  # type: ignore[arg-type]
+                rewards.append(load_spec(spec, options, base, payload))  # type: ignore[arg-type]
                 _warm(rewards[-1])
         except BaseException as error:  # including SystemExit
             send(sock, ("failed", str(error) if isinstance(error, SpecError) else describe_error(error)))

@@ -67,24 +67,12 @@ def verify_resume(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from rft import run_dir
+    from rft import run_training
     from rft.config.load import load_config
-    from rft.errors import ConfigError
-    from rft.plan import make_plan
     from rft.report.plan_text import plan_lines
 
-    config = run_dir.keep_dtypes(load_config(args.config, args.overrides), "auto")
-    problems: list[str] = []
-    for action in (
-        lambda: run_dir.claim(config, "auto"),
-        lambda: say("\n".join(plan_lines(make_plan(config))), sys.stdout),
-    ):
-        try:
-            action()
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+    plan = run_training.check(load_config(args.config, args.overrides))
+    say("\n".join(plan_lines(plan)), sys.stdout)
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Stop signals: received by one thread, and blocked in every process that a run starts. Standard library
-only.
+"""Requests to stop a run: signals, received by one thread and blocked in every process that a run starts, and
+requests of the program that runs it. Standard library only.
 
     with StopSignals() as signals:
         signals.handle(request=ask_the_loop, at_once=write_the_reason)
@@ -58,7 +58,63 @@ def print_stop(text: str) -> None:
     print(f"rft: {text}", file=sys.stderr, flush=True)
 
 
-class StopSignals:
+class StopRequests:
+    """Requests to stop from this program: from a callback of the run, or because its caller was interrupted.
+
+    The first `stop(reason)` calls `request(reason)`, at once or as soon as `handle` sets it: the run finishes
+    its step and saves a checkpoint. `stop_at_once()` calls `cancel()`: nothing is finished.
+    """
+
+    again = "another interrupt: stop at once"  # how to stop at once, for a message
+
+    def __init__(self) -> None:
+        self.exit_code = STOPPED
+        self.reason = ""  # of the first request; empty before it
+        self._asked = threading.Event()
+        self._request: Callable[[str], float] | None = None
+        self._cancel: Callable[[], object] | None = None
+        self._at_once: Callable[[str], None] = _nothing_was_saved
+        self._switching = threading.Lock()
+
+    def handle(
+        self,
+        *,
+        request: Callable[[str], float] | None = None,
+        at_once: Callable[[str], None] | None = None,
+        cancel: Callable[[], object] | None = None,
+    ) -> None:
+        """Set the callbacks of a request. They are called on the thread that makes it."""
+        with self._switching:
+            self._request = request or self._request
+            self._at_once = at_once or self._at_once
+            self._cancel = cancel or self._cancel
+        if request is not None and self.reason:
+            request(self.reason)
+
+    def asked(self, within: float = 0.0) -> bool:
+        """Whether a stop was requested; waits up to `within` seconds, since the processes of a job step get
+        one signal each, in any order."""
+        return self._asked.wait(within)
+
+    def stop(self, reason: str) -> None:
+        """Request an orderly end; a repetition does nothing."""
+        with self._switching:
+            if self.reason:
+                return
+            self.reason, request = reason, self._request
+            self._asked.set()
+        if request is not None:
+            request(reason)
+
+    def stop_at_once(self) -> None:
+        """End the run without finishing its step."""
+        with self._switching:
+            cancel = self._cancel
+        if cancel is not None:
+            cancel()
+
+
+class StopSignals(StopRequests):
     """Catch the stop signals of this process during the block, on a dedicated thread that is never blocked.
 
     The first signal calls `request(reason)`, which returns the seconds that an orderly exit may take; after
@@ -70,14 +126,11 @@ class StopSignals:
         signal does not change its exit code.
     """
 
+    again = f"a signal more than {SAME_REQUEST_S:g} s from now: stop at once"
+
     def __init__(self, *, until_exit: bool = False) -> None:
+        super().__init__()
         self.until_exit = until_exit
-        self.exit_code = STOPPED
-        self.reason = ""  # of the first request; empty before it
-        self._asked = threading.Event()
-        self._request: Callable[[str], float] = lambda reason: 0.0
-        self._at_once: Callable[[str], None] = _nothing_was_saved
-        self._switching = threading.Lock()
         self._closing = False
         self._first = 0.0
 
@@ -120,16 +173,13 @@ class StopSignals:
         *,
         request: Callable[[str], float] | None = None,
         at_once: Callable[[str], None] | None = None,
+        cancel: Callable[[], object] | None = None,
     ) -> None:
-        """Set the callbacks of a signal. Both are called on the listening thread."""
+        """Set the callbacks of a signal, called on the listening thread. `cancel` is not used: the process
+        exits instead."""
         with self._switching:
             self._request = request or self._request
             self._at_once = at_once or self._at_once
-
-    def asked(self, within: float = 0.0) -> bool:
-        """Whether a stop was requested; waits up to `within` seconds, since the processes of a job step get
-        one signal each, in any order."""
-        return self._asked.wait(within)
 
     def _listen(self) -> None:
         deadline: float | None = None
@@ -149,7 +199,7 @@ class StopSignals:
                 if not self.reason:
                     self.reason, self._first = describe(info), now
                     self._asked.set()
-                    seconds = self._request(self.reason)
+                    seconds = self._request(self.reason) if self._request is not None else 0.0
                     if seconds <= 0:
                         self._end("")
                     deadline = now + seconds

@@ -1,0 +1,227 @@
+"""Runs that are started from Python: with the real engine, from an event loop, from a thread, interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rft
+from rft.cli import main
+
+ROOT = Path(__file__).parents[2]
+ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(4)]
+SMALL: dict[str, Any] = {
+    "model": "tiny",
+    "data": ROWS,
+    "eval_data": ROWS[:4],
+    "algorithm": rft.algorithms.GRPO(epsilon_high=0.28),
+    "batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 12,
+    "steps": 3,
+    "eval": {"every": 2, "samples": 2, "greedy": False},
+    "learner": {"threads": 1},
+    "rollout": {"engine": "hf"},
+    "tracking": {"trackers": []},
+}
+
+
+def short(limit: int) -> Any:
+    def short_and_right(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        return [float(len(c) < limit) + (a in c) for c, a in zip(completions, answer, strict=True)]
+
+    return short_and_right
+
+
+class Follower(rft.Callback):
+    """Records what happens, and stops the run after a step."""
+
+    def __init__(self, stop_after: int = 0) -> None:
+        self.stop_after = stop_after
+        self.seen: list[tuple[str, Any]] = []
+
+    def on_train_begin(self, run: rft.Run) -> None:
+        self.seen.append(("begin", run.name))
+
+    def on_step_end(self, run: rft.Run, metrics: Any) -> None:
+        assert run.metrics[-1]["step"] == metrics["step"] and "train/loss" in metrics
+        self.seen.append(("step", metrics["step"]))
+        if metrics["step"] == self.stop_after:
+            run.stop("enough")
+
+    def on_evaluate(self, run: rft.Run, metrics: Any) -> None:
+        assert 0 <= metrics["eval/accuracy"] <= 1
+        self.seen.append(("evaluate", metrics["step"]))
+
+    def on_save(self, run: rft.Run, path: Path) -> None:
+        assert (path / "manifest.json").exists()
+        self.seen.append(("save", path.name))
+
+    def on_train_end(self, run: rft.Run) -> None:
+        self.seen.append(("end", run.result is not None))
+
+
+@pytest.mark.timeout(200)
+def test_a_run_with_the_real_engine_is_stopped_and_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = {**SMALL, "rollout": {"engine": "vllm"}, "output_dir": str(tmp_path), "name": "x"}
+    follower = Follower(stop_after=2)
+    run = rft.train(rewards=[short(6), {"function": "math", "weight": 0.5}], callbacks=[follower], **here)
+    assert follower.seen == [
+        *(("begin", "x"), ("evaluate", 0), ("step", 1), ("step", 2), ("evaluate", 2)),
+        *(("save", "step-00000002"), ("end", False)),
+    ]
+    assert run.result is None and run.model_path is None and run.step == 2 and "stopped" in run.state
+    with pytest.raises(RuntimeError, match="is not trained by this call"):
+        run.stop()
+
+    # The command line has no Python object; another one is refused by name.
+    assert main(["train", str(tmp_path / "x" / "config.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "(short_and_right): it was passed from Python" in said
+    assert 'rft.Run("RUN_FOLDER").resume(rewards=[short_and_right])' in said
+    with pytest.raises(rft.ConfigError) as caught:
+        run.resume(rewards=[short(7)])
+    assert (
+        "(short_and_right): the run was trained with another function of this name: limit was 6, now 7"
+        in (str(caught.value))
+    )
+    with pytest.raises(rft.ConfigError, match="the run has no reward 'waits'"):
+        run.resume(rewards=[{"function": short(6), "name": "waits"}])
+
+    # The run goes on from another place, where its rows are found.
+    moved = tmp_path / "elsewhere" / "x"
+    moved.parent.mkdir()
+    (tmp_path / "x").rename(moved)
+    follower = Follower()
+    run = rft.Run(moved).resume(rewards=[short(6)], callbacks=[follower])
+    assert follower.seen == [
+        *(("begin", "x"), ("step", 3), ("evaluate", 3), ("save", "step-00000003"), ("end", True)),
+    ]
+    assert run.result is not None and run.result["steps"] == 3 and "eval/accuracy" in run.result
+    assert [row["step"] for row in run.metrics] == [0, 1, 2, 3] and run.state == "ended: done"
+    frame = run.to_pandas()
+    assert list(frame.index) == [0, 1, 2, 3] and frame["reward/short_and_right/mean"].notna().sum() == 3
+    assert {row["split"] for row in run.samples} == {"train", "eval"}
+    assert run.model_path is not None and run.checkpoint == moved / "checkpoints" / "step-00000003"
+    assert run.report().stat().st_size > 10_000 and "<svg" in run._repr_html_() and "step 3/3" in repr(run)
+    assert main(["train", str(moved / "config.yaml"), f"output_dir={moved.parent}"]) == 0  # complete
+    measured = rft.evaluate(run.model_path, ROWS[:6], "math", max_completion_length=8, **_engine(here))
+    assert measured["eval/problems"] == 6 and 0 <= measured["eval/accuracy"] <= 1
+    assert not (Path("runs") / "run" / "data").exists()
+
+
+def _engine(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: settings[key] for key in ("rollout", "output_dir", "eval")}
+
+
+class Fails(rft.Callback):
+    def on_step_end(self, run: rft.Run, metrics: Any) -> None:
+        raise ZeroDivisionError("half of it")
+
+
+@pytest.mark.timeout(120)
+async def test_in_a_running_event_loop_a_callback_that_raises_ends_the_run(
+    tmp_path: Path, ray_here: None
+) -> None:
+    with pytest.raises(rft.CallbackError) as caught:  # this test itself runs in an event loop
+        rft.train(rewards="math", callbacks=[Fails()], output_dir=str(tmp_path), **SMALL)
+    assert (
+        str(caught.value) == "the callback Fails.on_step_end raised ZeroDivisionError at step 1: half of it"
+    )
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    run = rft.Run(tmp_path / "run")
+    assert run.checkpoint is not None and run.checkpoint.name == "step-00000001"
+    assert run.state == f"ended: CallbackError: {caught.value}"
+
+
+class Interrupts(rft.Callback):
+    """Interrupts the program as Ctrl-C or a notebook's stop button does; then tries a second run."""
+
+    second: Exception | None = None
+
+    def on_step_end(self, run: rft.Run, metrics: Any) -> None:
+        if metrics["step"] == 1:
+            try:
+                rft.train(rewards="math", output_dir=str(run.path.parent), name="second", **SMALL)
+            except rft.ConfigError as error:
+                self.second = error
+            os.kill(os.getpid(), signal.SIGINT)
+            assert run._stops is not None and run._stops.asked(within=10)
+
+
+@pytest.mark.timeout(120)
+def test_an_interrupt_saves_a_checkpoint_and_is_raised(tmp_path: Path, ray_here: None) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts = Interrupts()
+    try:
+        with pytest.raises(KeyboardInterrupt, match="the run was stopped; "):
+            rft.train(rewards="math", callbacks=[interrupts], output_dir=str(tmp_path), **SMALL)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    run = rft.Run(tmp_path / "run")
+    assert run.step == 1 and run.checkpoint is not None and run.result is None
+    assert "another run is going on in this process" in str(interrupts.second)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_in_a_thread_is_stopped_from_another_one(tmp_path: Path, ray_here: None) -> None:
+    runs: list[rft.Run] = []
+    begun: list[rft.Run] = []
+
+    class Begins(rft.Callback):
+        def on_train_begin(self, run: rft.Run) -> None:
+            begun.append(run)
+
+    settings = {**SMALL, "steps": 1000, "output_dir": str(tmp_path), "eval_data": None, "eval": {"every": 0}}
+    thread = threading.Thread(
+        target=lambda: runs.append(rft.train(rewards="math", callbacks=[Begins()], **settings))
+    )
+    thread.start()
+    while thread.is_alive() and not (begun and begun[0].step >= 1):
+        thread.join(0.1)
+    begun[0].stop("seen enough")
+    thread.join(60)
+    assert runs and runs[0].result is None and 1 <= runs[0].step < 1000
+    assert runs[0].events[-1]["kind"] == "run/closed" and runs[0].checkpoint is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "reason"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, -2, "interrupted")]
+)
+def test_a_signal_to_a_script_saves_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, code: int, reason: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys, rft\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.api.test_runs import SMALL\n"
+        "class Signals(rft.Callback):\n"
+        "    def on_step_end(self, run, metrics):\n"
+        "        if metrics['step'] == 1:\n"
+        "            os.killpg(0, int(sys.argv[1]))\n"  # to Ray's processes and the engines, too
+        "            assert run._stops.asked(within=10)\n"
+        "rft.train(rewards='math', callbacks=[Signals()], output_dir=sys.argv[2], **SMALL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(int(number)), str(tmp_path)],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+    )
+    assert done.returncode == code, done.stderr
+    run = rft.Run(tmp_path / "run")
+    assert run.step == 1 and run.checkpoint is not None and f"(reason: {reason})" in done.stderr
