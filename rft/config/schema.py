@@ -22,8 +22,6 @@ from rft.utils.did_you_mean import did_you_mean_or_list
 from rft.utils.dotted import load_dotted
 from rft.utils.paths import PathText
 
-BUILT_IN_MODELS = ("tiny",)  # names of models that are built where they are used
-
 
 class ModelConfig(ConfigModel):
     """The policy."""

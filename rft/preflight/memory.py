@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from rft.config.learner import LearnerConfig
-from rft.config.schema import BUILT_IN_MODELS, ModelConfig
+from rft.config.schema import ModelConfig
 from rft.errors import ModelError
 from rft.kernels.logprob_chunked import CHUNK_BYTES, MIN_CHUNK_ROWS
 from rft.learner.model import resolve_dtype
+from rft.preflight.gguf import PACKAGED
 from rft.rollout.engine import EngineSpec
 from rft.utils.did_you_mean import closest_match
 
@@ -71,7 +72,7 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        why, near = str(error).splitlines()[0], closest_match(path, BUILT_IN_MODELS)
+        why, near = str(error).splitlines()[0], closest_match(path, ("tiny", *PACKAGED))
         hint = f"; did you mean the built-in model {near!r}?" if near else "."
         if _UNREACHABLE.search(str(error)):
             raise ModelError(
