@@ -56,3 +56,4 @@ SMALL = Shape(256, 768, 4, 4, 2, 64, 512)
 TOY = Shape(128, 256, 1, 2, 1, 64, 512, tied=True)
 SMOLLM2 = Shape(576, 1536, 30, 9, 3, 64, 49_152, tied=True)  # with the norms of Qwen3
 QWEN3_600M = Shape(1024, 3072, 28, 16, 8, 128, 151_936, tied=True)
+SMOLLM2 = Shape(576, 1536, 30, 9, 3, 64, 49_152, tied=True)  # of the 135M model

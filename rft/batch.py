@@ -18,8 +18,10 @@ Example: prompt `p0 p1` shared by the completions `a0 a1` and `b0` (N = 2 sequen
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -120,6 +122,7 @@ class Batch:
     rewards: Tensor | None = field(default=None, metadata=_N)  # [N] float32
     truncated: Tensor | None = field(default=None, metadata=_N)  # [N] bool, ran into the length limit
     version: Tensor | None = field(default=None, metadata=_T)  # [T] int64, -1 where not sampled
+    turn: Tensor | None = field(default=None, metadata=_T)  # [T] int64, of the session; -1 where not sampled
     demonstrated: Tensor | None = field(default=None, metadata=_T)  # [T] bool, from a demonstration
     sampler_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32
     old_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32, policy before the step
@@ -252,8 +255,12 @@ class Batch:
     def build(groups: Sequence[Group], *, share_prefix: bool = False) -> Batch:
         """Pack groups into one batch. With `share_prefix` a group is one tree (its prompt once, each
         completion a child segment); without, each completion is a separate tree that repeats the prompt.
+        Branches of a completion are children of the segments that they leave, which end there; a prompt ends
+        where the last completion leaves it. Completions with `turns` fill in `turn` and, padded with nan,
+        the columns `turn_rewards` and `turn_states` [N, K]: equal numbers are equal states of one group.
         Groups without completions are left out; a completion that lacks one of the others' `values` has nan
-        in that column. Raises ValueError for a prompt or a completion without tokens."""
+        in that column. Raises ValueError for a prompt or a completion without tokens, or if a branch follows
+        a later token."""
         return _Builder(share_prefix).build(groups)
 
 
@@ -267,7 +274,7 @@ def _column(values: Sequence[float | tuple[float, ...] | None]) -> Tensor:
     """[N] float32, or [N, K] if the values are tuples; nan for missing values and at the end of shorter
     tuples."""
     rows = [v if isinstance(v, tuple) else (float("nan") if v is None else v,) for v in values]
-    width = max(len(row) for row in rows)
+    width = max(1, *(len(row) for row in rows))
     padded = torch.tensor([[*row, *[float("nan")] * (width - len(row))] for row in rows], dtype=torch.float32)
     return padded if any(isinstance(v, tuple) for v in values) else padded.squeeze(1)
 
@@ -277,21 +284,7 @@ class _Builder:
 
     def __init__(self, share_prefix: bool) -> None:
         self.share_prefix = share_prefix
-        self.t: dict[str, list[Any]] = {
-            name: []
-            for name in (
-                "tokens",
-                "positions",
-                "segment",
-                "source",
-                "mask",
-                "sequence",
-                "version",
-                "demonstrated",
-                "sampler_logps",
-                "ref_logps",
-            )
-        }
+        self.t: dict[str, list[Any]] = {name: [] for name in ("segment", "source", "positions", *_PROMPT)}
         self.parent: list[int] = []
         self.group: list[int] = []
 
@@ -310,7 +303,15 @@ class _Builder:
             del t["sampler_logps"], t["version"]
         if not completions or any(c.ref_logps is None for c in completions):
             del t["ref_logps"]
-        names = sorted({name for c in completions for name in c.values})
+        columns: dict[str, Sequence[float | tuple[float, ...] | None]] = {
+            name: [c.values.get(name) for c in completions]
+            for name in sorted({name for c in completions for name in c.values})
+        }
+        if any(c.turns for c in completions):
+            columns["turn_rewards"] = [tuple(turn.reward or 0.0 for turn in c.turns) for c in completions]
+            columns["turn_states"] = _state_numbers(groups)
+        else:
+            del t["turn"]
         rewards = None
         if completions and all(c.reward is not None for c in completions):
             rewards = torch.tensor([c.reward for c in completions], dtype=torch.float32)
@@ -320,70 +321,139 @@ class _Builder:
             group=torch.tensor(self.group, dtype=torch.int64),
             rewards=rewards,
             truncated=torch.tensor([c.finish == "length" for c in completions], dtype=torch.bool),
-            columns={n: _column([c.values.get(n) for c in completions]) for n in names},
+            columns={name: _column(values) for name, values in columns.items()},
         )
 
     def _add_group(self, index: int, group: Group) -> None:
         prompt = group.prompt
         if not prompt.tokens:
             raise ValueError(f"prompt {prompt.id} is empty: a prompt needs at least one token")
-        root = self._add_prompt(prompt, sequence=-1) if self.share_prefix else None
-        for completion in group.completions:
-            if completion.branches:
-                raise ValueError(f"a completion of prompt {prompt.id} has branches")
-            if not completion.tokens:
-                raise ValueError(f"a completion of prompt {prompt.id} is empty: it needs at least one token")
-            sequence = len(self.group)
-            self.group.append(index)
-            if root is None:
-                self._add_prompt(prompt, sequence)
-                self._add_completion(prompt, completion, sequence, segment=len(self.parent) - 1)
-            else:
-                segment, last = root
-                self.parent.append(segment)
-                self._add_completion(prompt, completion, sequence, len(self.parent) - 1, source=last)
+        first = len(self.group)
+        parts = [_Part.of(prompt, c, first + i) for i, c in enumerate(group.completions)]
+        self.group += [index] * len(parts)
+        if self.share_prefix:
+            start = self._add_prompt(prompt, -1, parts)
+        for part in parts:
+            if not self.share_prefix:
+                start = self._add_prompt(prompt, part.sequence, [part])
+            part.place[: len(prompt.tokens)] = range(start, start + len(prompt.tokens))
+            for branch in part.branches:
+                self._add_branch(part, *branch)
+        for part in parts:  # a tree's tokens are contiguous: those without the prompt come after it
+            for branch in part.apart:
+                self._add_branch(part, *branch)
 
-    def _add_prompt(self, prompt: Prompt, sequence: int) -> tuple[int, int]:
-        """Start a tree; return (its segment, the index of the prompt's last token)."""
-        start, n = len(self.t["tokens"]), len(prompt.tokens)
-        self.parent.append(-1)
-        segment = len(self.parent) - 1
-        rows = {
-            "tokens": prompt.tokens,
-            "positions": range(n),
-            "segment": [segment] * n,
-            "source": [-1, *range(start, start + n - 1)],
-            "mask": [False] * n,
-            "sequence": [sequence] * n,
-            "version": [-1] * n,
-            "demonstrated": [False] * n,
-            "sampler_logps": [0.0] * n,
-            "ref_logps": [0.0] * n,
-        }
-        self._extend(rows)
-        return segment, start + n - 1
+    def _add_prompt(self, prompt: Prompt, sequence: int, parts: Sequence[_Part]) -> int:
+        """Start a tree with the prompt, as far as its completions read it; return where it starts."""
+        start, shared = len(self.t["tokens"]), len(prompt.tokens)
+        left = {after + 1 for part in parts for _, _, after in part.branches if after < shared}
+        if left:
+            used = max(left)
+            rows = {name: [value] * used for name, value in _PROMPT.items()}
+            rows |= {"tokens": prompt.tokens[:used], "sequence": [sequence] * used}
+            self._add_run(rows, -1, True, left)
+        return start
 
-    def _add_completion(
-        self, prompt: Prompt, c: Completion, sequence: int, segment: int, source: int | None = None
+    def _add_branch(self, part: _Part, start: int, end: int, after: int) -> None:
+        """Add the completion's tokens start:end behind position `after` of (prompt + completion)."""
+        shared, here = len(part.place) - part.length, len(self.t["tokens"])
+        source = part.place[after] if after >= 0 else -1
+        part.place[shared + start : shared + end] = range(here, here + end - start)
+        alone = part.follows[after] == 1 and not (self.share_prefix and after < shared)
+        rows = {name: values[start:end] for name, values in part.rows.items()}
+        cuts = {a + 1 - shared - start for a in part.follows}
+        self._add_run(rows, source, source != here - 1 or not alone, cuts)
+
+    def _add_run(
+        self, rows: Mapping[str, Sequence[Any]], source: int, new: bool, cuts: Iterable[int]
     ) -> None:
-        start, n = len(self.t["tokens"]), len(c.tokens)
-        version = [-1] * n
+        """Add consecutive tokens behind the token `source`; segments begin at the offsets `cuts` and, with
+        `new`, at the first token."""
+        start, n = len(self.t["tokens"]), len(rows["tokens"])
+        if new or source < 0:
+            self.parent.append(self.t["segment"][source] if source >= 0 else -1)
+        begins = [0, *sorted(c for c in cuts if 0 < c < n), n]
+        for i, (a, b) in enumerate(pairwise(begins)):
+            if i:
+                self.parent.append(len(self.parent) - 1)
+            self.t["segment"] += [len(self.parent) - 1] * (b - a)
+        position = self.t["positions"][source] + 1 if source >= 0 else 0
+        self.t["positions"] += range(position, position + n)
+        self.t["source"] += [source, *range(start, start + n - 1)]
+        for name, values in rows.items():
+            self.t[name] += values
+
+
+_PROMPT: dict[str, Any] = {  # columns of the tokens, and their values in a prompt
+    "tokens": 0,
+    "mask": False,
+    "sequence": -1,
+    "version": -1,
+    "turn": -1,
+    "demonstrated": False,
+    "sampler_logps": 0.0,
+    "ref_logps": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A completion to be laid out: its columns, and its branches (start, end, after), divided into those in
+    the prompt's tree and those `apart` from it. place: the index in the batch of each position that is laid
+    out. follows: the number of branches that follow a position."""
+
+    sequence: int
+    length: int
+    rows: Mapping[str, Sequence[Any]]
+    branches: list[tuple[int, int, int]]
+    apart: list[tuple[int, int, int]]
+    place: list[int]
+    follows: Mapping[int, int]
+
+    @staticmethod
+    def of(prompt: Prompt, c: Completion, sequence: int) -> _Part:
+        shared, n = len(prompt.tokens), len(c.tokens)
+        if not n:
+            raise ValueError(f"a completion of prompt {prompt.id} is empty: it needs at least one token")
+        version, turn = [-1] * n, [-1] * n
         for v, a, b in c.versions:
             version[a:b] = [v] * (b - a)
+        for k, (a, b, *_) in enumerate(c.turns):
+            turn[a:b] = [k] * (b - a)
+        mask = c.mask or (True,) * n
         rows = {
             "tokens": c.tokens,
-            "positions": range(len(prompt.tokens), len(prompt.tokens) + n),
-            "segment": [segment] * n,
-            "source": [start - 1 if source is None else source, *range(start, start + n - 1)],
-            "mask": c.mask or [True] * n,
-            "sequence": [sequence] * n,
+            "mask": mask,
+            "sequence": (sequence,) * n,
             "version": version,
+            "turn": turn,
             "demonstrated": [i < c.demonstrated for i in range(n)],
-            "sampler_logps": c.logps or [0.0] * n,
-            "ref_logps": c.ref_logps or [0.0] * n,
+            "sampler_logps": c.logps or (0.0,) * n,
+            "ref_logps": c.ref_logps or (0.0,) * n,
         }
-        self._extend(rows)
+        inside: list[tuple[int, int, int]] = []
+        apart: list[tuple[int, int, int]] = []
+        branches = c.branches or (Branch(0, shared - 1),)
+        for (start, after), end in zip(branches, [*(b.start for b in branches[1:]), n], strict=True):
+            known = start < end and -1 <= after < shared + start and branches[0].start == 0
+            if not known or (after < 0 and mask[start]):
+                raise ValueError(
+                    f"a completion of prompt {prompt.id} has the branches {[tuple(b) for b in branches]}: "
+                    "the first must start at 0, each must have tokens and follow an earlier one, and the "
+                    "first token of a tree (after -1), which nothing predicts, must be masked out"
+                )
+            behind = any(a <= after - shared < b for a, b, _ in apart)
+            (apart if after < 0 or behind else inside).append((start, end, after))
+        return _Part(
+            sequence, n, rows, inside, apart, [-1] * (shared + n), Counter(b.after for b in branches)
+        )
 
-    def _extend(self, rows: Mapping[str, Iterable[Any]]) -> None:
-        for name, values in rows.items():
-            self.t[name].extend(values)
+
+def _state_numbers(groups: Sequence[Group]) -> list[tuple[float, ...]]:
+    """Number the states of all turns, by completion: equal numbers are equal states of one group."""
+    numbers: dict[tuple[int, Hashable], int] = {}
+    return [
+        tuple(float(numbers.setdefault((i, turn.state), len(numbers))) for turn in c.turns)
+        for i, group in enumerate(groups)
+        for c in group.completions
+    ]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from rft.batch import Batch
 from rft.work import tree_costs, tree_tokens
@@ -31,12 +32,12 @@ def micro_batches(
 ) -> list[list[list[int]]]:
     """Split a batch into micro-batches of whole trees: `[rank][micro-batch] -> tree ids, ascending`.
 
-    Every tree is in exactly one micro-batch. Every rank gets the same number of micro-batches;
-    if there are fewer trees than that, some are empty, and such a rank must still take part in
-    the step's collectives. The same batch always gives the same split.
+    Every tree is in exactly one micro-batch, and all trees of a sequence are in the same. Every rank gets the
+    same number of micro-batches; if there are fewer trees than that, some are empty, and such a rank must
+    still take part in the step's collectives. The same batch always gives the same split.
 
     keep_groups: all trees of a group share a micro-batch (pairwise losses need both sides).
-    A tree (or kept group) above `max_tokens` gets a separate micro-batch.
+    The trees of a sequence, or of a kept group, get a separate micro-batch if they exceed `max_tokens`.
     hidden_size: the model's width; it weighs attention against matrix products.
 
     Raises ValueError for a non-positive `max_tokens` or `ranks`.
@@ -47,7 +48,7 @@ def micro_batches(
         raise ValueError(f"ranks must be at least 1, got {ranks}")
     tokens = tree_tokens(batch).tolist()
     costs = tree_costs(batch, hidden_size).tolist()
-    units = _group_units(batch) if keep_groups else [[tree] for tree in range(len(tokens))]
+    units = _units(batch, batch.group[batch.sequence.clamp(min=0)] if keep_groups else batch.sequence)
     bins = _best_fit(units, tokens, costs, max_tokens)
     per_rank = max(1, -(-len(bins) // ranks))
     bins = _split_to(bins, per_rank * ranks)
@@ -69,12 +70,13 @@ class _Bin:
         return sorted(tree for _, _, trees in self.units for tree in trees)
 
 
-def _group_units(batch: Batch) -> list[list[int]]:
-    """Merge trees that must stay together because they contain sequences of the same group."""
-    tree = batch.tree[batch.segment]
+def _units(batch: Batch, owner: Tensor) -> list[list[int]]:
+    """Merge trees that must stay together because they have tokens of the same `owner` [T], a group or a
+    sequence; tokens without a sequence belong to none."""
+    count = int((batch.parent < 0).sum())
     known = batch.sequence >= 0
-    links = torch.stack([batch.group[batch.sequence[known]], tree[known]])
-    root = list(range(int((batch.parent < 0).sum())))
+    links = torch.unique(owner[known] * count + batch.tree[batch.segment[known]])
+    root = list(range(count))
 
     def find(x: int) -> int:
         while root[x] != x:
@@ -83,8 +85,9 @@ def _group_units(batch: Batch) -> list[list[int]]:
         return x
 
     first: dict[int, int] = {}
-    for group, member in torch.unique(links, dim=1).t().tolist():
-        a, b = find(first.setdefault(group, member)), find(member)
+    for link in links.tolist():
+        label, member = divmod(link, count)
+        a, b = find(first.setdefault(label, member)), find(member)
         root[max(a, b)] = min(a, b)
     units: dict[int, list[int]] = {}
     for member in range(len(root)):

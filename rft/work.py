@@ -6,13 +6,14 @@ and a 4 H wide MLP) and 4 H per pair of tokens that attend to each other.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rft.batch import Batch, Group
+from rft.batch import Batch, Completion, Group
 
 MERGE_COST = 0.05  # of a token's matrix products, for merging a completion's token with its prompt's keys
 
@@ -35,10 +36,8 @@ def tree_costs(batch: Batch, hidden_size: int) -> Tensor:
 def sharing_gain(prompt: int, completions: Sequence[int], hidden_size: int = 1024) -> float:
     """Return by which factor sharing a prompt among its completions reduces the work, from their numbers of
     tokens: at least 1."""
-    separate = sum(_sequence_cost(prompt + n, hidden_size) for n in completions)
-    tokens = prompt + sum(completions)
-    pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in completions)
-    return separate / (tokens + pairs / (6 * hidden_size)) if tokens else 1.0
+    separate, shared = _group_work([[(0, prompt), (prompt, n)] for n in completions], hidden_size)
+    return separate / shared if shared else 1.0
 
 
 def worth_sharing(
@@ -46,26 +45,57 @@ def worth_sharing(
 ) -> bool:
     """Predict whether shared prefixes pay off for `(prompt, completions)` token counts: whether the total
     work saved, minus the cost of merging, reaches `threshold`."""
-    separate = shared = 0.0
-    for prompt, completions in groups:
-        cost = sum(_sequence_cost(prompt + n, hidden_size) for n in completions)
-        separate += cost
-        shared += cost / sharing_gain(prompt, completions, hidden_size)
-        shared += MERGE_COST * sum(completions) if len(completions) > 1 else 0.0
-    return separate >= threshold * shared
+    rows = ([[(0, prompt), (prompt, n)] for n in completions] for prompt, completions in groups)
+    return _worth_sharing(rows, hidden_size, threshold)
 
 
 def shares_prefix(groups: Iterable[Group], mode: Sharing, hidden_size: int) -> bool:
     """Whether to pack groups with shared prompts: as `learner.prefix_sharing` says or, on `auto`, if the
-    predicted saving in a model of that width is large enough."""
+    predicted saving in a model of that width is large enough. Branches of sessions are shared in any case."""
     if mode != "auto":
         return mode == "on"
-    sizes = ((len(g.prompt.tokens), [len(c.tokens) for c in g.completions]) for g in groups)
-    return worth_sharing(sizes, hidden_size)
+    rows = ([_runs(len(g.prompt.tokens), c) for c in g.completions] for g in groups)
+    return _worth_sharing(rows, hidden_size, threshold=1.05)
 
 
-def _sequence_cost(tokens: int, hidden_size: int) -> float:
-    return tokens + tokens * (tokens + 1) / 2 / (6 * hidden_size)
+Runs = list[tuple[int, int]]  # (tokens before, tokens) of the prompt and each branch of a completion
+
+
+def _runs(prompt: int, completion: Completion) -> Runs:
+    if not completion.branches:
+        return [(0, prompt), (prompt, len(completion.tokens))]
+    branches = completion.branches
+    starts = [b.start for b in branches]
+    runs = [(0, max(0, *(b.after + 1 for b in branches if b.after < prompt)))]
+    for branch, end in zip(branches, [*starts[1:], len(completion.tokens)], strict=True):
+        before, place = branch.after + 1, branch.after - prompt
+        if place >= 0:
+            parent = bisect_right(starts, place) - 1
+            before = runs[parent + 1][0] + place - starts[parent] + 1
+        runs.append((before, end - branch.start))
+    return runs
+
+
+def _worth_sharing(groups: Iterable[Sequence[Runs]], hidden_size: int, threshold: float) -> bool:
+    separate = shared = 0.0
+    for completions in groups:
+        work = _group_work(completions, hidden_size)
+        separate += work[0]
+        shared += work[1]
+        if len(completions) > 1:
+            shared += MERGE_COST * sum(tokens for runs in completions for _, tokens in runs[1:])
+    return separate >= threshold * shared
+
+
+def _group_work(completions: Sequence[Runs], hidden_size: int) -> tuple[float, float]:
+    """Return the work of a group's completions with a prompt each, and with one for all of them."""
+    prompts = [_work(*runs[0], hidden_size) for runs in completions]
+    others = sum(_work(*run, hidden_size) for runs in completions for run in runs[1:])
+    return sum(prompts) + others, max(prompts, default=0.0) + others
+
+
+def _work(before: int, tokens: int, hidden_size: int) -> float:
+    return tokens + (tokens * before + tokens * (tokens + 1) / 2) / (6 * hidden_size)
 
 
 def segment_pairs(segment: Tensor, parent: Tensor) -> Tensor:

@@ -157,6 +157,12 @@ class Algorithm(ABC):
         return "ref_logps" in self.needs
 
     @property
+    def reads_order(self) -> bool:
+        """Return whether it computes over the order of a sequence's tokens (GAE, discounts per token, steps).
+        Sessions that branch have no such order, and are refused."""
+        return False
+
+    @property
     def uses_demonstrations(self) -> bool:
         """Return whether the algorithm trains on demonstrations, if prompts have them."""
         return self.needs_demonstrations

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput
 from rft.algorithms.extras import ChangesEmbeddings, critic_only, score_heads
+from rft.algorithms.math.sequences import branching
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_common
@@ -66,6 +67,7 @@ class Learner(TrainState):
         spec = self.spec
         gap = objective.LogpGap()
         self._check_fresh(batch)
+        self._check_order(batch)
         if not self.self_checked:
             self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
             self.self_checked = True
@@ -329,6 +331,16 @@ class Learner(TrainState):
             raise LogpGapError(
                 f"no token of this batch was sampled by policy version {self.version}: the engines are stale "
                 f"(their newest version is {int(versions.max())})"
+            )
+
+    def _check_order(self, batch: Batch) -> None:
+        """Raise LearnerError for sessions without the order of tokens that the algorithm reads."""
+        if self.algorithm.reads_order and bool((branches := branching(batch)).any()):
+            raise LearnerError(
+                f"{type(self.algorithm).__name__} reads the order of a session's tokens, and "
+                f"{int(branches.sum())} of the {batch.num_sequences} sessions of this batch branch: a call's "
+                "prompt did not extend the call before. Use an algorithm of group rewards, such as grpo, or "
+                "a chat template and an environment that only append (session/branches is then 1)"
             )
 
     def _check_gap(self, gap: objective.LogpGap) -> None:

@@ -7,6 +7,11 @@ from torch import Tensor
 
 from rft.batch import Batch
 
+BRANCHES = (
+    "a session branches (a call's prompt did not extend the call before), so its tokens have no single "
+    "order, which the algorithm reads"
+)
+
 
 def token_index(batch: Batch) -> Tensor:
     """Return the index of each masked-in token among those of its sequence, [T] int64; 0 elsewhere."""
@@ -36,12 +41,26 @@ def top_share(score: Tensor, mask: Tensor, share: float) -> Tensor:
     return torch.zeros_like(mask).index_fill(0, where[best], True)
 
 
+def branching(batch: Batch) -> Tensor:
+    """Return whether the tokens of each sequence have no single order, because a call of its session did not
+    extend the one before, [N] bool."""
+    index = (batch.sequence >= 0).nonzero()[:, 0]
+    index = index[torch.argsort(batch.sequence[index], stable=True)]
+    before, after = index[:-1], index[1:]
+    of, to = batch.sequence[before], batch.sequence[after]
+    out = torch.zeros(batch.num_sequences, dtype=torch.bool, device=index.device)
+    out[to[(of == to) & (batch.source[after] != before)]] = True
+    return out
+
+
 def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each sequence's masked-in token indices, padded, [N, L] int64, and their mask, [N, L] bool.
 
     L is the largest number of masked-in tokens, at least 1. The mask is True at real entries. Tokens outside
-    the mask, such as user turns, are removed.
+    the mask, such as user turns, are removed. Raises ValueError for a session that branches.
     """
+    if bool(branching(batch).any()):
+        raise ValueError(BRANCHES)
     index = batch.mask.nonzero().squeeze(1)
     row = batch.sequence[index]
     order = torch.argsort(row, stable=True)

@@ -28,6 +28,7 @@ from rft.algorithms.math.policy_gradient import (
     safe_exp,
     sampled_kl,
 )
+from rft.algorithms.math.turns import as_sequences, turn_returns
 from rft.batch import Batch
 
 
@@ -35,8 +36,11 @@ from rft.batch import Batch
 class PolicyGradient(ReadsDistributions):
     """loss = - correction * objective + beta * KL(policy || reference) - entropy_coef * entropy, per token.
 
-    The entropy term does not apply to demonstrated tokens.
+    The entropy term does not apply to demonstrated tokens. turn_level: whether `advantages` only compare the
+    rewards of sequences in groups, so that a session's turns can be compared in the same way.
     """
+
+    turn_level: ClassVar[bool] = False
 
     beta: float = setting(0.0, "weight of the KL to the reference; 0: no reference model", ge=0)
     kl_in: Literal["loss", "reward"] = setting("loss", "apply the KL as a loss term or as a reward penalty")
@@ -56,6 +60,13 @@ class PolicyGradient(ReadsDistributions):
         ge=0,
     )
     mask_truncated: bool = setting(False, "exclude completions truncated by the length limit from the loss")
+    turn_returns: Literal["none", "turn", "group", "state"] = setting(
+        "none",
+        "credit a session's turns with the rewards from that turn on, compared with turns of the same "
+        "number, with all turns of the group, or with those in equal states, added to the session's (GiGPO)",
+    )
+    turn_discount: float = setting(1.0, "discount per turn of `turn_returns`", ge=0, le=1)
+    turn_weight: float = setting(1.0, "weight of the advantage among equal states (GiGPO's omega)", ge=0)
 
     @abstractmethod
     def advantages(self, batch: Batch) -> Tensor:
@@ -107,7 +118,16 @@ class PolicyGradient(ReadsDistributions):
         return self.normalization
 
     def prepare(self, batch: Batch) -> Batch:
-        return batch.with_(advantages=self.advantages(batch), mask=self.trained(batch))
+        return batch.with_(advantages=self.credit(batch), mask=self.trained(batch))
+
+    def credit(self, batch: Batch) -> Tensor:
+        """Return the advantages of sessions, or of their turns if `turn_returns` asks for it, [T]. With
+        `state` they are A(session) + turn_weight * A(turn) (Feng et al., "GiGPO", 2025)."""
+        if self.turn_returns == "none":
+            return self.advantages(batch)
+        returns = turn_returns(batch, self.task_rewards(batch), self.turn_discount)
+        turns = self.advantages(as_sequences(batch, returns, self.turn_returns))
+        return self.advantages(batch) + self.turn_weight * turns if self.turn_returns == "state" else turns
 
     def trained(self, batch: Batch) -> Tensor:
         """Return the tokens that stay in the mask, [T] bool.
@@ -152,6 +172,22 @@ class PolicyGradient(ReadsDistributions):
                 "entropy_coef and kl_estimator: full cannot be combined, because the loss reads the whole "
                 "vocabulary only once; write kl_estimator: k3, or entropy_coef: 0"
             )
+        return problems + self._turn_conflicts()
+
+    def _turn_conflicts(self) -> list[str]:
+        if self.turn_returns == "none":
+            unused = [n for n in ("turn_discount", "turn_weight") if getattr(self, n) != 1]
+            return [f"{name} has no effect without turn_returns; remove it" for name in unused]
+        problems = []
+        if not self.turn_level:
+            problems.append(
+                f"{type(self).__name__} assigns credit in another way than by the rewards of a group, so "
+                "turn_returns is not defined for it; remove it, or choose grpo"
+            )
+        if self.beta and self.kl_in == "reward":
+            problems.append("turn_returns cannot contain a KL penalty; write kl_in: loss, or beta: 0")
+        if self.turn_weight != 1 and self.turn_returns != "state":
+            problems.append("turn_weight weighs turn_returns: state only; remove it")
         return problems
 
     def weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:

@@ -26,6 +26,7 @@ class CORY(GRPO):
     """
 
     min_generations: ClassVar[int] = 4
+    turn_level: ClassVar[bool] = False
 
     copies: int = setting(2, "number of trained copies of the model; 1: it has both roles", ge=1, le=2)
     swap_every: int = setting(50, "interval, in steps, at which the two copies swap roles", ge=1)

@@ -43,3 +43,9 @@ class DAPO(GRPO):
             )
         excess = batch.lengths - (batch.state["max_completion_length"] - self.overlong_buffer)
         return rewards - self.overlong_penalty * (excess / self.overlong_buffer).clamp(0, 1)
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        problems = super().conflicts(num_generations)
+        if self.overlong_buffer and self.turn_returns != "none":
+            problems.append("overlong_buffer shapes the reward of whole sessions; remove it, or turn_returns")
+        return problems

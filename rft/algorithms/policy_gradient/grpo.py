@@ -27,6 +27,7 @@ class GRPO(ClippedPolicyGradient):
     """
 
     min_generations: ClassVar[int] = 2
+    turn_level: ClassVar[bool] = True
 
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group", "divide advantages by the standard deviation of the group, of the batch, or not"

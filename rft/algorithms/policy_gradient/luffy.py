@@ -28,6 +28,7 @@ class LUFFY(DrGRPO):
     """
 
     needs_demonstrations: ClassVar[bool] = True
+    turn_level: ClassVar[bool] = False
 
     gamma: float = setting(0.1, "shape of the off-policy ratio p / (p + gamma)", gt=0)
     demonstrations: int = setting(1, "number of demonstrations per group", ge=0)

@@ -24,6 +24,7 @@ class MaxRL(ClippedPolicyGradient):
     """
 
     min_generations: ClassVar[int] = 2
+    turn_level: ClassVar[bool] = True
 
     def advantages(self, batch: Batch) -> Tensor:
         rewards = self.sequence_rewards(batch)

@@ -22,6 +22,7 @@ class OPO(Reinforce):
     """
 
     min_generations: ClassVar[int] = 2
+    turn_level: ClassVar[bool] = True
 
     def advantages(self, batch: Batch) -> Tensor:
         rewards, lengths = self.sequence_rewards(batch), batch.lengths

@@ -39,6 +39,10 @@ class PerStep(ClippedPolicyGradient):
     separator: str = setting("\n", "text that ends a step")
 
     @property
+    def reads_order(self) -> bool:
+        return True
+
+    @property
     def steps(self) -> Steps:
         return Steps(self.separator, self.branches if self.source == "continuations" else 0)
 

@@ -79,6 +79,10 @@ class PPO(ClippedPolicyGradient):
     def before_prepare(self) -> frozenset[str]:
         return super().before_prepare | (self.needs & {"old_logps"})  # from the same forward as the values
 
+    @property
+    def reads_order(self) -> bool:
+        return True
+
     def acts_on(self, batch: Batch) -> Tensor:
         return batch.mask  # the critic is trained on every token
 

@@ -36,6 +36,7 @@ class PrefixRFT(DrGRPO):
     """
 
     needs_demonstrations: ClassVar[bool] = True
+    turn_level: ClassVar[bool] = False
 
     hybrids: int = setting(1, "rollouts per group that start with a prefix", ge=0)
     share_from: float = setting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -27,15 +27,23 @@ class ReinforcePP(ClippedPolicyGradient):
     all rewards of the batch are equal and there is no KL, advantages are 0.
     """
 
+    turn_level: ClassVar[bool] = True
+
     kl_in: Literal["loss", "reward"] = setting("reward", "apply the KL as a loss term or as a reward penalty")
     baseline: Literal["none", "group"] = setting("none", "subtract the group's mean from the rewards first")
     gamma: float = setting(1.0, "discount per token", ge=0, le=1)
+
+    @property
+    def reads_order(self) -> bool:
+        return self.gamma != 1 or bool(self.beta and self.kl_in == "reward")
 
     def advantages(self, batch: Batch) -> Tensor:
         rewards = required(batch.rewards, "rewards")
         if self.baseline == "group":
             rewards = rewards - group_mean(rewards, batch.group)
-        returns = discounted(at_last_token(rewards, batch) - self.kl_penalty(batch), batch, self.gamma)
+        returns = batch.to_tokens(rewards)
+        if self.reads_order:
+            returns = discounted(at_last_token(rewards, batch) - self.kl_penalty(batch), batch, self.gamma)
         return whiten(returns, self.trained(batch))
 
     def conflicts(self, num_generations: int) -> list[str]:

@@ -24,6 +24,7 @@ class RLOO(ClippedPolicyGradient):
     """
 
     min_generations: ClassVar[int] = 2
+    turn_level: ClassVar[bool] = True
 
     kl_in: Literal["loss", "reward"] = setting("reward", "apply the KL as a loss term or as a reward penalty")
     normalization: Normalization = setting(

@@ -81,6 +81,10 @@ class DPO(ReadsDistributions, OfflinePreference):
             )
 
     @property
+    def reads_order(self) -> bool:
+        return self.tail != 1
+
+    @property
     def needs(self) -> frozenset[str]:
         needs = set() if self.reference_free else {"ref_logps"}
         return frozenset(needs | ({"old_logps"} if self.prescored else set()))
