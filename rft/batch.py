@@ -349,7 +349,7 @@ class _Builder:
         left = {after + 1 for part in parts for _, _, after in part.branches if after < shared}
         if left:
             used = max(left)
-            rows = {name: [value] * used for name, value in _PROMPT.items()}
+            rows: dict[str, Sequence[Any]] = {name: [value] * used for name, value in _PROMPT.items()}
             rows |= {"tokens": prompt.tokens[:used], "sequence": [sequence] * used}
             self._add_run(rows, -1, True, left)
         return start

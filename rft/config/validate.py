@@ -123,6 +123,11 @@ def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
         "update: log-ratios to it are always 0, which changes the loss; write refresh_reference: 20, or take "
         "several updates per step (train.minibatches, train.num_iterations)",
     )
+    yield (
+        getattr(a, "turn_returns", "none") != "none" and config.environment is None,
+        f"{key}: turn_returns credits the turns of sessions, and the config has no environment; remove it, "
+        "or add the section environment",
+    )
     for conflict in a.conflicts(t.num_generations):
         yield True, f"{key}: {conflict}"
 
@@ -183,6 +188,21 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         not a.online,
         f"{key}: {algorithm_name(a)} trains on rows of a dataset, without sampling; remove it, or "
         "choose an online algorithm",
+    )
+    yield (
+        isinstance(a, ValuesSteps),
+        f"{key}: {algorithm_name(a)} values the steps of one completion, and a session has turns; choose "
+        "grpo with turn_returns: turn",
+    )
+    yield (
+        a.online and any(r.role or r.prefix_share or r.mixture for r in rollouts(config, True)),
+        f"{key}: the completions of {algorithm_name(a)} continue a demonstration or another completion, or "
+        "are sampled from a mixture with the reference; sessions do not; choose another algorithm: grpo",
+    )
+    yield (
+        bool(getattr(a, "overlong_buffer", 0)),
+        f"{key}: overlong_buffer of {algorithm_name(a)} measures whole sessions against the limit of one "
+        "call (sampling.max_completion_length); write overlong_buffer: 0",
     )
     yield (
         e.kind in GIVE_NO_PATH and e.path is not None,
@@ -649,6 +669,20 @@ CHECKS = (
 
 def warnings(config: Config) -> list[str]:
     """Return warnings about settings that are valid but often unintended, one sentence each."""
+    return [*_order_warnings(config), *_threshold_warnings(config)]
+
+
+def _order_warnings(config: Config) -> list[str]:
+    if config.environment is None or not config.algorithm.reads_order:
+        return []
+    return [
+        f"environment: {algorithm_name(config.algorithm)} reads the order of a session's tokens, so the run "
+        "stops at the first session that branches (a chat template that rewrites earlier turns, an agent "
+        "with several histories); grpo trains on those too"
+    ]
+
+
+def _threshold_warnings(config: Config) -> list[str]:
     threshold = getattr(config.algorithm, "threshold", None)
     models = [f for f in config.rewards.functions if f.function == "reward_model" and f.weight != 0]
     if threshold is None or not models or not config.algorithm.online:
