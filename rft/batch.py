@@ -1,4 +1,4 @@
-"""The types that flow through rft: `Prompt`, `Completion`, `Group` and the packed `Batch`.
+"""The packed `Batch`, which flows through rft with the samples that it is built of.
 
 A `Batch` is flat over T tokens, without padding, and every algorithm sees the same layout. Its tokens
 form a forest of segments. A segment is a contiguous run of tokens; it either starts a tree (parent -1)
@@ -18,87 +18,17 @@ Example: prompt `p0 p1` shared by the completions `a0 a1` and `b0` (N = 2 sequen
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-FinishReason = Literal["stop", "length", "demonstration"]
+from rft.layout import fields_of
+from rft.samples import Branch, Completion, FinishReason, Group, Prompt, Turn
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One row of a dataset, tokenised.
-
-    `id` is stable over epochs and resumes. `text` is passed to the rewards: a string, or a list of
-    chat messages. `columns` are the row's other columns, passed to rewards by name.
-    """
-
-    id: int
-    tokens: tuple[int, ...]
-    text: str | list[dict[str, Any]]
-    columns: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Branch(NamedTuple):
-    """The tokens of a completion from `start` to the next branch's start follow position `after` of (prompt +
-    completion), which may lie in the prompt; -1: they start a tree without the prompt."""
-
-    start: int
-    after: int
-
-
-class Turn(NamedTuple):
-    """The tokens start:end of a completion that one call of its session sampled (none for a call that is not
-    trained), the part of the session's reward that the turn earned, and the state in which it was sampled."""
-
-    start: int
-    end: int
-    reward: float | None
-    state: Hashable
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One response to a prompt: sampled by an engine, or read from a dataset.
-
-    `logps[i]` is the sampler's log-prob of `tokens[i]` (None: not sampled), `ref_logps[i]` the reference's,
-    if precomputed. `mask[i]` says whether the loss may act on `tokens[i]` (None: on all). The first
-    `demonstrated` tokens come from a demonstration instead of the policy. `versions` are (policy version,
-    start, end) spans.
-    `reward` is the combined reward; None means that it could not be judged (never a zero).
-    `values` are further per-sequence numbers for the algorithm (a margin, a reward vector); nan: unknown.
-    A session has `turns`, one for each of its model calls, and `branches` if one call's prompt did not extend
-    the call before; `tokens` are those of all branches. No branches: the tokens follow the prompt's last.
-    """
-
-    tokens: tuple[int, ...]
-    text: str = ""
-    finish: FinishReason = "stop"
-    logps: tuple[float, ...] | None = None
-    ref_logps: tuple[float, ...] | None = None
-    mask: tuple[bool, ...] | None = None
-    demonstrated: int = 0
-    versions: tuple[tuple[int, int, int], ...] = ()
-    reward: float | None = None
-    scores: Mapping[str, Any] = field(default_factory=dict)
-    values: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
-    branches: tuple[Branch, ...] = ()
-    turns: tuple[Turn, ...] = ()
-
-
-@dataclass(frozen=True)
-class Group:
-    """A prompt with its completions: G rollouts, a preference pair, or a single demonstration."""
-
-    prompt: Prompt
-    completions: tuple[Completion, ...]
-
+__all__ = ["Batch", "Branch", "Completion", "FinishReason", "Group", "Prompt", "Turn"]
 
 _T, _N, _S = ({"axis": axis} for axis in "TNS")
 
@@ -261,199 +191,10 @@ class Batch:
         Groups without completions are left out; a completion that lacks one of the others' `values` has nan
         in that column. Raises ValueError for a prompt or a completion without tokens, or if a branch follows
         a later token."""
-        return _Builder(share_prefix).build(groups)
+        return Batch(**fields_of(groups, share_prefix=share_prefix))
 
 
 def _renumber(ids: Tensor, keep: Tensor) -> Tensor:
     """Renumber ids over the kept entries; negative ids are unchanged."""
     new = keep.to(torch.int64).cumsum(0) - 1
     return torch.where(ids >= 0, new[ids.clamp(min=0)], ids)
-
-
-def _column(values: Sequence[float | tuple[float, ...] | None]) -> Tensor:
-    """[N] float32, or [N, K] if the values are tuples; nan for missing values and at the end of shorter
-    tuples."""
-    rows = [v if isinstance(v, tuple) else (float("nan") if v is None else v,) for v in values]
-    width = max(1, *(len(row) for row in rows))
-    padded = torch.tensor([[*row, *[float("nan")] * (width - len(row))] for row in rows], dtype=torch.float32)
-    return padded if any(isinstance(v, tuple) for v in values) else padded.squeeze(1)
-
-
-class _Builder:
-    """Collect columns of numbers for `Batch.build`."""
-
-    def __init__(self, share_prefix: bool) -> None:
-        self.share_prefix = share_prefix
-        self.t: dict[str, list[Any]] = {name: [] for name in ("segment", "source", "positions", *_PROMPT)}
-        self.parent: list[int] = []
-        self.group: list[int] = []
-
-    def build(self, groups: Sequence[Group]) -> Batch:
-        completions = [c for g in groups for c in g.completions]
-        for index, group in enumerate(g for g in groups if g.completions):
-            self._add_group(index, group)
-        dtypes = {"mask": np.bool_, "demonstrated": np.bool_, "sampler_logps": np.float32}
-        dtypes["ref_logps"] = np.float32
-        t: dict[str, Any] = {  # torch.tensor is slower for long lists
-            k: torch.from_numpy(np.fromiter(v, dtypes.get(k, np.int64), len(v))) for k, v in self.t.items()
-        }
-        if not any(c.demonstrated for c in completions):
-            del t["demonstrated"]
-        if not any(c.logps is not None for c in completions):
-            del t["sampler_logps"], t["version"]
-        if not completions or any(c.ref_logps is None for c in completions):
-            del t["ref_logps"]
-        columns: dict[str, Sequence[float | tuple[float, ...] | None]] = {
-            name: [c.values.get(name) for c in completions]
-            for name in sorted({name for c in completions for name in c.values})
-        }
-        if any(c.turns for c in completions):
-            columns["turn_rewards"] = [tuple(turn.reward or 0.0 for turn in c.turns) for c in completions]
-            columns["turn_states"] = _state_numbers(groups)
-        else:
-            del t["turn"]
-        rewards = None
-        if completions and all(c.reward is not None for c in completions):
-            rewards = torch.tensor([c.reward for c in completions], dtype=torch.float32)
-        return Batch(
-            **t,
-            parent=torch.tensor(self.parent, dtype=torch.int64),
-            group=torch.tensor(self.group, dtype=torch.int64),
-            rewards=rewards,
-            truncated=torch.tensor([c.finish == "length" for c in completions], dtype=torch.bool),
-            columns={name: _column(values) for name, values in columns.items()},
-        )
-
-    def _add_group(self, index: int, group: Group) -> None:
-        prompt = group.prompt
-        if not prompt.tokens:
-            raise ValueError(f"prompt {prompt.id} is empty: a prompt needs at least one token")
-        first = len(self.group)
-        parts = [_Part.of(prompt, c, first + i) for i, c in enumerate(group.completions)]
-        self.group += [index] * len(parts)
-        if self.share_prefix:
-            start = self._add_prompt(prompt, -1, parts)
-        for part in parts:
-            if not self.share_prefix:
-                start = self._add_prompt(prompt, part.sequence, [part])
-            part.place[: len(prompt.tokens)] = range(start, start + len(prompt.tokens))
-            for branch in part.branches:
-                self._add_branch(part, *branch)
-        for part in parts:  # a tree's tokens are contiguous: those without the prompt come after it
-            for branch in part.apart:
-                self._add_branch(part, *branch)
-
-    def _add_prompt(self, prompt: Prompt, sequence: int, parts: Sequence[_Part]) -> int:
-        """Start a tree with the prompt, as far as its completions read it; return where it starts."""
-        start, shared = len(self.t["tokens"]), len(prompt.tokens)
-        left = {after + 1 for part in parts for _, _, after in part.branches if after < shared}
-        if left:
-            used = max(left)
-            rows: dict[str, Sequence[Any]] = {name: [value] * used for name, value in _PROMPT.items()}
-            rows |= {"tokens": prompt.tokens[:used], "sequence": [sequence] * used}
-            self._add_run(rows, -1, True, left)
-        return start
-
-    def _add_branch(self, part: _Part, start: int, end: int, after: int) -> None:
-        """Add the completion's tokens start:end behind position `after` of (prompt + completion)."""
-        shared, here = len(part.place) - part.length, len(self.t["tokens"])
-        source = part.place[after] if after >= 0 else -1
-        part.place[shared + start : shared + end] = range(here, here + end - start)
-        alone = part.follows[after] == 1 and not (self.share_prefix and after < shared)
-        rows = {name: values[start:end] for name, values in part.rows.items()}
-        cuts = {a + 1 - shared - start for a in part.follows}
-        self._add_run(rows, source, source != here - 1 or not alone, cuts)
-
-    def _add_run(
-        self, rows: Mapping[str, Sequence[Any]], source: int, new: bool, cuts: Iterable[int]
-    ) -> None:
-        """Add consecutive tokens behind the token `source`; segments begin at the offsets `cuts` and, with
-        `new`, at the first token."""
-        start, n = len(self.t["tokens"]), len(rows["tokens"])
-        if new or source < 0:
-            self.parent.append(self.t["segment"][source] if source >= 0 else -1)
-        begins = [0, *sorted(c for c in cuts if 0 < c < n), n]
-        for i, (a, b) in enumerate(pairwise(begins)):
-            if i:
-                self.parent.append(len(self.parent) - 1)
-            self.t["segment"] += [len(self.parent) - 1] * (b - a)
-        position = self.t["positions"][source] + 1 if source >= 0 else 0
-        self.t["positions"] += range(position, position + n)
-        self.t["source"] += [source, *range(start, start + n - 1)]
-        for name, values in rows.items():
-            self.t[name] += values
-
-
-_PROMPT: dict[str, Any] = {  # columns of the tokens, and their values in a prompt
-    "tokens": 0,
-    "mask": False,
-    "sequence": -1,
-    "version": -1,
-    "turn": -1,
-    "demonstrated": False,
-    "sampler_logps": 0.0,
-    "ref_logps": 0.0,
-}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A completion to be laid out: its columns, and its branches (start, end, after), divided into those in
-    the prompt's tree and those `apart` from it. place: the index in the batch of each position that is laid
-    out. follows: the number of branches that follow a position."""
-
-    sequence: int
-    length: int
-    rows: Mapping[str, Sequence[Any]]
-    branches: list[tuple[int, int, int]]
-    apart: list[tuple[int, int, int]]
-    place: list[int]
-    follows: Mapping[int, int]
-
-    @staticmethod
-    def of(prompt: Prompt, c: Completion, sequence: int) -> _Part:
-        shared, n = len(prompt.tokens), len(c.tokens)
-        if not n:
-            raise ValueError(f"a completion of prompt {prompt.id} is empty: it needs at least one token")
-        version, turn = [-1] * n, [-1] * n
-        for v, a, b in c.versions:
-            version[a:b] = [v] * (b - a)
-        for k, (a, b, *_) in enumerate(c.turns):
-            turn[a:b] = [k] * (b - a)
-        mask = c.mask or (True,) * n
-        rows = {
-            "tokens": c.tokens,
-            "mask": mask,
-            "sequence": (sequence,) * n,
-            "version": version,
-            "turn": turn,
-            "demonstrated": [i < c.demonstrated for i in range(n)],
-            "sampler_logps": c.logps or (0.0,) * n,
-            "ref_logps": c.ref_logps or (0.0,) * n,
-        }
-        inside: list[tuple[int, int, int]] = []
-        apart: list[tuple[int, int, int]] = []
-        branches = c.branches or (Branch(0, shared - 1),)
-        for (start, after), end in zip(branches, [*(b.start for b in branches[1:]), n], strict=True):
-            known = start < end and -1 <= after < shared + start and branches[0].start == 0
-            if not known or (after < 0 and mask[start]):
-                raise ValueError(
-                    f"a completion of prompt {prompt.id} has the branches {[tuple(b) for b in branches]}: "
-                    "the first must start at 0, each must have tokens and follow an earlier one, and the "
-                    "first token of a tree (after -1), which nothing predicts, must be masked out"
-                )
-            behind = any(a <= after - shared < b for a, b, _ in apart)
-            (apart if after < 0 or behind else inside).append((start, end, after))
-        return _Part(
-            sequence, n, rows, inside, apart, [-1] * (shared + n), Counter(b.after for b in branches)
-        )
-
-
-def _state_numbers(groups: Sequence[Group]) -> list[tuple[float, ...]]:
-    """Number the states of all turns, by completion: equal numbers are equal states of one group."""
-    numbers: dict[tuple[int, Hashable], int] = {}
-    return [
-        tuple(float(numbers.setdefault((i, turn.state), len(numbers))) for turn in c.turns)
-        for i, group in enumerate(groups)
-        for c in group.completions
-    ]
