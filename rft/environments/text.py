@@ -164,7 +164,7 @@ async def play(row: Row, session: Session, remote: Remote) -> Episode:
         if step["reward"] is not None:
             session.reward(step["reward"], call=reply.call)
             total += step["reward"]
-        messages += step["messages"]
-        if step["done"]:
+        if step["done"]:  # nobody answers the last observation
             break
+        messages += step["messages"]
     return Episode(total, ending, await remote.call("metrics"), messages)

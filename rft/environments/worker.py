@@ -193,10 +193,16 @@ def serve(host: Any, sock: socket.socket, where: int) -> None:
         """Close the episode; return whether the process may serve another one."""
         if hasattr(host, "end"):
             run(host.end)
-        mine = descendants(pid)
+        if threading.active_count() > threads:
+            return False
+        try:  # as a subreaper it has a child as long as any process below it lives
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return True
+        left = descendants(pid)
         for kept in host.kept() if hasattr(host, "kept") else ():
-            mine -= {kept} | descendants(kept)
-        return threading.active_count() == threads and not mine
+            left -= {kept} | descendants(kept)
+        return not left
 
     def run(operation: Any, *arguments: Any) -> Any:
         try:

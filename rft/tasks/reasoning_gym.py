@@ -101,11 +101,11 @@ def score(
     for completion, name, opts, right, data in zip(completions, task, options, answer, metadata, strict=True):
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         entry = {"answer": right, "metadata": data}
-        scores.append(float(_dataset(name, opts, 0).score_answer(_final_answer(text), entry)))
+        scores.append(float(_dataset(name, opts, 0).score_answer(final_answer(text), entry)))
     return scores
 
 
-def _final_answer(text: str) -> str | None:
+def final_answer(text: str) -> str | None:
     tagged = _ANSWER.findall(text)
     if tagged:
         return tagged[-1].strip()

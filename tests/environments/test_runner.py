@@ -173,7 +173,7 @@ async def test_gymnasium(make: Make) -> None:
     session = ScriptedSession("2", "5", "0")
     episode = await make("text", "Countdown").run(ROW, session)
     assert session.seen[0][0]["content"] == "Guess my number.\n\nCount down from 2."
-    assert contents(episode, "user")[1:] == ["next", "next", "next"]
+    assert contents(episode, "user")[1:] == ["next", "next"]
     assert session.rewards == [(0.5, "reward", 0), (0.0, "reward", 1), (0.5, "reward", 2)]
     assert episode.reward == 1.0 and episode.ending is Ending.finished
 
@@ -199,6 +199,23 @@ async def test_textarena(make: Make) -> None:
 async def test_text_at_the_turn_limit(make: Make) -> None:
     episode = await make("text", "Countdown").run(ROW, ScriptedSession("2"))
     assert (episode.ending, episode.reward) == (Ending.turn_limit, 0.5)
+
+
+async def test_reasoning_gym(make: Make) -> None:
+    from rft.tasks.reasoning_gym import ReasoningGym
+
+    (row,) = ReasoningGym(task="chain_sum").rows("train", 1, seed=3)
+    runner = make("reasoning_gym", options={"tries": 3, "discount": 0.5})
+    session = ScriptedSession("I do not know", "<answer>-1</answer>", f"<answer>{row['answer']}</answer>")
+    episode = await runner.run(row, session)
+    question, unparsed, wrong = contents(episode, "user")
+    assert question == row["prompt"]
+    assert "no answer in your message" in unparsed and "2 tries left" in unparsed
+    assert wrong == "The answer -1 is wrong. Try again; you have 1 try left."
+    assert episode.reward == 0.25 and session.rewards[-1] == (0.25, "reward", 2)
+    missed = await runner.run(row, ScriptedSession(*["<answer>-1</answer>"] * 3))
+    assert missed.reward == 0.0 or missed.reward < 0.25
+    assert missed.ending is Ending.finished
 
 
 # -- function ------------------------------------------------------------------------------------------

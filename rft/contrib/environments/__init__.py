@@ -1,0 +1,1 @@
+"""Environments that are reached by dotted path."""
