@@ -31,7 +31,7 @@ class Host:
         self.options = checked_options(spec.path, self.factory, spec.options, strict=False)
         self.stateful: list[Any] = []
         self.instance: Any = None
-        self.kind = self.factory if inspect.isclass(self.factory) else type(self._make())
+        self.kind: Any = self.factory if inspect.isclass(self.factory) else type(self._make())
         members = dict(inspect.getmembers(self.kind, predicate=inspect.isfunction))
         if "reset" not in members:
             raise SpecError(f"{spec.path} has no `reset`; an environment class needs `reset(self, **row)`")
@@ -47,7 +47,14 @@ class Host:
         return self.factory(**self.options)
 
     def describe(self) -> dict[str, Any]:
-        return {"tools": self.toolbox.schemas, "gives_reward": self.gives_reward}
+        parameters = inspect.signature(self.kind.reset).parameters.values()
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD][1:]  # without self
+        return {
+            "tools": self.toolbox.schemas,
+            "gives_reward": self.gives_reward,
+            "columns": None if takes_all else names,
+        }
 
     def kept(self) -> set[int]:
         return kept(self.stateful)
@@ -78,10 +85,11 @@ async def play(row: Row, session: Session, remote: Remote) -> Episode:
     """Play one episode. A tool that overruns loses the state of the environment, which ends the episode."""
     observation = await remote.call("reset", row, setup=True)
     messages = first_messages(row, observation)
+    start = len(messages)
 
     async def call(tool: ToolCall) -> str:
         return await call_tool(remote, tool)
 
     ending = await tool_loop(session, messages, remote.tools, call)
     given = await remote.call("reward") if remote.gives_reward else {"reward": None, "scores": {}}
-    return Episode(given["reward"], ending, given["scores"], messages)
+    return Episode(given["reward"], ending, given["scores"], messages, start)

@@ -55,4 +55,5 @@ async def play(row: Row, session: Session, remote: Remote) -> Episode:
     reward = given["reward"]
     if reward is None and (remote.given or ending is not Ending.finished):
         reward = sum(remote.given)
-    return Episode(reward, ending, {**remote.scores, **given["scores"]}, remote.messages)
+    scores = {**remote.scores, **given["scores"]}
+    return Episode(reward, ending, scores, remote.messages, remote.start)

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -78,6 +77,7 @@ class EnvironmentRunner:
         )
         self.tools: list[dict[str, Any]] = []
         self.gives_reward = True
+        self.columns: list[str] | None = None  # those that `reset` of kind class takes; None: any
         self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
         self._tally = _Tally()
         self._places = asyncio.Semaphore(config.concurrency)
@@ -108,6 +108,7 @@ class EnvironmentRunner:
             zygote = _Zygote(self.spec, self.config)
             await zygote.load()
         self.tools, self.gives_reward = report["tools"], report["gives_reward"]
+        self.columns = report.get("columns")
         self._zygote = zygote
 
     async def close(self) -> None:
@@ -131,7 +132,6 @@ class EnvironmentRunner:
         await self.start()
         async with self._places:
             remote = Remote(self, session)
-            begin = time.monotonic()
             try:
                 async with asyncio.timeout(self.config.episode_timeout_s) as limit:
                     episode = await self._play(dict(row), session, remote)
@@ -143,7 +143,7 @@ class EnvironmentRunner:
                 episode = Episode(None, Ending.timeout, detail=detail)
             finally:
                 await asyncio.shield(remote.release())
-            self._tally.add(episode, remote, time.monotonic() - begin)
+            self._tally.add(remote)
             return episode
 
     async def _play(self, row: Row, session: Session, remote: Remote) -> Episode:
@@ -200,6 +200,7 @@ class Remote:
         self.session = session
         # Of an environment that owns its loop: its transcript, and the rewards that it gave the session.
         self.messages: list[dict[str, Any]] = []
+        self.start = 0
         self.given: list[float] = []
         self.scores: dict[str, float] = {}
         self.tool_calls = self.tool_errors = 0
@@ -304,6 +305,7 @@ class Remote:
         try:
             if method == "chat":
                 reply = await self.session.chat(**arguments)
+                self.start = self.start or len(arguments["messages"])
                 self.messages = [*arguments["messages"], reply.message()]
                 answer: tuple[str, Any] = ("ok", reply)
             else:
@@ -537,30 +539,21 @@ class _Tally:
         self._clear()
 
     def _clear(self) -> None:
-        self.endings: Counter[Ending] = Counter()
-        self.calls = self.errors = 0
-        self.env_seconds = self.seconds = 0.0
-        self.scores: dict[str, list[float]] = {}
+        self.episodes = self.calls = self.errors = 0
+        self.seconds = 0.0
 
-    def add(self, episode: Episode, remote: Remote, seconds: float) -> None:
-        self.endings[episode.ending] += 1
+    def add(self, remote: Remote) -> None:
+        self.episodes += 1
         self.calls += remote.tool_calls
         self.errors += remote.tool_errors
-        self.env_seconds += remote.seconds
-        self.seconds += seconds
-        for name, value in episode.scores.items():
-            self.scores.setdefault(name, []).append(value)
+        self.seconds += remote.seconds
 
     def take(self) -> dict[str, float]:
-        n = sum(self.endings.values())
+        n = self.episodes
         metrics = {"environment/episodes": float(n)}
         if n:
-            metrics |= {f"environment/{ending}": self.endings[ending] / n for ending in Ending}
             metrics["environment/tool_calls"] = self.calls / n
             metrics["environment/tool_errors"] = self.errors / max(1, self.calls)
-            metrics["environment/seconds"] = self.env_seconds / n
-            metrics["environment/episode_seconds"] = self.seconds / n
-            for name, values in self.scores.items():
-                metrics[f"environment/score/{name}"] = sum(values) / len(values)
+            metrics["environment/seconds"] = self.seconds / n
         self._clear()
         return metrics

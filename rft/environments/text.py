@@ -151,7 +151,7 @@ def _messages(observation: Any) -> list[Message]:
 async def play(row: Row, session: Session, remote: Remote) -> Episode:
     """Play one episode; its reward is the sum of the steps' rewards, each also recorded for its turn."""
     messages = await remote.call("reset", row, remote.config.max_turns, setup=True)
-    total, ending = 0.0, Ending.finished
+    start, total, ending = len(messages), 0.0, Ending.finished
     while True:
         try:
             reply = await session.chat(messages)
@@ -167,4 +167,4 @@ async def play(row: Row, session: Session, remote: Remote) -> Episode:
         if step["done"]:  # nobody answers the last observation
             break
         messages += step["messages"]
-    return Episode(total, ending, await remote.call("metrics"), messages)
+    return Episode(total, ending, await remote.call("metrics"), messages, start)

@@ -163,5 +163,6 @@ async def play(row: Row, session: Session, remote: Remote) -> Episode:
         return error_text(problem)
 
     messages = first_messages(row)
+    start = len(messages)
     ending: Ending = await tool_loop(session, messages, remote.tools, call)
-    return Episode(None, ending, messages=messages)
+    return Episode(None, ending, messages=messages, start=start)

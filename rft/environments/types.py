@@ -115,8 +115,10 @@ class Session(Protocol):
         tools: Sequence[Mapping[str, Any]] | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        trained: bool = True,
     ) -> Reply:
-        """Return the policy's answer to the messages. Raises ContextFull, TurnLimit."""
+        """Return the policy's answer to the messages: all of them so far. trained False: not a part of the
+        task (a title, a summary). Raises ContextFull, TurnLimit."""
         ...
 
     async def generate(
@@ -126,6 +128,7 @@ class Session(Protocol):
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        trained: bool = True,
     ) -> Sampled:
         """Return the policy's continuation of the tokens. Raises ContextFull, TurnLimit."""
         ...
@@ -154,7 +157,8 @@ class Episode:
     """The result of one episode.
 
     reward: None if the environment gives none (then only the config's rewards apply), and after a fault.
-    scores: named parts of the reward, and metrics. messages: the transcript, prompt included.
+    scores: named parts of the reward, and metrics. messages: the transcript; the first `start` of them were
+    given to the policy in its first call.
     detail: for a fault, its traceback.
     """
 
@@ -162,6 +166,7 @@ class Episode:
     ending: Ending = Ending.finished
     scores: Mapping[str, float] = field(default_factory=dict)
     messages: Sequence[Message] = ()
+    start: int = 0
     detail: str = ""
 
     @property

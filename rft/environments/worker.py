@@ -114,9 +114,16 @@ class RemoteSession:
         tools: Sequence[Mapping[str, Any]] | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        trained: bool = True,
     ) -> Reply:
         """Return the policy's answer to the messages. Raises ContextFull, TurnLimit."""
-        arguments = {"messages": list(messages), "tools": tools, "max_tokens": max_tokens, "stop": list(stop)}
+        arguments = {
+            "messages": list(messages),
+            "tools": tools,
+            "max_tokens": max_tokens,
+            "stop": list(stop),
+            "trained": trained,
+        }
         reply: Reply = await self._ask("chat", arguments)
         return reply
 
@@ -127,6 +134,7 @@ class RemoteSession:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        trained: bool = True,
     ) -> RemoteCall:
         """Return the policy's continuation of the tokens. Raises ContextFull, TurnLimit."""
         arguments = {
@@ -134,6 +142,7 @@ class RemoteSession:
             "max_tokens": max_tokens,
             "stop": list(stop),
             "stop_token_ids": list(stop_token_ids),
+            "trained": trained,
         }
         return RemoteCall(*await self._ask("generate", arguments))
 

@@ -42,6 +42,18 @@ METRICS: dict[str, Metric] = {
     "reward/workers/killed": Metric("reward workers killed for exceeding their time, so far", "workers"),
     "reward/workers/crashed": Metric("reward workers that crashed, so far", "workers"),
     "reward/workers/recycled": Metric("reward workers replaced after their share of work, so far", "workers"),
+    "environment/episodes": Metric("episodes played, including those that a fault ended", "episodes"),
+    "environment/tool_calls": Metric("mean number of tool calls of an episode", "calls"),
+    "environment/tool_errors": Metric("share of tool calls that gave the policy an error", "share"),
+    "environment/seconds": Metric("mean time of an episode spent in the environment", "s"),
+    "environment/workers/started": Metric("environment workers started, so far", "workers"),
+    "environment/workers/killed": Metric(
+        "environment workers killed for exceeding their time, so far", "workers"
+    ),
+    "environment/workers/crashed": Metric("environment workers that died, so far", "workers"),
+    "environment/workers/recycled": Metric(
+        "environment workers replaced after their share, so far", "workers"
+    ),
     "reward/*/mean": Metric("mean score of one reward function, before its weight"),
     "reward/*/std": Metric("standard deviation of one reward function's score"),
     "reward/*/seconds_per_call": Metric("mean time of one judgement of one reward function", "s"),
@@ -249,6 +261,7 @@ def is_reproducible(name: str) -> bool:
         "sync/bytes",
         "sync/proof",
         "reward/workers/",
+        "environment/",  # timing, and repeated episodes
         "rollout/requeued",
     )
     return not name.startswith(places) and not name.endswith("seconds_per_call")

@@ -427,3 +427,27 @@ async def hangs(row: dict[str, Any], session: Any) -> float:
 
 def not_async(row: dict[str, Any], session: Any) -> float:
     return 1.0
+
+
+def make_gymnasium(id: str) -> Any:
+    """An environment from Gymnasium's registry, with the wrappers that `gymnasium.make` puts around it."""
+    import gymnasium
+
+    class Echo(gymnasium.Env):
+        action_space = gymnasium.spaces.Text(10)
+        observation_space = gymnasium.spaces.Text(20)
+
+        def reset(
+            self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        ) -> tuple[str, dict]:
+            super().reset(seed=seed)
+            self.row = (options or {})["prompt"]
+            self.turns = 0
+            return f"seed {seed}", {}
+
+        def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+            self.turns += 1
+            return action, 0.5, self.turns == 2, False, {}
+
+    gymnasium.register(id, entry_point=lambda: Echo())
+    return gymnasium.make(id)

@@ -31,7 +31,13 @@ class ScriptedSession:
         self.rewards: list[tuple[float, str, int | None]] = []
 
     async def chat(
-        self, messages: Sequence[Any], *, tools: Any = None, max_tokens: Any = None, stop: Any = ()
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Any = None,
+        max_tokens: Any = None,
+        stop: Any = (),
+        trained: bool = True,
     ) -> Reply:
         await asyncio.sleep(self.delay_s)
         self.seen.append([dict(m) for m in messages])

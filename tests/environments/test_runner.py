@@ -67,7 +67,7 @@ async def test_tools(make: Make) -> None:
     assert "there is no tool 'ad'; did you mean 'add'" in unknown
     assert [t["function"]["name"] for t in session.tools] == ["add", "slow_double", "raises", "calculator"]
     assert session.tools[0]["function"]["parameters"]["properties"]["a"]["type"] == "integer"
-    assert contents(episode, "assistant")[-1] == "done"
+    assert contents(episode, "assistant")[-1] == "done" and episode.start == 1
     metrics = runner.take_metrics()
     assert metrics["environment/tool_calls"] == 6 and metrics["environment/tool_errors"] == pytest.approx(0.5)
 
@@ -227,6 +227,7 @@ async def test_function(make: Make) -> None:
     assert episode.reward == 1.5 and episode.scores == {"length": 2.0}
     assert session.rewards == [(0.25, "reward", 1), (2.0, "length", None)]
     assert [m["content"] for m in episode.messages] == ["Guess my number.", "6", "sure?", "7"]
+    assert episode.start == 1
 
 
 async def test_function_that_lets_the_limit_pass(make: Make) -> None:
