@@ -11,12 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 from rft.config import validate
+from rft.config.learner import LearnerConfig
 from rft.config.schema import Config
 from rft.config.validate import Device, Engine, longest_sequence
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
 from rft.errors import ConfigError, ModelError
 from rft.learner.model import load_tokenizer, resolve_dtype
 from rft.learner.spec import LearnerSpec
+from rft.preflight.capacity import (
+    MemoryPlan,
+    StepSize,
+    device_memory,
+    offline_step,
+    online_step,
+    plan_memory,
+)
 from rft.preflight.data import (
     OfflineData,
     check_offline,
@@ -64,6 +73,7 @@ class BasePlan:
     eval_prompts: PromptSet | None  # held-out prompts for sampling; None: the run samples none
     adapter_parameters: int | None  # of learner.adapter, if they can be counted without weights
     dtype_choice: str  # what `dtype: auto` resolved to, and why; "" if the config has none
+    step: StepSize
 
     def __repr__(self) -> str:
         return "\n".join(load_dotted("rft.report.plan_text.plan_lines")(self))
@@ -76,6 +86,26 @@ class BasePlan:
     def tokenizer_path(self) -> str:
         """Folder or hub name of the tokenizer."""
         return self.given_tokenizer or self.model
+
+    def memory(self, learner: LearnerConfig | None = None) -> MemoryPlan:
+        """Predict the run's memory, with its learner or with another one, such as the warm start's."""
+        c, chosen = self.config, learner or self.config.learner
+        separate = self.reference_path not in (None, self.model) or chosen.adapter is None
+        return plan_memory(
+            c,
+            chosen,
+            self.shape,
+            self.engine_spec() if c.algorithm.online or c.eval.generate else None,
+            self.step,
+            device=self.device,
+            reference=c.algorithm.needs_reference and separate,
+            adapter=self.adapter_parameters or 0,
+            capacity=device_memory(c, self.device),
+        )
+
+    def learner_config(self, learner: LearnerConfig) -> LearnerConfig:
+        """Return a learner's config with its micro-batch resolved for the device."""
+        return learner.model_copy(update={"tokens_per_micro_batch": self.memory(learner).tokens})
 
     def engine_spec(self) -> EngineSpec:
         """Return the spec of each rollout replica."""
@@ -106,7 +136,7 @@ class BasePlan:
         return LearnerSpec(
             algorithm=c.algorithm,
             model=c.model.model_copy(update=paths),
-            config=c.learner,
+            config=self.learner_config(c.learner),
             train=c.train,
             sampling=c.rollout.sampling,
             device=self.device,
@@ -265,6 +295,10 @@ def make_plan(
 
     if not problems and path and shape and network and stops is not None:
         adapter = config.learner.adapter
+        if offline is None:
+            step = online_step(config, longest_sequence(config), shape.hidden)
+        else:
+            step = offline_step(config, offline.sample)
         plan = BasePlan(
             config=config,
             model=path,
@@ -279,6 +313,7 @@ def make_plan(
             eval_prompts=held_out,
             adapter_parameters=None if adapter is None else count_adapter_parameters(network, adapter),
             dtype_choice=dtype_choice,
+            step=step,
         )
         if train is not None:
             return OnlinePlan(**vars(plan), train_prompts=train)

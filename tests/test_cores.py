@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rft.utils.cores import cpu_quota, threads_for, usable_cores
+from rft.utils.memory import machine_memory
 from tests.specs import engine_spec, learner_spec
 
 V2_MOUNT = "31 23 0:27 {root} {point} ro,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -145,3 +146,17 @@ def test_threads_are_counted_on_the_machine_that_runs_the_actor(tiny_folder: Pat
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "specs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["1", "1"], done.stderr[-3000:]
+
+
+def test_memory_limits_of_control_groups(tmp_path: Path) -> None:
+    """The smallest limit above the process counts, v1 and v2; the machine's RAM bounds all of them."""
+    whole = machine_memory(tmp_path / "nothing")
+    assert whole == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert machine_memory(v2(tmp_path / "one", "/", {"memory.max": str(1 << 30)})) == 1 << 30
+    assert machine_memory(v2(tmp_path / "none", "/", {"memory.max": "max"})) == whole
+    nested = {"job/memory.max": str(2 << 30), "job/step/memory.max": "max", "other/memory.max": "4096"}
+    assert machine_memory(v2(tmp_path / "nested", "/job/step", nested)) == 2 << 30
+    unlimited = {"sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096)}
+    assert machine_memory(tree(tmp_path / "v1", "9:memory:/", [], unlimited)) == whole
+    small = {"sys/fs/cgroup/memory/memory.limit_in_bytes": str(3 << 30)}
+    assert machine_memory(tree(tmp_path / "small", "9:memory:/", [], small)) == 3 << 30

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rft.config.base import ConfigModel
 from rft.utils.paths import PathText
 
+DEFAULT_MICRO_BATCH = 16384  # tokens, where the device's memory is unknown
 LIGER_REMEDY = "pip install 'liger-kernel>=0.8.5,<0.9'"
 # PEFT methods that export as a plain LoRA adapter, with the factor of its rank over `r`: a method that moves
 # part of the base weights into the adapter needs twice the rank to restore them.
@@ -158,8 +159,10 @@ class LearnerConfig(ConfigModel):
         {"zero_optimization": {"stage": 2}},
         description="deepspeed: DeepSpeed config (stage, offload, buckets), except the keys that rft sets",
     )
-    tokens_per_micro_batch: int = Field(
-        16384, ge=1, description="tokens per micro-batch; affects memory, not the gradient"
+    tokens_per_micro_batch: int | Literal["auto"] = Field(
+        "auto",
+        description="tokens per micro-batch; affects memory, not the gradient; auto: as many as fit the "
+        "device, at most 16384",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -195,3 +198,16 @@ class LearnerConfig(ConfigModel):
     )
     cores: str | None = Field(None, description='CPU cores to pin the learner to, e.g. "1" or "4-7"')
     step_timeout_s: float = Field(3600, gt=0, description="timeout of one training step, in seconds")
+
+    @field_validator("tokens_per_micro_batch", mode="before")
+    @classmethod
+    def _positive_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError("write a number of tokens, 1 or more, or auto")
+        return value
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Return the tokens per micro-batch; the default where `auto` was not resolved for a device."""
+        tokens = self.tokens_per_micro_batch
+        return DEFAULT_MICRO_BATCH if tokens == "auto" else tokens

@@ -29,6 +29,7 @@ from rft.learner.spec import LearnerSpec
 from rft.learner.state import TrainState
 from rft.learner.strategy import learning_rate
 from rft.packing import micro_batches
+from rft.utils.memory import return_freed_memory
 from rft.utils.quantized import evaluation_mode
 from rft.work import tree_tokens
 
@@ -236,7 +237,7 @@ class Learner(TrainState):
         if not batch.num_tokens:
             return [[]]
         keep = self.algorithm.unit == "pair"
-        size, ranks = self.spec.config.tokens_per_micro_batch, self.parallel.ranks
+        size, ranks = self.spec.config.micro_batch_tokens, self.parallel.ranks
         width = self.policy.model.config.get_text_config().hidden_size
         return micro_batches(batch, size, ranks, keep_groups=keep, hidden_size=width)[self.parallel.rank]
 
@@ -295,6 +296,8 @@ class Learner(TrainState):
             total += float(loss.detach())
             penalty = self.strategy.penalty() if last else None
             self.parallel.backward(loss if penalty is None else loss + penalty, last=last)
+            if trees is plan[0] and not last:  # the gradients lie among the freed activations
+                self._return_freed_memory()
             note(out, micro)
         parts = self.parallel.gather((means, total, gap))
         if gap is not None:
@@ -317,8 +320,14 @@ class Learner(TrainState):
                 f"the gradient norm is {norm} at policy version {self.version}; {kept}. "
                 "Lower learner.learning_rate, or set learner.on_nonfinite: skip to drop such updates."
             )
+        if self.version == 0:  # so do the optimizer's moments, after its first update
+            self._return_freed_memory()
         measured = {"train/grad_norm": norm} if finite else {}
         return {**measured, "train/skipped": float(not finite)}
+
+    def _return_freed_memory(self) -> None:
+        if self.spec.device == "cpu":
+            return_freed_memory()
 
     def _check_fresh(self, batch: Batch) -> None:
         """Raise LogpGapError if completions were sampled, but none of them by the current version. Checks the

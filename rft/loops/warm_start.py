@@ -48,7 +48,7 @@ async def warm_start(
     spec = replace(
         plan.learner_spec(),
         algorithm=SFT(),
-        config=stage.learner,
+        config=plan.learner_config(stage.learner),
         train=TrainConfig(steps=stage.steps, batch_size=stage.batch_size),
         max_gap_mean=None,
         max_gap=None,

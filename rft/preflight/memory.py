@@ -86,6 +86,9 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
 
 
 MOMENTS = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04}  # bytes per parameter
+# What a process of learner or engine holds besides tensors on CPU: the interpreter with torch, transformers,
+# Ray or vLLM, and their threads.
+PROCESS_BYTES = 1 << 29
 # Bytes of a quantised weight, including its scales (QLoRA): one byte per 64 weights, and second-level scales.
 QUANTIZED = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
 
@@ -95,49 +98,63 @@ def learner_bytes(
     config: LearnerConfig,
     *,
     reference: bool,
+    tokens: int,
     critic: bool = False,
     device: str = "cpu",
     adapter: int = 0,
-    tokens: int | None = None,
+    accumulates: bool = False,
 ) -> int:
-    """Predict the peak bytes of a learner in one process, on a micro-batch of `tokens`.
+    """Predict the peak bytes of one rank's tensors, on micro-batches of `tokens`.
 
     Peak = persistent + max(start of backward, end of backward, optimizer step).
 
     - persistent: the weights in float32 with Adam's moments; with an adapter of `adapter` parameters, the
       base in the compute dtype (or quantised), plus weights and moments of the adapter; with `reference`, a
       second model; with `critic`, a critic in float32 with its moments;
-    - start of backward: all activations, no gradients;
-    - end of backward: the first layer's activations, all gradients. Between the two, activations are freed
-      layer by layer as gradients are allocated, so the sum does not exceed the larger end;
+    - start of backward: all activations, and the head's gradient, which its forward computes. If the learner
+      `accumulates` over several micro-batches, also the gradients of the earlier ones;
+    - end of backward: the first layer's activations, all gradients, and the gradient that is being added to
+      the embedding's. Between the two, activations are freed layer by layer as gradients are allocated, so
+      the sum does not exceed the larger end;
     - optimizer step: all gradients, and Adam's working copies.
 
-    Not counted: CPU offload, sharding over ranks, a critic's activations, and mixtures of experts.
+    Several ranks shard all that is persistent, and the gradients. Not counted: CPU offload, a critic's
+    activations, mixtures of experts, and what a process holds besides tensors (`PROCESS_BYTES`).
     """
     width = resolve_dtype(config.dtype, device).itemsize
     full = config.adapter is None
     trained = shape.parameters if full else adapter
-    held = trained * (4 + MOMENTS[config.optimizer]) + (shape.parameters * width if reference else 0)
+    held = float(trained * (4 + MOMENTS[config.optimizer]) + (shape.parameters * width if reference else 0))
     if not full:
         small = QUANTIZED[config.quantize] if config.quantize else width
         held += shape.linear * small + (shape.parameters - shape.linear) * width
     held += shape.parameters * (4 + MOMENTS[config.optimizer]) if critic else 0
-    count = tokens or config.tokens_per_micro_batch
-    layer = count * _kept(shape, width, full)
-    between = count * shape.hidden * 4  # hidden states between layers
+    layer = tokens * _kept(shape, width, full)
+    between = tokens * shape.hidden * 4  # hidden states between layers
+    embedding = 4 * shape.vocab * shape.hidden if full else 0
     copies = width * (shape.linear + shape.vocab * shape.hidden) if full and width < 4 else 0  # of autocast
+    gradients = 4.0 * (trained + (shape.parameters if critic else 0))
+    if config.parallel != "single":
+        held, gradients = held / config.ranks, gradients / config.ranks
     if config.gradient_checkpointing:
         begins = max(shape.layers * between + layer, copies)
     else:
         begins = shape.layers * layer + copies
-    gradients = 4 * (trained + (shape.parameters if critic else 0))
-    ends = gradients + (between + layer if config.gradient_checkpointing else layer)
-    working = _head_bytes(shape, count, width) + count * width * (3 * shape.intermediate + 2 * shape.hidden)
+    begins += embedding + (gradients if accumulates else 0)
+    ends = gradients + embedding + (between + layer if config.gradient_checkpointing else layer)
+    working = _head_bytes(shape, tokens, width) + tokens * width * (3 * shape.intermediate + 2 * shape.hidden)
     if config.quantize:  # one matrix at a time is dequantised
         working += width * shape.hidden * shape.intermediate
     return int(
         held + max(max(begins, ends) + working, gradients + _step_bytes(shape, config, trained, device))
     )
+
+
+def saved_bytes(shape: ModelShape, config: LearnerConfig, adapter: int = 0) -> int:
+    """Return the bytes of a copy of the trained weights and their moments, for a checkpoint that is written
+    in the background."""
+    trained = shape.parameters if config.adapter is None else adapter
+    return int(trained * (4 + MOMENTS[config.optimizer]))
 
 
 def _kept(shape: ModelShape, width: int, full: bool) -> float:
@@ -175,6 +192,7 @@ def _step_bytes(shape: ModelShape, config: LearnerConfig, trained: int, device: 
 
 
 def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
-    """Return the bytes of a rollout replica on CPU: weights and KV cache."""
+    """Predict the peak bytes of a rollout replica on CPU, with its processes."""
     width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
-    return shape.parameters * width + int(spec.config.kv_cache_gib * 2**30)
+    held = shape.parameters * width + int(spec.config.kv_cache_gib * 2**30)
+    return PROCESS_BYTES + held

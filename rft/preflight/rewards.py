@@ -19,6 +19,9 @@ from rft.sandbox import PROTECTIONS, Backend, Sandbox, SandboxError
 from rft.utils.did_you_mean import did_you_mean
 from rft.utils.urls import has_credentials
 
+PROGRAMS = ("code", "translated_code")
+"""Rewards that run programs, in a sandbox of a worker process."""
+
 Rows = Mapping[int, Collection[str]]
 """Column names of each row, by row number counted from 1."""
 
@@ -176,7 +179,7 @@ def protection(c: RewardConfig) -> str:
 
     Raises SandboxError if a required protection is not available on this machine.
     """
-    if c.function not in ("code", "translated_code"):
+    if c.function not in PROGRAMS:
         return ""
     readable, require = c.options.get("readable", ()), c.options.get("require", PROTECTIONS)
     return _sandbox_of(tuple(readable), tuple(require), c.options.get("sandbox", "auto"))

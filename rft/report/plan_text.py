@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from rft.algorithms.extras import separate_critic
+from collections.abc import Sequence
+
 from rft.config import validate
 from rft.config.schema import Config, algorithm_name
+from rft.data import first_row
 from rft.plan import OnlinePlan, Plan
-from rft.preflight.memory import learner_bytes, replica_bytes
+from rft.preflight.capacity import MemoryPlan
+from rft.preflight.first_row import (
+    describe_columns,
+    first_group_lines,
+    first_prompt_lines,
+    gold_verdicts,
+    verdict_line,
+)
 from rft.preflight.rewards import protection
 
 
@@ -28,6 +37,7 @@ def plan_lines(plan: Plan) -> list[str]:
             f"kept in {warm_start.cache}"
         )
     out += [f"data         {plan.train_prompts}"] if isinstance(plan, OnlinePlan) else plan.data.lines(c)
+    out += _first_row_lines(plan)
     if plan.eval_prompts is not None:
         out.append(
             f"evaluation   {len(plan.eval_prompts)} held-out prompts, {c.eval.samples} samples each"
@@ -39,19 +49,35 @@ def plan_lines(plan: Plan) -> list[str]:
         out.append(f"batch        {t.batch_size} rows a step, {t.minibatches * t.num_iterations} updates")
     out.append(f"learner      {describe_ranks(c, plan.device)}")
     out.append(f"trains       {_describe_training(plan)}")
-    out.append(f"memory       learner about {_learner_gib(plan):.2f} GiB on {plan.device}")
-    return out + [f"warning      {warning}" for warning in validate.warnings(c)]
+    memory = plan.memory()
+    out.append(_describe_memory(memory))
+    return out + [f"warning      {warning}" for warning in (*validate.warnings(c), *memory.warnings())]
+
+
+def _first_row_lines(plan: Plan) -> list[str]:
+    """Describe the first row: its columns, what the policy reads, and the rewards' verdict on its answer."""
+    c = plan.config
+    out = [f"columns      {describe_columns(first_row(c.data), c.data.columns)}"]
+    if isinstance(plan, OnlinePlan):
+        prompt = plan.train_prompts.prompts[0]
+        out.append(f"first prompt {_block(first_prompt_lines(prompt, plan.tokenizer))}")
+        verdicts = gold_verdicts(c.rewards, prompt, plan.tokenizer)
+        return out + [f"gold answer  {verdict_line(verdict)}" for verdict in verdicts]
+    return [*out, f"first row    {_block(first_group_lines(plan.data.sample[0], plan.tokenizer))}"]
+
+
+def _block(lines: Sequence[str]) -> str:
+    return f"\n{' ' * 13}".join(lines)
 
 
 def _online_lines(plan: OnlinePlan) -> list[str]:
     c, t, r, spec = plan.config, plan.config.train, plan.config.rollout, plan.engine_spec()
-    gib = replica_bytes(plan.shape, spec) / 2**30
     rewards = ", ".join(f"{f.label} ({f.function}, weight {f.weight})" for f in c.rewards.functions)
     return [
         f"batch        {t.batch_size} prompts x {t.num_generations} completions = "
         f"{t.batch_size * t.num_generations} a step; {t.num_iterations} passes x {t.minibatches} updates",
         f"rollout      {r.replicas} x {plan.engine} ({spec.dtype}, {r.tensor_parallel} device(s), "
-        f"{r.threads or 'all'} threads, about {gib:.2f} GiB each), staleness {r.staleness}",
+        f"{r.threads or 'all'} threads), staleness {r.staleness}",
         f"actors       the learner and {r.replicas} rollout replicas on {plan.device}, "
         f"{c.rewards.workers} reward workers; weights over {plan.transport}",
         f"rewards      {rewards}",
@@ -80,16 +106,11 @@ def _describe_training(plan: Plan) -> str:
     return f"an adapter ({c.adapter.method}){of} on {base}, {c.optimizer}"
 
 
-def _learner_gib(plan: Plan) -> float:
-    """Predict the peak memory of the learner, in one process."""
-    c = plan.config
-    separate = plan.reference_path not in (None, plan.model) or c.learner.adapter is None
-    peak = learner_bytes(
-        plan.shape,
-        c.learner,
-        reference=c.algorithm.needs_reference and separate,
-        critic="values" in c.algorithm.outputs and separate_critic(c.algorithm),
-        device=plan.device,
-        adapter=plan.adapter_parameters or 0,
-    )
-    return peak / 2**30
+def _describe_memory(memory: MemoryPlan) -> str:
+    parts = [
+        f"learner {memory.learner / 2**30:.1f} GiB with micro-batches of up to {memory.largest:,} tokens"
+    ]
+    parts += [f"each replica {memory.replica / 2**30:.1f}"] if memory.replica else []
+    parts += [f"a checkpoint in the background {memory.saving / 2**30:.1f}"] if memory.saving else []
+    of = "" if memory.capacity is None else f" of {memory.capacity / 2**30:.1f}"
+    return f"memory       about {memory.total / 2**30:.1f}{of} GiB on {memory.device}: {', '.join(parts)}"

@@ -29,6 +29,12 @@ def register(command: AddCommand) -> None:
     add("--steps", type=int, required=True, metavar="N", help="steps of the run")
     add("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
     add("--out", type=path_argument, help="folder for the two runs (default: a temporary one)")
+    add = command(init, "init", "write a commented config for a model, a dataset and a reward")
+    add("config", nargs="?", default="run.yaml", type=path_argument, help="file to write (default: run.yaml)")
+    add("--model", default="tiny", type=path_argument, help="model folder or hub name (default: tiny)")
+    add("--data", type=path_argument, help="file, folder or hub dataset (default: generated arithmetic)")
+    add("--reward", help="built-in, or file.py:function (default: by the answers in the data)")
+    add("--algorithm", help="algorithm (default: by the columns of the data)")
     command(check, "check", "resolve everything and print the plan, without training", config=True)
     text = "held-out accuracy and pass@k of a model, as JSON on stdout"
     add = command(evaluate, "eval", text, config=True, stoppable=True)
@@ -64,6 +70,14 @@ def verify_resume(args: argparse.Namespace) -> int:
     verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, note)
     say("\n".join(verdict.lines()), sys.stdout)
     return 0 if verdict.kept else 1
+
+
+def init(args: argparse.Namespace) -> int:
+    from rft.tools.init import init
+
+    written = init(Path(args.config), args.model, args.data, args.reward, args.algorithm, note)
+    note(f"wrote {written}; next: rft check {written}")
+    return 0
 
 
 def check(args: argparse.Namespace) -> int:
