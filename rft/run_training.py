@@ -365,7 +365,10 @@ async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
 def start_learner(plan: Plan, spec: LearnerSpec, name: str = "the learner") -> LearnerGroup:
     """Start the learner's ranks; they load the model at once."""
     online = spec.algorithm.online
-    start_timeout_s = plan.config.rollout.start_timeout_s if online else spec.config.step_timeout_s
+    if online:
+        start_timeout_s = Deadline(plan.config.rollout.start_timeout_s, "rollout.start_timeout_s")
+    else:
+        start_timeout_s = Deadline(spec.config.step_timeout_s, "learner.step_timeout_s")
     return LearnerGroup(spec, plan.channel_spec(), start_timeout_s, name)
 
 

@@ -21,7 +21,7 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["trian.steps=3"], "trian: unknown key; did you mean 'train'?"),
+        (["trian.steps=3"], "trian: unknown key (did you mean 'train'?)"),
         (["data={path: nowhere.jsonl}"], "nowhere.jsonl"),
         (["model.path=./nowhere"], "'./nowhere' is not a model folder: it has no config.json"),
         (["rewards=[{function: 'nowhere.py:score'}]"], "nowhere.py"),

@@ -33,10 +33,10 @@ def test_every_problem_is_listed_at_once_with_the_nearest_right_key() -> None:
     )
     text = "\n".join(found)
     assert len(found) == 5
-    assert "algorithm: grpo has no setting 'btea'; did you mean 'beta'?" in text
-    assert "trian: unknown key; did you mean 'train'?" in text
-    assert "train.step: unknown key; did you mean 'steps'?" in text
-    assert "rewards.functions.0.wieght: unknown key; did you mean 'weight'?" in text
+    assert "algorithm: grpo has no setting 'btea' (did you mean 'beta'?)" in text
+    assert "trian: unknown key (did you mean 'train'?)" in text
+    assert "train.step: unknown key (did you mean 'steps'?)" in text
+    assert "rewards.functions.0.wieght: unknown key (did you mean 'weight'?)" in text
     assert "learner.learning_rate: input should be a valid number" in text
 
 
@@ -44,7 +44,7 @@ def test_every_problem_is_listed_at_once_with_the_nearest_right_key() -> None:
     ("raw", "words"),
     [
         ({}, "algorithm: required"),
-        ({"algorithm": "grppo"}, "unknown algorithm 'grppo'; did you mean 'grpo'?"),
+        ({"algorithm": "grppo"}, "unknown algorithm 'grppo' (did you mean 'grpo'?)"),
         ({"algorithm": {"beta": 1}}, '"name" is missing'),
         (
             {"algorithm": {"name": "grpo", "epsilon": -1}},

@@ -57,16 +57,16 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         below = path.parent / expand(base)
     except ValueError as error:
         raise ConfigError([f"config {path}: base: {error}"]) from None
-    return _laid_over(_read(below, (*above, path.resolve())), raw)
+    return _merged_over(_read(below, (*above, path.resolve())), raw)
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merged_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Merge `above` over `below`, sections key by key; other values, and `algorithm`, are replaced."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
         if isinstance(under, dict) and isinstance(value, dict) and key != "algorithm":
-            value = _laid_over(under, value)
+            value = _merged_over(under, value)
         merged[key] = value
     return merged
 

@@ -56,9 +56,9 @@ class Renderer:
 
     def as_messages(self, prompt: Text) -> Messages:
         """Return a prompt as messages, after the config's system message, without end-of-turn tokens."""
-        messages = prompt if isinstance(prompt, list) else [_said("user", prompt)]
+        messages = prompt if isinstance(prompt, list) else [_message("user", prompt)]
         if self.config.system is not None and messages[0]["role"] != "system":
-            messages = [_said("system", self.config.system), *messages]
+            messages = [_message("system", self.config.system), *messages]
         return [{**m, "content": self.without_end(m["content"])} for m in messages]
 
     def _rendered_prompt(self, messages: Messages, tools: list[Any] | None) -> str:
@@ -91,7 +91,7 @@ class Renderer:
     def _empty_prompt(self) -> tuple[str, str]:
         """Return the text that the template writes before and after a prompt."""
         try:
-            before, _, after = self.render([_said("user", _ASKED)], generate=True).partition(_ASKED)
+            before, _, after = self.render([_message("user", _ASKED)], generate=True).partition(_ASKED)
         except RowProblem:
             return "", ""
         return before, after
@@ -105,8 +105,8 @@ class Renderer:
         """
         if not self.chat:
             return None
-        turn = [_said("user", _ASKED), _said("assistant", _ANSWERED)]
-        for messages in (turn, [*turn, _said("user", _ASKED)]):
+        turn = [_message("user", _ASKED), _message("assistant", _ANSWERED)]
+        for messages in (turn, [*turn, _message("user", _ASKED)]):
             try:
                 rest = self.render(messages).rpartition(_ANSWERED)[2]
             except RowProblem:
@@ -262,7 +262,7 @@ class Renderer:
         return so_far[len(ids) :], mask
 
 
-def _said(role: str, content: str) -> dict[str, Any]:
+def _message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
@@ -313,7 +313,7 @@ def pieces(
                 raise CannotTell(
                     f"{problem}; write `train_on: last` to learn from the last turn alone"
                 ) from None
-            return out + _as_sampled(render, messages[: last + 1], text[:end], tools, problem)
+            return out + _last_turn_as_sampled(render, messages[: last + 1], text[:end], tools, problem)
         before = text[end:start] if out else _generation_prompt(render, messages, turn, tools, text[:start])
         out += [(before, False), (written, True)]
         end = stop
@@ -370,7 +370,7 @@ def _length_of(head: str, text: str) -> int | None:
     """
     if text.startswith(head):
         return len(head)
-    words, bare = _squeezed(head), head.rstrip()
+    words, bare = _without_whitespace(head), head.rstrip()
     at = 0
     for character in words:
         while text[at : at + 1].isspace():
@@ -387,7 +387,7 @@ def _generation_prompt(
 ) -> str:
     """Return the text before the first turn with a loss, with the whitespace of a generation prompt."""
     head = render.render(messages[:turn], tools, generate=True)
-    return head if _squeezed(head) == _squeezed(before) else before
+    return head if _without_whitespace(head) == _without_whitespace(before) else before
 
 
 def _with_end(
@@ -413,15 +413,15 @@ def _with_end(
 def _check_complete(message: dict[str, Any], turn: int, written: str) -> None:
     """Raise CannotTell if the template omits part of a turn (often a thought)."""
     for part in (message["content"], message.get("reasoning_content")):
-        if isinstance(part, str) and _squeezed(part) not in _squeezed(written):
+        if isinstance(part, str) and _without_whitespace(part) not in _without_whitespace(written):
             raise CannotTell(f"the chat template drops words of assistant turn {turn + 1}")
 
 
-def _squeezed(text: str) -> str:
+def _without_whitespace(text: str) -> str:
     return "".join(text.split())
 
 
-def _as_sampled(
+def _last_turn_as_sampled(
     render: Renderer, messages: Messages, before: str, tools: list[Any] | None, problem: CannotTell
 ) -> list[Piece]:
     """Return the last turn as a model samples it after the generation prompt, including its thought.

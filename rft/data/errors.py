@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 
-from rft.utils.did_you_mean import closest_match
+from rft.utils.did_you_mean import closest_match, did_you_mean
 
 
 class Source(str):
@@ -77,11 +77,10 @@ def missing_column(column: str, existing: Iterable[str], source: str, row: int |
     """Return the error for a missing column, with the existing columns and the closest name."""
     names = [str(name) for name in existing]
     near = closest_match(column, names)
-    hint = f" Did you mean '{near}'?" if near else ""
     have = ", ".join(f"'{name}'" for name in names) or "none"
     return DataError(
-        f"no such column; the columns are {have}.{hint}"
-        f" Map it in the config: `columns: {{{column}: {near or 'NAME_IN_YOUR_DATA'}}}`",
+        f"no such column{did_you_mean(column, names)}; the columns are {have}. "
+        f"Map it in the config: `columns: {{{column}: {near or 'NAME_IN_YOUR_DATA'}}}`",
         source=source,
         row=row,
         column=column,

@@ -52,7 +52,7 @@ def load_prompts(
     """
     rows = load_rows(config, split)
     limit = max_prompt_length or config.max_prompt_length
-    render = Renderer(config, tokenizer)
+    renderer = Renderer(config, tokenizer)
     too_long, bad, notes = BadRows(rows.source), BadRows(rows.source), BadRows(rows.source)
     prompts = []
     for index, row in enumerate(rows):
@@ -63,11 +63,11 @@ def load_prompts(
             text = prompt_of(row, config, rows, number)
             if not text:
                 raise RowProblem("the prompt is empty")
-            tokens = render.prompt(text, read_tools(row.get("tools")))[1]
+            tokens = renderer.prompt(text, read_tools(row.get("tools")))[1]
         except RowProblem as problem:
             bad.add(str(problem), number + 1)
             continue
-        if render.is_rendered(text):
+        if renderer.is_rendered(text):
             notes.add(RENDERED, number + 1)
         if limit is not None and len(tokens) > limit:
             too_long.add(f"the prompt is longer than max_prompt_length={limit} tokens", number + 1)

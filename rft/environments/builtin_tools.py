@@ -117,9 +117,9 @@ class Python:
         shown = result.stdout + (f"\n{result.stderr}" if result.stderr else "")
         if result.error:
             return f"{shown}\n{result.error}".strip()
-        if result.broken or result.code or result.signal:
+        if result.exceeded or result.code or result.signal:
             self._session = None
-            how = f"it exceeded its limit: {result.broken}" if result.broken else "it ended its process"
+            how = f"it exceeded its limit: {result.exceeded}" if result.exceeded else "it ended its process"
             raise SandboxError(f"{how}; variables are lost. Output so far:\n{shown}".strip())
         return shown.strip() or "(no output)"
 

@@ -109,15 +109,14 @@ def token_logps(
     if expected is not None and (expected.shape != hidden.shape[:1] or expected.requires_grad):
         raise ValueError(f"expected must be [{hidden.shape[0]}] without gradient, got {shape(expected)}")
     f = LogitMap(temperature, softcap, logit_scale)
-    how = (f, entropy, backend)
+    options = (f, entropy, backend)
     if mask is None:
-        logps, entropies = _dispatch(hidden, weight, targets, bias, lora, support, expected, *how)
+        logps, entropies = _dispatch(hidden, weight, targets, bias, lora, support, expected, *options)
     else:
         rows = mask.nonzero()[:, 0]
-        kept, known = (None if x is None else x[rows] for x in (support, expected))
-        few, few_entropies = _dispatch(hidden[rows], weight, targets[rows], bias, lora, kept, known, *how)
-        logps = spread(few, rows, mask.shape[0])
-        entropies = None if few_entropies is None else spread(few_entropies, rows, mask.shape[0])
+        extras = (None if x is None else x[rows] for x in (support, expected))
+        at_rows = _dispatch(hidden[rows], weight, targets[rows], bias, lora, *extras, *options)
+        logps, entropies = (None if x is None else spread(x, rows, mask.shape[0]) for x in at_rows)
     return logps if entropies is None else (logps, entropies)
 
 

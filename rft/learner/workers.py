@@ -36,7 +36,7 @@ from rft.learner.spec import LearnerInfo, LearnerSpec
 from rft.sync.publisher import Publisher
 from rft.sync.spec import ChannelSpec, Link, Manifest, Sent, Update, WeightSource, manifest_of
 from rft.utils.actors import ActorDied, require_here
-from rft.utils.deadlines import within
+from rft.utils.deadlines import Deadline, within
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -191,14 +191,14 @@ class LearnerActor:
                 self.publisher.open(link)
 
     def announce(self, version: int) -> Update:
-        """Describe the tensors that `send_weights` will send. An early publisher (sparse, files) reads the
-        weights here, any other one in `send_weights`: once per push."""
+        """Describe the tensors that `send_weights` will send. A publisher that reads at the announcement
+        (sparse, files) reads the weights here, any other one in `send_weights`: once per push."""
         learner = self.learner
         if self.publisher.spec.transport == "adapter":
             learner.parallel.reshard()
             adapter = learner.strategy.adapter(learner.parallel.full_tensor)
             return self.publisher.announce_adapter(version, *adapter) if self.rank == 0 else {}
-        weights = self._finite_weights() if self._early() else iter(())
+        weights = self._finite_weights() if self._reads_at_announce() else iter(())
         if self._manifest is None:  # it never changes, and making it gathers every weight
             self._manifest = manifest_of(learner.weights(self.publisher.wire_dtype))
         if self.rank == 0:
@@ -210,7 +210,7 @@ class LearnerActor:
         """Send the announced weights, in the engines' precision. Raises LearnerError for non-finite weights:
         no engine may sample from them, and no checkpoint may contain them. Raises TransferError if the
         engines do not accept them: the learner remains usable."""
-        weights = iter(()) if self._early() else self._finite_weights()
+        weights = iter(()) if self._reads_at_announce() else self._finite_weights()
         try:
             with _blame_engines():
                 return self.publisher.send(weights) if self.rank == 0 else Sent(0, 0, {})
@@ -220,9 +220,9 @@ class LearnerActor:
         finally:
             deque(weights, maxlen=0)  # takes part in gathering each one, also those that are no longer sent
 
-    def _early(self) -> bool:
+    def _reads_at_announce(self) -> bool:
         """Whether rank 0 reads the weights when it announces them; the other ranks then take part too."""
-        return self.learner.parallel.gather(self.rank == 0 and self.publisher.early)[0]
+        return self.learner.parallel.gather(self.rank == 0 and self.publisher.reads_at_announce)[0]
 
     def _finite_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.learner.weights(self.publisher.wire_dtype):
@@ -304,7 +304,8 @@ class LearnerGroup:
     ) -> None:
         self.name = name
         self.start_timeout_s = start_timeout_s
-        self.step_timeout_s, self.push_timeout_s = spec.config.step_timeout_s, channel.config.timeout_s
+        self.step_timeout_s = Deadline(spec.config.step_timeout_s, "learner.step_timeout_s")
+        self.push_timeout_s = Deadline(channel.config.timeout_s, "sync.timeout_s")
         self._bundles: PlacementGroup | None = None
         self._ended: ActorDied | None = None
         ranks = spec.config.ranks

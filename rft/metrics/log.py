@@ -90,7 +90,7 @@ class RunLog:
         )
         self.last_step = max((row["step"] for row in read_jsonl(metrics)), default=-1)
         # Splits whose samples an earlier process wrote for the step that is resumed from.
-        self._there = {
+        self._written_splits = {
             row["split"] for row in read_jsonl(self.run_dir / SAMPLES_FILE) if row["step"] == resumed_at
         }
         self.event(
@@ -162,7 +162,7 @@ class RunLog:
         if not self.wants_samples(step):
             return
         for split in ("train", "eval"):
-            if step == self._resumed_at and split in self._there:
+            if step == self._resumed_at and split in self._written_splits:
                 continue
             of_split = [row for row in rows if row.get("split", "train") == split]
             for row in _spread(of_split, self.tracking.samples_kept):
@@ -299,7 +299,7 @@ def set_aside(path: Path, after: int) -> dict[str, Any] | None:
     If the process is killed, nothing is lost: lines are flushed there before they are removed here, and a
     second call does not write them twice. Returns the fields of an event, None if nothing moved.
     """
-    kept, moved, steps = _divide(path, after)
+    kept, moved, steps = _split_after(path, after)
     if not moved:
         return None
     aside = path.with_name(path.name.removesuffix(".jsonl") + ".superseded.jsonl")
@@ -314,7 +314,7 @@ def set_aside(path: Path, after: int) -> dict[str, Any] | None:
     return {"file": path.name, "lines": len(moved), "first_step": first, "last_step": last}
 
 
-def _divide(path: Path, after: int) -> tuple[list[str], list[str], list[int]]:
+def _split_after(path: Path, after: int) -> tuple[list[str], list[str], list[int]]:
     """Return lines to keep, lines to move (a torn one as `{"torn": text}`), and the moved lines' steps."""
     kept: list[str] = []
     moved: list[str] = []

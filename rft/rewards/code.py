@@ -139,12 +139,12 @@ class _Runner:
         self.limits, self.scoring = limits, scoring
         self.sandbox = Sandbox(readable, require, backend)
 
-    def scored(self, passed: int, total: int, detail: str, broken: str = "") -> Score:
+    def scored(self, passed: int, total: int, detail: str, exceeded: str = "") -> Score:
         """Score all or nothing, or the fraction passed; exceeding a time limit is a `timeout` worth 0."""
-        if total and passed == total and not broken:
+        if total and passed == total and not exceeded:
             return Score(1.0, Outcome.correct, f"{total} of {total} tests passed")
-        value = passed / total if self.scoring == "fraction" and total and not broken else 0.0
-        outcome = Outcome.timeout if broken in ("wall time", "CPU time") else Outcome.wrong
+        value = passed / total if self.scoring == "fraction" and total and not exceeded else 0.0
+        outcome = Outcome.timeout if exceeded in ("wall time", "CPU time") else Outcome.wrong
         return Score(value, outcome, f"{passed} of {total} tests passed; {detail}")
 
     def stdio(
@@ -158,17 +158,17 @@ class _Runner:
     ) -> Score:
         if not cases:
             raise ValueError("the column `tests` has no tests")
-        passed, detail, broken = 0, "", ""
+        passed, detail, exceeded = 0, "", ""
         for i, (given, want) in enumerate(cases):
             limits = replace(
                 self.limits, output=max(self.limits.output, 2 * len(want.encode("utf-8", "replace")) + 4096)
             )
             run = self.sandbox.run(program, argv=argv, files=files, stdin=given, limits=limits)
-            if not run.broken and run.code == 0 and same_output(run.stdout, want, tolerance):
+            if not run.exceeded and run.code == 0 and same_output(run.stdout, want, tolerance):
                 passed += 1
                 continue
-            broken = broken or run.broken
-            why = run.broken and f"exceeded its limit: {run.broken}"
+            exceeded = exceeded or run.exceeded
+            why = run.exceeded and f"exceeded its limit: {run.exceeded}"
             why = why or (
                 f"ended with {run.code or run.signal}: {run.stderr[-300:]}" if run.code != 0 else ""
             )
@@ -176,7 +176,7 @@ class _Runner:
             detail = detail or f"test {i}: {why}"
             if self.scoring == "all":
                 break
-        value = self.scored(passed, len(cases), detail, broken if self.scoring == "all" else "")
+        value = self.scored(passed, len(cases), detail, exceeded if self.scoring == "all" else "")
         return value
 
 
@@ -249,7 +249,7 @@ class Code:
         if result.problem:
             total = max(result.total, 1)
             return self.runner.scored(
-                0, total, f"{result.problem} {result.stderr[-300:]}".strip(), result.broken
+                0, total, f"{result.problem} {result.stderr[-300:]}".strip(), result.exceeded
             )
         return self.runner.scored(result.passed, result.total, "; ".join(result.failures))
 
@@ -322,8 +322,8 @@ class TranslatedCode:
             limits = replace(self.runner.limits, wall_s=60.0, cpu_s=30, output=24 << 20)
             script = f"{' '.join(self.build)} >&2 && tar cf - * | base64"
             built = self.runner.sandbox.run(argv=["sh", "-c", script], files=files, limits=limits)
-            if built.broken or not built.stdout:
-                why = built.broken or built.stderr[-500:]
+            if built.exceeded or not built.stdout:
+                why = built.exceeded or built.stderr[-500:]
                 return Score(0.0, Outcome.wrong, f"it does not compile: {why}")
             files = {"build.tar": base64.b64decode(built.stdout)}
             argv = ["sh", "-c", f"tar xf build.tar && exec {' '.join(self.command)}"]

@@ -26,7 +26,7 @@ from rft.rollout.vllm import VLLMAdapterEngine, VLLMEngine, VLLMSleepingEngine
 from rft.sync.spec import GRACE_S, Link, Update
 from rft.utils.actors import ActorDied, call, kill_actor, require_here
 from rft.utils.cores import parse_cores
-from rft.utils.deadlines import Overdue
+from rft.utils.deadlines import Deadline, Overdue
 
 QUEUED = 2  # replicas get up to this many times what they decode at once: the rest waits there
 CONTROL = "control"
@@ -240,6 +240,8 @@ class RolloutPool:
     def __init__(self, spec: EngineSpec, gpus: float = 0) -> None:
         self.spec, self.gpus = spec, gpus
         self.config = spec.config
+        self._start_deadline = Deadline(spec.config.start_timeout_s, "rollout.start_timeout_s")
+        self._control_deadline = Deadline(spec.config.control_timeout_s, "rollout.control_timeout_s")
         self.members: dict[int, Member] = {}
         self._serials = count()
         self._waiting: deque[tuple[int, asyncio.Future[tuple[int, Member, _Dispatched]]]] = deque()
@@ -277,10 +279,8 @@ class RolloutPool:
         )
         member = Member(remote.remote(self.spec, index), next(self._serials))
         self.members[index] = member
-        member.node, member.pid = await self._ask(
-            index, Replica.whereabouts, seconds=self.config.start_timeout_s
-        )
-        await self._ask(index, Replica.start, seconds=self.config.start_timeout_s)
+        member.node, member.pid = await self._ask(index, Replica.whereabouts, seconds=self._start_deadline)
+        await self._ask(index, Replica.start, seconds=self._start_deadline)
 
     # -- dispatch ------------------------------------------------------------------------------------------
 
@@ -400,7 +400,9 @@ class RolloutPool:
     async def health(self, index: int, timeout_s: float, *, engine: bool = True) -> int:
         """Check that a replica answers, including its engine if `engine`; return the number of completions in
         progress. Raises ReplicaDied."""
-        return await self._ask(index, Replica.health, engine, seconds=timeout_s)
+        return await self._ask(
+            index, Replica.health, engine, seconds=Deadline(timeout_s, "rollout.health_timeout_s")
+        )
 
     def is_lost(self, died: ReplicaDied) -> bool:
         """False if the dead replica was replaced in the meantime."""
@@ -497,7 +499,8 @@ class RolloutPool:
     async def score(self, tokens: tuple[int, ...]) -> dict[int, list[float]]:
         """Return each replica's log-probs of `tokens[1:]`, each given its predecessors, under its weights."""
         indices = sorted(self.members)
-        scored = await self._all(Replica.score, tokens, seconds=self.config.generate_timeout_s)
+        deadline = Deadline(self.config.generate_timeout_s, "rollout.generate_timeout_s")
+        scored = await self._all(Replica.score, tokens, seconds=deadline)
         return dict(zip(indices, scored, strict=True))
 
     async def sleep(self) -> None:
@@ -564,7 +567,7 @@ class RolloutPool:
             raise ReplicaDied(index, "it is not running")
         what = f"{name} on rollout replica {index}"
         answer = getattr(member.actor, name).remote(*args)
-        return await self._answer(index, member, answer, seconds or self.config.control_timeout_s, what)
+        return await self._answer(index, member, answer, seconds or self._control_deadline, what)
 
     async def _answer(self, index: int, member: Member, answer: Awaitable[R], seconds: float, what: str) -> R:
         """Await an answer. Raises ReplicaDied if the replica or its engine is gone, or does not answer."""

@@ -14,7 +14,7 @@ from rft.rollout.engine import Aborted, EngineSpec, Generated, Request, Sampling
 from rft.sync import nccl
 from rft.sync.spec import Link, Update
 from rft.utils.cores import threads_for
-from rft.utils.deadlines import within
+from rft.utils.deadlines import Deadline, within
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 
@@ -167,7 +167,7 @@ class VLLMEngine:
         else:
             info |= {"host": link.host, "port": link.port, "timeout_s": link.timeout_s}
         await within(
-            link.timeout_s,
+            Deadline(link.timeout_s, "sync.timeout_s"),
             "joining the weight channel",
             self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)),
         )
@@ -216,7 +216,8 @@ class VLLMEngine:
             self._engine = None
 
     async def _control(self, what: str, awaitable: Any) -> Any:
-        return await within(self.spec.config.control_timeout_s, f"vLLM {what}", awaitable)
+        deadline = Deadline(self.spec.config.control_timeout_s, "rollout.control_timeout_s")
+        return await within(deadline, f"vLLM {what}", awaitable)
 
 
 class VLLMAdapterEngine(VLLMEngine):

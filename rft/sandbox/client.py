@@ -63,12 +63,12 @@ class Limits:
 class Result:
     """How a program ended: its exit `code`, or the `signal` that killed it.
 
-    broken: the limit that it exceeded, else empty. error: in a session, the traceback of this call.
+    exceeded: the limit that it exceeded, else empty. error: in a session, the traceback of this call.
     """
 
     code: int | None
     signal: int | None
-    broken: str
+    exceeded: str
     stdout: str
     stderr: str
     cpu_s: float
@@ -78,7 +78,7 @@ class Result:
 
 @dataclass(frozen=True)
 class TestResult:
-    """Result of running tests. problem: why they ended early; broken: the limit that was exceeded."""
+    """Result of running tests. problem: why they ended early; exceeded: the limit that was exceeded."""
 
     __test__ = False
 
@@ -86,7 +86,7 @@ class TestResult:
     total: int
     failures: tuple[str, ...]
     problem: str
-    broken: str
+    exceeded: str
     stderr: str
     wall_s: float
 
@@ -378,9 +378,9 @@ class Sandbox:
                 descriptors.close(source, link, err_w, checks, link_w, report_w)
                 outputs = _collect([b, a], {report: "report", err: "stderr"}, max(limits.output, 1 << 16))
         ran, tested = a.result(outputs), b.result(outputs)
-        broken = ran.broken or tested.broken
-        if broken == "stopped":  # the program was stopped because its tests had finished
-            broken = tested.broken
+        exceeded = ran.exceeded or tested.exceeded
+        if exceeded == "stopped":  # the program was stopped because its tests had finished
+            exceeded = tested.exceeded
         found: dict[str, Any] = {
             "passed": 0,
             "total": 0,
@@ -392,14 +392,14 @@ class Sandbox:
             found = json.loads(outputs["report"])
         if found["invalid"]:
             raise TestsError(found["invalid"])
-        if broken:
-            found["problem"] = f"it exceeded its limit: {broken}"
+        if exceeded:
+            found["problem"] = f"it exceeded its limit: {exceeded}"
         return TestResult(
             passed=found["passed"],
             total=found["total"],
             failures=tuple(found["failures"]),
             problem=found["problem"],
-            broken=broken,
+            exceeded=exceeded,
             stderr=ran.stderr,
             wall_s=max(ran.wall_s, tested.wall_s),
         )
@@ -445,7 +445,7 @@ class _Running:
     def __init__(self, sandbox: Sandbox, group: Group | None, limits: Limits) -> None:
         self.sandbox, self.group, self.limits = sandbox, group, limits
         self.said = b""
-        self.broken = ""
+        self.exceeded = ""
         self._own = _Descriptors()
         try:
             self.status, self.status_w = self._own.pipe()
@@ -474,9 +474,9 @@ class _Running:
         self.sandbox._done_with(self.group)
         self.group = None
 
-    def stop(self, broken: str = "") -> None:
+    def stop(self, exceeded: str = "") -> None:
         """Request the end of the process and its descendants."""
-        self.broken = self.broken or broken
+        self.exceeded = self.exceeded or exceeded
         self._own.close(self.control)
 
     def read_status(self) -> bool:
@@ -501,7 +501,7 @@ class _Running:
         return Result(
             code=ended.get("code"),
             signal=ended.get("signal"),
-            broken=self.broken or ended["broken"],
+            exceeded=self.exceeded or ended["exceeded"],
             stdout=outputs.get("stdout", ""),
             stderr=outputs.get("stderr", ""),
             cpu_s=ended["cpu_s"],
@@ -587,7 +587,7 @@ class Session:
     def run(self, code: str) -> Result:
         """Execute a source in the session's namespace; a last expression is printed, as in an interpreter.
 
-        `error` of the result is the traceback of an exception; `broken` is set if a limit ended the session.
+        `error` of the result is the traceback of an exception; `exceeded` is set if a limit ended the session.
         Raises SandboxError once the session has ended.
         """
         running = self._running
@@ -605,7 +605,7 @@ class Session:
             return Result(0, None, "", outputs["stdout"], outputs["stderr"], 0.0, wall_s, answer)
         result = running.result(outputs)
         self._ended = (
-            result.broken or f"it ended with {result.code if result.signal is None else result.signal}"
+            result.exceeded or f"it ended with {result.code if result.signal is None else result.signal}"
         )
         self._release()
         return result

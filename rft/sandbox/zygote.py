@@ -241,8 +241,8 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
             if name not in ("status", "control", "cgroup"):
                 os.close(fd)
         children = Children(pid)
-        broken = _watch(protections, request, child, owner, started, children, killed, scratch)
-        if broken:
+        exceeded = _watch(protections, request, child, owner, started, children, killed, scratch)
+        if exceeded:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not protections.namespaces:
@@ -253,17 +253,17 @@ def init(protections: Protections, request: Request, owner: int) -> NoReturn:
             remove_tree(scratch)
         code = children.wait_for_program()
         cpu_s = children.cpu_s
-        if not broken and _kills(request) > killed:
-            broken = "memory"
+        if not exceeded and _kills(request) > killed:
+            exceeded = "memory"
         if (
-            not broken
+            not exceeded
             and code in (-signal.SIGKILL, -signal.SIGXCPU)
             and cpu_s >= request.limits["cpu_s"] - 0.5
         ):
-            broken = "CPU time"
+            exceeded = "CPU time"
         ended = {"signal": -code} if code < 0 else {"code": code}
         wall_s = time.monotonic() - started
-        _report(request, {**ended, "broken": broken, "cpu_s": cpu_s, "wall_s": wall_s})
+        _report(request, {**ended, "exceeded": exceeded, "cpu_s": cpu_s, "wall_s": wall_s})
     except BaseException:
         _report(request, {"failed": traceback.format_exc()})
     os._exit(0)

@@ -173,7 +173,7 @@ class WeightChannel:
             if failure is not None:
                 raise EngineError(f"{what} failed: {type(failure).__name__}: {failure}") from failure
             if not (answer.done() and part.done()):
-                raise EngineError(f"{what} did not finish within {limit_s:.0f} s")
+                raise EngineError(f"{what} did not finish within {limit_s:.0f} s (sync.timeout_s)")
             return answer.result()
         finally:
             answer.cancel()

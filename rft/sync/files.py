@@ -31,7 +31,7 @@ class FileSender(Sender):
     """Write the file in `announce`, renamed into place, so that no engine reads an incomplete file. The
     previous version is kept until the next push: an engine may still have it mapped."""
 
-    early: ClassVar[bool] = True
+    reads_at_announce: ClassVar[bool] = True
 
     def __init__(self, spec: ChannelSpec, link: Link) -> None:
         assert spec.folder is not None

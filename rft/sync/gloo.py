@@ -132,7 +132,7 @@ class GlooSender(Sender):
 class PayloadSender(GlooSender):
     """Read a small set of tensors (an adapter's) in `announce`, and send them in `send`."""
 
-    early: ClassVar[bool] = True
+    reads_at_announce: ClassVar[bool] = True
 
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update:
         self.payload = dict(named)

@@ -31,7 +31,7 @@ class IpcSender(Sender):
     Tensors in wire precision are shared without a copy; the others exist twice until `close`.
     """
 
-    early: ClassVar[bool] = True
+    reads_at_announce: ClassVar[bool] = True
 
     def __init__(self, spec: ChannelSpec, link: Link) -> None:
         self.shared: list[Tensor] = []

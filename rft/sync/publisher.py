@@ -1,8 +1,8 @@
 """The learner's end of a weight channel: cast weights to wire precision, send them, measure the changes.
 
 A push has two parts. `announce` describes the coming tensors as plain data, while engines still sample;
-`send` moves the bytes, while engines are paused and receive. An `early` sender reads the weights in
-`announce`, the others stream them in `send`: they are read once.
+`send` moves the bytes, while engines are paused and receive. A sender that `reads_at_announce` reads
+the weights in `announce`, the others stream them in `send`: they are read once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SENDERS = {  # by transport; constructed as Sender(spec, link)
 class Sender(ABC):
     """Send named tensors, in manifest order, to every engine, over one transport."""
 
-    early: ClassVar[bool] = False
+    reads_at_announce: ClassVar[bool] = False
 
     @abstractmethod
     def announce(self, version: int, manifest: Manifest, named: Named) -> Update: ...
@@ -52,8 +52,8 @@ class Sender(ABC):
 
 
 class Publisher:
-    """Announce a version, then send it. `early` says which of the two calls reads the weights: all ranks of a
-    sharded learner must take part in that call."""
+    """Announce a version, then send it. `reads_at_announce` says which of the two calls reads the weights: all
+    ranks of a sharded learner must take part in that call."""
 
     def __init__(self, spec: ChannelSpec) -> None:
         self.spec = spec
@@ -71,11 +71,11 @@ class Publisher:
         self.meter = None if counted or self.spec.config.measure_changes == "off" else ChangeMeter()
 
     @property
-    def early(self) -> bool:
-        return self._open_sender().early
+    def reads_at_announce(self) -> bool:
+        return self._open_sender().reads_at_announce
 
     def announce(self, version: int, manifest: Manifest, weights: Named) -> Update:
-        """Describe the coming tensors. Reads `weights` if the sender is early."""
+        """Describe the coming tensors. Reads `weights` if the sender does so at the announcement."""
         self.tensors, self.meter_seconds = len(manifest), 0.0
         wire = [(name, self.spec.wire_dtype, shape) for name, _, shape in manifest]
         return self._open_sender().announce(version, wire, self._on_wire(weights))
@@ -83,15 +83,15 @@ class Publisher:
     def announce_adapter(self, version: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Update:
         """Describe a policy that is an adapter: its tensors, and peft's config of it."""
         payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        broken = [name for name, tensor in payload.items() if not bool(torch.isfinite(tensor).all())]
-        if broken:
-            raise BrokenWeights(f"the adapter of version {version} is not finite, first {broken[0]}")
+        not_finite = [name for name, tensor in payload.items() if not bool(torch.isfinite(tensor).all())]
+        if not_finite:
+            raise BrokenWeights(f"the adapter of version {version} is not finite, first {not_finite[0]}")
         self.tensors = len(payload)
         update = self._open_sender().announce(version, manifest_of(payload.items()), payload.items())
         return {**update, "adapter": as_json(settings), "version": version}
 
     def send(self, weights: Named) -> Sent:
-        """Move the bytes. Reads `weights` if the sender is not early."""
+        """Move the bytes. Reads `weights` unless `announce` has read them."""
         sender = self._open_sender()
         total, metrics = sender.send(self._on_wire(weights)), {}
         if self.meter is not None:

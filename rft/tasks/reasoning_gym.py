@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from rft.config.tasks import ReasoningGymConfig
-from rft.utils.did_you_mean import closest_match
+from rft.utils.did_you_mean import did_you_mean
 from rft.utils.hashing import hash64
 
 TEST_SHARE = 10  # one question in ten is held out
@@ -23,8 +23,7 @@ def _dataset(task: str, options: str, seed: int) -> Any:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        near = closest_match(task, DATASETS)
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = did_you_mean(task, DATASETS)
         raise ValueError(f"reasoning-gym {reasoning_gym.__version__} has no task {task!r}{hint}")
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=2**31 - 1, **json.loads(options))

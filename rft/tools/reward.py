@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _config(args: argparse.Namespace) -> RewardsConfig:
-    options = dict(_pair(text) for text in args.options)
-    columns = {name: str(column) for name, column in (_pair(text) for text in args.column)}
+    options = dict(_option(text) for text in args.options)
+    columns = {name: str(column) for name, column in (_option(text) for text in args.column)}
     return RewardsConfig(
         functions=[
             RewardConfig(
@@ -106,7 +106,7 @@ def _config(args: argparse.Namespace) -> RewardsConfig:
     )
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"{text!r} must have the form key=value")
@@ -175,7 +175,9 @@ def report(
         f"per call: median {_time(p50)}, 95 % {_time(p95)}, most {_time(times[-1])}"
     )
     for i in sorted(range(len(scores)), key=lambda i: -scores[i].seconds)[:slowest]:
-        lines.append(f"slow: row {i} took {_time(scores[i].seconds)} ({scores[i].outcome}): {_head(rows, i)}")
+        lines.append(
+            f"slow: row {i + 1} took {_time(scores[i].seconds)} ({scores[i].outcome}): {_excerpt(rows, i)}"
+        )
     lines += _failures(scores, rows)
     if rows.labels is not None:
         lines += _disagreement(scores, rows)
@@ -183,13 +185,14 @@ def report(
 
 
 def _explained(scores: Sequence[Score], rows: Rows) -> list[str]:
-    return [f"row {i}: {s.outcome} {_shown(s.value)}  {s.detail}" for i, s in enumerate(scores)] + [""]
+    return [f"row {i}: {s.outcome} {_shown(s.value)}  {s.detail}" for i, s in enumerate(scores, 1)] + [""]
 
 
 def _failures(scores: Sequence[Score], rows: Rows, most: int = 3) -> list[str]:
     failed = [i for i, s in enumerate(scores) if s.failed]
     lines = [
-        f"failed: row {i} ({scores[i].outcome}): {_head(rows, i)}\n{scores[i].detail}" for i in failed[:most]
+        f"failed: row {i + 1} ({scores[i].outcome}): {_excerpt(rows, i)}\n{scores[i].detail}"
+        for i in failed[:most]
     ]
     return lines + ([f"... and {len(failed) - most} more failures"] if len(failed) > most else [])
 
@@ -197,8 +200,8 @@ def _failures(scores: Sequence[Score], rows: Rows, most: int = 3) -> list[str]:
 def _disagreement(scores: Sequence[Score], rows: Rows, most: int = 10) -> list[str]:
     labels = rows.labels or []
     judged = [i for i, s in enumerate(scores) if s.value is not None and labels[i] is not None]
-    high = [i for i in judged if _positive(scores[i]) and not _truth(labels[i])]
-    low = [i for i in judged if not _positive(scores[i]) and _truth(labels[i])]
+    high = [i for i in judged if _positive(scores[i]) and not _labelled_right(labels[i])]
+    low = [i for i in judged if not _positive(scores[i]) and _labelled_right(labels[i])]
     if not judged:
         return ["labels: none to compare with"]
     share = (len(high) + len(low)) / len(judged)
@@ -208,7 +211,7 @@ def _disagreement(scores: Sequence[Score], rows: Rows, most: int = 10) -> list[s
     ]
     for i in (high + low)[:most]:
         verdict = f"{scores[i].outcome} {_shown(scores[i].value)}: {scores[i].detail}"
-        lines.append(f"  row {i}: label {labels[i]!r}, {verdict}")
+        lines.append(f"  row {i + 1}: label {labels[i]!r}, {verdict}")
     return lines
 
 
@@ -216,7 +219,7 @@ def _positive(score: Score) -> bool:
     return score.outcome is Outcome.correct
 
 
-def _truth(label: Any) -> bool:
+def _labelled_right(label: Any) -> bool:
     if isinstance(label, str):
         return label.strip().casefold() in ("1", "true", "yes", "correct", "right", "good")
     return bool(label) and (isinstance(label, bool) or label > 0)
@@ -233,6 +236,6 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us"
 
 
-def _head(rows: Rows, i: int) -> str:
+def _excerpt(rows: Rows, i: int) -> str:
     text = " ".join(text_of(rows.completions[i]).split())
     return text if len(text) <= 100 else text[:100] + "..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from rft.errors import RunStopped
 
@@ -15,13 +15,28 @@ class Overdue(RuntimeError):
     """A call did not finish in time; the message names it and its deadline."""
 
 
+class Deadline(float):
+    """Seconds allowed for a call, with the config key that sets them."""
+
+    key: str
+
+    def __new__(cls, seconds: float, key: str) -> Self:
+        deadline = super().__new__(cls, seconds)
+        deadline.key = key
+        return deadline
+
+    def __getnewargs__(self) -> tuple[float, str]:
+        return float(self), self.key
+
+
 async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
-    """Await with a deadline. Raises Overdue."""
+    """Await with a deadline. Raises Overdue, naming the config key of a `Deadline`."""
     try:
         async with asyncio.timeout(seconds):  # wait_for loses a cancellation that arrives with the answer
             return await awaitable
     except TimeoutError:
-        raise Overdue(f"{what} did not finish within {seconds:.0f} s") from None
+        key = f" ({seconds.key})" if isinstance(seconds, Deadline) else ""
+        raise Overdue(f"{what} did not finish within {seconds:.0f} s{key}") from None
 
 
 async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:

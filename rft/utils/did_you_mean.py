@@ -13,12 +13,13 @@ def closest_match(word: object, known: Iterable[object]) -> str | None:
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
-    """Return `; did you mean 'x'?`, or "" if no known name is similar to `word`."""
+    """Return ` (did you mean 'x'?)`, or "" if no known name is similar to `word`. It fits any place of a
+    sentence."""
     close = closest_match(word, known)
-    return "" if close is None else f"; did you mean {close!r}?"
+    return "" if close is None else f" (did you mean {close!r}?)"
 
 
 def did_you_mean_or_list(word: object, known: Iterable[object]) -> str:
-    """Return `; did you mean 'x'?`, or else the list of known names."""
+    """Return ` (did you mean 'x'?)`, or else `; known:` with all known names."""
     names = sorted(str(name) for name in known)
     return did_you_mean(word, names) or f"; known: {', '.join(names)}"

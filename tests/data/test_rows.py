@@ -124,7 +124,7 @@ def test_hints_name_only_what_looks_alike(tmp_path: Path) -> None:
     file = write(tmp_path, [{"completion": "a", "question": "b"}])
     with pytest.raises(DataError) as raised:
         load_rows(config(file, columns={"prompt": "prompt"}))
-    assert "Did you mean" not in str(raised.value)
+    assert "did you mean" not in str(raised.value)
 
 
 def test_an_answer_without_the_pattern_is_named(tmp_path: Path) -> None:

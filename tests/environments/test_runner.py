@@ -64,7 +64,7 @@ async def test_tools(make: Make) -> None:
     assert (sums, double, calculated) == ("3", '{"double": 8}', "14")
     assert error == '{"error": "LookupError: no such page"}'
     assert "missing a required argument: 'b'" in missing
-    assert "there is no tool 'ad'; did you mean 'add'" in unknown
+    assert "there is no tool 'ad' (did you mean 'add'" in unknown
     assert [t["function"]["name"] for t in session.tools] == ["add", "slow_double", "raises", "calculator"]
     assert session.tools[0]["function"]["parameters"]["properties"]["a"]["type"] == "integer"
     assert contents(episode, "assistant")[-1] == "done" and episode.start == 1
@@ -378,7 +378,7 @@ async def test_cancelled_episode_frees_its_worker(make: Make) -> None:
         ("tools", None, ("no_annotations",), "no_annotations needs an annotation for each parameter"),
         ("tools", None, ("undescribed",), "no description for the argument 'a'"),
         ("tools", None, ("add", "other.add"), "two tools are called 'add'"),
-        ("tools", None, ("ad",), "has no function 'ad'; did you mean 'add'"),
+        ("tools", None, ("ad",), "has no function 'ad' (did you mean 'add'"),
         ("class", "NoReset", (), "has no `reset`"),
         ("class", "Guess", ("add", "add"), "two tools are called 'add'"),
         ("text", "NoReset", (), "has neither `reset` nor `init`"),

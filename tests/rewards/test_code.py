@@ -72,8 +72,8 @@ def test_every_broken_body_of_humaneval_fails(sandbox: Sandbox) -> None:
     rows = _humaneval()
     reward = load_reward("code", timeout_s=30.0, cpu_s=20)
     bodies = ["    return None\n", "    raise ValueError\n", "    return 12345\n"]
-    broken = [bodies[i % 3] for i in range(len(rows))]
-    scores = reward.score([r["prompt"] for r in rows], broken, **_columns(rows))  # type: ignore[attr-defined]
+    unfinished = [bodies[i % 3] for i in range(len(rows))]
+    scores = reward.score([r["prompt"] for r in rows], unfinished, **_columns(rows))  # type: ignore[attr-defined]
     passed = [r["task_id"] for r, s in zip(rows, scores, strict=True) if s.value != 0.0]
     assert passed == []
 
@@ -237,7 +237,7 @@ def test_privileges_cannot_be_had(sandbox: Sandbox) -> None:
 
 def test_cpu_time_is_limited(sandbox: Sandbox) -> None:
     run = sandbox.run("while True: pass", limits=Limits(wall_s=30.0, cpu_s=1))
-    assert run.broken == "CPU time"
+    assert run.exceeded == "CPU time"
     assert run.wall_s < 29
 
 

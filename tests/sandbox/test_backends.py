@@ -77,7 +77,7 @@ def test_the_machine_cannot_be_reached(sandbox: Sandbox, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "program", "broken"),
+    ("kind", "program", "limits"),
     [
         ("wall", "import time; time.sleep(100)", {"wall time"}),
         ("cpu", "while True: pass", {"CPU time"}),
@@ -109,7 +109,7 @@ def test_the_machine_cannot_be_reached(sandbox: Sandbox, tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("counted", ["by the kernel", "by pid 1"])
-def test_limits(best: Sandbox, kind: str, program: str, broken: set[str], counted: str) -> None:
+def test_limits(best: Sandbox, kind: str, program: str, limits: set[str], counted: str) -> None:
     """With a control group, and without one, as on machines where none can be made."""
     groups = best._groups
     if counted == "by the kernel" and groups is None:
@@ -121,7 +121,7 @@ def test_limits(best: Sandbox, kind: str, program: str, broken: set[str], counte
         run = best.run(program, limits=limits)
     finally:
         best._groups = groups
-    assert run.broken in broken, run
+    assert run.exceeded in limits, run
     assert run.code != 0
     assert "alive" not in run.stdout
 
@@ -330,16 +330,16 @@ def test_a_session_keeps_its_state(sandbox: Sandbox) -> None:
 def test_a_session_that_breaks_a_limit_ends_and_says_so(best: Sandbox) -> None:
     with best.session(limits=Limits(wall_s=1.0)) as session:
         assert session.run("1").stdout == "1\n"
-        assert session.run("while True: pass").broken == "wall time"
+        assert session.run("while True: pass").exceeded == "wall time"
         with pytest.raises(SandboxError, match="the session has ended: wall time"):
             session.run("1")
     with best.session() as session:
         ended = session.run("import os; os._exit(7)")
-        assert (ended.code, ended.broken) == (7, "")
+        assert (ended.code, ended.exceeded) == (7, "")
         with pytest.raises(SandboxError, match="it ended with 7"):
             session.run("1")
     with best.session(limits=Limits(output=1000)) as session:
-        assert session.run("while True: print('x' * 100)").broken == "output"
+        assert session.run("while True: print('x' * 100)").exceeded == "output"
 
 
 def test_a_session_cannot_forge_what_it_prints_later(best: Sandbox) -> None:

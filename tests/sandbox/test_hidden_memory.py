@@ -43,7 +43,7 @@ def test_hidden_memory_is_counted(best: Sandbox, name: str) -> None:
         run = best.run(HIDDEN[name], limits=SMALL)
     finally:
         best._groups = groups
-    assert run.broken == "memory", run
+    assert run.exceeded == "memory", run
     assert "alive" not in run.stdout
 
 

@@ -95,7 +95,7 @@ FAMILIES: dict[str, list[str]] = {
             "{'ok': {'lent': 1, 'type': 'x'}, 'args': []}",
             "{'do': ['call', 1, [], {'dict': []}]}",
             "{'do': ['get', 1, '__globals__']}",
-            "{'code': 0, 'broken': '', 'cpu_s': 0, 'wall_s': 0}",
+            "{'code': 0, 'exceeded': '', 'cpu_s': 0, 'wall_s': 0}",
             "{'exception': ['BaseException']}",
             "{'error': ['BaseException'], 'text': ''}",
             "{'ok': {'builtin': 'eval'}}",

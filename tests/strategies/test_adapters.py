@@ -110,14 +110,14 @@ def test_every_method_of_peft_is_tested_or_refused_with_a_reason() -> None:
 @pytest.mark.parametrize(
     ("adapter", "words"),
     [
-        ({"method": "loraa"}, "unknown method 'loraa'; did you mean 'lora'"),
+        ({"method": "loraa"}, "unknown method 'loraa' (did you mean 'lora'"),
         ({"method": "ln_tuning"}, "cannot be used"),
-        ({"options": {"lora_dropuot": 0.1}}, "no option 'lora_dropuot' in peft; did you mean 'lora_dropout'"),
+        ({"options": {"lora_dropuot": 0.1}}, "no option 'lora_dropuot' in peft (did you mean 'lora_dropout'"),
         ({"method": "vera", "alpha": 3}, "method 'vera' has no setting 'alpha'"),
         ({"method": "eva", "options": {"eva_config": {"rho": 2.0}}}, "only 1"),
         (
             {"target_modules": ["q_prj"]},
-            "'q_prj' matches no layer; did you mean 'q_proj'?; the linear layers are: ",
+            "'q_prj' matches no layer (did you mean 'q_proj'?); the linear layers are: ",
         ),
         ({"target_modules": "no.*thing"}, "'no.*thing' matches no layer"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head shares its weights with the embeddings"),

@@ -13,8 +13,8 @@ from tests.test_bad_input import run
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["learner.adapter={target_modules: [q_prj]}"], "'q_prj' matches no layer; did you mean 'q_proj'?"),
-        (["learner.adapter={method: loraa}"], "unknown method 'loraa'; did you mean 'lora'?"),
+        (["learner.adapter={target_modules: [q_prj]}"], "'q_prj' matches no layer (did you mean 'q_proj'?)"),
+        (["learner.adapter={method: loraa}"], "unknown method 'loraa' (did you mean 'lora'?)"),
         (["learner.adapter={method: prompt_tuning}"], "adds tokens or states to the prompt"),
         (["learner.adapter={options: {lora_dropuot: 0.1}}"], "did you mean 'lora_dropout'?"),
         (["learner.adapter={options: {lora_dropout: 0.1}}"], "set it to 0 for online training"),

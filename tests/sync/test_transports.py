@@ -231,12 +231,12 @@ def test_a_receiver_killed_half_way_fails_the_push(
     publisher.open(Link(HOST, port, 0, 2, 60))
     assert taken or other.wait(60) == 9
     weights = {f"w{i}": torch.ones(512, 512) for i in range(8)}
-    named = weights.items() if publisher.early else ()
+    named = weights.items() if publisher.reads_at_announce else ()
     manifest = [(name, "float32", (512, 512)) for name in weights]
     publisher.announce(1, manifest, named)
     begin = time.monotonic()
     with pytest.raises(RuntimeError):
-        publisher.send(() if publisher.early else weights.items())
+        publisher.send(() if publisher.reads_at_announce else weights.items())
     assert time.monotonic() - begin < 30 and other.wait(10) == 9
 
 

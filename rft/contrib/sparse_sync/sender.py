@@ -18,7 +18,7 @@ from rft.sync.spec import ChannelSpec, Link, Manifest, Named, Update, manifest_o
 class SparseState(Sender):
     """The engines' known weights, and the schedule of full pushes: the first and every n-th one."""
 
-    early: ClassVar[bool] = True
+    reads_at_announce: ClassVar[bool] = True
 
     def __init__(self, spec: ChannelSpec) -> None:
         self.full_every = spec.config.full_every
