@@ -38,7 +38,7 @@ from rft.sync import files
 from rft.sync.channel import WeightChannel
 from rft.sync.ipc import ColocatedChannel
 from rft.utils.actors import ActorDied
-from rft.utils.deadlines import Overdue, unless_stopped
+from rft.utils.deadlines import Deadline, Overdue, unless_stopped
 from rft.utils.dotted import load_dotted
 from rft.utils.files import folder_atomic
 from rft.utils.process import kill_tree

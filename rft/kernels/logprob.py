@@ -114,9 +114,11 @@ def token_logps(
         logps, entropies = _dispatch(hidden, weight, targets, bias, lora, support, expected, *options)
     else:
         rows = mask.nonzero()[:, 0]
-        extras = (None if x is None else x[rows] for x in (support, expected))
-        at_rows = _dispatch(hidden[rows], weight, targets[rows], bias, lora, *extras, *options)
-        logps, entropies = (None if x is None else spread(x, rows, mask.shape[0]) for x in at_rows)
+        chosen = hidden[rows], weight, targets[rows], bias, lora
+        support, expected = (None if x is None else x[rows] for x in (support, expected))
+        logps, entropies = _dispatch(*chosen, support, expected, *options)
+        logps = spread(logps, rows, mask.shape[0])
+        entropies = None if entropies is None else spread(entropies, rows, mask.shape[0])
     return logps if entropies is None else (logps, entropies)
 
 

@@ -400,9 +400,8 @@ class RolloutPool:
     async def health(self, index: int, timeout_s: float, *, engine: bool = True) -> int:
         """Check that a replica answers, including its engine if `engine`; return the number of completions in
         progress. Raises ReplicaDied."""
-        return await self._ask(
-            index, Replica.health, engine, seconds=Deadline(timeout_s, "rollout.health_timeout_s")
-        )
+        deadline = Deadline(timeout_s, "rollout.health_timeout_s")
+        return await self._ask(index, Replica.health, engine, seconds=deadline)
 
     def is_lost(self, died: ReplicaDied) -> bool:
         """False if the dead replica was replaced in the meantime."""

@@ -587,7 +587,7 @@ class Session:
     def run(self, code: str) -> Result:
         """Execute a source in the session's namespace; a last expression is printed, as in an interpreter.
 
-        `error` of the result is the traceback of an exception; `exceeded` is set if a limit ended the session.
+        `error` of the result is the traceback of an exception, `exceeded` the limit that ended the session.
         Raises SandboxError once the session has ended.
         """
         running = self._running

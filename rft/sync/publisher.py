@@ -52,8 +52,8 @@ class Sender(ABC):
 
 
 class Publisher:
-    """Announce a version, then send it. `reads_at_announce` says which of the two calls reads the weights: all
-    ranks of a sharded learner must take part in that call."""
+    """Announce a version, then send it. `reads_at_announce`: whether the first of the two calls reads the
+    weights, or the second. All ranks of a sharded learner must take part in that call."""
 
     def __init__(self, spec: ChannelSpec) -> None:
         self.spec = spec
