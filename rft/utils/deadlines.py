@@ -25,8 +25,8 @@ class Deadline(float):
         deadline.key = key
         return deadline
 
-    def __getnewargs__(self) -> tuple[float, str]:
-        return float(self), self.key
+    def __reduce__(self) -> tuple[type[Self], tuple[float, str]]:
+        return type(self), (float(self), self.key)
 
 
 async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
