@@ -117,7 +117,7 @@ class Batch:
         reward, each with the next lower one. Equal rewards do not form a pair. Raises ValueError if the batch
         has no rewards."""
         if self.rewards is None:
-            raise ValueError("preference pairs need rewards; this batch carries none")
+            raise ValueError("preference pairs need rewards; this batch has none")
         order = torch.argsort(self.rewards, descending=True, stable=True)
         order = order[torch.argsort(self.group[order], stable=True)]
         first, second = order[:-1], order[1:]

@@ -161,7 +161,7 @@ def _check_same(config: Config, path: Path) -> list[str]:
     except yaml_files.YamlError as error:
         raise ConfigError([f"{path / 'config.yaml'} is damaged: {error}; choose another name"]) from None
     if not isinstance(written, dict):
-        raise ConfigError([f"{path / 'config.yaml'} is damaged: it holds no settings; choose another name"])
+        raise ConfigError([f"{path / 'config.yaml'} is damaged: it has no settings; choose another name"])
     new = config.to_dict()
     try:
         old = parse_config(written).to_dict()  # settings that are newer than the run have their defaults
@@ -256,7 +256,7 @@ def _other_length(config: Config, path: Path, step: int) -> list[str]:
     moving = [c.label for c in config.rewards.functions if isinstance(c.weight, Schedule)]
     if moving:
         notes.append(
-            f"reward weights that move with the run's progress ({', '.join(moving)}): it is now "
+            f"reward weights that follow the run's progress ({', '.join(moving)}): the progress is now "
             f"{step / new:.0%} instead of {min(step / old, 1):.0%}"
         )
     return notes

@@ -119,7 +119,7 @@ def test_without_arguments(tmp_path: Path) -> None:
         (rows(prompt="1 + 1?", answer="2"), ("--reward", "mth"), "did you mean 'math'?"),
         (rows(prompt="1 + 1?", answer="2"), ("--reward", "code"), "code needs the column 'tests'"),
         (rows(prompt="1 + 1?", answer="2"), ("--algorithm", "gpro"), "did you mean 'grpo'?"),
-        (rows(prompt="a", chosen="b", rejected="c"), ("--reward", "math"), "dpo trains on the rows alone"),
+        (rows(prompt="a", chosen="b", rejected="c"), ("--reward", "math"), "dpo trains on the rows only"),
         (rows(prompt="1 + 1?", answer="2"), ("--model", "./nowhere"), "'./nowhere' is not a model folder"),
         (Path("nowhere.jsonl"), (), "nowhere.jsonl: no such file or folder"),
     ],

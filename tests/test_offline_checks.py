@@ -68,7 +68,7 @@ def test_a_column_that_the_algorithm_reads_is_asked_for(raw: dict[str, Any]) -> 
         {**raw, "data": {"kind": "arithmetic_pairs", "limit": 8}},
         algorithm={"name": "reward_regression", "heads": 3},
     )
-    assert "the data have 2 targets, the model 3 heads" in told
+    assert "each row has 2 targets, but the model has 3 heads" in told
     assert 'columns["weight"]' in refused({**raw, "data": {"limit": 8}}, algorithm="c_rlft")
 
 

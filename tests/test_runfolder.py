@@ -85,7 +85,10 @@ def test_more_steps_say_what_the_learning_rate_does(tmp_path: Path) -> None:
     assert "learning rate: constant, it stays at 0.5" in notes
     weight = {"start": 1.0, "end": 0.0}
     notes = extended(tmp_path / "weights", algorithm="grpo", rewards=[{"function": "math", "weight": weight}])
-    assert "reward weights that move with the run's progress (math): it is now 50% instead of 100%" in notes
+    assert (
+        "reward weights that follow the run's progress (math): the progress is now 50% instead of 100%"
+        in notes
+    )
 
 
 def test_a_lock_alone_is_no_other_run(tmp_path: Path) -> None:

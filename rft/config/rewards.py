@@ -207,7 +207,7 @@ class RewardsConfig(ConfigModel):
         labels = [f.label for f in self.functions]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise ValueError(f"two rewards are called {twice[0]!r}: give each its own `name`")
+            raise ValueError(f"two rewards are called {twice[0]!r}: set a different `name` for each")
         if self.combine == "vector":
             if self.direction is None or len(self.direction) != len(self.functions):
                 raise ValueError("combine: vector needs `direction`, one number for each reward function")

@@ -83,7 +83,7 @@ class ArithmeticConfig(ConfigModel):
     @classmethod
     def _check_wrong_fraction(cls, wrong: float | dict[Style, float]) -> float | dict[Style, float]:
         if not all(0 <= x <= 1 for x in (wrong.values() if isinstance(wrong, dict) else [wrong])):
-            raise ValueError("a share lies between 0 and 1")
+            raise ValueError("write a share between 0 and 1")
         return wrong
 
     @model_validator(mode="after")

@@ -45,8 +45,8 @@ class Curriculum:
         return [self._draw() for _ in range(k)]
 
     def _draw(self) -> int:
-        dice = random.Random(f"{self.seed}/curriculum/{self.draws}")
-        row = None if dice.random() < self.config.explore else self._by_rate(dice)
+        rng = random.Random(f"{self.seed}/curriculum/{self.draws}")
+        row = None if rng.random() < self.config.explore else self._by_rate(rng)
         if row is None:
             (row,) = self.plain.next(1)
         self.epoch = self.visits[row][0] if row in self.visits else 0
@@ -54,12 +54,12 @@ class Curriculum:
         self.draws += 1
         return row
 
-    def _by_rate(self, dice: random.Random) -> int | None:
+    def _by_rate(self, rng: random.Random) -> int | None:
         """Draw a measured row, accepted with probability `weight`; None if no draw is accepted."""
         for _ in range(self.TRIES if self._rows else 0):
-            row = dice.choice(self._rows)
+            row = rng.choice(self._rows)
             rested = self.draws - self.visits[row][1] > self.config.rest
-            if rested and dice.random() < self.weight(self.rates[row]):
+            if rested and rng.random() < self.weight(self.rates[row]):
                 return row
         return None
 

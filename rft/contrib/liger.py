@@ -232,7 +232,7 @@ def _call(run: Logps, task: Task, hidden: Tensor) -> tuple[Tensor, Tensor | None
 
 def _difference(output: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tensor | None]) -> float:
     """Return the larger of the log-probs' largest difference and the gradients' relative difference; NaN if
-    one side only is NaN. Equal infinities do not differ."""
+    only one side is NaN. Equal infinities do not differ."""
     (logps, grad), (right, right_grad) = output, expected
     same = (logps == right) | (logps.isnan() & right.isnan())
     worst = torch.where(same, 0.0, (logps - right).abs()).max()

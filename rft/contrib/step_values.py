@@ -82,8 +82,8 @@ async def _go_on(
     seed = None if sampling.seed is None else derive_seed(sampling.seed, *start)
     params = replace(sampling, n=branches, max_tokens=sampling.max_tokens - len(start), seed=seed)
     generated = await generate(Request(name, judged.prompt.tokens + start, params))
-    found = await judge(completions_of([continued(start, g) for g in generated], tokenizer))
-    rewards = [r.value for r in found.rewards if r.value is not None]
+    judgement = await judge(completions_of([continued(start, g) for g in generated], tokenizer))
+    rewards = [r.value for r in judgement.rewards if r.value is not None]
     return sum(rewards) / len(rewards) if rewards else None
 
 

@@ -311,7 +311,7 @@ def pieces(
         except CannotTell as problem:
             if turn != last:
                 raise CannotTell(
-                    f"{problem}; write `train_on: last` to learn from the last turn alone"
+                    f"{problem}; write `train_on: last` to learn from the last turn only"
                 ) from None
             return out + _last_turn_as_sampled(render, messages[: last + 1], text[:end], tools, problem)
         before = text[end:start] if out else _generation_prompt(render, messages, turn, tools, text[:start])

@@ -205,7 +205,7 @@ def _refuse_surrogates(value: Any, number: int, source: str) -> None:
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])[1:-1]
         raise DataError(
-            f"holds half of a surrogate pair ({half}), which is not a character; remove it",
+            f"contains half of a surrogate pair ({half}), which is not a character; remove it",
             source=source,
             row=number,
         ) from None

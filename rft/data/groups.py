@@ -430,7 +430,7 @@ def is_finite(value: Any) -> bool:
 
 def _ranked(prompt: Any, responses: Any, scores: Any) -> Example:
     if not isinstance(responses, list) or len(responses) < 2:
-        raise RowProblem("`completions` must be a list of at least two responses, the best first")
+        raise RowProblem("`completions` must be a list of at least two responses, best first")
     if scores is None:
         return Example(prompt, responses, [float(r) for r in range(len(responses) - 1, -1, -1)])
     values = _numbers(scores, "scores")
@@ -445,7 +445,9 @@ def _steps(prompt: Any, steps: Any, labels: Any) -> Example:
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in steps):
         raise RowProblem("`completions` must be a list of steps, each a non-empty string")
     if not isinstance(labels, list) or len(labels) != len(steps):
-        raise RowProblem(f"`completions` has {len(steps)} steps, so `labels` must be a list of as many")
+        raise RowProblem(
+            f"`completions` has {len(steps)} steps, so `labels` must be a list of the same length"
+        )
     if len(steps) > MAX_STEPS:
         raise RowProblem(f"more than {MAX_STEPS} steps; split the row")
     marks = [_label(label) for label in labels]

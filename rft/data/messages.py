@@ -65,8 +65,8 @@ def _json_messages(text: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    said = ("content", "value", "tool_calls")
-    return value if is_messages(value) and all(any(key in m for key in said) for m in value) else None
+    content_keys = ("content", "value", "tool_calls")
+    return value if is_messages(value) and all(any(key in m for key in content_keys) for m in value) else None
 
 
 def _message(raw: Mapping[str, Any], number: int, column: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _content(content: Any, where: str) -> str | None:
         kind = kept.get("type", "text") if isinstance(kept, Mapping) else "text"
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
             shown = kind if kind != "text" else f"part {kept!r:.40}"
-            raise RowProblem(f"{where} holds {_named(str(shown))}; rft trains on text alone")
+            raise RowProblem(f"{where} contains {_named(str(shown))}; rft trains on text only")
         texts.append(text)
     return "".join(texts) if texts else None
 

@@ -185,7 +185,7 @@ def find_files(path: str, split: str) -> list[Path]:
     if not place.is_dir():
         near = place.parent if place.parent.is_dir() else None
         siblings = sorted(p.name for p in near.iterdir())[:8] if near else []
-        there = f"; {near} holds {', '.join(siblings) or 'nothing'}" if near else ""
+        there = f"; {near} contains {', '.join(siblings) or 'nothing'}" if near else ""
         raise DataError(f"no such file or folder{there}", source=path)
     files = sorted(p for p in place.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     data = [p for p in files if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
@@ -194,7 +194,7 @@ def find_files(path: str, split: str) -> list[Path]:
     chosen = of_split or ([] if any(_known_split(p, place) for p in data) else data)
     if not chosen:
         have = ", ".join(str(p.relative_to(place)) for p in data[:8]) or f"no {'/'.join(SUFFIXES)} file"
-        raise DataError(f"no file of the split '{split}'; the folder holds {have}", source=path)
+        raise DataError(f"no file of the split '{split}'; the folder contains {have}", source=path)
     kinds = {p.name.removesuffix(".gz").rsplit(".", 1)[1].replace("jsonl", "json") for p in chosen}
     if len(kinds) > 1:
         raise DataError(
@@ -221,7 +221,7 @@ def load_hub(config: DataConfig, path: str, split: str, *, streaming: bool = Fal
         )
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(
-            f"no such dataset on the hub, or no right to read it ({error}); for local data give a path "
+            f"no such dataset on the hub, or no permission to read it ({error}); for local data give a path "
             f"that exists, or set `kind: file`",
             source=path,
         ) from error

@@ -366,7 +366,7 @@ class Worker:
             raise WorkerDied(f"the worker process of the environment died: {how}") from None
         except ValueError:
             pass
-        raise WorkerDied("the environment wrote other data than messages to its worker's connection")
+        raise WorkerDied("the environment wrote something other than messages to its worker's connection")
 
     async def where(self) -> str:
         """Return the stack of a hung worker, as `; it was at FILE, line N, in f`; "" if unknown."""

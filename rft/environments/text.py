@@ -159,8 +159,8 @@ async def play(row: Row, session: Session, remote: Remote) -> Episode:
             ending = Ending.context_full if isinstance(limit, ContextFull) else Ending.turn_limit
             break
         step = await remote.call("step", reply.content)
-        said = reply.message()
-        messages.append(said if step["action"] is None else {**said, "content": step["action"]})
+        answer = reply.message()
+        messages.append(answer if step["action"] is None else {**answer, "content": step["action"]})
         if step["reward"] is not None:
             session.reward(step["reward"], call=reply.call)
             total += step["reward"]

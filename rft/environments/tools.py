@@ -79,7 +79,7 @@ def tool_schema(place: str, function: Callable[..., Any]) -> dict[str, Any]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise SpecError(
-                f"tool {place} takes *{name}, which a tool call cannot give; name its parameters instead"
+                f"tool {place} takes *{name}, which a tool call cannot pass; name its parameters instead"
             )
     try:
         schema: dict[str, Any] = get_json_schema(function)

@@ -52,8 +52,8 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
         )
     if route.max_tokens is not None and forest.num_tokens > route.max_tokens:
         raise ValueError(
-            f"{type(decoder).__name__} scales queries by their place beyond {route.max_tokens} tokens, this "
-            f"packed batch has {forest.num_tokens}: lower learner.tokens_per_micro_batch"
+            f"{type(decoder).__name__} scales queries by their position beyond {route.max_tokens} tokens, "
+            f"this packed batch has {forest.num_tokens}: lower learner.tokens_per_micro_batch"
         )
     hidden = _run(decoder, batch.tokens, forest, route)
     device = hidden.device.type
@@ -176,7 +176,8 @@ def _first_exact(decoder: PreTrainedModel, routes: list[AttentionRoute], origina
             )
         repeated = relative_error(_one_by_one(decoder, tokens, forest), expected)
     raise ValueError(
-        f"{type(decoder).__name__} cannot be trained on: {'; '.join(reasons)}. {_cause(decoder, repeated)}"
+        f"{type(decoder).__name__} cannot be trained on packed batches: {'; '.join(reasons)}. "
+        f"{_cause(decoder, repeated)}"
     )
 
 

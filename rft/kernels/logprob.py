@@ -164,7 +164,7 @@ def choose_backend(backend: Backend, hidden: Tensor, plain: bool = True) -> Back
     if backend == "liger" and not _liger_installed():
         raise ValueError(f"backend liger: liger-kernel is not installed: {LIGER_REMEDY}; or use auto")
     if backend == "triton" and not plain:
-        raise ValueError("backend triton takes neither lora, support nor float64; use auto or chunked")
+        raise ValueError("backend triton supports neither lora, support nor float64; use auto or chunked")
     if backend in ("triton", "liger") and not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend {backend} needs CUDA tensors, hidden is on {hidden.device}; use auto or chunked"

@@ -353,15 +353,15 @@ class Learner(TrainState):
             )
 
     def _check_gap(self, gap: objective.LogpGap) -> None:
-        for what, found, bound in (
+        for what, gap_value, bound in (
             ("mean", gap.mean, self.spec.max_gap_mean),
             ("largest", gap.largest, self.spec.max_gap),
         ):
-            if bound is not None and found > bound:
+            if bound is not None and gap_value > bound:
                 self.parallel.discard(self.optimizer)
                 raise LogpGapError(
                     f"rollout engine and learner disagree at policy version {self.version}: {what} gap of "
-                    f"the log-probs {found:.4g} over {gap.tokens} fresh tokens, allowed {bound:.4g}. "
+                    f"the log-probs {gap_value:.4g} over {gap.tokens} fresh tokens, allowed {bound:.4g}. "
                     f"Version {self.version} did not arrive as it was sent, or the two compute differently "
                     "(sync.max_logp_gap and sync.max_logp_gap_mean set the bounds)."
                 )

@@ -197,8 +197,8 @@ class Ranks(Parallel):
     def one_rank_at_a_time(self) -> Iterator[None]:
         here = self._machines[self.rank]
         place = self._machines[: self.rank].count(here)
-        for turn in range(max(self._machines.count(m) for m in self._machines)):
-            if turn == place:
+        for current in range(max(self._machines.count(m) for m in self._machines)):
+            if current == place:
                 yield
             dist.barrier()
 

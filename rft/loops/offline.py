@@ -274,7 +274,7 @@ def attach(groups: Sequence[Group], file: Path) -> list[Group]:
     wanted = sum(sum(_mask(c)) for g in groups for c in g.completions)
     if wanted != len(logps):
         raise ValueError(
-            f"{file} holds {len(logps)} reference log-probs, but the data has {wanted} tokens: "
+            f"{file} contains {len(logps)} reference log-probs, but the data has {wanted} tokens: "
             "delete the file, and they are computed again"
         )
     return [replace(g, completions=tuple(_filled(c, values) for c in g.completions)) for g in groups]

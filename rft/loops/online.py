@@ -21,7 +21,7 @@ in flight (left), and the loop that trains whenever a batch of scored groups is 
          |     -> reward workers (processes)        4 LearnerHandle.step(batch, v): the ranks, Ray actors:
          | group                                         |   advantages, loss, backward, update: version v + 1
          v                                               v
-    _settle: score the slot, or drop the            5 Fleet.push(v + 1) -> WeightChannel: announce, pause,
+    _keep_or_drop: score the slot, or drop the            5 Fleet.push(v + 1) -> WeightChannel: announce, pause,
              group and hand out another prompt           |   send, finish, resume: the engines hold v + 1
                                                      ----|--------------------------------------------------
                                                          v
@@ -321,9 +321,9 @@ class Controller:
         name = f"train-{work.ticket}"
         group, seconds = await self.groups.sample(work.prompt, sampling, name, work.version, progress)
         self._reward_seconds = max(self._reward_seconds, seconds)
-        self._settle(work, group)
+        self._keep_or_drop(work, group)
 
-    def _settle(self, work: Work, group: Group) -> None:
+    def _keep_or_drop(self, work: Work, group: Group) -> None:
         """Put a scored group into its slot, or drop it and hand out another prompt. Raises NoSignal after too
         many dropped groups in a row: sampling on would never end."""
         if work.state is State.dropped:

@@ -43,7 +43,7 @@ def import_module(tracker: TrackerName) -> ModuleType:
             reasons.append(f"{module}: {error}")
     raise TrackerMissing(
         f"tracking.trackers names {tracker!r}, which is not installed ({'; '.join(reasons)}). "
-        f"Install it with `pip install 'rft[{tracker}]'`, or take it out of tracking.trackers."
+        f"Install it with `pip install 'rft[{tracker}]'`, or remove it from tracking.trackers."
     )
 
 
@@ -126,8 +126,8 @@ class MLflow:
             self._id = identity.read_text(encoding="utf-8").strip()
             self._client.update_run(self._id, status="RUNNING")
             return
-        found = self._client.get_experiment_by_name(tracking.project)
-        experiment = found.experiment_id if found else self._client.create_experiment(tracking.project)
+        existing = self._client.get_experiment_by_name(tracking.project)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(tracking.project)
         run = self._client.create_run(experiment, run_name=tracking.run_name or run_dir.name)
         self._id = run.info.run_id
         identity.write_text(self._id, encoding="utf-8")

@@ -169,8 +169,8 @@ async def _load_all(
 
 
 CREDENTIALS = (
-    "base_url holds a user name or password, which logs and config.yaml would show: leave it out of the URL, "
-    "and put the key into the environment variable that `api_key_env` names"
+    "base_url contains a user name or password, which logs and config.yaml would show: leave it out of the "
+    "URL, and put the key into the environment variable that `api_key_env` names"
 )
 
 

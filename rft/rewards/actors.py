@@ -62,7 +62,7 @@ class ActorPool:
         self.pids: list[int] = []
         self._actor: Any = None
         self._making = asyncio.Lock()
-        self._turn = asyncio.Lock()  # one call at a time: waiting for others must not use up the deadline
+        self._one_call = asyncio.Lock()  # one call at a time: waiting for others must not use up the deadline
 
     async def start(self) -> None:
         """Create the actor and wait until it has loaded the reward. Raises RewardError on failure."""
@@ -125,7 +125,7 @@ class ActorPool:
     ) -> list[Score]:
         import ray
 
-        async with self._turn:
+        async with self._one_call:
             if given_up.is_set():
                 return []
             await self.start()

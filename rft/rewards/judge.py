@@ -227,7 +227,7 @@ class Judge(ChatJudge):
     def __post_init__(self) -> None:
         if has_credentials(self.base_url):
             raise ValueError(
-                f"{without_credentials(self.base_url)} holds a user name or password, which logs would "
+                f"{without_credentials(self.base_url)} contains a user name or password, which logs would "
                 "show: put the key into the environment variable that `api_key_env` names"
             )
         identity = self.base_url.rstrip("/") + "/chat/completions"
@@ -271,7 +271,7 @@ def read_verdict(reply: str, scale: float) -> tuple[float, str]:
             if not 0 <= score <= scale:
                 raise JudgeError(f"the judge's score {score} is not between 0 and {scale:g}")
             return float(score), str(data.get("reason", ""))
-    raise JudgeError(f"the judge's reply holds no verdict: {reply[:300]!r}")
+    raise JudgeError(f"the judge's reply contains no verdict: {reply[:300]!r}")
 
 
 # -- a judge on a vLLM server started by the reward ------------------------------------------------------
@@ -342,7 +342,9 @@ class VLLMServer:
             what = f"did not answer within {seconds:g} s (start_timeout_s)"
         output = Path(self.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-20:]
         self.close()
-        raise RewardError(f"the judge's server, vllm serve {model}, {what}. It said:\n" + "\n".join(output))
+        raise RewardError(
+            f"the judge's server, vllm serve {model}, {what}. Its last output:\n" + "\n".join(output)
+        )
 
     def close(self) -> None:
         """Stop the server and all its processes."""

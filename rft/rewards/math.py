@@ -113,7 +113,7 @@ def gold_answer(answer: Any) -> str:
         return str(int(answer)) if answer.is_integer() else repr(answer)
     if not isinstance(answer, str | int | Fraction | Decimal):
         kind = "null" if answer is None else f"a {type(answer).__name__}"
-        raise ValueError(f"the gold answer is {kind}, not a text or a number: {answer!r:.200}")
+        raise ValueError(f"the gold answer is {kind}, neither text nor a number: {answer!r:.200}")
     text = str(answer).strip()
     if "####" in text or "\\boxed" in text or "\\fbox" in text:
         answer_text = extract(text, ("boxed", "hash"))

@@ -12,7 +12,7 @@ import unicodedata
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a table that is written as text."""
+    """Split a table that is written as text into words."""
     return text.split()
 
 

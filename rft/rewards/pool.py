@@ -444,7 +444,7 @@ class Worker:
         try:
             return pickle.loads(data)
         except Exception as error:  # a reward wrote to a descriptor that it does not own
-            raise Died("it wrote other data than messages to its connection") from error
+            raise Died("it wrote something other than messages to its connection") from error
 
     async def receive(self, timeout_s: float, *, per_call: bool) -> Any:
         """Return the next message. Raises Died; raises Hung once a call (or the wait) exceeds `timeout_s`."""

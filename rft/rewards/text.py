@@ -215,13 +215,13 @@ def iou(
     count, so that missing and spurious boxes both cost; threshold: the fraction of matches above it.
     """
     wanted = [boxes] if boxes and isinstance(boxes[0], int | float) else list(boxes)
-    found = [[float(x) for x in m] for m in _BOX.findall(completion.rpartition("</think>")[2])]
-    if not found:
+    predicted = [[float(x) for x in m] for m in _BOX.findall(completion.rpartition("</think>")[2])]
+    if not predicted:
         if not wanted:
             return correct()
         return unparseable(detail="no box [x1, y1, x2, y2] found")
     pairs = sorted(
-        ((box_iou(p, w), i, j) for i, p in enumerate(found) for j, w in enumerate(wanted)), reverse=True
+        ((box_iou(p, w), i, j) for i, p in enumerate(predicted) for j, w in enumerate(wanted)), reverse=True
     )
     used: tuple[set[int], set[int]] = (set(), set())
     total = 0.0
@@ -231,5 +231,5 @@ def iou(
         used[0].add(i)
         used[1].add(j)
         total += value if mode == "mean" else float(value >= threshold)
-    count = max(len(found), len(wanted))
-    return graded(total / count, f"{len(found)} boxes for {len(wanted)}", threshold)
+    count = max(len(predicted), len(wanted))
+    return graded(total / count, f"{len(predicted)} boxes for {len(wanted)}", threshold)

@@ -284,4 +284,6 @@ class VLLMSleepingEngine(VLLMEngine):
         """Wake the KV cache, and resume sampling."""
         awake: Any = await self._control("wake_up", self._engine.wake_up())
         if not awake:
-            raise EngineError("vLLM woke up only in part: its weights or its KV cache are still asleep")
+            raise EngineError(
+                "vLLM did not wake up completely: its weights or its KV cache are still offloaded"
+            )

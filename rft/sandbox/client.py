@@ -188,8 +188,8 @@ class Sandbox:
         if not data:
             self._process.kill()
             assert self._process.stderr is not None
-            said = self._process.stderr.read().decode("utf-8", "replace").strip()[-400:]
-            self._note(f"{backend} does not start: {said or 'no answer within 60 s'}")
+            stderr = self._process.stderr.read().decode("utf-8", "replace").strip()[-400:]
+            self._note(f"{backend} does not start: {stderr or 'no answer within 60 s'}")
             self._end_process()
             return None
         return json.loads(data)
@@ -217,7 +217,7 @@ class Sandbox:
             why = f" ({'; '.join(self.notes)})" if self.notes else ""
             raise SandboxError(
                 f"this machine cannot protect: {', '.join(missing)}{why}. Allow user namespaces (for a "
-                f"container: a seccomp profile that permits unshare), or name what you do without: "
+                f"container: a seccomp profile that permits unshare), or list only the protections you need: "
                 f"require: {sorted(set(self._require) - set(missing))}"
             )
 
@@ -381,7 +381,7 @@ class Sandbox:
         exceeded = ran.exceeded or tested.exceeded
         if exceeded == "stopped":  # the program was stopped because its tests had finished
             exceeded = tested.exceeded
-        found: dict[str, Any] = {
+        test_report: dict[str, Any] = {
             "passed": 0,
             "total": 0,
             "failures": [],
@@ -389,16 +389,16 @@ class Sandbox:
             "invalid": "",
         }
         with contextlib.suppress(ValueError):  # missing, or cut off by a limit
-            found = json.loads(outputs["report"])
-        if found["invalid"]:
-            raise TestsError(found["invalid"])
+            test_report = json.loads(outputs["report"])
+        if test_report["invalid"]:
+            raise TestsError(test_report["invalid"])
         if exceeded:
-            found["problem"] = f"it exceeded its limit: {exceeded}"
+            test_report["problem"] = f"it exceeded its limit: {exceeded}"
         return TestResult(
-            passed=found["passed"],
-            total=found["total"],
-            failures=tuple(found["failures"]),
-            problem=found["problem"],
+            passed=test_report["passed"],
+            total=test_report["total"],
+            failures=tuple(test_report["failures"]),
+            problem=test_report["problem"],
             exceeded=exceeded,
             stderr=ran.stderr,
             wall_s=max(ran.wall_s, tested.wall_s),
@@ -444,7 +444,7 @@ class _Running:
 
     def __init__(self, sandbox: Sandbox, group: Group | None, limits: Limits) -> None:
         self.sandbox, self.group, self.limits = sandbox, group, limits
-        self.said = b""
+        self.ending = b""
         self.exceeded = ""
         self._own = _Descriptors()
         try:
@@ -482,7 +482,7 @@ class _Running:
     def read_status(self) -> bool:
         """Read a part of the exit status; return False once the process and its descendants are gone."""
         part = os.read(self.status, 4096)
-        self.said += part
+        self.ending += part
         return bool(part)
 
     def finish(self) -> None:
@@ -492,10 +492,10 @@ class _Running:
         """Return the result after the end. Raises SandboxError if the sandbox failed."""
         try:
             ended: dict[str, Any] = json.loads(
-                self.said or '{"failed": "the process could not be started, or the sandbox was killed"}'
+                self.ending or '{"failed": "the process could not be started, or the sandbox was killed"}'
             )
         except ValueError:
-            ended = {"failed": self.said.decode("utf-8", "replace")}
+            ended = {"failed": self.ending.decode("utf-8", "replace")}
         if "failed" in ended:
             raise SandboxError(f"the sandbox failed:\n{ended['failed']}")
         return Result(

@@ -293,7 +293,7 @@ def _by_libseccomp(library: Any, rules: Sequence[Rule]) -> bytes:
             action = error_action | rule.error
             failed = library.seccomp_rule_add_array(context, action, number, len(rule.when), comparisons)
             if failed:
-                raise OSError(-failed, f"libseccomp refuses the rule for {rule.call}: {os.strerror(-failed)}")
+                raise OSError(-failed, f"libseccomp rejects the rule for {rule.call}: {os.strerror(-failed)}")
         fd = os.memfd_create("seccomp")
         try:
             failed = library.seccomp_export_bpf(context, fd)

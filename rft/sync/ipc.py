@@ -102,7 +102,7 @@ class ColocatedChannel(WeightChannel):
         self.measured = {}
         return replace(report, seconds=time.perf_counter() - start, measured=measured)
 
-    async def _measure(self, turn: str, begin: float) -> None:
+    async def _measure(self, phase: str, begin: float) -> None:
         """Record the bytes in use on the device after a switch that began at `begin`."""
         self.measured["time/switch"] = self.measured.get("time/switch", 0.0) + time.perf_counter() - begin
-        self.measured[f"memory/device/{turn}"] = await self.learner.device_memory()
+        self.measured[f"memory/device/{phase}"] = await self.learner.device_memory()

@@ -181,8 +181,8 @@ def solve(chain: Chain, results: list[int], style: Style) -> str:
     if style == "chain":
         return "".join(f"={b}" for b in results) + f"\n#### {final}"
     if style == "prose":
-        said = "".join(f"{a} {SPOKEN[op]} {x} is {b}. " for a, op, x, b in steps)
-        return f"{said}The answer is \\boxed{{{final}}}"
+        sentences = "".join(f"{a} {SPOKEN[op]} {x} is {b}. " for a, op, x, b in steps)
+        return f"{sentences}The answer is \\boxed{{{final}}}"
     if style == "code":
         body = "".join(f"x{op}={x} # {b}\n" for _, op, x, b in steps)
         return f"x={chain.start}\n{body}#### {final}"

@@ -28,7 +28,7 @@ def _dataset(task: str, options: str, seed: int) -> Any:
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=2**31 - 1, **json.loads(options))
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"reasoning-gym refuses the options {options} of task {task!r}: {error}") from error
+        raise ValueError(f"reasoning-gym rejects the options {options} of task {task!r}: {error}") from error
 
 
 class ReasoningGym:

@@ -107,7 +107,7 @@ def _draft(path: str | None, reward: str | None, algorithm: str | None) -> Draft
         _choose_reward(draft, _renamed(rows, draft.data.get("columns", {})), reward)
     elif reward is not None:
         raise ConfigError(
-            [f"--reward: {draft.algorithm} trains on the rows alone; leave it out, or give --algorithm grpo"]
+            [f"--reward: {draft.algorithm} trains on the rows only; leave it out, or give --algorithm grpo"]
         )
     _hold_out(draft, source)
     return draft
@@ -150,9 +150,9 @@ def _map_columns(draft: Draft, columns: Sequence[str], needed: Sequence[str]) ->
     """Map the columns that have other names in the data."""
     mapping = {}
     for name in needed:
-        found = next((alias for alias in ALIASES[name] if alias in columns), None)
-        if found is not None and found != name:
-            mapping[name] = found
+        theirs = next((alias for alias in ALIASES[name] if alias in columns), None)
+        if theirs is not None and theirs != name:
+            mapping[name] = theirs
     if mapping:
         draft.data["columns"] = mapping
         draft.assumed += [f"column {theirs} is the {name}" for name, theirs in mapping.items()]

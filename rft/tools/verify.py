@@ -81,7 +81,7 @@ def verify_resume(
         raise ConfigError([f"--kill-at {kill_at}: write a step between 1 and --steps {steps}, exclusive"])
     for name in ("whole", "resumed"):
         if (out / name).exists():
-            raise ConfigError([f"--out {out}: it holds an earlier test; choose an empty folder"])
+            raise ConfigError([f"--out {out}: it contains an earlier test; choose an empty folder"])
     every = load_config(config_file, overrides).checkpoint.every
     ours = [
         f"output_dir={out}",

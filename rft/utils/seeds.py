@@ -47,8 +47,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices != len(state["cuda"]):
         raise CheckpointError(
-            f"the random states are those of {len(state['cuda'])} CUDA devices, this process sees {devices}: "
-            "resume on the same number of devices"
+            f"the random states are those of {len(state['cuda'])} CUDA devices, but this process sees "
+            f"{devices}: resume on the same number of devices"
         )
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -58,8 +58,8 @@ LINE = json.dumps(ROW).encode() + b"\n"
     [
         ("a.jsonl", LINE + b'{"prompt": "caf\xe9"}\n', "line 2 is not UTF-8 text (byte 0xe9)"),
         ("a.json", b"[" + LINE + b',\n{"prompt": "caf\xe9"}]', "line 3 is not UTF-8 text (byte 0xe9)"),
-        ("a.jsonl", LINE + b'{"prompt": "\\ud83d"}\n', r"row 2: holds half of a surrogate pair (\ud83d)"),
-        ("a.json", b'[{"prompt": ["\\udc00"]}]', r"row 1: holds half of a surrogate pair (\udc00)"),
+        ("a.jsonl", LINE + b'{"prompt": "\\ud83d"}\n', r"row 2: contains half of a surrogate pair (\ud83d)"),
+        ("a.json", b'[{"prompt": ["\\udc00"]}]', r"row 1: contains half of a surrogate pair (\udc00)"),
         ("a.jsonl", LINE + b'{"prompt": \n', "malformed JSON in line 2"),
         ("a.jsonl", b"[1]\n[2]\n", "malformed JSON in line 2: Extra data"),
         ("a.jsonl", LINE + b"[" * 100_000, "malformed JSON in line 2"),

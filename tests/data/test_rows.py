@@ -82,7 +82,7 @@ def test_one_column_may_serve_twice(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_answered_with_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path, ROWS)
-    with pytest.raises(DataError, match=r"trane\.jsonl: no such file or folder; .* holds train\.jsonl"):
+    with pytest.raises(DataError, match=r"trane\.jsonl: no such file or folder; .* contains train\.jsonl"):
         load_rows(config(tmp_path / "trane.jsonl"))
 
 

@@ -45,5 +45,5 @@ def test_a_local_judge_gives_verdicts_and_leaves_no_process(
 @pytest.mark.timeout(200)
 def test_a_server_that_does_not_come_up_tells_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RewardError, match=r"vllm serve .* ended with exit code 1\. It said:"):
+    with pytest.raises(RewardError, match=r"vllm serve .* ended with exit code 1\. Its last output:"):
         load_reward("local_judge", model=os.fspath(tmp_path))

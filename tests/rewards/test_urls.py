@@ -17,7 +17,7 @@ def test_a_judge_with_a_password_in_its_url_is_refused_without_showing_it() -> N
         functions=[RewardConfig(function="judge", options={"base_url": SECRET, "model": "m"})]
     )
     (problem,) = check_reward(config, columns=["prompt"])
-    assert "base_url holds a user name or password" in problem and "api_key_env" in problem
+    assert "base_url contains a user name or password" in problem and "api_key_env" in problem
     assert "hunter2" not in problem
     with pytest.raises(ValueError, match=r"\*\*\*@judge.example") as caught:
         load_reward("judge", base_url=SECRET, model="m")

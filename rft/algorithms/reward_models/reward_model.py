@@ -95,7 +95,8 @@ class RewardRegression(ScoreHead):
         predicted, target = response_scores(policy, batch), column(batch, "targets")
         if target.shape != predicted.shape:
             raise ValueError(
-                f"the data have {target.shape[-1]} targets, the model {predicted.shape[-1]} heads"
+                f"each row has {target.shape[-1]} targets, but the model has {predicted.shape[-1]} heads; "
+                f"write heads: {target.shape[-1]}"
             )
         known = ~target.isnan()
         target = target.nan_to_num(0.0).to(predicted.dtype)

@@ -231,9 +231,11 @@ class PairwiseModel:
             texts = [self.classifier.render(p, c) for p, c in zip(ruled, completions, strict=True)]
             values = self.classifier.scores(texts, self.label)
             return [_sigmoid(values[i] - values[j]) for i, j in pairs]
-        said = [text_of(completion) for completion in completions]
-        unlike = [(i, j) for i, j in pairs if said[i] != said[j]]  # equal texts are a tie: no model call
-        texts = [self._text(text_of(ruled[i]), said[i], said[j]) for i, j in unlike]
+        contents = [text_of(completion) for completion in completions]
+        unlike = [
+            (i, j) for i, j in pairs if contents[i] != contents[j]
+        ]  # equal texts are a tie: no model call
+        texts = [self._text(text_of(ruled[i]), contents[i], contents[j]) for i, j in unlike]
         logits = dict(zip(unlike, self.classifier.scores(texts, self.label), strict=True))
         return [
             (_sigmoid(logits[i, j]) + 1 - _sigmoid(logits[j, i])) / 2 if (i, j) in logits else 0.5

@@ -87,7 +87,7 @@ def apply_delta(known: dict[str, Tensor], delta: Delta) -> None:
     does not fit."""
     unknown = sorted(set(delta.counts) - set(known))
     if unknown:
-        raise TransferError(f"a sparse update names tensors that no full update brought: {unknown[:3]}")
+        raise TransferError(f"a sparse update names tensors that no full update contained: {unknown[:3]}")
     sparse = sum(n for n in delta.counts.values() if n != WHOLE)
     whole = sum(known[name].numel() for name, n in delta.counts.items() if n == WHOLE)
     if (sparse, sparse + whole) != (delta.indices.numel(), delta.values.numel()):
@@ -125,8 +125,8 @@ class SparseReceiver:
         else:
             if update["base"] != self.state:
                 raise TransferError(
-                    f"a sparse update for state {update['base'][:8]} met an engine in state "
-                    f"{self.state[:8] or 'none'}: it needs a full one first"
+                    f"a sparse update for state {update['base'][:8]} reached an engine in state "
+                    f"{self.state[:8] or 'none'}: the engine needs a full update first"
                 )
             payload = {name: tensor.clone() for name, tensor in arriving}
             _verify(self.state, payload.values(), update)

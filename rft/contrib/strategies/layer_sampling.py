@@ -44,7 +44,7 @@ class LayerSampling(Strategy, abc.ABC):
         self.made: torch.optim.Optimizer | None = None
 
     @abc.abstractmethod
-    def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
+    def frozen(self, model: nn.Module, rng: random.Random) -> Iterator[nn.Parameter]:
         """Yield the parameters that are not trained until the next draw."""
 
     def attach(self, model: Any) -> None:
@@ -88,14 +88,14 @@ class Lisa(LayerSampling):
         super().__init__(spec)
         self.layers, self.every = config.layers, config.every
 
-    def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
+    def frozen(self, model: nn.Module, rng: random.Random) -> Iterator[nn.Parameter]:
         layers = layers_of(model)
         if self.layers >= len(layers):
             raise ModelError(
                 f"learner.strategy.layers: the model has only {len(layers)} layers, so {self.layers} at a "
                 "time selects all of them; lower it, or remove the strategy"
             )
-        chosen = dice.sample(range(len(layers)), self.layers)
+        chosen = rng.sample(range(len(layers)), self.layers)
         for index, layer in enumerate(layers):
             if index not in chosen:
                 yield from layer.parameters()
@@ -111,7 +111,7 @@ class Hft(LayerSampling):
         super().__init__(spec)
         self.every = config.every
 
-    def frozen(self, model: nn.Module, dice: random.Random) -> Iterator[nn.Parameter]:
+    def frozen(self, model: nn.Module, rng: random.Random) -> Iterator[nn.Parameter]:
         spare = 0  # an odd group assigns its extra matrix to either half in turn
         for layer in layers_of(model):
             matrices = [(n, p) for n, p in layer.named_parameters() if p.ndim >= 2]
@@ -121,4 +121,4 @@ class Hft(LayerSampling):
                 half, odd = divmod(len(group), 2)
                 if odd:
                     half, spare = half + spare, 1 - spare
-                yield from dice.sample(group, half)
+                yield from rng.sample(group, half)

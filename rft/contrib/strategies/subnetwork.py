@@ -74,7 +74,7 @@ class Subnetwork(Strategy):
         mask = find_mask(before, dict(tuned.named_parameters()), strategy.tolerance)
         if not mask:
             raise ModelError(
-                f"learner.strategy: {strategy.tuned!r} nowhere differs from the model by more than "
+                f"learner.strategy: no weight of {strategy.tuned!r} differs from the model by more than "
                 f"{strategy.tolerance}, so the mask is empty; lower learner.strategy.tolerance, or name "
                 "another model"
             )
