@@ -90,6 +90,8 @@ def run(
             return DONE
         with run_dir.with_files(files or {}, keep=True):
             plan = make_plan(config)
+        for text in plan.memory().warnings():
+            say(f"rft: warning: {text}")
         if stops.asked():
             raise RunStopped(None)
         return train(plan, folder, stops, observers)

@@ -75,7 +75,7 @@ def merge(raw: dict[str, Any], key: str, value: Any) -> None:
     """Set a key of a plain config, in place; a section is merged key by key with the one that is there."""
     if key == "rewards":
         raw[key], value = list_as_functions(raw.get(key)), list_as_functions(value)
-    raw[key] = _laid_over(raw, {key: value})[key]
+    raw[key] = _merged_over(raw, {key: value})[key]
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:

@@ -21,7 +21,7 @@ in flight (left), and the loop that trains whenever a batch of scored groups is 
          |     -> reward workers (processes)        4 LearnerHandle.step(batch, v): the ranks, Ray actors:
          | group                                         |   advantages, loss, backward, update: version v + 1
          v                                               v
-    _keep_or_drop: score the slot, or drop the            5 Fleet.push(v + 1) -> WeightChannel: announce, pause,
+    _keep_or_drop: fill the slot, or drop the        5 Fleet.push(v + 1) -> WeightChannel: announce, pause,
              group and hand out another prompt           |   send, finish, resume: the engines hold v + 1
                                                      ----|--------------------------------------------------
                                                          v

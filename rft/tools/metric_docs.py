@@ -15,7 +15,7 @@ def markdown() -> str:
         "## `metrics.jsonl`",
         "",
         "One JSON object per step. A key is present if its part of the run took place: `eval/*` only on",
-        "steps that evaluate. `null` stands for NaN or an infinity, and an event `metric/non_finite` says which.",
+        "steps that evaluate. `null` stands for NaN or an infinity; an event `metric/non_finite` says which.",
         "A `*` stands for any text. Shares lie between 0 and 1.",
         "",
         "| name | meaning | unit |",
