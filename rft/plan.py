@@ -73,7 +73,7 @@ class BasePlan:
     eval_prompts: PromptSet | None  # held-out prompts for sampling; None: the run samples none
     adapter_parameters: int | None  # of learner.adapter, if they can be counted without weights
     dtype_choice: str  # what `dtype: auto` resolved to, and why; "" if the config has none
-    step: StepSize
+    step_size: StepSize
 
     def __repr__(self) -> str:
         return "\n".join(load_dotted("rft.report.plan_text.plan_lines")(self))
@@ -96,7 +96,7 @@ class BasePlan:
             chosen,
             self.shape,
             self.engine_spec() if c.algorithm.online or c.eval.generate else None,
-            self.step,
+            self.step_size,
             device=self.device,
             reference=c.algorithm.needs_reference and separate,
             adapter=self.adapter_parameters or 0,
@@ -313,7 +313,7 @@ def make_plan(
             eval_prompts=held_out,
             adapter_parameters=None if adapter is None else count_adapter_parameters(network, adapter),
             dtype_choice=dtype_choice,
-            step=step,
+            step_size=step,
         )
         if train is not None:
             return OnlinePlan(**vars(plan), train_prompts=train)

@@ -100,8 +100,12 @@ def dies_sending(pipe: Connection, transport: str, port: int, broadcasts: int) -
         broadcast(tensor, src)
 
     group.broadcast = broadcast_or_die
-    pipe.send(publisher.announce(1, manifest_of(weights.items()), weights.items() if publisher.early else ()))
-    publisher.send(() if publisher.early else weights.items())
+    pipe.send(
+        publisher.announce(
+            1, manifest_of(weights.items()), weights.items() if publisher.reads_at_announce else ()
+        )
+    )
+    publisher.send(() if publisher.reads_at_announce else weights.items())
 
 
 @pytest.mark.parametrize("loads", [0, 3])
@@ -114,14 +118,16 @@ def test_a_receiver_killed_half_way_fails_the_push_in_time(
     publisher = Publisher(channel(transport, None))
     publisher.open(Link(HOST, port, 0, 2, 30))
     publisher.sender.group.timeout_s = DEADLINE_S  # type: ignore[union-attr]
-    update = publisher.announce(1, manifest_of(weights.items()), weights.items() if publisher.early else ())
+    update = publisher.announce(
+        1, manifest_of(weights.items()), weights.items() if publisher.reads_at_announce else ()
+    )
     if loads:
         pipe.send(json.loads(json.dumps(update)))
     else:
         other.join(30)
     begin = time.monotonic()
     with pytest.raises(TransferError, match="did not join a weight sync within 2 s"):
-        publisher.send(() if publisher.early else weights.items())
+        publisher.send(() if publisher.reads_at_announce else weights.items())
     assert DEADLINE_S - 0.1 < time.monotonic() - begin < DEADLINE_S + 8
     other.join(10)
     assert other.exitcode == 9
@@ -181,10 +187,10 @@ def test_every_worker_has_a_rank_of_its_own(transport: str) -> None:
     )
     assert sorted(communicator.rank for communicator in GlooForNccl.live.values()) == [0, 1, 2, 3]
     for version in (1, 2):
-        early = weights.items() if publisher.early else ()
+        early = weights.items() if publisher.reads_at_announce else ()
         update = publisher.announce(version, manifest_of(weights.items()), early)
         together(
-            lambda: publisher.send(() if publisher.early else weights.items()),
+            lambda: publisher.send(() if publisher.reads_at_announce else weights.items()),
             *(lambda end=end, update=update: list(end.receive(update)) for end in (pair, single)),
         )
         for model in (*pair.models, *single.models):

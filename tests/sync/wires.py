@@ -81,7 +81,9 @@ class Wire:
     def announce(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         self.version += 1
         update = self.publisher.announce(
-            self.version, manifest_of(weights.items()), weights.items() if self.publisher.early else ()
+            self.version,
+            manifest_of(weights.items()),
+            weights.items() if self.publisher.reads_at_announce else (),
         )
         self.update = json.loads(json.dumps(update))  # it is plain data
         return self.update
@@ -93,7 +95,7 @@ class Wire:
             return {name: tensor.clone() for name, tensor in receiver.receive(update)}
 
         sent, *received = together(
-            lambda: self.publisher.send(() if self.publisher.early else weights.items()),
+            lambda: self.publisher.send(() if self.publisher.reads_at_announce else weights.items()),
             *(lambda r=r: take(r) for r in self.receivers),
         )
         return received, sent
