@@ -30,7 +30,8 @@ def register(command: AddCommand) -> None:
     add("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
     add("--out", type=path_argument, help="folder for the two runs (default: a temporary one)")
     add = command(init, "init", "write a commented config for a model, a dataset and a reward")
-    add("config", nargs="?", default="run.yaml", type=path_argument, help="file to write (default: run.yaml)")
+    text = "file to write (default: run.yaml)"
+    add("out", nargs="?", default="run.yaml", metavar="CONFIG", type=path_argument, help=text)
     add("--model", default="tiny", type=path_argument, help="model folder or hub name (default: tiny)")
     add("--data", type=path_argument, help="file, folder or hub dataset (default: generated arithmetic)")
     add("--reward", help="built-in, or file.py:function (default: by the answers in the data)")
@@ -75,7 +76,7 @@ def verify_resume(args: argparse.Namespace) -> int:
 def init(args: argparse.Namespace) -> int:
     from rft.tools.init import init
 
-    written = init(Path(args.config), args.model, args.data, args.reward, args.algorithm, note)
+    written = init(Path(args.out), args.model, args.data, args.reward, args.algorithm, note)
     note(f"wrote {written}; next: rft check {written}")
     return 0
 
