@@ -73,14 +73,14 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         why, near = str(error).splitlines()[0], closest_match(path, ("tiny", *PACKAGED))
-        hint = f"; did you mean the built-in model {near!r}?" if near else "."
+        hint = f" (did you mean the built-in model {near!r}?)" if near else ""
         if _UNREACHABLE.search(str(error)):
             raise ModelError(
                 f"{path!r} is neither a local folder nor in the local Hugging Face cache, and the hub cannot "
-                f"be reached{hint} Run `hf download {path}` where there is a network, with the same HF_HOME, "
+                f"be reached{hint}. Run `hf download {path}` where there is a network, with the same HF_HOME, "
                 "or give a folder"
             ) from error
-        raise ModelError(f"{path!r} is neither a model folder nor a hub model{hint} ({why})") from error
+        raise ModelError(f"{path!r} is neither a model folder nor a hub model{hint}: {why}") from error
     network.tie_weights()
     return network
 

@@ -167,9 +167,19 @@ def _renamed(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> l
     ]
 
 
+def _has_evaluation_split(source: DataConfig) -> bool:
+    if source.resolved_kind != "hub":
+        return has_held_out(source)
+    try:
+        load_rows(source, "test")
+    except DataError:
+        return False
+    return True
+
+
 def _hold_out(draft: Draft, source: DataConfig) -> None:
     """Set rows aside for evaluation where the data has no evaluation split."""
-    if has_held_out(source):
+    if _has_evaluation_split(source):
         return
     total = len(load_rows(source))
     held = min(HELD_OUT, total // 10)
@@ -293,7 +303,7 @@ def _text(name: str, model: str, draft: Draft) -> str:
         ]
     else:
         lines += ["train:", "  steps: 100", f"  batch_size: {batch}            # rows a step"]
-    has_test = draft.data.get("holdout") or "path" not in draft.data or has_held_out(config.data)
+    has_test = "holdout" in draft.data or "path" not in draft.data or _has_evaluation_split(config.data)
     every = "20                 # steps" if has_test else "0                  # no rows are held out"
     lines += [
         "",

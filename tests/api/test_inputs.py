@@ -84,22 +84,22 @@ def test_replace_changes_values_by_key_and_keeps_passed_functions() -> None:
     changed = config.replace({"train.steps": 60, "rewards.0.weight": 2})
     assert changed.train.steps == 60 and changed.rewards.functions[0].weight == 2
     assert changed.rewards.functions[0].payload == config.rewards.functions[0].payload is not None
-    assert "unknown key; did you mean 'steps'?" in message(lambda: config.replace({"train.stepz": 1}))
+    assert "unknown key (did you mean 'steps'?)" in message(lambda: config.replace({"train.stepz": 1}))
 
 
 @pytest.mark.parametrize(
     ("action", "said"),
     [
         (lambda: rft.Config(), "algorithm: required"),
-        (lambda: rft.Config(algorithm="grpo", learnr={}), "learnr: unknown key; did you mean 'learner'?"),
-        (lambda: made(sections={"learnr": {}}), "learnr: unknown argument; did you mean 'learner'?"),
-        (lambda: made(sections={"stepz": 3}), "stepz: unknown argument; did you mean 'steps'?"),
+        (lambda: rft.Config(algorithm="grpo", learnr={}), "learnr: unknown key (did you mean 'learner'?)"),
+        (lambda: made(sections={"learnr": {}}), "learnr: unknown argument (did you mean 'learner'?)"),
+        (lambda: made(sections={"stepz": 3}), "stepz: unknown argument (did you mean 'steps'?)"),
         (lambda: made(sections={"learner": {"learning_rat": 1}}), "did you mean 'learning_rate'?"),
         (lambda: made(sections={"steps": 1, "train": {"steps": 2}}), "train.steps is given twice"),
         (lambda: made(sections={"steps": 1, "train.steps": 2}), "train.steps is given twice"),
         (lambda: made(3), "config: expected a Config, a dict or the path of a YAML file, got an int"),
         (lambda: made("nowhere.yaml"), "config nowhere.yaml: No such file"),
-        (lambda: made(algorithm="grop"), "unknown algorithm 'grop'; did you mean"),
+        (lambda: made(algorithm="grop"), "unknown algorithm 'grop' (did you mean"),
         (lambda: made(environment={"kind": "tols"}), "environment.kind: input should be 'tools'"),
     ],
 )
