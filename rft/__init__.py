@@ -35,7 +35,7 @@ __all__ = [
     "train",
 ]
 
-# Imported on first use: `import rft` stays quick, and processes of a run load only what they need.
+# Imported on first use: `import rft` stays quick, and a run's processes load only the modules they need.
 _HOMES = {
     "Callback": "rft.api.runs",
     "CallbackError": "rft.errors",

@@ -53,7 +53,7 @@ class TransferError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is not fit to be read. The text says why and what to do."""
+    """A checkpoint could not be written, or cannot be used. The text gives the reason and the remedy."""
 
 
 class NoSignal(RuntimeError):

@@ -1,4 +1,4 @@
-"""The run folder: who owns it, and what a resumed run may change.
+"""The run folder: its owner, and the settings that a resumed run may change.
 
 runs/NAME/config.yaml      the resolved config
          metrics.jsonl, samples.jsonl, events.jsonl, tensorboard/

@@ -218,7 +218,7 @@ class Ending:
             return
         saved = self._newest("") or self._newest("warm start")
         step = max(self.log.last_step, 0)
-        print_stop(f"stopped at once ({reason}): what was in progress is lost, {_standing(saved)}")
+        print_stop(f"stopped at once ({reason}): the step in progress is lost, {_standing(saved)}")
         self.log.event("run/stopped", step=step, signal=reason, saved=saved)
         self.log.close("stopped")
         files.remove(self.weights)

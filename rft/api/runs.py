@@ -40,7 +40,7 @@ class Run:
         except NoRun as error:
             raise ConfigError([str(error)]) from None
 
-    # -- what it holds -----------------------------------------------------------------------------
+    # -- files of the run folder -------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ class Run:
         load_dotted("rft.tools.export.export_run")(self.path, Path(out))
         return Path(out)
 
-    # -- what it does ------------------------------------------------------------------------------
+    # -- actions -----------------------------------------------------------------------------------
 
     def stop(self, reason: str = "run.stop()") -> None:
         """Ask the run to finish its step, save a checkpoint and end. In a callback, or from another thread.

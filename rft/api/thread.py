@@ -1,4 +1,4 @@
-"""Run a training loop on a thread of its own, so that a notebook, a thread and a script can call it."""
+"""Run a training loop on a separate thread, so that a notebook, a thread and a script can call it."""
 
 from __future__ import annotations
 

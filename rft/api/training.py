@@ -127,7 +127,7 @@ def evaluate(
         config: settings of the evaluation (`eval`, `rollout`), as for `train`.
         sections: as for `train`; `eval={"samples": 8}` samples 8 completions of each prompt.
 
-    Raises ConfigError, RunStopped and what the engines or rewards raise.
+    Raises ConfigError, RunStopped and the errors of engines and rewards.
     """
     least = {"algorithm": "grpo", "train": {"batch_size": 1}}  # a config needs them; an evaluation does not
     given: dict[str, Any] = {**sections, "train": {"batch_size": 1, "minibatches": 1}}

@@ -72,7 +72,7 @@ def _merged_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str
 
 
 def merge(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of a plain config, in place; a section is merged key by key with the one that is there."""
+    """Set a key of a plain config, in place; a section is merged key by key with the existing one."""
     if key == "rewards":
         raw[key], value = list_as_functions(raw.get(key)), list_as_functions(value)
     raw[key] = _merged_over(raw, {key: value})[key]

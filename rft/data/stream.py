@@ -114,7 +114,7 @@ class TableReader(Reader):
 
 
 class HubReader(Reader):
-    """Rows of a `datasets.IterableDataset`, with its own state. Raises DataError if a read fails."""
+    """Rows of a `datasets.IterableDataset`, with its state. Raises DataError if a read fails."""
 
     def __init__(self, dataset: Any, source: str) -> None:
         self.dataset, self.source = dataset, source

@@ -107,7 +107,7 @@ class Python:
         """Run Python code. Variables, functions and files are kept between calls.
 
         Args:
-            code: the source; the output is what it prints, and the value of a last expression
+            code: the source; the output is its printed text, and the value of a last expression
         """
         if self._sandbox is None:
             self._sandbox = Sandbox(*self._of)

@@ -76,7 +76,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, dict | list | tuple):
         try:
             return json.dumps(value, ensure_ascii=False, default=str)
-        except (TypeError, ValueError):  # keys that are no strings, circular references
+        except (TypeError, ValueError):  # keys that are not strings, circular references
             return str(value)
     return str(value)
 

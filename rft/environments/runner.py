@@ -247,7 +247,7 @@ class Remote:
         await self.runner.give_back(worker, clean=clean)
 
     async def _exchange(self, operation: str, arguments: tuple[Any, ...], deadline: str) -> Any:
-        """Send an operation, answer what it asks of the session, and return its result."""
+        """Send an operation, answer its requests to the session, and return its result."""
         worker = self._worker
         assert worker is not None
         worker.busy, self.operation = True, operation

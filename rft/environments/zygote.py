@@ -1,4 +1,4 @@
-"""The process that loads an environment once and forks a worker for each session; it runs no session itself.
+"""The process that loads an environment once and forks a worker for each session.
 
 It never shares a thread with the environment: if loading starts threads, its parent starts it again without
 loading, and each worker loads for itself. Orphans of a worker stay below it, and are killed with it. Commands
@@ -64,7 +64,7 @@ class Spec:
 
 
 class Zygote:
-    """Fork workers on request, report their ends, and end what they leave behind."""
+    """Fork workers on request, report their ends, and end the processes that they leave behind."""
 
     def __init__(self, spec: Spec, host: Any, control: socket.socket) -> None:
         self.spec, self.host, self.control = spec, host, control

@@ -42,7 +42,7 @@ async def evaluate(
 ) -> tuple[dict[str, float], list[Judged]]:
     """Measure accuracy over `eval.samples` samples per prompt, pass@k, and greedy accuracy.
 
-    The seeds depend on the run's seed and the prompt alone: two policies are evaluated with the same seeds.
+    The seeds depend only on the run's seed and the prompt: two policies are evaluated with the same seeds.
     label: distinguishes the requests from others in flight. progress: share of the run that is done, for the
     rewards. Returns the metrics (`eval/...`) and the judged samples.
     """

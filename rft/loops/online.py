@@ -1,7 +1,7 @@
 """The online loop: rollout -> reward -> train -> weight sync -> log -> save.
 
 The controller owns the order and nothing else. It is one asyncio loop without threads: a task per prompt
-in flight (left), and the loop that trains whenever a batch of scored groups is there (right). `staleness`
+in flight (left), and the loop that trains whenever a batch of scored groups is ready (right). `staleness`
 0 is synchronous, more is asynchronous: one code path. The policy version is the number of finished steps.
 
     PromptSampler (data)                            Controller.run: _one_step, once per policy version

@@ -27,7 +27,7 @@ METRICS_FILE, SAMPLES_FILE, EVENTS_FILE = "metrics.jsonl", "samples.jsonl", "eve
 
 
 class Observer(Protocol):
-    """Follows a run through its log. What it raises ends the run."""
+    """Follows a run through its log. An exception that it raises ends the run."""
 
     def begin(self) -> None:
         """The run begins: its log is open, nothing else is started."""
@@ -49,7 +49,7 @@ class RunLog:
         resumed_at: None for a new run; k for a run that resumes from a checkpoint of step k; -1 for one
             that was interrupted before its first checkpoint and starts over.
         config: the resolved config as plain values, for trackers that show it.
-        observers: told of what is written, after the trackers.
+        observers: receive each written line, after the trackers.
 
     Raises:
         FileExistsError: `resumed_at` is None and the folder already has metrics.

@@ -1,4 +1,4 @@
-"""Plan the memory of a run: predict what it needs, and choose the micro-batch that fits the device."""
+"""Plan the memory of a run: predict the need, and choose the micro-batch that fits the device."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ class ProductRates:
 
 
 def resolve_dtypes(config: Config, device: Device, parameters: int) -> tuple[Config, str]:
-    """Fill in `dtype: auto` of learner, rollout and warm start; return the config, and what was chosen and
-    why ("" if no section says auto). parameters: size of the model."""
+    """Fill in `dtype: auto` of learner, rollout and warm start; return the config, and the choice with its
+    reason ("" if no section says auto). parameters: size of the model."""
     sections = auto_sections(config)
     if not sections:
         return config, ""

@@ -22,7 +22,7 @@ SHOWN_CHARACTERS = 600  # of a text; the middle of a longer one is left out
 
 @dataclass(frozen=True)
 class GoldVerdict:
-    """What a reward says about the gold answer of a row. completion: the text that it was given."""
+    """A reward's judgement of the gold answer of a row. completion: the text that it was given."""
 
     label: str
     completion: str

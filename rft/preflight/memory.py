@@ -77,8 +77,8 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
         if _UNREACHABLE.search(str(error)):
             raise ModelError(
                 f"{path!r} is neither a local folder nor in the local Hugging Face cache, and the hub cannot "
-                f"be reached{hint}. Run `hf download {path}` where there is a network, with the same HF_HOME, "
-                "or give a folder"
+                f"be reached{hint}. Run `hf download {path}` where there is a network, with the same "
+                "HF_HOME, or give a folder"
             ) from error
         raise ModelError(f"{path!r} is neither a model folder nor a hub model{hint}: {why}") from error
     network.tie_weights()
@@ -86,7 +86,7 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
 
 
 MOMENTS = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04}  # bytes per parameter
-# What a process of learner or engine holds besides tensors on CPU: the interpreter with torch, transformers,
+# Memory of a learner or engine process besides tensors, on CPU: the interpreter with torch, transformers,
 # Ray or vLLM, and their threads.
 PROCESS_BYTES = 1 << 29
 # Bytes of a quantised weight, including its scales (QLoRA): one byte per 64 weights, and second-level scales.
@@ -119,7 +119,7 @@ def learner_bytes(
     - optimizer step: all gradients, and Adam's working copies.
 
     Several ranks shard all that is persistent, and the gradients. Not counted: CPU offload, a critic's
-    activations, mixtures of experts, and what a process holds besides tensors (`PROCESS_BYTES`).
+    activations, mixtures of experts, and the memory of a process besides tensors (`PROCESS_BYTES`).
     """
     width = resolve_dtype(config.dtype, device).itemsize
     full = config.adapter is None

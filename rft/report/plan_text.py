@@ -55,7 +55,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _first_row_lines(plan: Plan) -> list[str]:
-    """Describe the first row: its columns, what the policy reads, and the rewards' verdict on its answer."""
+    """Describe the first row: its columns, the rendered prompt, and the rewards' verdict on its answer."""
     c = plan.config
     out = [f"columns      {describe_columns(first_row(c.data), c.data.columns)}"]
     if isinstance(plan, OnlinePlan):

@@ -52,7 +52,7 @@ class Spec:
 
 
 def spec_of(c: RewardConfig, base_dir: Path) -> Spec:
-    """Return what the workers load for a reward of the config."""
+    """Return the spec that the workers load for a reward of the config."""
     return Spec(c.function, c.options, base_dir, c.call_timeout_s, c.batch_size, c.payload)
 
 

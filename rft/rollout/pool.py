@@ -28,7 +28,7 @@ from rft.utils.actors import ActorDied, call, kill_actor, require_here
 from rft.utils.cores import parse_cores
 from rft.utils.deadlines import Deadline, Overdue
 
-QUEUED = 2  # replicas get up to this many times what they decode at once: the rest waits there
+QUEUED = 2  # replicas get up to this many times the requests that they decode at once: the rest wait there
 CONTROL = "control"
 CONTROL_CALLS = 1000  # concurrent ones; they are short, except for those of a push
 

@@ -53,7 +53,7 @@ def register(command: AddCommand) -> None:
     add("--once", action="store_true", help="show one frame and exit")
     add = command(bench, "bench", "run the benchmarks of this checkout")
     add("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
-    add("--peers", action="store_true", help="also run the peers, in their own environments")
+    add("--peers", action="store_true", help="also run the peers, in separate environments")
     add("--fresh", action="store_true", help="repeat measurements that an interrupted run completed")
     add = command(reward, "reward", "score a file with a reward and show how it judged")
     add("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")

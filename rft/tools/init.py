@@ -1,4 +1,4 @@
-"""Write a commented config for a model, a dataset and a reward, from what the first rows look like."""
+"""Write a commented config for a model, a dataset and a reward, from the first rows."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def init(
     return out
 
 
-# -- what the data is ----------------------------------------------------------------------------------
+# -- the kind of data ----------------------------------------------------------------------------------
 
 
 def _draft(path: str | None, reward: str | None, algorithm: str | None) -> Draft:
@@ -226,7 +226,7 @@ def _extracted(pattern: str | None, answer: Any) -> str:
 
 
 def _guess_reward(answers: Sequence[str]) -> str:
-    """Return the strictest built-in reward that accepts each answer as its own completion."""
+    """Return the strictest built-in reward that accepts each answer as a completion."""
     if answers and all(len(answer) == 1 and answer in "ABCDEFGHIJ" for answer in answers):
         return "choice"
     if answers and _accepts("math", answers):

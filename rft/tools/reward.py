@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
         "Arrow, or a folder of them",
     )
     p.add_argument("options", nargs="*", metavar="key=value", help="options of the reward (values as JSON)")
-    p.add_argument("--explain", action="store_true", help="show what was extracted and why it was judged so")
+    p.add_argument(
+        "--explain", action="store_true", help="show the extracted answer and the reason for the judgement"
+    )
     p.add_argument("--completion", default="completion", metavar="COLUMN", help="column with the completions")
     p.add_argument("--prompt", default="prompt", metavar="COLUMN", help="column with the prompts")
     p.add_argument("--label", default="label", metavar="COLUMN", help="column with the right verdict")

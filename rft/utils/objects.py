@@ -1,7 +1,7 @@
 """Identify Python objects by their content, and send them to other processes.
 
 A function is identified by its source (a lambda by its bytecode) and by the values that it uses: its
-defaults, its closure, and the functions and values of its own module that it names. The same content has the
+defaults, its closure, and the functions and values of its module that it names. The same content has the
 same hash in every process.
 """
 
@@ -78,7 +78,7 @@ def _can_be_pickled(value: Any) -> bool:
     return True
 
 
-# -- what an object uses -------------------------------------------------------------------------------
+# -- values that an object uses----------------------------------------------------------------------------
 
 
 def _parts(target: Any) -> Iterator[tuple[str, Any]]:

@@ -112,7 +112,7 @@ def _signal(pid: int, number: int) -> None:
 def guard() -> None:
     """Main of the guardian: read pids from stdin (`+pid`, `-pid`) and kill their trees when the parent exits.
 
-    It runs no reward code, so it cannot hang, and workers do not survive a parent killed with SIGKILL.
+    It does not run reward code, so it cannot hang, and workers do not survive a parent killed with SIGKILL.
     """
     import select
 

@@ -28,7 +28,7 @@ ALIASES = {"bone": "miss", "dora": "lora"} | dict.fromkeys(LORA, "lora")
 
 # Unsupported methods, with the reason.
 _PROMPT = "adds tokens or states to the prompt, which packed batches and merged weights cannot carry"
-_INPUT = "cannot be merged into the weights that engines sample with: what it adds depends on the input"
+_INPUT = "cannot be merged into the weights that engines sample with: the added part depends on the input"
 REFUSED: dict[str, str] = {
     "prompt_tuning": _PROMPT,
     "multitask_prompt_tuning": _PROMPT,
