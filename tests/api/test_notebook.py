@@ -26,9 +26,8 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
     NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    check, train, table, sample, resumed, measured = map(outputs, cells[2:8])
+    check, train, table, sample, resumed = map(outputs, cells[2:])
     assert "256 prompts from" in check
     assert "stopped" in train and "(reason: learned)" in train and "<svg" in train
     assert "reward/mean" in table and "'completion'" in sample
     assert "resumed at step" in resumed and "'eval/accuracy'" in resumed
-    assert "'eval/problems': 64.0" in measured
