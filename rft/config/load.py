@@ -200,11 +200,12 @@ def _model_at(location: Sequence[str]) -> type[ConfigModel] | None:
         if section is None:
             return None
         if part in section.model_fields:
-            section = _model_of(section.model_fields[part].annotation)
+            section = model_of(section.model_fields[part].annotation)
     return section
 
 
-def _model_of(annotation: Any) -> type[ConfigModel] | None:
+def model_of(annotation: Any) -> type[ConfigModel] | None:
+    """Return the section class in a field's annotation; None if there is none."""
     for kind in (annotation, *(a for arg in get_args(annotation) for a in (arg, *get_args(arg)))):
         if isinstance(kind, type) and issubclass(kind, ConfigModel):
             return kind
@@ -214,7 +215,7 @@ def _model_of(annotation: Any) -> type[ConfigModel] | None:
 def describe_fields(section: type[ConfigModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (key, default, description) of all fields, recursively, in order of definition."""
     for name, info in section.model_fields.items():
-        child = _model_of(info.annotation)
+        child = model_of(info.annotation)
         required = info.is_required()
         default = None if required else info.get_default(call_default_factory=True)
         if child is not None and not isinstance(default, list | tuple):

@@ -12,7 +12,7 @@ from typing import get_type_hints
 import rft
 from rft.algorithms import ALGORITHMS
 from rft.api.inputs import SHORTHANDS, Arguments, Sections
-from rft.config.load import describe_fields
+from rft.config.load import describe_fields, model_of
 from rft.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +91,11 @@ def test_every_section_of_the_config_is_an_argument() -> None:
     assert sections >= set(SHORTHANDS)
     keys = {key for key, _, _ in describe_fields()}
     assert set(SHORTHANDS.values()) <= keys
+
+
+def test_every_section_has_an_exported_class() -> None:
+    kinds = {model_of(info.annotation) for info in Config.model_fields.values()} - {None}
+    assert len(kinds) >= 14 and all(getattr(rft.config, kind.__name__) is kind for kind in kinds)
 
 
 def test_every_algorithm_is_exported() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import rft
-from rft.config.schema import TrainConfig
 
 
 def reward(completions: list[str], answer: list[str]) -> list[float]:
@@ -26,7 +25,7 @@ def use() -> None:
         rewards=[reward, "format", {"function": reward, "weight": 0.5}],
         algorithm=rft.algorithms.GRPO(epsilon_high=0.28),
         callbacks=[Watch()],
-        train=TrainConfig(batch_size=8),
+        train=rft.config.TrainConfig(batch_size=8),
         steps=60,
         rollout={"dtype": "bfloat16"},
     )
