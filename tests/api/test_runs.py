@@ -68,7 +68,7 @@ class Follower(rft.Callback):
         self.seen.append(("end", run.result is not None))
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(280)
 def test_a_run_with_the_real_engine_is_stopped_and_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,13 +114,17 @@ def test_a_run_with_the_real_engine_is_stopped_and_resumed(
     assert run.model_path is not None and run.checkpoint == moved / "checkpoints" / "step-00000003"
     assert run.report().stat().st_size > 10_000 and "<svg" in run._repr_html_() and "step 3/3" in repr(run)
     assert main(["train", str(moved / "config.yaml"), f"output_dir={moved.parent}"]) == 0  # complete
-    measured = rft.evaluate(run.model_path, ROWS[:6], "math", max_completion_length=8, **_engine(here))
+    measured = rft.evaluate(
+        run.model_path,
+        ROWS[:6],
+        "math",
+        output_dir=str(tmp_path / "evaluation"),
+        max_completion_length=8,
+        eval=SMALL["eval"],
+        rollout=SMALL["rollout"],
+    )
     assert measured["eval/problems"] == 6 and 0 <= measured["eval/accuracy"] <= 1
-    assert not (Path("runs") / "run" / "data").exists()
-
-
-def _engine(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: settings[key] for key in ("rollout", "output_dir", "eval")}
+    assert not (tmp_path / "evaluation" / "run").exists()
 
 
 class Fails(rft.Callback):
