@@ -284,7 +284,7 @@ def make_plan(
             problems += check_adapter(key, learner.adapter, network)
     if reference is not None and shape is not None and config.algorithm.needs_reference:
         problems += check_reference(reference, shape.vocab, trusted)
-    if config.rewards.functions:
+    if starts and config.rewards.functions:
         sets = {"the training data": train, "the held-out data": held_out}
         problems += check_rewards(config.rewards, {name: rows for name, rows in sets.items() if rows})
     if starts:

@@ -16,6 +16,7 @@ import pytest
 import rft
 from rft.api.inputs import Arguments, resolve
 from rft.config.rewards import RewardConfig, RewardsConfig
+from rft.plan import make_plan
 from rft.rewards.runner import RewardRunner
 from rft.utils.objects import NotPicklable, identify, pickled
 
@@ -149,6 +150,20 @@ def test_a_typed_section_keeps_its_function() -> None:
     typed = RewardsConfig(functions=[RewardConfig.model_validate(closure(3))], workers=1)
     for config in (resolve({"rewards": typed}, GRPO), resolve(None, replace(GRPO, rewards=typed))):
         assert config.config.rewards.functions[0].payload is not None and config.config.rewards.workers == 1
+
+
+def test_an_export_does_not_need_the_function(tmp_path: Path) -> None:
+    config = rft.Config(
+        algorithm="grpo",
+        rewards=[closure(3)],
+        data={"kind": "arithmetic", "limit": 64},
+        rollout={"engine": "hf"},
+        output_dir=str(tmp_path),
+    )
+    read = rft.Config(**config.to_dict())
+    assert make_plan(read, starts=False).config == read
+    with pytest.raises(rft.ConfigError, match=r"rewards.functions\[0\] \(short\): it was passed from Python"):
+        make_plan(read)
 
 
 def test_two_functions_of_one_name_need_names_of_their_own() -> None:
