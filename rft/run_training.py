@@ -18,6 +18,8 @@ from ray.exceptions import RayError
 
 from rft import checkpoint, run_dir
 from rft.config.schema import Config
+from rft.data.chat import Renderer
+from rft.environments.runner import EnvironmentRunner
 from rft.errors import CheckpointError, ConfigError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerGroup, LearnerHandle
@@ -30,6 +32,7 @@ from rft.metrics.log import Observer
 from rft.plan import OfflinePlan, OnlinePlan, Plan, make_plan
 from rft.rewards import RewardError
 from rft.rewards.runner import RewardRunner
+from rft.rollout.episodes import make_episodes
 from rft.rollout.fleet import Fleet
 from rft.rollout.hooks import LoopHooks
 from rft.rollout.pool import RolloutPool
@@ -252,7 +255,8 @@ async def _online(
 ) -> dict[str, float]:
     config = plan.config
     pool, hooks = make_pool(plan), LoopHooks()
-    rewards = RewardRunner(config.rewards, Path.cwd(), config.train.steps)
+    rewards = make_rewards(config)
+    environment = make_environment(config)
 
     async def start_policy(name: str) -> tuple[LearnerHandle, Fleet]:
         """Start a further learner with engines, for hooks that train one."""
@@ -270,13 +274,15 @@ async def _online(
         progress.stage(f"starting {config.rollout.replicas} x {plan.engine} and the learner")
         learner = start_learner(plan, plan.learner_spec())
         channel = make_channel(plan, learner, pool)
-        starting = asyncio.gather(start_engines(channel, pool), rewards.start(), learner.describe())
-        _, _, info = await unless_stopped(starting, stop)
+        starting = asyncio.gather(
+            start_engines(channel, pool), rewards.start(), learner.describe(), start_environment(environment)
+        )
+        _, _, info, _ = await unless_stopped(starting, stop)
         progress.note(f"learner: {info.parameters:,} parameters on {info.device}")
         await learner.require_folder(str(folder.path))
         if config.algorithm.hooks:
             hooks = await load_dotted(config.algorithm.hooks)(config, folder.path, start_policy)
-        parts = Parts(learner, pool, channel, rewards, log, progress, hooks)
+        parts = Parts(learner, pool, channel, rewards, log, progress, hooks, environment)
         result = await Controller(plan, parts, folder.checkpoints, stop=stop).run(folder.resume)
         await channel.before_step()
         await unless_stopped(export(learner, folder.path / "model"), stop)
@@ -285,6 +291,8 @@ async def _online(
         return result
     finally:
         await rewards.close()
+        if environment is not None:
+            await environment.close()
         await pool.close()
         await hooks.close()
 
@@ -331,11 +339,11 @@ async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
     Raises ConfigError where there is nothing to evaluate, and RunStopped on a stop signal.
     """
     config = plan.config
-    if plan.eval_prompts is None or not config.rewards.functions:
+    if plan.eval_prompts is None or not (config.rewards.functions or config.environment):
         raise ConfigError(["eval: a config with rewards and eval.every above 0 is needed"])
     with ray_cluster(config.ray.address, config.ray.object_store_gib):
         pool = make_pool(plan)
-        rewards = RewardRunner(config.rewards, Path.cwd())
+        rewards, environment = make_rewards(config), make_environment(config)
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def request(reason: str) -> float:
@@ -344,7 +352,11 @@ async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
 
         signals.handle(request=request)
         try:
-            await unless_stopped(pool.start(), stop)
+            await unless_stopped(asyncio.gather(pool.start(), start_environment(environment)), stop)
+            render = Renderer(config.data, plan.tokenizer)
+            episodes = None
+            if environment is not None:
+                episodes = make_episodes(config, environment, pool.generate, render)
             evaluating = evaluate(
                 pool.generate,
                 rewards,
@@ -352,12 +364,15 @@ async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
                 plan.eval_prompts.prompts,
                 config,
                 label="eval",
+                episodes=episodes,
             )
             metrics, _ = await unless_stopped(evaluating, stop)
             return metrics
         finally:
             signals.handle(request=lambda reason: EVALUATION_END_S)
             await rewards.close()
+            if environment is not None:
+                await environment.close()
             await pool.close()
 
 
@@ -372,6 +387,23 @@ def start_learner(plan: Plan, spec: LearnerSpec, name: str = "the learner") -> L
     else:
         start_timeout_s = Deadline(spec.config.step_timeout_s, "learner.step_timeout_s")
     return LearnerGroup(spec, plan.channel_spec(), start_timeout_s, name)
+
+
+def make_rewards(config: Config) -> RewardRunner:
+    """The reward functions, not started yet; without any, the environment gives the reward."""
+    optional = config.environment is not None
+    return RewardRunner(config.rewards, Path.cwd(), config.train.steps, optional=optional)
+
+
+def make_environment(config: Config) -> EnvironmentRunner | None:
+    """The environment, not started yet."""
+    return None if config.environment is None else EnvironmentRunner(config.environment, Path.cwd())
+
+
+async def start_environment(environment: EnvironmentRunner | None) -> None:
+    """Load the environment, if there is one."""
+    if environment is not None:
+        await environment.start()
 
 
 def make_pool(plan: Plan) -> RolloutPool:

@@ -53,6 +53,7 @@ class Completion:
     `values` are further per-sequence numbers for the algorithm (a margin, a reward vector); nan: unknown.
     A session has `turns`, one for each of its model calls, and `branches` if one call's prompt did not extend
     the call before; `tokens` are those of all branches. No branches: the tokens follow the prompt's last.
+    `messages` is the session's transcript after the prompt, and `text` its final message.
     """
 
     tokens: tuple[int, ...]
@@ -68,6 +69,12 @@ class Completion:
     values: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
     branches: tuple[Branch, ...] = ()
     turns: tuple[Turn, ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def num_sampled(self) -> int:
+        """The number of tokens without those that were only read (`mask` False)."""
+        return len(self.tokens) if self.mask is None else sum(self.mask)
 
 
 @dataclass(frozen=True)

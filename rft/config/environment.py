@@ -51,6 +51,17 @@ class EnvironmentConfig(ConfigModel):
         600.0, gt=0, description="deadline of a session in seconds, with the time of its model calls"
     )
     concurrency: int = Field(64, ge=1, description="maximum concurrent sessions, each in a worker process")
+    max_retries: int = Field(
+        2,
+        ge=0,
+        description="repetitions of a session that a fault ended (not the policy), with growing pauses, "
+        "before its sample leaves the group",
+    )
+    transcript: bool = Field(
+        False,
+        description="give the config's rewards the whole transcript, as a list of messages, instead of the "
+        "final message",
+    )
     tool_parser: ToolParser = Field(
         "auto", description="format of the policy's tool calls; auto: that of the chat template"
     )

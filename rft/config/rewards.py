@@ -62,6 +62,10 @@ class PassedReward(ConfigModel):
     values: dict[str, str] = Field({}, description="values that it uses: defaults, closure, globals")
 
 
+ENVIRONMENT = "environment"
+"""The name of an environment's reward among the scores of a completion."""
+
+
 class RewardConfig(ConfigModel):
     """Reward function and its execution."""
 
@@ -201,6 +205,11 @@ class RewardsConfig(ConfigModel):
         description="policy on a timed-out call: stop, drop or {max_fraction: f}",
     )
     max_timeouts: int = Field(16, description="timeouts dropped before `on_timeout` applies", ge=0)
+
+    @property
+    def primary(self) -> str:
+        """Return the name of the score that decides whether a completion is correct."""
+        return self.functions[0].label if self.functions else ENVIRONMENT
 
     @model_validator(mode="after")
     def _coherent(self) -> RewardsConfig:

@@ -221,6 +221,17 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         e.kind not in ("tools", "class") and bool(e.tools),
         f"{key}.tools: kind {e.kind} takes no tools; remove them, or write kind: tools",
     )
+    plan = a.rollouts(config.train.num_generations, progress=0.0, demonstration=True)
+    cannot = "demonstrations" if any(r.prefix_share for r in plan) else ""
+    cannot = "pairs of completions" if any(r.role for r in plan) else cannot
+    cannot = "a mixture of two models" if any(r.mixture for r in plan) else cannot
+    cannot = "rewards of single steps" if isinstance(a, ValuesSteps) else cannot
+    cannot = "past groups, or a second copy of the model" if a.hooks else cannot
+    yield (
+        bool(cannot),
+        f"{key}: {algorithm_name(a)} trains on {cannot}, which sessions do not support; choose another "
+        "algorithm, or remove environment",
+    )
     budget, per_turn = longest_sequence(config), e.max_tokens_per_turn or sampling.max_completion_length
     whence = "" if e.max_episode_tokens else " (sampling.max_prompt_length + max_completion_length)"
     yield (

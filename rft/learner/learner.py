@@ -361,7 +361,8 @@ class Learner(TrainState):
                 self.parallel.discard(self.optimizer)
                 raise LogpGapError(
                     f"rollout engine and learner disagree at policy version {self.version}: {what} gap of "
-                    f"the log-probs {gap_value:.4g} over {gap.tokens} fresh tokens, allowed {bound:.4g}. "
+                    f"the log-probs {gap_value:.4g} over {gap.tokens} fresh tokens, "
+                    f"allowed {bound:.4g}{gap.where()}. "
                     f"Version {self.version} did not arrive as it was sent, or the two compute differently "
                     "(sync.max_logp_gap and sync.max_logp_gap_mean set the bounds)."
                 )

@@ -130,6 +130,9 @@ class TokenMeans:
         return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
 
 
+TURNS_MEASURED = 8  # turns of sessions whose log-prob gaps are reported separately; the last has later ones
+
+
 @dataclass
 class LogpGap:
     """|learner's log-prob - sampler's log-prob| over tokens that the current version sampled."""
@@ -137,12 +140,20 @@ class LogpGap:
     total: float = 0.0
     largest: float = 0.0
     tokens: int = 0
+    turns: dict[int, LogpGap] = field(default_factory=dict)  # of the turns of sessions, from 1 on
 
     def add(self, logps: Tensor, batch: Batch, version: int) -> None:
         if batch.sampler_logps is None or batch.version is None:
             return
         fresh = batch.mask & (batch.version == version)
         gap = (logps.detach() - batch.sampler_logps)[fresh].abs()
+        self._add(gap)
+        if batch.turn is not None and gap.numel():
+            turn = batch.turn[fresh].clamp(max=TURNS_MEASURED - 1) + 1
+            for number in turn.unique().tolist():
+                self.turns.setdefault(number, LogpGap())._add(gap[turn == number])
+
+    def _add(self, gap: Tensor) -> None:
         if gap.numel():
             self.total += float(gap.sum(dtype=torch.float64))
             # NaN must not hide behind max(): it counts as an infinite gap.
@@ -154,6 +165,10 @@ class LogpGap:
         gaps = [part for part in parts if part is not None]
         self.total, self.tokens = sum(g.total for g in gaps), sum(g.tokens for g in gaps)
         self.largest = max(g.largest for g in gaps)
+        for number in sorted({number for g in gaps for number in g.turns}):
+            merged = LogpGap()
+            merged.merge(g.turns.get(number) for g in gaps)
+            self.turns[number] = merged
 
     @property
     def mean(self) -> float:
@@ -163,7 +178,18 @@ class LogpGap:
     @property
     def metrics(self) -> dict[str, float]:
         """Return the gaps; {} if nothing was compared."""
-        return {"sync/logp_gap": self.largest, "sync/logp_gap_mean": self.mean} if self.tokens else {}
+        metrics = {"sync/logp_gap": self.largest, "sync/logp_gap_mean": self.mean} if self.tokens else {}
+        for number, gap in sorted(self.turns.items()):
+            metrics |= {
+                f"session/logp_gap/{number}": gap.largest,
+                f"session/logp_gap_mean/{number}": gap.mean,
+            }
+        return metrics
+
+    def where(self) -> str:
+        """Name the turn with the largest gap, for a message; "" without turns."""
+        worst = max(self.turns, key=lambda number: self.turns[number].largest, default=None)
+        return "" if worst is None else f", the largest in turn {worst} of a session"
 
 
 Sums = dict[str, tuple[float, float]]  # name -> (sum over units, number of units)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rft.algorithms.base import Rollout
 from rft.batch import Batch, Group, Prompt
 from rft.config.schema import Config
 from rft.learner.objective import Sums, add_sums
@@ -19,6 +20,7 @@ from rft.metrics import RunLog
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, SampleReward
 from rft.rollout.engine import Generate, Request, Sampling
+from rft.rollout.episodes import EpisodeSampler
 from rft.rollout.sample import Judged, completions_of, judge
 from rft.sync.channel import WeightChannel
 from rft.utils.seeds import derive_seed
@@ -26,8 +28,8 @@ from rft.utils.seeds import derive_seed
 
 def is_correct(reward: SampleReward, primary: str) -> bool | None:
     """Whether the primary reward function judged it correct; None where it could not judge."""
-    score = reward.scores[primary]
-    return None if score.value is None else score.outcome == Outcome.correct
+    score = reward.scores.get(primary)
+    return None if score is None or score.value is None else score.outcome == Outcome.correct
 
 
 async def evaluate(
@@ -39,18 +41,25 @@ async def evaluate(
     *,
     label: str,
     progress: float = 0.0,
+    episodes: EpisodeSampler | None = None,
 ) -> tuple[dict[str, float], list[Judged]]:
     """Measure accuracy over `eval.samples` samples per prompt, pass@k, and greedy accuracy.
 
     The seeds depend only on the run's seed and the prompt: two policies are evaluated with the same seeds.
     label: distinguishes the requests from others in flight. progress: share of the run that is done, for the
-    rewards. Returns the metrics (`eval/...`) and the judged samples.
+    rewards. episodes: samples in an environment instead. Returns the metrics (`eval/...`) and the judged
+    samples.
     """
-    settings, primary = config.eval, config.rewards.functions[0].label
+    settings, primary = config.eval, config.rewards.primary
     max_tokens = config.rollout.sampling.max_completion_length
 
     async def one(kind: str, prompt: Prompt, sampling: Sampling) -> Judged:
-        request = Request(f"{label}-{kind}-{prompt.id}", prompt.tokens, sampling)
+        name = f"{label}-{kind}-{prompt.id}"
+        if episodes is not None:
+            plan = [Rollout()] * sampling.n
+            played = await episodes.sample(name, prompt, plan, sampling, training=False)
+            return await episodes.judge(played, rewards, progress, training=False)
+        request = Request(name, prompt.tokens, sampling)
         completions = completions_of(await generate(request), tokenizer)
         return await judge(prompt, completions, rewards, progress, training=False)
 
@@ -65,14 +74,18 @@ async def evaluate(
     by_sample, by_greedy = judged[: len(prompts)], judged[len(prompts) :]
     metrics = _accuracy([[is_correct(r, primary) for r in j.rewards] for j in by_sample])
     if by_greedy:
-        greedy = _accuracy([[is_correct(j.rewards[0], primary)] for j in by_greedy])
+        greedy = _accuracy([[is_correct(r, primary) for r in j.rewards] for j in by_greedy])
         metrics["eval/greedy_accuracy"] = greedy["eval/accuracy"]
     completions = [c for j in by_sample for c in j.completions]
-    metrics["eval/length_mean"] = sum(len(c.tokens) for c in completions) / len(completions)
-    metrics["eval/truncated"] = sum(c.finish == "length" for c in completions) / len(completions)
+    count = max(len(completions), 1)  # none if an environment failed in every episode
+    metrics["eval/length_mean"] = sum(c.num_sampled for c in completions) / count
+    metrics["eval/truncated"] = sum(c.finish == "length" for c in completions) / count
     metrics["eval/problems"] = float(len(prompts))
-    outcomes = Counter(str(r.scores[primary].outcome) for j in by_sample for r in j.rewards)
-    metrics |= {f"eval/outcome/{k}": v / len(completions) for k, v in sorted(outcomes.items())}
+    scores = [r.scores[primary] for j in by_sample for r in j.rewards if primary in r.scores]
+    outcomes = Counter(str(score.outcome) for score in scores)
+    metrics |= {f"eval/outcome/{k}": v / count for k, v in sorted(outcomes.items())}
+    if episodes is not None:
+        metrics |= {f"eval/{name}": value for name, value in episodes.take_metrics(training=False).items()}
     return metrics, by_sample
 
 
@@ -115,6 +128,7 @@ class SampledEvaluation:
     config: Config
     log: RunLog
     channel: WeightChannel | None = None
+    episodes: EpisodeSampler | None = None
 
     async def run(self, step: int) -> dict[str, float]:
         """Evaluate the policy after `step` steps; keep some samples in the log."""
@@ -122,7 +136,9 @@ class SampledEvaluation:
             await self.channel.push(step)
         parts = (self.generate, self.rewards, self.tokenizer, self.prompts, self.config)
         progress = step / self.config.train.steps
-        metrics, judged = await evaluate(*parts, label=f"eval-{step}", progress=progress)
+        metrics, judged = await evaluate(
+            *parts, label=f"eval-{step}", progress=progress, episodes=self.episodes
+        )
         if self.channel is not None:
             await self.channel.proved()
             await self.channel.before_step()

@@ -52,6 +52,7 @@ from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
 from rft.data.chat import Renderer
 from rft.data.sampler import PromptSampler, Sampler
+from rft.environments.runner import EnvironmentRunner
 from rft.errors import NoSignal, RunStopped
 from rft.learner.workers import LearnerHandle
 from rft.loops import step_metrics
@@ -63,6 +64,7 @@ from rft.plan import OnlinePlan
 from rft.rewards.runner import RewardRunner
 from rft.rollout.buffer import SlotBuffer, State, Work
 from rft.rollout.engine import Sampling
+from rft.rollout.episodes import EpisodeGroupSampler, EpisodeSampler, check_batch, make_episodes
 from rft.rollout.fleet import Fleet
 from rft.rollout.hooks import LoopHooks
 from rft.rollout.pool import RolloutPool
@@ -88,6 +90,7 @@ class Parts:
     log: RunLog
     progress: Progress
     hooks: LoopHooks = field(default_factory=LoopHooks)
+    environment: EnvironmentRunner | None = None
 
 
 @dataclass
@@ -116,11 +119,18 @@ class Controller:
         self.fleets = [self.fleet, *parts.hooks.fleets]
         generate = parts.hooks.route(self.fleet.generate)
         render = Renderer(config.data, plan.tokenizer)
-        self.groups = GroupSampler(config.algorithm, generate, parts.rewards, render)
+        sampler = (config.algorithm, generate, parts.rewards, render)
+        self.groups = GroupSampler(*sampler)
+        self.episodes: EpisodeSampler | None = None
+        if parts.environment is not None:
+            self.episodes = make_episodes(config, parts.environment, generate, render, parts.log)
+            self.groups = EpisodeGroupSampler(*sampler, self.episodes)
         self.evaluation: SampledEvaluation | None = None
         if plan.eval_prompts is not None:
             held_out = (plan.tokenizer, plan.eval_prompts.prompts, config, parts.log)
-            self.evaluation = SampledEvaluation(self.fleet.generate, parts.rewards, *held_out)
+            self.evaluation = SampledEvaluation(
+                self.fleet.generate, parts.rewards, *held_out, episodes=self.episodes
+            )
         self.saver = Saver(parts.learner, self.checkpoints, config, parts.progress, parts.log)
         self.guards = Guards(config.guards, config.rollout.staleness, online=True)
         self.redo: list[tuple[int, int]] = []  # (epoch, row) handed out before and not trained on: next
@@ -196,6 +206,7 @@ class Controller:
             **reward_metrics,
             **step_metrics.slot_metrics(self.slots, self.sampler),
             **self.fleet.metrics(),
+            **({} if self.episodes is None else self.episodes.take_metrics()),
             **report.metrics,
             "group/filtered": float(self._filtered),
             "time/rollout": waited,
@@ -242,7 +253,10 @@ class Controller:
 
     def _build(self, groups: list[Group]) -> Batch:
         share = shares_prefix(groups, self.config.learner.prefix_sharing, self.plan.shape.hidden)
-        return Batch.build(groups, share_prefix=share)
+        batch = Batch.build(groups, share_prefix=share)
+        if self.episodes is not None:
+            check_batch(groups, batch)
+        return batch
 
     async def _next_works(self) -> list[Work]:
         """Wait for a batch of scored works. Raises the error of any task."""
@@ -416,4 +430,4 @@ class Controller:
 
     @property
     def _primary(self) -> str:
-        return self.config.rewards.functions[0].label
+        return self.config.rewards.primary

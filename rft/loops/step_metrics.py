@@ -21,7 +21,7 @@ def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, 
     completions = [c for g in groups for c in g.completions]
     rewards = [c.reward for c in completions if c.reward is not None]
     owners = [i for i, g in enumerate(groups) for _ in g.completions]
-    lengths = [len(c.tokens) for c in completions]
+    lengths = [c.num_sampled for c in completions]
     outcomes = Counter(str(next(iter(c.scores.values())).outcome) for c in completions)
     return {
         "reward/mean": statistics.fmean(rewards),
@@ -90,6 +90,8 @@ def train_rows(works: list[Work]) -> list[dict[str, Any]]:
 
 def sample_rows(judged: Judged, split: str) -> list[dict[str, Any]]:
     """Rows for samples.jsonl: a judged prompt's first completion."""
+    if not judged.completions:
+        return []
     first = replace(judged.completions[0], reward=judged.rewards[0].value, scores=judged.rewards[0].scores)
     return [_row(judged.prompt.text, first, split)]
 
@@ -99,6 +101,7 @@ def _row(prompt: Any, c: Completion, split: str) -> dict[str, Any]:
         "split": split,
         "prompt": prompt,
         "completion": c.text,
+        **({"messages": c.messages} if c.messages else {}),
         "reward": c.reward,
         "scores": {name: score.value for name, score in c.scores.items()},
         "outcome": {name: str(score.outcome) for name, score in c.scores.items()},

@@ -154,6 +154,45 @@ METRICS: dict[str, Metric] = {
     "engine/*/version": Metric("policy version that an engine holds", "version"),
     "engine/*/silence": Metric("seconds since an engine's last health check succeeded", "s"),
     "engine/restarts": Metric("engines rebuilt so far", "engines"),
+    # -- sessions in an environment
+    "session/turns": Metric("mean number of model calls of a session", "calls"),
+    "session/branches": Metric(
+        "mean number of branches of a session: 1 if every call's prompt extends the call before", "branches"
+    ),
+    "session/retokenised": Metric(
+        "mean number of a session's prompts that contain an earlier turn and were encoded afresh, because "
+        "the chat template does not repeat that turn",
+        "calls",
+    ),
+    "session/rewritten": Metric(
+        "mean number of a session's turns whose spelling the chat template would change; they are kept as "
+        "sampled",
+        "calls",
+    ),
+    "session/malformed": Metric("mean number of a session's answers with a malformed tool call", "calls"),
+    "session/cached": Metric(
+        "mean number of a session's prompt tokens that the engine found in its prefix cache", "tokens"
+    ),
+    "session/tokens": Metric("mean number of sampled tokens of a session", "tokens"),
+    "session/context": Metric("mean length of a session's longest prompt with its answer", "tokens"),
+    "session/seconds": Metric("mean duration of a session", "s"),
+    "session/model_seconds": Metric("the part of it spent in model calls", "s"),
+    "session/score/*": Metric("mean of a named score that the environment gave"),
+    "session/ending/*": Metric(
+        "share of sessions that ended so: finished, context_full, turn_limit, environment_error, tool_error, "
+        "timeout; the last three are repeated",
+        "share",
+    ),
+    "session/lost": Metric(
+        "samples that left their group because the environment kept failing, or nothing was sampled",
+        "samples",
+    ),
+    "session/logp_gap/*": Metric(
+        "sync/logp_gap over the tokens of one turn, counted from 1; the last one also has all later turns",
+        "nats",
+    ),
+    "session/logp_gap_mean/*": Metric("sync/logp_gap_mean over the tokens of one turn", "nats"),
+    "eval/session/*": Metric("the same metric of held-out sessions"),
     # -- weights to the engines
     "sync/logp_gap": Metric(
         "largest difference between the engine's log-prob of a token and the learner's, over the tokens that "
@@ -263,5 +302,7 @@ def is_reproducible(name: str) -> bool:
         "reward/workers/",
         "environment/",  # timing, and repeated episodes
         "rollout/requeued",
+        "session/ending/",  # repeated after a fault
+        "session/cached",
     )
-    return not name.startswith(places) and not name.endswith("seconds_per_call")
+    return not name.startswith(places) and not name.endswith(("seconds_per_call", "seconds"))

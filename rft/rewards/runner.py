@@ -27,9 +27,12 @@ class RewardRunner:
     `async with`. If this process dies, its workers and their children are killed.
     """
 
-    def __init__(self, config: RewardsConfig, base_dir: Path | str = ".", steps: int = 0) -> None:
-        """Configure the pools. steps: length of the run, for rewards that take `trainer_state`."""
-        if not config.functions:
+    def __init__(
+        self, config: RewardsConfig, base_dir: Path | str = ".", steps: int = 0, *, optional: bool = False
+    ) -> None:
+        """Configure the pools. steps: length of the run, for rewards that take `trainer_state`. optional: the
+        config may name no function, since an environment gives the reward."""
+        if not (config.functions or optional):
             raise ValueError("rewards.functions is empty: name at least one reward, for example `math`")
         self.config = config
         self.base_dir = Path(base_dir)

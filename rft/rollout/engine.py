@@ -30,12 +30,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, to be completed `sampling.n` times."""
+    """One prompt, to be completed `sampling.n` times. session: name of requests whose prompts extend each
+    other: they go to one replica, which has the keys and values of the turns before."""
 
     id: str
     tokens: tuple[int, ...]
     sampling: Sampling
     copy: int = 0  # which copy of the model completes it, if there are two
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ class Generated:
     """One sampled completion.
 
     `logps[i]` is the log-prob of `tokens[i]` under the distribution that it was drawn from
-    (temperature applied). `versions` are (policy version, start, end) spans over the tokens.
+    (temperature applied). `versions` are (policy version, start, end) spans over the tokens. `cached`: tokens
+    of the prompt whose keys and values the engine had.
     """
 
     tokens: tuple[int, ...]
     logps: tuple[float, ...]
     finish: Literal["stop", "length"]
     versions: tuple[tuple[int, int, int], ...]
+    cached: int = 0
 
 
 class Generate(Protocol):

@@ -9,7 +9,7 @@ import heapq
 import math
 import os
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from rft.utils.cores import parse_cores
 from rft.utils.deadlines import Deadline, Overdue
 
 QUEUED = 2  # replicas get up to this many times the requests that they decode at once: the rest wait there
+REMEMBERED = 65_536  # sessions whose replica is known, the last ones used
 CONTROL = "control"
 CONTROL_CALLS = 1000  # concurrent ones; they are short, except for those of a push
 
@@ -244,7 +245,8 @@ class RolloutPool:
         self._control_deadline = Deadline(spec.config.control_timeout_s, "rollout.control_timeout_s")
         self.members: dict[int, Member] = {}
         self._serials = count()
-        self._waiting: deque[tuple[int, asyncio.Future[tuple[int, Member, _Dispatched]]]] = deque()
+        self._waiting: deque[tuple[int, str, asyncio.Future[tuple[int, Member, _Dispatched]]]] = deque()
+        self._homes: OrderedDict[str, tuple[int, int]] = OrderedDict()  # session -> replica, serial
         # A heap of (load, index, serial), so that the least loaded of thousands is found at once. Entries may
         # be outdated: such an entry is skipped, since a newer one has the replica's load.
         self._by_load: list[tuple[int, int, int]] = []
@@ -295,9 +297,10 @@ class RolloutPool:
         return QUEUED * self.config.max_num_seqs
 
     async def generate(self, request: Request) -> list[Generated]:
-        """Complete a prompt on the least loaded replica, in order of arrival; wait while none is serving or
-        all are full. `generate_timeout_s` counts from when the engine starts on the request."""
-        index, member, sent = await self._acquire(request.sampling.n)
+        """Complete a prompt on the least loaded replica, or on that of its session, in order of arrival; wait
+        while none is serving or all are full. `generate_timeout_s` counts from when the engine starts on the
+        request."""
+        index, member, sent = await self._acquire(request.sampling.n, request.session)
         what = f"generate on rollout replica {index}"
         try:
             answer = self._within_work(member, sent, member.actor.generate.remote(request), what)
@@ -327,10 +330,10 @@ class RolloutPool:
         finally:
             waiting.cancel()
 
-    async def _acquire(self, size: int) -> tuple[int, Member, _Dispatched]:
+    async def _acquire(self, size: int, session: str = "") -> tuple[int, Member, _Dispatched]:
         """Wait for a replica with room for `size` completions; `_release` returns the room."""
         place: asyncio.Future[tuple[int, Member, _Dispatched]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, place))
+        self._waiting.append((size, session, place))
         self._dispatch_waiting()
         try:
             return await place
@@ -344,11 +347,13 @@ class RolloutPool:
     def _dispatch_waiting(self) -> None:
         """Dispatch waiting requests while there is room, in order of arrival."""
         while self._waiting:
-            size, place = self._waiting[0]
+            size, session, place = self._waiting[0]
             if not place.done():
                 index = self._least_loaded()
                 if index is None:
                     return
+                if session:
+                    index = self._home(session, index, size)
                 member = self.members[index]
                 if member.load and member.load + size > self._room:
                     return
@@ -357,6 +362,23 @@ class RolloutPool:
                 self._add_load(index, member, size)
                 place.set_result((index, member, sent))
             self._waiting.popleft()
+
+    def _home(self, session: str, least_loaded: int, size: int) -> int:
+        """Return the replica that holds the keys and values of a session's earlier turns, unless it has a
+        full round of completions more to do than the least loaded one, which then becomes the session's."""
+        index, serial = self._homes.pop(session, (least_loaded, self.members[least_loaded].serial))
+        member = self.members.get(index)
+        if (
+            member is None
+            or (member.serial, member.serving) != (serial, True)
+            or member.load >= self.members[least_loaded].load + self._decodes
+            or member.load + size > self._room
+        ):
+            index = least_loaded
+        self._homes[session] = (index, self.members[index].serial)
+        if len(self._homes) > REMEMBERED:
+            self._homes.popitem(last=False)
+        return index
 
     def _release(self, index: int, member: Member, sent: _Dispatched) -> None:
         del member.dispatched[sent]

@@ -176,19 +176,22 @@ async def judge(
     progress: float = 0.0,
     *,
     training: bool = True,
+    texts: list[Any] | None = None,
 ) -> Judged:
     """Score one prompt's completions. progress: of the run, 0 to 1, for schedules. training False: held-out
-    completions, which do not count in the metrics of training rewards."""
+    completions, which do not count in the metrics of training rewards. texts: what the rewards see, by
+    default each completion in the format of its prompt: a text, or a list of messages."""
     n = len(completions)
-    texts: list[Any] = [c.text for c in completions]
-    if not isinstance(prompt.text, str):  # completions have the format of their prompt: text, or messages
-        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    if texts is None and isinstance(prompt.text, str):
+        texts = [c.text for c in completions]
+    elif texts is None:
+        texts = [[{"role": "assistant", "content": c.text}] for c in completions]
     scored = await rewards.score(
         [prompt.text] * n,
         texts,
         {name: [value] * n for name, value in prompt.columns.items()},
         {
-            "num_tokens": [len(c.tokens) for c in completions],
+            "num_tokens": [c.num_sampled for c in completions],
             "truncated": [c.finish == "length" for c in completions],
             "completion_ids": [list(c.tokens) for c in completions],
         },

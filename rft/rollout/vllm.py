@@ -96,7 +96,8 @@ class VLLMEngine:
         if output is None or not output.finished:
             raise EngineError(f"vLLM ended request {request.id} without finishing it")
         ordered = sorted(output.outputs, key=lambda o: o.index)
-        generated = [self._generated(request.id, o) for o in ordered]
+        cached = output.num_cached_tokens or 0
+        generated = [self._generated(request.id, o, cached) for o in ordered]
         if self._continued and self._version != began:
             # Its last tokens were also sampled from keys and values of the version at its start.
             return [replace(g, versions=((began, 0, len(g.tokens)),)) for g in generated]
@@ -142,7 +143,7 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _generated(self, request_id: str, output: Any) -> Generated:
+    def _generated(self, request_id: str, output: Any, cached: int) -> Generated:
         tokens = tuple(output.token_ids)
         if output.finish_reason == "abort":
             raise Aborted(f"request {request_id} was aborted by a weight sync")
@@ -151,7 +152,7 @@ class VLLMEngine:
         spans = tuple((_version(s.version), s.start, s.end) for s in output.weight_versions or ())
         if not spans:
             spans = ((self._version, 0, len(tokens)),)
-        return Generated(tokens, tuple(output.logprobs.logprobs), output.finish_reason, spans)
+        return Generated(tokens, tuple(output.logprobs.logprobs), output.finish_reason, spans, cached)
 
     async def join(self, link: Link) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest

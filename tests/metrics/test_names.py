@@ -64,7 +64,8 @@ READERS = (
 
 # Names that are put together: the words that a template's last `*` stands for are strings of these modules.
 WORDS = {
-    "eval/*": ("algorithms", "learner/learner.py"),
+    "eval/*": ("algorithms", "learner/learner.py", "rollout/episodes.py"),
+    "session/*": ("rollout/episodes.py",),
     "data/*": ("rollout/buffer.py",),
     "reward/*/*": ("rewards/types.py",),
     "reward/workers/*": ("rewards/runner.py",),

@@ -87,6 +87,40 @@ async def test_a_replica_gets_twice_what_it_decodes_and_the_rest_in_order(tmp_pa
     assert [len(task.result()) for i, task in enumerate(running) if i not in (1, 5)] == [2] * 10
 
 
+async def test_the_turns_of_a_session_go_to_the_replica_that_has_the_earlier_ones(tmp_path: Path) -> None:
+    """Unless it has a round of completions (4) more to do than another, or was lost."""
+    pool = await started(tmp_path, replicas=2)
+
+    async def turn(name: str) -> int:
+        before = [set(engine.asked) for engine in pool.engines.values()]
+        task = asyncio.ensure_future(pool.generate(replace(request(name), session="s")))
+        await settled()
+        (index,) = (i for i, engine in pool.engines.items() if set(engine.asked) - before[i])
+        pool.engines[index].asked[name].set_result(None)
+        await task
+        return int(index)
+
+    async def busy(n: int) -> asyncio.Task[list[Generated]]:
+        """Keep replica 0, the first of equals, busy with `n` completions."""
+        task = asyncio.create_task(pool.generate(request(f"busy-{n}", n=n)))
+        await settled()
+        assert (pool.load(0), pool.load(1)) == (n, 0)
+        return task
+
+    assert await turn("a") == 0
+    task = await busy(3)
+    assert await turn("b") == 0
+    pool.engines[0].asked["busy-3"].set_result(None)
+    await task
+    task = await busy(4)
+    assert await turn("c") == 1
+    pool.engines[0].asked["busy-4"].set_result(None)
+    await task
+    assert await turn("d") == 1
+    pool.kill(1)
+    assert await turn("e") == 0
+
+
 async def test_a_request_larger_than_the_room_is_sent_to_an_idle_replica(tmp_path: Path) -> None:
     pool = await started(tmp_path)
     running = [asyncio.ensure_future(pool.generate(request(i, n=n))) for i, n in enumerate((50, 1))]
