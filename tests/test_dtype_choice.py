@@ -73,7 +73,7 @@ def test_the_plan_bounds_the_gap_by_the_chosen_dtype(monkeypatch: pytest.MonkeyP
     plan = make_plan(big, starts=False)
     assert (plan.engine_spec().dtype, plan.learner_spec().config.dtype) == ("bfloat16", "bfloat16")
     assert plan.channel_spec().wire_dtype == "bfloat16"
-    assert plan.gap_bounds() == (0.05, None)
+    assert plan.gap_bounds() == (0.1, None)
     assert dtypes_of(plan.config) == {"learner": "bfloat16", "rollout": "bfloat16"}  # goes to the run folder
 
 
