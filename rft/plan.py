@@ -35,6 +35,7 @@ from rft.preflight.data import (
     load_offline,
 )
 from rft.preflight.dtype import resolve_dtypes
+from rft.preflight.environment import check_environment
 from rft.preflight.machine import check_folders, check_sockets, check_sync_folder, machine_facts, sync_folder
 from rft.preflight.memory import ModelShape, meta_network
 from rft.preflight.model import (
@@ -284,6 +285,7 @@ def make_plan(
             problems += check_adapter(key, learner.adapter, network)
     if reference is not None and shape is not None and config.algorithm.needs_reference:
         problems += check_reference(reference, shape.vocab, trusted)
+    problems += check_environment(config, tokenizer, train) if starts else []
     if starts and config.rewards.functions:
         sets = {"the training data": train, "the held-out data": held_out}
         problems += check_rewards(config.rewards, {name: rows for name, rows in sets.items() if rows})

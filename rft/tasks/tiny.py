@@ -18,13 +18,24 @@ from rft.tasks.arithmetic import Arithmetic
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
 
-# `generation` marks the assistant's text, including the closing token, for response-only losses.
+# `generation` marks the assistant's text, including the closing token, for response-only losses. Tools are
+# written as Hermes and Qwen do it.
 CHAT_TEMPLATE = (
+    "{%- if tools -%}"
+    '{{- \'<|system|>Tools, called by <tool_call>{"name": ..., "arguments": {...}}</tool_call>:\' -}}'
+    "{%- for tool in tools -%}{{- '\n' + tool | tojson -}}{%- endfor -%}{{- eos_token -}}"
+    "{%- endif -%}"
     "{%- for message in messages -%}"
-    "{{- '<|' + message['role'] + '|>' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
-    "{%- else -%}{{- message['content'] + eos_token -}}{%- endif -%}"
+    "{%- if message['role'] == 'tool' -%}"
+    "{{- '<|user|><tool_response>' + message['content'] + '</tool_response>' + eos_token -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- '<|assistant|>' -}}"
+    "{%- generation -%}{{- message['content'] -}}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{- '<tool_call>{\"name\": ' + call['function']['name'] | tojson + ', \"arguments\": ' -}}"
+    "{{- call['function']['arguments'] | tojson + '}</tool_call>' -}}"
+    "{%- endfor -%}{{- eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- '<|' + message['role'] + '|>' + message['content'] + eos_token -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )

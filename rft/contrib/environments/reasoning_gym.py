@@ -27,7 +27,7 @@ class ReasoningGym:
     def reset(self, **row: Any) -> None:
         missing = [name for name in COLUMNS if name not in row]
         if missing:
-            raise ValueError(f"the row has no column {missing[0]!r}; write data.name: reasoning_gym")
+            raise ValueError(f"the row has no column {missing[0]!r}; write data.kind: reasoning_gym")
         self.columns = {name: [row[name]] for name in COLUMNS}
         self.used = 0
 

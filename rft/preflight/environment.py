@@ -1,0 +1,117 @@
+"""Load the environment as a run does, and check its tools, rewards and columns, and the chat template."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rft.config.environment import EnvironmentConfig
+from rft.config.schema import Config
+from rft.config.validate import longest_sequence
+from rft.data import PromptSet
+from rft.data.chat import Renderer
+from rft.data.errors import DataError, RowProblem
+from rft.environments.runner import EnvironmentRunner
+from rft.environments.types import EnvironmentFault
+from rft.rollout.tool_calls import format_of
+from rft.utils.dotted import load_dotted
+
+REASONING_GYM = "rft.contrib.environments.reasoning_gym.COLUMNS"
+
+
+def check_environment(config: Config, tokenizer: Any, prompts: PromptSet | None) -> list[str]:
+    """Return the problems of the config's environment. prompts: the training data, if it could be read."""
+    settings = config.environment
+    if settings is None or not config.algorithm.online:
+        return []
+    try:
+        runner = loaded(settings, Path.cwd())
+    except EnvironmentFault as error:
+        return [f"environment: {error}"]
+    problems = []
+    if not runner.gives_reward and not config.rewards.functions:
+        problems.append(
+            f"environment: kind {settings.kind} "
+            + ("without `get_reward` " if settings.kind == "class" else "")
+            + "gives no reward; name at least one under rewards: `rewards: [{function: math}]`"
+        )
+    if tokenizer is not None:
+        problems += _template_problems(config, tokenizer, runner.tools, prompts)
+    if prompts is not None:
+        problems += _column_problems(settings, runner.columns, prompts)
+    return problems
+
+
+def loaded(config: EnvironmentConfig, base_dir: Path) -> EnvironmentRunner:
+    """Load an environment in its process and end it again. Raises EnvironmentFault."""
+
+    async def load() -> EnvironmentRunner:
+        async with EnvironmentRunner(config, base_dir) as runner:
+            return runner
+
+    with ThreadPoolExecutor(1) as thread:  # an event loop may already run in this one
+        return thread.submit(lambda: asyncio.run(load())).result()
+
+
+def _template_problems(
+    config: Config, tokenizer: Any, tools: list[dict[str, Any]], prompts: PromptSet | None
+) -> list[str]:
+    """Check that the chat template shows tools, and that the longest prompt with them fits the budget."""
+    settings = config.environment
+    assert settings is not None
+    try:
+        render = Renderer(config.data, tokenizer)
+    except DataError:  # reported with the data
+        return []
+    if not render.chat:
+        if settings.kind == "function":  # it may use token ids only
+            return []
+        return [
+            f"environment: kind {settings.kind} renders messages, and the tokenizer has no chat template, or "
+            "data.chat_template is never; use a chat model"
+        ]
+    if tools:
+        try:
+            if settings.tool_parser == "auto":
+                format_of(render)
+            else:
+                render.check_tools([{"role": "user", "content": "rft-asks"}], tools)
+        except RowProblem as problem:
+            return [f"environment.tools: {problem}"]
+    if prompts is None or not prompts.prompts:
+        return []
+    longest = max(prompts.prompts, key=lambda prompt: len(prompt.tokens))
+    try:
+        count = len(render.prompt(longest.text, tools or None)[1])
+    except RowProblem as problem:
+        return [f"environment: row {longest.id + 1} of {prompts.source} cannot be rendered: {problem}"]
+    budget = longest_sequence(config)
+    if tools and len(longest.tokens) < budget <= count:  # without tools: `validate.environment_checks`
+        return [
+            f"environment.max_episode_tokens: {budget}, but the prompt of row {longest.id + 1} has {count} "
+            "tokens with the schemas of the tools; raise it"
+        ]
+    return []
+
+
+def _column_problems(settings: EnvironmentConfig, columns: list[str] | None, prompts: PromptSet) -> list[str]:
+    """Check the columns that `reset` of a class takes, and those that reasoning_gym needs."""
+    have = sorted({"prompt", *(name for prompt in prompts.prompts for name in prompt.columns)})
+    if settings.kind == "reasoning_gym":
+        missing = [name for name in load_dotted(REASONING_GYM) if name not in have]
+        if missing:
+            return [
+                f"environment: kind reasoning_gym needs the column {missing[0]!r}, and the data has "
+                f"{', '.join(have)}; write data: {{kind: reasoning_gym}}"
+            ]
+    if columns is None:
+        return []
+    refused = [name for name in have if name not in columns]
+    if refused:
+        return [
+            f"environment.path: {settings.path}.reset takes ({', '.join(columns)}), but is called with every "
+            f"column of the row, also {', '.join(refused)}; write `def reset(self, **row)`"
+        ]
+    return []

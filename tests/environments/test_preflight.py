@@ -1,0 +1,134 @@
+"""Mistakes in the section `environment` are found before a run: one message each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from rft.config.load import parse_config
+from rft.config.schema import Config
+from rft.config.validate import problems
+from rft.data import load_prompts
+from rft.errors import ConfigError
+from rft.plan import make_plan
+from rft.preflight.environment import check_environment
+from tests.specs import facts
+
+SAMPLES = str(Path(__file__).parent / "samples.py")
+TOOLS = {"kind": "tools", "tools": ["calculator"]}
+TEXT = {"kind": "text", "path": f"{SAMPLES}:Countdown"}
+
+
+def config(environment: dict[str, Any], folder: Path | str = "tiny", **sections: Any) -> Config:
+    raw = {
+        "algorithm": "grpo",
+        "model": {"path": str(folder)},
+        "data": {"kind": "arithmetic", "limit": 8},
+        "rewards": [{"function": "math"}],
+        "train": {"batch_size": 4},
+        "environment": environment,
+    }
+    return parse_config({**raw, **sections})
+
+
+@pytest.mark.parametrize(
+    ("environment", "sections", "message"),
+    [
+        (TEXT, {"algorithm": "sft"}, "environment: sft trains on rows of a dataset, without sampling"),
+        ({**TOOLS, "path": "a.py:f"}, {}, "environment.path: kind tools loads no class or function"),
+        ({"kind": "class"}, {}, "environment.path: kind class needs the class or function"),
+        ({"kind": "tools"}, {}, "environment.tools: kind tools needs at least one"),
+        ({**TEXT, "tools": ["python"]}, {}, "environment.tools: kind text takes no tools"),
+        (
+            {**TEXT, "max_episode_tokens": 30},
+            {},
+            "max_episode_tokens: 30, but the longest prompt has 50 tokens",
+        ),
+        (
+            {**TEXT, "max_episode_tokens": 100, "max_tokens_per_turn": 200},
+            {},
+            "max_tokens_per_turn: 200 tokens do not fit into an episode of 100",
+        ),
+        (
+            {**TEXT, "step_timeout_s": 700},
+            {},
+            "environment.step_timeout_s: 700 s exceed the episode's 600 s",
+        ),
+    ],
+)
+def test_settings(environment: dict[str, Any], sections: dict[str, Any], message: str) -> None:
+    found = problems(config(environment, **sections), facts(longest_prompt=50))
+    assert len([problem for problem in found if message in problem]) == 1, found
+
+
+def test_an_unknown_kind_and_an_unknown_key() -> None:
+    with pytest.raises(ConfigError, match=r"environment.kind: input should be 'tools', 'class'"):
+        config({"kind": "tool"})
+    with pytest.raises(ConfigError, match=r"environment.max_turn: unknown key .did you mean 'max_turns'"):
+        config({**TEXT, "max_turn": 3})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sections", "message"),
+    [
+        ({"kind": "text", "path": "gone.py:f"}, {}, "environment: gone.py:f could not be loaded: no file"),
+        ({"kind": "tools", "tools": [f"{SAMPLES}:no_annotations"]}, {}, "no_annotations needs an annotation"),
+        ({"kind": "tools", "tools": [f"{SAMPLES}:add", f"{SAMPLES}:other.add"]}, {}, "two tools are called"),
+        (
+            {"kind": "tools", "tools": ["calculater"]},
+            {},
+            "no built-in tool 'calculater' (did you mean 'calculator'",
+        ),
+        (TOOLS, {"rewards": []}, "environment: kind tools gives no reward; name at least one"),
+        ({"kind": "class", "path": f"{SAMPLES}:NoReward"}, {"rewards": []}, "without `get_reward` gives no"),
+        (
+            TEXT,
+            {"data": {"kind": "arithmetic", "limit": 8, "chat_template": "never"}},
+            "environment: kind text renders messages, and the tokenizer has no chat template, or data.chat",
+        ),
+        ({**TOOLS, "max_episode_tokens": 150}, {}, "max_episode_tokens: 150, but the prompt of row"),
+        (
+            {"kind": "reasoning_gym"},
+            {},
+            "kind reasoning_gym needs the column 'task', and the data has answer",
+        ),
+        (
+            {"kind": "class", "path": f"{SAMPLES}:FewColumns"},
+            {},
+            "FewColumns.reset takes (answer), but is called with every column of the row, also completion,",
+        ),
+    ],
+)
+def test_what_must_be_loaded(
+    tokenizer: Any, environment: dict[str, Any], sections: dict[str, Any], message: str
+) -> None:
+    made = config(environment, **sections)
+    found = check_environment(made, tokenizer, load_prompts(made.data, tokenizer, "train", 512))
+    assert len(found) == 1 and message in found[0], found
+
+
+def test_a_template_without_tools(tokenizer: Any) -> None:
+    old = tokenizer.chat_template
+    tokenizer.chat_template = old[old.index("{%- for message in messages") :]
+    try:
+        (problem,) = check_environment(config(TOOLS), tokenizer, None)
+    finally:
+        tokenizer.chat_template = old
+    assert "environment.tools: the chat template leaves out `tools`; use a model whose" in problem
+
+
+def test_the_plan_checks_the_environment(tiny_folder: Path, tmp_path: Path) -> None:
+    environment = {"kind": "class", "path": f"{SAMPLES}:Guess", "max_episode_tokens": 1200}
+    good = config(environment, tiny_folder, rewards=[], output_dir=str(tmp_path), rollout={"engine": "hf"})
+    assert make_plan(good).engine_spec().max_model_len == 1200
+    bad = good.model_copy(update={"environment": good.environment.model_copy(update={"path": "gone.py:f"})})
+    with pytest.raises(ConfigError, match=r"gone.py:f could not be loaded: no file"):
+        make_plan(bad)
