@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +38,7 @@ class Turn(NamedTuple):
     start: int
     end: int
     reward: float | None
-    state: Hashable
+    state: str | tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import json
 from dataclasses import replace
 
 from rft.algorithms import ALGORITHMS
-from rft.batch import Batch
+from rft.batch import Batch, Group, Prompt
 from rft.contrib.replay import Replay
+from rft.rollout.calls import Call, lay_out
 
 
 def test_past_groups_are_mixed_in_and_forgotten_in_order(make_groups) -> None:
@@ -32,6 +33,20 @@ def test_a_replay_survives_a_checkpoint(make_groups) -> None:
         json.loads(json.dumps(replay.state_dict())), {g.prompt.id: g.prompt for g in groups}
     )
     assert list(other.past) == [with_values]
+
+
+def test_sessions_survive_a_checkpoint() -> None:
+    calls = [
+        Call((1, 2), (5, 6), (-0.5, -0.25), "stop", ((0, 0, 2),), reward=0.5, state="room"),
+        Call((1, 2, 5, 7), (8,), (-1.0,), "stop", ((1, 0, 1),)),
+    ]
+    group = Group(Prompt(3, (1, 2), ""), (replace(lay_out((1, 2), calls), reward=1.0),))
+    replay, other = Replay(1), Replay(1)
+    replay.select([group])
+    other.load_state_dict(json.loads(json.dumps(replay.state_dict())), {3: group.prompt})
+    assert list(other.past) == [[group]]
+    before, after = Batch.build([group]), Batch.build(other.past[0])
+    assert after.turn is not None and after.tokens.tolist() == before.tokens.tolist()
 
 
 def test_expert_iteration_imitates_good_answers_of_past_steps(make_groups) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.algorithms.policy_gradient.raft import ExpertIteration
-from rft.batch import Completion, Group, Prompt
+from rft.batch import Branch, Completion, Group, Prompt, Turn
 from rft.config.schema import Config
 from rft.rollout.hooks import LoopHooks
 
@@ -62,4 +62,6 @@ def _completion(plain: Mapping[str, Any]) -> Completion:
         return tuple(frozen(v) for v in value) if isinstance(value, list) else value
 
     known = {name: frozen(value) for name, value in plain.items() if name != "values"}
+    known["branches"] = tuple(Branch(*branch) for branch in known.get("branches", ()))
+    known["turns"] = tuple(Turn(*turn) for turn in known.get("turns", ()))
     return Completion(**known, values={name: frozen(v) for name, v in plain["values"].items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +18,7 @@ class Call:
     trained: False for a call that is not part of the task (a title, a summary): no token of it is trained.
     reward: the part of the session's reward that this turn earned; None: no reward was given.
     state: names the environment's state in which the policy acted, to compare turns in equal states; None:
-        the prompt's ids.
+        it is what the policy read, the prompt's ids after the last one that it sampled.
     """
 
     prompt: tuple[int, ...]
@@ -28,7 +28,7 @@ class Call:
     versions: tuple[tuple[int, int, int], ...]
     trained: bool = True
     reward: float | None = None
-    state: Hashable = None
+    state: str | None = None
 
 
 @dataclass(eq=False)
@@ -61,6 +61,7 @@ def lay_out(prompt: tuple[int, ...], calls: Sequence[Call]) -> Completion:
     do not match the sampled tokens.
     """
     root = _Run((), None, children=[_Run(prompt, None)])
+    states: list[str | tuple[int, ...]] = [c.prompt if c.state is None else c.state for c in calls]
     trained = [k for k, call in enumerate(calls) if call.trained and call.sampled]
     if not trained:
         raise ValueError(f"none of the {len(calls)} calls of this session has sampled tokens to train on")
@@ -72,27 +73,32 @@ def lay_out(prompt: tuple[int, ...], calls: Sequence[Call]) -> Completion:
             raise ValueError(
                 f"call {k} has {len(call.sampled)} sampled tokens, but {len(call.logps)} log-probs"
             )
-        run, used, matched = _longest_match(root, call.prompt)
+        run, used, matched, read = _longest_match(root, call.prompt)
+        if call.state is None:
+            states[k] = call.prompt[read:]
         run.split(used)
         if matched < len(call.prompt):
             run.children.append(new := _Run(call.prompt[matched:], -1))
             run = new
         run.children.append(_Run(call.sampled, k))
-    return _flatten(root, calls, len(prompt), calls[trained[-1]].finish)
+    return _flatten(root, calls, states, len(prompt), calls[trained[-1]].finish)
 
 
-def _longest_match(root: _Run, prompt: tuple[int, ...]) -> tuple[_Run, int, int]:
-    """Follow a prompt as far as the trie has it: (the last run, its tokens used, the prompt's tokens used).
-    Equal samples make several paths with the same tokens; of equally long ones, the newest is taken."""
-    best = (root, 0, 0)
-    stack = [(child, 0) for child in root.children]
+def _longest_match(root: _Run, prompt: tuple[int, ...]) -> tuple[_Run, int, int, int]:
+    """Follow a prompt as far as the trie has it: (the last run, its tokens used, the prompt's tokens used, the
+    prompt's tokens up to the last sampled one). Equal samples make several paths with the same tokens; of
+    equally long ones, the newest is taken."""
+    best = (root, 0, 0, 0)
+    stack = [(child, 0, 0) for child in root.children]
     while stack:
-        run, before = stack.pop()  # the newest child first
+        run, before, read = stack.pop()  # the newest child first
         used = _common_length(run.tokens, prompt, before)
+        if used and run.call is not None and run.call >= 0:
+            read = before + used
         if before + used > best[2]:
-            best = (run, used, before + used)
+            best = (run, used, before + used, read)
         if used == len(run.tokens):
-            stack += [(child, before + used) for child in run.children]
+            stack += [(child, before + used, read) for child in run.children]
     return best
 
 
@@ -108,7 +114,13 @@ def _common_length(run: tuple[int, ...], prompt: tuple[int, ...], at: int) -> in
     return low
 
 
-def _flatten(root: _Run, calls: Sequence[Call], shared: int, finish: Literal["stop", "length"]) -> Completion:
+def _flatten(
+    root: _Run,
+    calls: Sequence[Call],
+    states: Sequence[str | tuple[int, ...]],
+    shared: int,
+    finish: Literal["stop", "length"],
+) -> Completion:
     """Write the trie depth first: a run is followed by its first child, so that a session without branches
     stays one run. shared: the number of tokens of the group's prompt."""
     tokens: list[int] = []
@@ -143,7 +155,6 @@ def _flatten(root: _Run, calls: Sequence[Call], shared: int, finish: Literal["st
         versions=tuple((v, begins[k] + a, begins[k] + b) for k in starts for v, a, b in calls[k].versions),
         branches=() if branches == [Branch(0, shared - 1)] else tuple(branches),
         turns=tuple(
-            Turn(a, b, c.reward, c.prompt if c.state is None else c.state)
-            for a, b, c in zip(begins, ends, calls, strict=True)
+            Turn(a, b, c.reward, state) for a, b, c, state in zip(begins, ends, calls, states, strict=True)
         ),
     )

@@ -65,9 +65,12 @@ def test_a_call_that_is_not_trained_leaves_no_tokens() -> None:
     assert spans(out) == [(0, 1), (0, 0), (2, 3)] and out.turns[1].reward == 1.0
 
 
-def test_states_are_named_by_the_environment_or_by_the_prompt() -> None:
-    out = lay_out(PROMPT, [call(PROMPT, 10), call((*PROMPT, 10, 20), 11, state="room 3")])
-    assert [t.state for t in out.turns] == [PROMPT, "room 3"]
+def test_states_are_named_by_the_environment_or_are_what_the_policy_read_last() -> None:
+    again = (*PROMPT, 10, 20, 21)
+    calls = [call(PROMPT, 10), call(again, 11), call(again, 12), call(PROMPT, 13)]
+    calls += [call((*again, 11, 22), 14), call((*PROMPT, 9), 15, state="room 3")]
+    states = [t.state for t in lay_out(PROMPT, calls).turns]
+    assert states == [PROMPT, (20, 21), (20, 21), PROMPT, (22,), "room 3"]
 
 
 def test_versions_of_a_sample_that_a_branch_leaves_are_split_with_it() -> None:
