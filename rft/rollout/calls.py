@@ -85,9 +85,9 @@ def lay_out(prompt: tuple[int, ...], calls: Sequence[Call]) -> Completion:
 
 
 def _longest_match(root: _Run, prompt: tuple[int, ...]) -> tuple[_Run, int, int, int]:
-    """Follow a prompt as far as the trie has it: (the last run, its tokens used, the prompt's tokens used, the
-    prompt's tokens up to the last sampled one). Equal samples make several paths with the same tokens; of
-    equally long ones, the newest is taken."""
+    """Follow a prompt as far as the trie has it: (the last run, its tokens used, the prompt's tokens used,
+    those up to the last sampled one). Equal samples make several paths with the same tokens; of equally long
+    ones, the newest is taken."""
     best = (root, 0, 0, 0)
     stack = [(child, 0, 0) for child in root.children]
     while stack:
