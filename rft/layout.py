@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft.samples import Branch, Completion, Group, Prompt
+from rft.samples import Branch, Completion, Group, Prompt, Turn
 
 
 def fields_of(groups: Sequence[Group], *, share_prefix: bool) -> dict[str, Any]:
@@ -58,8 +58,7 @@ class _Builder:
             for name in sorted({name for c in completions for name in c.values})
         }
         if any(c.turns for c in completions):
-            columns["turn_rewards"] = [tuple(turn.reward or 0.0 for turn in c.turns) for c in completions]
-            columns["turn_states"] = _state_numbers(groups)
+            columns["turn_rewards"], columns["turn_states"] = _turn_columns(groups)
         else:
             del t["turn"]
         rewards = None
@@ -168,9 +167,9 @@ class _Part:
         version, turn = [-1] * n, [-1] * n
         for v, a, b in c.versions:
             version[a:b] = [v] * (b - a)
-        for k, (a, b, *_) in enumerate(c.turns):
-            turn[a:b] = [k] * (b - a)
         mask = c.mask or (True,) * n
+        for k, (a, b, *_) in enumerate(_turns(prompt, c)):
+            turn[a:b] = [k if sampled else -1 for sampled in mask[a:b]]
         rows = {
             "tokens": c.tokens,
             "mask": mask,
@@ -199,11 +198,20 @@ class _Part:
         )
 
 
-def _state_numbers(groups: Sequence[Group]) -> list[tuple[float, ...]]:
-    """Number the states of all turns, by completion: equal numbers are equal states of one group."""
-    numbers: dict[tuple[int, Hashable], int] = {}
-    return [
-        tuple(float(numbers.setdefault((i, turn.state), len(numbers))) for turn in c.turns)
-        for i, group in enumerate(groups)
-        for c in group.completions
-    ]
+def _turns(prompt: Prompt, c: Completion) -> tuple[Turn, ...]:
+    """Return the turns of a session; a completion of a single call is one turn, with its prompt as state."""
+    return c.turns or (Turn(0, len(c.tokens), None, prompt.tokens),)
+
+
+def _turn_columns(groups: Sequence[Group]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """Return the rewards of all turns (0: none was given), and the numbers of their states, by completion.
+    Equal numbers are equal states of one group."""
+    numbers: dict[tuple[int, str | tuple[int, ...]], int] = {}
+    rewards: list[tuple[float, ...]] = []
+    states: list[tuple[float, ...]] = []
+    for i, group in enumerate(groups):
+        for c in group.completions:
+            turns = _turns(group.prompt, c)
+            rewards.append(tuple(turn.reward or 0.0 for turn in turns))
+            states.append(tuple(float(numbers.setdefault((i, t.state), len(numbers))) for t in turns))
+    return rewards, states
