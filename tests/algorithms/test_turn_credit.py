@@ -134,11 +134,9 @@ def test_without_turn_rewards_and_discount_the_first_turns_have_the_sessions_adv
 
 
 def test_a_completion_of_a_single_call_is_one_turn() -> None:
-    completions = (
-        session([(None, "a"), (None, "b")], 1.0),
-        Completion((5, 6), mask=(True, False), reward=0.0),
-    )
-    batch = Batch.build([Group(Prompt(0, PROMPT, ""), completions)])
+    single = Completion((5, 6), mask=(True, False), reward=0.0)
+    several = session([(None, "a"), (None, "b")], 1.0)
+    batch = Batch.build([Group(Prompt(0, PROMPT, ""), (several, single))])
     assert advantages(batch, turn_returns="turn") == pytest.approx([0.5, 0.0, -0.5])
 
 
