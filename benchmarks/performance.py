@@ -100,6 +100,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Fused log-probs on CPU", "logprob-cpu", "rft bench logprob --peers", kernels.logprob),
     ("Their memory against the number of rows", "workspace-cpu", "rft bench logprob", kernels.workspace),
     ("Sharing a prompt", "prefix-cpu", "rft bench prefix", kernels.prefix),
+    ("Sessions that branch", "session-cost-cpu", "rft bench prefix", kernels.sessions),
     ("Everything at once", "combined-cpu", "rft bench prefix", kernels.combined),
     ("Packing", "packing-cpu", "rft bench packing", kernels.packing),
     ("Pushing weights", "sync-cpu", "rft bench sync", kernels.sync),

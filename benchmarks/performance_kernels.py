@@ -142,6 +142,29 @@ def prefix(d: dict[str, Any]) -> str:
     )
 
 
+def sessions(d: dict[str, Any]) -> str:
+    found = columns(
+        d["results"],
+        {
+            "prompt, turns x (sampled + read)": lambda r: (
+                f"{r['prompt']}, {r['turns']} x ({r['sampled']} + {r['observation']})"
+            ),
+            "layers": lambda r: str(r["layers"]),
+            "tokens, rows / trie": lambda r: f"{r['tokens']['rows']} / {r['tokens']['trie']}",
+            "gain": lambda r: f"{r['gain']:.2f}",
+            "bound": lambda r: f"{r['bound']:.2f}",
+            "of it": lambda r: f"{r['of_bound']:.0%}",
+            "gate: 90 %": verdict,
+            "largest error": worst,
+        },
+    )
+    return (
+        "Forward and backward, with the head, of a session whose every turn branches off (the template "
+        "writes the end of each answer otherwise): its token trie against one packed row for each call, at "
+        f"the widths of SmolLM2-135M ({where(d)}).\n\n{found}"
+    )
+
+
 def combined(d: dict[str, Any]) -> str:
     found = columns(
         d["results"],

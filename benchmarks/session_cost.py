@@ -89,6 +89,7 @@ def measure(shape: Shape, case: Case, rounds: int) -> dict[str, Any]:
         "sampled": sampled,
         "observation": observation,
         "turns": turns,
+        "layers": shape.layers,
         "tokens": {"trie": trie.batch.num_tokens, "rows": separate.batch.num_tokens},
         "gain": round(gain, 3),
         "bound": round(bound, 3),
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{errors['loss']:9.1e} {errors['gradient']:8.1e}",
             flush=True,
         )
-        kept = merge_rows(args.out, ("prompt", "sampled", "observation", "turns"), rows)
+        kept = merge_rows(args.out, ("prompt", "sampled", "observation", "turns", "layers"), rows)
         write_result(args.out, {"model": asdict(shape), "rounds": args.rounds, "results": kept})
     return 0
 

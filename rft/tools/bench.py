@@ -72,6 +72,7 @@ PARTS: dict[str, tuple[Script, ...]] = {
     ),
     "prefix": (
         Script("prefix.py", minutes=3.5, brief=("--rounds", "2")),
+        Script("session_cost.py", minutes=1.5, brief=("--rounds", "2", "--layers", "4")),
         Script("combined.py", minutes=2.0, brief=("--rounds", "2")),
     ),
     "packing": (Script("packing.py", minutes=3.25, brief=("--rounds", "2", "--tokens", "2000")),),
