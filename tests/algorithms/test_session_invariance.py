@@ -11,12 +11,12 @@ import pytest
 from test_online_invariance import SETTINGS, make, same, splitter
 from worlds import objective, random_groups, random_tables
 
-from rft.algorithms import Algorithm
 from rft.batch import Batch, Branch, Completion, Group
 from rft.rollout.calls import Call, lay_out
 
-ORDERED = [s for s in SETTINGS if make(*s).reads_order]
-UNORDERED = [s for s in SETTINGS if not make(*s).reads_order]
+SESSIONS = [s for s in SETTINGS if not make(*s).needs_demonstrations]  # those are refused with an environment
+ORDERED = [s for s in SESSIONS if make(*s).reads_order]
+UNORDERED = [s for s in SESSIONS if not make(*s).reads_order]
 TURN_LEVEL: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"turn_returns": "turn", "turn_discount": 0.9}),
     ("rloo", {"turn_returns": "group"}),
@@ -76,14 +76,10 @@ def as_rows(groups: list[Group], *, drifts: bool) -> list[Group]:
     return [replace(g, completions=tuple(row(*s) for s in sessions_of(g, drifts=drifts))) for g in groups]
 
 
-def groups_for(algorithm: Algorithm) -> list[Group]:
-    return random_groups(4, demonstrated=algorithm.needs_demonstrations)
-
-
 @pytest.mark.parametrize(("name", "settings"), UNORDERED + TURN_LEVEL)
 def test_a_session_is_its_calls(name: str, settings: dict[str, Any]) -> None:
     algorithm, tables = make(name, settings), random_tables(4)
-    groups = groups_for(algorithm)
+    groups = random_groups(4)
     expected = objective(algorithm, Batch.build(as_rows(groups, drifts=True)), tables)
     for share in (False, True):
         batch = Batch.build(as_sessions(groups, drifts=True), share_prefix=share)
@@ -91,10 +87,10 @@ def test_a_session_is_its_calls(name: str, settings: dict[str, Any]) -> None:
         same(objective(algorithm, batch, tables, splitter(algorithm, 16)), expected)
 
 
-@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+@pytest.mark.parametrize(("name", "settings"), SESSIONS)
 def test_a_session_that_only_appends_is_a_completion(name: str, settings: dict[str, Any]) -> None:
     algorithm, tables = make(name, settings), random_tables(5)
-    groups = groups_for(algorithm)
+    groups = random_groups(4)
     expected = objective(algorithm, Batch.build(groups), tables)
     for share in (False, True):
         batch = Batch.build(as_sessions(groups, drifts=False), share_prefix=share)
@@ -104,7 +100,7 @@ def test_a_session_that_only_appends_is_a_completion(name: str, settings: dict[s
 @pytest.mark.parametrize(("name", "settings"), ORDERED)
 def test_what_reads_the_order_refuses_branches(name: str, settings: dict[str, Any]) -> None:
     algorithm = make(name, settings)
-    batch = Batch.build(as_sessions(groups_for(algorithm), drifts=True))
+    batch = Batch.build(as_sessions(random_groups(4), drifts=True))
     with pytest.raises(ValueError, match="a session branches"):
         objective(algorithm, batch, random_tables(4))
 
