@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self, TypeVar
 
 from rft.config import validate
@@ -77,6 +78,11 @@ class BasePlan:
     step_size: StepSize
 
     def __repr__(self) -> str:
+        return self.text
+
+    @cached_property
+    def text(self) -> str:
+        """The plan as `rft check` prints it. Reads the first row, and runs the rewards on its answer."""
         return "\n".join(load_dotted("rft.report.plan_text.plan_lines")(self))
 
     def with_model(self, folder: str) -> Self:

@@ -107,7 +107,9 @@ def check(
     arguments = Arguments(model, data, eval_data, rewards, algorithm, environment, sections)
     resolved = resolve(config, arguments)
     with run_dir.with_files(resolved.files, keep=False):
-        return run_training.check(resolved.config)
+        plan = run_training.check(resolved.config)
+        plan.text  # noqa: B018  (computed while the rows are there)
+        return plan
 
 
 def evaluate(

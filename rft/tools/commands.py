@@ -84,10 +84,9 @@ def init(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     from rft import run_training
     from rft.config.load import load_config
-    from rft.report.plan_text import plan_lines
 
     plan = run_training.check(load_config(args.config, args.overrides))
-    say("\n".join(plan_lines(plan)), sys.stdout)
+    say(plan.text, sys.stdout)
     return 0
 
 
