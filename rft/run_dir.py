@@ -169,7 +169,9 @@ def _check_same(config: Config, path: Path) -> list[str]:
         old = written
     else:
         if others := _other_objects(old, new):
-            raise ConfigError([f"output folder {path} belongs to a run with another reward:", *others])
+            raise ConfigError(
+                [f"output folder {path} belongs to a run with another reward or environment:", *others]
+            )
     changed = differences(_in_place(old, path), _in_place(new, path))
     fatal = [
         f"{key}: was {a!r}, now {b!r}"
@@ -188,7 +190,7 @@ def _check_same(config: Config, path: Path) -> list[str]:
 
 
 def _other_objects(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Name each reward that was passed from Python and differs from the one that the run was trained with."""
+    """Name each object that was passed from Python and differs from that of the run."""
     problems = []
     pairs = zip(old["rewards"]["functions"], new["rewards"]["functions"], strict=False)
     for i, (a, b) in enumerate(pairs):
@@ -196,14 +198,23 @@ def _other_objects(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if before is None or now is None or before["sha256"] == now["sha256"]:
             continue
         name = a["name"] or a["function"].rpartition(":")[2]
-        parts = [f"{key} was {x}, now {y}" for key, x, y in differences(before["values"], now["values"])]
-        parts += ["its source differs"] if before["source"] != now["source"] else []
-        why = "; ".join(parts) or "a value that it uses differs"
-        problems.append(
-            f"rewards.functions[{i}] ({name}): the run was trained with another function of this name: "
-            f"{why}. Pass that one again, or give this run another name"
-        )
+        problems.append(_other_object(f"rewards.functions[{i}] ({name})", "function", before, now))
+    earlier, later = ((config.get("environment") or {}).get("passed", {}) for config in (old, new))
+    for name in earlier.keys() & later.keys():
+        if earlier[name]["sha256"] != later[name]["sha256"]:
+            shown = name.rpartition(":")[2]
+            problems.append(_other_object(f"environment ({shown})", "object", earlier[name], later[name]))
     return problems
+
+
+def _other_object(where: str, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    parts = [f"{key} was {x}, now {y}" for key, x, y in differences(before["values"], now["values"])]
+    parts += ["its source differs"] if before["source"] != now["source"] else []
+    why = "; ".join(parts) or "a value that it uses differs"
+    return (
+        f"{where}: the run was trained with another {what} of this name: {why}. Pass that one again, or give "
+        "this run another name"
+    )
 
 
 def _in_place(config: dict[str, Any], path: Path) -> dict[str, Any]:

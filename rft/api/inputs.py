@@ -16,7 +16,14 @@ from rft.config.base import ConfigModel
 from rft.config.data import DataConfig
 from rft.config.environment import EnvironmentConfig
 from rft.config.learner import LearnerConfig
-from rft.config.load import apply_change, merge, parse_config, read_config, with_objects
+from rft.config.load import (
+    apply_change,
+    environment_with_objects,
+    merge,
+    parse_config,
+    read_config,
+    with_objects,
+)
 from rft.config.metrics import GuardsConfig, TrackingConfig
 from rft.config.rewards import RewardConfig, RewardsConfig
 from rft.config.rollout import RolloutConfig
@@ -44,6 +51,8 @@ DataArgument: TypeAlias = Rows | str | os.PathLike[str] | DataConfig | Section
 RewardArgument: TypeAlias = str | Callable[..., Any] | RewardConfig | Section
 RewardsArgument: TypeAlias = RewardArgument | Sequence[RewardArgument] | RewardsConfig
 AlgorithmArgument: TypeAlias = Algorithm | str | Section
+EnvironmentArgument: TypeAlias = Callable[..., Any] | EnvironmentConfig | Section
+ToolArgument: TypeAlias = str | Callable[..., Any]
 
 
 class Sections(TypedDict, total=False):
@@ -96,7 +105,8 @@ class Arguments:
     eval_data: DataArgument | None = None
     rewards: RewardsArgument | None = None
     algorithm: AlgorithmArgument | None = None
-    environment: EnvironmentConfig | Section | None = None
+    environment: EnvironmentArgument | None = None
+    tools: Sequence[ToolArgument] = ()
     sections: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -112,10 +122,10 @@ def resolve(config: ConfigArgument | None, arguments: Arguments) -> Resolved:
     """Lay the arguments over a config. Raises ConfigError with all problems."""
     raw = _plain(config)
     _lay_over(raw, arguments.sections)
-    for key, value in (("model", arguments.model), ("environment", arguments.environment)):
-        if value is not None:
-            named = isinstance(value, str | os.PathLike)
-            merge(raw, key, {"path": os.fspath(value)} if named else as_plain(value))  # type: ignore[arg-type]
+    if arguments.model is not None:
+        named = isinstance(arguments.model, str | os.PathLike)
+        merge(raw, "model", {"path": os.fspath(arguments.model)} if named else as_plain(arguments.model))  # type: ignore[arg-type]
+    _lay_environment(raw, arguments)
     if arguments.algorithm is not None:
         raw["algorithm"] = arguments.algorithm
     if arguments.rewards is not None:
@@ -129,7 +139,27 @@ def resolve(config: ConfigArgument | None, arguments: Arguments) -> Resolved:
         files[path] = content
         raw["data"][key] = str(path)
     made = parse_config(raw)
-    return Resolved(with_objects(made, config) if isinstance(config, Config) else made, files)
+    if isinstance(config, Config):
+        made = with_objects(made, config)
+    if isinstance(arguments.environment, EnvironmentConfig) and made.environment is not None:
+        environment = environment_with_objects(made.environment, arguments.environment)
+        made = made.model_copy(update={"environment": environment})
+    return Resolved(made, files)
+
+
+def _lay_environment(raw: dict[str, Any], arguments: Arguments) -> None:
+    """Lay the environment and the tools over the section `environment`, in place. Raises ConfigError."""
+    given, tools = arguments.environment, arguments.tools
+    if isinstance(given, str | os.PathLike):
+        raise ConfigError([f"environment: pass the class or function, or {{'kind': ..., 'path': {given!r}}}"])
+    if callable(given) and not isinstance(given, ConfigModel):
+        given = {"path": given}
+    if tools:
+        if isinstance(tools, str) or callable(tools):
+            raise ConfigError(["tools: pass a list of functions, or of names of built-in tools"])
+        given = {**(as_plain(given) or {}), "tools": list(tools)}
+    if given is not None:
+        merge(raw, "environment", as_plain(given))
 
 
 def _plain(config: ConfigArgument | None) -> dict[str, Any]:

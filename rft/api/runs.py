@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from rft import checkpoint, run_dir
-from rft.api.inputs import RewardArgument, Sections
+from rft.api.inputs import EnvironmentArgument, RewardArgument, Sections, ToolArgument
 from rft.config.load import load_config
 from rft.config.schema import Config
 from rft.errors import ConfigError
@@ -134,15 +134,18 @@ class Run:
         self,
         *,
         rewards: Sequence[RewardArgument] = (),
+        environment: EnvironmentArgument | None = None,
+        tools: Sequence[ToolArgument] = (),
         callbacks: Sequence[Callback] = (),
         **sections: Unpack[Sections],
     ) -> Run:
         """Go on from the newest checkpoint, or from the start where there is none; returns the run.
 
-        rewards: the functions that were passed as objects, again. sections: settings that a resumed run may
-        change, such as `steps`. Raises ConfigError, and what `rft.train` raises.
+        rewards, environment, tools: those that were passed as objects, again. sections: settings that a
+        resumed run may change, such as `steps`. Raises ConfigError, and what `rft.train` raises.
         """
-        resumed: Run = load_dotted("rft.api.training.resume")(self.path, rewards, callbacks, sections)
+        resume = load_dotted("rft.api.training.resume")
+        resumed: Run = resume(self.path, rewards, environment, tools, callbacks, sections)
         return resumed
 
     # -- how it is shown ---------------------------------------------------------------------------

@@ -15,12 +15,13 @@ from rft.api.inputs import (
     Arguments,
     ConfigArgument,
     DataArgument,
+    EnvironmentArgument,
     ModelArgument,
     Resolved,
     RewardArgument,
     RewardsArgument,
-    Section,
     Sections,
+    ToolArgument,
     as_plain,
     resolve,
 )
@@ -29,6 +30,7 @@ from rft.api.thread import in_thread
 from rft.config.data import DataConfig
 from rft.config.environment import EnvironmentConfig
 from rft.config.load import load_config, parse_config
+from rft.config.rewards import PASSED
 from rft.config.schema import Config
 from rft.errors import ConfigError
 from rft.plan import Plan, make_plan
@@ -44,7 +46,8 @@ def train(
     eval_data: DataArgument | None = None,
     rewards: RewardsArgument | None = None,
     algorithm: AlgorithmArgument | None = None,
-    environment: EnvironmentConfig | Section | None = None,
+    environment: EnvironmentArgument | None = None,
+    tools: Sequence[ToolArgument] = (),
     callbacks: Sequence[Callback] = (),
     resume: str | os.PathLike[str] = "auto",
     **sections: Unpack[Sections],
@@ -60,7 +63,9 @@ def train(
         rewards: built-in names, functions (sync or async), objects with `__call__`, or sections with a
             `function`; or the section `rewards`. Functions run in worker processes.
         algorithm: an algorithm, its name, or its section.
-        environment: the section `environment`.
+        environment: a class with `reset` and tools as methods, or with `step`; an async function of a row and
+            a session; or the section `environment`. It runs in worker processes.
+        tools: functions that the policy may call, and names of built-in ones.
         callbacks: instances of `Callback`.
         resume: "auto" (go on from the run's last checkpoint), "never", or a checkpoint's folder.
         sections: every other section of the config (a dict or its class), and shorthands such as `steps`.
@@ -72,7 +77,7 @@ def train(
         Others, such as RewardError or EngineError: as the command line reports them.
     """
     check_callbacks(callbacks)
-    arguments = Arguments(model, data, eval_data, rewards, algorithm, environment, sections)
+    arguments = Arguments(model, data, eval_data, rewards, algorithm, environment, tools, sections)
     return _train(resolve(config, arguments), callbacks, os.fspath(resume))
 
 
@@ -97,14 +102,15 @@ def check(
     eval_data: DataArgument | None = None,
     rewards: RewardsArgument | None = None,
     algorithm: AlgorithmArgument | None = None,
-    environment: EnvironmentConfig | Section | None = None,
+    environment: EnvironmentArgument | None = None,
+    tools: Sequence[ToolArgument] = (),
     **sections: Unpack[Sections],
 ) -> Plan:
     """Resolve everything that `train` with these arguments would use, without training.
 
     `print` shows the plan. Raises ConfigError with all problems.
     """
-    arguments = Arguments(model, data, eval_data, rewards, algorithm, environment, sections)
+    arguments = Arguments(model, data, eval_data, rewards, algorithm, environment, tools, sections)
     resolved = resolve(config, arguments)
     with run_dir.with_files(resolved.files, keep=False):
         plan = run_training.check(resolved.config)
@@ -159,7 +165,12 @@ def _held_out(data: DataArgument | None) -> Any:
 
 
 def resume(
-    path: Path, rewards: Sequence[RewardArgument], callbacks: Sequence[Callback], sections: Mapping[str, Any]
+    path: Path,
+    rewards: Sequence[RewardArgument],
+    environment: EnvironmentArgument | None,
+    tools: Sequence[ToolArgument],
+    callbacks: Sequence[Callback],
+    sections: Mapping[str, Any],
 ) -> Run:
     """Go on with the run in a folder; see `Run.resume`."""
     check_callbacks(callbacks)
@@ -171,7 +182,31 @@ def resume(
         if file and Path(file).parent == config.run_dir / run_dir.DATA_FOLDER:
             raw["data"][key] = str(path / run_dir.DATA_FOLDER / Path(file).name)
     raw["rewards"]["functions"] = _with_objects(config, rewards)
-    return _train(resolve(parse_config(raw), Arguments(sections=sections)), callbacks)
+    given = parse_config(raw)
+    if environment is not None or tools:
+        given = given.model_copy(
+            update={"environment": _environment_with_objects(config, environment, tools)}
+        )
+    return _train(resolve(given, Arguments(sections=sections)), callbacks)
+
+
+def _environment_with_objects(
+    config: Config, environment: EnvironmentArgument | None, tools: Sequence[ToolArgument]
+) -> EnvironmentConfig:
+    """Return the run's environment with the objects that were passed again. Raises ConfigError."""
+    old = config.environment
+    if old is None:
+        raise ConfigError(["environment: the run has none; leave environment and tools out"])
+    arguments = Arguments(environment=environment, tools=tools)
+    given = resolve({"algorithm": "grpo"}, arguments).config.environment
+    assert given is not None
+    unknown = [name for name in given.payloads if name not in old.passed]
+    if unknown:
+        known = ", ".join(name.removeprefix(PASSED) for name in old.passed) or "none"
+        shown = unknown[0].removeprefix(PASSED)
+        raise ConfigError([f"environment: {shown} was not passed to the run; its objects are {known}"])
+    changed = old.model_copy(update={"passed": {**old.passed, **given.passed}})
+    return changed.with_payloads(given.payloads)
 
 
 def _with_objects(config: Config, rewards: Sequence[RewardArgument]) -> list[Any]:

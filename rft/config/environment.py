@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from rft.config.base import ConfigModel
+from rft.config.rewards import PASSED, PassedReward, pass_object
 from rft.utils.paths import PathText
 
 Kind = Literal["tools", "class", "text", "function", "reasoning_gym"]
 ToolParser = Literal["auto", "json", "llama3", "pythonic", "xml"]
+
+
+def kind_of(target: Callable[..., Any]) -> Kind:
+    """Return the kind of a class or function that a Python program passes. Raises ValueError."""
+    if inspect.iscoroutinefunction(target):
+        return "function"
+    if callable(getattr(target, "step", None)):
+        return "text"
+    if callable(getattr(target, "reset", None)):
+        return "class"
+    if inspect.isclass(target) and inspect.iscoroutinefunction(getattr(target, "__call__", None)):  # noqa: B004
+        return "function"
+    raise ValueError(
+        f"{getattr(target, '__name__', target)} is neither an async function nor a class with `reset` or "
+        "`step`; say what it is: environment={'kind': ..., 'path': ...}"
+    )
 
 
 class EnvironmentConfig(ConfigModel):
@@ -22,12 +41,17 @@ class EnvironmentConfig(ConfigModel):
         "function of a row and a session), reasoning_gym (several tries with feedback)"
     )
     path: PathText | None = Field(
-        None, description="the class or function: `file.py:name` or `package.module:name`"
+        None,
+        description="the class or function: `file.py:name` or `package.module:name`; from Python also "
+        "the object itself",
     )
     tools: list[PathText] = Field(
         [],
-        description="tools of kind `tools`: `python`, `calculator`, `file.py:function` or "
-        "`package.module:function`",
+        description="functions that the policy may call (kinds tools and class): `python`, `calculator`, "
+        "`file.py:function` or `package.module:function`; from Python also the functions themselves",
+    )
+    passed: dict[str, PassedReward] = Field(
+        {}, description="written by rft for objects that were passed from Python, by name: not set by hand"
     )
     max_turns: int = Field(8, ge=1, description="maximum model calls per session")
     max_tokens_per_turn: int | None = Field(
@@ -78,3 +102,57 @@ class EnvironmentConfig(ConfigModel):
         description="memory limit of a worker process with its children, in GiB, above which it is killed "
         "(none: no limit)",
     )
+
+    _payloads: dict[str, bytes] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_objects(
+        cls, value: Any, handler: ModelWrapValidatorHandler[EnvironmentConfig]
+    ) -> EnvironmentConfig:
+        """Accept a class or function in place of the section, and objects as path and tools; pickle them."""
+        if callable(value) and not isinstance(value, ConfigModel):
+            value = {"path": value}
+        if not isinstance(value, Mapping):
+            return handler(value)
+        value, passed, payloads = dict(value), dict(value.get("passed") or {}), dict[str, bytes]()
+
+        def name_of(what: str, target: Any) -> Any:
+            if not callable(target):
+                return target
+            name, identity, payload = pass_object(what, target, "the environment's workers")
+            passed[name], payloads[name] = identity, payload
+            return name
+
+        if callable(value.get("path")):
+            value.setdefault("kind", kind_of(value["path"]))
+        elif value.get("tools") and not value.get("path"):
+            value.setdefault("kind", "tools")
+        if "path" in value:
+            value["path"] = name_of("the environment", value["path"])
+        if isinstance(value.get("tools"), list | tuple):
+            value["tools"] = [name_of("the tool", tool) for tool in value["tools"]]
+        made = handler({**value, "passed": passed} if passed else value)
+        made._payloads = payloads
+        return made
+
+    @model_validator(mode="after")
+    def _known_objects(self) -> EnvironmentConfig:
+        for name in (*([] if self.path is None else [self.path]), *self.tools):
+            if name.startswith(PASSED) and name not in self.passed:
+                raise ValueError(
+                    f"{name} stands for an object that a Python program passes; in a config file write "
+                    "`file.py:name` or `package.module:name`"
+                )
+        return self
+
+    @property
+    def payloads(self) -> dict[str, bytes]:
+        """Return the pickles of passed objects by name; none in a config that was read."""
+        return self._payloads
+
+    def with_payloads(self, payloads: Mapping[str, bytes]) -> EnvironmentConfig:
+        """Return a copy with the pickles of passed objects, by name."""
+        copy = self.model_copy()
+        copy._payloads = dict(payloads)
+        return copy

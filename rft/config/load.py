@@ -13,6 +13,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from rft.config.base import ConfigModel
+from rft.config.environment import EnvironmentConfig
 from rft.config.schema import Config, list_as_functions
 from rft.errors import ConfigError
 from rft.utils import yaml_files
@@ -100,7 +101,7 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def with_objects(config: Config, known: Config) -> Config:
-    """Return `config` with the reward objects of `known` that it names by their hash."""
+    """Return `config` with the objects of `known` that it names by their hash."""
     payloads = {c.passed.sha256: c.payload for c in known.rewards.functions if c.passed is not None}
     functions = [
         c.with_payload(payloads[c.passed.sha256])
@@ -108,7 +109,20 @@ def with_objects(config: Config, known: Config) -> Config:
         else c
         for c in config.rewards.functions
     ]
-    return config.model_copy(update={"rewards": config.rewards.model_copy(update={"functions": functions})})
+    changed: dict[str, Any] = {"rewards": config.rewards.model_copy(update={"functions": functions})}
+    if config.environment is not None and known.environment is not None:
+        changed["environment"] = environment_with_objects(config.environment, known.environment)
+    return config.model_copy(update=changed)
+
+
+def environment_with_objects(config: EnvironmentConfig, known: EnvironmentConfig) -> EnvironmentConfig:
+    """Return `config` with the objects of `known` that it names by their hash."""
+    payloads = {
+        name: known.payloads[name]
+        for name, passed in config.passed.items()
+        if name in known.payloads and known.passed[name].sha256 == passed.sha256
+    }
+    return config.with_payloads({**payloads, **config.payloads})
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -55,11 +55,29 @@ class ActorConfig(ConfigModel):
 
 
 class PassedReward(ConfigModel):
-    """Content of a reward that was passed as a Python object, by which a resumed run recognises it."""
+    """Content of an object that was passed from Python, by which a resumed run recognises it."""
 
     sha256: str = Field(description="hash of the source and of the values that it uses")
     source: str = Field("", description="source of the function, or of the instance's class")
     values: dict[str, str] = Field({}, description="values that it uses: defaults, closure, globals")
+
+
+def pass_object(what: str, target: Any, workers: str) -> tuple[str, PassedReward, bytes]:
+    """Return the name, the identity and the pickle of an object for worker processes. Raises ValueError.
+
+    what: says in the error what it is (a reward, a tool). workers: where it is sent.
+    """
+    identity = objects.identify(target)
+    try:
+        payload = objects.pickled(target)
+    except objects.NotPicklable as error:
+        raise ValueError(
+            f"{what} {identity.name} cannot be sent to {workers}, which are processes: it cannot be pickled: "
+            f"{error}. Create what cannot be pickled (a lock, a connection, an open file) inside the "
+            f"function, or write {what} into a file: file.py:{identity.name}"
+        ) from None
+    passed = PassedReward(sha256=identity.sha256, source=identity.source, values=identity.values)
+    return f"{PASSED}{identity.name}", passed, payload
 
 
 ENVIRONMENT = "environment"
@@ -109,17 +127,8 @@ class RewardConfig(ConfigModel):
         target = value.get("function") if isinstance(value, Mapping) else None
         if not callable(target):
             return handler(value)
-        identity = objects.identify(target)
-        try:
-            payload = objects.pickled(target)
-        except objects.NotPicklable as error:
-            raise ValueError(
-                f"the reward {identity.name} cannot be sent to the reward workers, which are processes: it "
-                f"cannot be pickled: {error}. Create what cannot be pickled (a lock, a connection, an open "
-                "file) inside the function, or write the reward into a file: file.py:function"
-            ) from None
-        passed = PassedReward(sha256=identity.sha256, source=identity.source, values=identity.values)
-        made = handler({**value, "function": f"{PASSED}{identity.name}", "passed": passed})
+        name, passed, payload = pass_object("the reward", target, "the reward workers")
+        made = handler({**value, "function": name, "passed": passed})
         made._payload = payload
         return made
 

@@ -10,7 +10,7 @@ from rft.environments.loop import first_messages, tool_loop
 from rft.environments.rewards import read_reward
 from rft.environments.tools import Toolbox, call_tool, kept, load_tools
 from rft.environments.types import Episode, Row, Session, ToolCall
-from rft.rewards.load import SpecError, checked_options, resolve
+from rft.rewards.load import SpecError, checked_options
 
 if TYPE_CHECKING:
     from rft.environments.runner import Remote
@@ -27,7 +27,7 @@ class Host:
     def __init__(self, spec: Spec) -> None:
         assert spec.path is not None
         self.spec, self.path = spec, spec.path
-        self.factory = resolve(spec.path, spec.base_dir)
+        self.factory = spec.resolve(spec.path)
         self.options = checked_options(spec.path, self.factory, spec.options, strict=False)
         self.stateful: list[Any] = []
         self.instance: Any = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rft.environments.rewards import read_reward
 from rft.environments.types import ContextFull, Ending, Episode, PolicyLimit, Row, Session
-from rft.rewards.load import SpecError, checked_options, resolve
+from rft.rewards.load import SpecError, checked_options
 
 if TYPE_CHECKING:
     from rft.environments.runner import Remote
@@ -23,7 +23,7 @@ class Host:
 
     def __init__(self, spec: Spec) -> None:
         assert spec.path is not None
-        target: Any = resolve(spec.path, spec.base_dir)
+        target: Any = spec.resolve(spec.path)
         options = checked_options(spec.path, target, spec.options, strict=False)
         self.path = spec.path
         made = isinstance(target, type)

@@ -73,6 +73,7 @@ class EnvironmentRunner:
             options=config.options,
             base_dir=Path(base_dir).resolve(),
             step_timeout_s=config.step_timeout_s,
+            payloads=config.payloads,
             memory=None if gib is None else int(gib * 2**30),
         )
         self.tools: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rft.environments.loop import as_text, first_messages, is_messages
 from rft.environments.rewards import read_reward
 from rft.environments.types import ContextFull, Ending, Episode, Message, Row, Session, TurnLimit
-from rft.rewards.load import Arguments, SpecError, checked_options, resolve
+from rft.rewards.load import Arguments, SpecError, checked_options
 
 if TYPE_CHECKING:
     from rft.environments.runner import Remote
@@ -33,7 +33,7 @@ class Host:
     def __init__(self, spec: Spec) -> None:
         assert spec.path is not None
         self.path = spec.path
-        self.factory = resolve(spec.path, spec.base_dir)
+        self.factory = spec.resolve(spec.path)
         self.options = dict(spec.options)
         self.needs_row = _takes_row(self.factory)
         if not self.needs_row:

@@ -129,7 +129,7 @@ def load_tools(spec: Spec, stateful: list[Any]) -> list[tuple[str, Callable[...,
                 f"{', '.join(BUILT_IN)}; write `file.py:function` for your own"
             )
         else:
-            tool = resolve(name, spec.base_dir)
+            tool = spec.resolve(name)
         functions.append((name, tool))
     return functions
 

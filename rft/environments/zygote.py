@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.environments.worker import serve
-from rft.rewards.load import SpecError, describe_error
+from rft.rewards.load import SpecError, describe_error, resolve, unpickled
 from rft.rewards.worker import open_streams
 from rft.utils.dotted import load_dotted
 from rft.utils.process import (
@@ -48,6 +48,7 @@ class Spec:
 
     host: dotted path of its kind's class, which takes this spec and runs operations. memory: bytes that a
     worker with its children may hold; None: no limit. preload: load in the zygote, before workers are forked.
+    payloads: pickles of objects that were passed from Python, by name.
     """
 
     host: str
@@ -58,9 +59,16 @@ class Spec:
     step_timeout_s: float = 30.0
     memory: int | None = None
     preload: bool = True
+    payloads: Mapping[str, bytes] = field(default_factory=dict)
 
     def load(self) -> Any:
         return load_dotted(self.host)(self)
+
+    def resolve(self, name: str) -> Any:
+        """Return the class or function that a name of the config stands for. Raises SpecError."""
+        if name not in self.payloads:
+            return resolve(name, self.base_dir)
+        return unpickled(name, self.payloads[name], self.base_dir)
 
 
 class Zygote:

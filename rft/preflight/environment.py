@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.config.environment import EnvironmentConfig
+from rft.config.rewards import PASSED
 from rft.config.schema import Config
 from rft.config.validate import longest_sequence
 from rft.data import PromptSet
@@ -18,6 +19,10 @@ from rft.environments.types import EnvironmentFault
 from rft.rollout.tool_calls import format_of
 from rft.utils.dotted import load_dotted
 
+NOT_PASSED = (
+    "{0} was passed from Python as an object, and this process does not have it: continue from Python, with "
+    'rft.Run("RUN_FOLDER").resume({argument}={0}); or name it as file.py:{0} in the config of a new run'
+)
 REASONING_GYM = "rft.contrib.environments.reasoning_gym.COLUMNS"
 
 
@@ -26,6 +31,11 @@ def check_environment(config: Config, tokenizer: Any, prompts: PromptSet | None)
     settings = config.environment
     if settings is None or not config.algorithm.online:
         return []
+    lost = [name for name in settings.passed if name not in settings.payloads]
+    if lost:
+        argument = "environment" if lost[0] == settings.path else "tools"
+        shown = lost[0].removeprefix(PASSED)
+        return [f"environment: {NOT_PASSED.format(shown, argument=argument)}"]
     try:
         runner = loaded(settings, Path.cwd())
     except EnvironmentFault as error:

@@ -107,14 +107,18 @@ def load_spec(
     """Load a reward from its spec, or from the pickle of an object that was passed. Raises SpecError."""
     if payload is None:
         return load_reward(spec, base_dir=base_dir, **options)
+    return Custom(spec, unpickled(spec, payload, base_dir), options)
+
+
+def unpickled(spec: str, payload: bytes, base_dir: Path | str) -> Any:
+    """Return an object that was passed from Python. Raises SpecError."""
     try:
-        target = pickle.loads(payload)
+        return pickle.loads(payload)
     except Exception as error:
         raise SpecError(
-            f"{spec} cannot be unpickled in a reward worker; a module that it needs must be importable "
-            f"from {base_dir}:\n{describe_error(error)}"
+            f"{spec} cannot be unpickled in a worker; a module that it needs must be importable from "
+            f"{base_dir}:\n{describe_error(error)}"
         ) from error
-    return Custom(spec, target, options)
 
 
 def builtin(name: str) -> Any:

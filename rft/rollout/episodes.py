@@ -145,7 +145,7 @@ class EpisodeSampler:
         """Lay a session out. Context and turn limits flag it as cut, as the length limit does."""
         completion = lay_out(shared, session.calls)
         check_layout(shared, session.calls, completion)
-        given = list(episode.messages)[len(session.messages) :]
+        given = list(episode.messages)[episode.start :]
         answers = [str(m.get("content") or "") for m in given if m.get("role") == "assistant"]
         scores: dict[str, Score] = {} if episode.reward is None else {ENVIRONMENT: graded(episode.reward)}
         scores |= {f"{ENVIRONMENT}/{name}": graded(value) for name, value in episode.scores.items()}

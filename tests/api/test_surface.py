@@ -35,8 +35,8 @@ NAMES = {
     "train": None,
 }  # fmt: skip
 SIGNATURES = {
-    "train": "config model data eval_data rewards algorithm environment callbacks resume sections",
-    "check": "config model data eval_data rewards algorithm environment sections",
+    "train": "config model data eval_data rewards algorithm environment tools callbacks resume sections",
+    "check": "config model data eval_data rewards algorithm environment tools sections",
     "evaluate": "model data rewards config sections",
     "load_reward": "spec base_dir options",
 }
@@ -85,7 +85,7 @@ def test_an_unknown_name_is_refused() -> None:
 
 
 def test_every_section_of_the_config_is_an_argument() -> None:
-    named = {f.name for f in fields(Arguments)} - {"sections", "eval_data"}
+    named = {f.name for f in fields(Arguments)} - {"sections", "eval_data", "tools"}
     sections = set(get_type_hints(Sections))
     assert named | sections - set(SHORTHANDS) == set(Config.model_fields)
     assert sections >= set(SHORTHANDS)
