@@ -33,7 +33,7 @@ from shapes import SMOLLM2, Shape
 # completion, rounds)
 SIZES: dict[str, tuple[Shape | None, int, int, int, int, int]] = {
     "demo": (None, 32, 8, 40, 20, 9),
-    "smollm2": (SMOLLM2, 8, 8, 99, 43, 3),
+    "smollm2": (SMOLLM2, 8, 8, 99, 43, 2),
 }
 
 

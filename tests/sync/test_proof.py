@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from rft.sync.channel import WeightChannel
 from rft.sync.proof import PROOF_TOKENS, Gap, Proof, ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec, Link, Sent
 from tests.specs import changed, engine_spec, learner_spec
+
+ROOT = Path(__file__).parents[2]
 
 
 def prompts(*lengths: int) -> list[Prompt]:
@@ -200,3 +203,16 @@ def test_a_score_does_not_queue_behind_requests(tiny_folder: Path) -> None:
 
     order = asyncio.run(body())
     assert order.index("score") <= 1 and len(order) == 5
+
+
+def test_the_default_bounds_were_measured() -> None:
+    """No set of fixed tokens exceeded the bound of its dtype while the weights were right
+    (`benchmarks/proof_gaps.py`); a stale head did in float32."""
+    result = json.loads((ROOT / "benchmarks/results/proof-gaps-cpu.json").read_text())
+    bounds = {"float32": 1e-3, "bfloat16": 0.1}  # the defaults, see tests/test_dtype_choice.py
+    for case in result["results"]:
+        assert case["tokens"] == PROOF_TOKENS
+        assert case["bounds"][0] == bounds[case["dtype"]]
+        assert not any(push["alarms"] for push in case["pushes"] if push["head"] == "repacked")
+        if case["dtype"] == "float32":
+            assert any(push["alarms"] for push in case["pushes"] if push["head"] == "stale")
