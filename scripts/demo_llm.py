@@ -11,31 +11,38 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rft.preflight.dtype import FASTER, measure_product_rates
+from rft.preflight.dtype import FASTER, ProductRates, measure_product_rates
 from rft.utils.cores import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def predict(rates: ProductRates, threads: int, committed: Mapping[str, Any]) -> str:
+    """Return the line that names the measured rates, the dtype that they lead to, and the minutes."""
+    dtype = "bfloat16" if rates.ratio >= FASTER else "float32"
+    here = max(rates.bfloat16 if dtype == "bfloat16" else rates.float32, 1.0) / 1e9
+    minutes = max(committed["minutes"] * committed["gflops"] / here, 1)
+    return (
+        f"[demo-llm] {threads} threads, {rates.bfloat16 / 1e9:.0f} GFLOP/s in bfloat16, "
+        f"{rates.float32 / 1e9:.0f} in float32: training in {dtype} takes about {minutes:.0f} minutes "
+        f"(measured: {committed['minutes']:.0f} at {committed['gflops']:.0f} GFLOP/s, "
+        f"{committed['machine']}). If it is stopped, the same command continues it"
+    )
 
 
 def main(overrides: list[str]) -> None:
     """Print the prediction and replace this process by `rft train`."""
     threads = usable_cores()
     torch.set_num_threads(threads)
-    rates = measure_product_rates()
-    dtype = "bfloat16" if rates.ratio >= FASTER else "float32"
-    here = getattr(rates, dtype) / 1e9
-    committed = json.loads((ROOT / "benchmarks" / "results" / "smollm2.json").read_text(encoding="utf-8"))
-    minutes = committed["minutes"] * committed["gflops"] / here
-    measured = f"{committed['minutes']:.0f} at {committed['gflops']:.0f} GFLOP/s, {committed['machine']}"
+    results = ROOT / "benchmarks" / "results" / "smollm2.json"
     print(
-        f"[demo-llm] {threads} threads, {rates.bfloat16 / 1e9:.0f} GFLOP/s in bfloat16, "
-        f"{rates.float32 / 1e9:.0f} in float32: training in {dtype} takes about {max(minutes, 1):.0f} min "
-        f"(measured: {measured}). If it is stopped, the same command continues it",
-        flush=True,
+        predict(measure_product_rates(), threads, json.loads(results.read_text(encoding="utf-8"))), flush=True
     )
     rft = str(Path(sys.executable).with_name("rft"))
     os.execv(rft, [rft, "train", "examples/smollm2.yaml", *overrides])

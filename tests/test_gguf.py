@@ -105,7 +105,7 @@ def test_a_gguf_file_is_trained_and_resumed_from_the_same_folder(
     }
     path = str(config_file(tmp_path, small, **few))
     assert main(["train", path]) == 0
-    (folder,) = (tmp_path / ".cache").glob("small-*")
+    (folder,) = (tmp_path / ".cache").glob("small-*/")
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(trained[name], load_file(folder / "model.safetensors")[name])
@@ -302,13 +302,24 @@ def test_learner_and_engine_agree_on_smollm2(smollm2_runs: Path, engine: str, ra
         "train": {"steps": 2, "batch_size": 2, "num_generations": 2},
         "data": {"kind": "arithmetic", "limit": 8},
         "rewards": [{"function": f"{reward}:length"}],
-        "rollout": {"engine": engine, "threads": 1, "kv_cache_gib": 0.2, "max_num_seqs": 8},
-        "learner": {"threads": 1, "learning_rate": 1e-5, "tokens_per_micro_batch": 512},
+        "rollout": {
+            "engine": engine,
+            "dtype": "float32",
+            "threads": 1,
+            "kv_cache_gib": 0.2,
+            "max_num_seqs": 8,
+            "sampling": {"max_prompt_length": 128, "max_completion_length": 8},
+        },
+        "learner": {
+            "dtype": "float32",
+            "threads": 1,
+            "learning_rate": 1e-5,
+            "tokens_per_micro_batch": 512,
+        },
         "eval": {"every": 0},
         "checkpoint": {"every": 0},
         "tracking": {"display": "off"},
     }
-    settings["rollout"] |= {"sampling": {"max_prompt_length": 128, "max_completion_length": 8}}  # type: ignore[operator]
     path = config_file(smollm2_runs, "smollm2", **settings)
     assert main(["train", str(path)]) == 0
     rows = [json.loads(line) for line in (smollm2_runs / engine / "metrics.jsonl").read_text().splitlines()]
