@@ -28,6 +28,8 @@ def machine_facts(config: Config, *, samples: bool) -> Facts:
     """Return the machine's facts: devices, cores, installed packages."""
     installed = frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
     gpu_here, wanted = torch.cuda.is_available(), config.ray.device
+    if not gpu_here:  # peft imports DeepSpeed where it is installed, which would print that it looked for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     on_gpu = gpu_here if wanted == "auto" else wanted == "cuda"
     if on_gpu and not gpu_here and config.ray.address is None:
         on_gpu = False  # reported by `engine_checks`
