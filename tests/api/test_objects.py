@@ -161,7 +161,7 @@ def test_an_export_does_not_need_the_function(tmp_path: Path) -> None:
         output_dir=str(tmp_path),
     )
     read = rft.Config(**config.to_dict())
-    assert make_plan(read, starts=False).config == read
+    assert make_plan(read, starts=False).config.rewards == read.rewards
     with pytest.raises(rft.ConfigError, match=r"rewards.functions\[0\] \(short\): it was passed from Python"):
         make_plan(read)
 
