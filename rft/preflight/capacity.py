@@ -40,7 +40,7 @@ def online_step(config: Config, longest: int, hidden: int) -> StepSize:
     """Bound the tokens of an online step by the length limits. longest: tokens of the longest sequence."""
     train, limits = config.train, config.rollout.sampling
     n, prompt = train.num_generations, limits.max_prompt_length
-    completion = longest - prompt
+    completion = max(longest - prompt, 1)
     mode = config.learner.prefix_sharing
     shared = worth_sharing([(prompt, [completion] * n)], hidden) if mode == "auto" else mode == "on"
     group = prompt + n * completion if shared else n * longest
