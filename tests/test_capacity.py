@@ -36,12 +36,16 @@ def planned(
     )
 
 
-@pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=["small", "middle"])
+@pytest.mark.parametrize(
+    ("shape", "machines"), [(SMALL, (24, 48, 96)), (MIDDLE, (48, 64, 128))], ids=["small", "middle"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("extra", [{}, {"gradient_checkpointing": True}, {"optimizer": "adamw_8bit"}])
-def test_auto_fits_and_uses_the_memory(shape: ModelShape, dtype: str, extra: dict[str, Any]) -> None:
+def test_auto_fits_and_uses_the_memory(
+    shape: ModelShape, machines: tuple[int, ...], dtype: str, extra: dict[str, Any]
+) -> None:
     made = config(learner={"dtype": dtype, **extra})
-    chosen = [planned(shape, made, gib) for gib in (24, 48, 96)]
+    chosen = [planned(shape, made, gib) for gib in machines]
     assert [p.total <= USABLE * (p.capacity or 0) for p in chosen] == [True] * 3
     sizes = [p.tokens for p in chosen]
     assert sizes == sorted(sizes)
@@ -54,10 +58,12 @@ def test_auto_leaves_the_default_where_memory_is_unknown() -> None:
     assert planned(SMALL, config(), 24).tokens < 16384  # 22 GiB for the learner alone
 
 
-@pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=["small", "middle"])
-def test_the_advice_fits(shape: ModelShape) -> None:
+@pytest.mark.parametrize(
+    ("shape", "machines"), [(SMALL, (16, 20, 24)), (MIDDLE, (32, 40, 48))], ids=["small", "middle"]
+)
+def test_the_advice_fits(shape: ModelShape, machines: tuple[int, ...]) -> None:
     made = config(learner={"tokens_per_micro_batch": 16384})
-    for gib in (16, 20, 24):
+    for gib in machines:
         plan = planned(shape, made, gib)
         (warning,) = plan.warnings()
         assert f"and this machine has {gib}.0" in warning

@@ -118,7 +118,7 @@ def test_without_arguments(tmp_path: Path) -> None:
         (rows(x=1), (), "the columns x are not among those that rft recognises"),
         (rows(prompt="1 + 1?", answer="2"), ("--reward", "mth"), "did you mean 'math'?"),
         (rows(prompt="1 + 1?", answer="2"), ("--reward", "code"), "code needs the column 'tests'"),
-        (rows(prompt="1 + 1?", answer="2"), ("--algorithm", "gpro"), "did you mean 'grpo'?"),
+        (rows(prompt="1 + 1?", answer="2"), ("--algorithm", "grppo"), "did you mean 'grpo'?"),
         (rows(prompt="a", chosen="b", rejected="c"), ("--reward", "math"), "dpo trains on the rows only"),
         (rows(prompt="1 + 1?", answer="2"), ("--model", "./nowhere"), "'./nowhere' is not a model folder"),
         (Path("nowhere.jsonl"), (), "nowhere.jsonl: no such file or folder"),

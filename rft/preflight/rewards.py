@@ -145,7 +145,7 @@ def _builtin_needs(c: RewardConfig) -> Loaded | str:
         return str(error)
     if has_credentials(str(c.options.get("base_url", ""))):
         return CREDENTIALS
-    return Loaded(required + optional, required, (), True)
+    return Loaded(required + optional, required, tuple(getattr(target, "any_of", ())), True)
 
 
 async def _load_all(

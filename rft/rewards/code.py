@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rft.rewards.types import Outcome, Score
 from rft.sandbox import PROTECTIONS, Backend, Limits, Sandbox, SandboxError
@@ -192,6 +192,8 @@ class Code:
         `auto`: the first of them that works here. tolerance: relative, for numbers in stdout.
     Raises SandboxError where this machine lacks a required protection.
     """
+
+    any_of: ClassVar[Sequence[str]] = ("tests", "test")  # columns of which it needs at least one
 
     def __init__(
         self,

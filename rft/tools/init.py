@@ -18,7 +18,7 @@ from rft.learner.model import load_tokenizer
 from rft.plan import make_plan
 from rft.preflight.memory import ModelShape
 from rft.preflight.model import resolve_model
-from rft.rewards.load import builtin, load_reward, signature_columns
+from rft.rewards.load import SpecError, builtin, load_reward, signature_columns
 from rft.rewards.types import Outcome
 from rft.utils import yaml_files
 from rft.utils.did_you_mean import did_you_mean_or_list
@@ -69,7 +69,7 @@ def init(
     try:
         draft = _draft(data, reward, algorithm)
         text = _text(out.stem, model, draft)
-    except (DataError, ModelError) as error:
+    except (DataError, ModelError, SpecError) as error:
         raise ConfigError([str(error)]) from None
     config = parse_config(yaml_files.parse(text))
     make_plan(config)
@@ -203,7 +203,10 @@ def _choose_reward(draft: Draft, rows: Sequence[Mapping[str, Any]], reward: str 
         reward = _guess_reward([_extracted(pattern, answer) for answer in answers])
         draft.assumed.append(f"reward: {reward}, since it reads the answers of the first rows")
     elif ":" not in reward and rows:
-        lacks = [name for name in signature_columns(builtin(reward))[0] if name not in rows[0]]
+        target = builtin(reward)
+        lacks = [name for name in signature_columns(target)[0] if name not in rows[0]]
+        either = getattr(target, "any_of", ())
+        lacks += either[:1] if not set(either) & rows[0].keys() else ()
         if lacks:
             raise ConfigError(
                 [f"--reward: {reward} needs the column {lacks[0]!r}; the data has {', '.join(rows[0])}"]
