@@ -20,6 +20,7 @@ from rft import checkpoint, run_dir
 from rft.config.schema import Config
 from rft.data.chat import Renderer
 from rft.environments.runner import EnvironmentRunner
+from rft.environments.types import EnvironmentFault
 from rft.errors import CheckpointError, ConfigError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerGroup, LearnerHandle
@@ -51,7 +52,9 @@ from rft.utils.terminal import say
 
 DONE, FAILED, USER_ERROR, FAULT = 0, 1, 2, 76
 # Raised here when another process dies: a stop signal may have reached that one as well.
-_OF_ANOTHER_PROCESS = (ActorDied, EngineError, Overdue, RayError, RewardError, TransferError)
+_OF_ANOTHER_PROCESS = (
+    ActorDied, EngineError, EnvironmentFault, Overdue, RayError, RewardError, TransferError
+)  # fmt: skip
 
 
 def check(config: Config) -> Plan:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rft.config.schema import Config
+from rft.environments.types import EnvironmentFault
 from rft.errors import (
     BrokenWeights,
     CallbackError,
@@ -27,7 +28,16 @@ from rft.utils.actors import ActorDied
 from rft.utils.deadlines import Overdue
 
 # After these the learner is usable, and the steps since the last checkpoint are worth keeping.
-SAVE_ON = (GuardStop, RewardError, NoSignal, EngineError, LearnerError, LogpGapError, CallbackError)
+SAVE_ON = (
+    GuardStop,
+    RewardError,
+    EnvironmentFault,
+    NoSignal,
+    EngineError,
+    LearnerError,
+    LogpGapError,
+    CallbackError,
+)
 
 
 class Loop(Protocol):

@@ -80,8 +80,21 @@ def _online_lines(plan: OnlinePlan) -> list[str]:
         f"{r.threads or 'all'} threads), staleness {r.staleness}",
         f"actors       the learner and {r.replicas} rollout replicas on {plan.device}, "
         f"{c.rewards.workers} reward workers; weights over {plan.transport}",
-        f"rewards      {rewards}",
+        *_environment_lines(c),
+        f"rewards      {rewards or 'those of the environment'}",
         *dict.fromkeys(protected for f in c.rewards.functions if (protected := protection(f))),
+    ]
+
+
+def _environment_lines(config: Config) -> list[str]:
+    e = config.environment
+    if e is None:
+        return []
+    what = ", ".join([*([e.path] if e.path else []), *e.tools]) or e.kind
+    per_turn = e.max_tokens_per_turn or config.rollout.sampling.max_completion_length
+    return [
+        f"environment  {e.kind}: {what}; up to {e.max_turns} turns of {per_turn} tokens in a context of "
+        f"{validate.longest_sequence(config)}, {e.concurrency} sessions at a time"
     ]
 
 

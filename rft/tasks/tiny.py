@@ -7,6 +7,8 @@ numbers as they are written. Same arguments, same files.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 
 import torch
@@ -87,7 +89,8 @@ def build_tiny(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder)
+    with contextlib.redirect_stdout(sys.stderr):  # what is imported here may print
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -15,6 +15,7 @@ from rft.data import load_prompts
 from rft.errors import ConfigError
 from rft.plan import make_plan
 from rft.preflight.environment import check_environment
+from rft.report.plan_text import plan_lines
 from tests.specs import facts
 
 SAMPLES = str(Path(__file__).parent / "samples.py")
@@ -128,7 +129,11 @@ def test_a_template_without_tools(tokenizer: Any) -> None:
 def test_the_plan_checks_the_environment(tiny_folder: Path, tmp_path: Path) -> None:
     environment = {"kind": "class", "path": f"{SAMPLES}:Guess", "max_episode_tokens": 1200}
     good = config(environment, tiny_folder, rewards=[], output_dir=str(tmp_path), rollout={"engine": "hf"})
-    assert make_plan(good).engine_spec().max_model_len == 1200
+    plan = make_plan(good)
+    assert plan.engine_spec().max_model_len == 1200
+    assert min(vars(plan.step_size).values()) >= 1200  # a session has one bound, for prompt and answers
+    shown = "\n".join(plan_lines(plan))
+    assert f"environment  class: {SAMPLES}:Guess; up to 8 turns of 512 tokens in a context of 1200" in shown
     bad = good.model_copy(update={"environment": good.environment.model_copy(update={"path": "gone.py:f"})})
     with pytest.raises(ConfigError, match=r"gone.py:f could not be loaded: no file"):
         make_plan(bad)
