@@ -89,6 +89,8 @@ MOMENTS = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.04, "paged_adamw_8bit":
 # Memory of a learner or engine process besides tensors, on CPU: the interpreter with torch, transformers,
 # Ray or vLLM, and their threads.
 PROCESS_BYTES = 1 << 29
+# Copies of a step's logits in vLLM's sampler: logits, log-probs, probabilities, noise, and their temporaries.
+LOGIT_COPIES = 8
 # Bytes of a quantised weight, including its scales (QLoRA): one byte per 64 weights, and second-level scales.
 QUANTIZED = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
 
@@ -192,7 +194,18 @@ def _step_bytes(shape: ModelShape, config: LearnerConfig, trained: int, device: 
 
 
 def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
-    """Predict the peak bytes of a rollout replica on CPU, with its processes."""
+    """Predict the peak bytes of a rollout replica on CPU, with its processes.
+
+    vLLM runs in a process below the replica's actor. It packs the weights of each layer for its products; the
+    loaded ones are freed, but their blocks mostly stay with the process, and the head stays unpacked as well,
+    since the embeddings read it. Sampling keeps several float32 copies of a step's logits. Not counted: the
+    cache of keys and values of the engine hf, which grows with the lengths of one request.
+    """
     width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
-    held = shape.parameters * width + int(spec.config.kv_cache_gib * 2**30)
-    return PROCESS_BYTES + held
+    weights = shape.parameters * width
+    if spec.kind == "hf":
+        return PROCESS_BYTES + weights
+    head = shape.vocab * shape.hidden * width
+    cache = max(1, round(spec.config.kv_cache_gib)) << 30  # vLLM takes whole GiB
+    logits = LOGIT_COPIES * spec.config.max_num_seqs * shape.vocab * 4
+    return 2 * PROCESS_BYTES + 2 * weights + head + cache + logits
