@@ -69,6 +69,14 @@ def measure(folder: Path, size: str) -> dict[str, Any]:
     )
     fixed, scores, steps = tokens(PROOF_TOKENS), [], []
     learner.step(batch, 0)
+    by_tokens = {}
+    for count in (64, 96, 128, 192):
+        some = tokens(count)
+        learner.score_tokens(some)
+        begin = time.perf_counter()
+        for _ in range(2):
+            learner.score_tokens(some)
+        by_tokens[str(count)] = (time.perf_counter() - begin) / 2
     learner.score_tokens(fixed)
     for round_ in range(rounds):
         begin = time.perf_counter()
@@ -83,6 +91,7 @@ def measure(folder: Path, size: str) -> dict[str, Any]:
         "tokens_of_a_step": batch.num_tokens,
         "score_seconds": statistics.median(scores),
         "step_seconds": statistics.median(steps),
+        "score_seconds_by_tokens": by_tokens,
         "share_of_the_learners_step": statistics.median(a / b for a, b in zip(scores, steps, strict=True)),
     }
 
