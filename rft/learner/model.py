@@ -19,11 +19,12 @@ from rft.batch import Batch
 from rft.config.learner import KernelsConfig
 from rft.data.reward_texts import TEXTS
 from rft.errors import ModelError
-from rft.kernels.attention import hidden_states, prepare_model, self_check
-from rft.kernels.attention_route import Kernel
+from rft.kernels.attention import hidden_states, prepare_model, relative_error, self_check, tolerance_of
+from rft.kernels.attention_route import Kernel, decoder_of
 from rft.kernels.logprob import token_logps
+from rft.kernels.logprob_common import LogitMap
 from rft.utils.dotted import load_dotted
-from rft.utils.quantized import keep_row_major
+from rft.utils.quantized import evaluation_mode, keep_row_major
 
 # Only a few algorithms change embeddings or need full distributions.
 READING = "rft.learner.distribution.reading"
@@ -177,10 +178,33 @@ def head_of(model: Any) -> Head:
             f"{type(model).__name__} has no linear LM head; use a causal language model with one"
         )
     config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    if divisor := getattr(config, "logits_scaling", None):  # Granite divides
-        scale /= float(divisor)
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= float(getattr(config, name, None) or 1.0)
+    if factor := getattr(config, "logits_scaling", None):  # Granite divides by it, HyperCLOVA X multiplies
+        scale *= float(factor) if config.model_type.startswith("hyperclovax") else 1 / float(factor)
     return Head(layer.weight, getattr(layer, "bias", None), _softcap(config), scale, _lora(layer))
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raise ModelError unless the logits of a causal LM are those of its head, as `head_of` reads it, on the
+    decoder's hidden states. Compares a few random tokens."""
+    decoder, layer = decoder_of(model), model.get_output_embeddings()
+    vocabulary = int(decoder.get_input_embeddings().weight.shape[0])
+    tokens = torch.randint(0, vocabulary, (1, 8), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(next(decoder.parameters()).device)
+    with evaluation_mode(model):
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+        products = layer(decoder(input_ids=tokens, use_cache=False).last_hidden_state).float()
+    head = head_of(model)
+    error = relative_error(LogitMap(1.0, head.softcap, head.logit_scale)(products), logits)
+    if error > tolerance_of(decoder):
+        raise ModelError(
+            f"the logits of {type(model).__name__} differ by {error:.1e} of their norm from its head's "
+            f"products, with the scale {head.logit_scale:g} and softcap {head.softcap} of its config: rft "
+            "does not know how this architecture computes them. Use another architecture"
+        )
 
 
 def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
@@ -192,7 +216,7 @@ def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
 
 
 def _softcap(config: Any) -> float | None:
-    value = getattr(config, "final_logit_softcapping", None)
+    value = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return float(value) if value else None
 
 
@@ -273,6 +297,8 @@ class PolicyModel:
         self.compute_dtype = compute_dtype
         self.value_head = value_head
         self.score_layer = score_layer(model)
+        if self.score_layer is None:
+            check_head(model)
         self.network: nn.Module = Network(model, value_head)
         self.device = next(model.parameters()).device
 
