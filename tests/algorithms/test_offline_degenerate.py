@@ -138,7 +138,7 @@ def test_other_missing_inputs_are_named() -> None:
         ALGORITHMS["c_rlft"]().loss(hand_policy(batch), batch.with_(columns={}))
     with pytest.raises(ValueError, match="aligned_logps"):
         ALGORITHMS["poft"](from_column=True).loss(hand_policy(batch), batch.with_(columns={}))
-    with pytest.raises(ValueError, match="2 targets, the model 1 heads"):
+    with pytest.raises(ValueError, match="2 targets, but the model has 1 heads"):
         ALGORITHMS["reward_regression"]().loss(hand_policy(batch), batch)
     with pytest.raises(ValueError, match="at least two examples"):
         ALGORITHMS["kto"]().arrange([group(0, completion((10,), 1.0))])

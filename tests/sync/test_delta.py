@@ -50,7 +50,7 @@ def test_where_most_changed_the_whole_tensor_travels() -> None:
 def test_a_delta_that_does_not_fit_changes_nothing() -> None:
     known = {"a": torch.zeros(4)}
     index = torch.tensor([1], dtype=torch.int32)
-    with pytest.raises(TransferError, match=r"no full update brought: \['b'\]"):
+    with pytest.raises(TransferError, match=r"no full update contained: \['b'\]"):
         apply_delta(known, Delta({"a": 1, "b": 1}, index, torch.ones(1)))
     with pytest.raises(TransferError, match="announces 2 indices and 2 values, but 1 and 2 arrived"):
         apply_delta(known, Delta({"a": 2}, index, torch.ones(2)))

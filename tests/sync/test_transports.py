@@ -100,7 +100,7 @@ def test_an_update_for_another_state_is_refused(transport: str, tmp_path: Path) 
     wire.push(weights)
     wire.receivers[0].sparse.state = "the state before"
     nudge(weights, 1)
-    with pytest.raises(TransferError, match="needs a full one first"):
+    with pytest.raises(TransferError, match="needs a full update first"):
         list(wire.receivers[0].receive(wire.announce(weights)))
 
 
