@@ -120,7 +120,10 @@ def _takes_row(factory: Any) -> bool:
     """Whether it is SkyRL-Gym's: its class takes `extras`, or it is that package's `make`."""
     if (getattr(factory, "__module__", "") or "").startswith("skyrl_gym.envs.registration"):
         return True
-    return "extras" in inspect.signature(factory).parameters
+    try:
+        return "extras" in inspect.signature(factory).parameters
+    except ValueError:  # written in C
+        return False
 
 
 def _can_start(kind: type) -> bool:

@@ -18,6 +18,8 @@ import select
 import signal
 import socket
 import sys
+import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +88,7 @@ class Zygote:
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
         poll.register(self._wakeup[0], select.POLLIN)
+        looked = 0.0
         while True:
             watching = self.spec.memory is not None and bool(self.workers)
             ready = poll.poll(LOOK_EVERY_S * 1000 if watching else None)
@@ -96,8 +99,9 @@ class Zygote:
                 elif not self._command():
                     return
             self._reap()
-            if watching and not ready:
+            if watching and time.monotonic() - looked > LOOK_EVERY_S:
                 self._watch_memory()
+                looked = time.monotonic()
 
     def _command(self) -> bool:
         """Execute one command; False once the parent is gone."""
@@ -121,6 +125,8 @@ class Zygote:
             try:
                 self._become_worker(connection, where)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         os.close(connection)
@@ -158,8 +164,9 @@ class Zygote:
             self.over_memory.discard(pid)
 
     def _watch_memory(self) -> None:
+        """Kill the workers that hold more than the limit beside what they share with this process."""
         assert self.spec.memory is not None
-        for pid, used in memory_of_trees(self.workers).items():
+        for pid, used in memory_of_trees(self.workers, shared_with=os.getpid()).items():
             if used > self.spec.memory:
                 self.over_memory.add(pid)
                 kill_tree(pid)

@@ -57,16 +57,32 @@ def children(pid: int) -> set[int]:
 
 def memory_below(pid: int) -> int:
     """Return the resident bytes of `pid`'s descendants without file pages (shared pages: per process)."""
-    return sum(map(_memory, descendants(pid)))
+    return sum(map(memory_of, descendants(pid)))
 
 
-def memory_of_trees(pids: Iterable[int]) -> dict[int, int]:
-    """Return the resident bytes of each process with its descendants, counted as `memory_below` does."""
-    table = _processes()
-    return {pid: sum(map(_memory, {pid} | descendants(pid, table))) for pid in pids}
+def memory_of_trees(pids: Iterable[int], shared_with: int) -> dict[int, int]:
+    """Return the resident bytes of each process with its descendants, counted as `memory_below` does.
+
+    shared_with: the process that they were forked from; its pages count only for other programs.
+    """
+    table, program, shared = _processes(), _command_line(shared_with), memory_of(shared_with)
+
+    def own(pid: int) -> int:
+        return max(0, memory_of(pid) - (shared if _command_line(pid) == program else 0))
+
+    return {pid: sum(map(own, {pid} | descendants(pid, table))) for pid in pids}
 
 
-def _memory(pid: int) -> int:
+def _command_line(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def memory_of(pid: int) -> int:
+    """Return the resident bytes of a process without file pages; 0 if it has ended."""
     total = 0
     with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status", encoding="utf-8") as file:
         for line in file:

@@ -247,10 +247,6 @@ class Guess:
 class NoReward:
     def reset(self, **row: Any) -> None: ...
 
-    def look(self) -> str:
-        """Look around."""
-        return "nothing"
-
 
 class StringReward(NoReward):
     def get_reward(self) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from rft.config.environment import EnvironmentConfig
 from rft.environments.runner import EnvironmentRunner
@@ -21,24 +22,40 @@ ROW = {"prompt": "Guess my number.", "answer": "7"}
 Make = Callable[..., EnvironmentRunner]
 
 
-@pytest.fixture
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def make() -> AsyncIterator[Make]:
-    runners: list[EnvironmentRunner] = []
+    """Runners by their settings; `fresh`: one that no other test uses."""
+    runners: dict[tuple[Any, ...], EnvironmentRunner] = {}
 
     def make(
-        kind: str, path: str | None = None, tools: tuple[str, ...] = (), **keys: Any
+        kind: str, path: str | None = None, tools: Any = (), *, fresh: bool = False, **keys: Any
     ) -> EnvironmentRunner:
-        spec = None if path is None else f"samples.py:{path}" if ":" not in path else path
-        names = [name if name in ("python", "calculator") else f"samples.py:{name}" for name in tools]
-        config = EnvironmentConfig(kind=kind, path=spec, tools=names, **keys)  # type: ignore[arg-type]
-        runners.append(EnvironmentRunner(config, HERE))
-        return runners[-1]
+        key = (kind, path, tools, str(keys), len(runners) if fresh else -1)
+        if key not in runners:
+            spec = None if path is None else f"samples.py:{path}" if ":" not in path else path
+            names = [name if name in ("python", "calculator") else f"samples.py:{name}" for name in tools]
+            config = EnvironmentConfig(kind=kind, path=spec, tools=names, **keys)  # type: ignore[arg-type]
+            runners[key] = EnvironmentRunner(config, HERE)
+        return runners[key]
 
     yield make
-    for runner in runners:
-        pids = runner.pids
+    pids = [pid for runner in runners.values() for pid in runner.pids]
+    for runner in runners.values():
         await runner.close()
-        assert not any(map(is_running, pids))
+    assert not any(map(is_running, pids))
+
+
+TOOLS = (
+    "add", "slow_double", "raises", "calculator", "count", "eat_memory", "fork", "fork_bomb",
+    "hang_with_child", "huge", "kill_itself", "kill_parent", "leak_thread", "leave", "leave_at_once",
+    "leave_child", "move_away",
+    "print_much", "random_number", "where_am_i", "write_garbage",
+)  # fmt: skip
+LIMITED: dict[str, Any] = {"step_timeout_s": 3.0, "worker_memory_gib": 0.3}
+PYTHON: dict[str, Any] = {"tools": ("python",), "options": {"python": {"wall_s": 2.0}}}
 
 
 def use(name: str, **arguments: Any) -> ToolCall:
@@ -53,7 +70,7 @@ def contents(episode: Episode, role: str = "tool") -> list[str]:
 
 
 async def test_tools(make: Make) -> None:
-    runner = make("tools", tools=("add", "slow_double", "raises", "calculator"))
+    runner = make("tools", tools=TOOLS)
     both = Reply("", tool_calls=(use("add", a=1, b=2), use("slow_double", x=4)))
     session = ScriptedSession(
         both, use("raises"), use("add", a=1), use("ad", a=1), use("calculator", expression="2*(3+4)"), "done"
@@ -65,7 +82,7 @@ async def test_tools(make: Make) -> None:
     assert error == '{"error": "LookupError: no such page"}'
     assert "missing a required argument: 'b'" in missing
     assert "there is no tool 'ad' (did you mean 'add'" in unknown
-    assert [t["function"]["name"] for t in session.tools] == ["add", "slow_double", "raises", "calculator"]
+    assert [t["function"]["name"] for t in session.tools] == [*TOOLS]
     assert session.tools[0]["function"]["parameters"]["properties"]["a"]["type"] == "integer"
     assert contents(episode, "assistant")[-1] == "done" and episode.start == 1
     metrics = runner.take_metrics()
@@ -74,12 +91,12 @@ async def test_tools(make: Make) -> None:
 
 async def test_malformed_call_is_shown_to_the_policy(make: Make) -> None:
     session = ScriptedSession(Reply("<tool_call>{", error="not JSON"), "done")
-    episode = await make("tools", tools=("add",)).run(ROW, session)
+    episode = await make("tools", tools=TOOLS).run(ROW, session)
     assert contents(episode) == ['{"error": "not JSON"}']
 
 
 async def test_python_keeps_its_state_in_a_session_only(make: Make) -> None:
-    runner = make("tools", tools=("python",))
+    runner = make("tools", **PYTHON)
     code = ("x = 20", "x + 1", "import os; os._exit(3)", "x")
     episode = await runner.run(ROW, ScriptedSession(*(use("python", code=c) for c in code), "done"))
     empty, value, ended, lost = contents(episode)
@@ -91,14 +108,14 @@ async def test_python_keeps_its_state_in_a_session_only(make: Make) -> None:
 
 
 async def test_python_that_overruns_is_stopped(make: Make) -> None:
-    runner = make("tools", tools=("python",), step_timeout_s=20.0, options={"python": {"wall_s": 0.5}})
+    runner = make("tools", **PYTHON)
     session = ScriptedSession(use("python", code="while True: pass"), use("python", code="1 + 1"), "done")
     stopped, value = contents(await runner.run(ROW, session))
     assert "exceeded its limit" in stopped and value == "2"
 
 
 async def test_random_draws_follow_the_sessions_seed(make: Make) -> None:
-    runner = make("tools", tools=("random_number",))
+    runner = make("tools", tools=TOOLS)
     sessions = [ScriptedSession(use("random_number"), "done", seed=seed) for seed in (5, 5, 6)]
     drawn = [contents(await runner.run(ROW, session))[0] for session in sessions]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -108,11 +125,11 @@ async def test_random_draws_follow_the_sessions_seed(make: Make) -> None:
 
 
 async def test_class_of_trl(make: Make) -> None:
-    runner = make("class", "Guess", options={"largest": 50})
+    runner = make("class", "Guess")
     session = ScriptedSession(use("hint"), use("guess", number=3), use("guess", number=7), "It is 7.")
     episode = await runner.run(ROW, session)
     assert [t["function"]["name"] for t in runner.tools] == ["crash", "guess", "hint", "stuck"]
-    assert session.seen[0][0]["content"] == "Guess my number. It is between 1 and 50."
+    assert session.seen[0][0]["content"] == "Guess my number. It is between 1 and 100."
     assert contents(episode) == ["odd", "larger", "right"]
     assert episode.reward == 0.5
     assert (await runner.run({**ROW, "answer": 9}, ScriptedSession("no idea"))).reward == 0.0
@@ -269,18 +286,18 @@ async def test_deadlines(make: Make) -> None:
 
 
 async def test_hang_is_killed_with_its_children(make: Make, tmp_path: Path) -> None:
-    runner = make("tools", tools=("hang_with_child", "add"), step_timeout_s=0.7)
+    runner = make("tools", tools=TOOLS, **LIMITED)
     pid_file = tmp_path / "pid"
     session = ScriptedSession(use("hang_with_child", path=str(pid_file)), use("add", a=1, b=1), "done")
     episode = await runner.run(ROW, session)
     error, value = contents(episode)
-    assert "did not return within 0.7 s and was stopped" in error and value == "2"
+    assert "did not return within 3 s and was stopped" in error and value == "2"
     assert not is_running(int(pid_file.read_text()))
-    assert runner.counts["killed"] == 1
+    assert runner.counts["killed"] >= 1
 
 
 async def test_daemon_ends_with_the_episode(make: Make, tmp_path: Path) -> None:
-    runner = make("tools", tools=("leave_child",))
+    runner = make("tools", tools=TOOLS)
     pid_file = tmp_path / "pid"
     await runner.run(ROW, ScriptedSession(use("leave_child", path=str(pid_file)), "done"))
     assert not is_running(int(pid_file.read_text()))
@@ -297,7 +314,7 @@ async def test_hostile_tools(make: Make, capfd: pytest.CaptureFixture[str]) -> N
         "write_garbage",
         "huge",
     )
-    runner = make("tools", tools=(*names, "add"), step_timeout_s=5.0)
+    runner = make("tools", tools=TOOLS, **LIMITED)
     results = {}
     for name in names:
         session = ScriptedSession(use(name), use("add", a=1, b=1), "done")
@@ -317,21 +334,21 @@ async def test_hostile_tools(make: Make, capfd: pytest.CaptureFixture[str]) -> N
 
 
 async def test_memory_limit(make: Make) -> None:
-    runner = make("tools", tools=("eat_memory", "add"), worker_memory_gib=0.3)
+    runner = make("tools", tools=TOOLS, **LIMITED)
     session = ScriptedSession(use("eat_memory"), use("add", a=1, b=1), "done")
     error, value = contents(await runner.run(ROW, session))
     assert "more memory than environment.worker_memory_gib = 0.3" in error and value == "2"
 
 
 async def test_worker_that_kills_the_zygote(make: Make) -> None:
-    runner = make("tools", tools=("kill_parent", "add"), step_timeout_s=5.0)
+    runner = make("tools", tools=TOOLS, **LIMITED)
     session = ScriptedSession(use("kill_parent"), use("add", a=1, b=1), "done")
     error, value = contents(await runner.run(ROW, session))
     assert "the process that forked it ended" in error and value == "2"
 
 
 async def test_a_worker_is_used_again_only_if_clean(make: Make) -> None:
-    runner = make("tools", tools=("leak_thread", "move_away", "where_am_i", "count"))
+    runner = make("tools", tools=TOOLS)
 
     async def result(name: str) -> str:
         return contents(await runner.run(ROW, ScriptedSession(use(name), "done")))[0]
@@ -356,7 +373,7 @@ async def test_concurrency(make: Make) -> None:
     sessions = [ScriptedSession("6", "7", delay_s=0.05) for _ in range(24)]
     episodes = await asyncio.gather(*(runner.run(ROW, session) for session in sessions))
     assert [e.reward for e in episodes] == [1.0] * 24
-    assert runner.counts["started"] <= 8
+    assert runner.counts["started"] <= 8 and len(runner.pids) <= 8
 
 
 async def test_cancelled_episode_frees_its_worker(make: Make) -> None:
