@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -330,7 +330,7 @@ def _contexts(prompt: tuple[int, ...], completion: Completion) -> Iterator[tuple
                 parts.append(prompt[: after + 1])
                 break
             end = after - shared + 1
-        yield tuple(token for part in reversed(parts) for token in part)
+        yield tuple(chain.from_iterable(reversed(parts)))
 
 
 def check_batch(groups: Sequence[Group], batch: Batch) -> None:

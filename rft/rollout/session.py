@@ -213,7 +213,8 @@ class Session:
     ) -> Reply:
         """Parse an answer, and record it for the prompts of later turns."""
         tokenizer = self._render.tokenizer
-        length = text_length(call.sampled, tokenizer, stopped=call.finish == "stop")
+        stopped = call.finish == "stop"  # otherwise no token ended the answer
+        length = text_length(call.sampled, tokenizer, stopped=True) if stopped else len(call.sampled)
         body, end = decode([call.sampled[:length], call.sampled[length:]], tokenizer)
         reasoning, parsed = self._read_parts(body, asked.opened, tools)
         self.record.malformed += bool(parsed.error)

@@ -101,6 +101,7 @@ CASES: dict[str, tuple[Callable[[], Any], str, bool]] = {
     # the policy's first answer, and whether the second prompt extends it
     "chatml": (make_tokenizer, f"four{END}", True),
     "truncated": (make_tokenizer, "four and", True),
+    "truncated at a special token": (make_tokenizer, "four<|im_start|>x", True),
     "spaces": (make_tokenizer, f" four \n{END}", True),
     "empty": (make_tokenizer, END, True),
     "trimmed": (lambda: make_tokenizer(LLAMA3), f" four \n{END}", True),
@@ -124,7 +125,10 @@ async def test_the_next_prompt_extends_only_what_the_template_repeats(case: str)
     tokenizer = kind()
     session, _, render = make(tokenizer, [first, "x"])
     replies = await talk(session, ["no, again"])
-    assert replies[0].content.strip() in ("four", "four and", "") and "hm" not in replies[0].content
+    assert (
+        replies[0].content.strip() in ("four", "four and", "four<|im_start|>x", "")
+        and "hm" not in replies[0].content
+    )
     assert extends(session) == [extended]
     first_call, second = session.calls
     assert first_call.prompt == tuple(render.prompt("hi")[1])  # the group's prompt
