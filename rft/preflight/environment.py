@@ -92,6 +92,12 @@ def _template_problems(
             return [f"environment.tools: {problem}"]
     if prompts is None or not prompts.prompts:
         return []
+    rendered = next((p for p in prompts.prompts if render.is_rendered(p.text)), None)
+    if rendered is not None and settings.kind != "function":
+        return [
+            f"environment: the prompt of row {rendered.id + 1} of {prompts.source} is already rendered with "
+            "the chat template, so it cannot be continued; give its text, or a list of messages"
+        ]
     longest = max(prompts.prompts, key=lambda prompt: len(prompt.tokens))
     try:
         count = len(render.prompt(longest.text, tools or None)[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def test_what_must_be_loaded(
     made = config(environment, **sections)
     found = check_environment(made, tokenizer, load_prompts(made.data, tokenizer, "train", 512))
     assert len(found) == 1 and message in found[0], found
+
+
+def test_a_prompt_that_is_already_rendered(tokenizer: Any, tmp_path: Path) -> None:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "plain"}\n' + json.dumps({"prompt": text}) + "\n")
+    made = config(TEXT, data={"path": str(tmp_path / "rows.jsonl")})
+    (problem,) = check_environment(made, tokenizer, load_prompts(made.data, tokenizer, "train", 512))
+    assert "the prompt of row 2 of" in problem and "is already rendered with the chat template" in problem
 
 
 def test_a_template_without_tools(tokenizer: Any) -> None:
