@@ -66,6 +66,7 @@ READERS = (
 WORDS = {
     "eval/*": ("algorithms", "learner/learner.py", "rollout/episodes.py"),
     "session/*": ("rollout/episodes.py",),
+    "environment/workers/*": ("environments/runner.py",),
     "data/*": ("rollout/buffer.py",),
     "reward/*/*": ("rewards/types.py",),
     "reward/workers/*": ("rewards/runner.py",),
