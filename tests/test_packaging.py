@@ -65,6 +65,7 @@ def test_the_metadata(wheel: zipfile.ZipFile) -> None:
         "cpu",
         "cuda",
         "deepspeed",
+        "gguf",
         "quant",
         "dev",
         "docs",
