@@ -161,8 +161,12 @@ class EnvironmentRunner:
     def take_metrics(self) -> dict[str, float]:
         """Return and reset the metrics since the last call."""
         metrics = self._tally.take()
-        for name, count in self.counts.items():
-            metrics[f"environment/workers/{name}"] = float(count)
+        metrics |= {
+            "environment/workers/started": float(self.counts["started"]),
+            "environment/workers/killed": float(self.counts["killed"]),
+            "environment/workers/crashed": float(self.counts["crashed"]),
+            "environment/workers/recycled": float(self.counts["recycled"]),
+        }
         return metrics
 
     # -- workers -----------------------------------------------------------------------------------
