@@ -87,7 +87,7 @@ def test_a_missing_file_is_answered_with_its_neighbours(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_answered_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 1, column 'questoin'.*'question', 'answer'.*mean 'question'"):
+    with pytest.raises(DataError, match=r"row 1, column 'questoin'.*mean 'question'.*'question', 'answer'"):
         load_rows(config(write(tmp_path, ROWS), columns={"prompt": "questoin"}))
     late = [*ROWS, {"answer": "#### 1"}]
     with pytest.raises(DataError, match="row 11, column 'question'"):
