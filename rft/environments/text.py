@@ -78,7 +78,7 @@ class Host:
                 f"{self.path} asks player {player} to act; only games of one player are supported"
             )
         if isinstance(observation, list):  # (sender, message, type) without TextArena's observation wrapper
-            return "\n".join(str(entry[1]) for entry in observation)
+            return "\n".join(str(text) for sender, text, *_ in observation if sender != player)
         return str(observation)
 
     async def step(self, text: str) -> dict[str, Any]:

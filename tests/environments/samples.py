@@ -346,7 +346,7 @@ class Arena:
         self.round = 0
 
     def get_observation(self) -> tuple[int, list[tuple[int, str, int]]]:
-        return 0, [(-1, f"round {self.round}", 5)]
+        return 0, [(0, "what the policy said", 2), (-1, f"round {self.round}", 5)]
 
     def step(self, action: str) -> tuple[bool, dict[str, Any]]:
         self.round += 1
