@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from rft import run_dir
 from rft.config import validate
 from rft.config.learner import LearnerConfig
 from rft.config.schema import Config
 from rft.config.validate import Device, Engine, longest_sequence
 from rft.data import DataError, GroupStream, PromptSet, load_prompts
 from rft.errors import ConfigError, ModelError
-from rft.learner.model import load_tokenizer, resolve_dtype
+from rft.learner.load import load_tokenizer, resolve_dtype
 from rft.learner.spec import LearnerSpec
 from rft.preflight.capacity import (
     MemoryPlan,
@@ -46,7 +48,6 @@ from rft.preflight.model import (
     resolve_model,
     resolve_optional,
     resolve_stops,
-    stored_quantization,
 )
 from rft.preflight.rewards import check_rewards
 from rft.rollout.engine import EngineSpec
@@ -234,24 +235,24 @@ def make_plan(
     facts = machine_facts(config, samples=samples)
 
     # Resolve the model (only from its config) and the data.
-    network = shape = tokenizer = train = offline = held_out = stops = None
+    shape = tokenizer = train = offline = held_out = stops = None
     path = attempt("model", lambda: resolve_model(config, model))
     reference = attempt("model.reference", lambda: resolve_optional(config.model.reference, config))
     given = attempt("model.tokenizer", lambda: resolve_optional(config.model.tokenizer, config))
     if path is not None:
-        shape = attempt("model.path", lambda: ModelShape.of(path, config.model))
+        cache = Path(config.output_dir) / ".cache"
+        shape = attempt("model.path", lambda: ModelShape.of(path, config.model, cache))
     if path is not None and (shape is not None or given is not None):
         tokenizer = attempt("model.tokenizer", lambda: load_tokenizer(given or path, trusted))
     dtype_choice = ""
     if path is not None and shape is not None:
         config, dtype_choice = resolve_dtypes(config, facts.device, shape.parameters)
-        network = meta_network(path, trusted)
         facts = replace(
             facts,
             layers=shape.layers,
             positions=shape.max_positions,
             vocabulary=shape.vocab,
-            stored_quantization=stored_quantization(network),
+            stored_quantization=shape.quantization,
         )
     if tokenizer is not None:
         facts = replace(facts, largest_token=max(tokenizer.get_vocab().values()))
@@ -288,6 +289,7 @@ def make_plan(
         learners["warm_start.learner"] = config.warm_start.learner
     for key, learner in learners.items():
         if learner.adapter is not None:
+            network = meta_network(path, trusted) if path is not None and shape is not None else None
             problems += check_adapter(key, learner.adapter, network)
     if reference is not None and shape is not None and config.algorithm.needs_reference:
         problems += check_reference(reference, shape.vocab, trusted)
@@ -301,12 +303,13 @@ def make_plan(
     width = resolve_dtype(config.rollout.dtype, facts.device).itemsize
     problems += check_sync_folder(config, shape.parameters * width if shape else None)
 
-    if not problems and path and shape and network and stops is not None:
+    if not problems and path and shape and stops is not None:
         adapter = config.learner.adapter
         if offline is None:
             step = online_step(config, longest_sequence(config), shape.hidden)
         else:
             step = offline_step(config, offline.sample)
+        counted = None if adapter is None else count_adapter_parameters(meta_network(path, trusted), adapter)
         plan = BasePlan(
             config=config,
             model=path,
@@ -319,7 +322,7 @@ def make_plan(
             transport=validate.choose_transport(config, facts),
             stop_ids=stops,
             eval_prompts=held_out,
-            adapter_parameters=None if adapter is None else count_adapter_parameters(network, adapter),
+            adapter_parameters=counted,
             dtype_choice=dtype_choice,
             step_size=step,
         )
@@ -328,3 +331,20 @@ def make_plan(
         if offline is not None:
             return OfflinePlan(**vars(plan), data=offline)
     raise ConfigError(problems)
+
+
+def check_plan(config: Config) -> Plan:
+    """Resolve a config and its run folder, without training. Raises ConfigError with all problems."""
+    problems: list[str] = []
+    config = run_dir.keep_dtypes(config, "auto")
+    try:
+        run_dir.claim(config, "auto")
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        plan = make_plan(config)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return plan

@@ -23,7 +23,7 @@ from rft.config.load import differences, parse_config
 from rft.config.rewards import Schedule
 from rft.config.schema import Config
 from rft.errors import CheckpointError, ConfigError
-from rft.learner.strategy import learning_rate
+from rft.learner.schedule import learning_rate
 from rft.utils import yaml_files
 from rft.utils.files import write_atomic, write_text_atomic
 from rft.utils.run_lock import LOCK_FILE, RunLock

@@ -57,23 +57,6 @@ _OF_ANOTHER_PROCESS = (
 )  # fmt: skip
 
 
-def check(config: Config) -> Plan:
-    """Resolve a config and its run folder, without training. Raises ConfigError with all problems."""
-    problems: list[str] = []
-    config = run_dir.keep_dtypes(config, "auto")
-    try:
-        run_dir.claim(config, "auto")
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        plan = make_plan(config)
-    except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from None
-    if problems:
-        raise ConfigError(problems)
-    return plan
-
-
 def run(
     config: Config,
     resume: str,

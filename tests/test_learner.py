@@ -13,8 +13,8 @@ from rft.batch import Batch
 from rft.config.learner import LearnerConfig
 from rft.errors import LearnerError
 from rft.learner.learner import Learner
+from rft.learner.schedule import learning_rate
 from rft.learner.spec import LearnerSpec
-from rft.learner.strategy import learning_rate
 from tests.specs import changed, learner_spec
 
 pytestmark = pytest.mark.numerics

@@ -80,20 +80,21 @@ def test_forced_kernels_train_to_the_same_gradient(tiny_folder, make_groups) -> 
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "linear"),
+    ("algorithm", "predicted"),
     [
         (ALGORITHMS["sft"](), True),
         (ALGORITHMS["grpo"](correction="none"), True),
         (ALGORITHMS["dr_grpo"](correction="none"), True),
-        (ALGORITHMS["grpo"](), False),
-        (ALGORITHMS["grpo"](correction="none", beta=0.1), False),
-        (ALGORITHMS["dft"](), False),
+        (ALGORITHMS["grpo"](), True),
+        (ALGORITHMS["grpo"](correction="sequence_truncate"), False),
+        (ALGORITHMS["grpo"](correction="none", beta=0.1), True),
+        (ALGORITHMS["dft"](), True),
         (ALGORITHMS["dpo"](), False),
     ],
-    ids=["sft", "grpo", "dr_grpo", "grpo, corrected", "grpo with a KL", "dft", "dpo"],
+    ids=["sft", "grpo", "dr_grpo", "by token", "by sequence", "grpo with a KL", "dft", "dpo"],
 )
-def test_a_loss_linear_in_log_probs_takes_its_gradient_in_the_forward(
-    algorithm, linear, tiny_folder, make_groups, monkeypatch
+def test_a_loss_of_separate_tokens_takes_its_gradient_in_the_forward(
+    algorithm, predicted, tiny_folder, make_groups, monkeypatch
 ) -> None:
     """The head is not computed again for it, and its update is the one of a head that is."""
     monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 4)
@@ -105,9 +106,9 @@ def test_a_loss_linear_in_log_probs_takes_its_gradient_in_the_forward(
     for _ in range(2):
         learner = Learner(spec(tiny_folder, settings=algorithm))
         norms.append(learner.step(batch, 0)["train/grad_norm"])
-        assert bool(calls) != linear
-        monkeypatch.setattr(objective, "constant_logp_grad", lambda *_: None)
-        linear = False
+        assert bool(calls) != predicted
+        monkeypatch.setattr(objective, "predict_logp_grad", lambda *_: None)
+        predicted = False
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

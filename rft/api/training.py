@@ -33,7 +33,7 @@ from rft.config.load import load_config, parse_config
 from rft.config.rewards import PASSED
 from rft.config.schema import Config
 from rft.errors import ConfigError
-from rft.plan import Plan, make_plan
+from rft.plan import Plan, check_plan, make_plan
 from rft.report.history import CONFIG_FILE
 from rft.utils.signals import StopRequests
 
@@ -113,7 +113,7 @@ def check(
     arguments = Arguments(model, data, eval_data, rewards, algorithm, environment, tools, sections)
     resolved = resolve(config, arguments)
     with run_dir.with_files(resolved.files, keep=False):
-        plan = run_training.check(resolved.config)
+        plan = check_plan(resolved.config)
         plan.text  # noqa: B018  (computed while the rows are there)
         return plan
 

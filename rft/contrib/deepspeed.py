@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rft.config.learner import LearnerConfig
-from rft.learner.model import PolicyModel, head_of, resolve_dtype
+from rft.learner.load import resolve_dtype
+from rft.learner.model import PolicyModel, head_of
 from rft.learner.parallel import MakeOptimizer, Ranks, device_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's

@@ -16,7 +16,15 @@ from torch import Tensor
 from rft.config.learner import LIGER_REMEDY
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_reference as reference
-from rft.kernels.logprob_common import LogitMap, accumulate_dtype, check_head, check_targets, shape, spread
+from rft.kernels.logprob_common import (
+    LogitMap,
+    RowGradient,
+    accumulate_dtype,
+    check_head,
+    check_targets,
+    shape,
+    spread,
+)
 from rft.utils.dotted import load_dotted
 
 LIGER = "rft.contrib.liger.try_token_logps"  # an optional dependency's kernel, imported only if installed
@@ -34,7 +42,7 @@ class Options(TypedDict, total=False):
     lora: reference.Lora | None
     support: Tensor | None
     mask: Tensor | None
-    expected: Tensor | None
+    expected: Tensor | RowGradient | None
     backend: Backend
 
 
@@ -73,7 +81,7 @@ def token_logps(
     lora: reference.Lora | None = None,
     support: Tensor | None = None,
     mask: Tensor | None = None,
-    expected: Tensor | None = None,
+    expected: Tensor | RowGradient | None = None,
     entropy: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -92,9 +100,10 @@ def token_logps(
             sampled (top-k, top-p). Probabilities are normalised over them; the target always counts.
         mask: [T] bool. Rows that are False skip the head; their log-prob and entropy are 0. Rows whose
             log-prob and entropy get no gradient are left out of the backward (on CPU).
-        expected: [T], the gradient that the log-probs will get, up to a factor, if known: the forward then
-            also computes the backward (6 T H V instead of 8). If the real gradient differs, or entropies
-            get one too, the result is the same, only slower. Used by "chunked" only.
+        expected: [T], the gradient that the log-probs will get, up to a factor, if known, or as a function of
+            each row's log-prob: the forward then also computes the backward (6 T H V instead of 8). If the
+            real gradient differs, or entropies get one too, the result is the same, only slower. Used by
+            "chunked" only.
         backend: "auto" takes "triton" on CUDA if it supports the call, or "liger" if liger-kernel is
             installed, supports the call and was measured to be faster; "chunked" otherwise. "liger" does
             scoring and frozen heads; other calls take "triton", or "chunked" if that is unsupported.
@@ -106,7 +115,7 @@ def token_logps(
     check_head(hidden, weight, bias)
     check_targets(targets, hidden.shape[0], weight.shape[0])
     _check_extras(hidden, weight, lora, support, mask)
-    if expected is not None and (expected.shape != hidden.shape[:1] or expected.requires_grad):
+    if isinstance(expected, Tensor) and (expected.shape != hidden.shape[:1] or expected.requires_grad):
         raise ValueError(f"expected must be [{hidden.shape[0]}] without gradient, got {shape(expected)}")
     f = LogitMap(temperature, softcap, logit_scale)
     options = (f, entropy, backend)
@@ -115,7 +124,8 @@ def token_logps(
     else:
         rows = mask.nonzero()[:, 0]
         chosen = hidden[rows], weight, targets[rows], bias, lora
-        support, expected = (None if x is None else x[rows] for x in (support, expected))
+        support = None if support is None else support[rows]
+        expected = None if expected is None else expected[rows]
         logps, entropies = _dispatch(*chosen, support, expected, *options)
         logps = spread(logps, rows, mask.shape[0])
         entropies = None if entropies is None else spread(entropies, rows, mask.shape[0])
@@ -179,7 +189,7 @@ def _dispatch(
     bias: Tensor | None,
     lora: reference.Lora | None,
     support: Tensor | None,
-    expected: Tensor | None,
+    expected: Tensor | RowGradient | None,
     f: LogitMap,
     entropy: bool,
     backend: Backend,

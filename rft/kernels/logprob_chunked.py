@@ -5,8 +5,8 @@ of a few rows that stay in cache. The two autograd functions at the end get grad
 
 - recomputation, for any upstream gradient: the backward computes a chunk's logits again (8 T H V),
   unless all rows fit into one chunk, which is then kept
-- prediction: the forward also computes the backward for a predicted upstream gradient (6 T H V); if the
-  prediction was wrong, the logits are computed again
+- prediction: the forward also computes the backward for a predicted upstream gradient (6 T H V), which may
+  depend on each row's log-prob; if the prediction was wrong, the logits are computed again
 - a frozen head: no parameter of the head needs a gradient; the forward stores d logp / d hidden (4 T H V)
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rft.kernels.logprob_common import LogitMap, accumulate_dtype, spread
+from rft.kernels.logprob_common import LogitMap, RowGradient, accumulate_dtype, spread
 from rft.kernels.logprob_linear import HeadProducts, WeightGrad
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -200,18 +200,23 @@ class Gradients:
         b = head.low_rank
         self.low_rank = zeros(b.shape, dtype=self.acc) if wants.get("low_rank") and b is not None else None
 
-    def add(self, rows: slice, hidden: Tensor, low: Tensor | None, grad: Tensor) -> None:
-        """Accumulate grad [n, V], the gradient of the chunk's products."""
+    def add(
+        self, rows: slice, hidden: Tensor, low: Tensor | None, grad: Tensor, scale: Tensor | None = None
+    ) -> None:
+        """Accumulate the gradient of the chunk's products: grad [n, V], times scale [n] row by row. Factors
+        of width H are scaled instead of grad."""
         if self.hidden is not None:
             self.head.hidden_grad(grad, self.hidden[rows])
+            if scale is not None:
+                self.hidden[rows].mul_(scale[:, None])
         if self._weight is not None:
-            self._weight.add(grad, hidden)
+            self._weight.add(grad, _scaled(hidden, scale))
         if self.bias is not None:
-            self.bias += grad.sum(0, dtype=self.acc)
+            self.bias += _scaled(grad, scale).sum(0, dtype=self.acc)
         if self.low is not None and self.head.low_rank is not None:
-            self.low[rows] = grad @ self.head.low_rank
+            self.low[rows] = _scaled(grad @ self.head.low_rank, scale)
         if self.low_rank is not None and low is not None:
-            self.low_rank += grad.t() @ low
+            self.low_rank += grad.t() @ _scaled(low, scale)
 
     @property
     def weight(self) -> Tensor | None:
@@ -264,28 +269,35 @@ def finish_tile(z: Tensor, cap_slope: Tensor | None, products: Tensor) -> None:
         products.copy_(z)
 
 
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Multiply x [n, ...] by scale [n], in x's dtype."""
+    return x if scale is None else (x * scale[:, None]).to(x.dtype)
+
+
 def differentiate_forward(
-    chunks: Chunks, coefficients: Tensor, wants: dict[str, bool], entropy: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Gradients]:
-    """Return logps [T], logsumexp [T], entropies [T] (if asked) and the gradients of
-    sum(coefficients * logps), in one pass."""
+    chunks: Chunks, upstream: Tensor | RowGradient, wants: dict[str, bool], entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Gradients]:
+    """Return logps [T], logsumexp [T], entropies [T] (if asked), the upstream gradient [T] of the log-probs,
+    and the gradients that follow from it, in one pass."""
     targets = chunks.rows.targets
     logps = chunks.hidden.new_empty(targets.shape, dtype=chunks.acc)
-    lse = chunks.hidden.new_empty(targets.shape[0], dtype=chunks.acc)
+    lse, applied = torch.empty_like(logps), torch.empty_like(logps)
     entropies = torch.empty_like(lse) if entropy else None
     grads = Gradients(chunks, wants)
-    c = (coefficients.to(chunks.acc) * chunks.map.slope)[:, None]
     for chunk, h, low, products in chunks:
         for rows, inner, z, cap_slope in chunks.tiles(chunk, products, cap_slope=True):
             scratch = chunks.tile("scratch", z.shape[0]) if entropies is not None else None
-            logps[rows], lse[rows], total, target_logit = softmax_tile_(z, targets[rows], scratch)
+            logps[rows], lse[rows], total, row_entropy = softmax_tile_(z, targets[rows], scratch)
             if entropies is not None:
-                entropies[rows] = target_logit
-            z.mul_(-c[rows] / total[:, None])
-            z.scatter_add_(1, targets[rows, None], c[rows])
-            finish_tile(z, cap_slope, products[inner])
-        grads.add(chunk, h, low, products)
-    return logps, lse, entropies, grads
+                entropies[rows] = row_entropy
+            z.div_(total[:, None])
+            z.scatter_add_(1, targets[rows, None], z.new_full((z.shape[0], 1), -1.0))
+            finish_tile(z, cap_slope, products[inner])  # now p - onehot
+        applied[chunk] = (
+            upstream(chunk, logps[chunk]) if isinstance(upstream, RowGradient) else upstream[chunk]
+        )
+        grads.add(chunk, h, low, products, applied[chunk] * -chunks.map.slope)
+    return logps, lse, entropies, applied, grads
 
 
 # -- differentiable functions of these passes ----------------------------------------------------------
@@ -306,10 +318,10 @@ class ChunkedLogps(torch.autograd.Function):
         rows: Targets,
         f: LogitMap,
         entropy: bool,
-        expected: Tensor | None,
+        expected: Tensor | RowGradient | None,
     ) -> Any:
         head = HeadProducts(weight, low_rank)
-        ctx.map, ctx.expected, ctx.kept, ctx.grads = f, expected, None, None
+        ctx.map, ctx.expected, ctx.kept, ctx.grads = f, None, None, None
         if expected is None:
             chunks = Chunks(head, hidden, low, bias, rows, f)
             totals = hidden.new_empty(hidden.shape[0], dtype=chunks.acc) if chunks.single else None
@@ -324,14 +336,17 @@ class ChunkedLogps(torch.autograd.Function):
 
             wants = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
             used = pulled_rows(expected, None)
-            logps, lse, entropies, grads = differentiate_forward(
-                part(used), _at(expected, used), wants, entropy
+            upstream = expected if used is None else expected[used]
+            logps, lse, entropies, ctx.expected, grads = differentiate_forward(
+                part(used), upstream, wants, entropy
             )
             if used is not None:  # the other rows have a forward only
-                unused = (expected == 0).nonzero()[:, 0]
+                unused = torch.ones(count, dtype=torch.bool, device=used.device)
+                unused = unused.index_fill_(0, used, False).nonzero()[:, 0]
                 rest, rest_lse, rest_entropies = forward(part(unused), entropy)
                 logps = spread(logps, used, count).index_copy_(0, unused, rest)
                 lse = spread(lse, used, count).index_copy_(0, unused, rest_lse)
+                ctx.expected = spread(ctx.expected, used, count)
                 if entropies is not None and rest_entropies is not None:
                     entropies = spread(entropies, used, count).index_copy_(0, unused, rest_entropies)
                 grads.spread(used, count)
@@ -393,12 +408,12 @@ def _at(x: MaybeTensor, index: Tensor | None) -> MaybeTensor:
     return x if x is None or index is None else x[index]
 
 
-def pulled_rows(grad: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
+def pulled_rows(grad: Tensor | RowGradient, grad_entropy: Tensor | None) -> Tensor | None:
     """Return the indices of the rows with an upstream gradient ([T] each); None if all have one. Rows without
     (groups whose advantages are 0) are not recomputed. On a GPU: None, to avoid a synchronisation."""
-    if grad.is_cuda:
+    pulled = grad.pulled if isinstance(grad, RowGradient) else grad != 0
+    if pulled.is_cuda:
         return None
-    pulled = grad != 0
     if grad_entropy is not None:
         pulled |= grad_entropy != 0
     return None if bool(pulled.all()) else pulled.nonzero()[:, 0]
@@ -424,7 +439,7 @@ class FrozenLogps(torch.autograd.Function):
     ) -> Tensor:
         chunks = Chunks(HeadProducts(weight, None), hidden, None, bias, rows, f)
         ones = hidden.new_ones(hidden.shape[0], dtype=chunks.acc)
-        logps, _, _, grads = differentiate_forward(chunks, ones, {"hidden": True})
+        logps, _, _, _, grads = differentiate_forward(chunks, ones, {"hidden": True})
         ctx.save_for_backward(grads.hidden)
         return logps
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,39 @@ class LogitMap:
             torch.mul(x, x, out=cap_slope)
             cap_slope.neg_().add_(1)
         return x.mul_(self.softcap / self.temperature)
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """A gradient of log-probs in which each element depends on its own log-prob only.
+
+    function: log-probs [T] -> gradients [T], on CPU. used: [T] bool, False where it is 0 for any log-prob.
+    rows: [n] int64, the elements that are meant, in order; None: all.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    used: Tensor
+    rows: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> RowGradient:
+        return replace(self, rows=index if self.rows is None else self.rows[index])
+
+    def to(self, device: torch.device) -> RowGradient:
+        return replace(
+            self, used=self.used.to(device), rows=None if self.rows is None else self.rows.to(device)
+        )
+
+    @property
+    def pulled(self) -> Tensor:
+        """[n] bool: the rows whose gradient can differ from 0."""
+        return self.used if self.rows is None else self.used[self.rows]
+
+    def __call__(self, part: slice, logps: Tensor) -> Tensor:
+        """Return the gradients of the rows `part`, given their log-probs: [len(part)] each."""
+        rows = torch.arange(len(self.used), device=logps.device) if self.rows is None else self.rows
+        full = logps.new_zeros(len(self.used))
+        full[rows[part]] = logps
+        return self.function(full.cpu()).to(logps)[rows[part]]
 
 
 _messages: list[str] = []

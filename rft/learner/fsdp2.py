@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rft.config.learner import LearnerConfig
 from rft.kernels.attention_route import decoder_of
-from rft.learner.model import PolicyModel, resolve_dtype
+from rft.learner.load import resolve_dtype
+from rft.learner.model import PolicyModel
 from rft.learner.parallel import Ranks, device_of
 
 

@@ -25,9 +25,9 @@ from rft.learner import objective
 from rft.learner.model import PolicyModel
 from rft.learner.objective import Sums
 from rft.learner.parallel import Parallel
+from rft.learner.schedule import learning_rate
 from rft.learner.spec import LearnerSpec
 from rft.learner.state import TrainState
-from rft.learner.strategy import learning_rate
 from rft.packing import micro_batches
 from rft.utils.memory import return_freed_memory
 from rft.utils.quantized import evaluation_mode
@@ -285,7 +285,7 @@ class Learner(TrainState):
         plan = self.plan(trained)
         for trees in plan:
             micro, last = self.micro(trained if trees else mini, trees), trees is plan[-1]
-            expected = objective.constant_logp_grad(self.algorithm, micro, scale) if trees else None
+            expected = objective.predict_logp_grad(self.algorithm, micro, scale) if trees else None
             out = self.policy.run(
                 micro, outputs, algorithm=self.algorithm, reference=self.reference, expected=expected
             )

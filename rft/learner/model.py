@@ -1,8 +1,8 @@
-"""The policy: load it, find its head, and run it on packed batches, with a critic or as a reward model."""
+"""The policy: find its head, and run it on packed batches, with a critic or as a reward model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
@@ -17,14 +17,14 @@ from rft.algorithms.extras import ChangesEmbeddings, ReadsDistributions, critic_
 from rft.algorithms.math.sequences import last_tokens
 from rft.batch import Batch
 from rft.config.learner import KernelsConfig
-from rft.data.reward_texts import TEXTS
 from rft.errors import ModelError
 from rft.kernels.attention import hidden_states, prepare_model, relative_error, self_check, tolerance_of
 from rft.kernels.attention_route import Kernel, decoder_of
 from rft.kernels.logprob import token_logps
-from rft.kernels.logprob_common import LogitMap
+from rft.kernels.logprob_common import LogitMap, RowGradient
+from rft.learner.load import score_layer
 from rft.utils.dotted import load_dotted
-from rft.utils.quantized import evaluation_mode, keep_row_major
+from rft.utils.quantized import evaluation_mode
 
 # Only a few algorithms change embeddings or need full distributions.
 READING = "rft.learner.distribution.reading"
@@ -50,124 +50,6 @@ class Head:
         lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2])
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, weight=self.weight.detach(), bias=bias, lora=lora)
-
-
-def load_causal_lm(
-    path: str,
-    dtype: torch.dtype,
-    device: str,
-    trust_remote_code: bool = False,
-    quantize: str | None = None,
-) -> Any:
-    """Load a causal LM for training; `quantize` (nf4, fp4, int8) stores its linear layers, except the head,
-    in 4 or 8 bits through bitsandbytes. Raises ModelError naming the path."""
-    from transformers import AutoModelForCausalLM
-
-    extra: dict[str, Any] = {}
-    if quantize is not None:
-        extra = {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, **extra
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model {path!r} cannot be loaded: {error}") from error
-    keep_row_major(model)
-    return model if quantize is not None else model.to(device)
-
-
-def quantization(quantize: str, dtype: torch.dtype) -> Any:
-    """Return transformers' config for a base in 4 bits (with quantised scales) or 8 bits, computed in
-    `dtype`. Raises ModelError if bitsandbytes is not installed."""
-    from transformers import BitsAndBytesConfig
-
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ModelError(
-            f"learner.quantize: {quantize} needs bitsandbytes: install rft with the extra quant"
-        ) from error
-    if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantize,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer. Raises ModelError naming the path."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"tokenizer of {path!r} cannot be loaded: {error}") from error
-
-
-def load_scoring_model(
-    path: str,
-    heads: int,
-    *,
-    per_token: bool,
-    texts: Mapping[str, Any] | None,
-    dtype: torch.dtype,
-    device: str,
-    trust_remote_code: bool = False,
-) -> Any:
-    """Load a model with `heads` outputs per sequence, or with `per_token` per token. From a causal model's
-    folder, a new head is initialised, small and random; a scoring model's is loaded. `texts` is stored in the
-    config. Raises ModelError naming the path."""
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
-    kind = AutoModelForTokenClassification if per_token else AutoModelForSequenceClassification
-    try:
-        model = kind.from_pretrained(
-            path,
-            num_labels=heads,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            problem_type="regression",
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path!r} cannot be loaded as a reward model: {error}") from error
-    score_layer(model)
-    config = model.config.get_text_config()
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.pad_token_id in ends:
-        config.pad_token_id = None  # otherwise transformers pads with the end token, and reads before it
-    if texts is not None:
-        setattr(model.config, TEXTS, dict(texts))
-    return model.to(device)
-
-
-def score_layer(model: Any) -> nn.Linear | None:
-    """Return the linear layer that computes the scores; None for a language model. Raises ModelError if a
-    classification model stores its head elsewhere."""
-    if "Classification" not in type(model).__name__:
-        return None
-    layer = getattr(model, "score", None) or getattr(model, "classifier", None)
-    if not isinstance(layer, nn.Linear):
-        raise ModelError(
-            f"{type(model).__name__} has no linear layer named score or classifier; choose a model with one"
-        )
-    return layer
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Count parameters, shared ones once."""
-    shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in model.parameters())
-    return sum(torch.Size(shape).numel() for shape in shapes)
-
-
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """Resolve a dtype name. A plan has none that is `auto`; without a plan, it is float32 on CPU."""
-    if name == "auto":
-        name = "bfloat16" if device == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def head_of(model: Any) -> Head:
@@ -309,13 +191,13 @@ class PolicyModel:
         *,
         algorithm: Algorithm | None = None,
         reference: PolicyModel | None = None,
-        expected: Tensor | None = None,
+        expected: Tensor | RowGradient | None = None,
     ) -> PolicyOutput:
         """Compute the log-probs of the masked-in tokens, and `outputs`: entropy, values, end_values, kl.
         Other tokens get 0. A reward model has only scores: its log-probs are 0.
 
         algorithm: in training; it may change embeddings, and defines the divergence `kl` from `reference`.
-        expected: [T], the gradient that the log-probs will get, if known; the head is then faster.
+        expected: the gradient [T] that the log-probs will get, if known; the head is then faster.
         """
         expected = None if expected is None else expected.to(self.device)
         arguments = (batch.to(self.device), outputs, algorithm, reference, expected)
@@ -327,7 +209,7 @@ class PolicyModel:
         outputs: frozenset[str],
         algorithm: Algorithm | None,
         reference: PolicyModel | None,
-        expected: Tensor | None,
+        expected: Tensor | RowGradient | None,
     ) -> dict[str, Tensor]:
         rows = batch.mask.nonzero()[:, 0]
         embedding: AbstractContextManager[None] = nullcontext()

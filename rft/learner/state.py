@@ -13,15 +13,14 @@ from torch import Tensor
 from rft.algorithms.extras import TrainsCritic, score_heads, separate_critic
 from rft.data.reward_texts import reward_texts
 from rft.errors import BrokenWeights
-from rft.learner.model import (
-    Critic,
-    PolicyModel,
+from rft.learner.load import (
     count_parameters,
     load_causal_lm,
     load_scoring_model,
     load_tokenizer,
     resolve_dtype,
 )
+from rft.learner.model import Critic, PolicyModel
 from rft.learner.parallel import Parallel, local_share
 from rft.learner.spec import LearnerInfo, LearnerSpec
 from rft.learner.strategy import make_strategy

@@ -28,7 +28,7 @@ from rft.checkpoint import Checkpoint
 from rft.data import GroupSampler, GroupSource
 from rft.errors import RunStopped
 from rft.learner.adapters.methods import previewed_sequences
-from rft.learner.model import resolve_dtype
+from rft.learner.load import resolve_dtype
 from rft.learner.workers import LearnerHandle
 from rft.loops.evaluate import HeldOut, SampledEvaluation
 from rft.loops.saver import Saver

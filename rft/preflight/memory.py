@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +18,12 @@ from rft.config.learner import LearnerConfig
 from rft.config.schema import ModelConfig
 from rft.errors import ModelError
 from rft.kernels.logprob_chunked import CHUNK_BYTES, MIN_CHUNK_ROWS
-from rft.learner.model import resolve_dtype
+from rft.learner.load import resolve_dtype
 from rft.preflight.gguf import PACKAGED
 from rft.rollout.engine import EngineSpec
 from rft.utils.did_you_mean import closest_match
+from rft.utils.files import write_text_atomic
+from rft.utils.hashing import fingerprint
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,32 @@ class ModelShape:
     key: int  # total width of a token's keys, same for its values
     normed: bool  # whether queries and keys are normalised
     linear: int  # parameters of the layers' linear maps, which quantisation applies to
+    quantization: (
+        str | None
+    )  # method of stored weights that are quantised: they can be neither trained nor synced
 
     @classmethod
-    def of(cls, path: str, model: ModelConfig) -> ModelShape:
-        """Read a model config and count the parameters without allocating them. Raises ModelError."""
+    def of(cls, path: str, model: ModelConfig, cache: Path | None = None) -> ModelShape:
+        """Read a model config and count the parameters without allocating them. Raises ModelError.
+
+        cache: a folder to keep the sizes of local models in, because building a model takes about 2 seconds.
+        """
+        config = Path(path) / "config.json"
+        if cache is None or model.trust_remote_code or not config.is_file():
+            return cls._of(path, model)
+        key = {"config": config.read_text("utf-8"), "fields": _FIELDS, "by": version("transformers")}
+        file = cache / f"shape-{fingerprint(key)}.json"
+        try:
+            return cls(**json.loads(file.read_text("utf-8")))
+        except (OSError, ValueError, TypeError):  # not there yet, or damaged
+            shape = cls._of(path, model)
+        with suppress(OSError):  # a folder that cannot be written is reported elsewhere
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(file, json.dumps(asdict(shape)))
+        return shape
+
+    @classmethod
+    def _of(cls, path: str, model: ModelConfig) -> ModelShape:
         network = meta_network(path, model.trust_remote_code)
         text = network.config.get_text_config()
         head = network.get_output_embeddings()
@@ -55,7 +83,19 @@ class ModelShape:
             key=(getattr(text, "num_key_value_heads", None) or heads) * width,
             normed=any(name.endswith(("q_norm", "q_layernorm")) for name, _ in network.named_modules()),
             linear=sum(m.weight.numel() for m in maps),
+            quantization=_stored_quantization(network.config),
         )
+
+
+_FIELDS = sorted(field.name for field in fields(ModelShape))  # a new field makes old files stale
+
+
+def _stored_quantization(config: Any) -> str | None:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(method, "value", method))
 
 
 # Error messages of transformers when the hub is unreachable.

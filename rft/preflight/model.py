@@ -50,11 +50,11 @@ def resolve_name(name: str, config: Config) -> str:
 
 
 def _tiny_folder(config: Config, cache: Path) -> Path:
-    from rft.tasks.tiny import build_tiny
-
     options = {"seed": config.seed, **config.model.options}
     folder = cache / f"tiny-{fingerprint({**options, 'code': REVISION})}"
     if not (folder / "config.json").exists():
+        from rft.tasks.tiny import build_tiny  # imports transformers' models
+
         try:
             build_tiny(folder, **options)
         except TypeError as error:
@@ -67,18 +67,6 @@ def resolve_stops(config: Config, path: str, tokenizer: Any) -> tuple[int, ...]:
     turn_end = Renderer(config.data, tokenizer).turn_end
     known = stop_ids(path, tokenizer, turn_end, trust_remote_code=config.model.trust_remote_code)
     return tuple(sorted({*known, *config.rollout.sampling.stop_token_ids}))
-
-
-def stored_quantization(network: nn.Module) -> str | None:
-    """Return the quantisation method of a model's stored weights; None: not quantised.
-
-    Such weights cannot be trained, and engines that load them cannot receive a weight sync.
-    """
-    stored = getattr(network.config, "quantization_config", None)
-    if stored is None:
-        return None
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    return str(getattr(method, "value", method))
 
 
 def check_adapter(key: str, adapter: AdapterConfig, network: nn.Module | None) -> list[str]:

@@ -82,11 +82,12 @@ def init(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from rft import run_training
     from rft.config.load import load_config
+    from rft.plan import check_plan
+    from rft.utils.quick_imports import skip_generated_docstrings
 
-    plan = run_training.check(load_config(args.config, args.overrides))
-    say(plan.text, sys.stdout)
+    skip_generated_docstrings()
+    say(check_plan(load_config(args.config, args.overrides)).text, sys.stdout)
     return 0
 
 

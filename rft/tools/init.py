@@ -14,7 +14,7 @@ from rft.config.load import parse_config
 from rft.data import DataError, has_held_out, load_rows
 from rft.data.messages import is_messages
 from rft.errors import ConfigError, ModelError
-from rft.learner.model import load_tokenizer
+from rft.learner.load import load_tokenizer
 from rft.plan import make_plan
 from rft.preflight.memory import ModelShape
 from rft.preflight.model import resolve_model

@@ -16,7 +16,7 @@ from rft.batch import Batch
 from rft.config.data import DataConfig
 from rft.data import load_groups
 from rft.learner.learner import Learner
-from rft.learner.model import load_tokenizer
+from rft.learner.load import load_tokenizer
 from rft.tasks.tiny import build_tiny
 from tests.specs import changed, learner_spec
 

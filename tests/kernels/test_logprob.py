@@ -14,6 +14,7 @@ from torch import Tensor
 from rft.kernels import logprob_chunked as chunked
 from rft.kernels import logprob_linear as linear
 from rft.kernels.logprob import Backend, token_logps
+from rft.kernels.logprob_common import RowGradient
 from rft.kernels.logprob_support import pack_support
 from tests.kernels.rounding import tolerance
 
@@ -225,6 +226,33 @@ def test_an_expected_gradient_spares_the_recomputation(
         for a, b in zip(torch.autograd.grad((found[0] * pull).sum(), leaves), grads, strict=True):
             assert relative(a, b) < 1e-12
         assert len(calls) == (0 if frozen else misses)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("case", CASES)
+def test_a_gradient_that_depends_on_its_own_log_prob_spares_the_recomputation(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recomputed, calls = chunked.recomputed, []
+    monkeypatch.setattr(chunked, "recomputed", lambda *args: (calls.append(1), recomputed(*args))[1])
+    torch.manual_seed(5)
+    pull = torch.randn(13, dtype=torch.float64)
+    pull[[0, 7, 8]] = 0.0
+    x = inputs(CASES[case], 13, 8, 37, torch.float64)
+    leaf = x["leaf"]
+    leaves = [p for p in leaf.values() if p.requires_grad]
+    head = (leaf["hidden"], leaf["weight"], x["targets"])
+    wanted, _ = token_logps(*head, entropy=True, backend="reference", **x["options"])
+    grads = torch.autograd.grad((wanted.sin() * pull).sum(), leaves)
+    right = RowGradient(lambda logps: pull * logps.cos(), pull != 0)
+    wrong = RowGradient(lambda logps: pull * logps.cos().sum(), pull != 0)
+    for expected, misses in ((right, 0), (wrong, 1)):
+        calls.clear()
+        made = token_logps(*head, expected=expected, **x["options"])
+        assert relative(made, wanted) < 1e-12
+        for a, b in zip(torch.autograd.grad((made.sin() * pull).sum(), leaves), grads, strict=True):
+            assert relative(a, b) < 1e-12
+        assert len(calls) == (0 if "frozen" in CASES[case] else misses)
 
 
 def test_a_gradient_of_entropies_is_never_left_out_for_an_expected_one() -> None:

@@ -20,7 +20,7 @@ from rft.config.rewards import RewardsConfig
 from rft.contrib.rewards.steps import split_steps
 from rft.contrib.step_values import step_ends
 from rft.data.chat import Renderer
-from rft.learner.model import load_tokenizer
+from rft.learner.load import load_tokenizer
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, SampleReward, Score
 from rft.rollout.engine import EngineSpec, Generated, Request, Sampling

@@ -17,7 +17,7 @@ from rft.batch import Batch
 from rft.cli import main
 from rft.kernels.attention import prepare_model, self_check, tolerance_of
 from rft.learner.learner import Learner
-from rft.learner.model import load_causal_lm
+from rft.learner.load import load_causal_lm
 from rft.utils.quantized import evaluation_mode, full_weight, is_quantized, keep_row_major, rounding
 from tests.strategies import avx512bf16
 from tests.strategies.test_qlora import plain, quantized
@@ -242,7 +242,7 @@ def test_a_model_that_is_refused_is_told_why(
 
 def test_a_model_that_is_stored_quantised_is_named(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """Its 4-bit weights would stay frozen, and be pushed as they are packed."""
-    from rft.learner.model import load_tokenizer
+    from rft.learner.load import load_tokenizer
 
     folder = tmp_path / "stored"
     load_causal_lm(str(tiny_folder), torch.float32, "cpu", quantize="nf4").save_pretrained(folder)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rft.config.learner import SubnetworkConfig
 from rft.errors import ModelError
-from rft.learner.model import PolicyModel, load_causal_lm
+from rft.learner.load import load_causal_lm
+from rft.learner.model import PolicyModel
 from rft.learner.spec import LearnerSpec
 from rft.learner.strategy import SetFull, Strategy, make_optimizer
 from rft.utils.files import write_atomic

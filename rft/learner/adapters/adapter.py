@@ -23,7 +23,8 @@ from rft.learner.adapters.methods import (
     peft_config,
     rewrites_base,
 )
-from rft.learner.model import Head, PolicyModel, load_causal_lm, resolve_dtype
+from rft.learner.load import load_causal_lm, resolve_dtype
+from rft.learner.model import Head, PolicyModel
 from rft.learner.spec import LearnerSpec
 from rft.learner.strategy import FullTensor, Named, SetFull, Strategy
 from rft.utils.dotted import load_dotted

@@ -1,0 +1,87 @@
+"""What a check prints and imports: no log output of other libraries, and none of the heavy ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rft.config.schema import ModelConfig
+from rft.preflight.memory import ModelShape
+from rft.utils.quiet import ENVIRONMENT, quiet_libraries
+
+CONFIG = """
+algorithm: grpo
+output_dir: {folder}
+model: {{path: tiny}}
+data: {{kind: arithmetic, limit: 64}}
+rewards: [{{function: math}}]
+"""
+
+
+def test_a_check_prints_the_plan_only(tmp_path: Path) -> None:
+    """Makes the tiny model, which saves it with transformers and imports DeepSpeed where it is installed."""
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG.format(folder=tmp_path / "runs"))
+    environment = {k: v for k, v in os.environ.items() if k not in ENVIRONMENT}
+    command = [sys.executable, "-m", "rft.cli", "check", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    strange = [line for line in done.stdout.splitlines() if not re.match(r"(?=.{13}\S)[a-z ]{12} ", line)]
+    assert not strange
+
+
+def test_libraries_print_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet_libraries()
+    quiet_libraries()
+    logger = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    try:
+        logger.setLevel(logging.WARNING)  # as DeepSpeed does when it is imported
+        logger.warning("Setting accelerator to CPU")
+        logger.error("broken")
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().out == "broken\n"
+    assert len(logger.filters) == 1
+
+
+HEAVY = ("ray", "vllm", "deepspeed", "transformers.modeling_utils", "torch._dynamo", "peft", "bitsandbytes")
+CHECK = """
+import json, sys
+from rft.cli import main
+code = main(["check", sys.argv[1]])
+print("LOADED", code, json.dumps([name for name in json.loads(sys.argv[2]) if name in sys.modules]))
+"""
+
+
+def test_a_check_imports_what_it_needs_only(tmp_path: Path) -> None:
+    """The first check builds the tiny model and counts its parameters; later ones read the count."""
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG.format(folder=tmp_path / "runs"))
+    loaded = []
+    for _ in range(2):
+        command = [sys.executable, "-c", CHECK, str(file), json.dumps(HEAVY)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        loaded.append(next(x for x in done.stdout.splitlines() if x.startswith("LOADED")))
+    assert "transformers.modeling_utils" in loaded[0]
+    assert loaded[1] == "LOADED 0 []"
+
+
+def test_a_damaged_model_size_is_counted_again(tiny_folder: Path, tmp_path: Path) -> None:
+    fresh = ModelShape.of(str(tiny_folder), ModelConfig())
+    assert ModelShape.of(str(tiny_folder), ModelConfig(), tmp_path) == fresh
+    (file,) = tmp_path.glob("shape-*.json")
+    assert ModelShape(**json.loads(file.read_text())) == fresh
+    for damaged in ("", "[]", '{"parameters": 1}', file.read_text().replace('"hidden"', '"width"')):
+        file.write_text(damaged)
+        assert ModelShape.of(str(tiny_folder), ModelConfig(), tmp_path) == fresh
+        assert json.loads(file.read_text()) == json.loads(json.dumps(vars(fresh)))
