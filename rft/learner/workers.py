@@ -36,6 +36,7 @@ from rft.learner.spec import LearnerInfo, LearnerSpec
 from rft.sync.publisher import Publisher
 from rft.sync.spec import ChannelSpec, Link, Manifest, Sent, Update, WeightSource, manifest_of
 from rft.utils.actors import ActorDied, require_here
+from rft.utils.allocator import allocator_environment
 from rft.utils.deadlines import Deadline, within
 
 P = ParamSpec("P")
@@ -319,6 +320,7 @@ class LearnerGroup:
     def _start(self, spec: LearnerSpec, channel: ChannelSpec, rank: int) -> Any:
         threads = spec.config.threads  # none: the actor counts the cores of its machine
         env = {"OMP_WAIT_POLICY": "PASSIVE", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        env |= allocator_environment() if spec.device == "cpu" else {}
         gpus = channel.gpu_share if spec.device == "cuda" else 0
         options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": gpus, "runtime_env": {"env_vars": env}}
         if self._bundles is not None:

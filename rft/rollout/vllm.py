@@ -13,6 +13,7 @@ from rft.errors import EngineError
 from rft.rollout.engine import Aborted, EngineSpec, Generated, Request, Sampling
 from rft.sync import nccl
 from rft.sync.spec import Link, Update
+from rft.utils.allocator import allocator_environment
 from rft.utils.cores import threads_for
 from rft.utils.deadlines import Deadline, within
 
@@ -38,6 +39,7 @@ class VLLMEngine:
         """Start vLLM. vLLM's worker processes read the environment variables."""
         config, on_cpu = self.spec.config, self.spec.device == "cpu"
         if on_cpu:
+            os.environ.update(allocator_environment())
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or "nobind"
         os.environ["OMP_NUM_THREADS"] = str(threads_for(config.threads, config.cores))
@@ -72,6 +74,9 @@ class VLLMEngine:
             # A prompt split over two engine steps rewinds its random generator, but a CPU generator cannot be
             # rewound: seeded requests would kill the engine. So prompts are never split.
             args |= {"enable_chunked_prefill": False}
+            # Only whole blocks of a prompt are shared by its completions. vLLM's default on CPU, 128 tokens,
+            # computes a prompt of 99 tokens once for each of them.
+            args["block_size"] = 32
             args["max_num_batched_tokens"] = max(8192, self.spec.max_model_len)
             if config.tensor_parallel == 1:
                 # vLLM's default on CPU is a separate worker process, for which the engine busy-waits on a
