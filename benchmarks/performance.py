@@ -110,6 +110,55 @@ def step_time(d: dict[str, Any]) -> str:
     )
 
 
+def real_step(d: dict[str, Any]) -> str:
+    machine, settings, aims = d["machine"], d["settings"], d["aims"]
+    runs = {(r["who"], r["dtype"]): r for r in d["runs"]}
+    rows = []
+    for (who, dtype), run in sorted(runs.items()):
+        parts = run.get("parts", {})
+        rates = run["gflops"]["float32" if dtype == "float32" else "bfloat16"]
+        rows.append(
+            [
+                f"{who}, {dtype}",
+                f"{run['median']:.1f} s",
+                f"{run['first']:.1f} s",
+                *(f"{parts[p]:.1f} s" if p in parts else "" for p in ("rollout", "train", "sync")),
+                f"{run['completion_length']:.1f}",
+                f"{rates:,} GFLOP/s",
+            ]
+        )
+    head = ["", "a step", "first step", "rollout", "train", "sync", "tokens per completion", "products"]
+    shares = [
+        [
+            dtype,
+            *(
+                f"{s[name]:.0%} (aim {aim:.0%}: {'met' if s[f'{name}_passed'] else '**missed**'})"
+                for name, aim in (("learner", aims[f"learner {dtype}"]), ("rollout", aims["rollout"]))
+            ),
+            f"{s['first_step']:.2f}x (aim {aims['first step']}x: "
+            f"{'met' if s['first_step_passed'] else '**missed**'})",
+        ]
+        for dtype, s in d["shares"].items()
+    ]
+    text = (
+        f"SmolLM2-135M-Instruct, {settings['batch_size']} chat prompts x {settings['num_generations']} "
+        f"completions of up to {settings['max_completion_length']} tokens, {settings['threads']} threads on "
+        f"{machine['cpu']} (load average before: {machine['load']}), TRL {d['peer']['trl']}.\n\n"
+        f"{table(head, rows)}\n\n"
+    )
+    if "ratio" in d:
+        verdict, ratio, aim = "met" if d["passed"] else "**missed**", d["ratio"], aims["ratio"]
+        text += f"In their better dtypes rft is {ratio:.2f}x as fast as TRL; aim {aim:g}: {verdict}. "
+    text += (
+        "Share of the bound that follows from the rate of products and of memory in the same round:\n\n"
+        + table(["rft", "learner", "rollout", "first step over the median"], shares)
+    )
+    for dtype, profile in d["profiles"].items():
+        where = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in profile.items())
+        text += f"\n\nWhere the learner's step goes in {dtype}: {where}."
+    return text
+
+
 def parity(d: dict[str, Any]) -> str:
     rows = [[r["loss"], str(r["inputs"]), f"{r['difference']:.1e}", r["reason"] or ""] for r in d["rows"]]
     return f"Identical tensors to both, {', '.join(d['peer'])}, float32, bound {d['bound']:g}.\n\n" + table(
@@ -137,6 +186,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("The demo", "demo", "python benchmarks/demo.py RUN...", demo),
     ("A pretrained model", "smollm2", "make demo-llm; python benchmarks/smollm2.py RUN...", smollm2),
     ("A GRPO step against TRL", "step-time-cpu", "python benchmarks/step_time.py", step_time),
+    ("A GRPO step on a real model against TRL", "real-step-cpu", "python benchmarks/real_step.py", real_step),
     ("Whole training steps against TRL", "train-step-cpu", "rft bench step --peers", kernels.train_step),
     ("Fused log-probs on CPU", "logprob-cpu", "rft bench logprob --peers", kernels.logprob),
     ("Their memory against the number of rows", "workspace-cpu", "rft bench logprob", kernels.workspace),
