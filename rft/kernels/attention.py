@@ -233,7 +233,7 @@ def relative_error(actual: Tensor, expected: Tensor, outliers: float = 0.0) -> f
     """Return the largest error of a token's hidden state, relative to the norm of the expected one, without
     the share `outliers` of the tokens."""
     difference = (actual.float() - expected.float()).norm(dim=-1)
-    errors = (difference / expected.float().norm(dim=-1).clamp(min=1e-12)).sort().values
+    errors = (difference / expected.float().norm(dim=-1).clamp(min=1e-12)).flatten().sort().values
     error = float(errors[-1 - int(outliers * errors.numel())])
     return error if math.isfinite(error) else math.inf
 
