@@ -1,4 +1,4 @@
-"""The thread that trains: interrupts and signals of its caller become requests, and nothing is left behind."""
+"""The thread that trains: interrupts and signals of its caller become requests to stop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def default_handlers() -> Iterator[None]:
 
 
 def stoppable(seen: list[str], cancelled: threading.Event) -> Callable[[StopRequests], int]:
-    """Work that an interrupt asks to stop, and that ends only when it is cancelled; it interrupts its caller."""
+    """Work that interrupts its caller twice, and that ends only when it is cancelled."""
 
     def work(stops: StopRequests) -> int:
         stops.handle(request=lambda reason: seen.append(reason) or 0.0, cancel=cancelled.set)
