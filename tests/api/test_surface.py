@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -91,6 +92,11 @@ def test_every_section_of_the_config_is_an_argument() -> None:
     assert sections >= set(SHORTHANDS)
     keys = {key for key, _, _ in describe_fields()}
     assert set(SHORTHANDS.values()) <= keys
+
+
+def test_the_guide_lists_the_shorthands() -> None:
+    guide = (ROOT / "docs" / "guides" / "python.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|$", guide, re.MULTILINE)) == SHORTHANDS
 
 
 def test_every_section_has_an_exported_class() -> None:
