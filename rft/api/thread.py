@@ -65,16 +65,20 @@ def in_thread(work: Callable[[StopRequests], T], stops: StopRequests, stopped: s
 def _wait(done: threading.Event, stops: StopRequests) -> KeyboardInterrupt | None:
     """Wait for the end of the work; returns the caller's first interrupt, if any."""
     first: KeyboardInterrupt | None = None
+    received = passed_on = 0
     while not done.is_set():
-        try:
+        try:  # also around the requests: the next interrupt may arrive while one is passed on
+            while passed_on < received:
+                if passed_on == 0:
+                    stops.stop("interrupted")
+                else:
+                    say("rft: interrupted again: the run is ended at once")
+                    stops.stop_at_once()
+                passed_on += 1
             done.wait()
         except KeyboardInterrupt as interrupt:
-            if first is None:
-                first = interrupt
-                stops.stop("interrupted")
-            else:
-                say("rft: interrupted again: the run is ended at once")
-                stops.stop_at_once()
+            first = first or interrupt
+            received += 1
     return first
 
 

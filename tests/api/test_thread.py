@@ -34,6 +34,7 @@ def stoppable(seen: list[str], cancelled: threading.Event) -> Callable[[StopRequ
         stops.handle(request=lambda reason: seen.append(reason) or 0.0, cancel=cancelled.set)
         os.kill(os.getpid(), signal.SIGINT)
         assert stops.asked(within=10)
+        time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
         assert cancelled.wait(10)
         raise RuntimeError("cancelled")
