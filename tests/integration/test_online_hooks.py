@@ -82,4 +82,4 @@ def test_the_hook_runs_end_to_end(name: str, more: tuple[str, ...], tmp_path: Pa
     assert any(r["train/grad_norm"] > 0 for r in rows[1:])
     if name == "sppo":  # the reference stays the first policy for 20 steps
         first, *later = [r["policy/kl_ref"] for r in rows[1:]]
-        assert abs(first) < 1e-6 and all(kl > 1e-6 for kl in later)
+        assert abs(first) < 1e-6 < max(later)
