@@ -81,7 +81,7 @@ def _is_plain_fast(folder: Path) -> bool:
     if not file.is_file() or not (folder / "tokenizer.json").is_file():
         return False
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return False  # AutoTokenizer explains it
     plain = ("PreTrainedTokenizerFast", "TokenizersBackend")

@@ -53,10 +53,10 @@ class ModelShape:
         config = Path(path) / "config.json"
         if cache is None or model.trust_remote_code or not config.is_file():
             return cls._of(path, model)
-        key = {"config": config.read_text("utf-8"), "fields": _FIELDS, "by": version("transformers")}
+        key = {"config": config.read_text(encoding="utf-8"), "fields": _FIELDS, "by": version("transformers")}
         file = cache / f"shape-{fingerprint(key)}.json"
         try:
-            return cls(**json.loads(file.read_text("utf-8")))
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):  # not there yet, or damaged
             shape = cls._of(path, model)
         with suppress(OSError):  # a folder that cannot be written is reported elsewhere

@@ -12,7 +12,7 @@ TASKS: dict[str, type] = {
 }
 
 
-REVISION = 1
+REVISION = 2
 """Part of the key of cached tiny models and warm starts: raise it when rows or tiny models change."""
 
 

@@ -59,7 +59,7 @@ def exclusive(lock: Path) -> Iterator[bool]:
 
     Yields False if the file system does not support locks: then the block is not exclusive.
     """
-    with lock.open("a") as file:
+    with lock.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

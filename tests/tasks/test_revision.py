@@ -9,7 +9,10 @@ from rft.tasks import REVISION, TASKS, Arithmetic
 from rft.tasks.tiny import CHAT_TEMPLATE, build_tiny
 from rft.utils.hashing import json_digest
 
-EXPECTED = {1: ("25db7e0f67ddd7d0", "3e085c23894088b5")}
+EXPECTED = {
+    1: ("25db7e0f67ddd7d0", "3e085c23894088b5"),
+    2: ("25db7e0f67ddd7d0", "a65724ca14c0f356"),  # the template shows tools
+}
 
 
 def test_rows_and_tiny_models_are_those_of_the_revision(tmp_path: Path) -> None:
