@@ -148,7 +148,7 @@ def learner_bytes(
 ) -> int:
     """Predict the peak bytes of one rank's tensors, on micro-batches of `tokens`.
 
-    Peak = persistent + max(start of backward, end of backward, optimizer step).
+    Peak = persistent + max(start of backward, end of backward) + working tensors.
 
     - persistent: the weights in float32 with Adam's moments; with an adapter of `adapter` parameters, the
       base in the compute dtype (or quantised), plus weights and moments of the adapter; with `reference`, a
@@ -157,8 +157,9 @@ def learner_bytes(
       `accumulates` over several micro-batches, also the gradients of the earlier ones;
     - end of backward: the first layer's activations, all gradients, and the gradient that is being added to
       the embedding's. Between the two, activations are freed layer by layer as gradients are allocated, so
-      the sum does not exceed the larger end;
-    - optimizer step: all gradients, and Adam's working copies.
+      the sum does not exceed the larger end.
+
+    The optimizer step holds no more than the end of the backward: AdamW updates in place.
 
     Several ranks shard all that is persistent, and the gradients. Not counted: CPU offload, a critic's
     activations, mixtures of experts, and the memory of a process besides tensors (`PROCESS_BYTES`).
@@ -187,9 +188,7 @@ def learner_bytes(
     working = _head_bytes(shape, tokens, width) + tokens * width * (3 * shape.intermediate + 2 * shape.hidden)
     if config.quantize:  # one matrix at a time is dequantised
         working += width * shape.hidden * shape.intermediate
-    return int(
-        held + max(max(begins, ends) + working, gradients + _step_bytes(shape, config, trained, device))
-    )
+    return int(held + max(begins, ends) + working)
 
 
 def saved_bytes(shape: ModelShape, config: LearnerConfig, adapter: int = 0) -> int:
@@ -220,17 +219,6 @@ def _head_bytes(shape: ModelShape, count: int, width: int) -> int:
     """Return the bytes of the final hidden states and of a chunk of logits with its gradient."""
     rows = min(count, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (shape.vocab * width)))
     return 4 * 3 * count * shape.hidden + 2 * rows * shape.vocab * width
-
-
-def _step_bytes(shape: ModelShape, config: LearnerConfig, trained: int, device: str) -> int:
-    """Return the bytes of Adam's working copies.
-
-    PyTorch updates all parameters at once on a GPU, and one by one on a CPU, where the embedding is the
-    largest; bitsandbytes needs no copies.
-    """
-    if config.optimizer != "adamw":
-        return 0
-    return 4 * trained if device == "cuda" else min(2 * 4 * shape.vocab * shape.hidden, 2 * 4 * trained)
 
 
 def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
