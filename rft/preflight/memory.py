@@ -40,9 +40,7 @@ class ModelShape:
     key: int  # total width of a token's keys, same for its values
     normed: bool  # whether queries and keys are normalised
     linear: int  # parameters of the layers' linear maps, which quantisation applies to
-    quantization: (
-        str | None
-    )  # method of stored weights that are quantised: they can be neither trained nor synced
+    quantization: str | None = None  # method of stored quantised weights (neither trained nor synced)
 
     @classmethod
     def of(cls, path: str, model: ModelConfig, cache: Path | None = None) -> ModelShape:
