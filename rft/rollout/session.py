@@ -213,8 +213,9 @@ class Session:
     ) -> Reply:
         """Parse an answer, and record it for the prompts of later turns."""
         tokenizer = self._render.tokenizer
-        stopped = call.finish == "stop"  # otherwise no token ended the answer
-        length = text_length(call.sampled, tokenizer, stopped=True) if stopped else len(call.sampled)
+        length = len(call.sampled)
+        if call.finish == "stop" and length:  # its last token ended the answer, if that is an end token
+            length += text_length(call.sampled[-1:], tokenizer, stopped=True) - 1
         body, end = decode([call.sampled[:length], call.sampled[length:]], tokenizer)
         reasoning, parsed = self._read_parts(body, asked.opened, tools)
         self.record.malformed += bool(parsed.error)

@@ -101,7 +101,8 @@ CASES: dict[str, tuple[Callable[[], Any], str, bool]] = {
     # the policy's first answer, and whether the second prompt extends it
     "chatml": (make_tokenizer, f"four{END}", True),
     "truncated": (make_tokenizer, "four and", True),
-    "truncated at a special token": (make_tokenizer, "four<|im_start|>x", True),
+    "a special token within": (make_tokenizer, "four<|im_start|>x", True),
+    "a special token before the end": (make_tokenizer, f"four<|im_start|>{END}", True),
     "spaces": (make_tokenizer, f" four \n{END}", True),
     "empty": (make_tokenizer, END, True),
     "trimmed": (lambda: make_tokenizer(LLAMA3), f" four \n{END}", True),
@@ -126,7 +127,7 @@ async def test_the_next_prompt_extends_only_what_the_template_repeats(case: str)
     session, _, render = make(tokenizer, [first, "x"])
     replies = await talk(session, ["no, again"])
     assert (
-        replies[0].content.strip() in ("four", "four and", "four<|im_start|>x", "")
+        replies[0].content.strip() in ("four", "four and", "four<|im_start|>x", "four<|im_start|>", "")
         and "hm" not in replies[0].content
     )
     assert extends(session) == [extended]
