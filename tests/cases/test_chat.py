@@ -94,7 +94,7 @@ def test_other_media_are_refused_by_name_and_row(part: Any, words: str, tmp_path
     with pytest.raises(DataError) as caught:
         trained(rows, make_tokenizer(), tmp_path)
     assert words in str(caught.value) and "1 row (2): message 1 (user)" in str(caught.value)
-    with pytest.raises(DataError, match=r"1 row \(2\): message 1 \(user\) of `prompt` holds"):
+    with pytest.raises(DataError, match=r"1 row \(2\): message 1 \(user\) of `prompt` contains"):
         prompts([{"prompt": "a"}, {"prompt": [bad]}], make_tokenizer(), tmp_path)
 
 
