@@ -77,7 +77,7 @@ def test_the_machine_cannot_be_reached(sandbox: Sandbox, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "program", "limits"),
+    ("kind", "program", "exceeded"),
     [
         ("wall", "import time; time.sleep(100)", {"wall time"}),
         ("cpu", "while True: pass", {"CPU time"}),
@@ -109,7 +109,7 @@ def test_the_machine_cannot_be_reached(sandbox: Sandbox, tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("counted", ["by the kernel", "by pid 1"])
-def test_limits(best: Sandbox, kind: str, program: str, limits: set[str], counted: str) -> None:
+def test_limits(best: Sandbox, kind: str, program: str, exceeded: set[str], counted: str) -> None:
     """With a control group, and without one, as on machines where none can be made."""
     groups = best._groups
     if counted == "by the kernel" and groups is None:
@@ -121,7 +121,7 @@ def test_limits(best: Sandbox, kind: str, program: str, limits: set[str], counte
         run = best.run(program, limits=limits)
     finally:
         best._groups = groups
-    assert run.exceeded in limits, run
+    assert run.exceeded in exceeded, run
     assert run.code != 0
     assert "alive" not in run.stdout
 
