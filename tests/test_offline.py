@@ -280,7 +280,7 @@ def test_dropped_groups_of_a_cut_cache_file_are_noticed(tiny_folder: Path, tmp_p
     file = tmp_path / "short.safetensors"
     save_file({"logps": torch.zeros(3)}, file)
     with pytest.raises(
-        ValueError, match=r"holds 3 reference log-probs, but the data has \d+ tokens: delete the file"
+        ValueError, match=r"contains 3 reference log-probs, but the data has \d+ tokens: delete the file"
     ):
         attach(plan.data.sample, file)
     first = plan.data.sample[0]

@@ -36,23 +36,31 @@ def in_thread(work: Callable[[StopRequests], T], stops: StopRequests, stopped: s
     os.environ["PYTHONUTF8"] = "1"  # engines, learner and reward workers use UTF-8 whatever the locale is
     results: list[T] = []
     errors: list[BaseException] = []
-    done = threading.Event()
+    begin, done, abandoned = threading.Event(), threading.Event(), threading.Event()
 
     def body() -> None:
         # Processes of the run inherit the mask: an interrupt from a terminal reaches them, too.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        begin.wait()
         try:
-            results.append(work(stops))
+            if not abandoned.is_set():
+                results.append(work(stops))
         except BaseException as error:
             errors.append(error)
         finally:
-            _BUSY.release()
             done.set()
 
     thread = threading.Thread(target=body, name="rft-run", daemon=True)
-    with _other_signals(stops) as received:
-        thread.start()
-        interrupt = _wait(done, stops)
+    try:
+        with _other_signals(stops) as received:
+            thread.start()
+            interrupt = _wait(begin, done, stops)
+    except BaseException:  # interrupted while the thread was started: the work has not begun
+        abandoned.set()
+        begin.set()
+        raise
+    finally:
+        _BUSY.release()
     if interrupt is not None:
         raise KeyboardInterrupt(stopped) from (errors[0] if errors else None)
     if received and stops.reason:
@@ -62,12 +70,13 @@ def in_thread(work: Callable[[StopRequests], T], stops: StopRequests, stopped: s
     return results[0]
 
 
-def _wait(done: threading.Event, stops: StopRequests) -> KeyboardInterrupt | None:
-    """Wait for the end of the work; returns the caller's first interrupt, if any."""
+def _wait(begin: threading.Event, done: threading.Event, stops: StopRequests) -> KeyboardInterrupt | None:
+    """Let the work begin, and wait for its end; returns the caller's first interrupt, if any."""
     first: KeyboardInterrupt | None = None
     received = passed_on = 0
     while not done.is_set():
         try:  # also around the requests: the next interrupt may arrive while one is passed on
+            begin.set()
             while passed_on < received:
                 if passed_on == 0:
                     stops.stop("interrupted")
