@@ -84,7 +84,7 @@ class Run:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What happened, with times: checkpoints, faults, guards, ..."""
+        """The events of the run with their times: checkpoints, faults, guards, ..."""
         self._history.refresh()
         return [dict(row) for row in self._history.events]
 

@@ -35,7 +35,7 @@ from rft.rewards.pool import until_ended
 from rft.rewards.worker import HEADER
 from rft.utils.process import Guardian, kill_tree
 from rft.utils.python import SAFE_PYTHON, search_path
-from rft.utils.stack import WHERE, read_stack
+from rft.utils.stack import read_stack, stack_of
 
 KINDS = {
     "tools": "rft.environments.tools",
@@ -375,14 +375,7 @@ class Worker:
 
     async def where(self) -> str:
         """Return the stack of a hung worker, as `; it was at FILE, line N, in f`; "" if unknown."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, WHERE)
-        for _ in range(20):
-            begun = read_stack(self.where_fd) != ""
-            await asyncio.sleep(0.02)  # the stack is written line by line
-            if begun:
-                break
-        return read_stack(self.where_fd)
+        return await stack_of(self.pid, self.where_fd)
 
     async def end(self) -> None:
         """Kill the process with its children, and wait for its end."""
@@ -436,9 +429,7 @@ class _Zygote:
         try:
             threads = await asyncio.wait_for(asyncio.shield(self.loaded), limit)
         except TimeoutError:
-            os.kill(self.process.pid, WHERE)
-            await asyncio.sleep(0.1)
-            where = read_stack(self._where_fd)
+            where = await stack_of(self.process.pid, self._where_fd)
             await self.close()
             raise EnvironmentFault(
                 f"{path} did not load within environment.load_timeout_s = {limit:g} s{where}"

@@ -28,7 +28,7 @@ from rft.rewards.worker import HEADER, PROGRESS, decode
 from rft.utils.keeper import TOO_MUCH_MEMORY, WORKER
 from rft.utils.process import Guardian, is_running, kill_tree
 from rft.utils.python import SAFE_PYTHON, search_path
-from rft.utils.stack import WHERE, read_stack
+from rft.utils.stack import read_stack, stack_of
 
 MAX_HUNG_CALLS = 16
 """Hung calls of one request that are split to isolate the sample; further ones become timeouts."""
@@ -475,14 +475,7 @@ class Worker:
 
     async def where(self) -> str:
         """Return the stack, innermost frame first, as `; it was at FILE, line N, in f`; "" if unknown."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, WHERE)
-        for _ in range(20):
-            begun = read_stack(self._where_fd) != ""
-            await asyncio.sleep(0.02)  # the stack is written line by line
-            if begun:
-                break
-        return read_stack(self._where_fd)
+        return await stack_of(self.pid, self._where_fd)
 
     def reason(self) -> str:
         """Describe how the process ended."""

@@ -211,7 +211,7 @@ class EpisodeGroupSampler(GroupSampler):
     async def sample(
         self, prompt: Prompt, sampling: Sampling, name: str, step: int, progress: float
     ) -> tuple[Group, float]:
-        """As in GroupSampler: a session for each planned completion."""
+        """Return the prompt's scored group, a session for each completion, and the seconds of scoring."""
         plan = self.algorithm.rollouts(sampling.n, progress=progress, demonstration=False)
         played = await self.episodes.sample(name, prompt, plan, sampling, version=step)
         begin = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -21,3 +23,15 @@ def read_stack(fd: int) -> str:
         return ""
     places = (f"{file}, line {line}, in {name}" for file, line, name in frames[:6])
     return "; it was at " + ", called from ".join(places)
+
+
+async def stack_of(pid: int, fd: int) -> str:
+    """Return the stack of a hung worker process, which writes it to `fd`, as `read_stack` does."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, WHERE)
+    for _ in range(20):
+        begun = read_stack(fd) != ""
+        await asyncio.sleep(0.02)  # the stack is written line by line
+        if begun:
+            break
+    return read_stack(fd)
