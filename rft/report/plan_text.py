@@ -8,7 +8,7 @@ from rft.config import validate
 from rft.config.schema import Config, algorithm_name
 from rft.data import first_row
 from rft.plan import OnlinePlan, Plan
-from rft.preflight.capacity import MemoryPlan
+from rft.preflight.capacity import MemoryPlan, device_memory
 from rft.preflight.first_row import (
     describe_columns,
     first_group_lines,
@@ -17,6 +17,7 @@ from rft.preflight.first_row import (
     verdict_line,
 )
 from rft.preflight.rewards import protection
+from rft.preflight.sessions import SessionPlan, plan_sessions
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -49,9 +50,10 @@ def plan_lines(plan: Plan) -> list[str]:
         out.append(f"batch        {t.batch_size} rows a step, {t.minibatches * t.num_iterations} updates")
     out.append(f"learner      {describe_ranks(c, plan.device)}")
     out.append(f"trains       {_describe_training(plan)}")
-    memory = plan.memory()
+    memory, sessions = plan.memory(), _sessions(plan)
     out.append(_describe_memory(memory))
-    return out + [f"warning      {warning}" for warning in (*validate.warnings(c), *memory.warnings())]
+    warnings = [*validate.warnings(c), *memory.warnings(), *(sessions.warnings() if sessions else [])]
+    return out + [f"warning      {warning}" for warning in warnings]
 
 
 def _first_row_lines(plan: Plan) -> list[str]:
@@ -80,21 +82,29 @@ def _online_lines(plan: OnlinePlan) -> list[str]:
         f"{r.threads or 'all'} threads), staleness {r.staleness}",
         f"actors       the learner and {r.replicas} rollout replicas on {plan.device}, "
         f"{c.rewards.workers} reward workers; weights over {plan.transport}",
-        *_environment_lines(c),
+        *_environment_lines(plan),
         f"rewards      {rewards or 'those of the environment'}",
         *dict.fromkeys(protected for f in c.rewards.functions if (protected := protection(f))),
     ]
 
 
-def _environment_lines(config: Config) -> list[str]:
+def _sessions(plan: Plan) -> SessionPlan | None:
+    if not isinstance(plan, OnlinePlan):
+        return None
+    capacity = device_memory(plan.config, plan.device)
+    return plan_sessions(plan.config, plan.shape, plan.engine_spec(), capacity)
+
+
+def _environment_lines(plan: OnlinePlan) -> list[str]:
+    config, sessions = plan.config, _sessions(plan)
     e = config.environment
-    if e is None:
+    if e is None or sessions is None:
         return []
     what = ", ".join([*([e.path] if e.path else []), *e.tools]) or e.kind
-    per_turn = e.max_tokens_per_turn or config.rollout.sampling.max_completion_length
     return [
-        f"environment  {e.kind}: {what}; up to {e.max_turns} turns of {per_turn} tokens in a context of "
-        f"{validate.longest_sequence(config)}, {e.concurrency} sessions at a time"
+        f"environment  {e.kind}: {what}; up to {e.max_turns} turns of {sessions.per_turn} tokens in a "
+        f"context of {sessions.context}",
+        *sessions.lines(),
     ]
 
 

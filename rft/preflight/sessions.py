@@ -1,0 +1,149 @@
+"""Plan the sessions of an agentic run: KV cache, concurrency, tokens of a step, staleness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rft.config.environment import EnvironmentConfig
+from rft.config.schema import Config
+from rft.preflight.memory import ModelShape
+from rft.rollout.engine import EngineSpec
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """The sessions of a run. Sizes are those at the limits of the config: most sessions need less.
+
+    context: tokens of the longest session. per_turn: sampled tokens of a call. turns: calls of a session.
+    samples: sessions of a step. running: sessions at a time; limit: why not more. token_bytes: keys and
+    values of one token.
+    cache: bytes for keys and values in one replica; None: unknown, or the engine hf, which keeps none.
+    cache_key: the config key that sets it.
+    """
+
+    context: int
+    per_turn: int
+    turns: int
+    samples: int
+    running: int
+    limit: str
+    token_bytes: int
+    cache: int | None
+    cache_key: str
+    replicas: int
+    staleness: int
+
+    @property
+    def session_bytes(self) -> int:
+        return self.context * self.token_bytes
+
+    @property
+    def fitting(self) -> int | None:
+        """Sessions of full length whose keys and values fit into all replicas; None: unknown."""
+        return None if self.cache is None else self.replicas * (self.cache // self.session_bytes)
+
+    @property
+    def sampled(self) -> int:
+        """Sampled tokens of a step, at most."""
+        return self.samples * min(self.turns * self.per_turn, self.context)
+
+    def lines(self) -> list[str]:
+        """Describe the plan, for `rft check`."""
+        fitting = f"; {_gib(self.cache)} per replica hold {self.fitting:,}" if self.cache is not None else ""
+        old = f"at most {self.staleness} version{'s' * (self.staleness != 1)} before it is trained on"
+        mixed = f", and its turns may have up to {self.staleness + 1}" if self.staleness else ""
+        return [
+            f"sessions     {self.samples:,} a step, {self.running:,} at a time ({self.limit})",
+            f"kv cache     {_mib(self.session_bytes)} for a session of {self.context:,} tokens{fitting}",
+            f"step tokens  up to {self.sampled:,} sampled; up to {self.samples * self.context:,} read and "
+            f"trained, and {self.samples * self.turns * self.context:,} if every turn starts a branch",
+            f"staleness    the first call of a session is {old}{mixed}",
+        ]
+
+    def warnings(self) -> list[str]:
+        """Return a warning if the KV cache does not hold the sessions that run at a time."""
+        if self.cache is None or self.fitting is None or self.fitting >= self.running:
+            return []
+        value = f"{self.cache_key} gives {_gib(self.cache)} of KV cache per replica"
+        if self.fitting == 0:
+            return [
+                f"environment.max_episode_tokens: a session of {self.context:,} tokens needs "
+                f"{_gib(self.session_bytes)}, and {value}: the engine does not start; {self._raise(1)}, or "
+                f"lower environment.max_episode_tokens to {self.cache // self.token_bytes:,}"
+            ]
+        return [
+            f"environment.concurrency: {self.running} sessions of up to {self.context:,} tokens need "
+            f"{_gib(self.running * self.session_bytes)}, and {value}: it holds {self.fitting} of them, and "
+            f"the prompts of the others are computed again; {self._raise(self.running)}, "
+            f"or set environment.concurrency: {self.fitting}"
+        ]
+
+    def _raise(self, sessions: int) -> str:
+        """Return what to set so that so many sessions fit."""
+        if self.cache_key == "rollout.kv_cache_gib":
+            each = -(-sessions // self.replicas)
+            return f"set rollout.kv_cache_gib: {-(-each * self.session_bytes >> 30)}"
+        return f"raise {self.cache_key}, or add replicas"
+
+
+def plan_sessions(
+    config: Config, shape: ModelShape, spec: EngineSpec, capacity: int | None
+) -> SessionPlan | None:
+    """Return the plan of a config's sessions; None without an environment.
+
+    capacity: bytes of the engine's device; None: unknown. Layers that keep no keys and values for all tokens
+    (sliding windows, linear attention) need less than is planned.
+    """
+    e, train, rollout = config.environment, config.train, config.rollout
+    if e is None:
+        return None
+    narrow = str(spec.engine_args.get("kv_cache_dtype", "")).startswith("fp8")
+    width = 1 if narrow else torch.finfo(getattr(torch, spec.dtype)).bits // 8
+    plan = config.algorithm.rollouts(train.num_generations, progress=0.0, demonstration=False)
+    samples = train.batch_size * len(plan)
+    running, limit = _running(e, samples * (rollout.staleness + 1))
+    cache, key = _cache(spec, shape, capacity)
+    return SessionPlan(
+        context=spec.max_model_len,
+        per_turn=e.max_tokens_per_turn or rollout.sampling.max_completion_length,
+        turns=e.max_turns,
+        samples=samples,
+        running=running,
+        limit=limit,
+        token_bytes=2 * shape.layers * shape.key * width,
+        cache=cache,
+        cache_key=key,
+        replicas=rollout.replicas,
+        staleness=rollout.staleness,
+    )
+
+
+def _running(e: EnvironmentConfig, wanted: int) -> tuple[int, str]:
+    if e.concurrency < wanted:
+        return e.concurrency, f"environment.concurrency; {wanted:,} may be in flight"
+    return wanted, f"all that may be in flight; environment.concurrency allows {e.concurrency:,}"
+
+
+def _cache(spec: EngineSpec, shape: ModelShape, capacity: int | None) -> tuple[int | None, str]:
+    """Return the bytes for keys and values of one replica, and the key that sets them."""
+    config = spec.config
+    if spec.kind == "hf":
+        return None, ""
+    if spec.device == "cpu":  # vLLM takes whole GiB
+        return max(1, round(config.kv_cache_gib)) << 30, "rollout.kv_cache_gib"
+    key = f"rollout.gpu_memory_utilization: {config.gpu_memory_utilization:g}"
+    if capacity is None:
+        return None, key
+    weights = shape.parameters * torch.finfo(getattr(torch, spec.dtype)).bits // 8
+    usable = config.gpu_memory_utilization * capacity * config.tensor_parallel
+    return max(0, int(usable - weights)), key
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
