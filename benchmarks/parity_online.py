@@ -1,7 +1,7 @@
 """The online losses that TRL has too, and inputs for them: random, and meant to hurt.
 
 An input is a padded batch of B = groups * size completions of at most L tokens: `logps`, `old_logps`,
-`ref_logps`, `sampler_logps` [B, L] float32, `mask` [B, L] bool, `rewards` [B] float32, and, for
+`ref_logps`, `sampler_logps`, `entropy` [B, L] float32, `mask` [B, L] bool, `rewards` [B] float32, and, for
 distillation, `student` and `teacher` [B, L, V].
 """
 
@@ -59,6 +59,7 @@ def make_input(seed: int, *, size: int = SIZE, far: float = 15.0) -> Tensors:
         "old_logps": logps - shift,
         "ref_logps": logps + 0.3 * torch.randn(b, LENGTH, generator=g),
         "sampler_logps": logps - shift + 0.3 * torch.randn(b, LENGTH, generator=g),
+        "entropy": torch.rand(b, LENGTH, generator=g),
         "mask": torch.arange(LENGTH)[None, :] < lengths[:, None],
         "rewards": rewards,
     }
@@ -90,7 +91,8 @@ def to_batch(x: Tensors, dtype: torch.dtype) -> tuple[Batch, Tensor]:
     filled = {
         name: _flat(x[name], place, batch, dtype) for name in ("old_logps", "ref_logps", "sampler_logps")
     }
-    return batch.with_(**filled, rewards=x["rewards"].to(dtype)), place
+    entropy = _flat(x["entropy"], place, batch, dtype)
+    return batch.with_(**filled, old_entropy=entropy, rewards=x["rewards"].to(dtype)), place
 
 
 def _flat(x: Tensor, place: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -196,6 +198,10 @@ LOSSES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {"loss_type": "grpo", "level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     ("rloo", "rloo", {}, {"loss_type": "rloo"}),
+    ("sapo", "sapo", {}, {"loss_type": "sapo"}),
+    ("luspo", "luspo", {"epsilon": 0.2, "epsilon_high": 0.2}, {"loss_type": "luspo", "level": "sequence"}),
+    ("vespo", "vespo", {}, {"loss_type": "vespo"}),
+    ("grpo, top entropy", "grpo", {"top_entropy": 0.2}, {"loss_type": "bnpo", "top_entropy": 0.2}),
 ]
 ROUNDED = "nearly equal distributions: a small difference of large terms, and TRL rounds beta first"
 COUNTED_PAIRS = "a mean over pairs: TRL counts those without any trained token, rft does not"

@@ -167,3 +167,18 @@ def test_the_reference_follows_the_policy_every_so_many_steps(tiny_folder, make_
     other = Learner(spec(tiny_folder, settings=settings))
     other.read_state(tmp_path)
     assert apart(other) == distances[2]
+
+
+def test_refreshing_the_reference_may_reset_the_optimizer(tiny_folder: Path, make_groups) -> None:
+    """ProRL's reset: after the refresh the reference is the policy, and Adam counts its steps from 1 again."""
+    batch = Batch.build(make_groups(groups=2, size=2))
+    counts: dict[bool, list[set[int]]] = {}
+    for reset in (False, True):
+        settings = ALGORITHMS["grpo"](beta=0.1, refresh_reference=2, reset_optimizer=reset)
+        learner = Learner(spec(tiny_folder, settings=settings))
+        counts[reset] = []
+        for step in range(3):
+            kl = learner.step(batch, step)["policy/kl_ref"]
+            assert (kl == pytest.approx(0, abs=1e-9)) == (step in (0, 2))
+            counts[reset].append({int(s["step"]) for s in learner.optimizer.state.values()})
+    assert counts == {False: [{1}, {2}, {3}], True: [{1}, set(), {1}]}

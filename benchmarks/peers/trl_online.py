@@ -70,6 +70,9 @@ class Accelerator:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def pad_across_processes(self, x: torch.Tensor, dim: int, pad_index: float) -> torch.Tensor:
+        return x
+
 
 def grouped_advantages(x: Inputs, scale_rewards: str) -> torch.Tensor:
     rewards = x["rewards"]
@@ -127,11 +130,23 @@ def correct(x: Inputs, mode: str, cap: float, floor: float | None = None) -> tor
 
 def stand_in(x: Inputs, leaf: torch.Tensor, s: Inputs) -> SimpleNamespace:
     """All of a trainer that `_compute_loss` reads."""
-    entropies = torch.zeros_like(leaf)
-    return SimpleNamespace(
+    entropies = x["entropy"]
+    trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (leaf, entropies, None),
         accelerator=Accelerator(),
-        args=SimpleNamespace(delta=s.get("delta"), use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(
+            delta=s.get("delta"),
+            use_bias_correction_kl=False,
+            steps_per_generation=1,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+            vespo_k_pos=2.0,
+            vespo_lambda_pos=3.0,
+            vespo_k_neg=3.0,
+            vespo_lambda_neg=2.0,
+        ),
+        get_gamma_weights=grpo_trainer.GRPOTrainer.get_gamma_weights,
+        get_high_entropy_mask=lambda *a: grpo_trainer.GRPOTrainer.get_high_entropy_mask(trainer, *a),
         model=SimpleNamespace(training=True),
         _metrics=defaultdict(lambda: defaultdict(list)),
         aux_loss_enabled=False,
@@ -143,11 +158,12 @@ def stand_in(x: Inputs, leaf: torch.Tensor, s: Inputs) -> SimpleNamespace:
         loss_type=s["loss_type"],
         max_completion_length=leaf.shape[1],
         off_policy_mask_threshold=None,
-        top_entropy_quantile=1.0,
+        top_entropy_quantile=s.get("top_entropy", 1.0),
         use_vllm="mode" in s,
         vllm_importance_sampling_correction=True,
         _entropy_bonus_enabled=False,
     )
+    return trainer
 
 
 def loss(x: Inputs, **s: Any) -> dict[str, torch.Tensor]:

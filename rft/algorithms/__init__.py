@@ -5,13 +5,18 @@ from __future__ import annotations
 from rft.algorithms.base import Algorithm, PolicyOutput, Rollout
 from rft.algorithms.policy_gradient.cispo import CISPO
 from rft.algorithms.policy_gradient.cory import CORY
+from rft.algorithms.policy_gradient.covariance import ClipCov, KLCov
 from rft.algorithms.policy_gradient.dapo import DAPO
 from rft.algorithms.policy_gradient.distill import Distill
+from rft.algorithms.policy_gradient.dppo import DPPO
 from rft.algorithms.policy_gradient.dr_grpo import DrGRPO
+from rft.algorithms.policy_gradient.gmpo import GMPO
 from rft.algorithms.policy_gradient.gpg import GPG
 from rft.algorithms.policy_gradient.grpo import GRPO
 from rft.algorithms.policy_gradient.gspo import GSPO
 from rft.algorithms.policy_gradient.luffy import LUFFY
+from rft.algorithms.policy_gradient.luspo import LUSPO
+from rft.algorithms.policy_gradient.m2po import M2PO
 from rft.algorithms.policy_gradient.max_rl import MaxRL
 from rft.algorithms.policy_gradient.opo import OPO
 from rft.algorithms.policy_gradient.per_step import PerStep
@@ -21,6 +26,9 @@ from rft.algorithms.policy_gradient.raft import RAFT, ExpertIteration, RAFTPlusP
 from rft.algorithms.policy_gradient.reinforce_pp import ReinforcePP
 from rft.algorithms.policy_gradient.remax import ReMax
 from rft.algorithms.policy_gradient.rloo import RLOO
+from rft.algorithms.policy_gradient.sapo import SAPO
+from rft.algorithms.policy_gradient.topr import TOPR
+from rft.algorithms.policy_gradient.vespo import VESPO
 from rft.algorithms.preference.cpo import CPO
 from rft.algorithms.preference.dpo import DPO
 from rft.algorithms.preference.iterative_dpo import IterativeDPO
@@ -31,6 +39,7 @@ from rft.algorithms.preference.orpo import ORPO
 from rft.algorithms.preference.reward_difference import RewardDifference
 from rft.algorithms.preference.simpo import SimPO
 from rft.algorithms.preference.sppo import SPPO
+from rft.algorithms.preference.trajectory_balance import TrajectoryBalance
 from rft.algorithms.reward_models.reward_model import (
     PairwiseReward,
     ProcessReward,
@@ -57,6 +66,15 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "dapo": DAPO,
     "gspo": GSPO,
     "cispo": CISPO,
+    "luspo": LUSPO,
+    "gmpo": GMPO,
+    "sapo": SAPO,
+    "vespo": VESPO,
+    "dppo": DPPO,
+    "m2po": M2PO,
+    "topr": TOPR,
+    "clip_cov": ClipCov,
+    "kl_cov": KLCov,
     "rloo": RLOO,
     "reinforce_pp": ReinforcePP,
     "gpg": GPG,
@@ -74,6 +92,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "nash_md": NashMD,
     "iterative_dpo": IterativeDPO,
     "reward_difference": RewardDifference,
+    "trajectory_balance": TrajectoryBalance,
     "cory": CORY,
     "per_step": PerStep,
     "distill": Distill,
@@ -111,6 +130,8 @@ __all__ = [
     "DAPO",
     "DFT",
     "DPO",
+    "DPPO",
+    "GMPO",
     "GPG",
     "GRPO",
     "GSPO",
@@ -118,20 +139,27 @@ __all__ = [
     "IWSFT",
     "KTO",
     "LUFFY",
+    "LUSPO",
+    "M2PO",
     "NEFT",
     "OPO",
     "ORPO",
     "PPO",
     "RAFT",
     "RLOO",
+    "SAPO",
     "SFT",
     "SPPO",
+    "TOPR",
+    "VESPO",
     "Algorithm",
+    "ClipCov",
     "Distill",
     "DrGRPO",
     "ExpertIteration",
     "Forgetting",
     "IterativeDPO",
+    "KLCov",
     "MaskedThought",
     "MaxRL",
     "NashMD",
@@ -153,5 +181,6 @@ __all__ = [
     "SSToken",
     "SimPO",
     "TokenCleaning",
+    "TrajectoryBalance",
     "WeakToStrong",
 ]

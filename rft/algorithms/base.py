@@ -29,8 +29,8 @@ class PolicyOutput:
     """Outputs of the current policy on a batch, with gradient.
 
     logps: [T] float32, log-prob of `batch.tokens[t]`; 0 where the mask is False.
-    entropy, values, kl: [T] float32, present if listed in the algorithm's `outputs`: the policy's entropy
-        (without gradient), the critic's value, and the full-vocabulary divergence from the reference.
+    entropy, values, kl: [T] float32, present if listed in the algorithm's `outputs`: the policy's entropy in
+        nats, the critic's value, and the full-vocabulary divergence from the reference.
     end_values: [T] float32, present if requested: the critic's value of the state after the last token of a
         sequence truncated by the length limit; 0 elsewhere.
     scores: [T, K] float32, the K outputs of a reward head after reading token t (unlike `values`, which are
@@ -239,6 +239,11 @@ class Algorithm(ABC):
     def refresh_reference(self) -> int:
         """Return the interval, in steps, at which the policy is copied to the reference; 0: never."""
         return 0
+
+    @property
+    def reset_optimizer(self) -> bool:
+        """Return whether the optimizer starts anew, with empty moments, at each refresh of the reference."""
+        return False
 
     def conflicts(self, num_generations: int) -> list[str]:
         """Return conflicts between settings, each as one sentence with the remedy."""

@@ -104,6 +104,8 @@ class Learner(TrainState):
         if self.reference is not None and every and self.version % every == 0:
             self.parallel.reshard()
             self.reference.follow(self.policy)
+            if self.algorithm.reset_optimizer:
+                self.make_optimizer()
         seconds = time.perf_counter() - start
         scoring = {"time/reference": self.scoring_seconds} if self.scoring_seconds else {}
         return {

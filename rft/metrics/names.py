@@ -107,6 +107,9 @@ METRICS: dict[str, Metric] = {
     "policy/kl_ref": Metric("divergence of the policy from the reference, k3 estimate", "nats/token"),
     "policy/divergence": Metric("full divergence of the policy from the teacher", "nats/token"),
     "policy/kl_coefficient": Metric("weight of the KL term in this step, if it is adaptive (`kl_target`)"),
+    "policy/entropy_coef": Metric(
+        "weight of the entropy bonus in this step, if it is adaptive (`entropy_target`)"
+    ),
     "policy/entropy": Metric("entropy of the policy, mean over sampled tokens", "nats/token"),
     "policy/clip_fraction": Metric("share of tokens whose ratio is clipped", "share"),
     "policy/ratio": Metric("ratio of the policy to the behaviour policy, mean over tokens"),

@@ -18,6 +18,11 @@ ONLINE = [name for name, cls in ALGORITHMS.items() if cls.online]
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"beta": 0.1, "normalization": "sequence"}),
     ("grpo", {"correction": "sequence_truncate", "scale_rewards": "batch"}),
+    ("grpo", {"entropy_coef": 0.1, "entropy_advantage": 0.4, "top_entropy": 0.5}),
+    ("clip_cov", {"covariance_low": -0.1, "share": 1.0}),
+    ("kl_cov", {"share": 0.3}),
+    ("dppo", {"delta": 0.02, "divergence_kind": "kl"}),
+    ("m2po", {"second_moment": 0.01}),
     ("ppo", {"beta": 0.1, "lam_length": 0.5}),
     ("rloo", {"beta": 0.1}),
     ("raft", {"top_share": 0.5}),

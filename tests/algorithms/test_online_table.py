@@ -45,6 +45,13 @@ class Case:
 
 
 A, S = SCALED, math.sqrt(1 / 3)
+PHI_A, PHI_B = 1.5**2 * math.exp(3 * -0.5), 0.5**3 * math.exp(2 * 0.5)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
 CASES = [
     Case("grpo", [-1.2 * A, -A, 0.8 * A], [A, A, -A]),
     # With k3 at log-ratio d = log(ref / policy): e^d - 1 - d, for d = -0.1, -0.2, 0.3.
@@ -154,8 +161,72 @@ CASES = [
     Case("distill", [0.4, 0.5, 0.6]),
     # -ratio (log teacher - log p) log p: -(1.5 * -0.1 * -1), -(-0.2 * -2), -(0.5 * 0.3 * -3).
     Case("distill", [-0.15, -0.4, 0.45], None, {"estimator": "sampled"}, gradcheck=False),
-    # The entropy coefficient 0.1, with `kl` for minus the entropy (0.4, 0.5, 0.6).
-    Case("grpo", [-1.2 * A + 0.04, -A + 0.05, 0.8 * A + 0.06], None, {"entropy_coef": 0.1}),
+    # The entropy (0.3, 0.2, 0.1) times 0.1, also where the target is above it.
+    Case("grpo", [-1.2 * A - 0.03, -A - 0.02, 0.8 * A - 0.01], None, {"entropy_coef": 0.1}),
+    Case(
+        "grpo", [-1.2 * A - 0.03, -A - 0.02, 0.8 * A - 0.01], None, {"entropy_coef": 0.1, "entropy_target": 1}
+    ),
+    # 0.4 * H, at most |A| / 2: a gains 0.12 and 0.08, b's -A becomes -A + 0.04.
+    Case(
+        "grpo",
+        [-1.2 * (A + 0.12), -(A + 0.08), 0.8 * (A - 0.04)],
+        [A + 0.12, A + 0.08, -A + 0.04],
+        {"entropy_advantage": 0.4},
+    ),
+    # ... and with kappa = 10 at most |A| / 10, which is below 0.08.
+    Case(
+        "grpo",
+        [-1.2 * 1.1 * A, -1.1 * A, 0.8 * (A - 0.04)],
+        [1.1 * A, 1.1 * A, -A + 0.04],
+        {"entropy_advantage": 0.4, "entropy_advantage_cap": 10.0},
+    ),
+    # One of three tokens keeps its advantage: a0 has the highest entropy.
+    Case("grpo", [-1.2 * A, 0.0, 0.0], [A, 0.0, 0.0], {"top_entropy": 0.33}),
+    Case("grpo", [-1.2 * A, -A, 0.0], [A, A, 0.0], {"top_entropy": 0.5}),
+    # 4 / tau * sigmoid(tau * (ratio - 1)), tau = 1 above and 1.05 below: sigmoid(0) = 1/2.
+    Case("sapo", [-4 * sigmoid(0.5) * A, -2 * A, 4 / 1.05 * sigmoid(-0.525) * A], [A, A, -A]),
+    # w = 1.5 * 1 and 0.5; phi = w^2 e^(3 (1 - w)) and w^3 e^(2 (1 - w)); -phi * A * log p.
+    Case("vespo", [PHI_A * A, 2 * PHI_A * A, -3 * PHI_B * A], [A, A, -A], gradcheck=False),
+    # A = +-1/2; a counts in full, b by its ratio 0.5: -0.5 * -0.5 * -3.
+    Case("topr", [0.5, 1.0, -0.75], [0.5, 0.5, -0.5], gradcheck=False),
+    # Without a baseline b's reward of 0 is not negative, and has no effect.
+    Case("topr", [1.0, 2.0, 0.0], [1.0, 1.0, 0.0], {"baseline": 0.0}, gradcheck=False),
+    # As gspo, times the length of 2 or 1.
+    Case("luspo", [-2.4 * A, -2.4 * A, 0.8 * A], None, {"epsilon": 0.2, "epsilon_high": 0.2}),
+    # Log-ratios log 1.5 -> 0.4, and 0: mean 0.2. b: log 0.5 -> -0.4.
+    Case("gmpo", [-math.exp(0.2) * A, -math.exp(0.2) * A, math.exp(-0.4) * A], [A, A, -A]),
+    Case("gmpo", [-math.sqrt(1.5) * A] * 2 + [0.5 * A], None, {"epsilon": 1.0}),
+    # p = e^-1, q = p / 1.5: 0.123 apart; b: 0.0498 against 0.0996. All within 0.2; a0 not within 0.1.
+    Case("dppo", [-1.5 * A, -A, 0.5 * A], [A, A, -A]),
+    Case("dppo", [0.0, -A, 0.5 * A], None, {"delta": 0.1}),
+    Case("dppo", [0.0, -A, 0.0], None, {"delta": 0.04}),
+    # Binary KL: a0 0.2453 log(1 / 1.5) + 0.7547 log(0.7547 / 0.6321) = 0.034; b 0.0205.
+    Case("dppo", [0.0, -A, 0.5 * A], None, {"divergence_kind": "kl", "delta": 0.03}),
+    Case("dppo", [-1.5 * A, -A, 0.5 * A], None, {"divergence_kind": "kl", "delta": 0.035}),
+    Case("dppo", [-1.2 * A, -A, 0.5 * A], None, {"ratio_cap": 1.2}, gradcheck=False),
+    Case("m2po", [-1.5 * A, -A, 0.5 * A], [A, A, -A]),  # no sampler's log-probs: nothing to mask
+    # Old log-probs -1.405, -2, -2.307 (mean -1.904), A's mean A/3: covariances 0.235, -0.045, 0.380.
+    Case("clip_cov", [-1.2 * A, -A, 0.0], [A, A, 0.0], {"covariance_low": 0.3}),
+    Case("clip_cov", [-1.2 * A, -A, 0.8 * A], [A, A, -A]),  # none lies between 1 and 5
+    Case("clip_cov", [0.0, -A, 0.0], [0.0, A, 0.0], {"covariance_low": 0.2, "share": 0.7}),
+    # b has the highest covariance, then a0; |log-ratio| log 2 and log 1.5.
+    Case("kl_cov", [-1.5 * A, -A, 0.5 * A + math.log(2)], [A, A, -A]),
+    Case(
+        "kl_cov",
+        [-1.5 * A + 0.5 * math.log(1.5), -A, 0.5 * A + 0.5 * math.log(2)],
+        None,
+        {"share": 0.7, "kl_coef": 0.5},
+    ),
+    # r / beta = 2, 0; old - reference 0.3 - log 1.5 and -0.3 + log 2; log Z is the mean of the differences.
+    Case(
+        "trajectory_balance",
+        [
+            ((Z := (2 - 0.3 + math.log(1.5) + 0.3 - math.log(2)) / 2) + 0.3 - 2) ** 2,
+            (Z - 0.3) ** 2,
+        ],
+        None,
+        {"beta": 0.5},
+    ),
     # lam = 1: A = return - V = 1 - 0.5, 1 - 0.6, 0 - 0.4. Objective 1.2 * 0.5, 0.4, -0.8 * 0.4. Critic:
     # 0.5 * half of (0.7 - 1)^2, (0.6 - 1)^2, (0.2 - 0)^2.
     Case(
@@ -275,6 +346,9 @@ def test_cory_shares_rewards_within_pairs() -> None:
         ("cispo", {"epsilon_high": 0.2}, [-1.2 * A, -A, 0.5 * A]),
         # -ratio * (log teacher - log p): -1.5 * -0.1, 0.2, -0.5 * 0.3.
         ("distill", {"estimator": "sampled"}, [0.15, 0.2, -0.15]),
+        ("vespo", {}, [-PHI_A * A, -PHI_A * A, PHI_B * A]),
+        ("topr", {}, [-0.5, -0.5, 0.25]),
+        ("dppo", {"ratio_cap": 1.2}, [-1.2 * A, -A, 0.5 * A]),
     ],
 )
 def test_gradient_where_a_factor_counts_as_constant(name: str, settings: Any, expected: list[float]) -> None:
@@ -321,6 +395,63 @@ def test_the_masking_corrections_drop_what_lies_outside() -> None:
     ):
         algorithm = ALGORITHMS["grpo"](correction=mode, correction_cap=2.0)
         assert chosen(algorithm.weights(policy, batch), batch).tolist() == weights, mode
+
+
+def test_weights_of_whole_sequences_are_to_the_policy_that_sampled() -> None:
+    """Not to the policy before the step: a's ratio to the sampler is 1.5 * 2 there, b's 0.5 * 4."""
+    batch = hand_batch()
+    batch = batch.with_(sampler_logps=batch.old_logps - spread(batch, {10: math.log(2), 12: math.log(4)}))
+    for name, weights in (
+        ("vespo", [3.0**2 * math.exp(3 * -2)] * 2 + [2.0**3 * math.exp(2 * -1)]),
+        ("topr", [1.0, 1.0, 1.0]),
+    ):
+        algorithm = ALGORITHMS[name]()
+        prepared = algorithm.prepare(batch)
+        policy = hand_policy(batch)
+        algorithm.loss(policy, prepared).sum().backward()
+        got = chosen(policy.logps.grad, batch) / -chosen(prepared.advantages, batch)
+        torch.testing.assert_close(got.float(), torch.tensor(weights))
+        assert "correction: none" in " ".join(ALGORITHMS[name](correction="token_truncate").conflicts(4))
+
+
+def test_m2po_masks_the_largest_moves_until_their_mean_square_is_small() -> None:
+    # Squares of log old - log sampler: 0.01, 0.16 and 0.04; means of the smallest 0.01, 0.025 and 0.07.
+    batch = hand_batch()
+    batch = batch.with_(sampler_logps=batch.old_logps - spread(batch, {10: 0.1, 11: -0.4, 12: 0.2}))
+    for bound, kept in ((0.001, [0, 0, 0]), (0.02, [1, 0, 0]), (0.04, [1, 0, 1]), (0.1, [1, 1, 1])):
+        advantages = ALGORITHMS["m2po"](second_moment=bound).prepare(batch).advantages
+        expected = torch.tensor([A, A, -A]) * torch.tensor(kept)
+        torch.testing.assert_close(chosen(advantages, batch), expected)
+    algorithm = ALGORITHMS["m2po"]()
+    loss = algorithm.loss(hand_policy(batch), algorithm.prepare(batch))
+    # Ratios to the sampler: 1.5 e^0.1 and 0.5 e^0.2; a1 is masked.
+    expected = torch.tensor([-1.5 * math.exp(0.1) * A, 0.0, 0.5 * math.exp(0.2) * A])
+    torch.testing.assert_close(chosen(loss, batch).detach().float(), expected)
+
+
+def test_clip_cov_draws_by_the_version_and_at_least_one() -> None:
+    drawn = set()
+    for version in range(8):
+        algorithm = ALGORITHMS["clip_cov"](covariance_low=0.2)  # a0 and b lie between
+        batch = hand_batch().with_(state={"version": float(version)})
+        once, twice = (chosen(algorithm.prepare(batch).advantages, batch).tolist() for _ in range(2))
+        assert once == twice and once.count(0.0) == 1
+        drawn.add(once.index(0.0))
+    assert drawn == {0, 2}
+
+
+def test_the_entropy_bonus_follows_its_target() -> None:
+    algorithm = ALGORITHMS["grpo"](entropy_target=0.5, entropy_coef_step=0.01)
+    state: dict[str, float] = {}
+    weights = []
+    for entropy in (0.4, 0.4, 0.6, 0.45, 0.7, 0.7, 0.7):
+        state = algorithm.next_state(state, {"policy/entropy": entropy})
+        weights.append(round(algorithm.entropy_weight(state), 6))
+    # Up by 0.01 below the target, down above, where the bonus does not apply; never negative.
+    assert weights == [0.01, 0.02, 0.0, 0.02, 0.0, 0.0, 0.0] and state["entropy_coef"] == 0.0
+    assert algorithm.outputs == {"entropy"} and algorithm.report(hand_batch())["policy/entropy_coef"] == 0.0
+    ppo = ALGORITHMS["ppo"](entropy_target=0.5)
+    assert ppo.next_state({}, {"policy/entropy": 0.1}) == {"entropy": 0.1, "entropy_coef": 0.005, "steps": 1}
 
 
 def test_demonstrated_tokens_have_no_sampler_to_correct_for() -> None:

@@ -171,6 +171,7 @@ def objective(
             logps=spread(micro, leaf, torch.float64),
             values=spread(micro, tables["new_values"], torch.float64),
             kl=spread(micro, leaf.square(), torch.float64),  # any function of the policy will do
+            entropy=spread(micro, leaf.exp(), torch.float64),
         )
         total = total + reduce_loss(algorithm, policy, micro, scale)
     total.backward()

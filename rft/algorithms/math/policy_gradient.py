@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -78,6 +79,14 @@ def rank_in_group(x: Tensor, group: Tensor) -> Tensor:
     size = torch.bincount(group)
     starts = (size.cumsum(0) - size)[group[order]]
     return torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device) - starts)
+
+
+def certain_tokens(entropy: Tensor, mask: Tensor, top: float) -> Tensor:
+    """Return the indices of the masked-in tokens that are not in the fraction `top` with the highest entropy
+    (rounded up), [K] int64."""
+    index = mask.nonzero()[:, 0]
+    left_out = math.floor((1 - top) * len(index) + 1e-9)
+    return index[torch.argsort(entropy[index], stable=True)[:left_out]]
 
 
 def _like(n: Tensor, x: Tensor) -> Tensor:

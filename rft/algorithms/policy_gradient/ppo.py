@@ -130,7 +130,7 @@ class PPO(ClippedPolicyGradient):
         return state.get("kl_weight", self.beta)
 
     def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
-        state = dict(state)
+        state = super().next_state(state, metrics)
         state["steps"] = state.get("steps", 0) + 1
         if self.kl_target is not None and self.beta and "policy/kl_ref" in metrics:
             error = min(max(metrics["policy/kl_ref"] / self.kl_target - 1, -0.2), 0.2)

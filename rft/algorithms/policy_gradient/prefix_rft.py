@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Rollout, required, setting
-from rft.algorithms.math.policy_gradient import clipped, clipped_surrogate
+from rft.algorithms.math.policy_gradient import certain_tokens, clipped, clipped_surrogate
 from rft.algorithms.policy_gradient.dr_grpo import DrGRPO
 from rft.batch import Batch
 
@@ -71,10 +71,8 @@ class PrefixRFT(DrGRPO):
         batch = super().prepare(batch)
         if batch.demonstrated is None:
             return batch
-        index = (batch.mask & batch.demonstrated).nonzero().squeeze(1)
-        entropy = required(batch.old_entropy, "old_entropy")[index]
-        left_out = math.floor((1 - self.entropy_share) * len(index) + 1e-9)
-        sure = index[torch.argsort(entropy, stable=True)[:left_out]]
+        entropy = required(batch.old_entropy, "old_entropy")
+        sure = certain_tokens(entropy, batch.mask & batch.demonstrated, self.entropy_share)
         advantages = required(batch.advantages, "advantages")
         return batch.with_(advantages=advantages.index_fill(0, sure, 0.0))
 
