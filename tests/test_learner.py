@@ -170,7 +170,7 @@ def test_the_reference_follows_the_policy_every_so_many_steps(tiny_folder, make_
 
 
 def test_refreshing_the_reference_may_reset_the_optimizer(tiny_folder: Path, make_groups) -> None:
-    """ProRL's reset: after the refresh the reference is the policy, and Adam counts its steps from 1 again."""
+    """After the refresh the reference is the policy, and Adam counts its steps from 1 again."""
     batch = Batch.build(make_groups(groups=2, size=2))
     counts: dict[bool, list[set[int]]] = {}
     for reset in (False, True):
