@@ -19,7 +19,6 @@ from rft.algorithms.math.policy_gradient import (
     Correction,
     KLEstimator,
     Proximal,
-    certain_tokens,
     clipped,
     clipped_surrogate,
     correction_weights,
@@ -30,25 +29,13 @@ from rft.algorithms.math.policy_gradient import (
     sampled_kl,
 )
 from rft.algorithms.math.turns import as_sequences, turn_returns
+from rft.algorithms.policy_gradient.exploration import Exploration
 from rft.batch import Batch
 
 
 @dataclass(frozen=True)
-class PolicyGradient(ReadsDistributions):
+class PolicyGradient(Exploration, ReadsDistributions):
     """loss = - correction * objective + beta * KL(policy || reference) - entropy_coef * entropy, per token.
-
-    The entropy term does not apply to demonstrated tokens. Three more ways to keep the entropy up:
-
-    - `entropy_target`: the weight changes by `entropy_coef_step` per step, up while the entropy is below the
-      target and else down, and the bonus applies only below it (He et al., "Skywork open reasoner 1", 2025,
-      section 4.5; there with the entropy of the step itself, here with that of the step before).
-    - `entropy_advantage`: A + min(alpha * H, |A| / kappa), with the entropy H before the step as a constant
-      (Cheng et al., "Reasoning with exploration", 2025, eq. 5 and 6).
-    - `top_entropy`: the advantage of all but the most uncertain tokens of a step is 0; they still count in
-      averages (Wang et al., "Beyond the 80/20 rule", 2025, eq. 5).
-
-    `refresh_reference` makes the KL one to a recent policy (DeepSeekMath's iterations), and with
-    `reset_optimizer` the optimizer starts anew (Liu et al., "ProRL", 2025, section 3.2.2).
 
     turn_level: whether `advantages` only compare the rewards of sequences in groups, so that a session's
     turns can be compared in the same way.
@@ -68,24 +55,6 @@ class PolicyGradient(ReadsDistributions):
     proximal: Proximal = setting(
         "recomputed", "centre of the clip: recomputed, interpolated or sampler log-probs"
     )
-    entropy_coef: float = setting(0.0, "weight of the entropy bonus, or its initial weight", ge=0)
-    entropy_target: float | None = setting(
-        None, "entropy, in nats per token, that an adaptive weight of the bonus aims at; null: fixed", gt=0
-    )
-    entropy_coef_step: float = setting(0.005, "change of the adaptive weight per step", gt=0)
-    entropy_advantage: float = setting(
-        0.0, "added to the advantage: this factor times the token's entropy, see entropy_advantage_cap", ge=0
-    )
-    entropy_advantage_cap: float = setting(
-        2.0, "bound of the added advantage: the size of the advantage divided by this", gt=1
-    )
-    top_entropy: float = setting(
-        1.0, "fraction of tokens, by highest entropy, that have an advantage", gt=0, le=1
-    )
-    refresh_reference: int = setting(
-        0, "interval, in steps, of copying the policy to the reference; 0: never", ge=0
-    )
-    reset_optimizer: bool = setting(False, "reset the optimizer at each refresh of the reference")
     mask_truncated: bool = setting(False, "exclude completions truncated by the length limit from the loss")
     turn_returns: Literal["none", "turn", "group", "state"] = setting(
         "none",
@@ -110,9 +79,8 @@ class PolicyGradient(ReadsDistributions):
     @property
     def needs(self) -> frozenset[str]:
         old = {"old_logps"} if self.proximal == "recomputed" else set()
-        entropy = {"old_entropy"} if self.entropy_advantage or self.top_entropy < 1 else set()
         reference = {"ref_logps"} if self.beta and not self._full_kl else set()
-        return frozenset({"rewards"} | old | entropy | reference)
+        return super().needs | {"rewards"} | old | reference
 
     @property
     def before_prepare(self) -> frozenset[str]:
@@ -127,12 +95,7 @@ class PolicyGradient(ReadsDistributions):
 
     @property
     def outputs(self) -> frozenset[str]:
-        return frozenset(({"kl"} if self._full_kl else set()) | ({"entropy"} if self._bonus else set()))
-
-    @property
-    def _bonus(self) -> bool:
-        """Whether the loss contains an entropy bonus."""
-        return self.entropy_coef > 0 or self.entropy_target is not None
+        return super().outputs | ({"kl"} if self._full_kl else set())
 
     @property
     def compares_distributions(self) -> bool:
@@ -151,17 +114,7 @@ class PolicyGradient(ReadsDistributions):
         return self.normalization
 
     def prepare(self, batch: Batch) -> Batch:
-        batch = batch.with_(advantages=self.credit(batch), mask=self.trained(batch))
-        if not self.entropy_advantage and self.top_entropy == 1:
-            return batch
-        advantages = required(batch.advantages, "advantages")
-        entropy = required(batch.old_entropy, "old_entropy")
-        if self.entropy_advantage:
-            bound = advantages.abs() / self.entropy_advantage_cap
-            advantages = advantages + torch.minimum(self.entropy_advantage * entropy, bound)
-        if self.top_entropy < 1:
-            advantages = advantages.index_fill(0, certain_tokens(entropy, batch.mask, self.top_entropy), 0.0)
-        return batch.with_(advantages=advantages)
+        return self.explore(batch.with_(advantages=self.credit(batch), mask=self.trained(batch)))
 
     def credit(self, batch: Batch) -> Tensor:
         """Return the advantages of sessions, or of their turns if `turn_returns` asks for it, [T]. With
@@ -183,7 +136,7 @@ class PolicyGradient(ReadsDistributions):
         return batch.mask & ~batch.to_tokens(batch.truncated)
 
     def acts_on(self, batch: Batch) -> Tensor:
-        if self._bonus or (self.beta and self.kl_in == "loss"):
+        if self.has_bonus or (self.beta and self.kl_in == "loss"):
             return batch.mask
         return batch.mask & (required(batch.advantages, "advantages") != 0)
 
@@ -201,41 +154,12 @@ class PolicyGradient(ReadsDistributions):
         loss = -self.weights(policy, batch) * self.objective(policy, batch)
         if self.beta and self.kl_in == "loss":
             loss = loss + self.kl_weight(batch.state) * self.kl(policy, batch)
-        if self._bonus:
-            entropy = required(policy.entropy, "policy.entropy")
-            if batch.demonstrated is not None:
-                entropy = entropy.masked_fill(batch.demonstrated, 0)
-            loss = loss - self.entropy_weight(batch.state) * entropy
+        if self.has_bonus:
+            loss = loss - self.entropy_bonus(policy, batch)
         return loss.masked_fill(~batch.mask, 0)
 
-    def entropy_weight(self, state: Mapping[str, float]) -> float:
-        """Return the weight of the entropy bonus: 0 while the entropy is above `entropy_target`."""
-        if self.entropy_target is None:
-            return self.entropy_coef
-        above = state.get("entropy", 0.0) > self.entropy_target
-        return 0.0 if above else state.get("entropy_coef", self.entropy_coef)
-
-    def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
-        if self.entropy_target is None or "policy/entropy" not in metrics:
-            return dict(state)
-        entropy = metrics["policy/entropy"]
-        change = self.entropy_coef_step if entropy < self.entropy_target else -self.entropy_coef_step
-        coefficient = max(state.get("entropy_coef", self.entropy_coef) + change, 0.0)
-        return {**state, "entropy": entropy, "entropy_coef": coefficient}
-
     def conflicts(self, num_generations: int) -> list[str]:
-        problems = super().conflicts(num_generations)
-        if self.refresh_reference and not self.needs_reference:
-            problems.append(
-                "refresh_reference needs a reference, and there is none; write beta: 0.01, for one, or "
-                "refresh_reference: 0"
-            )
-        if self.reset_optimizer and not self.refresh_reference:
-            problems.append(
-                "reset_optimizer acts at each refresh of the reference, and there is none; set "
-                "refresh_reference, or remove it"
-            )
-        return problems + self._turn_conflicts()
+        return super().conflicts(num_generations) + self._turn_conflicts()
 
     def _turn_conflicts(self) -> list[str]:
         if self.turn_returns == "none":
@@ -317,16 +241,13 @@ class PolicyGradient(ReadsDistributions):
         return metrics
 
     def report(self, batch: Batch) -> dict[str, float]:
-        """Return group/degenerate, the number of groups with equal rewards, group/degenerate_share, and the
-        adaptive policy/entropy_coef."""
-        bonus = (
-            {} if self.entropy_target is None else {"policy/entropy_coef": self.entropy_weight(batch.state)}
-        )
+        """Return group/degenerate, the number of groups with equal rewards, and group/degenerate_share."""
+        metrics = super().report(batch)
         if batch.rewards is None or not batch.num_groups:
-            return bonus
+            return metrics
         count = count_degenerate(batch.rewards, batch.group)
-        share = {"group/degenerate": float(count), "group/degenerate_share": count / batch.num_groups}
-        return {**share, **bonus}
+        share = count / batch.num_groups
+        return {**metrics, "group/degenerate": float(count), "group/degenerate_share": share}
 
 
 @dataclass(frozen=True)
