@@ -123,9 +123,10 @@ class LearnerConfig(ConfigModel):
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+    optimizer: Literal["adamw", "muon", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
         "adamw",
-        description="adamw (PyTorch), or AdamW of bitsandbytes with 8-bit moments, paged moments, or both",
+        description="adamw (PyTorch); muon for the layers' matrices, with adamw for the rest; or AdamW of "
+        "bitsandbytes with 8-bit moments, paged moments, or both",
     )
     adapter: AdapterConfig | None = Field(
         None, description="train an adapter, e.g. LoRA, on the frozen policy (none: full fine-tuning)"

@@ -369,7 +369,12 @@ def _method_checks(c: LearnerConfig, facts: Facts) -> Iterator[Check]:
         f"quantize: weights in {8 if c.quantize == 'int8' else 4} bits cannot be trained themselves; add "
         "an adapter (adapter: {method: lora}), or leave quantize out for full fine-tuning",
     )
-    yield c.optimizer != "adamw" and no_bitsandbytes, f"optimizer: {c.optimizer} {remedy}"
+    yield c.optimizer not in ("adamw", "muon") and no_bitsandbytes, f"optimizer: {c.optimizer} {remedy}"
+    yield (
+        c.optimizer == "muon" and (strategy is not None or c.adapter is not None),
+        "optimizer: muon updates whole matrices, and an adapter or a strategy trains parts of them; write "
+        "adamw",
+    )
     yield (
         c.optimizer != "adamw" and isinstance(strategy, GaloreConfig),
         f"strategy: galore cannot be combined with optimizer {c.optimizer}; use adamw",

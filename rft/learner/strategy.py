@@ -25,6 +25,7 @@ STRATEGIES = {
     "galore": "rft.contrib.strategies.galore.Galore",
     "subnetwork": "rft.contrib.strategies.subnetwork.Subnetwork",
 }
+MUON = "rft.contrib.muon.make"
 
 
 class FullTensor(Protocol):
@@ -69,6 +70,9 @@ class Strategy:
     def optimizer(self, model: nn.Module, extra: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Make the optimizer of the trained parameters and of the groups `extra` (a critic's)."""
         config = self.spec.config
+        if config.optimizer == "muon":
+            made: torch.optim.Optimizer = load_dotted(MUON)(model, config, extra)
+            return made
         return make_optimizer(config, decay_groups(model, config.weight_decay) + extra)
 
     def trained(self, policy: PolicyModel) -> Iterable[nn.Parameter]:

@@ -123,7 +123,13 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
     return network
 
 
-MOMENTS = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04}  # bytes per parameter
+MOMENTS = {
+    "adamw": 8,
+    "muon": 4,
+    "paged_adamw": 8,
+    "adamw_8bit": 2.04,
+    "paged_adamw_8bit": 2.04,
+}  # bytes per parameter
 # Memory of a learner or engine process besides tensors, on CPU: the interpreter with torch, transformers,
 # Ray or vLLM, and their threads.
 PROCESS_BYTES = 1 << 29

@@ -102,6 +102,37 @@ def test_draws_resume(tiny_folder: Path, make_groups, tmp_path: Path, strategy: 
     again(one, lambda: learner(tiny_folder, strategy), make_groups, tmp_path)
 
 
+def test_muon_moves_matrices_as_torch_does_and_resumes(tiny_folder, make_groups, tmp_path) -> None:
+    """The layers' matrices by torch's Muon, embeddings and norms by AdamW; a resumed run goes on the same."""
+    build = lambda: learner(tiny_folder, None, optimizer="muon", weight_decay=0.1)  # noqa: E731
+    batch = Batch.build(make_groups(groups=2, size=2))
+    one, plain = build(), learner(tiny_folder, None, weight_decay=0.1)
+    matrix = "model.layers.0.mlp.up_proj.weight"
+    before = dict(plain.policy.model.named_parameters())[matrix].detach().clone()
+    seen: dict[str, torch.Tensor] = {}
+    weight = dict(one.policy.model.named_parameters())[matrix]
+    weight.register_post_accumulate_grad_hook(lambda p: seen.update(gradient=p.grad.clone()))
+    one.step(batch, 0)
+    plain.step(batch, 0)
+    for name, p in plain.policy.model.named_parameters():
+        mine = dict(one.policy.model.named_parameters())[name]
+        by_adamw = "embed" in name or "lm_head" in name or p.ndim < 2
+        assert torch.allclose(mine, p, atol=1e-7) == by_adamw, name
+        assert ("momentum_buffer" in one.optimizer.state[mine]) != by_adamw
+    expected = torch.nn.Parameter(before)
+    expected.grad = seen["gradient"]
+    rate = one.spec.config.learning_rate
+    torch.optim.Muon([expected], lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-7)
+    one.capture_state()(tmp_path)
+    other = build()
+    other.read_state(tmp_path)
+    for each in (one, other):
+        each.step(batch, 1)
+    for a, b in zip(one.policy.model.parameters(), other.policy.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 def test_bitsandbytes_optimizers_train_and_resume(tiny_folder, make_groups, tmp_path, optimizer: str) -> None:
     build = lambda: learner(tiny_folder, None, optimizer=optimizer)  # noqa: E731
