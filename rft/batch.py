@@ -63,6 +63,7 @@ class Batch:
     returns: Tensor | None = field(default=None, metadata=_T)  # [T] float32
     advantages: Tensor | None = field(default=None, metadata=_T)  # [T] float32
     labels: Tensor | None = field(default=None, metadata=_T)  # [T] float32, right (1) or wrong (0) steps
+    support: Tensor | None = field(default=None, metadata=_T)  # [T, V/8] uint8, see `kept_tokens`
     weight: Tensor | None = field(default=None, metadata=_T)  # [T] float32, share of the step's objective
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # each [N, ...]
     state: Mapping[str, float] = field(default_factory=dict)  # `progress` in [0, 1], algorithm state

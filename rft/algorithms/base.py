@@ -33,6 +33,7 @@ class PolicyOutput:
         nats, the critic's value, and the full-vocabulary divergence from the reference.
     end_values: [T] float32, present if requested: the critic's value of the state after the last token of a
         sequence truncated by the length limit; 0 elsewhere.
+    support: [T, ceil(V/8)] uint8, present if requested: the tokens that each one was sampled from, packed.
     scores: [T, K] float32, the K outputs of a reward head after reading token t (unlike `values`, which are
         before it); present if listed in `outputs`, for reward models.
     """
@@ -43,6 +44,7 @@ class PolicyOutput:
     kl: Tensor | None = None
     scores: Tensor | None = None
     end_values: Tensor | None = None
+    support: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,20 @@ class SamplingConfig(ConfigModel):
     )
     max_completion_length: int = Field(512, ge=1, description="maximum completion length, in tokens")
     temperature: float = Field(1.0, gt=0, description="softmax temperature, of sampling and of log-probs")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="nucleus sampling: the fewest likely tokens that sum to this probability"
+    )
+    top_k: int = Field(0, ge=0, description="sample from this many most likely tokens (0: all)")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="sample from tokens with at least this share of the largest probability"
+    )
     stop: tuple[str, ...] = Field((), description="stop strings (require detokenisation)")
     stop_token_ids: tuple[int, ...] = Field((), description="additional stop token ids")
+
+    @property
+    def truncated(self) -> bool:
+        """Return whether some tokens are never sampled, so that log-probs are over the others only."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 class RolloutConfig(ConfigModel):

@@ -290,8 +290,36 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
 
 
+def _truncation_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    """Check training on truncated samples: the learner has to know what could be sampled."""
+    a, s = config.algorithm, config.rollout.sampling
+    if not a.online or not s.truncated:
+        return
+    key = "rollout.sampling: top_p, top_k and min_p"
+    remedy = "write top_p: 1, top_k: 0 and min_p: 0"
+    yield (
+        config.rollout.staleness > 0,
+        f"{key} sample from a set of tokens that only the current policy knows; write rollout.staleness: 0, "
+        f"or {remedy}",
+    )
+    yield (
+        "kl" in a.outputs,
+        f"{key} leave tokens without a probability, and {algorithm_name(a)} compares whole distributions, as "
+        f"set here; {remedy}",
+    )
+    yield (
+        copies(a) > 1 or any(r.mixture for r in rollouts(config, bool(facts.demonstrations))),
+        f"{key} are not supported where completions are not sampled from the policy alone; {remedy}",
+    )
+    yield (
+        config.learner.kernels.logprob in ("triton", "liger"),
+        f"{key} need learner.kernels.logprob: auto or chunked, not {config.learner.kernels.logprob}",
+    )
+
+
 def run_checks(config: Config, facts: Facts) -> Iterator[Check]:
     t, name = config.train, algorithm_name(config.algorithm)
+    yield from _truncation_checks(config, facts)
     yield (
         config.model.reference is not None and not config.algorithm.needs_reference,
         f"model.reference: {name} does not use a reference; remove it",

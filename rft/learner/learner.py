@@ -142,16 +142,22 @@ class Learner(TrainState):
         """Let the algorithm prepare a batch, and compute all inputs of its loss. Inputs that `prepare` does
         not read are computed after it, without the tokens that it masked out."""
         before = self.algorithm.before_prepare
+        if self.policy.truncation is not None and (self._several or self.algorithm.needs_reference):
+            batch = batch.with_(support=self.score(batch, outputs=frozenset({"support"}))["support"])
         batch = self.algorithm.prepare(self.fill(batch, before, gap))
         return self.fill(batch, self.algorithm.needs - before, gap)
 
+    @property
+    def _several(self) -> bool:
+        """Whether a batch is used for several updates."""
+        return self.spec.train.num_iterations * self.spec.train.minibatches > 1
+
     def fill(self, batch: Batch, needs: frozenset[str], gap: objective.LogpGap) -> Batch:
         """Compute those of `needs` that a forward yields: old and reference log-probs, values, entropy."""
-        several = self.spec.train.num_iterations * self.spec.train.minibatches > 1
         extra = needs & {"values", "end_values"}
         extra |= frozenset({"entropy"} if "old_entropy" in needs else ())
         changes: dict[str, Any] = {}
-        old = "old_logps" in needs and batch.old_logps is None and (several or self.algorithm.prescored)
+        old = "old_logps" in needs and batch.old_logps is None and (self._several or self.algorithm.prescored)
         if old or extra:
             out = self.score(batch, outputs=extra)
             changes |= {"old_logps": out["logps"]}
@@ -174,13 +180,17 @@ class Learner(TrainState):
         model = model or self.policy
         names = ("logps", *sorted(outputs))
         scores = {name: torch.zeros(batch.num_tokens) for name in names}
+        if "support" in outputs:
+            weight = model.head().weight
+            width = -(-getattr(weight, "ds_shape", weight.shape)[0] // 8)
+            scores["support"] = torch.zeros(batch.num_tokens, width, dtype=torch.uint8)
         scored, place = batch.pruned(batch.mask)
         tree_of_token = scored.tree[scored.segment]
         for trees in self.plan(scored) if scored.num_tokens else ():
             out = model.run(self.micro(scored if trees else batch, trees), outputs)
             where = place[torch.isin(tree_of_token, torch.tensor(trees, dtype=torch.int64))]
             for name in names if trees else ():
-                scores[name][where] = getattr(out, name).float().cpu()
+                scores[name][where] = getattr(out, name).to(scores[name].dtype).cpu()
         scores = {name: self.parallel.sum(values) for name, values in scores.items()}
         self.scoring_seconds += time.perf_counter() - begin
         return scores

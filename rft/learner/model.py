@@ -17,6 +17,7 @@ from rft.algorithms.extras import ChangesEmbeddings, ReadsDistributions, critic_
 from rft.algorithms.math.sequences import last_tokens
 from rft.batch import Batch
 from rft.config.learner import KernelsConfig
+from rft.config.rollout import SamplingConfig
 from rft.errors import ModelError
 from rft.kernels.attention import hidden_states, prepare_model, relative_error, self_check, tolerance_of
 from rft.kernels.attention_route import Kernel, decoder_of
@@ -26,7 +27,8 @@ from rft.learner.load import score_layer
 from rft.utils.dotted import load_dotted
 from rft.utils.quantized import evaluation_mode
 
-# Only a few algorithms change embeddings or need full distributions.
+# Only a few runs change embeddings, need full distributions or sample from truncated ones.
+TRUNCATION = "rft.learner.truncation.kept_tokens"
 READING = "rft.learner.distribution.reading"
 DIVERGENCE = "rft.learner.distribution.full_divergence"
 
@@ -170,6 +172,7 @@ class PolicyModel:
         temperature: float,
         compute_dtype: torch.dtype,
         value_head: Critic | None = None,
+        truncation: SamplingConfig | None = None,
         kernels: KernelsConfig = KernelsConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self.model = model
@@ -178,6 +181,7 @@ class PolicyModel:
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.value_head = value_head
+        self.truncation = truncation if truncation is not None and truncation.truncated else None
         self.score_layer = score_layer(model)
         if self.score_layer is None:
             check_head(model)
@@ -233,6 +237,12 @@ class PolicyModel:
             "backend": self.kernels.logprob,
         }
         weight, targets = head.weight.to(hidden.dtype), batch.tokens[rows]
+        if self.truncation is not None:
+            options["support"] = load_dotted(TRUNCATION)(
+                batch, rows, hidden, head, self.truncation, self.temperature
+            )
+            if "support" in outputs:
+                values["support"] = options["support"]
         if "entropy" in outputs:
             values["logps"], values["entropy"] = token_logps(hidden, weight, targets, entropy=True, **options)
         else:
@@ -270,9 +280,9 @@ class PolicyModel:
         return {name: _spread(value, rows, batch.num_tokens) for name, value in values.items()}
 
     def at_temperature(self, temperature: float) -> PolicyModel:
-        """Return the same network with log-probs at another temperature."""
+        """Return the same network with log-probs at another temperature, over the whole vocabulary."""
         other = copy(self)
-        other.temperature = temperature
+        other.temperature, other.truncation = temperature, None
         return other
 
     def self_check(self, batch: Batch, *, fall_back: bool) -> float:

@@ -114,6 +114,7 @@ class TrainState:
         return PolicyModel(
             model,
             temperature=self.spec.temperature,
+            truncation=self.spec.sampling if self.algorithm.online else None,
             compute_dtype=resolve_dtype(self.spec.config.dtype, self.spec.device),
             value_head=value_head,
             kernels=self.spec.config.kernels,

@@ -328,6 +328,9 @@ class Controller:
             n=self.config.train.num_generations,
             max_tokens=c.max_completion_length,
             temperature=c.temperature,
+            top_p=c.top_p,
+            top_k=c.top_k,
+            min_p=c.min_p,
             stop=c.stop,
             seed=derive_seed(self.config.seed, *work.key, work.version),
         )

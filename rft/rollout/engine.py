@@ -25,6 +25,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    min_p: float = 0.0
     mixture: float = 0.0  # sample from policy^(1 - mixture) * reference^mixture, per token (hf engine only)
 
 

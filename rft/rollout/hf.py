@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable
 from threading import Event
 from typing import Any, Literal
@@ -171,6 +172,8 @@ def _draw(logits: Tensor, s: Sampling, generator: torch.Generator) -> tuple[Tens
         best = logps.argmax(-1, keepdim=True)
         return best, logps.gather(-1, best)[:, 0]
     logits = logits.float() / s.temperature
+    if s.min_p:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(s.min_p), -torch.inf)
     if s.top_k:
         logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], -torch.inf)
     if s.top_p < 1:

@@ -139,6 +139,7 @@ class VLLMEngine:
             temperature=s.temperature,
             top_p=s.top_p,
             top_k=s.top_k,
+            min_p=s.min_p,
             seed=s.seed,
             stop=list(s.stop) or None,
             stop_token_ids=list({*s.stop_token_ids, *self.spec.stop_token_ids}),
