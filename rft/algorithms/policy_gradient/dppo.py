@@ -20,8 +20,8 @@ class DPPO(GroupRelative):
     """Qi et al., "Rethinking the trust region in LLM reinforcement learning" (2026), the binary variants.
 
     The objective is ratio * A; a token has no gradient if the update would lead further away (A > 0 and
-    ratio > 1, or A < 0 and ratio < 1) and the divergence of the two policies exceeds `delta`. It is estimated
-    from the sampled token against all others, with probabilities p (now) and q (when sampled):
+    ratio > 1, or A < 0 and ratio < 1) and the divergence of the two policies exceeds `delta`. Its estimate
+    takes the sampled token against all others, with probabilities p (now) and q (when sampled):
 
         tv   |p - q|
         kl   q log(q / p) + (1 - q) log((1 - q) / (1 - p))
