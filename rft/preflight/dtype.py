@@ -59,21 +59,29 @@ def _choose(device: Device, parameters: int) -> tuple[str, str]:
 
 @lru_cache(maxsize=1)
 def measure_product_rates(seconds: float = MEASURE_S) -> ProductRates:
-    """Measure both dtypes in turns, for about `seconds` after one product of each; the best of each counts,
-    since other processes only slow products down."""
+    """Measure both dtypes in turns, for about `seconds` after one product of each; the best of each counts.
+
+    The rate is that of the processor time of one thread, times the number of threads: where other processes
+    share the cores, the time on the clock depends on them.
+    """
     rows, inputs, outputs = _SHAPE
     operands = {
         dtype: (torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype).t())
         for dtype in (torch.float32, torch.bfloat16)
     }
     best = dict.fromkeys(operands, float("inf"))
-    for left, right in operands.values():
-        torch.mm(left, right)  # the first product compiles its kernel
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or float("inf") in best.values():
-        for dtype, (left, right) in operands.items():
-            begin = time.perf_counter()
-            torch.mm(left, right)
-            best[dtype] = min(best[dtype], time.perf_counter() - begin)
-    work = 2.0 * rows * inputs * outputs
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for left, right in operands.values():
+            torch.mm(left, right)  # the first product compiles its kernel
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or float("inf") in best.values():
+            for dtype, (left, right) in operands.items():
+                begin = time.thread_time()
+                torch.mm(left, right)
+                best[dtype] = min(best[dtype], time.thread_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    work = 2.0 * rows * inputs * outputs * threads
     return ProductRates(work / best[torch.float32], work / best[torch.bfloat16])
