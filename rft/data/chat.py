@@ -79,12 +79,10 @@ class Renderer:
         """Return whether a prompt is already rendered: it contains markup of the chat template."""
         if not self.chat or not isinstance(text, str):
             return False
-        before, after = self._empty_prompt
         text = self.without_end(text)  # a trailing end token does not make a text rendered
-        marks = {c for c in self.closers if c in before or c in after} - {self.tokenizer.bos_token}
-        if any(mark in text for mark in marks):
+        if any(mark in text for mark in self._marks):
             return True
-        opening, ending = before.strip(), after.strip()
+        opening, ending = (part.strip() for part in self._empty_prompt)
         return bool(opening and ending) and opening in text and text.rstrip().endswith(ending)
 
     @cached_property
@@ -95,6 +93,13 @@ class Renderer:
         except RowProblem:
             return "", ""
         return before, after
+
+    @cached_property
+    def _marks(self) -> tuple[str, ...]:
+        """Return the special tokens that the template writes around a prompt, without BOS."""
+        before, after = self._empty_prompt
+        bos = self.tokenizer.bos_token
+        return tuple(c for c in self.closers if (c in before or c in after) and c != bos)
 
     @cached_property
     def turn_end(self) -> str | None:
@@ -135,10 +140,14 @@ class Renderer:
 
     def without_end(self, text: str) -> str:
         """Strip trailing end-of-turn tokens, which rendering appends again."""
-        ends = tuple(end for end in (self.end.strip(), self.tokenizer.eos_token) if end)
-        while (bare := text.rstrip()).endswith(ends):
-            text = bare.removesuffix(next(end for end in ends if bare.endswith(end)))
+        while (bare := text.rstrip()).endswith(self._ends):
+            text = bare.removesuffix(next(end for end in self._ends if bare.endswith(end)))
         return text
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        """Return the texts that end a turn: the template's, and the tokenizer's end token."""
+        return tuple(end for end in (self.end.strip(), self.tokenizer.eos_token) if end)
 
     # -- the template ------------------------------------------------------------------------------
 

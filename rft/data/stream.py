@@ -158,6 +158,8 @@ def open_reader(config: DataConfig, split: Split) -> tuple[Reader, str]:
 def first_row(config: DataConfig) -> Row:
     """Return the first training row, with rft column names. Raises DataError."""
     if not config.streaming:
+        if config.resolved_kind not in ("file", "hub"):  # a task generates its rows one after the other
+            config = config.model_copy(update={"limit": 1})
         row: Row = load_rows(config)[0]
         return row
     reader, source = open_reader(config, "train")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rft.config.data import DataConfig
-from rft.data import DataError, load_prompts, load_rows
+from rft.data import DataError, first_row, load_prompts, load_rows
 
 ROWS = [{"question": f"{i}+{i}?", "answer": f"think\n#### {2 * i}"} for i in range(10)]
 
@@ -250,3 +250,10 @@ def test_prompts_that_are_none(tmp_path: Path, plain: Any, value: Any) -> None:
 def test_a_template_that_names_a_missing_column(tmp_path: Path, plain: Any) -> None:
     with pytest.raises(DataError, match=r"column 'promt'.*mean 'prompt'"):
         load_prompts(config(write(tmp_path, ROWS), template="{promt}"), plain)
+
+
+@pytest.mark.parametrize("kind", ["arithmetic", "arithmetic_hard", "arithmetic_pairs"])
+def test_the_first_row_of_a_task_is_the_first_of_many(kind: str) -> None:
+    """`first_row` generates it alone."""
+    config = DataConfig.model_validate({"kind": kind, "limit": 5})
+    assert first_row(config) == load_rows(config)[0]
