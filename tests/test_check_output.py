@@ -58,22 +58,33 @@ HEAVY = ("ray", "vllm", "deepspeed", "transformers.modeling_utils", "torch._dyna
 CHECK = """
 import json, sys
 from rft.cli import main
-code = main(["check", sys.argv[1]])
+try:
+    code = main(json.loads(sys.argv[1]))
+except SystemExit as ended:
+    code = ended.code
 print("LOADED", code, json.dumps([name for name in json.loads(sys.argv[2]) if name in sys.modules]))
 """
+
+
+def loaded_by(*arguments: str, among: tuple[str, ...] = HEAVY) -> str:
+    """The exit code of a command in a fresh process, and the modules that it imported."""
+    command = [sys.executable, "-c", CHECK, json.dumps(arguments), json.dumps(among)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return next(x for x in done.stdout.splitlines() if x.startswith("LOADED"))
 
 
 def test_a_check_imports_what_it_needs_only(tmp_path: Path) -> None:
     """The first check builds the tiny model and counts its parameters; later ones read the count."""
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG.format(folder=tmp_path / "runs"))
-    loaded = []
-    for _ in range(2):
-        command = [sys.executable, "-c", CHECK, str(file), json.dumps(HEAVY)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        loaded.append(next(x for x in done.stdout.splitlines() if x.startswith("LOADED")))
+    loaded = [loaded_by("check", str(file)) for _ in range(2)]
     assert "transformers.modeling_utils" in loaded[0]
     assert loaded[1] == "LOADED 0 []"
+
+
+def test_help_and_the_list_of_keys_import_no_libraries_of_a_run() -> None:
+    assert loaded_by("--help", among=(*HEAVY, "torch")) == "LOADED 0 []"
+    assert loaded_by("config", "learner", among=(*HEAVY, "transformers")) == "LOADED 0 []"
 
 
 def test_a_damaged_model_size_is_counted_again(tiny_folder: Path, tmp_path: Path) -> None:
@@ -85,3 +96,31 @@ def test_a_damaged_model_size_is_counted_again(tiny_folder: Path, tmp_path: Path
         file.write_text(damaged)
         assert ModelShape.of(str(tiny_folder), ModelConfig(), tmp_path) == fresh
         assert json.loads(file.read_text()) == json.loads(json.dumps(vars(fresh)))
+
+
+def test_a_program_gets_its_own_settings_of_libraries_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from transformers.utils import logging as settings
+
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(settings, "_tqdm_active", True)
+    hub_bars, bars = (sys.modules[f"{name}.utils.tqdm"] for name in ("huggingface_hub", "datasets"))
+    monkeypatch.setattr(hub_bars, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(bars, "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(bars, "_hf_datasets_progress_bars_disabled", False)
+    before = settings.get_verbosity()
+    settings.set_verbosity_info()
+    logger = logging.getLogger("accelerate")
+    for filtered in list(logger.filters):  # by commands that ran in this process
+        logger.removeFilter(filtered)
+    try:
+        with quiet_libraries():
+            assert settings.get_verbosity() == logging.ERROR and not settings.is_progress_bar_enabled()
+            assert datasets.utils.are_progress_bars_disabled() and logger.filters
+            assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+        assert settings.get_verbosity() == logging.INFO and settings.is_progress_bar_enabled()
+        assert not datasets.utils.are_progress_bars_disabled() and not logger.filters
+        assert not set(ENVIRONMENT) & set(os.environ)
+    finally:
+        settings.set_verbosity(before)

@@ -35,6 +35,7 @@ from rft.config.schema import Config
 from rft.errors import ConfigError
 from rft.plan import Plan, check_plan, make_plan
 from rft.report.history import CONFIG_FILE
+from rft.utils.quiet import quiet_libraries
 from rft.utils.signals import StopRequests
 
 
@@ -78,7 +79,8 @@ def train(
     """
     check_callbacks(callbacks)
     arguments = Arguments(model, data, eval_data, rewards, algorithm, environment, tools, sections)
-    return _train(resolve(config, arguments), callbacks, os.fspath(resume))
+    with quiet_libraries():
+        return _train(resolve(config, arguments), callbacks, os.fspath(resume))
 
 
 def _train(resolved: Resolved, callbacks: Sequence[Callback], resume: str = "auto") -> Run:
@@ -111,11 +113,12 @@ def check(
     `print` shows the plan. Raises ConfigError with all problems.
     """
     arguments = Arguments(model, data, eval_data, rewards, algorithm, environment, tools, sections)
-    resolved = resolve(config, arguments)
-    with run_dir.with_files(resolved.files, keep=False):
-        plan = check_plan(resolved.config)
-        plan.text  # noqa: B018  (computed while the rows are there)
-        return plan
+    with quiet_libraries():
+        resolved = resolve(config, arguments)
+        with run_dir.with_files(resolved.files, keep=False):
+            plan = check_plan(resolved.config)
+            plan.text  # noqa: B018  (computed while the rows are there)
+            return plan
 
 
 def evaluate(
@@ -142,17 +145,16 @@ def evaluate(
     held_out = _held_out(data)
     if held_out is not None and not isinstance(held_out, str | os.PathLike):
         given["eval"] = {"problems": max(len(held_out), 1), **as_plain(given.get("eval", {}))}  # all of them
-    resolved = resolve(
-        least if config is None else config,
-        Arguments(model=model, data=data, eval_data=held_out, rewards=rewards, sections=given),
-    )
+    arguments = Arguments(model=model, data=data, eval_data=held_out, rewards=rewards, sections=given)
 
     def work(stops: StopRequests) -> dict[str, float]:
         with run_dir.with_files(resolved.files, keep=False):
             plan = make_plan(resolved.config, evaluate=True)
             return asyncio.run(run_training.evaluate_model(plan, stops))
 
-    return in_thread(work, StopRequests(), "the evaluation was stopped")
+    with quiet_libraries():
+        resolved = resolve(least if config is None else config, arguments)
+        return in_thread(work, StopRequests(), "the evaluation was stopped")
 
 
 def _held_out(data: DataArgument | None) -> Any:
@@ -187,7 +189,8 @@ def resume(
         given = given.model_copy(
             update={"environment": _environment_with_objects(config, environment, tools)}
         )
-    return _train(resolve(given, Arguments(sections=sections)), callbacks)
+    with quiet_libraries():
+        return _train(resolve(given, Arguments(sections=sections)), callbacks)
 
 
 def _environment_with_objects(
