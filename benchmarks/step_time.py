@@ -86,7 +86,7 @@ def time_rft(work: Path, name: str, s: dict[str, Any], warmup: int) -> dict[str,
         data={"path": s["prompts"]},
         warm_start=None,
         train={**demo["train"], "steps": s["steps"]},
-        rewards=[{"function": f"{HERE / 'peers' / 'step_reward.py'}:exact"}],
+        rewards=[{"function": f"{HERE / 'peers' / 'step_reward.py'}:{s['reward']}"}],
         learner={**demo["learner"], "learning_rate": s["learning_rate"]},
         checkpoint={"every": 0},
     )
@@ -107,8 +107,8 @@ def time_trl(work: Path, name: str, s: dict[str, Any], warmup: int) -> dict[str,
     settings, result = work / f"{name}.json", work / f"{name}-result.json"
     settings.write_text(json.dumps({**s, "work": str(work / name)}))
     run_peer("trl", HERE / "peers" / "trl_grpo.py", settings, result)
-    found = json.loads(result.read_text())
-    return {"seconds": step_times(found["ends"], warmup), "length": found["length"]}
+    done = json.loads(result.read_text())
+    return {"seconds": step_times(done["ends"][1:], warmup), "length": done["completion_length"]}
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -123,6 +123,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "num_generations": demo["train"]["num_generations"],
         "max_completion_length": demo["rollout"]["sampling"]["max_completion_length"],
         "learning_rate": LEARNING_RATE,
+        "reward": "exact",
+        "dtype": "float32",
     }
     runs: dict[str, list[dict[str, Any]]] = {}
     for i in range(arguments.rounds):
