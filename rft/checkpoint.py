@@ -181,7 +181,7 @@ def _seal(
     if not files:
         raise CheckpointError(f"the writer of the checkpoint of step {step} wrote no file")
     if (folder / MANIFEST).exists():
-        raise CheckpointError(f"{MANIFEST} is this module's own file: let the writer use another name")
+        raise CheckpointError(f"{MANIFEST} is a reserved name: let the writer use another one")
     with _hash_pool() as pool:
         described = list(pool.map(_flush_and_describe, files))
     manifest: dict[str, Any] = {

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Run the chosen command, and turn what it raises into a message and an exit code."""
+    """Run the chosen command, and convert its exceptions to a message and an exit code."""
     from rft.errors import ConfigError, RunStopped
 
     try:
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(_train, "train", "train as the config says", config=True, stoppable=True, add_help=False)
     add("--resume", default="auto", metavar="auto|never|PATH", type=path_argument,
-        help="go on from the run's last checkpoint")  # fmt: skip
+        help="continue from the run's last checkpoint")  # fmt: skip
     add("--restarts", type=int, default=0, metavar="N",
         help="restart automatically after a fault, at most N times in a row without a new checkpoint"
         )  # fmt: skip

@@ -249,7 +249,7 @@ def with_files(files: Mapping[Path, bytes], *, keep: bool) -> Iterator[None]:
 
 
 def _other_length(config: Config, path: Path, step: int) -> list[str]:
-    """Note what another number of steps changes besides the end: all that is a share of the whole run."""
+    """List the schedules that change with the number of steps: those that span the whole run."""
     old = yaml_files.read(path / "config.yaml")["train"]["steps"]
     if old == config.train.steps or step >= config.train.steps:
         return []

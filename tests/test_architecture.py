@@ -68,6 +68,14 @@ def test_the_reading_list_is_counted(path: str) -> None:
     assert listed.total_files <= files and listed.total_lines <= lines
 
 
+def test_the_readme_counts_as_the_reading_list_does() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    match = re.search(r"in (\d+) files with fewer than ([\d,]+) lines", text)
+    assert match is not None
+    listed = reading_list("online")
+    assert int(match[1]) == listed.total_files and listed.total_lines < int(match[2].replace(",", ""))
+
+
 @contextmanager
 def executed_files() -> Iterator[set[str]]:
     """The files of rft whose functions run in the block, in any thread; importing a module does not count."""

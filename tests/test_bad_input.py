@@ -22,6 +22,7 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
     ("overrides", "words"),
     [
         (["trian.steps=3"], "trian: unknown key (did you mean 'train'?)"),
+        (["train.steps=[1"], "override 'train.steps=[1': line 1"),
         (["data={path: nowhere.jsonl}"], "nowhere.jsonl"),
         (["model.path=./nowhere"], "'./nowhere' is not a model folder: it has no config.json"),
         (["rewards=[{function: 'nowhere.py:score'}]"], "nowhere.py"),

@@ -112,7 +112,7 @@ def test_references_that_cannot_be_cached_or_are_not_read(raw: dict[str, Any], t
     ):
         assert words in refused(tasks, algorithm=algorithm, learner=cached)
     kto = {**raw, "data": {"kind": "arithmetic_pairs", "limit": 16}, "learner": cached}
-    assert "pairs prompts with other responses" in refused(kto, algorithm="kto")
+    assert "draws new mismatched pairs in each epoch" in refused(kto, algorithm="kto")
     assert plan_of(kto, algorithm={"name": "kto", "baseline": "zero"})
     stream = {**raw["data"], "streaming": True}
     assert "a streamed dataset cannot be scored before training" in refused(raw, data=stream, learner=cached)

@@ -56,8 +56,8 @@ def test_a_full_disk_is_survived_as_often_as_the_config_says(
     assert run.lines[-1]["step"] == 6
     faults = events(run, "fault/checkpoint")
     assert [fault["action"] for fault in faults] == [
-        "training goes on (1 of 2 in a row)",
-        "training goes on (2 of 2 in a row)",
+        "training continues (failure 1 of 2 in a row)",
+        "training continues (failure 2 of 2 in a row)",
     ]
     assert "No space left on device" in faults[0]["what"]
     found = checkpoint.latest(run.path / "checkpoints")
@@ -70,7 +70,7 @@ def test_a_disk_that_stays_full_ends_the_run(tiny_folder: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="No space left on device"):
         run.carry_out()
     assert [fault["action"] for fault in events(run, "fault/checkpoint")] == [
-        "training goes on (1 of 1 in a row)",
+        "training continues (failure 1 of 1 in a row)",
         "the run ends",
     ]
 

@@ -110,7 +110,7 @@ def test_a_later_signal_stops_at_once() -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGUSR2)
     code, told = ended(process)
-    assert code == 75 and "request SIGTERM" in told and "; asked again by SIGUSR2 from process" in told
+    assert code == 75 and "request SIGTERM" in told and "; requested again by SIGUSR2 from process" in told
 
 
 def test_past_the_grace_it_stops_at_once() -> None:

@@ -68,7 +68,7 @@ def train(
             a session; or the section `environment`. It runs in worker processes.
         tools: functions that the policy may call, and names of built-in ones.
         callbacks: instances of `Callback`.
-        resume: "auto" (go on from the run's last checkpoint), "never", or a checkpoint's folder.
+        resume: "auto" (continue from the run's last checkpoint), "never", or a checkpoint's folder.
         sections: every other section of the config (a dict or its class), and shorthands such as `steps`.
 
     Raises:

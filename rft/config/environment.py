@@ -72,14 +72,14 @@ class EnvironmentConfig(ConfigModel):
         description="deadline of one tool call or step, in seconds, after which its process is killed",
     )
     episode_timeout_s: float = Field(
-        600.0, gt=0, description="deadline of a session in seconds, with the time of its model calls"
+        600.0, gt=0, description="deadline of a session in seconds, including its model calls"
     )
     concurrency: int = Field(64, ge=1, description="maximum concurrent sessions, each in a worker process")
     max_retries: int = Field(
         2,
         ge=0,
-        description="repetitions of a session that a fault ended (not the policy), with growing pauses, "
-        "before its sample leaves the group",
+        description="retries of a session after a fault (not of the policy), with growing "
+        "delays, before its sample is removed from the group",
     )
     transcript: bool = Field(
         False,
@@ -99,7 +99,7 @@ class EnvironmentConfig(ConfigModel):
     worker_memory_gib: float | None = Field(
         4.0,
         gt=0,
-        description="memory limit of a worker process with its children, in GiB, above which it is killed "
+        description="memory limit of a worker process and its children, in GiB, above which it is killed "
         "(none: no limit)",
     )
 
@@ -141,7 +141,7 @@ class EnvironmentConfig(ConfigModel):
         for name in (*([] if self.path is None else [self.path]), *self.tools):
             if name.startswith(PASSED) and name not in self.passed:
                 raise ValueError(
-                    f"{name} stands for an object that a Python program passes; in a config file write "
+                    f"{name} refers to an object passed from Python; in a config file write "
                     "`file.py:name` or `package.module:name`"
                 )
         return self

@@ -65,7 +65,7 @@ class PassedReward(ConfigModel):
 def pass_object(what: str, target: Any, workers: str) -> tuple[str, PassedReward, bytes]:
     """Return the name, the identity and the pickle of an object for worker processes. Raises ValueError.
 
-    what: says in the error what it is (a reward, a tool). workers: where it is sent.
+    what: its kind, named in errors (a reward, a tool). workers: where it is sent.
     """
     identity = objects.identify(target)
     try:
@@ -136,7 +136,7 @@ class RewardConfig(ConfigModel):
     def _known_object(self) -> RewardConfig:
         if self.function.startswith(PASSED) and self.passed is None:
             raise ValueError(
-                f"function: {self.function} stands for an object that a Python program passes; in a config "
+                f"function: {self.function} refers to an object passed from Python; in a config "
                 "file write `file.py:function` or `package.module:function`"
             )
         return self

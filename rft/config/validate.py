@@ -179,7 +179,7 @@ GIVE_NO_PATH = ("tools", "reasoning_gym")  # kinds of environment that load no c
 
 
 def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
-    """Check the environment's section; what must be loaded is checked in `rft/preflight/environment.py`."""
+    """Check the section `environment`; `rft/preflight/environment.py` checks the parts that are loaded."""
     e, a = config.environment, config.algorithm
     if e is None:
         return
@@ -279,7 +279,7 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
         (bool(a.refresh_reference), f"{name} updates its reference during the run"),
         (
             a.data == "unpaired" and a.prescored,
-            f"{name} pairs prompts with other responses anew each epoch; or write baseline: zero",
+            f"{name} draws new mismatched pairs in each epoch (baseline: zero draws none)",
         ),
     ]
     why = next((why for wrong, why in uncached if wrong), "")
@@ -514,7 +514,7 @@ def _rank_checks(c: LearnerConfig, config: Config, facts: Facts) -> Iterator[Che
     yield (
         c.ranks > there,
         f"ranks: {c.ranks} ranks need {c.ranks} {name}, this machine has {there}; "
-        "lower it, or join a cluster by ray.address",
+        "lower it, or set ray.address to join a cluster",
     )
     yield (
         gpu and c.ranks <= there < c.ranks + engines,
@@ -593,7 +593,7 @@ def choose_transport(config: Config, facts: Facts) -> str:
 def engine_checks(config: Config, facts: Facts) -> Iterator[Check]:
     yield (
         config.ray.device == "cuda" and facts.device == "cpu",
-        "ray.device: cuda, but this machine has no GPU; join a cluster by ray.address",
+        "ray.device: cuda, but this machine has no GPU; set ray.address to join a cluster",
     )
     yield (
         facts.samples and config.rollout.engine == "vllm" and "vllm" not in facts.installed,
@@ -627,8 +627,8 @@ def transport_checks(config: Config, facts: Facts) -> Iterator[Check]:
         and not cluster
         and needed > facts.gpus,
         f"rollout.replicas: the learner's GPU and {needed - 1} of rollout.replicas make {needed}, this "
-        f"machine has {facts.gpus}; lower it, or let one engine (vllm) share the learner's by "
-        "sync.transport ipc",
+        f"machine has {facts.gpus}; lower it, or let one engine (vllm) share the learner's "
+        "(sync.transport: ipc)",
     )
     if transport not in ("file", "sparse"):
         yield (

@@ -254,7 +254,7 @@ class GroupMaker:
     def _cut(self, completions: list[Completion], room: int, number: int) -> list[Completion] | None:
         out = [c if len(c.tokens) <= room else cut(c, room) for c in completions]
         if any(c.mask is not None and not any(c.mask) for c in out):
-            self.long.add("cut to max_length, the completion has no trained token left", number + 1)
+            self.long.add("the completion has no trained token after it was cut to max_length", number + 1)
             return None
         if len(out) > 1 and len({c.tokens for c in out}) < len({c.tokens for c in completions}):
             self.long.add("two responses are equal after they were cut to max_length", number + 1)

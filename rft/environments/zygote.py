@@ -164,7 +164,7 @@ class Zygote:
             self.over_memory.discard(pid)
 
     def _watch_memory(self) -> None:
-        """Kill the workers that hold more than the limit beside what they share with this process."""
+        """Kill the workers above the memory limit; pages shared with this process do not count."""
         assert self.spec.memory is not None
         for pid, used in memory_of_trees(self.workers, shared_with=os.getpid()).items():
             if used > self.spec.memory:

@@ -1,5 +1,5 @@
 """Attention over a forest with an explicit mask per tree: the reference, and the route for layers that
-the merge does not support: sliding windows and chunks that bind, soft-capped scores.
+the merge does not support: windows and chunks shorter than a sequence, soft-capped scores.
 
 Trees of similar size are rows of one padded batch, so the masks are quadratic in the length of a tree,
 not of the packed batch.

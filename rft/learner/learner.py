@@ -153,7 +153,7 @@ class Learner(TrainState):
         return self.spec.train.num_iterations * self.spec.train.minibatches > 1
 
     def fill(self, batch: Batch, needs: frozenset[str], gap: objective.LogpGap) -> Batch:
-        """Compute those of `needs` that a forward yields: old and reference log-probs, values, entropy."""
+        """Compute the `needs` that a forward pass yields: old and reference log-probs, values, entropy."""
         extra = needs & {"values", "end_values"}
         extra |= frozenset({"entropy"} if "old_entropy" in needs else ())
         changes: dict[str, Any] = {}
@@ -327,12 +327,12 @@ class Learner(TrainState):
         norm, finite = self.parallel.update(self.strategy.trained(self.policy), self.optimizer, bound)
         if not finite and self.spec.config.on_nonfinite == "stop":
             made = self.updates_made
-            kept = f"the step's {made} earlier updates stand" if made else "nothing was updated"
+            kept = f"the step's {made} earlier updates are kept" if made else "nothing was updated"
             raise LearnerError(
                 f"the gradient norm is {norm} at policy version {self.version}; {kept}. "
                 "Lower learner.learning_rate, or set learner.on_nonfinite: skip to drop such updates."
             )
-        if self.version == 0:  # so do the optimizer's moments, after its first update
+        if self.version == 0:  # the moments that it has made lie among freed memory
             self._return_freed_memory()
         measured = {"train/grad_norm": norm} if finite else {}
         return {**measured, "train/skipped": float(not finite)}

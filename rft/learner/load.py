@@ -76,7 +76,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def _is_plain_fast(folder: Path) -> bool:
-    """Return whether a folder's tokenizer is what its tokenizer.json says, without a class of its model."""
+    """Return whether tokenizer.json alone defines a folder's tokenizer, without a class of its model."""
     file = folder / "tokenizer_config.json"
     if not file.is_file() or not (folder / "tokenizer.json").is_file():
         return False

@@ -103,7 +103,11 @@ class Saver:
             self.failures += 1
             limit = self.config.checkpoint.max_failures
             fatal = final or self.failures > limit
-            action = "the run ends" if fatal else f"training goes on ({self.failures} of {limit} in a row)"
+            action = (
+                "the run ends"
+                if fatal
+                else f"training continues (failure {self.failures} of {limit} in a row)"
+            )
             self._event("fault/checkpoint", part="checkpoint", step=step, what=str(error), action=action)
             self.progress.note(f"{error} {action[0].upper()}{action[1:]}.")
             if fatal:

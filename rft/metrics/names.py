@@ -184,12 +184,12 @@ METRICS: dict[str, Metric] = {
     "session/model_seconds": Metric("the part of it spent in model calls", "s"),
     "session/score/*": Metric("mean of a named score that the environment gave"),
     "session/ending/*": Metric(
-        "share of sessions that ended so: finished, context_full, turn_limit, environment_error, tool_error, "
-        "timeout; the last three are repeated",
+        "share of sessions with this ending: finished, context_full, turn_limit, environment_error, "
+        "tool_error, timeout; sessions with the last three are retried",
         "share",
     ),
     "session/lost": Metric(
-        "samples that left their group because the environment kept failing, or nothing was sampled",
+        "samples removed from their group because the environment kept failing, or nothing was sampled",
         "samples",
     ),
     "session/logp_gap/*": Metric(

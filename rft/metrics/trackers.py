@@ -60,7 +60,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard. After a resume, TensorBoard hides what came after the step."""
+    """Event files in RUN/tensorboard. After a resume, TensorBoard hides the points after the resumed step."""
 
     def __init__(
         self, tracking: TrackingConfig, run_dir: Path, resumed_at: int | None, config: Mapping[str, Any]

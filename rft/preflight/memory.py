@@ -165,7 +165,7 @@ def learner_bytes(
 
     The optimizer step holds no more than the end of the backward: AdamW updates in place.
 
-    Several ranks shard all that is persistent, and the gradients. Not counted: CPU offload, a critic's
+    With several ranks, persistent memory and gradients are sharded. Not counted: CPU offload, a critic's
     activations, mixtures of experts, and the memory of a process besides tensors (`PROCESS_BYTES`).
     """
     width = resolve_dtype(config.dtype, device).itemsize

@@ -179,8 +179,8 @@ async def judge(
     texts: list[Any] | None = None,
 ) -> Judged:
     """Score one prompt's completions. progress: of the run, 0 to 1, for schedules. training False: held-out
-    completions, which do not count in the metrics of training rewards. texts: what the rewards see, by
-    default each completion in the format of its prompt: a text, or a list of messages."""
+    completions, which do not count in the metrics of training rewards. texts: the rewards' input,
+    by default each completion in the format of its prompt: a text, or a list of messages."""
     n = len(completions)
     if texts is None and isinstance(prompt.text, str):
         texts = [c.text for c in completions]

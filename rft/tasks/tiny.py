@@ -89,7 +89,7 @@ def build_tiny(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with contextlib.redirect_stdout(sys.stderr):  # what is imported here may print
+    with contextlib.redirect_stdout(sys.stderr):  # modules imported here may print
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -23,10 +23,10 @@ from rft.rewards.types import Outcome
 from rft.utils import yaml_files
 from rft.utils.did_you_mean import did_you_mean_or_list
 
-SAMPLE = 64  # rows that are looked at
-HELD_OUT = 64  # rows set aside where there is no evaluation split
+SAMPLE = 64  # rows that the settings are chosen from
+HELD_OUT = 64  # rows to hold out if the data has no evaluation split
 
-# Names under which datasets store what rft calls by the first name, best first.
+# The columns of common datasets for each of rft's columns, best first.
 ALIASES = {
     "prompt": ("prompt", "question", "problem", "instruction", "query", "input", "messages", "conversations"),
     "answer": ("answer", "final_answer", "ground_truth", "gold", "target", "solution", "expected_answer"),
@@ -39,7 +39,7 @@ ANSWER_PATTERNS = (r"####\s*(.+)", r"\\boxed\{([^{}]+)\}")
 
 @dataclass
 class Draft:
-    """The settings of a config in the making, and one line for each assumption."""
+    """The settings chosen so far, and one line for each assumption."""
 
     data: dict[str, Any]
     algorithm: str = ""
@@ -178,7 +178,7 @@ def _has_evaluation_split(source: DataConfig) -> bool:
 
 
 def _hold_out(draft: Draft, source: DataConfig) -> None:
-    """Set rows aside for evaluation where the data has no evaluation split."""
+    """Hold rows out for evaluation if the data has no evaluation split."""
     if _has_evaluation_split(source):
         return
     total = len(load_rows(source))
@@ -204,12 +204,12 @@ def _choose_reward(draft: Draft, rows: Sequence[Mapping[str, Any]], reward: str 
         draft.assumed.append(f"reward: {reward}, since it reads the answers of the first rows")
     elif ":" not in reward and rows:
         target = builtin(reward)
-        lacks = [name for name in signature_columns(target)[0] if name not in rows[0]]
+        missing = [name for name in signature_columns(target)[0] if name not in rows[0]]
         either = getattr(target, "any_of", ())
-        lacks += either[:1] if not set(either) & rows[0].keys() else ()
-        if lacks:
+        missing += either[:1] if not set(either) & rows[0].keys() else ()
+        if missing:
             raise ConfigError(
-                [f"--reward: {reward} needs the column {lacks[0]!r}; the data has {', '.join(rows[0])}"]
+                [f"--reward: {reward} needs the column {missing[0]!r}; the data has {', '.join(rows[0])}"]
             )
     draft.rewards.append({"function": reward})
 
@@ -275,7 +275,7 @@ def _text(name: str, model: str, draft: Draft) -> str:
         f"  path: {_value(model)}    # a Hugging Face folder or hub name",
         "",
         "data:",
-        *(f"  {key}: {_value(value)}{_why(key)}" for key, value in draft.data.items()),
+        *(f"  {key}: {_value(value)}{_comment(key)}" for key, value in draft.data.items()),
     ]
     if not online:
         limit = min(_rounded(longest), shape.max_positions)
@@ -326,7 +326,7 @@ def _value(value: Any) -> str:
     return yaml_files.dump(value, flow=True).removesuffix("\n").removesuffix("...").strip()
 
 
-def _why(key: str) -> str:
+def _comment(key: str) -> str:
     reasons = {
         "path": "    # JSONL, Parquet, Arrow, a folder, or a hub dataset",
         "columns": "    # rft's name: the name in the data",
@@ -337,13 +337,13 @@ def _why(key: str) -> str:
 
 
 def _longest(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> int:
-    """Return the tokens of the longest row, by its longest text, among at most 1,000."""
-    most = 0
+    """Return the number of tokens of the longest of the first 1,000 rows."""
+    longest = 0
     for index in range(min(len(rows), 1000)):
         row = rows[index]
         texts = [str(row[name]) for name in ("prompt", *CONVERSATIONS, "completion", "chosen") if name in row]
-        most = max(most, sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts))
-    return most
+        longest = max(longest, sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts))
+    return longest
 
 
 def _rounded(tokens: int) -> int:

@@ -1,5 +1,5 @@
 """Requests to stop a run: signals, received by one thread and blocked in every process that a run starts, and
-requests of the program that runs it. Standard library only.
+requests by the calling program. Standard library only.
 
     with StopSignals() as signals:
         signals.handle(request=ask_the_loop, at_once=write_the_reason)
@@ -25,7 +25,7 @@ from rft.utils.process import kill_tree
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 75  # the exit code of a requested stop
 SAME_REQUEST_S = 5.0
-"""A job step delivers a signal to each process and the parent forwards it: all that is one request."""
+"""Signals within this time are one request: a job step signals each process, and the parent forwards it."""
 RECORD_S = 5.0  # to write the reason of an immediate exit: a hung file system must not prevent the exit
 
 
@@ -65,7 +65,7 @@ class StopRequests:
     its step and saves a checkpoint. `stop_at_once()` calls `cancel()`: nothing is finished.
     """
 
-    again = "another interrupt: stop at once"  # how to stop at once, for a message
+    again = "another interrupt stops at once"  # how to stop at once, for a message
 
     def __init__(self) -> None:
         self.exit_code = STOPPED
@@ -126,7 +126,7 @@ class StopSignals(StopRequests):
         signal does not change its exit code.
     """
 
-    again = f"a signal more than {SAME_REQUEST_S:g} s from now: stop at once"
+    again = f"a signal more than {SAME_REQUEST_S:g} s from now stops at once"
 
     def __init__(self, *, until_exit: bool = False) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class StopSignals(StopRequests):
                         self._end("")
                     deadline = now + seconds
                 elif now - self._first > SAME_REQUEST_S:
-                    self._end(f"asked again by {describe(info)}")
+                    self._end(f"requested again by {describe(info)}")
 
     def _end(self, why: str) -> NoReturn:
         reason = f"{self.reason}; {why}" if why else self.reason

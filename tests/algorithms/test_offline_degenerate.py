@@ -124,7 +124,7 @@ def test_settings_that_cannot_be(name: str, settings: dict[str, Any], words: str
 def test_a_missing_reference_is_named(name: str, missing: str) -> None:
     algorithm = ALGORITHMS[name](**({"baseline": "zero"} if name == "kto" else {}))
     batch = hand_batch().with_(ref_logps=None)
-    with pytest.raises(ValueError, match=missing):
+    with pytest.raises(ValueError, match=missing + " is missing; declare it in the `needs` of the algorithm"):
         algorithm.loss(hand_policy(batch), algorithm.prepare(batch))
 
 

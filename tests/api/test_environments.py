@@ -96,7 +96,7 @@ def test_tools_lie_over_the_section() -> None:
         ({"environment": threading.Lock}, "neither an async function nor a class"),
         ({"environment": "mine.py:Env"}, "pass the class or function"),
         ({"tools": echo}, "tools: pass a list of functions"),
-        ({"section": {"kind": "class", "path": "python:Desk"}}, "stands for an object that a Python program"),
+        ({"section": {"kind": "class", "path": "python:Desk"}}, "refers to an object passed from Python"),
     ],
 )
 def test_what_cannot_be_passed(arguments: dict[str, Any], message: str) -> None:

@@ -172,6 +172,6 @@ def test_two_functions_of_one_name_need_names_of_their_own() -> None:
 
 
 def test_a_file_cannot_name_a_passed_function() -> None:
-    with pytest.raises(rft.ConfigError, match="stands for an object that a Python program passes"):
+    with pytest.raises(rft.ConfigError, match="refers to an object passed from Python"):
         rft.Config(algorithm="grpo", rewards=["python:mine"])
     assert RewardConfig(function="math").payload is None

@@ -160,9 +160,9 @@ class RewardModel:
         principles = principle if principle is not None else [self.principle] * len(prompts)
         texts: dict[int, Rendered] = {}
         refused: dict[int, str] = {}
-        for i, (p, c, rule) in enumerate(zip(prompts, completions, principles, strict=True)):
+        for i, (p, c, text) in enumerate(zip(prompts, completions, principles, strict=True)):
             try:
-                texts[i] = self.classifier.render(_conditioned(p, rule), c)
+                texts[i] = self.classifier.render(_conditioned(p, text), c)
             except Unreadable as error:
                 refused[i] = str(error)
         values = dict(zip(texts, self.classifier.scores(list(texts.values()), self.label), strict=True))
@@ -226,17 +226,15 @@ class PairwiseModel:
         self, prompts: Sequence[Text], completions: Sequence[Text], pairs: Sequence[tuple[int, int]]
     ) -> list[float]:
         """Return the probability that i beats j for each (i, j)."""
-        ruled = [_conditioned(p, self.principle) for p in prompts]
+        conditioned = [_conditioned(p, self.principle) for p in prompts]
         if self.head == "bradley_terry":
-            texts = [self.classifier.render(p, c) for p, c in zip(ruled, completions, strict=True)]
+            texts = [self.classifier.render(p, c) for p, c in zip(conditioned, completions, strict=True)]
             values = self.classifier.scores(texts, self.label)
             return [_sigmoid(values[i] - values[j]) for i, j in pairs]
         contents = [text_of(completion) for completion in completions]
-        unlike = [
-            (i, j) for i, j in pairs if contents[i] != contents[j]
-        ]  # equal texts are a tie: no model call
-        texts = [self._text(text_of(ruled[i]), contents[i], contents[j]) for i, j in unlike]
-        logits = dict(zip(unlike, self.classifier.scores(texts, self.label), strict=True))
+        unequal = [(i, j) for i, j in pairs if contents[i] != contents[j]]  # others are a tie, without a call
+        texts = [self._text(text_of(conditioned[i]), contents[i], contents[j]) for i, j in unequal]
+        logits = dict(zip(unequal, self.classifier.scores(texts, self.label), strict=True))
         return [
             (_sigmoid(logits[i, j]) + 1 - _sigmoid(logits[j, i])) / 2 if (i, j) in logits else 0.5
             for i, j in pairs
@@ -312,7 +310,7 @@ class ProcessRewardModel:
     def _token(self, encoded: Any, row: int, text: Rendered, end: int) -> int | None:
         """Return the index of a step's last token in its row; None if `max_length` cut it off on the left."""
         if isinstance(text, str):
-            place: int | None = encoded.char_to_token(row, end)
-            return place
+            token: int | None = encoded.char_to_token(row, end)
+            return token
         at = end - max(0, len(text) - self.classifier.max_length)
         return at if at >= 0 else None

@@ -19,8 +19,8 @@ Run = Callable[[], Any]
 _SETTINGS: dict[str, dict[str, Any]] = {
     "eva": {"rho": 1.0},
     # Instruction-previewed mode, on batches of the task. The other mode, kpm, protects the directions that
-    # the given samples use: it expects samples of other knowledge, and on task samples would exclude what is
-    # needed.
+    # the given samples use: it expects samples of other knowledge, and on task samples would exclude the
+    # directions that the task needs.
     "corda": {"corda_method": "ipm"},
     "lora_ga": {},
 }
