@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rft  # noqa: E402
+from rft.api import inputs  # noqa: E402
 from rft.tools import config_docs  # noqa: E402
 
 project = "rft"
@@ -45,6 +46,8 @@ myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+maximum_signature_line_length = 100
+autodoc_type_aliases = {name: name for name in vars(inputs) if name.endswith("Argument") or name == "Rows"}
 autodoc_default_options = {"members": True}
 copybutton_prompt_text = r"\$ "
 copybutton_prompt_is_regexp = True
@@ -59,22 +62,23 @@ class ConfigKeys(SphinxDirective):
 
 
 ENTRY = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (?=\S)")  # `name: meaning`, `name, name: meaning`
+ERROR = re.compile(r"([A-Z]\w*): (?=\S)")  # in an indented section: `ConfigError: cause`
 
 
 def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Turn a docstring into reStructuredText: it is plain text in which `name: meaning` lines make a list."""
     result: list[str] = []
-    in_entry = False
+    in_entry, entry_indent = False, 0
     for line in lines:
-        text, indented = _escape(line.strip()), line.startswith(" ")
-        entry = ENTRY.match(text)
+        text, indent = _escape(line.strip()), len(line) - len(line.lstrip())
+        entry = ENTRY.match(text) or (ERROR.match(text) if indent else None)
         if not text:
             in_entry = False
             result.append("")
-        elif text.startswith("- ") or (entry and not (indented and in_entry)):
+        elif text.startswith("- ") or (entry and not (in_entry and indent > entry_indent)):
             if not in_entry:
                 result.append("")
-            in_entry = True
+            in_entry, entry_indent = True, indent
             if entry and not text.startswith("- "):
                 names = ", ".join(f"``{part}``" for part in entry[1].split(", "))
                 text = f"- {names}: {text[entry.end() :]}"
@@ -96,16 +100,21 @@ def _escape(text: str) -> str:
     )
 
 
-def mark_long_code(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Let long code in a table break anywhere (see rft.css); short words stay whole."""
+def break_long_code(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Let long code in a table break after a separator (see rft.css); other words stay whole."""
     for table in doctree.findall(nodes.table):
         for code in table.findall(nodes.literal):
-            if len(code.astext()) > 22:
+            text = code.astext()
+            if len(text) > 22:
                 code["classes"].append("long")
+                parts = re.findall(r"[^/._,=]*[/._,=]*", text)[:-1]
+                code.children.clear()
+                for part in parts:
+                    code += [nodes.Text(part), nodes.raw("", "<wbr>", format="html")]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("config-keys", ConfigKeys)
     app.connect("autodoc-process-docstring", plain_docstring)
-    app.connect("doctree-resolved", mark_long_code)
+    app.connect("doctree-resolved", break_long_code)
     return {"parallel_write_safe": True, "parallel_read_safe": True}

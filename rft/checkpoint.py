@@ -368,7 +368,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != json_digest(manifest, compact=True):
-        raise CheckpointError(f"{MANIFEST} is damaged: its contents do not match its own hash")
+        raise CheckpointError(f"{MANIFEST} is damaged: its contents do not match the hash in it")
     if manifest["format"] != FORMAT:
         raise CheckpointError(
             f"{MANIFEST} has format {manifest['format']}, this version of rft reads {FORMAT}: "

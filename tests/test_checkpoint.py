@@ -177,12 +177,12 @@ def flip_bit(path: Path) -> None:
         (lambda p: (p / "sub/c.bin").unlink(), "is missing"),
         (lambda p: (p / "manifest.json").unlink(), "half-written"),
         (lambda p: os.truncate(p / "manifest.json", 40), "cannot be read"),
-        (lambda p: (p / "manifest.json").write_text("[]"), "its own hash"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "the hash in it"),
         (
             lambda p: (p / "manifest.json").write_text(
                 (p / "manifest.json").read_text().replace('"step": 2', '"step": 9')
             ),
-            "its own hash",
+            "the hash in it",
         ),
     ],
 )

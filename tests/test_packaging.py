@@ -18,6 +18,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 import pytest
+import yaml
 
 from rft.preflight.dtype import ProductRates
 from rft.preflight.gguf import PACKAGED
@@ -226,6 +227,18 @@ def test_make_without_a_usable_python_says_what_to_install(tmp_path: Path) -> No
     )
     assert result.returncode != 0
     assert "no Python 3.11 or 3.12 found" in result.stderr and "PYTHON=/path/to/python3.11" in result.stderr
+
+
+def test_pre_commit_runs_the_tools_of_make_lint() -> None:
+    """With the same arguments, but that it also repairs files."""
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    linted = re.findall(r"; \$\(BIN\)/([\w-]+(?: [\w.-]+)*) \|\|", recipe[1])
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"].removeprefix(".venv/bin/") for hook in config["repos"][0]["hooks"]]
+    repairs = ("--fix", "--check", "--force-exclude", ".")
+    plain = lambda command: [word for word in command.split() if word not in repairs]  # noqa: E731
+    assert len(linted) == 4 and [plain(c) for c in linted] == [plain(c) for c in hooks]
 
 
 def test_the_tests_start_ray_in_one_place() -> None:

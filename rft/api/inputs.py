@@ -89,7 +89,7 @@ SHORTHANDS = {
     "max_prompt_length": "rollout.sampling.max_prompt_length",
     "max_completion_length": "rollout.sampling.max_completion_length",
 }
-"""Arguments that stand for a key of the config."""
+"""Shorthand arguments, and the config key that each one sets."""
 
 # Keys of `data` that say where rows come from.
 _SOURCE = ("kind", "path", "eval_path", "split", "eval_split", "subset", "revision", "task", "options",
@@ -177,7 +177,7 @@ def _plain(config: ConfigArgument | None) -> dict[str, Any]:
 def as_plain(value: Any) -> Any:
     """Return a value of the config as plain data, copied; of a typed section, the keys that were given.
 
-    A `RewardConfig` stays as it is, with the function that was passed.
+    A `RewardConfig` is kept unchanged, with the function that was passed.
     """
     if isinstance(value, RewardConfig):
         return value

@@ -77,7 +77,9 @@ def load_groups(
     groups = [group for i, row in enumerate(rows) if (group := maker.make(row, rows.numbers[i]))]
     maker.check()
     if not groups:
-        raise maker.bad.error("no row is left") if maker.bad else maker.long.error("no row is left")
+        if maker.bad:
+            raise maker.bad.error("no row is left; fix these")
+        raise maker.long.error("no row is left; raise max_length or max_prompt_length")
     skipped = {**maker.bad.counts, **maker.long.counts}
     return GroupSet(groups, skipped, maker.truncated, rows.source, maker.notes.lines())
 

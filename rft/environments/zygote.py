@@ -67,7 +67,7 @@ class Spec:
         return load_dotted(self.host)(self)
 
     def resolve(self, name: str) -> Any:
-        """Return the class or function that a name of the config stands for. Raises SpecError."""
+        """Return the class or function that the config names. Raises SpecError."""
         if name not in self.payloads:
             return resolve(name, self.base_dir)
         return unpickled(name, self.payloads[name], self.base_dir)

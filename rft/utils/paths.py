@@ -45,7 +45,7 @@ PathText = Annotated[str, AfterValidator(expand)]
 
 
 def absolute_if_local(path: str) -> str:
-    """Make a folder's path absolute, for processes with another working folder; leave a hub name as it is."""
+    """Make a folder's path absolute, for processes with another working folder; keep a hub name unchanged."""
     local = path.startswith((".", "/")) or Path(path).exists()
     return str(Path(path).absolute()) if local else path
 

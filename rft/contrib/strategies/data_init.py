@@ -33,12 +33,12 @@ def data_config(method: str, options: dict[str, Any]) -> Any:
 
     kind = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}[method]
     try:
-        made = kind(**(_SETTINGS[method] | options))
+        config = kind(**(_SETTINGS[method] | options))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{method}_config: {error}") from error
-    if method == "eva" and made.rho != 1:
+    if method == "eva" and config.rho != 1:
         raise ModelError("eva_config.rho: only 1 (every layer keeps the rank r) can be saved and resumed")
-    return made
+    return config
 
 
 def eva(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
@@ -77,19 +77,19 @@ def corda(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run
     instruction-previewed mode (section 3.3)."""
     from peft.tuners.lora.corda import preprocess_corda
 
-    made = settings(**_targets(base, settings))
-    preprocess_corda(base, made, run_model=forward)
+    config = settings(**_targets(base, settings))
+    preprocess_corda(base, config, run_model=forward)
     base.train()  # peft leaves the model in evaluation mode
-    wrap(made)
+    wrap(config)
 
 
 def lora_ga(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
     """LoRA-GA: from the gradient of the first batch (Wang et al. 2024, arXiv 2407.05000)."""
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    made = settings(**_targets(base, settings))
-    preprocess_loraga(base, made, train_step=backward)
-    wrap(made)
+    config = settings(**_targets(base, settings))
+    preprocess_loraga(base, config, train_step=backward)
+    wrap(config)
 
 
 @torch.no_grad()
@@ -101,10 +101,10 @@ def loftq(layers: Iterable[tuple[str, Any]], full: Mapping[str, Tensor]) -> None
     """
     for path, layer in layers:
         base = layer.get_base_layer()
-        lost = full[f"{path}.weight"].float().to(base.weight.device) - full_weight(base).float()
+        residual = full[f"{path}.weight"].float().to(base.weight.device) - full_weight(base).float()
         (name,) = layer.active_adapters
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        u, s, v = torch.linalg.svd(lost, full_matrices=False)
+        u, s, v = torch.linalg.svd(residual, full_matrices=False)
         root = s[: len(a)].sqrt()
         a.copy_(root[:, None] * v[: len(a)])
         b.copy_(u[:, : len(a)] * root / layer.scaling[name])

@@ -1,4 +1,4 @@
-"""peft's methods by name: the known ones, how their configs are made, and the unsupported ones."""
+"""The methods of peft, supported and refused, and their configs."""
 
 from __future__ import annotations
 
