@@ -92,6 +92,13 @@ def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
     lines[:] = result
 
 
+def plain_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Show a type alias inside a union by its name alone (see `autodoc_type_aliases`)."""
+    return signature and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature), returns
+
+
 def _escape(text: str) -> str:
     """Inline markup of reStructuredText that plain text does not mean."""
     code = re.split(r"(`[^`]*`)", text)
@@ -116,5 +123,6 @@ def break_long_code(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("config-keys", ConfigKeys)
     app.connect("autodoc-process-docstring", plain_docstring)
+    app.connect("autodoc-process-signature", plain_signature)
     app.connect("doctree-resolved", break_long_code)
     return {"parallel_write_safe": True, "parallel_read_safe": True}

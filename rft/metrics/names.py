@@ -59,15 +59,13 @@ METRICS: dict[str, Metric] = {
     "reward/*/mean": Metric("mean score of one reward function, before its weight"),
     "reward/*/std": Metric("standard deviation of one reward function's score"),
     "reward/*/seconds_per_call": Metric("mean time of one judgement of one reward function", "s"),
-    "reward/*/correct": Metric("scores of one reward function with this outcome", "scores"),
-    "reward/*/wrong": Metric("the same", "scores"),
-    "reward/*/unparseable": Metric("the same", "scores"),
-    "reward/*/timeout": Metric("the same", "scores"),
-    "reward/*/error": Metric("the same", "scores"),
-    "reward/*/abstain": Metric("the same", "scores"),
+    **{
+        f"reward/*/{outcome}": Metric(f"scores of one reward function with the outcome {outcome}", "scores")
+        for outcome in ("correct", "wrong", "unparseable", "timeout", "error", "abstain")
+    },
     "reward/*/logged/*": Metric("mean of the values that a reward function passed to TRL's `log_metric`"),
     "group/degenerate": Metric("groups whose rewards are all equal: they carry no gradient", "groups"),
-    "group/degenerate_share": Metric("the same as a share of the step's groups", "share"),
+    "group/degenerate_share": Metric("share of the step's groups whose rewards are all equal", "share"),
     "group/count": Metric("groups trained on in this step", "groups"),
     "group/filtered": Metric("groups without signal that were left out and refilled", "groups"),
     # -- held-out evaluation
@@ -181,7 +179,7 @@ METRICS: dict[str, Metric] = {
     "session/tokens": Metric("mean number of sampled tokens of a session", "tokens"),
     "session/context": Metric("mean length of a session's longest prompt with its answer", "tokens"),
     "session/seconds": Metric("mean duration of a session", "s"),
-    "session/model_seconds": Metric("the part of it spent in model calls", "s"),
+    "session/model_seconds": Metric("mean time of a session spent in model calls", "s"),
     "session/score/*": Metric("mean of a named score that the environment gave"),
     "session/ending/*": Metric(
         "share of sessions with this ending: finished, context_full, turn_limit, environment_error, "
@@ -197,29 +195,27 @@ METRICS: dict[str, Metric] = {
         "nats",
     ),
     "session/logp_gap_mean/*": Metric("sync/logp_gap_mean over the tokens of one turn", "nats"),
-    "eval/session/*": Metric("the same metric of held-out sessions"),
+    "eval/session/*": Metric("a metric session/..., over held-out sessions"),
     # -- weights to the engines
     "sync/logp_gap": Metric(
         "largest difference between the engine's log-prob of a token and the learner's, over the tokens that "
         "the version in training sampled; absent where a step has none",
         "nats",
     ),
-    "sync/logp_gap_mean": Metric("mean of that difference over tokens", "nats"),
+    "sync/logp_gap_mean": Metric("mean of the difference in sync/logp_gap, over its tokens", "nats"),
     "sync/proof_gap": Metric(
         "largest difference between a replica's log-prob of a fixed token and the learner's, for the version "
         "that the step began with",
         "nats",
     ),
-    "sync/proof_gap_mean": Metric(
-        "mean of that difference over the fixed tokens, of the worst replica", "nats"
-    ),
+    "sync/proof_gap_mean": Metric("mean of the difference in sync/proof_gap, of the worst replica", "nats"),
     "sync/bytes": Metric("bytes pushed to each engine after this step", "bytes"),
     "sync/version": Metric("policy version that all engines acknowledged", "version"),
     "sync/tensors": Metric("tensors pushed to each engine after this step", "tensors"),
     "sync/changed_share": Metric("share of the weights whose bfloat16 bits this step changed", "share"),
-    "sync/changed_share_min": Metric("the same for the matrix that changed least", "share"),
-    "sync/changed_share_max": Metric("the same for the matrix that changed most", "share"),
-    "sync/changed/*": Metric("the same for one matrix (sync.measure_changes: matrices)", "share"),
+    "sync/changed_share_min": Metric("sync/changed_share of the matrix that changed least", "share"),
+    "sync/changed_share_max": Metric("sync/changed_share of the matrix that changed most", "share"),
+    "sync/changed/*": Metric("sync/changed_share of one matrix (sync.measure_changes: matrices)", "share"),
     # -- time
     "time/wall": Metric("when the line was written: seconds since 1970 (UTC)", "s"),
     "time/step": Metric("whole step", "s"),
