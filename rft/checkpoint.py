@@ -181,7 +181,7 @@ def _seal(
     if not files:
         raise CheckpointError(f"the writer of the checkpoint of step {step} wrote no file")
     if (folder / MANIFEST).exists():
-        raise CheckpointError(f"{MANIFEST} is a reserved name: let the writer use another one")
+        raise CheckpointError(f"{MANIFEST} is a reserved name: let the writer use another name")
     with _hash_pool() as pool:
         described = list(pool.map(_flush_and_describe, files))
     manifest: dict[str, Any] = {
