@@ -131,6 +131,7 @@ class BasePlan:
             transport=self.transport,
             stop_token_ids=self.stop_ids,
             trust_remote_code=self.config.model.trust_remote_code,
+            stop_strings=self.config.environment is not None,
             reference=(self.reference_path or self.model) if validate.mixes_reference(self.config) else None,
             sleeps=self.channel_spec().colocated,
             engine_args=lora | c.engine_args,

@@ -109,7 +109,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
         "reasoning_gym": "reasoning-gym",
         "triton": "torch",
     }
-    optional = {"vllm", "deepspeed", "bitsandbytes", "liger_kernel", "wandb", "mlflow"}
+    optional = {"vllm", "deepspeed", "bitsandbytes", "liger_kernel", "wandb", "mlflow", "aiohttp", "mcp"}
     optional |= {"omegaconf"}  # comes with SkyRL-Gym
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {d.split(">")[0].split("=")[0].lower() for d in project["dependencies"]}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, field_validator, model_validator
 
 from rft.config.base import ConfigModel
 from rft.config.rewards import PASSED, PassedReward, pass_object
 from rft.utils.paths import PathText
 
-Kind = Literal["tools", "class", "text", "function", "reasoning_gym"]
+Kind = Literal["tools", "class", "text", "function", "reasoning_gym", "command", "mcp"]
 ToolParser = Literal["auto", "json", "llama3", "pythonic", "xml"]
 
 
@@ -24,7 +25,9 @@ def kind_of(target: Callable[..., Any]) -> Kind:
         return "text"
     if callable(getattr(target, "reset", None)):
         return "class"
-    if inspect.isclass(target) and inspect.iscoroutinefunction(getattr(target, "__call__", None)):  # noqa: B004
+    if inspect.isclass(target) and any(
+        inspect.iscoroutinefunction(getattr(target, name, None)) for name in ("__call__", "run")
+    ):
         return "function"
     raise ValueError(
         f"{getattr(target, '__name__', target)} is neither an async function nor a class with `reset` or "
@@ -38,7 +41,8 @@ class EnvironmentConfig(ConfigModel):
     kind: Kind = Field(
         description="tools (functions that the policy may call), class (TRL's environment class: `reset`, "
         "methods as tools, `get_reward`), text (`reset` or `init`, and `step(text)`), function (an async "
-        "function of a row and a session), reasoning_gym (several tries with feedback)"
+        "function of a row and a session), reasoning_gym (several tries with feedback), command (a program "
+        "that calls the policy by HTTP), mcp (the tools of an MCP server)"
     )
     path: PathText | None = Field(
         None,
@@ -49,6 +53,11 @@ class EnvironmentConfig(ConfigModel):
         [],
         description="functions that the policy may call (kinds tools and class): `python`, `calculator`, "
         "`file.py:function` or `package.module:function`; from Python also the functions themselves",
+    )
+    command: list[str] | None = Field(
+        None,
+        description="the program of kind command or mcp with its arguments, as one text or as a list; names "
+        "of files are relative to the working folder of the run",
     )
     passed: dict[str, PassedReward] = Field(
         {}, description="written by rft for objects that were passed from Python, by name: not set by hand"
@@ -104,6 +113,17 @@ class EnvironmentConfig(ConfigModel):
     )
 
     _payloads: dict[str, bytes] = PrivateAttr(default_factory=dict)
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        """Split a text into words, as a shell does."""
+        if not isinstance(value, str):
+            return value
+        words = shlex.split(value)
+        if not words:
+            raise ValueError("write the program, such as `python agent.py`")
+        return words
 
     @model_validator(mode="wrap")
     @classmethod

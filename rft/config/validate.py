@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_type_hints
 
 from rft.algorithms.base import Algorithm, Rollout
@@ -175,7 +176,12 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
 
 
-GIVE_NO_PATH = ("tools", "reasoning_gym")  # kinds of environment that load no class or function
+GIVE_NO_PATH = (
+    "tools",
+    "reasoning_gym",
+    "command",
+    "mcp",
+)  # kinds of environment that load no class or function
 
 
 def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
@@ -212,6 +218,19 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         e.kind not in GIVE_NO_PATH and e.path is None,
         f"{key}.path: kind {e.kind} needs the class or function; write `file.py:name` or "
         "`package.module:name`",
+    )
+    yield (
+        e.kind != "mcp" and (e.kind == "command") != bool(e.command),
+        f"{key}.command: "
+        + (
+            "kind command needs a program; write `command: python agent.py`"
+            if e.kind == "command"
+            else f"kind {e.kind} starts no program; remove it, or write kind: command"
+        ),
+    )
+    yield (
+        e.kind == "command" and find_spec("aiohttp") is None,
+        f"{key}: kind command needs aiohttp, which is not installed: pip install 'rft[agents]'",
     )
     yield (
         e.kind == "tools" and not e.tools,

@@ -15,15 +15,17 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rft.config.environment import EnvironmentConfig
 from rft.environments.types import (
     ContextFull,
     Ending,
+    Endpoint,
     EnvironmentFault,
     Episode,
     OperationFailed,
+    Reply,
     Row,
     Session,
     TurnLimit,
@@ -33,6 +35,7 @@ from rft.environments.types import (
 from rft.environments.zygote import PACKET, Spec
 from rft.rewards.pool import until_ended
 from rft.rewards.worker import HEADER
+from rft.utils.dotted import load_dotted
 from rft.utils.process import Guardian, kill_tree
 from rft.utils.python import SAFE_PYTHON, search_path
 from rft.utils.stack import read_stack, stack_of
@@ -43,6 +46,8 @@ KINDS = {
     "text": "rft.environments.text",
     "function": "rft.environments.function",
     "reasoning_gym": "rft.environments.text",
+    "command": "rft.contrib.environments.command",
+    "mcp": "rft.contrib.environments.mcp",
 }
 """Module of each kind: `Host`, its operations in the worker, and `play`, one episode."""
 BUILT_IN = {"reasoning_gym": "rft.contrib.environments.reasoning_gym:ReasoningGym"}
@@ -52,7 +57,10 @@ START = (
     "from rft.environments.zygote import main; main(*map(int, sys.argv[2:]))"
 )
 MAX_MESSAGE = 16 << 20  # bytes of one message of a worker
+ENDPOINT = "rft.endpoint.handle.Endpoint"  # of kinds whose agents call the policy by HTTP
 END_S = 10.0  # to wait for a killed process, which may hang in the kernel
+
+R = TypeVar("R")
 
 
 class EnvironmentRunner:
@@ -70,6 +78,7 @@ class EnvironmentRunner:
             host=f"{KINDS[config.kind]}.Host",
             path=BUILT_IN.get(config.kind, config.path),
             tools=tuple(config.tools),
+            command=() if config.command is None else tuple(config.command),
             options=config.options,
             base_dir=Path(base_dir).resolve(),
             step_timeout_s=config.step_timeout_s,
@@ -78,6 +87,7 @@ class EnvironmentRunner:
         )
         self.tools: list[dict[str, Any]] = []
         self.gives_reward = True
+        self.over_http = False  # a function that calls the policy by HTTP
         self.columns: list[str] | None = None  # those that `reset` of kind class takes; None: any
         self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
         self._tally = _Tally()
@@ -86,6 +96,7 @@ class EnvironmentRunner:
         self._zygote: _Zygote | None = None
         self._starting: asyncio.Task[None] | None = None
         self._restart = asyncio.Lock()
+        self._endpoint: Endpoint | None = None
 
     async def __aenter__(self) -> EnvironmentRunner:
         await self.start()
@@ -110,6 +121,7 @@ class EnvironmentRunner:
             await zygote.load()
         self.tools, self.gives_reward = report["tools"], report["gives_reward"]
         self.columns = report.get("columns")
+        self.over_http = report.get("over_http", False)
         self._zygote = zygote
 
     async def close(self) -> None:
@@ -117,6 +129,8 @@ class EnvironmentRunner:
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
+        if self._endpoint is not None:
+            await self._endpoint.close()
         if self._zygote is not None:
             await self._zygote.close()
 
@@ -124,6 +138,13 @@ class EnvironmentRunner:
     def pids(self) -> list[int]:
         """Return the process ids of the running workers."""
         return [] if self._zygote is None else [w.pid for w in self._zygote.workers.values() if w.pid]
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Return the HTTP endpoint, for kinds whose agents call the policy by HTTP. It starts when used."""
+        if self._endpoint is None:
+            self._endpoint = load_dotted(ENDPOINT)()
+        return self._endpoint
 
     async def run(self, row: Row, session: Session) -> Episode:
         """Play one episode; faults of the environment are endings of the Episode.
@@ -167,6 +188,8 @@ class EnvironmentRunner:
             "environment/workers/crashed": float(self.counts["crashed"]),
             "environment/workers/recycled": float(self.counts["recycled"]),
         }
+        counts = {} if self._endpoint is None else self._endpoint.counts
+        metrics |= {f"environment/endpoint/{name}": float(value) for name, value in counts.items()}
         return metrics
 
     # -- workers -----------------------------------------------------------------------------------
@@ -212,6 +235,8 @@ class Remote:
         self.seconds = 0.0  # in the environment, without the model's calls
         self.operation = ""  # the last one
         self._worker: Worker | None = None
+        self._asks: set[asyncio.Task[Any]] = set()  # model calls in flight
+        self._asked = asyncio.Event()
 
     async def call(self, operation: str, *arguments: Any, setup: bool = False) -> Any:
         """Return the result of an operation. Raises OperationFailed, WorkerHung, WorkerDied.
@@ -257,15 +282,17 @@ class Remote:
         assert worker is not None
         worker.busy, self.operation = True, operation
         worker.send(("call", operation, arguments))
-        asks: set[asyncio.Task[None]] = set()
+        asks, asked = self._asks, asyncio.ensure_future(self._asked.wait())
         read: asyncio.Task[Any] | None = None
         spent, since = 0.0, time.monotonic()
         try:
             while True:
-                timeout = None if asks else getattr(self.config, deadline) - spent
+                idle = not asks
+                timeout = getattr(self.config, deadline) - spent if idle else None
                 read = read or asyncio.ensure_future(worker.receive())
-                done, _ = await asyncio.wait({read, *asks}, timeout=timeout, return_when="FIRST_COMPLETED")
-                if not asks:
+                wanted: set[asyncio.Future[Any]] = {read, asked, *asks}
+                done, _ = await asyncio.wait(wanted, timeout=timeout, return_when="FIRST_COMPLETED")
+                if idle:
                     self.seconds += time.monotonic() - since
                     spent += time.monotonic() - since
                 since = time.monotonic()
@@ -276,25 +303,47 @@ class Remote:
                     )
                 for task in done & asks:
                     asks.discard(task)
-                    task.result()  # an error of the session itself ends the episode
+                    if not task.cancelled():  # else its client is gone
+                        task.result()  # an error of the session itself ends the episode
                     spent, deadline = 0.0, "step_timeout_s"
+                if asked in done:
+                    self._asked.clear()
+                    asked = asyncio.ensure_future(self._asked.wait())
                 if read not in done:
                     continue
                 kind, *rest = read.result()
                 read = None
                 if kind == "ask" and rest[0] < 0:
-                    self._reward(**rest[2])
+                    self.reward(**rest[2])
                 elif kind == "ask":
-                    asks.add(asyncio.create_task(self._answer(worker, *rest)))
+                    self.follow(self._answer(worker, *rest))
                 else:
                     worker.busy = False
                     return _result(kind, *rest)
         finally:
-            for task in (*asks, *([] if read is None else [read])):
+            left = [*asks, asked, *([] if read is None else [read])]
+            for task in left:
                 task.cancel()
-            await asyncio.gather(*asks, *([] if read is None else [read]), return_exceptions=True)
+            await asyncio.gather(*left, return_exceptions=True)
+            asks.clear()
 
-    def _reward(self, value: float, name: str, call: int | None) -> None:
+    def follow(self, call: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
+        """Start a model call, during which no deadline of an operation runs. Its errors end the episode."""
+        task = asyncio.create_task(call)
+        self._asks.add(task)
+        self._asked.set()
+        return task
+
+    async def chat(self, **arguments: Any) -> Reply:
+        """Ask the session, and keep the transcript."""
+        reply = await self.session.chat(**arguments)
+        if arguments.get("trained", True):
+            self.start = self.start or len(arguments["messages"])
+            self.messages = [*arguments["messages"], reply.message()]
+        return reply
+
+    def reward(self, value: float, name: str = "reward", call: int | None = None) -> None:
+        """Give the session a reward."""
         self.session.reward(value, name=name, call=call)
         if name == "reward":
             self.given.append(value)
@@ -309,10 +358,7 @@ class Remote:
         """Ask the session, and send its answer. Errors that the environment did not cause are raised."""
         try:
             if method == "chat":
-                reply = await self.session.chat(**arguments)
-                self.start = self.start or len(arguments["messages"])
-                self.messages = [*arguments["messages"], reply.message()]
-                answer: tuple[str, Any] = ("ok", reply)
+                answer: tuple[str, Any] = ("ok", await self.chat(**arguments))
             else:
                 call = await self.session.generate(**arguments)
                 index = next(i for i, other in enumerate(self.session.calls) if other is call)
@@ -424,7 +470,7 @@ class _Zygote:
 
     async def load(self) -> tuple[dict[str, Any], int]:
         """Wait for the environment; return its description, and the number of threads of the process."""
-        path = self.spec.path or ", ".join(self.spec.tools)
+        path = self.spec.path or ", ".join(self.spec.tools) or " ".join(self.spec.command)
         limit = self.config.load_timeout_s
         try:
             threads = await asyncio.wait_for(asyncio.shield(self.loaded), limit)

@@ -138,6 +138,14 @@ class Session(Protocol):
         ...
 
 
+class Endpoint(Protocol):
+    """The HTTP endpoint of a run (`rft.endpoint`), as the runner of the environment sees it."""
+
+    counts: dict[str, int]
+
+    async def close(self) -> None: ...
+
+
 class Ending(StrEnum):
     """How an episode ended. After a fault it is repeated, or its sample leaves the group."""
 

@@ -56,6 +56,7 @@ class Spec:
     host: str
     path: str | None = None
     tools: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     base_dir: Path = Path(".")
     step_timeout_s: float = 30.0

@@ -56,6 +56,10 @@ METRICS: dict[str, Metric] = {
     "environment/workers/recycled": Metric(
         "environment workers replaced after their share, so far", "workers"
     ),
+    "environment/endpoint/calls": Metric("model calls that came by HTTP, so far", "calls"),
+    "environment/endpoint/refused": Metric("requests with the key of no open session", "requests"),
+    "environment/endpoint/busy": Metric("requests answered by 429: too many were in flight", "requests"),
+    "environment/endpoint/errors": Metric("requests that the endpoint failed to answer", "requests"),
     "reward/*/mean": Metric("mean score of one reward function, before its weight"),
     "reward/*/std": Metric("standard deviation of one reward function's score"),
     "reward/*/seconds_per_call": Metric("mean time of one judgement of one reward function", "s"),

@@ -43,7 +43,7 @@ class HFEngine:
         self.model: Any = load(self.spec.model)
         self.reference: Any = load(self.spec.reference) if self.spec.reference else None
         self.tokenizer: Any = None
-        if self.spec.config.sampling.stop:
+        if self.spec.config.sampling.stop or self.spec.stop_strings:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(

@@ -84,6 +84,10 @@ class Session:
         self._closed = ""
 
     @property
+    def tokenizer(self) -> Any:
+        return self._render.tokenizer
+
+    @property
     def messages(self) -> Messages:
         """The row's messages, as the template gets them: with the config's system message."""
         return self._render.as_messages(self._prompt.text)
@@ -212,11 +216,7 @@ class Session:
         self, dialogue: Dialogue, given: Messages, tools: Tools, asked: NextPrompt, call: Call, index: int
     ) -> Reply:
         """Parse an answer, and record it for the prompts of later turns."""
-        tokenizer = self._render.tokenizer
-        length = len(call.sampled)
-        if call.finish == "stop" and length:  # its last token ended the answer, if that is an end token
-            length += text_length(call.sampled[-1:], tokenizer, stopped=True) - 1
-        body, end = decode([call.sampled[:length], call.sampled[length:]], tokenizer)
+        body, end = text_of(call, self._render.tokenizer)
         reasoning, parsed = self._read_parts(body, asked.opened, tools)
         self.record.malformed += bool(parsed.error)
         calls = tuple(replace(c, id=f"call_{index}_{i}") for i, c in enumerate(parsed.calls))
@@ -242,6 +242,15 @@ class Session:
         reasoning, parsed = self._read_parts(text, opened, tools)
         calls = [(c.name, c.arguments) for c in parsed.calls]
         return reasoning.strip(), parsed.content.strip(), calls, bool(parsed.error)
+
+
+def text_of(call: Call, tokenizer: Any) -> tuple[str, str]:
+    """Return the text of an answer, and that of the token that ended it."""
+    length = len(call.sampled)
+    if call.finish == "stop" and length:  # its last token ended the answer, if that is an end token
+        length += text_length(call.sampled[-1:], tokenizer, stopped=True) - 1
+    body, end = decode([call.sampled[:length], call.sampled[length:]], tokenizer)
+    return body, end
 
 
 def split_thought(text: str, opened: str) -> tuple[str, str]:

@@ -59,7 +59,7 @@ class VLLMEngine:
             "tensor_parallel_size": config.tensor_parallel,
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
-            "skip_tokenizer_init": not config.sampling.stop,
+            "skip_tokenizer_init": not (config.sampling.stop or self.spec.stop_strings),
             "trust_remote_code": self.spec.trust_remote_code,
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # the model's sampling defaults would change the log-probs

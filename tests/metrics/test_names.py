@@ -67,6 +67,7 @@ WORDS = {
     "eval/*": ("algorithms", "learner/learner.py", "rollout/episodes.py"),
     "session/*": ("rollout/episodes.py",),
     "environment/workers/*": ("environments/runner.py",),
+    "environment/endpoint/*": ("endpoint/server.py",),
     "data/*": ("rollout/buffer.py",),
     "reward/*/*": ("rewards/types.py",),
     "reward/workers/*": ("rewards/runner.py",),

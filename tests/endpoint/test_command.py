@@ -1,0 +1,221 @@
+"""Programs as environments, through the real actor: OpenAI's client, curl, and programs that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rft.algorithms.base import Rollout
+from rft.batch import Batch, Prompt
+from rft.config.data import DataConfig
+from rft.config.environment import EnvironmentConfig
+from rft.config.metrics import TrackingConfig
+from rft.config.rollout import SamplingConfig
+from rft.data.chat import Renderer
+from rft.endpoint.handle import Endpoint
+from rft.environments.runner import EnvironmentRunner
+from rft.environments.types import EnvironmentFault
+from rft.metrics import RunLog
+from rft.metrics.log import read_jsonl
+from rft.metrics.names import is_documented
+from rft.rollout.engine import Sampling
+from rft.rollout.episodes import EpisodeSampler, Played, check_batch
+from rft.rollout.sample import scored_group
+from rft.rollout.session import Budget
+from tests.cases.families import make_tokenizer
+from tests.endpoint.served import END, HERMES, Policy
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON = sys.executable
+CURL = """
+post() {{ curl -sS "$OPENAI_BASE_URL/$1" -H "Authorization: Bearer $OPENAI_API_KEY" --json "$2"; }}
+post chat/completions '{{"messages": [{{"role": "user", "content": "hi"}}]}}' > answer
+{then}
+"""
+SAMPLING = Sampling(4, 64, seed=5)
+pytestmark = pytest.mark.timeout(120)
+
+
+@asynccontextmanager
+async def sampler(
+    folder: Path, command: list[str], *says: str, **config: Any
+) -> AsyncIterator[EpisodeSampler]:
+    settings = EnvironmentConfig(
+        **{"kind": "command", "command": command or None, "max_retries": 0, **config}
+    )
+    tokenizer = make_tokenizer(HERMES)
+    render, policy = Renderer(DataConfig(), tokenizer), Policy(tokenizer, says or (f"four{END}",))
+    log = RunLog(folder, 1, TrackingConfig(trackers=()))
+    budget = Budget.of(settings, SamplingConfig())
+    async with EnvironmentRunner(settings, ROOT) as runner:
+        yield EpisodeSampler(runner, policy, render, settings, budget, "json", log)
+        assert not [
+            p for p in psutil.Process().children(recursive=True) if p.name() in ("bash", "sleep", "curl")
+        ]
+    log.close()
+
+
+async def play(episodes: EpisodeSampler, size: int = 2) -> tuple[Played, dict[str, float]]:
+    tokens = tuple(episodes.render.prompt("hi")[1])
+    prompt = Prompt(0, tokens, "hi", {"answer": "4"})
+    played = await episodes.sample("t", prompt, [Rollout()] * size, SAMPLING)
+    return played, episodes.take_metrics()
+
+
+async def group(episodes: EpisodeSampler, played: Played) -> Batch:
+    made = scored_group(await episodes.judge(played, None), [True] * len(played.completions))
+    batch = Batch.build([made])
+    check_batch([made], batch)
+    return batch
+
+
+async def test_openais_client(tmp_path: Path, ray_here: None) -> None:
+    """The agent of the examples: its second answer is right. Every sampled token is trained once."""
+    command = [PYTHON, "examples/agents/agent.py"]
+    async with sampler(tmp_path, command, f"3{END}", f"it is 4{END}") as episodes:
+        played, metrics = await play(episodes, 3)
+        batch = await group(episodes, played)
+    assert [c.reward for c in played.completions] == [0.75] * 3
+    ids = episodes.render.tokenizer([f"3{END}", f"it is 4{END}"])["input_ids"]
+    sampled = sum(map(len, ids))
+    assert int(batch.mask.sum()) == 3 * sampled == sum(c.num_sampled for c in played.completions)
+    assert [len(c.turns) for c in played.completions] == [2] * 3 and not played.completions[0].branches
+    assert metrics["session/branches"] == 1 and metrics["environment/endpoint/calls"] == 6
+    assert metrics["session/ending/finished"] == 1 and all(is_documented(name) for name in metrics)
+    assert [m["role"] for m in played.completions[0].messages] == ["assistant", "user", "assistant"]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+async def test_the_shell_script_of_the_examples(tmp_path: Path, ray_here: None) -> None:
+    async with sampler(tmp_path, ["bash", "examples/agents/agent.sh"], f"it is 4{END}") as episodes:
+        played, _ = await play(episodes)
+    assert [c.reward for c in played.completions] == [1.0] * 2
+
+
+TWO_REWARDS = """post rl/set_reward '{"reward": 1}' >/dev/null; post rl/set_reward '{"reward": 3}'"""
+AFTER_ITS_END = (
+    "post rl/end_session '{}' >/dev/null; post chat/completions '{}' | grep -q invalid_api_key && echo 1"
+)
+TOO_MANY_TURNS = """
+for i in 1 2; do post chat/completions '{"messages": [{"role": "user", "content": "x"}]}'; done
+exit 1
+"""
+
+
+def script(folder: Path, then: str) -> list[str]:
+    (folder / "agent.sh").write_text(CURL.format(then=then))
+    return ["bash", str(folder / "agent.sh")]
+
+
+@pytest.mark.parametrize(
+    ("then", "reward", "ending"),
+    [
+        ("echo so; echo 0.5", 0.5, "finished"),
+        ("echo '{\"reward\": 2, \"steps\": 1}'", 2.0, "finished"),
+        (TWO_REWARDS, 3.0, "finished"),
+        (AFTER_ITS_END, 1.0, "finished"),
+        ("sleep 100 & echo 1", 1.0, "finished"),  # what it leaves behind is killed
+        ("setsid sleep 100 & echo 1", 1.0, "finished"),
+        ("pwd >&2; ls >&2; cat $RFT_ROW >&2; exit 3", None, "environment_error"),
+        ("kill -9 $$", None, "environment_error"),
+        ("echo no number", None, "environment_error"),
+        ("sleep 100", None, "timeout"),
+        (TOO_MANY_TURNS, 0.0, "turn_limit"),
+    ],
+)  # fmt: skip
+async def test_how_a_program_ends(
+    tmp_path: Path, ray_here: None, then: str, reward: float | None, ending: str
+) -> None:
+    begin = time.monotonic()
+    async with sampler(tmp_path, script(tmp_path, then), step_timeout_s=2, max_turns=2) as episodes:
+        played, metrics = await play(episodes, 1)
+    assert time.monotonic() - begin < 40
+    assert metrics[f"session/ending/{ending}"] == 1
+    if reward is None:
+        assert not played.completions and metrics["session/lost"] == 1
+        (event,) = [e for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"] == "fault/environment"]
+        if "exit 3" in then:
+            assert '"answer": "4"' in event["what"] and "rft-session-" in event["what"]
+    else:
+        assert [c.reward for c in played.completions] == [reward]
+
+
+async def test_a_program_without_a_reward(tmp_path: Path, ray_here: None) -> None:
+    async with sampler(tmp_path, script(tmp_path, "echo done"), options={"reward": False}) as episodes:
+        assert not episodes.runner.gives_reward
+        played, _ = await play(episodes, 1)
+    assert [c.reward for c in played.completions] == [None] and played.completions[0].text == "four"
+
+
+AREAL = """
+from openai import AsyncOpenAI
+
+class Agent:
+    def __init__(self, turns=2):
+        self.turns = turns
+
+    async def run(self, data, **extra):
+        client = AsyncOpenAI(
+            base_url=extra["base_url"], api_key=extra["api_key"], http_client=extra["http_client"]
+        )
+        messages, rewards = list(data["messages"]), {}
+        for turn in range(self.turns):
+            reply = await client.chat.completions.create(messages=messages, model="default")
+            messages.append(reply.choices[0].message.model_dump(exclude_none=True))
+            messages.append({"role": "user", "content": "more"})
+            rewards[reply.id] = float(turn)
+        return rewards
+
+async def number(data, base_url, api_key, http_client):
+    headers = {"Authorization": f"Bearer {api_key}"}
+    body = {"messages": data["messages"]}
+    answer = await http_client.post(f"{base_url}/chat/completions", json=body, headers=headers)
+    return float(answer.json()["choices"][0]["message"]["content"] == "four")
+"""
+
+
+@pytest.mark.parametrize(("name", "reward", "turns"), [("Agent", 1.0, [0.0, 1.0]), ("number", 1.0, [None])])
+async def test_areals_run(
+    tmp_path: Path, ray_here: None, name: str, reward: float, turns: list[float | None]
+) -> None:
+    (tmp_path / "agent.py").write_text(AREAL)
+    async with sampler(tmp_path, [], kind="function", path=f"{tmp_path}/agent.py:{name}") as episodes:
+        played, metrics = await play(episodes, 2)
+        await group(episodes, played)
+    assert [c.reward for c in played.completions] == [reward] * 2, read_jsonl(tmp_path / "events.jsonl")
+    assert [t.reward for t in played.completions[0].turns] == turns and metrics["session/branches"] == 1
+
+
+async def test_an_actor_that_dies_is_replaced(tmp_path: Path, ray_here: None) -> None:
+    """The sessions in it fail and are played again, at a new one."""
+    async with sampler(tmp_path, script(tmp_path, "sleep 1; echo 1"), max_retries=3) as episodes:
+        endpoint = episodes.runner.endpoint
+        assert isinstance(endpoint, Endpoint)
+        first = await endpoint.start()
+        running = asyncio.ensure_future(play(episodes, 2))
+        await asyncio.sleep(0.3)
+        psutil.Process(endpoint._pid).kill()
+        played, _ = await running
+        assert [c.reward for c in played.completions] == [1.0] * 2
+        await play(episodes, 1)
+        assert endpoint._url != first
+
+
+async def test_it_does_not_listen_beyond_the_machine_without_a_key() -> None:
+    with pytest.raises(ValueError, match="needs a key"):
+        Endpoint("0.0.0.0")
+
+
+async def test_a_wrong_command_is_found_when_it_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="neither a program nor an executable file"):
+        async with sampler(tmp_path, ["no-such-program"]):
+            pass
