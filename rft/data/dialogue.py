@@ -87,7 +87,8 @@ class Dialogue:
         is_open = messages[-1]["role"] == "assistant"
 
         def rendered() -> tuple[Messages, str]:
-            hidden = [m if i < plain else guard.hide(m) for i, m in enumerate(self._shown(messages, known))]
+            shown = self._shown(guard, messages, known)
+            hidden = [m if i < plain else guard.hide(m) for i, m in enumerate(shown)]
             return hidden, self.render.render(hidden, tools, generate=not is_open, unfinished=is_open)
 
         try:
@@ -112,24 +113,23 @@ class Dialogue:
                 known[n] = index
         return known
 
-    def _shown(self, messages: Messages, known: dict[int, int]) -> Messages:
+    def _shown(self, guard: _Guard, messages: Messages, known: dict[int, int]) -> Messages:
         """Return the messages with known answers in the form that the template gets."""
-        return [self._form(known[i]) if i in known else m for i, m in enumerate(messages)]
+        return [self._form(guard, known[i]) if i in known else m for i, m in enumerate(messages)]
 
-    def _form(self, index: int) -> dict[str, Any]:
+    def _form(self, guard: _Guard, index: int) -> dict[str, Any]:
         """Return the first form of an answer that the template writes exactly as it was sampled, or else the
         preferred form."""
         if index not in self._forms:
             exchange = self.exchanges[index]
             self._forms[index] = exchange.forms[0]
             if len(exchange.forms) > 1:
-                before = self._shown(exchange.messages, self._known(exchange.messages))
-                start = (
-                    self.render.render(before, exchange.tools, generate=True) + exchange.body + exchange.end
-                )
+                before = self._shown(guard, exchange.messages, self._known(exchange.messages))
+                asked = self.render.render(before, exchange.tools, generate=True)
+                start = asked + guard.hide_text(exchange.body) + exchange.end
                 for form in exchange.forms:
                     try:
-                        written = self.render.render([*before, form], exchange.tools)
+                        written = self.render.render([*before, guard.hide(form)], exchange.tools)
                     except RowProblem:
                         continue
                     if written.startswith(start):
@@ -145,7 +145,7 @@ class Dialogue:
         render = self.render
         try:
             before = render.render(history[:-1], last.tools, generate=True)
-            body = guard.hide({"role": "assistant", "content": last.body})["content"]
+            body = guard.hide_text(last.body)
             at = len(before) + len(body)
             rewritten = not full.startswith(before + body)
             if rewritten:  # equal but for white space and the spelling of tool calls, and append-only
@@ -180,6 +180,10 @@ class _Guard:
         these, such as `<tool_call>`, are tags that the policy writes."""
         pattern = self.any if message.get("role") == "tool" else self.special
         return {k: v if k == "role" else self._hide(v, pattern) for k, v in message.items()}
+
+    def hide_text(self, answer: str) -> str:
+        """Return the text of an answer as `hide` returns it in a message."""
+        return str(self._hide(answer, self.special))
 
     def _hide(self, value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):

@@ -167,6 +167,18 @@ async def test_half_a_character_is_kept() -> None:
     assert first.finish == "length" and extends(session) == [True]
 
 
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("spelled", [END, f"four{END}", f"four{END}\n", f"<|im_start|>{END}{END}"])
+async def test_an_end_token_spelled_by_other_tokens_is_part_of_the_answer(spelled: str, cut: bool) -> None:
+    """`<`, `|`, `im`, ... at the end of an answer: text like the end token, which is not one."""
+    tokenizer = make_tokenizer()
+    letters = tuple(t for c in spelled for t in policy_ids(tokenizer, c))
+    end = () if cut else policy_ids(tokenizer, END)
+    session, _, _ = make(tokenizer, [letters + end, f"b{END}"])
+    await talk(session, ["again"])
+    assert extends(session) == [True] and session.record.rewritten == 0
+
+
 @pytest.mark.parametrize("role", ["user", "tool"])
 @pytest.mark.parametrize("kind", [make_tokenizer, phi_tokenizer])
 async def test_text_of_the_environment_cannot_forge_special_tokens(role: str, kind: Any) -> None:
@@ -334,6 +346,26 @@ def test_any_conversation_keeps_every_sampled_id(template: str, answers: list[st
     completion = lay_out(session.calls[0].prompt, session.calls)
     mask = completion.mask or (True,) * len(completion.tokens)
     assert sum(mask) == sum(len(c.sampled) for c in session.calls)
+
+
+@given(ids=st.lists(st.integers(0, 299) | st.integers(0, 10**6), max_size=24), cut=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_any_ids_are_extended_under_a_template_that_repeats_answers(ids: list[int], cut: bool) -> None:
+    """Half characters, special tokens, spelled ones: a template that writes contents as they are never
+    branches, whatever an untrained policy samples before its end token."""
+    tokenizer = TOKENIZERS.setdefault(CHATML, make_tokenizer(CHATML))
+    end, special = policy_ids(tokenizer, END), set(tokenizer.added_tokens_decoder)
+    sampled = tuple(i for i in (n % len(tokenizer) for n in ids) if i not in end)
+    if not cut or not sampled or sampled[-1] in special:
+        sampled += end
+
+    async def play() -> Session:
+        session, _, _ = make(tokenizer, [sampled, end])
+        await talk(session, ["no, again"])
+        return session
+
+    session = asyncio.run(play())
+    assert extends(session) == [True] and session.record.rewritten == 0
 
 
 TOKENIZERS: dict[str, Any] = {}
