@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +109,45 @@ def test_gigpo_divides_by_the_deviation_of_grpo() -> None:
     spread, t = (4 / 3) ** 0.5 + 1e-4, 0.5**0.5 + 1e-4  # of 3, 1, 1; of 2, 1
     assert got[1] == pytest.approx((3 - 5 / 3) / spread + 0.5 / t)
     assert got[4] == pytest.approx((1 - 5 / 3) / spread - 0.5 / t)
+
+
+@pytest.mark.parametrize(("algorithm", "deviation"), [("dr_grpo", False), ("grpo", True)])
+def test_gigpo_by_the_equations_of_its_paper(algorithm: str, deviation: bool) -> None:
+    """arXiv:2505.10978, eq. 3 and 5 to 8, written as loops over a dictionary of anchor states. The published
+    weights: omega 1, gamma 0.95."""
+    rng = random.Random(3)
+    groups: list[list[list[tuple[float, str]]]] = [
+        [
+            [(rng.choice([0.0, 1.0, -0.5]), rng.choice("abc")) for _ in range(rng.randint(1, 4))]
+            for _ in range(5)
+        ]
+        for _ in range(3)
+    ]
+
+    def relative(x: float, among: list[float]) -> float:
+        apart = x - statistics.fmean(among)
+        return apart / (statistics.stdev(among) + 1e-4) if deviation and len(among) > 1 else apart
+
+    expected = []
+    for sessions in groups:
+        returns = [
+            [sum(0.95 ** (k - t) * s[k][0] for k in range(t, len(s))) for t in range(len(s))]
+            for s in sessions
+        ]
+        anchors: dict[str, list[float]] = {}
+        for s, values in zip(sessions, returns, strict=True):
+            for (_, state), value in zip(s, values, strict=True):
+                anchors.setdefault(state, []).append(value)
+        totals = [sum(r for r, _ in s) for s in sessions]
+        for s, values, total in zip(sessions, returns, totals, strict=True):
+            for (_, state), value in zip(s, values, strict=True):
+                expected.append(relative(total, totals) + relative(value, anchors[state]))
+    made = [
+        Group(Prompt(i, PROMPT, ""), tuple(session(list(s), sum(r for r, _ in s)) for s in sessions))
+        for i, sessions in enumerate(groups)
+    ]
+    got = advantages(Batch.build(made), algorithm, turn_returns="state", turn_discount=0.95)
+    assert got == pytest.approx(expected, abs=1e-5)
 
 
 def test_rloo_leaves_the_turn_itself_out() -> None:

@@ -17,7 +17,7 @@ def turn_returns(batch: Batch, rewards: Tensor, discount: float) -> Tensor:
     """Return the discounted sum of each turn's rewards and all later ones, [N, K]; 0 beyond the last turn.
 
     rewards: [N], the sessions' whole rewards. `columns["turn_rewards"]` gives parts of them to turns; the
-    last turn earns the rest. discount: factor per turn.
+    last turn earns the rest. discount: factor per turn (GiGPO, arXiv:2505.10978, eq. 5).
     """
     given = column(batch, "turn_rewards")
     real = ~given.isnan()
@@ -36,7 +36,8 @@ def as_sequences(batch: Batch, returns: Tensor, groups: TurnGroups) -> Batch:
     """Return the batch with each trained turn as a sequence, its return [N, K] as the reward.
 
     A turn's group are the turns of the same number, all turns of its session's group, or those of them in
-    equal states. Other columns are those of the turn's session.
+    equal states, whatever their numbers (GiGPO's anchor states, eq. 6). Other columns are those of the turn's
+    session.
     """
     turn, width = required(batch.turn, "turn"), returns.shape[1]
     place = batch.sequence * width + turn  # of masked-in tokens: (session, turn) as one number

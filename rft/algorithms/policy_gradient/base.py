@@ -117,8 +117,10 @@ class PolicyGradient(Exploration, ReadsDistributions):
         return self.explore(batch.with_(advantages=self.credit(batch), mask=self.trained(batch)))
 
     def credit(self, batch: Batch) -> Tensor:
-        """Return the advantages of sessions, or of their turns if `turn_returns` asks for it, [T]. With
-        `state` they are A(session) + turn_weight * A(turn) (Feng et al., "GiGPO", 2025)."""
+        """Return the advantages of sessions, or of their turns if `turn_returns` asks for it, [T].
+
+        With `state` they are A(session) + turn_weight * A(turn), each in the algorithm's normalisation: GiGPO
+        (arXiv:2505.10978, eq. 3, 7 and 8), whose F_norm is the deviation for grpo and 1 for dr_grpo."""
         if self.turn_returns == "none":
             return self.advantages(batch)
         returns = turn_returns(batch, self.task_rewards(batch), self.turn_discount)
