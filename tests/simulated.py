@@ -4,12 +4,14 @@ bookkeeping, with simulated actors behind them. Milliseconds a step."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rft.checkpoint import Checkpoint
 from rft.config.load import parse_config
 from rft.loops.online import Controller, Parts
 from rft.metrics import Progress, RunLog
@@ -104,6 +106,10 @@ class SimLearner:
     async def finish_save(self, *_: Any) -> str:
         return "simulated"
 
+    async def restore(self, path: str) -> int:
+        self.version = int(Path(path).name)
+        return self.version
+
 
 class SimPool(RolloutPool):
     """The real pool, with simulated actors."""
@@ -158,12 +164,18 @@ class Run:
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [e for e in read_jsonl(self.folder / "events.jsonl") if e["kind"] == kind]
 
-    def go(self) -> dict[str, float]:
+    def go(self, resume: Checkpoint | None = None) -> dict[str, float]:
         async def body() -> dict[str, float]:
             await self.controller.parts.pool.start()
-            return await asyncio.wait_for(self.controller.run(None), 60)
+            return await asyncio.wait_for(self.controller.run(resume), 60)
 
         return asyncio.run(body())
+
+
+def saved_checkpoint(run: Run) -> Checkpoint:
+    """The newest checkpoint of a simulated run."""
+    step, meta = run.learner.saved[-1]
+    return Checkpoint(Path(str(step)), step, len(run.learner.saved), json.loads(json.dumps(meta)))
 
 
 @contextmanager
@@ -172,9 +184,10 @@ def simulated(
     judge: Callable[[str, int], list[float | None]] = alternating,
     replica: type[SimReplica] = SimReplica,
     learner: SimLearner | None = None,
+    resumed_at: int | None = None,
     **sections: Any,
 ) -> Iterator[Run]:
-    """A run of the arithmetic task; `sections` are laid over its config."""
+    """A run of the arithmetic task; `sections` are laid over its config. resumed_at: as in RunLog."""
     config: dict[str, Any] = {
         "name": "run",
         "output_dir": str(folder),
@@ -197,7 +210,7 @@ def simulated(
     pool.replica = replica
     learner = learner or SimLearner()
     channel = WeightChannel(learner, pool, plan.channel_spec(), "keep")
-    log = RunLog(c.run_dir, c.train.steps, c.tracking, config=c.to_dict())
+    log = RunLog(c.run_dir, c.train.steps, c.tracking, resumed_at=resumed_at, config=c.to_dict())
     rewards = SimRewards(c.rewards, folder)
     rewards.judge = judge
     start = c.algorithm.hooks

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rft.errors import BrokenWeights, CheckpointError, EngineError, LearnerError, LogpGapError, NoSignal
-from tests.simulated import Run, SimLearner, alternating, simulated
+from rft.errors import (
+    BrokenWeights,
+    CheckpointError,
+    EngineError,
+    LearnerError,
+    LogpGapError,
+    NoSignal,
+    RunStopped,
+)
+from rft.rewards.types import RewardError
+from tests.simulated import Run, SimLearner, alternating, saved_checkpoint, simulated
 
 OUTCOMES = ("correct", "wrong", "abstain", "error", "timeout", "unparseable")
 
@@ -158,3 +170,129 @@ def test_groups_of_a_failed_step_are_not_remembered(tmp_path: Path) -> None:
     ((_, meta),) = run.learner.saved
     trained = [[row for _, row in e["prompts"]] for e in run.events("group/trained")]
     assert [[prompt for prompt, _ in step] for step in meta["replay"]] == trained
+
+
+# -- a step's line is complete, however the process that took the step ended ---------------------------------
+
+EVALUATED: dict[str, Any] = {"eval": {"every": 2, "problems": 8}, "train": {"steps": 4}}
+
+
+def during_evaluation(run: Run, step: int, ends: Callable[[], None]) -> None:
+    """Call `ends` instead of the evaluation of a step; if it returns, the evaluation takes for ever."""
+    evaluation = run.controller.evaluation
+    assert evaluation is not None
+    whole = evaluation.run
+
+    async def cut(at: int) -> dict[str, float]:
+        if at == step:
+            ends()
+            await asyncio.sleep(60)
+        return await whole(at)
+
+    object.__setattr__(evaluation, "run", cut)
+
+
+def assert_complete(run: Run, result: dict[str, float]) -> None:
+    """The log has one line for each step, the evaluations that were due, and the result."""
+    rows = run.rows()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4]
+    assert result == {n: v for n, v in rows[-1].items() if n.startswith("eval/") or n == "time/eval"}
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
+    steps = [event["step"] for event in run.events("group/trained")]
+    assert steps == [1, 2, 3, 4], "the prompts of every step"
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("fault", [None, RewardError("the judge is down")])
+def test_an_evaluation_that_was_cut_short_is_made_up_for(
+    tmp_path: Path, step: int, fault: Exception | None, staleness: int
+) -> None:
+    """By a stop, or by an error after which the step is saved; in the middle of the run, or at its end."""
+    settings = {**EVALUATED, "rollout": {"engine": "hf", "staleness": staleness}}
+    with simulated(tmp_path, **settings) as run:
+
+        def ends() -> None:
+            if fault is not None:
+                raise fault
+            run.controller.stop.set()
+
+        during_evaluation(run, step, ends)
+        with pytest.raises(RunStopped if fault is None else RewardError):
+            run.go()
+    assert run.rows()[-1]["step"] == step and "eval/accuracy" not in run.rows()[-1]
+    assert "train/loss" in run.rows()[-1] and "time/step" in run.rows()[-1]
+    saved = saved_checkpoint(run)
+    assert saved.step == step
+    assert saved.meta["counts"]["trained"] == 4 * step
+    with simulated(tmp_path, resumed_at=step, **settings) as resumed:
+        result = resumed.go(saved)
+    assert_complete(resumed, result)
+    assert resumed.events("metric/added")[0]["step"] == step
+
+
+def test_an_evaluation_in_the_log_is_not_repeated(tmp_path: Path) -> None:
+    """A run that was stopped in its export: the result is the evaluation in the log."""
+    with simulated(tmp_path, **EVALUATED) as run:
+        whole = run.go()
+    with simulated(tmp_path, resumed_at=4, **EVALUATED) as again:
+        during_evaluation(again, 4, lambda: pytest.fail("evaluated again"))
+        result = again.go(saved_checkpoint(run))
+    assert result == whole
+    assert_complete(again, result)
+
+
+def test_a_resumed_run_that_ends_earlier_has_its_evaluation(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"eval": {"every": 2, "problems": 8}}
+    with simulated(tmp_path, train={"steps": 4}, **settings) as run:
+        run.learner.on_step = lambda step: run.controller.stop.set() if step == 2 else None
+        with pytest.raises(RunStopped):
+            run.go()
+    saved = saved_checkpoint(run)
+    assert saved.step == 3 and "eval/accuracy" not in run.rows()[-1]
+    with simulated(tmp_path, resumed_at=3, train={"steps": 3}, **settings) as shorter:
+        result = shorter.go(saved)
+    assert shorter.rows()[-1]["eval/accuracy"] == result["eval/accuracy"] == 0.5
+
+
+def test_a_step_whose_push_fails_is_logged_before_it_is_saved(tmp_path: Path) -> None:
+    with simulated(tmp_path, **EVALUATED) as run:
+        push = run.controller.fleet.push
+
+        async def fails(version: int) -> Any:
+            if version == 3:
+                raise EngineError("no replica is left")
+            return await push(version)
+
+        run.controller.fleet.push = fails  # type: ignore[method-assign]
+        with pytest.raises(EngineError):
+            run.go()
+    assert run.rows()[-1]["step"] == 3 and "train/loss" in run.rows()[-1]
+    assert saved_checkpoint(run).meta["counts"]["trained"] == 12
+    with simulated(tmp_path, resumed_at=3, **EVALUATED) as resumed:
+        result = resumed.go(saved_checkpoint(run))
+    assert_complete(resumed, result)
+
+
+def test_what_the_curriculum_learns_of_dropped_groups_survives_a_stop(tmp_path: Path) -> None:
+    """Groups that were filtered in the step that a stop cut short: they are not sampled again."""
+    groups = 0
+
+    def judge(prompt: str, n: int) -> list[float | None]:
+        nonlocal groups
+        groups += 1
+        if groups == 10:
+            run.controller.stop.set()
+        return alternating(prompt, n) if groups <= 4 else [1.0] * n
+
+    with simulated(tmp_path, judge, algorithm="dapo", train={"curriculum": {}, "max_filtered": 100}) as run:
+        with pytest.raises(RunStopped):
+            run.go()
+        rates = run.controller.sampler.rates  # type: ignore[attr-defined]
+    ((step, meta),) = run.learner.saved
+    dropped = {row for _, row, _ in meta["dropped"]}
+    assert step == 1 and len(dropped) >= 5
+    assert dropped <= set(meta["sampler"]["measured"]) and {rates[row] for row in dropped} == {1.0}
+    waiting = {row for _, row in meta["outstanding"]}
+    assert not waiting & set(meta["sampler"]["measured"])

@@ -20,6 +20,8 @@ from rft.loops.offline import train_offline
 from rft.metrics import Progress, RunLog
 from rft.metrics.names import is_documented
 from rft.plan import Plan, make_plan
+from rft.report.history import Run as History
+from rft.report.report import facts
 from rft.run_dir import RunFolder
 from tests.in_process import InProcessLearner
 
@@ -116,6 +118,84 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
         for name in ("train/loss", "preference/margin", "eval/loss", "eval/preference_margin", "data/epoch"):
             assert a.get(name) == b.get(name), (name, a["step"])
     assert not {n for line in whole.lines for n in line if not is_documented(n)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The result and the lines of a run that nothing interrupted."""
+    run = Run(plan_of(tiny_folder, tmp_path_factory.mktemp("uninterrupted")), "run")
+    return run.carry_out(), run.lines
+
+
+@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("fault", [None, LearnerError("the loss is not finite")])
+def test_an_evaluation_that_was_cut_short_is_made_up_for(
+    tiny_folder: Path,
+    tmp_path: Path,
+    uninterrupted: tuple[dict[str, float], list[dict[str, Any]]],
+    step: int,
+    fault: Exception | None,
+) -> None:
+    """By a stop, or by an error after which the step is saved; in the middle of the run, or at its end. The
+    result and every line are those of the run that never stopped."""
+    expected, expected_lines = uninterrupted
+    plan = plan_of(tiny_folder, tmp_path)
+    first = Run(plan, "cut")
+    evaluate = first.learner.evaluate
+
+    def cut(batch: Any, at: int) -> Any:
+        if at == step and fault is not None:
+            raise fault
+        if at == step:
+            first.stop.set()
+        return evaluate(batch, at)
+
+    first.learner.evaluate = cut  # type: ignore[method-assign]
+    stops = first.handle.evaluate
+
+    async def slow(*args: Any) -> Any:
+        sums = await stops(*args)
+        await asyncio.sleep(0.05)  # the stop is seen here
+        return sums
+
+    first.handle.evaluate = slow  # type: ignore[method-assign]
+    with pytest.raises(RunStopped if fault is None else LearnerError):
+        first.carry_out()
+    assert first.lines[-1]["step"] == step and "train/loss" in first.lines[-1]
+    assert "eval/loss" not in first.lines[-1]
+    second = Run(plan, "cut", resume=True)
+    assert second.folder.resumed_at == step
+    result = second.carry_out()
+    evaluation = {n: v for n, v in second.lines[-1].items() if n.startswith("eval/") or n == "time/eval"}
+    assert result == evaluation
+    assert {n: v for n, v in result.items() if n != "time/eval"} == {
+        n: v for n, v in expected.items() if n != "time/eval"
+    }
+    history = History(second.path)  # of the report, `rft watch` and `rft.Run`
+    assert history.step == 6 and history.last("eval/loss") == result["eval/loss"]
+    assert [row["step"] for row in history.metrics if "eval/loss" in row] == [0, 2, 4, 6]
+    assert "held-out loss" in {fact.label for fact in facts(history)}
+    for a, b in zip(expected_lines, second.lines, strict=True):
+        assert set(a) == set(b), a["step"]
+        assert {n: v for n, v in a.items() if n.startswith("eval/")} == {
+            n: v for n, v in b.items() if n.startswith("eval/")
+        }
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_finished_run_that_is_resumed_has_the_same_result(
+    tiny_folder: Path, tmp_path: Path, every: int
+) -> None:
+    """It was stopped in its export: nothing is computed, or logged, a second time."""
+    plan = plan_of(tiny_folder, tmp_path, eval={"every": every})
+    run = Run(plan, "run")
+    result = run.carry_out()
+    lines = run.lines
+    again = Run(plan, "run", resume=True)
+    again.learner.evaluate = lambda *_: pytest.fail("evaluated again")  # type: ignore[assignment]
+    assert again.carry_out() == result and again.lines == lines
 
 
 def test_a_step_is_logged_before_its_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ class CallbackObserver:
         if any(name.startswith("eval/") for name in metrics):
             self._call("on_evaluate", metrics)
 
+    def completed(self, step: int, metrics: Metrics) -> None:
+        self._step = step  # the process that took the step has called `on_step_end`
+        self._call("on_evaluate", metrics)
+
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         if kind == "checkpoint/saved":
             self._call("on_save", Path(fields["path"]))

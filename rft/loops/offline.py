@@ -126,6 +126,7 @@ class OfflineLoop:
     def __post_init__(self) -> None:
         self.upcoming = self.source.state_dict()  # of the source, before the batch that was laid out last
         self.trained = self.upcoming  # and before the first batch that was not trained on
+        self.line: dict[str, float] = {}  # metrics of the last step, as far as they are known
 
     async def run(self, resume: Checkpoint | None = None) -> dict[str, float]:
         """Train to the end; returns the last evaluation, or the last step's metrics where there is none.
@@ -134,11 +135,8 @@ class OfflineLoop:
             self.step = await unless_stopped(self.learner.restore(str(resume.path)), self.stop)
             self.source.load_state_dict(resume.meta["data"])
             self.saver.saved_at = self.step
-        last: dict[str, float] = {}
         async with self.saver.save_at_end(self):
-            if self.step == 0 and self.held_out is not None:
-                last = await unless_stopped(self._evaluate(self.held_out), self.stop)
-                self._log(last)
+            last = await self._evaluate_first()
             batch = self._next_batch()
             self.trained = self.upcoming
             if self.step == 0 and self.preview:
@@ -147,9 +145,6 @@ class OfflineLoop:
                 self._check_stop()
                 last, batch = await self._one_step(batch, last)
             self._check_stop()
-            if self.held_out is not None and not last:  # the last evaluation was interrupted
-                last = await self._evaluate_unless_stopped(self.held_out)
-                self._check_stop()
             if self.save_last:
                 await self.save(final=True)
             return last
@@ -163,7 +158,8 @@ class OfflineLoop:
         metrics = await running
         for message in await self.learner.pop_messages():
             self.progress.note(message)
-        self.step += 1
+        self.step += 1  # whatever fails from here on: this step's line is written before its checkpoint
+        self.line = metrics
         self.trained = self.upcoming
         metrics["time/step"] = time.perf_counter() - begin
         metrics["time/checkpoint"] = self.saver.take_seconds()
@@ -171,7 +167,7 @@ class OfflineLoop:
         metrics["data/epoch"] = passes
         if self.held_out is None:
             last = metrics
-        elif self.step == self.steps or self.step % self.eval_every == 0:
+        elif self._evaluation_due():
             last = await self._evaluate_unless_stopped(self.held_out)
             metrics |= last
         self._log(metrics)
@@ -210,9 +206,27 @@ class OfflineLoop:
             raise RunStopped(self.step or None, self.stage)
 
     async def save(self, *, final: bool = False) -> None:
-        """Save a checkpoint of this step, once. The batch that waits was not trained on: a resumed run draws
-        it again."""
+        """Save a checkpoint of this step, once, after the step's line, even where the evaluation failed. The
+        batch that waits was not trained on: a resumed run draws it again."""
+        if self.log is not None and self.line and self.step > self.log.last_step:
+            self.log.log(self.step, self.line)
         await self.saver.save(self.step, {"step": self.step, "data": self.trained}, final=final)
+
+    def _evaluation_due(self) -> bool:
+        return self.step in (0, self.steps) or bool(self.eval_every and self.step % self.eval_every == 0)
+
+    async def _evaluate_first(self) -> dict[str, float]:
+        """Evaluate before the first step of this process, where it is due and not in the log: for a new run,
+        or for one that ended before the evaluation did. Returns the evaluation of these weights; without
+        held-out rows, the metrics of the last step."""
+        logged: dict[str, float] = {}
+        if self.log is not None:
+            logged = self.log.resumed_metrics() if self.held_out is None else self.log.resumed_evaluation()
+        if logged or self.held_out is None or not self._evaluation_due():
+            return logged
+        metrics = await unless_stopped(self._evaluate(self.held_out), self.stop)
+        self._log(metrics)
+        return metrics
 
     async def _evaluate(self, held_out: HeldOut) -> dict[str, float]:
         """Evaluate the current weights on the held-out data; return the metrics."""

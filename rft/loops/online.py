@@ -140,7 +140,9 @@ class Controller:
         self._wake = asyncio.Event()  # a task ended
         self._fault: BaseException | None = None  # of the first task that failed
         self._without_signal: Counter[str] = Counter()  # groups in a row that were dropped, by reason
-        self._scored: list[tuple[int, int, Group]] = []  # ticket, row, group, since the last step
+        self._trained: list[Work] = []  # works of the last step, until their slots are freed
+        self._line: dict[str, float] = {}  # metrics of the last step, as far as they are known
+        self._scored: list[tuple[Work, Group]] = []  # since the last step
         self._reward_seconds = 0.0  # the slowest group's, since the last step
         self._filtered = 0  # groups, since the last step
         self._lost_workers = 0.0
@@ -149,19 +151,14 @@ class Controller:
 
     async def run(self, resume: Checkpoint | None) -> dict[str, float]:
         """Train to the end; returns the last evaluation. Raises RunStopped after a requested stop."""
-        last: dict[str, float] = {}
         await unless_stopped(self._open(resume), self.stop)
         try:
             async with self.saver.save_at_end(self):
-                if self.step == 0:
-                    last = await unless_stopped(self._evaluate(), self.stop)
-                    self.parts.log.log(0, last)
-                    self.parts.progress.update(0, last)
+                last = await self._evaluate_first()
                 self._hand_out()
                 while self.step < self.config.train.steps:
                     self._check_stop()
                     last = await self._one_step() or last
-                last = last or await self._evaluate()
                 self._check_stop()
                 for fleet in self.fleets:
                     async with fleet.gate:
@@ -176,7 +173,7 @@ class Controller:
 
     async def _one_step(self) -> dict[str, float]:
         """Train on one batch and push the result; returns the evaluation's metrics, {} where none was due."""
-        config, parts, begin = self.config, self.parts, time.perf_counter()
+        parts, begin = self.parts, time.perf_counter()
         with self._phase("rollout"):
             works = await self._next_works()
         waited = time.perf_counter() - begin
@@ -195,15 +192,15 @@ class Controller:
                     self.slots.put_back(works)
                     parts.hooks.step_failed()
                     raise
-            self.step += 1
+            self.step += 1  # whatever fails from here on: this step's line is written before its checkpoint
+            self._trained, self._line = works, {**trained, **reward_metrics}
             with self._phase("sync"):
                 report = await self.fleet.push(self.step)
         self.fleet.progressed()
-        trained |= await parts.hooks.after_push(self.step, self._build)
+        metrics = self._line
+        metrics |= await parts.hooks.after_push(self.step, self._build)
         seconds = time.perf_counter() - begin
-        metrics = {
-            **trained,
-            **reward_metrics,
+        metrics |= {
             **step_metrics.slot_metrics(self.slots, self.sampler),
             **self.fleet.metrics(),
             **({} if self.episodes is None else self.episodes.take_metrics()),
@@ -215,24 +212,19 @@ class Controller:
             "time/step": seconds,
         }
         self._reward_seconds, self._filtered = 0.0, 0
-        due = config.eval.every and self.step % config.eval.every == 0
-        evaluation = await self._evaluate() if due or self.step == config.train.steps else {}
+        evaluation = await self._evaluate() if self._evaluation_due() else {}
 
         # All engines hold the new version: free the slots and hand out the next prompts.
-        self.slots.acknowledge()
-        keys = [list(w.key) for w in works]
-        parts.log.event("group/trained", step=self.step, prompts=keys, ages=ages)
-        for _, row, group in sorted(self._scored, key=lambda scored: scored[0]):
-            self.sampler.observe(row, group, self._primary)  # in ticket order: arrival must not matter
-        self._scored.clear()
+        self._free_trained()
+        self._observe(self._scored)
         self._drop_late()
         self._hand_out()
         await asyncio.sleep(0)  # the requests go out; the rest is done while engines sample
 
         metrics |= step_metrics.batch_metrics(works, batch, seconds)
         metrics |= {**step_metrics.age_metrics(ages), **evaluation}
-        parts.log.log(self.step, metrics)
         parts.log.samples(self.step, step_metrics.train_rows(works))
+        parts.log.log(self.step, metrics)
         parts.progress.update(self.step, metrics)
         for message in await parts.learner.pop_messages():
             parts.progress.note(message)
@@ -241,6 +233,20 @@ class Controller:
         await self.saver.poll()
         self.guards.enforce(self.step, metrics, parts.log, parts.progress)
         return evaluation
+
+    def _free_trained(self) -> None:
+        """Free the slots of the groups that the step was trained on, once, and log their prompts."""
+        if works := self._trained:
+            self.slots.acknowledge()
+            prompts, ages = [list(w.key) for w in works], [self.step - 1 - w.version for w in works]
+            self.parts.log.event("group/trained", step=self.step, prompts=prompts, ages=ages)
+        self._trained = []
+
+    def _observe(self, scored: list[tuple[Work, Group]]) -> None:
+        """Show scored groups to the sampler, in ticket order: arrival must not matter. Clears `_scored`."""
+        for work, group in sorted(scored, key=lambda pair: pair[0].ticket):
+            self.sampler.observe(work.key[1], group, self._primary)
+        self._scored = []
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -274,6 +280,22 @@ class Controller:
             await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
             for waiter in waiters:
                 waiter.cancel()
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every
+        return self.step in (0, self.config.train.steps) or bool(every and self.step % every == 0)
+
+    async def _evaluate_first(self) -> dict[str, float]:
+        """Evaluate before the first step of this process, where it is due and not in the log: for a new run,
+        or for one that ended before the evaluation did. Returns the evaluation of this version."""
+        logged = self.parts.log.resumed_evaluation()
+        if logged or not self._evaluation_due():
+            return logged
+        metrics = await unless_stopped(self._evaluate(), self.stop)
+        if metrics or self.step == 0:
+            self.parts.log.log(self.step, metrics)
+            self.parts.progress.update(self.step, metrics)
+        return metrics
 
     async def _evaluate(self) -> dict[str, float]:
         """Evaluate the current version; {} where evaluation is off, or a stop is requested meanwhile."""
@@ -346,7 +368,7 @@ class Controller:
         if work.state is State.dropped:
             return
         rewards = [c.reward for c in group.completions if c.reward is not None]
-        self._scored.append((work.ticket, work.key[1], group))
+        self._scored.append((work, group))
         if len(rewards) < max(self.config.algorithm.min_generations, 1):
             reason = "unjudged"
         elif not self.config.algorithm.keep_group(rewards):
@@ -394,7 +416,17 @@ class Controller:
     # -- checkpoints -------------------------------------------------------------------------------
 
     async def save(self, *, final: bool = False) -> None:
-        """Save a checkpoint of this step, once; final: wait until it is complete."""
+        """Save a checkpoint of this step, once; final: wait until it is complete.
+
+        A checkpoint says that its step is done: the step's line is written before, even where the push or the
+        evaluation failed.
+        """
+        self._free_trained()
+        if self._line and self.step > self.parts.log.last_step:
+            self.parts.log.log(self.step, self._line)
+        if final:  # a resumed run samples the outstanding prompts again, but not the dropped ones
+            again = set(self.slots.outstanding())
+            self._observe([pair for pair in self._scored if pair[0].key not in again])
         meta = {
             "step": self.step,
             "sampler": self.sampler.state_dict(),

@@ -35,6 +35,9 @@ class Observer(Protocol):
     def logged(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """A step's line was written; `metrics` is the line."""
 
+    def completed(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Metrics were added to the line that an earlier process wrote; `metrics` is the whole line."""
+
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         """An event was written."""
 
@@ -88,7 +91,10 @@ class RunLog:
         self._metrics, self._samples, self._events = (
             self._append_to(name) for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
         )
-        self.last_step = max((row["step"] for row in read_jsonl(metrics)), default=-1)
+        rows = read_jsonl(metrics)
+        self.last_step = max((row["step"] for row in rows), default=-1)
+        # The line of the step that the run resumes from, as an earlier process wrote it; {} if there is none.
+        self.resumed_line: dict[str, float | None] = next((r for r in rows if r["step"] == resumed_at), {})
         # Splits whose samples an earlier process wrote for the step that is resumed from.
         self._written_splits = {
             row["split"] for row in read_jsonl(self.run_dir / SAMPLES_FILE) if row["step"] == resumed_at
@@ -108,43 +114,70 @@ class RunLog:
         self._open_files.append(file)
         return file
 
+    # -- reading -----------------------------------------------------------------------------------
+
+    def resumed_metrics(self) -> dict[str, float]:
+        """The metrics in the line of the step that the run resumes from; {} if there is none."""
+        line = {name: v for name, v in self.resumed_line.items() if name not in ("step", "time/wall")}
+        return {name: math.nan if value is None else value for name, value in line.items()}
+
+    def resumed_evaluation(self) -> dict[str, float]:
+        """The evaluation among them; {} if that step was not evaluated to the end."""
+        metrics = self.resumed_metrics()
+        names = [name for name in metrics if name.startswith("eval/") or name == "time/eval"]
+        return {name: metrics[name] for name in names} if "time/eval" in names else {}
+
     # -- writing -----------------------------------------------------------------------------------
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a step's line: `step`, `time/wall` and `metrics`. Every step has one line only.
 
         NaN and infinities become null, and an event `metric/non_finite` names them. A run that resumes from
-        step k may log k again: the existing line stays, and an event reports it.
+        step k may log k again, to complete it (an evaluation that a stop interrupted): metrics that the
+        existing line has not are added to it, and an event names them.
 
         Raises:
             ValueError: `step`, or a later step, already has a line.
             TypeError: a value is not a number.
         """
-        if step == self.last_step == self._resumed_at:
-            self.event("metric/repeated", step=step)
-            return
-        if step <= self.last_step:
+        if step <= self.last_step and not step == self.last_step == self._resumed_at:
             raise ValueError(
                 f"step {step} cannot be logged after step {self.last_step}: each step has one line, in order"
             )
-        row: dict[str, float | None] = {"step": step, "time/wall": round(time.time(), 3)}
+        earlier = self.resumed_line if step == self.last_step else None
+        added: dict[str, float | None] = {}
         non_finite: dict[str, str] = {}
         for name, value in metrics.items():
-            if name == "step":
+            if name == "step" or name in (earlier or {}):
                 continue
             number = _number(name, value)
-            row[name] = number if math.isfinite(number) else None
+            added[name] = number if math.isfinite(number) else None
             if not math.isfinite(number):
                 non_finite[name] = str(number)
-        _write(self._metrics, row)
-        self.last_step = step
+        if earlier is None:
+            row = {"step": step, "time/wall": round(time.time(), 3), **added}
+            _write(self._metrics, row)
+            self.last_step = step
+        else:
+            row = {**earlier, **added}
+            self._replace_last_line(row)
+            self.event("metric/added", step=step, names=sorted(added))
         if non_finite:
             self.event("metric/non_finite", step=step, values=non_finite)
-        finite = {name: v for name, v in row.items() if v is not None and name not in ("step", "time/wall")}
+        finite = {name: v for name, v in added.items() if v is not None}
         for tracker in self._trackers:
             tracker.log(step, finite)
         for observer in self.observers:
-            observer.logged(step, row)
+            (observer.logged if earlier is None else observer.completed)(step, row)
+
+    def _replace_last_line(self, row: Mapping[str, float | None]) -> None:
+        """Replace the last line of the metrics. The file is replaced as a whole: a kill loses no line."""
+        path = self.run_dir / METRICS_FILE
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()]
+        write_text_atomic(path, "".join(lines[:-1]) + _line(row))
+        self._open_files.remove(self._metrics)
+        self._metrics.close()
+        self._metrics = self._append_to(METRICS_FILE)
 
     def wants_samples(self, step: int) -> bool:
         """True on the steps whose samples are kept: every `sample_every`, the first (0) and the last."""
@@ -232,11 +265,14 @@ def _strict(value: Any) -> Any:
     return value
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_strict(row), ensure_ascii=False, allow_nan=False, default=repr) + "\n"
+
+
 def _write(file: Lines, row: Mapping[str, Any]) -> None:
     """Flush one line to the operating system, so that it survives the process."""
-    text = json.dumps(_strict(row), ensure_ascii=False, allow_nan=False, default=repr)
     # A lone surrogate (half of a character cut by sampling) cannot be UTF-8; show it as \udXXX.
-    file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+    file.write(_line(row).encode("utf-8", "backslashreplace"))
 
 
 class Lines:

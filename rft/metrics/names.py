@@ -272,7 +272,8 @@ EVENTS: dict[str, str] = {
     "engine/health": "health check: engine, version, inflight",
     "guard/*": "a guard triggered: step, value, limit, message, action (warn or stop)",
     "metric/non_finite": "metrics were NaN or infinite and were written as null: step, values",
-    "metric/repeated": "the step that a run resumed at was logged again and its line kept: step",
+    "metric/added": "the line of the step that a run resumed at was completed (an evaluation that was cut "
+    "short): step, names",
 }
 
 

@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 
 import rft
+from rft.api.callbacks import CallbackObserver
 from rft.cli import main
+from rft.config.metrics import TrackingConfig
+from rft.metrics import RunLog
+from rft.utils.signals import StopRequests
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(4)]
@@ -125,6 +129,29 @@ def test_a_run_with_the_real_engine_is_stopped_and_resumed(
     )
     assert measured["eval/problems"] == 6 and 0 <= measured["eval/accuracy"] <= 1
     assert not (tmp_path / "evaluation" / "run").exists()
+
+
+def test_an_evaluation_that_a_resumed_run_makes_up_for_is_no_second_step(tmp_path: Path) -> None:
+    tracking = TrackingConfig(trackers=())
+    with RunLog(tmp_path, 4, tracking) as log:
+        log.log(2, {"train/loss": 0.25})
+    seen: list[tuple[str, Any]] = []
+
+    class Sees(rft.Callback):
+        def on_step_end(self, run: rft.Run, metrics: Any) -> None:
+            seen.append(("step", dict(metrics)))
+
+        def on_evaluate(self, run: rft.Run, metrics: Any) -> None:
+            assert run.metrics[-1] == metrics, "the folder is complete when it is called"
+            seen.append(("evaluate", dict(metrics)))
+
+    observer = CallbackObserver([Sees()], tmp_path, StopRequests())
+    with RunLog(tmp_path, 4, tracking, resumed_at=2, observers=[observer]) as log:
+        log.log(2, {"eval/accuracy": 0.5})
+        log.log(3, {"train/loss": 0.5})
+    (kind, line), (last, _) = seen
+    assert (kind, last) == ("evaluate", "step")
+    assert (line["step"], line["train/loss"], line["eval/accuracy"]) == (2, 0.25, 0.5)
 
 
 class Fails(rft.Callback):

@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rft.config.metrics import TrackingConfig
 from rft.metrics import RunLog, is_documented_event
 from rft.metrics.log import Lines, read_jsonl, set_aside
+from rft.report.history import Run as History
 
+TENSORBOARD = TrackingConfig(trackers=("tensorboard",), sample_every=10, samples_kept=2)
 PLAIN = TrackingConfig(trackers=(), sample_every=10, samples_kept=2)
 
 
@@ -136,13 +139,53 @@ def test_the_step_resumed_at_keeps_its_line_and_samples(tmp_path: Path) -> None:
         log.samples(0, shown)
         log.log(0, {"eval/accuracy": 0.5})
     with RunLog(tmp_path, 100, PLAIN, resumed_at=0) as log:
+        assert log.resumed_line["eval/accuracy"] == 0.5
         log.samples(0, shown)
         log.log(0, {"eval/accuracy": 0.6})
         log.log(1, {})
     assert steps(tmp_path) == [0, 1]
     assert rows(tmp_path)[0]["eval/accuracy"] == 0.5
     assert len(rows(tmp_path, "samples")) == 1
-    assert events(tmp_path, "metric/repeated")[0]["step"] == 0
+    assert events(tmp_path, "metric/added")[0]["names"] == []
+
+
+def test_an_evaluation_is_added_to_the_line_of_the_step_resumed_at(tmp_path: Path) -> None:
+    """Readers that follow the file, trackers and observers see one line, with the new metrics once."""
+
+    class Follows:
+        def __init__(self) -> None:
+            self.calls: list[tuple[str, int, dict[str, Any]]] = []
+
+        def begin(self) -> None: ...
+
+        def event(self, kind: str, fields: Any) -> None: ...
+
+        def logged(self, step: int, metrics: Any) -> None:
+            self.calls.append(("logged", step, dict(metrics)))
+
+        def completed(self, step: int, metrics: Any) -> None:
+            self.calls.append(("completed", step, dict(metrics)))
+
+    write(tmp_path, 0, 7)
+    before = rows(tmp_path)
+    reader = History(tmp_path)
+    follows = Follows()
+    with RunLog(tmp_path, 100, TENSORBOARD, resumed_at=5, observers=[follows]) as log:
+        log.log(5, {"eval/accuracy": 0.75, "eval/loss": math.nan, "reward/mean": 99.0})
+        reader.refresh()
+        assert reader.metrics[-1] == {**before[5], "eval/accuracy": 0.75, "eval/loss": None}
+        log.log(6, {"reward/mean": 0.06})
+        reader.refresh()
+    assert rows(tmp_path)[:5] == before[:5] and steps(tmp_path) == list(range(7))
+    assert rows(tmp_path) == reader.metrics and reader.last("eval/accuracy") == 0.75
+    assert [call[:2] for call in follows.calls] == [("completed", 5), ("logged", 6)]
+    assert follows.calls[0][2] == rows(tmp_path)[5]
+    (added,) = events(tmp_path, "metric/added")
+    assert (added["step"], added["names"]) == (5, ["eval/accuracy", "eval/loss"])
+    assert events(tmp_path, "metric/non_finite")[0]["values"] == {"eval/loss": "nan"}
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in tags.Scalars("eval/accuracy")] == [(5, 0.75)]
+    assert [e.step for e in tags.Scalars("reward/mean")] == [6]
 
 
 KILLED = """
