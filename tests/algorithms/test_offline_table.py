@@ -53,6 +53,7 @@ CASES = [
     # Plus a tenth of the divergences 0.4, 0.5, 0.6.
     Case("asft", [exp(-1) + 0.04, 2 * exp(-2) + 0.05, 3 * exp(-3) + 0.06]),
     Case("asft", [exp(-1), 2 * exp(-2), 3 * exp(-3)], {"lam": 0.0}),
+    Case("asft", [1.04, 2.05, 3.06], {"weight": "none"}),
     # Weights e^(0.1 + 0.2) and e^-0.25 (-0.3 is clipped); then with the first capped.
     Case("iw_sft", [exp(0.3), 2 * exp(0.3), 3 * exp(-0.25)], {"clip": 0.25}),
     Case("iw_sft", [1.1, 2.2, 3 * exp(-0.25)], {"clip": 0.25, "cap": 1.1}),

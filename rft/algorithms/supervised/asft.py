@@ -20,12 +20,20 @@ class ASFT(ReadsDistributions, DFT):
 
     It adds to `dft` a full-vocabulary divergence to the reference at each response token, which limits drift.
     The paper uses KL(policy || reference) (`reverse`); its published code computes KL(reference || policy)
-    (`forward`). `lam: 0` is `dft`.
+    (`forward`). `lam: 0` is `dft`. With `weight: none` the first term is `sft`'s, -log p (the paper's SFT with
+    KL). With `refresh_reference` the anchor is the policy of some steps ago.
     """
 
     lam: float = setting(0.1, "weight of the divergence to the reference", ge=0)
     direction: Literal["reverse", "forward"] = setting(
         "reverse", "reverse: KL(policy || reference); forward: KL(reference || policy)"
+    )
+
+    weight: Literal["probability", "none"] = setting(
+        "probability", "weight of a token's log-prob: its probability, a constant in the gradient, or 1"
+    )
+    refresh_reference: int = setting(
+        0, "interval, in steps, of copying the policy to the reference; 0: never", ge=0
     )
 
     @property
@@ -41,6 +49,8 @@ class ASFT(ReadsDistributions, DFT):
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         loss = super().loss(policy, batch)
+        if self.weight == "none":
+            loss = -policy.logps.masked_fill(~batch.mask, 0)
         if not self.lam:
             return loss
         return loss + self.lam * required(policy.kl, "kl").masked_fill(~batch.mask, 0)
