@@ -20,8 +20,8 @@ class ASFT(ReadsDistributions, DFT):
 
     It adds to `dft` a full-vocabulary divergence to the reference at each response token, which limits drift.
     The paper uses KL(policy || reference) (`reverse`); its published code computes KL(reference || policy)
-    (`forward`). `lam: 0` is `dft`. With `weight: none` the first term is `sft`'s, -log p (the paper's SFT with
-    KL). With `refresh_reference` the anchor is the policy of some steps ago.
+    (`forward`). `lam: 0` is `dft`. With `weight: none` the first term is that of `sft`, -log p (the paper's
+    SFT with KL). With `refresh_reference` the anchor is the policy of some steps ago.
     """
 
     lam: float = setting(0.1, "weight of the divergence to the reference", ge=0)
