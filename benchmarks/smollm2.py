@@ -58,6 +58,8 @@ def completions(run: Path) -> list[dict[str, Any]]:
     """The first sampled completion of the same held-out problems before and after."""
     rows = [row for row in read(run / "samples.jsonl") if row["split"] == "eval"]
     last = max(row["step"] for row in rows)
+    if last == 0:
+        raise SystemExit(f"{run} kept held-out completions of step 0 only: tracking.sample_every")
     before, after = ([row for row in rows if row["step"] == step] for step in (0, last))
     return [
         {"prompt": a["prompt"], "before": a["completion"], "right_before": a["reward"] == 1.0}

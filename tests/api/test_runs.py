@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import rft
 from rft.api.callbacks import CallbackObserver
 from rft.cli import main
 from rft.config.metrics import TrackingConfig
 from rft.metrics import RunLog
+from rft.utils.quiet import ENVIRONMENT
 from rft.utils.signals import StopRequests
 
 ROOT = Path(__file__).parents[2]
@@ -72,10 +76,17 @@ class Follower(rft.Callback):
         self.seen.append(("end", run.result is not None))
 
 
+# The lines that a run writes in a program without a terminal.
+LINE = re.compile(r"(x|dtype|learner|done|enough): |starting |step \d+/3 |stopped at step 2 ")
+
+
 @pytest.mark.timeout(280)
 def test_a_run_with_the_real_engine_is_stopped_and_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also checks all that reaches the terminal, child processes included: no line of another library."""
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     here = {**SMALL, "rollout": {"engine": "vllm"}, "output_dir": str(tmp_path), "name": "x"}
     follower = Follower(stop_after=2)
     run = rft.train(rewards=[short(6), {"function": "math", "weight": 0.5}], callbacks=[follower], **here)
@@ -84,12 +95,15 @@ def test_a_run_with_the_real_engine_is_stopped_and_resumed(
         *(("save", "step-00000002"), ("end", False)),
     ]
     assert run.result is None and run.model_path is None and run.step == 2 and "stopped" in run.state
+    out, err = capfd.readouterr()
+    assert [line for line in (out + err).splitlines() if not LINE.match(line)] == []
+    assert not set(ENVIRONMENT) & set(os.environ), "the program's environment is as before"
     with pytest.raises(RuntimeError, match="is not trained by this call"):
         run.stop()
 
     # The command line has no Python object; another one is refused by name.
     assert main(["train", str(tmp_path / "x" / "config.yaml")]) == 2
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert "(short_and_right): it was passed from Python" in said
     assert 'rft.Run("RUN_FOLDER").resume(rewards=[short_and_right])' in said
     with pytest.raises(rft.ConfigError) as caught:
@@ -152,6 +166,62 @@ def test_an_evaluation_that_a_resumed_run_makes_up_for_is_no_second_step(tmp_pat
     (kind, line), (last, _) = seen
     assert (kind, last) == ("evaluate", "step")
     assert (line["step"], line["train/loss"], line["eval/accuracy"]) == (2, 0.25, 0.5)
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """What a run folder holds, without times and its own path: files, config, events, metrics and samples."""
+
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+    steps = rows("metrics.jsonl")
+    timed = re.compile("time/|throughput/|seconds|/silence|rollout/(waiting|inflight)")
+    return {
+        "files": sorted(
+            re.sub(r"tfevents.*", "tfevents", str(path.relative_to(run)))  # a time, a host and a process
+            for path in run.rglob("*")
+            if path.is_file()
+        ),
+        "config": (run / "config.yaml").read_text().replace(str(run.parent), "RUNS"),
+        "events": [event["kind"] for event in rows("events.jsonl")],
+        "keys": [list(row) for row in steps],
+        "metrics": [{k: v for k, v in row.items() if not timed.search(k)} for row in steps],
+        "samples": rows("samples.jsonl"),
+    }
+
+
+@pytest.mark.timeout(120)
+def test_a_config_file_and_python_make_the_same_run_folder(tmp_path: Path, ray_here: None) -> None:
+    sections = {
+        "algorithm": {"name": "grpo", "epsilon_high": 0.28},
+        "train": {"steps": 1, "batch_size": 4, "num_generations": 4},
+        "rollout": {"engine": "hf", "threads": 1, "sampling": {"max_completion_length": 12}},
+        "learner": {"threads": 1, "learning_rate": 1e-4},
+        "eval": {"every": 1, "problems": 4, "samples": 1},
+        "checkpoint": {"every": 1},
+    }
+    file = tmp_path / "config.yaml"
+    raw = {"name": "x", "model": {"path": "tiny"}, "data": {"kind": "arithmetic", "limit": 64}, **sections}
+    file.write_text(yaml.safe_dump({**raw, "rewards": ["math"], "output_dir": str(tmp_path / "file")}))
+    assert main(["train", str(file)]) == 0
+    run = rft.train(
+        model="tiny",
+        data={"kind": "arithmetic", "limit": 64},
+        rewards="math",
+        algorithm=rft.algorithms.GRPO(epsilon_high=0.28),
+        steps=1,
+        batch_size=4,
+        num_generations=4,
+        max_completion_length=12,
+        learning_rate=1e-4,
+        rollout={"engine": "hf", "threads": 1},
+        learner={"threads": 1},
+        eval={"every": 1, "problems": 4, "samples": 1},
+        checkpoint={"every": 1},
+        output_dir=str(tmp_path / "python"),
+        name="x",
+    )
+    assert contents(run.path) == contents(tmp_path / "file" / "x")
 
 
 class Fails(rft.Callback):
