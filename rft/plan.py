@@ -297,7 +297,8 @@ def make_plan(
     problems += check_environment(config, tokenizer, train) if starts else []
     if starts and config.rewards.functions:
         sets = {"the training data": train, "the held-out data": held_out}
-        problems += check_rewards(config.rewards, {name: rows for name, rows in sets.items() if rows})
+        kind = None if config.environment is None else config.environment.kind
+        problems += check_rewards(config.rewards, {name: rows for name, rows in sets.items() if rows}, kind)
     if starts:
         problems += check_sockets(config, vllm=facts.engine == "vllm")
         problems += [] if evaluate else check_folders(config)

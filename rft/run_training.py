@@ -261,7 +261,10 @@ async def _online(
         learner = start_learner(plan, plan.learner_spec())
         channel = make_channel(plan, learner, pool)
         starting = asyncio.gather(
-            start_engines(channel, pool), rewards.start(), learner.describe(), start_environment(environment)
+            start_engines(channel, pool),
+            rewards.start(),
+            learner.describe(),
+            start_environment(environment, rewards),
         )
         _, _, info, _ = await unless_stopped(starting, stop)
         progress.note(f"learner: {info.parameters:,} parameters on {info.device}")
@@ -338,7 +341,7 @@ async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
 
         signals.handle(request=request)
         try:
-            await unless_stopped(asyncio.gather(pool.start(), start_environment(environment)), stop)
+            await unless_stopped(asyncio.gather(pool.start(), start_environment(environment, rewards)), stop)
             render = Renderer(config.data, plan.tokenizer)
             episodes = None
             if environment is not None:
@@ -386,10 +389,11 @@ def make_environment(config: Config) -> EnvironmentRunner | None:
     return None if config.environment is None else EnvironmentRunner(config.environment, Path.cwd())
 
 
-async def start_environment(environment: EnvironmentRunner | None) -> None:
-    """Load the environment, if there is one."""
+async def start_environment(environment: EnvironmentRunner | None, rewards: RewardRunner) -> None:
+    """Load the environment, if there is one, and hand over the rewards that read it."""
     if environment is not None:
-        await environment.start()
+        await asyncio.gather(environment.start(), rewards.start())
+        environment.rewards = rewards.in_environment
 
 
 def make_pool(plan: Plan) -> RolloutPool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rft.environments.loop import first_messages
-from rft.environments.rewards import read_reward
+from rft.environments.rewards import read_reward, refuse_text
 from rft.environments.types import ContextFull, Ending, Episode, OperationFailed, PolicyLimit, Row, Session
 from rft.rewards.load import SpecError, checked_options
 from rft.utils.dotted import load_dotted
@@ -42,6 +42,7 @@ class Host:
             raise SpecError(
                 f"{spec.path} must be an async function: `async def {target.__name__}(row, session)`"
             )
+        refuse_text(called, spec.path)
         self.over_http = takes_address(called, options)
         if self.over_http:
             return

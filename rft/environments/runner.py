@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rft.config.environment import EnvironmentConfig
+from rft.config.rewards import RewardConfig
 from rft.environments.types import (
     ContextFull,
     Ending,
@@ -89,6 +90,7 @@ class EnvironmentRunner:
         self.gives_reward = True
         self.over_http = False  # a function that calls the policy by HTTP
         self.columns: list[str] | None = None  # those that `reset` of kind class takes; None: any
+        self.rewards: list[RewardConfig] = []  # of the config: those that read the environment (kind class)
         self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}
         self._tally = _Tally()
         self._places = asyncio.Semaphore(config.concurrency)
@@ -354,6 +356,11 @@ class Remote:
     def gives_reward(self) -> bool:
         return self.runner.gives_reward
 
+    @property
+    def running(self) -> bool:
+        """Whether the worker that played the episode so far still has its state."""
+        return self._worker is not None
+
     async def _answer(self, worker: Worker, number: int, method: str, arguments: Mapping[str, Any]) -> None:
         """Ask the session, and send its answer. Errors that the environment did not cause are raised."""
         try:
@@ -376,6 +383,8 @@ class Remote:
 def _result(kind: str, value: Any) -> Any:
     if kind == "result":
         return value
+    if kind == "unusable":
+        raise EnvironmentFault(value)
     if kind == "limit":
         raise (ContextFull if value == "context_full" else TurnLimit)(value)
     raise OperationFailed(value)

@@ -43,6 +43,11 @@ class Host:
             raise SpecError(
                 f"{spec.path} has neither `reset` nor `init`: a text environment needs one, and `step(text)`"
             )
+        if inspect.isclass(self.factory) and not callable(getattr(self.factory, "step", None)):
+            raise SpecError(
+                f"{spec.path} has no `step(text)`, which a text environment needs; a class whose methods are "
+                "tools is of kind class"
+            )
 
     def describe(self) -> dict[str, Any]:
         return {"tools": [], "gives_reward": True}

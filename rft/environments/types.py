@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from rft.rewards.types import Score
 
 Message = dict[str, Any]
 """A chat message: `role`, `content`, and for an assistant also `reasoning_content` and `tool_calls`."""
@@ -166,7 +169,7 @@ class Episode:
 
     reward: None if the environment gives none (then only the config's rewards apply), and after a fault.
     scores: named parts of the reward, and metrics. messages: the transcript; the first `start` of them were
-    given to the policy in its first call.
+    given to the policy in its first call. judged: scores of the config's rewards that read the environment.
     detail: for a fault, its traceback.
     """
 
@@ -176,6 +179,7 @@ class Episode:
     messages: Sequence[Message] = ()
     start: int = 0
     detail: str = ""
+    judged: Mapping[str, Score] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
+from rft.environments.rewards import UnusableReward
 from rft.environments.types import ContextFull, PolicyLimit, Reply, TurnLimit
 from rft.rewards.load import describe_error, finite_number
 from rft.rewards.worker import HEADER, Surroundings, open_streams, out_of_the_way
@@ -237,6 +238,8 @@ def serve(host: Any, sock: socket.socket, where: int) -> None:
                 channel.send("limit", ending)
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 raise
+            except UnusableReward as error:
+                channel.send("unusable", str(error))
             except BaseException as error:  # SystemExit and similar must not end a worker
                 channel.send("failed", describe_error(error))
     except (EOFError, BrokenPipeError, ConnectionResetError):

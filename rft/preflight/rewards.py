@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from typing import Any
 from rft.config.rewards import PASSED, RewardConfig, RewardsConfig
 from rft.data import PromptSet
 from rft.data.errors import BadRows
-from rft.rewards.load import BUILTINS, SAMPLED, SpecError, builtin, checked_options, signature_columns
+from rft.rewards.load import (
+    BUILTINS,
+    ENVIRONMENTS,
+    SAMPLED,
+    SpecError,
+    builtin,
+    checked_options,
+    signature_columns,
+)
 from rft.rewards.pool import Loaded, WorkerPool, spec_of
 from rft.rewards.types import RewardError
 from rft.sandbox import PROTECTIONS, Backend, Sandbox, SandboxError
@@ -26,10 +35,15 @@ Rows = Mapping[int, Collection[str]]
 """Column names of each row, by row number counted from 1."""
 
 
-def check_rewards(config: RewardsConfig, sets: Mapping[str, PromptSet]) -> list[str]:
-    """Check the reward functions, and the columns that they need in each dataset, including their values."""
+def check_rewards(
+    config: RewardsConfig, sets: Mapping[str, PromptSet], environment: str | None = None
+) -> list[str]:
+    """Check the reward functions, and the columns that they need in each dataset, including their values.
+
+    environment: kind of the environment, if there is one.
+    """
     rows = {name: {p.id + 1: p.columns for p in prompts.prompts} for name, prompts in sets.items()}
-    problems = check_reward(config, Path.cwd(), rows=rows)
+    problems = check_reward(config, Path.cwd(), rows=rows, environment=environment)
     for name, prompts in sets.items():
         problems += check_values(config, prompts.source, rows[name].items())
     return problems
@@ -40,10 +54,12 @@ def check_reward(
     base_dir: Path | str = ".",
     columns: Collection[str] | None = None,
     rows: Mapping[str, Rows] | None = None,
+    environment: str | None = None,
 ) -> list[str]:
     """Check that each function can be loaded and that its columns exist.
 
     columns: column names of a single dataset. rows: column names by row, for each dataset by name.
+    environment: kind of the environment, if there is one.
     Custom functions are loaded in worker processes, as in a run.
     """
     problems = [] if config.functions else ["rewards.functions is empty: name at least one reward"]
@@ -54,9 +70,22 @@ def check_reward(
         if isinstance(need, str):
             problems.append(f"{where}: {need}")
             continue
+        if ENVIRONMENTS in need.required:
+            if environment != "class":
+                has = "no environment" if environment is None else f"kind {environment}"
+                problems.append(f"{where}: {NO_INSTANCES.format(has)}")
+                continue
+            need = replace(need, required=tuple(n for n in need.required if n != ENVIRONMENTS))
         for name, dataset in datasets.items():
             problems += [f"{where}: {problem}" for problem in _column_problems(c, need, name, dataset)]
     return problems
+
+
+NO_INSTANCES = (
+    "reads `environments`, the instances of an environment class, and this config has {0}; write "
+    "environment: {{kind: class, path: file.py:Class}}; or read `completions`, with "
+    "environment.transcript: true"
+)
 
 
 def check_values(

@@ -26,7 +26,7 @@ class RewardActor:
     def loaded(self) -> tuple[Any, ...]:
         """Return the fields of `Loaded`, and the process id."""
         r = self.reward
-        return r.columns, r.required, r.any_of, r.per_sample, os.getpid()
+        return r.columns, r.required, r.any_of, r.per_sample, r.reads_environments, os.getpid()
 
     def score(
         self,

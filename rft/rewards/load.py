@@ -72,6 +72,8 @@ SAMPLED = ("num_tokens", "truncated", "completion_ids")
 """Columns provided by the sampler."""
 PER_CALL = ("trainer_state", "log_extra", "log_metric")
 """Arguments other than lists that TRL, and therefore rft, passes to a reward."""
+ENVIRONMENTS = "environments"
+"""The list of environment instances that TRL passes to a reward, which is called where these are."""
 
 
 class SpecError(ValueError):
@@ -295,6 +297,7 @@ class PerSample:
     """
 
     per_sample = True
+    reads_environments = False
     any_of: tuple[str, ...] = ()
 
     def __init__(self, spec: str, target: Any, options: Mapping[str, Any]) -> None:
@@ -357,6 +360,7 @@ class Stateful:
     """A built-in that keeps state and scores whole lists, such as a model or a judge."""
 
     per_sample = False
+    reads_environments = False
     any_of: tuple[str, ...] = ()
 
     def __init__(self, spec: str, cls: Any, options: Mapping[str, Any]) -> None:
@@ -443,6 +447,7 @@ class Custom:
         self.columns: tuple[str, ...] | None = None
         if not self.arguments.takes_all:
             self.columns = tuple(n for n in self.arguments.names if n not in given)
+        self.reads_environments = ENVIRONMENTS in self.arguments.names
         self.state: TrainerState | None = None
         self._logged: dict[str, list[float]] = {}
         self._extra: dict[str, list[Any]] = {}
@@ -455,7 +460,8 @@ class Custom:
             lists if self.arguments.takes_all else {k: lists[k] for k in self.arguments.names if k in lists}
         )
         per_call = {"trainer_state": self.state, "log_extra": self._log_extra, "log_metric": self._log_metric}
-        offered = {**per_call, **{k: private(v) for k, v in taken.items()}, **self.options}
+        copies = {k: v if k == ENVIRONMENTS else private(v) for k, v in taken.items()}
+        offered = {**per_call, **copies, **self.options}
         return self.arguments.call(self.function, offered)
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Score]:

@@ -61,13 +61,14 @@ class Loaded:
     """A worker's description of a function.
 
     columns: those that it reads (None: all); required: those that it must have; any_of: those of which it
-    needs one; per_sample: it judges one sample per call.
+    needs one; per_sample: it judges one sample per call; reads_environments: it takes TRL's `environments`.
     """
 
     columns: tuple[str, ...] | None
     required: tuple[str, ...]
     any_of: tuple[str, ...]
     per_sample: bool
+    reads_environments: bool = False
 
 
 @dataclass

@@ -89,6 +89,12 @@ class RewardRunner:
         """Return the process ids of the running workers."""
         return [pid for pool in self._pools for pid in pool.pids]
 
+    @property
+    def in_environment(self) -> list[RewardConfig]:
+        """Return the rewards that read `environments`, and are called where these are. After `start`."""
+        loaded = {label: pool.loaded[index] for label, (pool, index) in self._place.items()}
+        return [c for c in self.config.functions if loaded[c.label].reads_environments]
+
     async def score(
         self,
         prompts: Sequence[Text],
@@ -96,6 +102,7 @@ class RewardRunner:
         columns: Columns | None = None,
         info: Columns | None = None,
         *,
+        given: Mapping[str, Sequence[Score]] | None = None,
         groups: Sequence[int] | None = None,
         progress: float = 0.0,
         training: bool = True,
@@ -104,6 +111,7 @@ class RewardRunner:
 
         columns: dataset columns, N values each. info: sampling data, under the reserved names
         `num_tokens`, `truncated`, `completion_ids`, which rewards receive as further columns.
+        given: scores of rewards that were called elsewhere (`in_environment`), by label.
         groups: the group of each completion, for `gdpo`. progress: 0 to 1, for schedules.
         training: False for held-out completions: they count for the error policy, but not in `take_metrics`.
         Raises RewardError once failures exceed the limits of `on_error` and `on_timeout`.
@@ -116,13 +124,12 @@ class RewardRunner:
         await self.start()
         state = TrainerState(round(progress * self.steps), self.steps)
         logged = self._logged if training else {c.label: {} for c in self.config.functions}
+        called = [c for c in self.config.functions if c.label not in (given or {})]
         parts = await asyncio.gather(
-            *(
-                self._score_one(c, prompts, completions, merged, state, logged[c.label])
-                for c in self.config.functions
-            )
+            *(self._score_one(c, prompts, completions, merged, state, logged[c.label]) for c in called)
         )
-        scores = {c.label: part for c, part in zip(self.config.functions, parts, strict=True)}
+        made = {c.label: part for c, part in zip(called, parts, strict=True)} | dict(given or {})
+        scores = {c.label: made[c.label] for c in self.config.functions}
         rewards = combine(self.config, scores, groups=groups, progress=progress)
         self._tally.add(scores, rewards, training=training)
         self._tally.enforce(scores, prompts, completions)

@@ -234,7 +234,13 @@ def main(socket_fd: int, progress_fd: int, where_fd: int) -> None:
             send(sock, ("failed", str(error) if isinstance(error, SpecError) else describe_error(error)))
             return
         threading.Thread(target=_watch, args=(sock,), daemon=True).start()
-        send(sock, ("ready", [(r.columns, r.required, r.any_of, r.per_sample) for r in rewards]))
+        send(
+            sock,
+            (
+                "ready",
+                [(r.columns, r.required, r.any_of, r.per_sample, r.reads_environments) for r in rewards],
+            ),
+        )
         call = Call(
             lambda first, scores: send(sock, ("scores", first, encode(scores))),
             mark,

@@ -149,6 +149,7 @@ class EpisodeSampler:
         answers = [str(m.get("content") or "") for m in given if m.get("role") == "assistant"]
         scores: dict[str, Score] = {} if episode.reward is None else {ENVIRONMENT: graded(episode.reward)}
         scores |= {f"{ENVIRONMENT}/{name}": graded(value) for name, value in episode.scores.items()}
+        scores |= episode.judged
         cut = episode.ending in (Ending.context_full, Ending.turn_limit)
         return replace(
             completion,
@@ -172,9 +173,11 @@ class EpisodeSampler:
         own = [SampleReward(c.reward, c.scores) for c in played.completions]
         if rewards is None or not rewards.config.functions or not own:
             return Judged(played.prompt, played.completions, own)
+        labels = [c.label for c in self.runner.rewards]
+        given = {label: [c.scores[label] for c in played.completions] for label in labels}
         texts = [list(c.messages) for c in played.completions] if self.config.transcript else None
         judged = await judge(
-            played.prompt, played.completions, rewards, progress, training=training, texts=texts
+            played.prompt, played.completions, rewards, progress, training=training, texts=texts, given=given
         )
         return replace(judged, rewards=[_added(a, b) for a, b in zip(judged.rewards, own, strict=True)])
 

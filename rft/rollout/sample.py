@@ -10,7 +10,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,7 +22,7 @@ from rft.data.chat import Renderer
 from rft.data.messages import read_tools
 from rft.data.prompts import demonstrations_of
 from rft.rewards.runner import RewardRunner
-from rft.rewards.types import SampleReward
+from rft.rewards.types import SampleReward, Score
 from rft.rollout.engine import Generate, Generated, Request, Sampling
 from rft.utils.dotted import load_dotted
 
@@ -177,10 +177,12 @@ async def judge(
     *,
     training: bool = True,
     texts: list[Any] | None = None,
+    given: Mapping[str, Sequence[Score]] | None = None,
 ) -> Judged:
     """Score one prompt's completions. progress: of the run, 0 to 1, for schedules. training False: held-out
     completions, which do not count in the metrics of training rewards. texts: the rewards' input,
-    by default each completion in the format of its prompt: a text, or a list of messages."""
+    by default each completion in the format of its prompt: a text, or a list of messages. given: scores that
+    an environment has of its completions already, by label."""
     n = len(completions)
     if texts is None and isinstance(prompt.text, str):
         texts = [c.text for c in completions]
@@ -195,6 +197,7 @@ async def judge(
             "truncated": [c.finish == "length" for c in completions],
             "completion_ids": [list(c.tokens) for c in completions],
         },
+        given=given,
         progress=progress,
         training=training,
     )

@@ -244,6 +244,29 @@ class Guess:
     def _private(self) -> None: ...
 
 
+def solved(environments: list[Guess], **columns: Any) -> list[float]:
+    """A reward of TRL that reads the environments."""
+    return [float(environment.solved) for environment in environments]
+
+
+async def tries(prompts: Any, completions: Any, environments: Any, answer: Any, **more: Any) -> list[float]:
+    assert prompts == ["Guess my number."] and answer == ["7"]
+    more["log_metric"]("tries", environments[0].tries)
+    return [float(len(completion)) / e.tries for completion, e in zip(completions, environments, strict=True)]
+
+
+def text_length(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(completion)) for completion in completions]
+
+
+def without_attribute(environments: Any) -> list[float]:
+    return [environment.score for environment in environments]
+
+
+def stuck_reward(completions: Any, environments: Any) -> list[float]:
+    return [float(environments[0].stuck())]
+
+
 class NoReward:
     def reset(self, **row: Any) -> None: ...
 
@@ -251,6 +274,20 @@ class NoReward:
 class StringReward(NoReward):
     def get_reward(self) -> Any:
         return "good"
+
+
+class NanReward(NoReward):
+    def get_reward(self) -> float:
+        return float("nan")
+
+
+class AnnotatedText(NoReward):
+    def get_reward(self) -> str:
+        return "good"
+
+
+async def annotated_text(row: dict[str, Any], session: Any) -> str:
+    return "good"
 
 
 class NamedRewards(NoReward):
@@ -300,6 +337,11 @@ class Countdown:
         right = action.strip() == str(self.left)
         self.left -= 1
         return "next", 0.5 * right, self.left < 0, False, {}
+
+
+class NoStep:
+    def reset(self, **row: Any) -> str:
+        return ""
 
 
 class OldGym:
@@ -412,7 +454,7 @@ async def tokens(row: dict[str, Any], session: Any) -> float:
     return 0.0
 
 
-async def string_reward(row: dict[str, Any], session: Any) -> str:
+async def string_reward(row: dict[str, Any], session: Any) -> Any:
     return "good"
 
 

@@ -10,12 +10,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from rft.config.load import parse_config
+from rft.config.rewards import RewardsConfig
 from rft.config.schema import Config
 from rft.config.validate import problems
 from rft.data import load_prompts
 from rft.errors import ConfigError
 from rft.plan import make_plan
 from rft.preflight.environment import check_environment
+from rft.preflight.rewards import check_rewards
 from rft.report.plan_text import plan_lines
 from tests.specs import facts
 
@@ -135,6 +137,23 @@ def test_a_template_without_tools(tokenizer: Any) -> None:
     finally:
         tokenizer.chat_template = old
     assert "environment.tools: the chat template leaves out `tools`; use a model whose" in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (None, "reads `environments`, the instances of an environment class, and this config has no env"),
+        (
+            "tools",
+            "and this config has kind tools; write environment: {kind: class, path: file.py:Class}; or",
+        ),
+        ("class", ""),
+    ],
+)
+def test_a_reward_that_reads_environments_needs_a_class(kind: str | None, message: str) -> None:
+    rewards = RewardsConfig.model_validate({"functions": [{"function": f"{SAMPLES}:solved"}]})
+    found = check_rewards(rewards, {}, kind)
+    assert len(found) == bool(message) and message in "".join(found)
 
 
 def test_the_plan_checks_the_environment(tiny_folder: Path, tmp_path: Path) -> None:

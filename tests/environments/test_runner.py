@@ -12,8 +12,10 @@ import pytest
 import pytest_asyncio
 
 from rft.config.environment import EnvironmentConfig
+from rft.config.rewards import RewardsConfig
 from rft.environments.runner import EnvironmentRunner
 from rft.environments.types import Ending, EnvironmentFault, Episode, Reply, ToolCall
+from rft.rewards.runner import RewardRunner
 from rft.utils.process import is_running
 from tests.environments.scripted import ScriptedSession
 
@@ -158,9 +160,7 @@ async def test_rewards(make: Make, path: str, reward: float | None, scores: dict
 @pytest.mark.parametrize(
     ("kind", "path", "says"),
     [
-        ("class", "StringReward", "get_reward returned 'good' (str) as its reward"),
-        ("text", "StringStep", "step returned 'good' (str) as its reward"),
-        ("function", "string_reward", "string_reward returned 'good' (str) as its reward"),
+        ("class", "NanReward", "get_reward returned nan (float) as its reward"),
         ("class", "RaisesInReset", "ConnectionError: no server"),
         ("text", "RaisesInTurnTwo", "RuntimeError: second turn"),
         ("text", "BadStep", "step returned 'done': return (observation, reward, terminated"),
@@ -172,6 +172,21 @@ async def test_environment_errors(make: Make, kind: str, path: str, says: str) -
     assert says in episode.detail
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "says"),
+    [
+        ("class", "StringReward", "get_reward returned 'good' (str) as its reward: return a finite number"),
+        ("text", "StringStep", "step returned 'good' (str) as its reward"),
+        ("function", "string_reward", "string_reward returned 'good' (str) as its reward"),
+    ],
+)
+async def test_a_reward_of_a_wrong_type_ends_the_run(make: Make, kind: str, path: str, says: str) -> None:
+    """It is an error of the environment's code, which playing again does not mend."""
+    with pytest.raises(EnvironmentFault) as error:
+        await make(kind, path).run(ROW, ScriptedSession("2", "1"))
+    assert says in str(error.value)
+
+
 async def test_faults_of_a_class_end_its_episode(make: Make) -> None:
     runner = make("class", "Guess", step_timeout_s=0.5)
     stuck, crash = await asyncio.gather(
@@ -181,6 +196,31 @@ async def test_faults_of_a_class_end_its_episode(make: Make) -> None:
     assert stuck.ending is Ending.timeout and "samples.py" in stuck.detail and "hang" in stuck.detail
     assert crash.ending is Ending.tool_error and "exited with status 5" in crash.detail
     assert (await runner.run(ROW, ScriptedSession(use("guess", number=7), "done"))).reward == 1.0
+
+
+async def test_rewards_that_read_the_environments(make: Make) -> None:
+    """As TRL calls them, where the instance is. A hang costs its state, so that later ones fail."""
+    functions = [{"function": f"samples.py:{name}"} for name in ("solved", "tries", "text_length")]
+    faulty = [{"function": f"samples.py:{name}"} for name in ("without_attribute", "stuck_reward")]
+    later = [{"function": "samples.py:solved", "name": "later"}]
+    runner = make("class", "Guess", fresh=True, step_timeout_s=2.0)
+    async with RewardRunner(RewardsConfig.model_validate({"functions": functions}), HERE) as rewards:
+        assert [c.label for c in rewards.in_environment] == ["solved", "tries"]
+        runner.rewards = rewards.in_environment
+        session = ScriptedSession(use("guess", number=3), use("guess", number=7), "It is 7.")
+        episode = await runner.run(ROW, session)
+        given = {label: [score] for label, score in episode.judged.items()}
+        (reward,) = await rewards.score(["Guess my number."], ["It is 7."], given=given)
+    assert {k: s.value for k, s in episode.judged.items()} == {"solved": 1.0, "tries": 2.5}  # 5 messages
+    assert episode.scores == {"tries": 2.0} and episode.reward == 0.5
+    assert list(reward.scores) == ["solved", "tries", "text_length"] and reward.value == 1.0 + 2.5 + 8.0
+    runner.rewards = RewardsConfig.model_validate({"functions": faulty + later}).functions
+    episode = await runner.run(ROW, ScriptedSession(use("guess", number=7), "done"))
+    lost, hung, after = episode.judged.values()
+    assert not episode.failed and episode.reward == 1.0
+    assert (lost.value, lost.outcome) == (None, "error") and "has no attribute 'score'" in lost.detail
+    assert (hung.value, hung.outcome) == (None, "timeout") and "step_timeout_s = 2 s" in hung.detail
+    assert after.failed and after.detail.startswith("not called: ")
 
 
 # -- text ----------------------------------------------------------------------------------------------
@@ -399,6 +439,9 @@ async def test_cancelled_episode_frees_its_worker(make: Make) -> None:
         ("class", "NoReset", (), "has no `reset`"),
         ("class", "Guess", ("add", "add"), "two tools are called 'add'"),
         ("text", "NoReset", (), "has neither `reset` nor `init`"),
+        ("class", "AnnotatedText", (), "AnnotatedText.get_reward is annotated to return text as its reward"),
+        ("function", "annotated_text", (), "annotated_text is annotated to return text as its reward"),
+        ("text", "NoStep", (), "has no `step(text)`, which a text environment needs"),
         ("function", "not_async", (), "must be an async function"),
         ("function", "missing.py:f", (), "no file"),
     ],
