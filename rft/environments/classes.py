@@ -16,6 +16,7 @@ from rft.rewards.load import ENVIRONMENTS, SpecError, checked_options, describe_
 from rft.rewards.pool import Spec as RewardSpec
 from rft.rewards.pool import spec_of
 from rft.rewards.types import Outcome, Score
+from rft.rewards.worker import decode, encode
 
 if TYPE_CHECKING:
     from rft.environments.runner import Remote
@@ -86,17 +87,17 @@ class Host:
 
     def judge(
         self, label: str, spec: RewardSpec, prompt: Any, completion: list[Message], columns: dict[str, Any]
-    ) -> tuple[Score, dict[str, list[float]]]:
-        """Call a reward of the config with this environment, as TRL does; return its score, and the values
-        that it passed to `log_metric`. An exception is a failed score, never a zero."""
+    ) -> tuple[Any, dict[str, list[float]]]:
+        """Call a reward of the config with this environment, as TRL does; return its encoded score, and the
+        values that it passed to `log_metric`. An exception is a failed score, never a zero."""
         try:
             if label not in self.rewards:
                 self.rewards[label] = load_spec(spec.function, spec.options, spec.base_dir, spec.payload)
             reward, lists = self.rewards[label], {name: [value] for name, value in columns.items()}
-            (score,) = reward.score([prompt], [completion], **lists, **{ENVIRONMENTS: [self.instance]})
-            return score, reward.take_logged()
+            scores = reward.score([prompt], [completion], **lists, **{ENVIRONMENTS: [self.instance]})
+            return encode(scores), reward.take_logged()
         except BaseException as error:  # SystemExit and similar must not end the worker
-            return Score(None, Outcome.error, describe_error(error)), {}
+            return encode([Score(None, Outcome.error, describe_error(error))]), {}
 
     def end(self) -> None:
         for tool in self.stateful:
@@ -130,7 +131,8 @@ async def judge(
         columns |= {parameter: row[column] for parameter, column in c.columns.items() if column in row}
         spec = spec_of(c, remote.runner.spec.base_dir)
         try:
-            score, logged = await remote.call("judge", c.label, spec, row["prompt"], completion, columns)
+            made, logged = await remote.call("judge", c.label, spec, row["prompt"], completion, columns)
+            (score,) = (replace(each, steps=tuple(each.steps)) for each in decode(made))  # lists in JSON
         except WorkerHung as error:
             score, logged = Score(None, Outcome.timeout, str(error)), {}
         except WorkerDied as error:

@@ -259,7 +259,7 @@ def text_length(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(completion)) for completion in completions]
 
 
-def without_attribute(environments: Any) -> list[float]:
+def without_attribute(environments: Any, **columns: Any) -> list[float]:
     return [environment.score for environment in environments]
 
 
