@@ -494,7 +494,9 @@ class _Zygote:
             await self.close()
             status = self.process.wait()
             how = f"the process that loaded it ended ({status})"
-            raise EnvironmentFault(f"{path} could not be loaded: {report.get('error', how)}")
+            why = report.get("error", how)
+            named = any(name in why for name in (self.spec.path, *self.spec.tools) if name)
+            raise EnvironmentFault(why if named else f"{path} could not be loaded: {why}")
         return report, threads
 
     async def fork(self) -> Worker:

@@ -139,18 +139,17 @@ def resolve(spec: str, base_dir: Path | str = ".") -> Any:
     where, _, name = spec.rpartition(":")
     if not where or not name:
         raise SpecError(
-            f"{spec!r} does not name a reward: write a built-in, `file.py:function` or "
-            "`package.module:function`"
+            f"{spec!r} does not name a function or class: write `file.py:name` or `package.module:name`"
         )
     module = _import_file(where, base_dir) if where.endswith(".py") else _import_module(where, base_dir)
     target: Any = module
     for part in name.split("."):
         if not hasattr(target, part):
             names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise SpecError(f"{where} has no function {name!r}{did_you_mean(name, names)}")
+            raise SpecError(f"{where} has no function or class {name!r}{did_you_mean(name, names)}")
         target = getattr(target, part)
     if not callable(target):
-        raise SpecError(f"{spec} is a {type(target).__name__}, not a function")
+        raise SpecError(f"{spec} is not a function or class, but of type {type(target).__name__}")
     return target
 
 
@@ -229,7 +228,7 @@ def checked_options(spec: str, target: Any, options: Mapping[str, Any], *, stric
         known = {n: p for n, p in known.items() if p.kind not in _VARIADIC}
         missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
         if missing and (strict or inspect.isclass(target)):
-            raise SpecError(f"reward {spec!r} needs the option {missing[0]!r}")
+            raise SpecError(f"{spec!r} needs the option {missing[0]!r}")
     hints: dict[str, Any] = {}
     if options:
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -237,7 +236,7 @@ def checked_options(spec: str, target: Any, options: Mapping[str, Any], *, stric
         if known is not None and name not in known:
             listing = ", ".join(sorted(known)) or "none"
             hint = did_you_mean(name, known)
-            raise SpecError(f"reward {spec!r} has no option {name!r}{hint}. Its options: {listing}")
+            raise SpecError(f"{spec!r} has no option {name!r}{hint}. Its options: {listing}")
         result[name] = _converted(spec, name, value, hints[name]) if name in hints else value
     return result
 
@@ -254,7 +253,7 @@ def _converted(spec: str, name: str, value: Any, hint: Any) -> Any:
         return adapter.validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise SpecError(f"reward {spec!r}, option {name!r}: {problem['msg']}, got {value!r}") from error
+        raise SpecError(f"{spec!r}, option {name!r}: {problem['msg']}, got {value!r}") from error
 
 
 def _rows(columns: Mapping[str, Sequence[Any]], n: int, label: str) -> None:

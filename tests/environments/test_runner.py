@@ -435,7 +435,7 @@ async def test_cancelled_episode_frees_its_worker(make: Make) -> None:
         ("tools", None, ("no_annotations",), "no_annotations needs an annotation for each parameter"),
         ("tools", None, ("undescribed",), "no description for the argument 'a'"),
         ("tools", None, ("add", "other.add"), "two tools are called 'add'"),
-        ("tools", None, ("ad",), "has no function 'ad' (did you mean 'add'"),
+        ("tools", None, ("ad",), "has no function or class 'ad' (did you mean 'add'"),
         ("class", "NoReset", (), "has no `reset`"),
         ("class", "Guess", ("add", "add"), "two tools are called 'add'"),
         ("text", "NoReset", (), "has neither `reset` nor `init`"),

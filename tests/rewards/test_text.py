@@ -183,7 +183,7 @@ def test_every_builtin_resolves() -> None:
         ("nowhere.py:f", {}, "no file"),
         ("no_such_module:f", {}, "no module 'no_such_module'"),
         ("reward.py", {}, "a file needs the function's name"),
-        ("json:dump_it", {}, "has no function 'dump_it' (did you mean 'dump"),
+        ("json:dump_it", {}, "has no function or class 'dump_it' (did you mean 'dump"),
     ],
 )
 def test_mistakes_are_named(spec: str, options: dict[str, Any], words: str) -> None:
