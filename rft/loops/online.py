@@ -388,7 +388,8 @@ class Controller:
         if filtered := self._without_signal["filtered"]:
             causes.append(f"in {filtered} the rewards are too similar: the task may be too easy or too hard")
         if unjudged := self._without_signal["unjudged"]:
-            causes.append(f"in {unjudged} too few completions could be judged: see the rewards' outcomes")
+            where = "see the rewards' outcomes" if self.episodes is None else "see fault/... in events.jsonl"
+            causes.append(f"in {unjudged} too few completions could be judged: {where}")
         raise NoSignal(
             f"{self._without_signal.total()} groups in a row were dropped while step {self.step + 1} was "
             f"sampled ({'; '.join(causes)}). train.max_filtered allows {limit}"
