@@ -22,7 +22,7 @@ from rft.data.chat import Renderer
 from rft.environments.runner import EnvironmentRunner
 from rft.metrics import Progress, RunLog
 from rft.metrics.log import read_jsonl
-from rft.rollout.engine import Generate, Sampling
+from rft.rollout.engine import Generate, Generated, Request, Sampling
 from rft.rollout.episodes import EpisodeSampler, Played, check_batch
 from rft.rollout.fleet import Fleet
 from rft.rollout.sample import scored_group
@@ -44,6 +44,7 @@ async def play(row, session, turns=3, rewrite=False, gate=None):
                 await asyncio.sleep(0.02)
     return float(len(reply.content) % 3)
 '''
+BLOCK = 32  # tokens that vLLM caches as one
 QUESTION = "what is the sum of three and four and five? " * 2
 
 
@@ -77,15 +78,27 @@ def test_every_turn_is_trained_in_its_context(vllm_stage: Stage, tmp_path: Path,
     """The learner's log-probs of all turns are the engine's, with and without branches, with a shared prefix
     and without; later turns find the earlier ones in the engine's cache."""
 
+    calls: list[tuple[Request, Generated]] = []
+
+    async def generate(request: Request) -> list[Generated]:
+        (answer,) = await vllm_stage.pool.generate(request)
+        calls.append((request, answer))
+        return [answer]
+
     async def body() -> tuple[Group, dict[str, float]]:
-        async with sampler(vllm_stage, tmp_path, vllm_stage.pool.generate, rewrite=rewrite) as episodes:
+        async with sampler(vllm_stage, tmp_path, generate, rewrite=rewrite) as episodes:
             group = await group_of(episodes, await play(episodes))
             return group, episodes.take_metrics()
 
     group, metrics = vllm_stage.run(body())
     assert metrics["session/turns"] == 3 and metrics["session/branches"] == (3 if rewrite else 1)
     assert metrics["session/retokenised"] == 0  # a summary is no earlier turn
-    assert metrics["session/cached"] >= 128  # a block
+    read = {(*request.tokens, *answer.tokens) for request, answer in calls}
+    for request, answer in calls:  # the engine computes what follows the last whole block of the turn before
+        known = max((len(ids) - 1 for ids in read if request.tokens[: len(ids)] == ids), default=0)
+        assert answer.cached >= known // BLOCK * BLOCK
+        assert bool(known) == (not rewrite and not request.id.endswith("-0"))
+    assert metrics["session/cached"] == sum(answer.cached for _, answer in calls) / 4 > 2 * BLOCK
     for share in (False, True):
         batch = Batch.build([group], share_prefix=share)
         check_batch([group], batch)
