@@ -1,4 +1,4 @@
-"""The command line: rft init | train | check | config | eval | reward | report | watch | export | bench."""
+"""The command line: rft init | train | check | config | eval | serve | report | watch | export | ..."""
 
 from __future__ import annotations
 

@@ -40,6 +40,18 @@ def register(command: AddCommand) -> None:
     text = "held-out accuracy and pass@k of a model, as JSON on stdout"
     add = command(evaluate, "eval", text, config=True, stoppable=True)
     add("--model", type=path_argument, help="model folder or hub name (none: the config's)")
+    text = "serve a model, or the newest checkpoint of a run, in the dialects of OpenAI and Anthropic"
+    add = command(serve, "serve", text, stoppable=True)
+    add("target", metavar="MODEL|RUN", type=path_argument, help="model folder or hub name, or a run folder")
+    add("overrides", nargs="*", metavar="key.sub=value", help="config overrides, such as rollout.engine=hf")
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    add("--port", type=int, default=8000, help="port (default: 8000; 0: any)")
+    add(
+        "--key-env",
+        metavar="NAME",
+        help="environment variable with the API key (none: any key is right)",
+    )
+    add("--follow", action="store_true", help="reload when the run has saved a newer checkpoint")
     add = command(list_keys, "config", "every config key with its default and meaning")
     add("prefix", nargs="?", default="", help="only keys that start with this")
     add = command(export, "export", "the run's final model as a Hugging Face folder")
@@ -101,6 +113,13 @@ def evaluate(args: argparse.Namespace) -> int:
     plan = make_plan(load_config(args.config, args.overrides), model=args.model, evaluate=True)
     metrics = asyncio.run(evaluate_model(plan, args.signals))
     print(json.dumps(metrics, indent=2))
+    return 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    from rft.tools.serve import serve
+
+    serve(args.target, args.overrides, args.host, args.port, args.key_env, args.follow, args.signals, note)
     return 0
 
 

@@ -1,0 +1,208 @@
+"""`rft serve`: a model, or the newest checkpoint of a run, behind the endpoint, to evaluate or try it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rft.batch import Prompt
+from rft.checkpoint import newest_step
+from rft.config.load import apply_overrides, load_config, parse_config
+from rft.config.schema import Config
+from rft.data.chat import Renderer
+from rft.data.errors import RowProblem
+from rft.endpoint.calls import SessionCalls
+from rft.endpoint.handle import Endpoint
+from rft.endpoint.server import Open
+from rft.endpoint.types import Answer, Ask, Refused, SetReward
+from rft.environments.types import Reply
+from rft.errors import ConfigError, ModelError
+from rft.plan import Plan, make_plan
+from rft.preflight.memory import ModelShape
+from rft.preflight.model import resolve_model
+from rft.rollout.engine import Sampling
+from rft.rollout.pool import RolloutPool
+from rft.rollout.session import Budget, Session
+from rft.rollout.tool_calls import format_of
+from rft.run_training import make_pool
+from rft.tools.export import export_run
+from rft.utils.ray_cluster import ray_cluster
+from rft.utils.signals import StopRequests
+
+LOOK_EVERY_S = 5.0  # for a newer checkpoint
+END_S = 30.0  # for ending the engines after a stop signal
+CONTEXT = 8192  # tokens of prompt and answer, unless the model has fewer positions
+NAME = "serve"
+
+Say = Callable[[str], None]
+R = TypeVar("R")
+
+
+class _Direct:
+    """The calls of a session that belongs to no episode."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def follow(self, call: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
+        return asyncio.create_task(call)
+
+    async def chat(self, **arguments: Any) -> Reply:
+        return await self.session.chat(**arguments)
+
+    def reward(self, value: float, name: str = "reward", call: int | None = None) -> None:
+        raise NotImplementedError
+
+
+class Served:
+    """A plan's model in its engines. Each call is a session of one turn, sampled as the client wishes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.render = Renderer(plan.config.data, plan.tokenizer)
+        self.pool: RolloutPool = make_pool(plan)
+        self.pool.spec = replace(self.pool.spec, stop_strings=True)
+        self.calls: set[asyncio.Task[Any]] = set()
+        self._numbers = count()
+        try:
+            self.parser: str | None = format_of(self.render)
+        except RowProblem:
+            self.parser = None
+
+    async def reply(self, ask: Ask | SetReward) -> Answer | None:
+        if isinstance(ask, SetReward):
+            raise Refused(404, "not_found", "there is nothing to reward: no run is trained here")
+        length = self.pool.spec.max_model_len
+        wishes = ask.sampling
+        seed = wishes.get("seed")
+        sampling = Sampling(
+            1,
+            length,
+            temperature=wishes.get("temperature", 1.0),
+            top_p=wishes.get("top_p", 1.0),
+            seed=None if seed is None else int(seed) % 2**31,
+        )
+        budget = Budget(1, length, length)
+        name = f"{NAME}-{next(self._numbers)}"
+        nothing = Prompt(0, (), [{"role": "user", "content": ""}])
+        session = Session(self.pool.generate, self.render, nothing, sampling, budget, name, self.parser)
+        task = asyncio.ensure_future(SessionCalls(session, _Direct(session)).reply(ask))
+        self.calls.add(task)
+        task.add_done_callback(self.calls.discard)
+        return await task
+
+    async def close(self) -> None:
+        """Stop the engines after the calls in flight."""
+        if self.calls:
+            await asyncio.wait(self.calls)
+        await self.pool.close()
+
+
+def config_of(target: str, overrides: list[str]) -> Config:
+    """Return the config of a run folder, or one for a model."""
+    folder = Path(target)
+    if (folder / "config.yaml").exists():
+        return load_config(folder / "config.yaml", overrides)
+    raw: dict[str, Any] = {
+        "algorithm": "grpo",
+        "model": {"path": target},
+        "data": {"kind": "arithmetic", "limit": 64},
+        "rewards": ["math"],
+        "eval": {"every": 0},
+    }
+    plain = parse_config(raw)
+    try:
+        positions = ModelShape.of(resolve_model(plain), plain.model).max_positions or CONTEXT
+    except ModelError as error:
+        raise ConfigError([f"{target}: {error}"]) from None
+    half = min(CONTEXT, positions) // 2
+    raw["rollout"] = {"sampling": {"max_prompt_length": half, "max_completion_length": half}}
+    return parse_config(apply_overrides(raw, overrides))
+
+
+@asynccontextmanager
+async def serving(
+    target: str, overrides: list[str], host: str, port: int, key: str, follow: bool, say: Say
+) -> AsyncIterator[str]:
+    """Serve a model or a run for the length of a block; yield the URL."""
+    config, run = config_of(target, overrides), Path(target)
+    is_run = (run / "config.yaml").exists()
+    if follow and not is_run:
+        raise ConfigError([f"--follow: {target} is not a run folder, so nothing newer will come"])
+    with tempfile.TemporaryDirectory(prefix="rft-serve-") as scratch:
+
+        async def load() -> tuple[int | None, Served]:
+            step, model = None, target
+            if is_run:
+                step = newest_step(run / "checkpoints")
+                model = f"{scratch}/{step}"
+                await asyncio.to_thread(export_run, run, Path(model))
+            served = Served(await asyncio.to_thread(make_plan, config, model=model, evaluate=True))
+            await served.pool.start()
+            return step, served
+
+        step, current = await load()
+        context = current.pool.spec.max_model_len
+        endpoint = Endpoint(host, port, Open(NAME, key, context))
+
+        async def reply(ask: Ask | SetReward) -> Answer | None:
+            return await current.reply(ask)
+
+        async def renew() -> None:
+            """Load newer checkpoints beside the old one; calls in flight end where they began."""
+            nonlocal step, current
+            while True:
+                await asyncio.sleep(LOOK_EVERY_S)
+                if newest_step(run / "checkpoints") != step:
+                    old = current
+                    step, current = await load()
+                    say(f"serving the checkpoint of step {step}")
+                    await old.close()
+
+        endpoint.share(NAME, reply)
+        renewing = asyncio.create_task(renew()) if follow else None
+        try:
+            yield await endpoint.start()
+        finally:
+            if renewing is not None:
+                renewing.cancel()
+                await asyncio.gather(renewing, return_exceptions=True)
+            await endpoint.close()
+            await current.pool.close()
+
+
+def serve(
+    target: str, overrides: list[str], host: str, port: int, key_env: str | None, follow: bool,
+    signals: StopRequests, say: Say,
+) -> None:  # fmt: skip
+    """Serve until a stop is requested. key_env: the environment variable with the key of the endpoint."""
+    key = "" if key_env is None else os.environ.get(key_env, "")
+    if key_env is not None and not key:
+        raise ConfigError([f"--key-env: the environment variable {key_env} is not set"])
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        if not key:
+            raise ConfigError([f"--host {host}: beyond this machine a key is needed; write --key-env NAME"])
+        say(f"warning: everybody who reaches {host}:{port} and has the key can use the model")
+
+    async def run() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def request(reason: str) -> float:
+            loop.call_soon_threadsafe(stop.set)
+            return END_S
+
+        signals.handle(request=request)
+        address = "127.0.0.1" if host == "localhost" else host
+        async with serving(target, overrides, address, port, key, follow, say) as url:
+            say(f"serving {target} at {url}/v1")
+            await stop.wait()
+
+    with ray_cluster(None, 0.3):
+        asyncio.run(run())
