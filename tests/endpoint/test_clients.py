@@ -11,6 +11,7 @@ import pytest
 from anthropic import AsyncAnthropic
 from openai import APIError, AsyncOpenAI, AuthenticationError, BadRequestError
 
+from rft.rollout.episodes import leaves
 from rft.rollout.session import Budget
 from tests.endpoint.served import ADD, END, Served, served, trained
 
@@ -266,3 +267,23 @@ async def test_an_error_after_the_stream_began(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(APIError, match="a bad day"):
             async for _ in events:
                 pass
+
+
+@pytest.mark.parametrize("drift", [False, True])
+async def test_token_prompts_of_verifiers(drift: bool) -> None:
+    """Its client renders: the sampled ids extend the prompt; with re-encoded ones each turn branches."""
+    async with served(f"four and five{END}") as server:
+        calls, key = server.open()
+        ids = list(server.render.tokenizer("hi", add_special_tokens=False)["input_ids"])
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}) as http:
+            for _ in range(3):
+                body = {"model": "m", "token_ids": ids, "sampling_params": {"max_tokens": 99, "logprobs": 1}}
+                (choice,) = (await http.post(f"{server.url}/inference/v1/generate", json=body)).json()[
+                    "choices"
+                ]
+                said = choice["token_ids"]
+                again = [*server.render.tokenizer("f", add_special_tokens=False)["input_ids"], *said[1:]]
+                ids = ids + (again if drift else said) + ids[:1]
+        made = calls.session.calls
+        assert leaves(made) == (3 if drift else 1)
+        assert trained(calls).num_sampled == sum(len(call.sampled) for call in made)
