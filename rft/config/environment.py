@@ -13,7 +13,7 @@ from rft.config.base import ConfigModel
 from rft.config.rewards import PASSED, PassedReward, pass_object
 from rft.utils.paths import PathText
 
-Kind = Literal["tools", "class", "text", "function", "reasoning_gym", "command", "mcp"]
+Kind = Literal["tools", "class", "text", "function", "reasoning_gym", "command", "mcp", "openenv"]
 ToolParser = Literal["auto", "json", "llama3", "pythonic", "xml"]
 
 
@@ -42,7 +42,7 @@ class EnvironmentConfig(ConfigModel):
         description="tools (functions that the policy may call), class (TRL's environment class: `reset`, "
         "methods as tools, `get_reward`), text (`reset` or `init`, and `step(text)`), function (an async "
         "function of a row and a session), reasoning_gym (several tries with feedback), command (a program "
-        "that calls the policy by HTTP), mcp (the tools of an MCP server)"
+        "that calls the policy by HTTP), mcp (the tools of an MCP server), openenv (an OpenEnv server)"
     )
     path: PathText | None = Field(
         None,
@@ -56,7 +56,7 @@ class EnvironmentConfig(ConfigModel):
     )
     command: list[str] | None = Field(
         None,
-        description="the program of kind command or mcp with its arguments, as one text or as a list; names "
+        description="the program of kind command, mcp or openenv, as one text or as a list; names "
         "of files are relative to the working folder of the run",
     )
     passed: dict[str, PassedReward] = Field(

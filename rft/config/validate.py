@@ -220,7 +220,7 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         "`package.module:name`",
     )
     yield (
-        e.kind != "mcp" and (e.kind == "command") != bool(e.command),
+        e.kind not in ("mcp", "openenv") and (e.kind == "command") != bool(e.command),
         f"{key}.command: "
         + (
             "kind command needs a program; write `command: python agent.py`"

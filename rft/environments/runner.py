@@ -49,6 +49,7 @@ KINDS = {
     "reasoning_gym": "rft.environments.text",
     "command": "rft.contrib.environments.command",
     "mcp": "rft.contrib.environments.mcp",
+    "openenv": "rft.contrib.environments.openenv",
 }
 """Module of each kind: `Host`, its operations in the worker, and `play`, one episode."""
 BUILT_IN = {"reasoning_gym": "rft.contrib.environments.reasoning_gym:ReasoningGym"}

@@ -282,7 +282,7 @@ async def test_token_prompts_of_verifiers(drift: bool) -> None:
                     "choices"
                 ]
                 said = choice["token_ids"]
-                again = [*server.render.tokenizer("f", add_special_tokens=False)["input_ids"], *said[1:]]
+                again = [*server.render.tokenizer("z", add_special_tokens=False)["input_ids"], *said[1:]]
                 ids = ids + (again if drift else said) + ids[:1]
         made = calls.session.calls
         assert leaves(made) == (3 if drift else 1)
