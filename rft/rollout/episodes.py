@@ -98,7 +98,7 @@ class EpisodeSampler:
     ) -> tuple[Session, Episode] | None:
         """Play one episode, again after a fault; None once `max_retries` are used up, or if the policy
         sampled nothing."""
-        tally, row = self._tallies[training], {**prompt.columns, "prompt": prompt.text}
+        row = {**prompt.columns, "prompt": prompt.text}
         attempts = count(1)
 
         async def once() -> tuple[Session, Episode]:
@@ -110,7 +110,8 @@ class EpisodeSampler:
                 episode = await self.runner.run(row, session)
             finally:
                 session.close("the episode has ended")
-            tally.add(session, episode, time.perf_counter() - begin)
+            # `take_metrics` may have begun another tally since this session began.
+            self._tallies[training].add(session, episode, time.perf_counter() - begin)
             self._report(label, prompt, episode, number)
             return session, episode
 
@@ -123,7 +124,7 @@ class EpisodeSampler:
         result: tuple[Session, Episode] = await tries(once)
         session, episode = result
         if episode.failed or not any(call.trained and call.sampled for call in session.calls):
-            tally.lost += 1
+            self._tallies[training].lost += 1
             return None
         return session, episode
 

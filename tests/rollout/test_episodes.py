@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -140,6 +141,30 @@ async def test_one_session_per_planned_completion(tmp_path: Path) -> None:
     assert metrics["session/ending/finished"] == 1 and metrics["session/score/length"] == 5.5
     assert all(is_documented(name) for name in metrics)
     assert "session/turns" not in episodes.take_metrics()
+
+
+async def test_a_session_counts_in_the_step_in_which_it_ends(tmp_path: Path) -> None:
+    """As in an asynchronous run: metrics are taken while sessions are in flight."""
+    async with sampler(tmp_path, "odd") as episodes:
+        policy = episodes.generate
+
+        async def generate(request: Request) -> list[Generated]:
+            if request.id.endswith("-1"):  # the second turn
+                episodes.take_metrics()
+            return await policy(request)
+
+        episodes.generate = generate
+        await play(episodes, tmp_path, [Rollout()])
+        assert episodes.take_metrics()["session/turns"] == 2
+        episodes.take_metrics()
+        prompt = prompt_of(episodes, tmp_path)
+        lost = asyncio.ensure_future(
+            episodes.sample("t", prompt, [Rollout(), Rollout()], SAMPLING, version=4)
+        )
+        await asyncio.sleep(0.1)
+        episodes.take_metrics()
+        assert len((await lost).completions) == 1
+        assert episodes.take_metrics()["session/lost"] == 1
 
 
 async def test_a_fault_is_repeated_and_counts_for_nothing(tmp_path: Path) -> None:
