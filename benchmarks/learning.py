@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from learning_report import merge, summarise, write_page
+from learning_report import SECONDS, merge, summarise, write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLINE = ROOT / "examples" / "online"
@@ -40,14 +40,19 @@ class Case:
     start: str = ""  # of STARTS
 
 
-# What a start was warmed up on, where it is not the example's own mixture. `hasty`: chains of which every
-# step is wrong, and one careful solution in a thousand.
+# The example whose warm start a start is, and what is changed in it. `hasty`: chains of which every step is
+# wrong, and one careful solution in a thousand.
 STARTS = {
-    "": (),
+    "": ("examples/arithmetic.yaml", ()),
     "hasty": (
-        "warm_start.data={kind: arithmetic, limit: 83200, options: "
-        "{styles: {lines: 0.001, chain: 0.999}, wrong_fraction: {lines: 0.01, chain: 1.0}}}",
+        "examples/arithmetic.yaml",
+        (
+            "warm_start.data={kind: arithmetic, limit: 83200, options: "
+            "{styles: {lines: 0.001, chain: 0.999}, wrong_fraction: {lines: 0.01, chain: 1.0}}}",
+        ),
     ),
+    "calculator": ("examples/calculator.yaml", ()),
+    "guess": ("examples/guess.yaml", ()),
 }
 # Demonstrations in the start's own format, of whose steps three in ten are wrong.
 HARD = ("data.options={styles: {chain: 1}, wrong_fraction: 0.3}", "train.steps=100", "eval.every=50")
@@ -96,6 +101,9 @@ CASES: list[Case] = [
     online("prefix_rft", "hard", *HARD, "algorithm={name: prefix_rft, hybrids: 2}", start="hasty"),
     online("ppo", "echo", STYLES, *FAST),
     *(online(name, "echo", STYLES) for name in ("grpo", "expert_iteration")),
+    Case("calculator", "agents", "examples/calculator.yaml", start="calculator"),
+    Case("guess", "agents", "examples/guess.yaml", start="guess"),
+    Case("guess_no_credit", "agents", "examples/guess.yaml", ("algorithm={name: grpo}",), start="guess"),
 ]
 
 
@@ -117,7 +125,8 @@ def main(argv: Sequence[str]) -> int:
                 code = carry_out(case, seed, run, args.runs, args.minutes)
                 failed += [run.name] if code else []
             if (run / "result.json").exists():
-                merge(summarise(run, case.section, case.name, seed, case.config, case.overrides))
+                row = summarise(run, case.section, case.name, seed, case.config, case.overrides)
+                merge(row | seconds_of(start_folder(seed, args.runs, case.start)))
     write_page([(c.section, c.name) for c in CASES])
     if failed:
         print(f"not finished: {', '.join(failed)}", file=sys.stderr)
@@ -139,7 +148,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def carry_out(case: Case, seed: int, run: Path, runs: Path, minutes: float) -> int:
     """Train one case from the start of its seed; returns rft's exit code (75: cut short, resumable)."""
     overrides = [*case.overrides, f"seed={seed}", f"output_dir={runs}", f"name={run.name}", "warm_start=null"]
-    overrides.append(f"model.path={start(seed, runs, case.start)}")
+    overrides += [f"model.path={start(seed, runs, case.start)}", "model.options={}"]
     if case.teacher:
         teacher = runs / f"{case.section}-{case.teacher}-{seed}" / "model"
         if not (teacher / "config.json").exists():
@@ -176,20 +185,30 @@ def rft(command: Sequence[str], minutes: float) -> int:
         return process.wait()
 
 
+def start_folder(seed: int, runs: Path, kind: str) -> Path:
+    return runs / "-".join(filter(None, ("start", kind, str(seed))))
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """How long a start took to train, if that is known."""
+    path = folder / SECONDS
+    return {"start_minutes": round(int(path.read_text()) / 60, 2)} if path.exists() else {}
+
+
 def start(seed: int, runs: Path, kind: str = "") -> Path:
-    """The model that all runs of a seed start from: the warm start of examples/arithmetic.yaml, on its own
-    mixture of solutions or on another of STARTS."""
-    name = "-".join(filter(None, ("start", kind, str(seed))))
-    folder = runs / name
+    """The model that all runs of a seed start from: one of STARTS."""
+    folder = start_folder(seed, runs, kind)
+    name = folder.name
     if not (folder / "config.json").exists():
         cache, began = runs / f".{name}", time.time()
         settings = [f"seed={seed}", f"output_dir={cache}", "name=run", f"warm_start.cache={cache}/made"]
         short = ["train.steps=1", "eval.every=0", "rollout.engine=hf"]
-        if rft(["train", "examples/arithmetic.yaml", *settings, *STARTS[kind], *short], minutes=60):
+        config, changes = STARTS[kind]
+        if rft(["train", config, *settings, *changes, *short], minutes=60):
             raise SystemExit(f"the {name} failed")
         (made,) = (cache / "made").glob("warm-start-*")
         shutil.copytree(made, folder)
-        print(f"{name}: {time.time() - began:.0f} s", flush=True)
+        (folder / SECONDS).write_text(f"{time.time() - began:.0f}\n")
     return folder
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
 PAGE = ROOT / "docs" / "learning.md"
 PLOT = ROOT / "docs" / "images" / "learning.png"
+SECONDS = "seconds"  # a file of a start: how long it took to train
 BIN = 5  # steps that a point of a reward curve is the mean of
 
 SECTIONS = {
@@ -32,6 +33,17 @@ SECTIONS = {
         "right sample to begin with, Prefix-RFT and LUFFY blend the two and keep what is rewarded. 100 steps "
         "of 32 prompts each; SFT sees as many. Chains of four and of seven numbers were tried as well: where "
         "a skill itself has to come from clean demonstrations, SFT stayed ahead of Prefix-RFT at this size.",
+    ),
+    "agents": (
+        "Agents",
+        "Sessions of several turns in an environment. `calculator` is `examples/calculator.yaml`: sums of "
+        "four numbers of two digits, which the model cannot do in its head, and the built-in tool; one "
+        "demonstration in four calls it. `guess_CREDIT` is `examples/guess.yaml` with that `turn_returns`: "
+        "a number from 1 to 200 is to be found within 8 guesses, each answered by `higher` or `lower`; "
+        "demonstrations guess any number that is still possible. Accuracy is the share of held-out sums that "
+        "are right, and of held-out numbers that are found. Turns and tool calls are means over the sessions "
+        "that were trained on, in the first and in the last five steps. The minutes are those of "
+        "reinforcement learning; those of the warm start are in the remark.",
     ),
     "echo": (
         "Echo Chamber",
@@ -92,6 +104,8 @@ def summarise(run: Path, section: str, case: str, seed: int, config: str, overri
     }
     if shares:
         found["styles"] = shares
+    if "session/turns" in steps[-1]:
+        found["session"] = {n: _ends(steps, f"session/{n}") for n in ("turns", "tool_calls")}
     return found
 
 
@@ -151,6 +165,8 @@ def _table(section: str, cases: Sequence[str], rows: Sequence[Row]) -> str:
     head = ["algorithm", "seeds", "before", "after", "gain", "greedy", "steps", "minutes", "remark"]
     if section == "echo":
         head[5:5] = ["share of `lines`", "share of `chain`", "entropy"]
+    if section == "agents":
+        head[5:5] = ["turns", "tool calls"]
     lines = [head, ["---"] * len(head)]
     for case in cases:
         runs = [r for r in rows if (r["section"], r["case"]) == (section, case)]
@@ -165,6 +181,9 @@ def _line(section: str, case: str, runs: Sequence[Row], width: int) -> list[str]
     explained = [r["explained_variance"] for r in runs if r.get("explained_variance") is not None]
     if explained:
         remark = f"explained variance in the second half {_mean(explained, '.2f')}. {remark}".strip()
+    started = [r["start_minutes"] for r in runs if r.get("start_minutes") is not None]
+    if section == "agents" and started:
+        remark = f"warm start {min(started):.1f} minutes. {remark}".strip()
     before = [r.get("before") for r in runs]
     gains = [r["after"] - r["before"] for r in runs if r.get("before") is not None]
     cells = [
@@ -177,6 +196,8 @@ def _line(section: str, case: str, runs: Sequence[Row], width: int) -> list[str]
     if section == "echo":
         cells += [_change([r["styles"][s] for r in runs], ".0%") for s in ("lines", "chain")]
         cells.append(_change([r["entropy"] for r in runs], ".2f"))
+    if section == "agents":
+        cells += [_change([r["session"][n] for r in runs], ".2f") for n in ("turns", "tool_calls")]
     cells += [
         _mean([r.get("greedy") for r in runs], ".1%"),
         _mean([r["steps"] for r in runs], ".0f"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "demonstration"]
+TURNS_MEASURED = 8  # turns of sessions that metrics report separately; the last one also has all later turns
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,17 @@ from pydantic import Field, model_validator
 from rft.config.base import ConfigModel
 from rft.utils.paths import PathText
 
-Kind = Literal["arithmetic", "arithmetic_hard", "arithmetic_pairs", "reasoning_gym", "file", "hub"]
-_ARITHMETIC: tuple[Kind, ...] = ("arithmetic", "arithmetic_hard", "arithmetic_pairs")
+Kind = Literal[
+    "arithmetic", "arithmetic_hard", "arithmetic_pairs", "sums", "guess", "reasoning_gym", "file", "hub"
+]
+_GENERATED: tuple[Kind, ...] = (
+    "arithmetic",
+    "arithmetic_hard",
+    "arithmetic_pairs",
+    "sums",
+    "guess",
+    "reasoning_gym",
+)
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
 
 # Fields that apply to some kinds only; setting one for another kind is an error.
@@ -22,7 +31,7 @@ _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "subset": ("hub",),
     "revision": ("hub",),
     "task": ("reasoning_gym",),
-    "options": (*_ARITHMETIC, "reasoning_gym"),
+    "options": _GENERATED,
     "holdout": ("file", "hub"),
     "streaming": ("file", "hub"),
 }
@@ -40,7 +49,7 @@ class DataConfig(ConfigModel):
 
     kind: Kind | None = Field(
         None,
-        description="arithmetic, arithmetic_hard, arithmetic_pairs, reasoning_gym, file or hub "
+        description="arithmetic, arithmetic_hard, arithmetic_pairs, sums, guess, reasoning_gym, file or hub "
         "(none: inferred from `path` and `task`)",
     )
     path: PathText | None = Field(

@@ -42,8 +42,8 @@ class ArithmeticConfig(ConfigModel):
     form: Literal["words", "expression", "mixed"] = Field(
         "words", description="form of the problems: words (word problem), expression, or mixed (50 % each)"
     )
-    min_operands: int = Field(3, ge=2, le=12, description="minimum operands per problem")
-    max_operands: int = Field(3, ge=2, le=12, description="maximum operands per problem")
+    min_operands: int = Field(4, ge=2, le=12, description="minimum operands per problem")
+    max_operands: int = Field(4, ge=2, le=12, description="maximum operands per problem")
     operators: tuple[Operator, ...] = Field(("+", "-"), description="operators used, of + - *")
     largest: int = Field(9, ge=2, description="largest operand of + and -")
     largest_factor: int = Field(4, ge=2, description="largest operand of *")
@@ -101,6 +101,22 @@ class ArithmeticConfig(ConfigModel):
         if self.largest > self.limit:
             raise ValueError(f"largest ({self.largest}) must not exceed limit ({self.limit})")
         return self
+
+
+class SumsConfig(ConfigModel):
+    """Sums that are too long to be worked out in the head, demonstrated with and without a calculator."""
+
+    operands: int = Field(4, ge=2, le=12, description="numbers per sum")
+    digits: int = Field(2, ge=1, le=9, description="digits of each number")
+    operators: tuple[Literal["+", "-"], ...] = Field(("+", "-"), min_length=1, description="operators used")
+    calls: float = Field(0.25, ge=0, le=1, description="share of demonstrations that call the calculator")
+
+
+class GuessConfig(ConfigModel):
+    """A number to guess within a few tries, each answered by `higher` or `lower` and the range left."""
+
+    largest: int = Field(200, ge=8, le=99_999, description="the number is between 1 and this")
+    tries: int = Field(8, ge=1, le=64, description="guesses of a demonstration at most")
 
 
 class ReasoningGymConfig(ConfigModel):

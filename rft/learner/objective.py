@@ -15,6 +15,7 @@ from torch import Tensor
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch
 from rft.kernels.logprob_common import RowGradient
+from rft.samples import TURNS_MEASURED
 
 
 def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tuple[Batch, float]:
@@ -142,9 +143,6 @@ class TokenMeans:
 
     def means(self) -> dict[str, float]:
         return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
-
-
-TURNS_MEASURED = 8  # turns of sessions whose log-prob gaps are reported separately; the last has later ones
 
 
 @dataclass

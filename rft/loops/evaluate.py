@@ -142,7 +142,8 @@ class SampledEvaluation:
         if self.channel is not None:
             await self.channel.proved()
             await self.channel.before_step()
-        self.log.samples(step, [row for j in judged for row in sample_rows(j, "eval")])
+        if self.log.wants_samples(step):
+            self.log.samples(step, [row for j in judged for row in sample_rows(j, "eval", self.tokenizer)])
         return metrics
 
 

@@ -223,7 +223,8 @@ class Controller:
 
         metrics |= step_metrics.batch_metrics(works, batch, seconds)
         metrics |= {**step_metrics.age_metrics(ages), **evaluation}
-        parts.log.samples(self.step, step_metrics.train_rows(works))
+        if parts.log.wants_samples(self.step):
+            parts.log.samples(self.step, step_metrics.train_rows(works, self.plan.tokenizer))
         parts.log.log(self.step, metrics)
         parts.progress.update(self.step, metrics)
         for message in await parts.learner.pop_messages():

@@ -6,13 +6,14 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-from rft.batch import Batch, Completion
+from rft.batch import Batch, Completion, Prompt
 from rft.data.sampler import PromptSampler
 from rft.metrics.diversity import diversity
 from rft.rollout.buffer import SlotBuffer, State, Work
-from rft.rollout.sample import Judged
+from rft.rollout.sample import Judged, decode
 
 
 def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, float]:
@@ -79,32 +80,57 @@ def reward_faults(metrics: Mapping[str, float], known: float) -> tuple[float, di
     return killed + crashed, {"part": "reward workers", "what": what, "action": action}
 
 
-def train_rows(works: list[Work]) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl: every completion of the step."""
-    rows = []
-    for work in works:
-        assert work.group is not None
-        rows += [_row(work.group.prompt.text, c, "train") for c in work.group.completions]
-    return rows
+# -- rows for samples.jsonl ------------------------------------------------------------------------------
 
 
-def sample_rows(judged: Judged, split: str) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl: a judged prompt's first completion."""
+def train_rows(works: list[Work], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return a row for every completion of the step."""
+    groups = [work.group for work in works if work.group is not None]
+    return [_row(g.prompt, c, "train", tokenizer) for g in groups for c in g.completions]
+
+
+def sample_rows(judged: Judged, split: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return a row for a judged prompt's first completion."""
     if not judged.completions:
         return []
     first = replace(judged.completions[0], reward=judged.rewards[0].value, scores=judged.rewards[0].scores)
-    return [_row(judged.prompt.text, first, split)]
+    return [_row(judged.prompt, first, split, tokenizer)]
 
 
-def _row(prompt: Any, c: Completion, split: str) -> dict[str, Any]:
+def _row(prompt: Prompt, c: Completion, split: str, tokenizer: Any) -> dict[str, Any]:
+    session = {"messages": c.messages, "spans": spans(prompt, c, tokenizer)} if c.turns else {}
     return {
         "split": split,
-        "prompt": prompt,
+        "prompt": prompt.text,
         "completion": c.text,
-        **({"messages": c.messages} if c.messages else {}),
+        **session,
         "reward": c.reward,
         "scores": {name: score.value for name, score in c.scores.items()},
         "outcome": {name: str(score.outcome) for name, score in c.scores.items()},
         "finish": c.finish,
         "version": c.versions[-1][0] if c.versions else None,
     }
+
+
+def spans(prompt: Prompt, c: Completion, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the tokens of a session as text, in parts that one side wrote, from its prompt on.
+
+    text, tokens: the part, with special tokens, and its length. turn: the number of the model call that
+    sampled it, from 1 on; absent where it was given to the policy. versions, reward: of that turn.
+    branch: True where the part does not follow the one before, as the conversation was encoded afresh.
+    """
+    turns = {turn.start: (number, turn) for number, turn in enumerate(c.turns, 1) if turn.end > turn.start}
+    starts = {0, *turns, *(turn.end for _, turn in turns.values()), *(b.start for b in c.branches)}
+    cuts = [*sorted(start for start in starts if start < len(c.tokens)), len(c.tokens)]
+    parts = [(-1, prompt.tokens), *((a, c.tokens[a:b]) for a, b in pairwise(cuts))]
+    texts = decode([tokens for _, tokens in parts], tokenizer)
+    anew = {b.start for b in c.branches if b.after != len(prompt.tokens) + b.start - 1}
+    rows: list[dict[str, Any]] = []
+    for (start, tokens), text in zip(parts, texts, strict=True):
+        row: dict[str, Any] = {"text": text, "tokens": len(tokens)}
+        if start in turns:
+            number, turn = turns[start]
+            versions = sorted({v for v, a, b in c.versions if a < turn.end and b > turn.start})
+            row |= {"turn": number, "versions": versions, "reward": turn.reward}
+        rows.append(row | ({"branch": True} if start in anew else {}))
+    return rows

@@ -72,7 +72,7 @@ def gold_verdicts(config: RewardsConfig, prompt: Prompt, tokenizer: Any) -> list
     A reward that finds no answer in a bare text gets it in a box as well. Judges and models are not called.
     Returns [] for a row without a gold answer.
     """
-    texts = [*demonstrations_of(prompt)[:1]]
+    texts = _demonstrated(prompt)[:1]
     answer = prompt.columns.get("answer")
     if not texts and isinstance(answer, str | int | float) and not isinstance(answer, bool):
         texts = [str(answer), f"\\boxed{{{answer}}}"]
@@ -89,6 +89,15 @@ def gold_verdicts(config: RewardsConfig, prompt: Prompt, tokenizer: Any) -> list
         chosen = read[0] if read else 0
         verdicts.append(GoldVerdict(c.label, texts[chosen], tried[chosen]))
     return verdicts
+
+
+def _demonstrated(prompt: Prompt) -> list[str]:
+    """Return the demonstrations of a prompt; of messages of several turns, the last one's text."""
+    value = prompt.columns.get("completion")
+    if isinstance(value, list | tuple) and value and isinstance(value[-1], Mapping):
+        text = value[-1].get("content")
+        return [text] if isinstance(text, str) and text else []
+    return demonstrations_of(prompt)
 
 
 def _score(

@@ -41,6 +41,15 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .side + .side { border-left: 1px solid var(--line); }
 .tag { font-size: 12px; color: var(--soft); margin-bottom: 6px; display: flex; gap: 10px; flex-wrap: wrap; }
 .tag .correct { color: var(--good); } .tag .wrong, .tag .error { color: var(--bad); }
+.turns { list-style: none; margin: 0; padding: 0; display: flex; flex-direction: column; gap: 6px; }
+.turns li { border-left: 3px solid var(--line); padding: 3px 0 3px 10px; }
+.turns li.sampled { border-left-color: var(--blue); background: #f3f7fe; }
+.turns .tag { margin-bottom: 1px; } .turns .tag b { color: var(--ink); font-weight: 600; }
+.turns li.sampled .tag b { color: var(--blue); }
+.call { color: var(--good); }
+details.tokens { padding: 10px 0 0; font-size: 13px; color: var(--soft); }
+.tokens pre { color: var(--soft); } .tokens span.sampled { background: #dce8fd; color: var(--ink); }
+.tokens i { display: block; color: var(--warn); }
 details { padding: 12px 16px; } summary { cursor: pointer; } details pre { margin-top: 12px; }
 @media (max-width: 640px) { .sides { grid-template-columns: 1fr; } .facts { grid-template-columns: 1fr 1fr; }
   .side + .side { border-left: 0; border-top: 1px solid var(--line); } }
@@ -106,6 +115,25 @@ PAGE = (
 <p class="soft">No events.</p>
 {% endif %}
 
+{% macro conversation(session) %}
+  <ol class="turns">
+  {% for part in session.parts %}
+    <li class="{{ "sampled" if part.sampled else "given" }}">
+      <div class="tag"><b>{{ "policy" if part.sampled else part.role }}</b>
+      {% for fact in part.facts %}<span>{{ fact }}</span>{% endfor %}</div>
+      {% if part.text %}<pre>{{ part.text }}</pre>{% endif %}
+      {% for name, arguments in part.calls %}
+      <pre class="call"><b>{{ name }}</b> {{ arguments }}</pre>
+      {% endfor %}
+    </li>
+  {% endfor %}
+  </ol>
+  <details class="tokens"><summary>{{ "{:,}".format(session.sampled) }} tokens sampled by the policy,
+    {{ "{:,}".format(session.given) }} given to it</summary>
+  <pre>{% for span in session.spans %}{% if span.branch %}<i>branch: encoded afresh</i>{% endif %}
+<span class="{{ "sampled" if span.sampled else "given" }}" title="{{ span.title }}">{{ span.text }}</span>
+{%- endfor %}</pre></details>
+{% endmacro %}
 {% macro side(row) %}
   <div class="side">
   {% if row %}
@@ -113,7 +141,9 @@ PAGE = (
     {% if row.reward is number %}<span>reward {{ "%.3g" | format(row.reward) }}</span>{% endif %}
     <span class="{{ row | outcome }}">{{ row | outcome }}</span>
     {% if row.finish %}<span>{{ row.finish | text }}</span>{% endif %}</div>
-    <pre>{{ row.completion | text }}</pre>
+    {% set session = row | transcript %}
+    {% if session %}{{ conversation(session) }}{% else %}<pre>{{ row.completion | text }}</pre>{% endif %}
+
   {% else %}
     <div class="tag">nothing kept</div>
   {% endif %}

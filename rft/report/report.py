@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from rft.report.history import Row, Run
 from rft.report.page import PAGE
 from rft.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from rft.report.tell import as_text, outcome_of, told_events
+from rft.report.transcript import transcript
 from rft.utils.terminal import printable
 
 MAX_PAIRS = 8
@@ -50,7 +52,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     run = Run(run_dir)
     path = Path(out) if out is not None else run.path / "report.html"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"text": as_text, "outcome": outcome_of}
+    environment.filters |= {"text": as_text, "outcome": outcome_of, "transcript": transcript}
     html = environment.from_string(PAGE).render(
         name=printable(run.name),
         state=printable(run.state()),
@@ -184,8 +186,8 @@ def before_and_after(samples: Sequence[Row]) -> list[Pair]:
         first, last = rows[0]["step"], rows[-1]["step"]
         early = [row for row in rows if row["step"] == first]
         late = [row for row in rows if row["step"] == last] if last != first else []
-        before, after = _first_of_each(early), _first_of_each(late)
-        matched = [Pair(prompt, row, after[prompt]) for prompt, row in before.items() if prompt in after]
+        before, after = _by_prompt(early), _by_prompt(late)
+        matched = [Pair(key[0], row, after[key]) for key, row in before.items() if key in after]
         if matched:
             return matched[:MAX_PAIRS]
         if split == "train":
@@ -193,9 +195,12 @@ def before_and_after(samples: Sequence[Row]) -> list[Pair]:
     return []
 
 
-def _first_of_each(rows: Sequence[Row]) -> dict[str, Row]:
-    """Return each prompt's first row, by the prompt's text."""
-    first: dict[str, Row] = {}
+def _by_prompt(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
+    """Return the rows by the prompt's text and a number, as the episodes of a game may all begin alike."""
+    seen: Counter[str] = Counter()
+    result: dict[tuple[str, int], Row] = {}
     for row in rows:
-        first.setdefault(as_text(row.get("prompt")), row)
-    return first
+        text = as_text(row.get("prompt"))
+        result[text, seen[text]] = row
+        seen[text] += 1
+    return result

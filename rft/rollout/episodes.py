@@ -34,6 +34,7 @@ from rft.rollout.engine import Generate, Sampling
 from rft.rollout.sample import GroupSampler, Judged, judge, scored_group
 from rft.rollout.session import Budget, Session
 from rft.rollout.tool_calls import format_of
+from rft.samples import TURNS_MEASURED
 from rft.utils.seeds import derive_seed
 
 
@@ -279,9 +280,15 @@ class _Tally:
             "retokenised": record.retokenised,
             "rewritten": record.rewritten,
             "malformed": record.malformed,
+            "tool_calls": record.tool_calls,
             "cached": record.cached,
         }
-        for name, value in numbers.items():
+        turns = [
+            (f"turn_reward/{min(number, TURNS_MEASURED)}", call.reward)
+            for number, call in enumerate(calls, 1)
+            if call.reward is not None
+        ]
+        for name, value in [*numbers.items(), *turns]:
             self.values.setdefault(name, []).append(float(value))
 
     def metrics(self) -> dict[str, float]:

@@ -49,6 +49,7 @@ class Record:
     retokenised: int = 0  # prompts that contain an earlier turn, encoded afresh
     rewritten: int = 0  # turns kept as sampled that the template would write differently
     malformed: int = 0  # answers with a tool call that could not be parsed
+    tool_calls: int = 0  # those that could be parsed
     cached: int = 0  # tokens of prompts that the engine had read before
 
 
@@ -219,6 +220,7 @@ class Session:
         body, end = text_of(call, self._render.tokenizer)
         reasoning, parsed = self._read_parts(body, asked.opened, tools)
         self.record.malformed += bool(parsed.error)
+        self.record.tool_calls += len(parsed.calls)
         calls = tuple(replace(c, id=f"call_{index}_{i}") for i, c in enumerate(parsed.calls))
         reply = Reply(parsed.content, reasoning, calls, call.finish, index, parsed.error)
         if given[-1]["role"] != "assistant":  # else it is the rest of a message that the environment began

@@ -2,30 +2,41 @@
 
 It is an ordinary Hugging Face folder, which transformers and vLLM load like any other. The tokenizer
 is byte-level BPE, so any text can be encoded; each digit is a separate token, so that the model sees
-numbers as they are written. Same arguments, same files.
+numbers as they are written, but for the sums that it only has to copy: their digits come in pairs. Same
+arguments, same files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rft.tasks.arithmetic import Arithmetic
+from rft.tasks.guess import Guess
+from rft.tasks.sums import Sums
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
+SPECIAL = (BOS, EOS, PAD, *ROLES.values())
+Vocabulary = Literal["arithmetic", "sums", "guess"]
 
-# `generation` marks the assistant's text, including the closing token, for response-only losses. Tools are
-# written as Hermes and Qwen do it.
+# `generation` marks the assistant's text, including the closing token, for response-only losses. Tool calls
+# and results are written as Hermes and Qwen do it. Of the tools' schemas only names are shown: a tiny model
+# learns the use of a tool from demonstrations, and a schema would be most of its prompt.
 CHAT_TEMPLATE = (
     "{%- if tools -%}"
     '{{- \'<|system|>Tools, called by <tool_call>{"name": ..., "arguments": {...}}</tool_call>:\' -}}'
-    "{%- for tool in tools -%}{{- '\n' + tool | tojson -}}{%- endfor -%}{{- eos_token -}}"
+    "{%- for tool in tools -%}{%- set f = tool['function'] or tool -%}"
+    "{{- '\n' ~ f['name'] ~ '(' ~ ((f['parameters'] or {})['properties'] or {}) | join(', ') ~ ')' -}}"
+    "{%- endfor -%}{{- eos_token -}}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'tool' -%}"
@@ -53,17 +64,19 @@ def build_tiny(
     intermediate_size: int = 256,
     vocab_size: int = 512,
     max_positions: int = 2048,
+    task: Vocabulary = "arithmetic",
 ) -> None:
     """Write a freshly initialised model, its tokenizer and its generation config to `folder`.
 
-    `vocab_size` is an upper bound (see `build_tokenizer`). The size of an attention head is
-    hidden_size / heads; vLLM on CPU needs a multiple of 32. The global random state is preserved.
+    `vocab_size` is an upper bound, and `task` the one whose words are tokens (see `build_tokenizer`). The
+    size of an attention head is hidden_size / heads; vLLM on CPU needs a multiple of 32. The global random
+    state is preserved.
     Raises ValueError for inconsistent sizes.
     """
     if hidden_size % heads:
         raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of heads ({heads})")
     folder = Path(folder)
-    tokenizer = build_tokenizer(vocab_size, max_positions)
+    tokenizer = build_tokenizer(vocab_size, max_positions, task)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -94,32 +107,40 @@ def build_tiny(
     tokenizer.save_pretrained(folder)
 
 
-def build_tokenizer(vocab_size: int = 512, max_positions: int = 2048) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on the task's text: 6 special tokens, 256 bytes, then merges.
+def build_tokenizer(
+    vocab_size: int = 512, max_positions: int = 2048, task: Vocabulary = "arithmetic"
+) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE on a task's text: 6 special tokens, 256 bytes, then merges.
 
-    The task's text has few words, which fit into some 370 entries; no more are made.
-    Raises ValueError if `vocab_size` leaves no room for bytes and special tokens.
+    The text of a task has few words, those of arithmetic fit into some 370 entries; no more are made.
+    Raises ValueError for an unknown task, and if `vocab_size` leaves no room for bytes and special tokens.
     """
-    special = [BOS, EOS, PAD, *ROLES.values()]
-    if vocab_size < 256 + len(special):
-        raise ValueError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
+    if task not in CORPORA:
+        raise ValueError(f"there is no tiny vocabulary of the task {task!r}, only of {', '.join(CORPORA)}")
+    if vocab_size < 256 + len(SPECIAL):
+        raise ValueError(f"vocab_size must be at least {256 + len(SPECIAL)}, got {vocab_size}")
+    number, corpus = CORPORA[task]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d| ?\p{L}+|[^\d\p{L}]+"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(rf"{number}| ?\p{{L}}+|[^\d\p{{L}}]+"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        _corpus(),
+        corpus(),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=special,
+            special_tokens=list(SPECIAL),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         ),
     )
+    return _fast(tokenizer, max_positions)
+
+
+def _fast(tokenizer: Tokenizer, max_positions: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -133,8 +154,26 @@ def build_tokenizer(vocab_size: int = 512, max_positions: int = 2048) -> PreTrai
     )
 
 
-def _corpus() -> list[str]:
+def _arithmetic() -> list[str]:
     """Return problems and solutions in every form and format."""
     styles = dict.fromkeys(("lines", "chain", "prose", "code"), 1)
     task = Arithmetic(form="mixed", operators=["+", "-", "*"], styles=styles)
     return [row["prompt"] + row["completion"] for row in task.rows("train", 2000, seed=0)]
+
+
+def _conversations(task: Any) -> list[str]:
+    """Return the texts between the special tokens of a task's demonstrations, as the template writes them."""
+    writer, texts = _fast(Tokenizer(models.BPE()), 2048), list[str]()
+    for row in task.rows("train", 500, seed=0):
+        messages = [{"role": "user", "content": row["prompt"]}, *row["completion"]]
+        written = str(writer.apply_chat_template(messages, tools=row.get("tools"), tokenize=False))
+        texts += re.split("|".join(map(re.escape, SPECIAL)), written)
+    return texts
+
+
+CORPORA: dict[str, tuple[str, Callable[[], list[str]]]] = {
+    "arithmetic": (r"\d", _arithmetic),
+    "sums": (r"\d{1,2}", lambda: _conversations(Sums(calls=1))),
+    "guess": (r"\d", lambda: _conversations(Guess())),
+}
+"""By the name of the task: how digits are split, and the text that a tokenizer is trained on."""

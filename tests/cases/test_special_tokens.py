@@ -116,5 +116,5 @@ def test_samples_judges_and_steps_see_the_same(tmp_path: Path) -> None:
     tokens = tuple(own.encode(FORMAT + "<|im_end|>", add_special_tokens=False))
     completions = completions_of([Generated(tokens, (0.0,) * len(tokens), "stop", ())], own)
     reward = SampleReward(1.0, {"r": Score(1.0, Outcome.correct)})
-    (row,) = sample_rows(Judged(Prompt(0, (1,), "q"), completions, [reward]), "eval")
+    (row,) = sample_rows(Judged(Prompt(0, (1,), "q"), completions, [reward]), "eval", own)
     assert row["completion"] == FORMAT

@@ -132,9 +132,11 @@ def test_held_out_prompts_come_together() -> None:
         for i in (0, step + 1)
         for n in (0, 1)
     ]
-    (pair,) = before_and_after(rows)
-    assert pair.before and pair.after
-    assert (pair.prompt, pair.before["completion"], pair.after["completion"]) == ("p0", "0-0-0", "20-0-0")
+    pairs = before_and_after(rows)
+    assert [(p.prompt, (p.before or {})["completion"], (p.after or {})["completion"]) for p in pairs] == [
+        ("p0", "0-0-0", "20-0-0"),
+        ("p0", "0-0-1", "20-0-1"),
+    ]
     training = before_and_after([row for row in rows if row["split"] == "train" and row["step"] == 0])
     assert [p.after for p in training] == [None] * 4
 

@@ -139,6 +139,8 @@ async def test_one_session_per_planned_completion(tmp_path: Path) -> None:
     metrics = episodes.take_metrics()
     assert metrics["session/turns"] == 2 and metrics["session/branches"] == 1 and metrics["session/lost"] == 0
     assert metrics["session/ending/finished"] == 1 and metrics["session/score/length"] == 5.5
+    assert metrics["session/turn_reward/1"] == 0.25 and "session/turn_reward/2" not in metrics
+    assert metrics["session/tool_calls"] == 0
     assert all(is_documented(name) for name in metrics)
     assert "session/turns" not in episodes.take_metrics()
 

@@ -226,6 +226,7 @@ async def test_a_tool_call_stays_as_it_was_sampled(spelling: str) -> None:
     assert [(c.name, c.arguments) for c in first.tool_calls] == [("f", {"a": 1})]
     assert first.content == "Let me see." and not first.error and second.content == "b"
     assert extends(session) == [True] and session.record.rewritten == 0
+    assert (session.record.tool_calls, session.record.malformed) == (1, 0)
     assert text in text_of(tokenizer, session.calls[1].prompt)
 
 
@@ -236,6 +237,7 @@ async def test_a_malformed_tool_call_is_an_error_for_the_policy() -> None:
     first, _ = await talk(session, ["try again"], tools=[TOOL])
     assert "invalid JSON" in first.error and first.tool_calls == () and "<tool_call>" in first.content
     assert session.record.malformed == 1 and extends(session) == [True]
+    assert session.record.tool_calls == 0
 
 
 async def test_a_changed_history_is_a_branch() -> None:

@@ -1,0 +1,99 @@
+"""The game of guessing a number, with demonstrations of players who guess any number that is still possible.
+
+    Guess my number.        57
+    1 to 200
+    higher                  171
+    58 to 200
+    lower                   ...
+    58 to 170
+
+Halving the range finds every number up to 255 within 8 tries. A random player needs more: about four in
+ten of the demonstrations find a number up to 200. Reinforcement learning has to discover the middle.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from rft.config.tasks import GuessConfig
+from rft.tasks.arithmetic import Split
+from rft.utils.hashing import hash64
+
+TEST_SHARE = 4  # one number in four is held out
+PROMPT = "Guess my number."
+
+
+def split_of(number: int) -> Split:
+    return "test" if hash64(str(number)) % TEST_SHARE == 0 else "train"
+
+
+@dataclass
+class Game:
+    """One game: the secret `number`, and the range that it is known to be in, `low` to `high`."""
+
+    number: int
+    low: int
+    high: int
+
+    def situation(self) -> str:
+        """Write the range that is left."""
+        return f"{self.low} to {self.high}"
+
+    def guess(self, text: str) -> tuple[str, bool]:
+        """Return (the answer to a guess, whether it is right). A guess outside of the range is not counted
+        out, and a text without a number is told so."""
+        found = re.search(r"\d+", text)
+        if found is None or len(found[0]) > len(str(self.high)) + 1:
+            return f"no number\n{self.situation()}", False
+        guess = int(found[0])
+        if guess == self.number:
+            return "right", True
+        if guess < self.number:
+            self.low, word = max(self.low, guess + 1), "higher"
+        else:
+            self.high, word = min(self.high, guess - 1), "lower"
+        return f"{word}\n{self.situation()}", False
+
+
+class Guess:
+    """The task. Options: see `GuessConfig`."""
+
+    name = "guess"
+
+    def __init__(self, **options: Any) -> None:
+        """Raise pydantic.ValidationError for an unknown or out-of-range option."""
+        self.config = GuessConfig(**options)
+
+    def rows(self, split: Split, n: int, seed: int) -> list[dict[str, Any]]:
+        """Return `n` rows, deterministic in the arguments.
+
+        prompt: the invitation. number: the secret. largest: the range is 1 to this. answer: the secret as
+        text. completion: the messages of a game of at most `tries` guesses, found or not. A hash of the
+        secret decides its split. Raises ValueError for an unknown split.
+        """
+        if split not in ("train", "test"):
+            raise ValueError(f'split must be "train" or "test", not {split!r}')
+        rng = Random(f"guess/{split}/{seed}")
+        numbers = [k for k in range(1, self.config.largest + 1) if split_of(k) == split]
+        return [self._row(rng.choice(numbers), rng) for _ in range(n)]
+
+    def _row(self, number: int, rng: Random) -> dict[str, Any]:
+        game = Game(number, 1, self.config.largest)
+        prompt, messages = f"{PROMPT}\n{game.situation()}", []
+        for turn in range(self.config.tries):
+            guess = str(rng.randint(game.low, game.high))
+            messages.append({"role": "assistant", "content": guess})
+            answer, right = game.guess(guess)
+            if right or turn == self.config.tries - 1:
+                break
+            messages.append({"role": "user", "content": answer})
+        return {
+            "prompt": prompt,
+            "answer": str(number),
+            "number": number,
+            "largest": self.config.largest,
+            "completion": messages,
+        }
