@@ -61,7 +61,9 @@ class Host:
         base_url, api_key = variables["OPENAI_BASE_URL"], variables["OPENAI_API_KEY"]
         data = {"messages": first_messages(row), **row}
         async with httpx.AsyncClient(timeout=None, trust_env=False) as client:
-            return await self.function(data, base_url=base_url, api_key=api_key, http_client=client)
+            result = await self.function(data, base_url=base_url, api_key=api_key, http_client=client)
+        read_reward(result, self.path)  # raises for what is no reward
+        return result
 
     async def run(self, row: Mapping[str, Any]) -> dict[str, Any]:
         reward, scores = read_reward(await self.function(row, self.session), self.path)

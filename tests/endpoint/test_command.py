@@ -195,6 +195,13 @@ async def test_areals_run(
     assert [t.reward for t in played.completions[0].turns] == turns and metrics["session/branches"] == 1
 
 
+async def test_areals_run_without_a_number(tmp_path: Path, ray_here: None) -> None:
+    (tmp_path / "agent.py").write_text("async def run(data, **extra):\n    return float('nan')\n")
+    async with sampler(tmp_path, [], kind="function", path=f"{tmp_path}/agent.py:run") as episodes:
+        played, metrics = await play(episodes, 1)
+    assert not played.completions and metrics["session/ending/environment_error"] == 1
+
+
 async def test_an_actor_that_dies_is_replaced(tmp_path: Path, ray_here: None) -> None:
     """The sessions in it fail and are played again, at a new one."""
     async with sampler(tmp_path, script(tmp_path, "sleep 1; echo 1"), max_retries=3) as episodes:
