@@ -1,4 +1,4 @@
-"""The command line: rft init | train | check | config | eval | serve | report | watch | export | ..."""
+"""The command line: rft init | train | check | config | eval | env | serve | report | watch | ..."""
 
 from __future__ import annotations
 

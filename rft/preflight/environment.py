@@ -40,6 +40,14 @@ def check_environment(config: Config, tokenizer: Any, prompts: PromptSet | None)
         runner = loaded(settings, Path.cwd())
     except EnvironmentFault as error:
         return [f"environment: {error}"]
+    return loaded_problems(config, runner, tokenizer, prompts)
+
+
+def loaded_problems(
+    config: Config, runner: EnvironmentRunner, tokenizer: Any, prompts: PromptSet | None
+) -> list[str]:
+    """Return the problems of an environment that could be loaded, with its template and data."""
+    settings = runner.config
     problems = []
     if not runner.gives_reward and not config.rewards.functions:
         problems.append(

@@ -81,7 +81,7 @@ class SessionPlan:
         ]
 
     def _raise(self, sessions: int) -> str:
-        """Return what to set so that so many sessions fit."""
+        """Return the change with which this number of sessions fits."""
         if self.cache_key == "rollout.kv_cache_gib":
             each = -(-sessions // self.replicas)
             return f"set rollout.kv_cache_gib: {-(-each * self.session_bytes >> 30)}"

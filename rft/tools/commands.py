@@ -67,8 +67,37 @@ def register(command: AddCommand) -> None:
     add("parts", nargs="*", help="logprob, prefix, packing, step, reward, sync, all (default)")
     add("--peers", action="store_true", help="also run the peers, in separate environments")
     add("--fresh", action="store_true", help="repeat measurements that an interrupted run completed")
+    add = command(env, "env", "run an environment without training, and report its mistakes")
+    add(
+        "action", choices=["check"], metavar="check", help="play sessions with three policies, and probe them"
+    )
+    add("spec", metavar="SPEC", type=path_argument,
+        help="FILE.yaml (its environment, model, data), file.py:name with --kind, or tools: calculator,python"
+        )  # fmt: skip
+    add("overrides", nargs="*", metavar="key.sub=value", help="config overrides")
+    add("--kind", help="class, text, function, tools or reasoning_gym")
+    add("--data", metavar="FILE", type=path_argument, help="rows (default: the config's, or arithmetic)")
+    add("--model", type=path_argument, help="model folder or hub name, for its tokenizer and chat template")
+    add("--reward", action="append", default=[], help="a reward of the config, for tools; may be repeated")
+    add("--policies", type=_names, default=["scripted", "random", "model"], metavar="A,B",
+        help="scripted (--replies, or the data's solutions), random, model (a tiny random one); default: all"
+        )  # fmt: skip
+    add("--replies", metavar="FILE.jsonl", type=path_argument,
+        help='replies of scripted: {"row": 1, "replies": ["text", {"tool": NAME, "arguments": {}}]}'
+        )  # fmt: skip
+    add("--rows", type=int, default=3, metavar="N", help="rows, spread over the data (default: 3)")
+    add("--sessions", type=int, default=2, metavar="N", help="sessions of a row and a policy (default: 2)")
+    add("--reward-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range that rewards must have")
+    add("--accept", type=_names, default=[], metavar="A,B",
+        help="probes whose problems do not fail the check, such as thinking"
+        )  # fmt: skip
+    add("--json", action="store_true", help="print the report as JSON")
     add = command(reward, "reward", "score a file with a reward and show how it judged")
     add("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def note(text: str) -> None:
@@ -166,6 +195,12 @@ def reward(args: argparse.Namespace) -> int:
     from rft.tools.reward import main
 
     return main(args.rest)
+
+
+def env(args: argparse.Namespace) -> int:
+    from rft.tools.env_check.command import main
+
+    return main(args)
 
 
 def bench(args: argparse.Namespace) -> int:
