@@ -299,13 +299,14 @@ def newest_step(root: Path) -> int | None:
     return int(_read_manifest(max(sound)[1])["step"]) if sound else None
 
 
-def scan(root: Path) -> tuple[Checkpoint | None, list[Rejected]]:
-    """Return the last good checkpoint, and the folders rejected during the search, with reasons.
+def scan(root: Path, *, before: int | None = None) -> tuple[Checkpoint | None, list[Rejected]]:
+    """Return the last good checkpoint (`before` a step), and the folders rejected during the search, with
+    reasons.
 
     Manifests and sizes are checked for all of them; hashes are verified from the newest on, until
     one is good.
     """
-    candidates = sorted(_candidates(root), reverse=True)
+    candidates = sorted(c for c in _candidates(root) if before is None or _step_of(c[1]) < before)[::-1]
     rejected = [Rejected(path, reason) for _, path, reason in candidates if reason is not None]
     for _, path, reason in candidates:
         if reason is None:
@@ -355,6 +356,12 @@ def _candidates(root: Path) -> list[tuple[int, Path, str | None]]:
         else:
             result.append((manifest["order"], path, _wrong_sizes(path, manifest)))
     return result
+
+
+def _step_of(path: Path) -> int:
+    """Return the step that the name of a checkpoint's folder says; 0 for another name."""
+    number = path.name.removeprefix("step-").partition(".")[0]
+    return int(number) if number.isdigit() else 0
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

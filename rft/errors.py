@@ -56,6 +56,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or cannot be used. The text gives the reason and the remedy."""
 
 
+class RecordError(ValueError):
+    """The record of a step cannot be read: missing, damaged, or written by another version of rft."""
+
+
 class NoSignal(RuntimeError):
     """Too many groups in a row without a learning signal."""
 

@@ -2,6 +2,7 @@
 
 runs/NAME/config.yaml      the resolved config
          metrics.jsonl, samples.jsonl, events.jsonl, tensorboard/
+         record/             rollouts that the last steps trained on, one file for each
          checkpoints/step-*/    model/   (the final policy, a Hugging Face folder)
          result.json        written last: the run is complete
          data/               rows that a Python program passed

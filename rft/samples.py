@@ -42,6 +42,14 @@ class Turn(NamedTuple):
     state: str | tuple[int, ...]
 
 
+class Origin(NamedTuple):
+    """A session's seed, how its episode ended, and the messages of its first call, for records only."""
+
+    seed: int | None
+    ending: str
+    opening: tuple[Mapping[str, Any], ...] = ()
+
+
 @dataclass(frozen=True)
 class Completion:
     """One response to a prompt: sampled by an engine, or read from a dataset.
@@ -71,6 +79,7 @@ class Completion:
     branches: tuple[Branch, ...] = ()
     turns: tuple[Turn, ...] = ()
     messages: tuple[Mapping[str, Any], ...] = ()
+    origin: Origin | None = None
 
     @property
     def num_sampled(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rft.checkpoint import Checkpoint
 from rft.config.load import parse_config
+from rft.learner.spec import LearnerInfo
 from rft.loops.online import Controller, Parts
 from rft.metrics import Progress, RunLog
 from rft.metrics.log import read_jsonl
@@ -90,6 +91,9 @@ class SimLearner:
 
     async def send_weights(self) -> Sent:
         return Sent(1, 1, {})
+
+    async def describe(self) -> LearnerInfo:
+        return LearnerInfo(1, 1, "cpu", 1, "float32", 1, "simulated", self.version)
 
     async def step(self, batch: Any, step: int) -> dict[str, float]:
         self.on_step(step)

@@ -36,6 +36,15 @@ class TrackingConfig(ConfigModel):
     samples_kept: int = Field(
         8, ge=0, description="completions logged each time, separately for training and evaluation; 0: none"
     )
+    record_steps: int | None = Field(
+        100,
+        ge=0,
+        description="steps whose record is kept, the newest ones: all rollouts that a step trained on, with "
+        "which `rft replay` computes it again; 0: none, none: all",
+    )
+    record_gib: float = Field(
+        4.0, gt=0, description="size of all records together in GiB, above which the oldest are removed"
+    )
     display: Display = Field(
         "auto",
         description="terminal display: live, plain (lines), off, or auto: live on a terminal, else plain",

@@ -56,6 +56,11 @@ class RolloutConfig(ConfigModel):
         description="treatment of an in-flight group that would exceed staleness: wait for it before the "
         "update, or drop it and sample its prompt again",
     )
+    turns: Literal["free", "lockstep"] = Field(
+        "free",
+        description="when the model calls of sessions are sent: each at once (free), or those of a turn "
+        "together and in sample order, once every session is ready (lockstep; needs staleness 0)",
+    )
     update: InFlight = Field(
         "keep",
         description="treatment of in-flight completions at a weight sync: keep (pause, recompute the KV "

@@ -187,6 +187,17 @@ GIVE_NO_PATH = (
 def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
     """Check the section `environment`; `rft/preflight/environment.py` checks the parts that are loaded."""
     e, a = config.environment, config.algorithm
+    lockstep = config.rollout.turns == "lockstep"
+    yield (
+        lockstep and e is None,
+        "rollout.turns: lockstep orders the model calls of sessions, and the config has no environment; "
+        "remove it, or add the section environment",
+    )
+    yield (
+        lockstep and config.rollout.staleness > 0,
+        f"rollout.turns: lockstep needs rollout.staleness 0, not {config.rollout.staleness}: otherwise the "
+        "time of a weight sync decides which calls run together; write rollout.turns: free",
+    )
     if e is None:
         return
     key, sampling = "environment", config.rollout.sampling
@@ -241,6 +252,12 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"{key}.tools: kind {e.kind} takes no tools; remove them, or write kind: tools",
     )
     plan = a.rollouts(config.train.num_generations, progress=0.0, demonstration=True)
+    sessions = config.train.batch_size * len(plan)
+    yield (
+        lockstep and sessions > e.concurrency,
+        f"{key}.concurrency: {e.concurrency}, but with rollout.turns: lockstep the {sessions} sessions of a "
+        f"step (batch_size x num_generations) wait for each other; write {sessions} or more, or turns: free",
+    )
     cannot = "demonstrations" if any(r.prefix_share for r in plan) else ""
     cannot = "pairs of completions" if any(r.role for r in plan) else cannot
     cannot = "a mixture of two models" if any(r.mixture for r in plan) else cannot

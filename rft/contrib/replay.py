@@ -53,8 +53,8 @@ class Replay(LoopHooks):
 
 
 def _plain(c: Completion) -> dict[str, Any]:
-    """Return a completion without score details: training reads only its reward."""
-    return asdict(replace(c, scores={}))
+    """Return a completion without score details and origin, which training does not read."""
+    return asdict(replace(c, scores={}, origin=None))
 
 
 def _completion(plain: Mapping[str, Any]) -> Completion:

@@ -55,4 +55,5 @@ class LearnerInfo:
     ranks: int
     compute_dtype: str
     threads: int
+    processor: str
     version: int

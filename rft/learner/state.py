@@ -24,7 +24,7 @@ from rft.learner.model import Critic, PolicyModel
 from rft.learner.parallel import Parallel, local_share
 from rft.learner.spec import LearnerInfo, LearnerSpec
 from rft.learner.strategy import make_strategy
-from rft.utils.cores import parse_cores, threads_for
+from rft.utils.cores import parse_cores, processor, threads_for
 from rft.utils.seeds import derive_seed, rng_state, seed_everything, set_rng_state
 
 Writer = Callable[[Path], None]
@@ -140,6 +140,7 @@ class TrainState:
             ranks=self.parallel.ranks,
             compute_dtype=str(self.policy.compute_dtype),
             threads=torch.get_num_threads(),
+            processor=processor() if self.spec.device == "cpu" else torch.cuda.get_device_name(),
             version=self.version,
         )
 

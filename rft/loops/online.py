@@ -42,9 +42,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from rft.errors import NoSignal, RunStopped
 from rft.learner.workers import LearnerHandle
 from rft.loops import step_metrics
 from rft.loops.evaluate import SampledEvaluation
+from rft.loops.recorder import Recorder
 from rft.loops.saver import Saver
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards
@@ -125,12 +126,14 @@ class Controller:
         if parts.environment is not None:
             self.episodes = make_episodes(config, parts.environment, generate, render, parts.log)
             self.groups = EpisodeGroupSampler(*sampler, self.episodes)
+        self.lockstep = None if self.episodes is None else self.episodes.lockstep
         self.evaluation: SampledEvaluation | None = None
         if plan.eval_prompts is not None:
             held_out = (plan.tokenizer, plan.eval_prompts.prompts, config, parts.log)
             self.evaluation = SampledEvaluation(
                 self.fleet.generate, parts.rewards, *held_out, episodes=self.episodes
             )
+        self.recorder = Recorder(plan, parts.learner, parts.log)
         self.saver = Saver(parts.learner, self.checkpoints, config, parts.progress, parts.log)
         self.guards = Guards(config.guards, config.rollout.staleness, online=True)
         self.redo: list[tuple[int, int]] = []  # (epoch, row) handed out before and not trained on: next
@@ -174,7 +177,8 @@ class Controller:
     async def _one_step(self) -> dict[str, float]:
         """Train on one batch and push the result; returns the evaluation's metrics, {} where none was due."""
         parts, begin = self.parts, time.perf_counter()
-        with self._phase("rollout"):
+        phase = partial(step_metrics.phase, parts.log, parts.progress)
+        with phase("rollout", self.step):
             works = await self._next_works()
         waited = time.perf_counter() - begin
         reward_metrics = parts.rewards.take_metrics()
@@ -182,19 +186,21 @@ class Controller:
         if fault:
             parts.log.event("fault/reward", **fault)
         ages = [self.step - w.version for w in works]
-        batch = self._build(parts.hooks.select([w.group for w in works if w.group is not None]))
+        batch = self._build(groups := parts.hooks.select([w.group for w in works if w.group is not None]))
         async with self.fleet.gate:
-            with self._phase("train"):
+            with phase("train", self.step):
                 try:
                     await self.fleet.before_step()
                     trained = await parts.learner.step(batch, self.step)
                 except BaseException:  # a checkpoint that is saved now still names these works
                     self.slots.put_back(works)
                     parts.hooks.step_failed()
+                    self.recorder.hold(self.step + 1, works, groups, {})
                     raise
             self.step += 1  # whatever fails from here on: this step's line is written before its checkpoint
             self._trained, self._line = works, {**trained, **reward_metrics}
-            with self._phase("sync"):
+            self.recorder.hold(self.step, works, groups, trained)
+            with phase("sync", self.step):
                 report = await self.fleet.push(self.step)
         self.fleet.progressed()
         metrics = self._line
@@ -226,6 +232,7 @@ class Controller:
         if parts.log.wants_samples(self.step):
             parts.log.samples(self.step, step_metrics.train_rows(works, self.plan.tokenizer))
         parts.log.log(self.step, metrics)
+        self.recorder.flush()
         parts.progress.update(self.step, metrics)
         for message in await parts.learner.pop_messages():
             parts.progress.note(message)
@@ -246,17 +253,8 @@ class Controller:
     def _observe(self, scored: list[tuple[Work, Group]]) -> None:
         """Show scored groups to the sampler, in ticket order: arrival must not matter. Clears `_scored`."""
         for work, group in sorted(scored, key=lambda pair: pair[0].ticket):
-            self.sampler.observe(work.key[1], group, self._primary)
+            self.sampler.observe(work.key[1], group, self.config.rewards.primary)
         self._scored = []
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Report a part of a step when it begins and, unless it raises, when it ends."""
-        begin, step, log = time.perf_counter(), self.step, self.parts.log
-        self.parts.progress.phase(name, 0, 1)
-        log.event("phase/started", phase=name, step=step)
-        yield
-        log.event("phase/ended", phase=name, step=step, seconds=round(time.perf_counter() - begin, 4))
 
     def _build(self, groups: list[Group]) -> Batch:
         share = shares_prefix(groups, self.config.learner.prefix_sharing, self.plan.shape.hidden)
@@ -331,11 +329,15 @@ class Controller:
                 key = (self.sampler.epoch, row)
             work = self.slots.lease(key, self.prompts[key[1]])
             self.slots.dispatch(work, version)
+            if self.lockstep is not None:
+                self.lockstep.enter(f"train-{work.ticket}")
             self._spawn(self._serve(work), work)
 
     def _spawn(self, body: Coroutine[Any, Any, None], work: Work | None = None) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             del self._tasks[task]
+            if work is not None and self.lockstep is not None:
+                self.lockstep.leave(f"train-{work.ticket}")
             if not task.cancelled() and task.exception() is not None and self._fault is None:
                 self._fault = task.exception()
             self._wake.set()
@@ -382,19 +384,10 @@ class Controller:
         self._drop(work, reason)
         self._without_signal[reason] += 1
         limit = self.config.train.max_filtered * self.config.train.batch_size
-        if self._without_signal.total() <= limit:
-            self._hand_out()
-            return
-        causes = []
-        if filtered := self._without_signal["filtered"]:
-            causes.append(f"in {filtered} the rewards are too similar: the task may be too easy or too hard")
-        if unjudged := self._without_signal["unjudged"]:
+        if self._without_signal.total() > limit:
             where = "see the rewards' outcomes" if self.episodes is None else "see fault/... in events.jsonl"
-            causes.append(f"in {unjudged} too few completions could be judged: {where}")
-        raise NoSignal(
-            f"{self._without_signal.total()} groups in a row were dropped while step {self.step + 1} was "
-            f"sampled ({'; '.join(causes)}). train.max_filtered allows {limit}"
-        )
+            raise NoSignal(step_metrics.without_signal(self._without_signal, self.step + 1, limit, where))
+        self._hand_out()
 
     def _drop_late(self) -> None:
         """Drop groups that are too old for the next step; each prompt is tried a second time."""
@@ -426,6 +419,7 @@ class Controller:
         self._free_trained()
         if self._line and self.step > self.parts.log.last_step:
             self.parts.log.log(self.step, self._line)
+        self.recorder.flush()
         if final:  # a resumed run samples the outstanding prompts again, but not the dropped ones
             again = set(self.slots.outstanding())
             self._observe([pair for pair in self._scored if pair[0].key not in again])
@@ -445,6 +439,7 @@ class Controller:
         """Restore the run, push its version to the engines and watch their health."""
         if resume is not None:
             await self._restore(resume)
+        await self.recorder.open(self.step)
         for fleet in self.fleets:
             await fleet.open(self.step)
             self._spawn(fleet.watch_health())
@@ -464,7 +459,3 @@ class Controller:
         self.guards.resume(parts.log.run_dir, self.step)
         parts.log.event("checkpoint/restored", step=self.step, path=str(checkpoint.path))
         parts.progress.note(f"resumed at step {self.step} from {checkpoint.path}")
-
-    @property
-    def _primary(self) -> str:
-        return self.config.rewards.primary

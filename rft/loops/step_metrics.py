@@ -1,19 +1,32 @@
-"""Metrics and samples of an online step: pure functions of the groups that it trained on."""
+"""Metrics, samples and messages of an online step, from the groups that it trained on."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from rft.batch import Batch, Completion, Prompt
 from rft.data.sampler import PromptSampler
+from rft.metrics import Progress, RunLog
 from rft.metrics.diversity import diversity
 from rft.rollout.buffer import SlotBuffer, State, Work
 from rft.rollout.sample import Judged, decode
+
+
+@contextmanager
+def phase(log: RunLog, progress: Progress, name: str, step: int) -> Iterator[None]:
+    """Report a part of a step when it begins and, unless it raises, when it ends."""
+    begin = time.perf_counter()
+    progress.phase(name, 0, 1)
+    log.event("phase/started", phase=name, step=step)
+    yield
+    log.event("phase/ended", phase=name, step=step, seconds=round(time.perf_counter() - begin, 4))
 
 
 def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, float]:
@@ -78,6 +91,20 @@ def reward_faults(metrics: Mapping[str, float], known: float) -> tuple[float, di
     what = f"so far {killed:.0f} exceeded their time and were killed, {crashed:.0f} died"
     action = "replaced; the call that ended them counts as a timeout or an error, never as a wrong answer"
     return killed + crashed, {"part": "reward workers", "what": what, "action": action}
+
+
+def without_signal(dropped: Counter[str], step: int, limit: int, where: str) -> str:
+    """Return the message about too many groups in a row that were dropped, counted by reason. where: to look
+    for the causes of faults."""
+    causes = []
+    if filtered := dropped["filtered"]:
+        causes.append(f"in {filtered} the rewards are too similar: the task may be too easy or too hard")
+    if unjudged := dropped["unjudged"]:
+        causes.append(f"in {unjudged} too few completions could be judged: {where}")
+    return (
+        f"{dropped.total()} groups in a row were dropped while step {step} was sampled "
+        f"({'; '.join(causes)}). train.max_filtered allows {limit}"
+    )
 
 
 # -- rows for samples.jsonl ------------------------------------------------------------------------------

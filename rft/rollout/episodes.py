@@ -31,10 +31,11 @@ from rft.rewards.runner import RewardRunner
 from rft.rewards.types import SampleReward, Score, graded
 from rft.rollout.calls import Call, lay_out
 from rft.rollout.engine import Generate, Sampling
+from rft.rollout.lockstep import Lockstep
 from rft.rollout.sample import GroupSampler, Judged, judge, scored_group
 from rft.rollout.session import Budget, Session
 from rft.rollout.tool_calls import format_of
-from rft.samples import TURNS_MEASURED
+from rft.samples import TURNS_MEASURED, Origin
 from rft.utils.seeds import derive_seed
 
 
@@ -54,7 +55,8 @@ class Played:
 
 @dataclass
 class EpisodeSampler:
-    """Sample completions in an environment. parser: the format of tool calls, if it has tools."""
+    """Sample completions in an environment. parser: the format of tool calls, if it has tools. lockstep: of
+    training sessions, whose groups are entered there under the names that `sample` is given."""
 
     runner: EnvironmentRunner
     generate: Generate
@@ -63,6 +65,7 @@ class EpisodeSampler:
     budget: Budget
     parser: str | None = None
     log: RunLog | None = None
+    lockstep: Lockstep | None = None
     _tallies: dict[bool, _Tally] = field(default_factory=lambda: {True: _Tally(), False: _Tally()})
 
     async def sample(
@@ -82,7 +85,10 @@ class EpisodeSampler:
             seed = None if sampling.seed is None else derive_seed(sampling.seed, "sample", place)
             temperature = 0.0 if rollout.greedy else sampling.temperature
             params = replace(sampling, n=1, seed=seed, temperature=temperature)
-            return await self._play(f"{name}-{place}", prompt, params, training)
+            if self.lockstep is None or not training:
+                return await self._play(f"{name}-{place}", prompt, params, training, self.generate)
+            with self.lockstep.session(name, place) as generate:
+                return await self._play(f"{name}-{place}", prompt, params, training, generate)
 
         played = await asyncio.gather(*(play(place, rollout) for place, rollout in enumerate(plan)))
         kept = [(p, rollout) for p, rollout in zip(played, plan, strict=True) if p is not None]
@@ -95,7 +101,7 @@ class EpisodeSampler:
         return Played(replace(prompt, tokens=shared), completions, [rollout for _, rollout in kept])
 
     async def _play(
-        self, name: str, prompt: Prompt, sampling: Sampling, training: bool
+        self, name: str, prompt: Prompt, sampling: Sampling, training: bool, generate: Generate
     ) -> tuple[Session, Episode] | None:
         """Play one episode, again after a fault; None once `max_retries` are used up, or if the policy
         sampled nothing."""
@@ -105,7 +111,7 @@ class EpisodeSampler:
         async def once() -> tuple[Session, Episode]:
             number = next(attempts)
             label = name if number == 1 else f"{name}-try-{number}"
-            session = Session(self.generate, self.render, prompt, sampling, self.budget, label, self.parser)
+            session = Session(generate, self.render, prompt, sampling, self.budget, label, self.parser)
             begin = time.perf_counter()
             try:
                 episode = await self.runner.run(row, session)
@@ -160,6 +166,7 @@ class EpisodeSampler:
             finish="length" if cut else completion.finish,
             reward=episode.reward,
             scores=scores,
+            origin=Origin(session.seed, str(episode.ending), tuple(episode.messages[: episode.start])),
         )
 
     async def judge(
@@ -204,7 +211,8 @@ def make_episodes(
             if runner.tools:
                 raise
     budget = Budget.of(settings, config.rollout.sampling)
-    return EpisodeSampler(runner, generate, render, settings, budget, parser, log)
+    lockstep = Lockstep(generate) if config.rollout.turns == "lockstep" else None
+    return EpisodeSampler(runner, generate, render, settings, budget, parser, log, lockstep)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ def register(command: AddCommand) -> None:
     add("--steps", type=int, required=True, metavar="N", help="steps of the run")
     add("--kill-at", type=int, required=True, metavar="K", help="SIGKILL after this step")
     add("--out", type=path_argument, help="folder for the two runs (default: a temporary one)")
+    add = command(
+        replay, "replay", "compute a step of a run again from its record, without environment or engine"
+    )
+    add("run_dir", type=path_argument, help="run folder")
+    add("--step", type=int, required=True, metavar="N", help="the step, as metrics.jsonl counts them")
     add = command(init, "init", "write a commented config for a model, a dataset and a reward")
     text = "file to write (default: run.yaml)"
     add("out", nargs="?", default="run.yaml", metavar="CONFIG", type=path_argument, help=text)
@@ -112,6 +117,14 @@ def verify_resume(args: argparse.Namespace) -> int:
     verdict = verify_resume(args.config, args.overrides, args.steps, args.kill_at, out, note)
     say("\n".join(verdict.lines()), sys.stdout)
     return 0 if verdict.kept else 1
+
+
+def replay(args: argparse.Namespace) -> int:
+    from rft.tools.recompute import replay
+
+    result = replay(Path(args.run_dir), args.step, note)
+    say("\n".join(result.lines()), sys.stdout)
+    return 0 if result.kept else 1
 
 
 def init(args: argparse.Namespace) -> int:

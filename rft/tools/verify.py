@@ -21,15 +21,20 @@ import torch
 from safetensors.torch import load_file
 
 from rft import checkpoint
+from rft.batch import Group
 from rft.config.load import load_config
 from rft.config.schema import Config
 from rft.errors import ConfigError
+from rft.metrics import record
 from rft.metrics.names import is_reproducible
 from rft.report.history import Run
 from rft.utils.process import die_with_parent
 from rft.utils.python import SAFE_PYTHON
 
 Say = Callable[[str], None]
+EXACT_GAP = (
+    0.02  # nats that log-probs of the same ids may differ by in float32, as between engine and learner
+)
 START_S = 1800.0  # a run that does not reach its next step within this time hangs
 
 
@@ -89,6 +94,7 @@ def verify_resume(
         f"checkpoint.every={every if 0 < every <= kill_at else max(1, kill_at // 2)}",
         "tracking.sample_every=1",
         "tracking.samples_kept=64",
+        "tracking.record_steps=null",
         "tracking.trackers=[]",
     ]
     config = load_config(config_file, [*overrides, *ours])
@@ -126,6 +132,8 @@ def compare(
     findings.append(_order(one, two, must=synchronous))
     findings.append(_rows("completions", _samples(one), _samples(two), must=exact))
     findings.append(_rows("metrics", _metrics(one), _metrics(two), must=exact))
+    if config.algorithm.online and synchronous:
+        findings.append(_calls(whole, resumed, exact=exact))
     findings += _states(whole, resumed, must=exact)
     if exact:
         promise = "synchronous, with an engine that computes each prompt separately: bit-equal"
@@ -231,6 +239,55 @@ def _rows(what: str, a: Rows, b: Rows, *, must: bool) -> Finding:
         detail += f"; {len(other)} differ, first {name or 'row'} of step {key[0]}"
         detail += f": {a.get(key, {}).get(name)!r:.40} against {b.get(key, {}).get(name)!r:.40}"
     return Finding(what, not other, must, detail)
+
+
+def _calls(whole: Path, resumed: Path, *, exact: bool) -> Finding:
+    """Compare the recorded model calls, with all that the environment answered.
+
+    exact: everything must be equal. Otherwise, because an engine's rounding depends on which calls it
+    computes together: prompts and seeds of all steps, and the log-probs of calls with equal ids, up to the
+    first step in which the runs sampled other ids. Its update makes the weights of later steps differ.
+    """
+    what = "recorded calls"
+    records = [
+        {step: record.read(path) for step, path in record.steps(run / record.FOLDER).items()}
+        for run in (whole, resumed)
+    ]
+    one, two = records
+    if not one or one.keys() != two.keys():
+        return Finding(what, False, True, f"recorded steps: {[*one]} against {[*two]}")
+    if exact:
+        wrong = [
+            n for n in one if repr((one[n].sources, one[n].groups)) != repr((two[n].sources, two[n].groups))
+        ]
+        count = sum(_count(g) for r in one.values() for g in r.groups)
+        detail = f"{count} calls" + (f"; first other step {wrong[0]}" if wrong else "")
+        return Finding(what, not wrong, True, detail)
+    wrong = [n for n in one if one[n].sources != two[n].sources]
+    same, other, largest, last = 0, 0, 0.0, 0
+    for last in one:
+        groups = zip(one[last].groups, two[last].groups, strict=False)
+        for a, b in (pair for g, h in groups for pair in zip(g.completions, h.completions, strict=False)):
+            if (a.tokens, a.branches, a.mask) != (b.tokens, b.branches, b.mask):
+                other += 1
+                continue
+            same += 1
+            gaps = (abs(x - y) for x, y in zip(a.logps or (), b.logps or (), strict=True))
+            largest = max(largest, *gaps, 0.0)
+        if other:
+            break
+    settings = one[last].config
+    dtypes = {settings[section]["dtype"] for section in ("rollout", "learner")}
+    bound = settings["sync"]["max_logp_gap"] or (EXACT_GAP if dtypes == {"float32"} else None)
+    detail = (
+        f"up to step {last} {same} of {same + other} completions have equal ids, and log-probs that differ "
+    )
+    detail += f"by {largest:.2g}" + (f"; other prompts or seeds at step {wrong[0]}" if wrong else "")
+    return Finding(what, not wrong and (bound is None or largest <= bound), True, detail)
+
+
+def _count(group: Group) -> int:
+    return sum(len(c.turns) or 1 for c in group.completions)
 
 
 def _states(whole: Path, resumed: Path, *, must: bool) -> Iterator[Finding]:

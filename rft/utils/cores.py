@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 from pathlib import Path
 
 from rft.utils.control_groups import limit_folders, read_limit
@@ -36,6 +38,15 @@ def threads_for(threads: int | None, cores: str | None, processes: int = 1) -> i
     other `processes` on its machine may keep busy. Call it in the process itself: the driver's machine may
     have more cores."""
     return max(1, usable_cores(cores) // processes) if threads is None else threads
+
+
+def processor() -> str:
+    """Return the name of this machine's processor, or its architecture where the system does not tell."""
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1] if match else platform.machine()
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

@@ -220,6 +220,7 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_not(tmp_path: Path) -> Non
     done = rft(
         "verify-resume",
         f"{tmp_path}/run.yaml",
+        "rollout.turns=lockstep",
         "--steps",
         "6",
         "--kill-at",

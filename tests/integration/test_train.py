@@ -153,6 +153,16 @@ def test_the_final_model_is_an_ordinary_folder(
 
 
 @pytest.mark.timeout(900)
+def test_a_step_that_vllm_sampled_is_computed_again(
+    home: Path, stopped: Stopped, learnt: subprocess.CompletedProcess[str]
+) -> None:
+    """The learner alone decides the bits of a step, given what an engine sampled."""
+    reached = stopped.rows[-1]["step"]
+    shown = rft("replay", str(home / "learn"), "--step", str(reached + 1)).stdout
+    assert f"from step-{reached:08d}\n" in shown and "promised: equal, to the bit\nverdict: kept" in shown
+
+
+@pytest.mark.timeout(900)
 def test_a_complete_run_is_left_alone(
     home: Path,
     learnt: subprocess.CompletedProcess[str],
@@ -182,7 +192,7 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
     args = ["verify-resume", config, *overrides, "--steps", "6", "--kill-at", "3", out]
     done = rft(*args, check=False, mark=tmp_path.name)
     assert done.returncode == 0 and "verdict: kept" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("  equal  ") == 9 and "differs" not in done.stdout.lower()
+    assert done.stdout.count("  equal  ") == 10 and "differs" not in done.stdout.lower()
     assert processes_of(f"RFT_TEST_MARK={tmp_path.name}") == [], "the killed run left processes behind"
 
 
