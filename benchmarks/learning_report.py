@@ -38,7 +38,8 @@ SECTIONS = {
         "Agents",
         "Sessions of several turns in an environment. `calculator` is `examples/calculator.yaml`: sums of "
         "four numbers of two digits, which the model cannot do in its head, and the built-in tool; one "
-        "demonstration in four calls it. `guess_CREDIT` is `examples/guess.yaml` with that `turn_returns`: "
+        "demonstration in four calls it. `guess` is `examples/guess.yaml`, where each guess is "
+        "credited with its own reward, and `guess_no_credit` the same without `turn_returns`: "
         "a number from 1 to 200 is to be found within 8 guesses, each answered by `higher` or `lower`; "
         "demonstrations guess any number that is still possible. Accuracy is the share of held-out sums that "
         "are right, and of held-out numbers that are found. Turns and tool calls are means over the sessions "
@@ -60,6 +61,11 @@ REMARKS: dict[tuple[str, str], str] = {
     ("online", "ppo_head"): "a head on the policy's trunk, at its learning rate, is too slow for 60 steps; "
     + _OLD_PPO,
     ("echo", "ppo"): _OLD_PPO,
+    ("agents", "calculator"): "a second seed, whose start copies less well, was not measured to its end",
+    (
+        "agents",
+        "guess",
+    ): "below its goal of 30 points: it learns to halve the range, and errs in ranges of few numbers",
     ("online", "prefix_rft"): "the data come with clean demonstrations; its held-out problems are others",
     ("online", "luffy"): "the data come with clean demonstrations; its held-out problems are others",
     ("online", "nash_md"): "half the prompts per step: the plain engine samples",
