@@ -1,6 +1,6 @@
 """HTTP access to sessions in the dialects of OpenAI, Anthropic and vLLM, for agents not written for rft.
 
-The sessions stay in the controller, as those of every other environment: the tokenizer is there, the
+The sessions stay in the controller, like those of other environments: it has the tokenizer, the
 dispatch to replicas with its retries, and the pauses of weight syncs. The endpoint is a Ray actor on the
 controller's node that knows nothing of models: it speaks HTTP on an event loop that no packing of a batch
 delays, checks keys and requests, and hands each call over as an `Ask`. The controller fetches asks in

@@ -1,4 +1,4 @@
-"""Answer what is asked of one session by HTTP, in the controller."""
+"""Answer the HTTP calls of one session, in the controller."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class Follows(Protocol):
-    """What makes a session's calls: the `Remote` of an episode."""
+    """The maker of a session's calls: the `Remote` of an episode."""
 
     def follow(self, call: Coroutine[Any, Any, R]) -> asyncio.Task[R]: ...
 

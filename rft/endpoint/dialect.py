@@ -29,7 +29,7 @@ class Body(BaseModel):
     stream: bool = False
 
     def ask(self) -> Ask:
-        """Return what is asked of the session. Raises Refused."""
+        """Return the call to the session. Raises Refused."""
         raise NotImplementedError
 
 

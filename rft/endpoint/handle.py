@@ -23,7 +23,7 @@ CLOSE_S = 5.0
 REMEDY = "the endpoint needs aiohttp, which is not installed: pip install 'rft[agents]'"
 
 Reply = Callable[[Ask | SetReward], Awaitable[Answer | None]]
-"""Answers what is asked of a session. Raises Refused."""
+"""Answer a call of a session. Raises Refused."""
 GONE = Refused(401, "invalid_api_key", "the session has ended")
 
 
@@ -47,7 +47,7 @@ class Access:
 
 @dataclass(eq=False)
 class _Opened:
-    """An open session: what answers it, and the tasks that do."""
+    """An open session: the function that answers its calls, and the tasks of the answers."""
 
     reply: Reply
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Endpoint:
     # -- calls ---------------------------------------------------------------------------------------------
 
     async def _pump(self, actor: Any) -> None:
-        """Start what is asked, until the actor ends."""
+        """Start the calls that arrive, until the actor ends."""
         from ray.exceptions import RayActorError
 
         try:

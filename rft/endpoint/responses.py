@@ -198,7 +198,7 @@ def _begun(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_items(given: list[dict[str, Any]]) -> list[Message]:
-    """Translate input items. What the policy said in one response is one message. Raises Refused."""
+    """Translate input items. The policy's output of one response is one message. Raises Refused."""
     messages: list[Message] = []
     said: Message | None = None  # the assistant's message that further items of the response belong to
 

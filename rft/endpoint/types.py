@@ -1,4 +1,4 @@
-"""What the endpoint's server asks of a session, and what it is answered. Standard library only."""
+"""Calls of the endpoint's server to a session, and their answers. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Ask:
     """One model call: a conversation (`messages`, `tools`), a prompt of token ids (`tokens`), or a text.
 
     id: of the response. details: the answer is to contain ids, log-probs and the texts of single tokens.
-    sampling: what the client wishes (temperature, top_p, seed), which only `rft serve` follows: a session
+    sampling: the client's settings (temperature, top_p, seed), which only `rft serve` follows: a session
     samples as its run does.
     """
 

@@ -49,7 +49,7 @@ class StepRecord:
 
     step: the number of finished steps with this one. groups: as the learner trained on them, in order, with
     prompts without their columns, and scores as dicts. sources: one for each group; None for a group of an
-    earlier step. metrics: what the learner returned; {} if the step failed. config: as the run resolved it.
+    earlier step. metrics: those of the learner; {} if the step failed. config: as the run resolved it.
     learner: facts that decide how numbers are rounded. versions: of rft and its libraries.
     """
 
@@ -119,7 +119,7 @@ def _flat(parts: Iterator[Sequence[Any]], dtype: Any) -> np.ndarray[Any, Any]:
 
 
 def _meta_of(c: Completion) -> dict[str, Any]:
-    """Return what a record's meta.json has of a completion: all but its per-token values."""
+    """Return the part of a completion in a record's meta.json: all but its per-token values."""
     scores = {
         name: {"value": s.value, "outcome": str(s.outcome), "detail": s.detail}
         for name, s in c.scores.items()
@@ -135,7 +135,7 @@ def _meta_of(c: Completion) -> dict[str, Any]:
 
 def set_aside(folder: Path, after: int) -> list[int]:
     """Move the records of steps later than `after`, which are about to be repeated, into `superseded`, and
-    remove what a killed process left; return the moved steps."""
+    remove the leftovers of a killed process; return the moved steps."""
     for path in folder.glob(f"*{UNFINISHED}"):
         path.unlink()
     moved = [(step, path) for step, path in steps(folder).items() if step > after]

@@ -18,7 +18,7 @@ class Call:
     trained: False for a call that is not part of the task (a title, a summary): no token of it is trained.
     reward: the part of the session's reward that this turn earned; None: no reward was given.
     state: names the environment's state in which the policy acted, to compare turns in equal states; None:
-        it is what the policy read, the prompt's ids after the last one that it sampled.
+        it is the policy's input, the prompt's ids after the last one that it sampled.
     """
 
     prompt: tuple[int, ...]
@@ -51,7 +51,7 @@ class _Run:
 def lay_out(prompt: tuple[int, ...], calls: Sequence[Call]) -> Completion:
     """Return the calls of one session as a completion of `prompt`, the tokens that its group shares.
 
-    Each call's prompt follows the tokens laid out before it as far as they are equal, sampled or not; the
+    Each call's prompt follows the tokens laid out before it up to the first difference, sampled or not; the
     rest is new, and masked out of the loss. Sampled tokens are always new, also where an earlier call sampled
     the same ones: each is trained exactly once, in the context in which it was sampled. Calls that are not
     trained leave no tokens. The sampled tokens of a call are contiguous, and `turns` has one entry for

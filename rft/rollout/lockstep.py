@@ -30,7 +30,7 @@ class Lockstep:
         self._groups[group] = {}
 
     def leave(self, group: str) -> None:
-        """Remove a group, if it is there."""
+        """Remove a group, if present."""
         self._groups.pop(group, None)
         self._next_round()
 

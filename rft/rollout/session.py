@@ -55,7 +55,7 @@ class Record:
 
 class Session:
     """One sample of a row in an environment (`rft.environments.types.Session`). It owns no loop: the
-    environment decides what is asked.
+    environment decides on the calls.
 
     sampling: of every call; its seed is the session's, from which those of the calls follow. parser: the
     format of tool calls (`tool_calls.FORMATS`), for chats with tools. name: unique among those in flight.
@@ -240,7 +240,7 @@ class Session:
         return reasoning, parse(self._parser, content, tools)
 
     def _read(self, text: str, opened: str, tools: Tools) -> Any:
-        """Return what an answer says, to compare two spellings."""
+        """Return the meaning of an answer, to compare two spellings."""
         reasoning, parsed = self._read_parts(text, opened, tools)
         calls = [(c.name, c.arguments) for c in parsed.calls]
         return reasoning.strip(), parsed.content.strip(), calls, bool(parsed.error)

@@ -1,7 +1,7 @@
 """`rft replay`: compute a step of an online run again, from its record and a checkpoint before it.
 
-Neither the environment nor an engine runs: the record has what they answered. Steps between the checkpoint
-and the step are computed first, each from its own record.
+Neither the environment nor an engine runs: the record has their answers. Steps between the checkpoint
+and the step are computed first, each from the record of that step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 3e-
 
 @dataclass(frozen=True)
 class Recomputed:
-    """A step's metrics as they were recorded and as they are now. tolerance: 0 if they must be equal."""
+    """A step's recorded and recomputed metrics. tolerance: 0 if they must be equal."""
 
     step: int
     recorded: Mapping[str, float]
@@ -70,7 +70,7 @@ class Recomputed:
 
 @dataclass(frozen=True)
 class Replay:
-    """The steps that were computed again, the requested one last, and what may change their rounding."""
+    """The steps that were computed again, the requested one last, and the reasons why they may be rounded otherwise."""
 
     run: Path
     start: Checkpoint | None  # None: the weights that the run began with
@@ -155,7 +155,7 @@ async def _compute(
     return Replay(run, start, steps, causes)
 
 
-# -- what a step is computed from ------------------------------------------------------------------------
+# -- the inputs of a step ------------------------------------------------------------------------
 
 
 def _find(run: Path, step: int) -> tuple[Checkpoint | None, list[StepRecord]]:
