@@ -70,7 +70,7 @@ class Recomputed:
 
 @dataclass(frozen=True)
 class Replay:
-    """The steps that were computed again, the requested one last, and the reasons why they may be rounded otherwise."""
+    """The steps that were computed again, the requested one last, and causes of other rounding."""
 
     run: Path
     start: Checkpoint | None  # None: the weights that the run began with
