@@ -122,8 +122,9 @@ async def play(row: Row, session: Session, remote: Remote) -> Episode:
 async def judge(
     row: Row, remote: Remote, completion: list[Message]
 ) -> tuple[dict[str, Score], dict[str, float]]:
-    """Call the config's rewards that read the environment: their scores by label, and the means of the
-    values they passed to `log_metric`. completion: the transcript. A hang or a crash is a failed score of its reward."""
+    """Call the config's rewards that read the environment. Return their scores by label, and the means of the
+    values they passed to `log_metric`. completion: the transcript. A hang or a crash is a failed score of its
+    reward."""
     scores: dict[str, Score] = {}
     metrics: dict[str, float] = {}
     for c in remote.runner.rewards:
