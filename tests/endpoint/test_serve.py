@@ -69,14 +69,16 @@ output_dir: {tmp_path}
 algorithm: grpo
 model: {{path: {tiny_folder}}}
 data: {{kind: arithmetic, limit: 64}}
-rewards: [math]
+rewards: [{{function: {tmp_path}/varied.py:varied}}]
 train: {{steps: 1, batch_size: 2, num_generations: 2}}
 rollout: {{engine: hf, threads: 1}}
 learner: {{threads: 1}}
 eval: {{every: 0}}
 checkpoint: {{every: 1}}
-guards: {{no_signal: off}}
 """
+    )
+    (tmp_path / "varied.py").write_text(
+        "def varied(completions, **columns): return [len(c) % 2 for c in completions]\n"
     )
     lines: list[str] = []
     rft("train", str(tmp_path / "run.yaml"))

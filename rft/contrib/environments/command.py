@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class Host:
             raise SpecError(f"environment.options.{unknown}: kind command knows {', '.join(OPTIONS)}")
         self.gives_reward = bool(spec.options.get("reward", True))
         self.command = [resolved(word, spec.base_dir) for word in spec.command]
-        if shutil.which(self.command[0]) is None:
+        if shutil.which(self.command[0], path=search_path()) is None:
             raise SpecError(
                 f"environment.command: {self.command[0]} is neither a program nor an executable file; write "
                 "for example `python agent.py` or `bash agent.sh`"
@@ -55,7 +56,7 @@ class Host:
         with subprocess.Popen(
             self.command,
             cwd=folder,
-            env={**os.environ, **variables, "RFT_ROW": str(row_file)},
+            env={**os.environ, "PATH": search_path(), **variables, "RFT_ROW": str(row_file)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -67,6 +68,12 @@ class Host:
                 with suppress(ProcessLookupError):  # none of its children is left
                     os.killpg(process.pid, signal.SIGKILL)
         return {"status": process.returncode, "output": output, "errors": errors}
+
+
+def search_path() -> str:
+    """Return where programs are looked for: first beside rft's own Python, also if its environment is not
+    activated."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def resolved(word: str, base_dir: Path) -> str:
