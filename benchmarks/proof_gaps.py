@@ -75,7 +75,7 @@ async def measure(plan: OnlinePlan) -> list[dict[str, Any]]:
                 gaps = []
                 for tokens in sets:
                     ours, theirs = await asyncio.gather(learner.score_tokens(tokens), pool.score(tokens))
-                    gaps.append(Gap.between(ours, theirs[0]))
+                    gaps.append(Gap.between(ours, theirs[0], rounded=spec.rounded))
                 rows.append({"version": version, "head": head, **_row(gaps, spec)})
                 print(rows[-1], flush=True)
     finally:

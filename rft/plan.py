@@ -167,13 +167,16 @@ class BasePlan:
             config=self.config.sync,
         )
 
+    @property
+    def _exact(self) -> bool:
+        """Whether engine and learner compute in float32."""
+        return self.config.rollout.dtype == self.config.learner.dtype == "float32"
+
     def gap_bounds(self) -> tuple[float | None, float | None]:
         """Return the (mean, largest) log-prob gap allowed between engine and learner."""
-        c = self.config
-        exact = c.rollout.dtype == c.learner.dtype == "float32"
+        c, exact = self.config, self._exact
         mean, largest = c.sync.max_logp_gap_mean, c.sync.max_logp_gap
         return (
-            # bfloat16: 0.03 to 0.08 with SmolLM2-135M (benchmarks/results/proof-gaps-cpu.json)
             (1e-3 if exact else 0.1) if mean is None else mean,
             (0.02 if exact else None) if largest is None else largest,
         )
@@ -185,7 +188,7 @@ class BasePlan:
         if prompts is None or limit < 2:
             return None
         tokens = fixed_tokens(prompts.prompts, self.config.seed, limit)
-        return ProofSpec(tokens, self.config.sync.prove_every, *self.gap_bounds())
+        return ProofSpec(tokens, self.config.sync.prove_every, *self.gap_bounds(), rounded=not self._exact)
 
     def proof_prompts(self) -> PromptSet | None:
         """Return the prompts whose tokens are used to prove a push."""

@@ -54,7 +54,7 @@ class SyncConfig(ConfigModel):
         None,
         ge=0,
         description="stop the run if the mean |learner - engine| log-prob exceeds this over a step's tokens "
-        "of the current policy version, or over the fixed tokens of a verification (none: 0.001 if both run "
-        "in float32, else 0.1)",
+        "of the current policy version, or over the fixed tokens of a verification, in 16 bits divided by "
+        "log-probs of more than 1 nat (none: 0.001 if both run in float32, else 0.1)",
     )
     timeout_s: float = Field(120, gt=0, description="timeout of a weight sync or a rendezvous, in seconds")

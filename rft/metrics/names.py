@@ -214,7 +214,7 @@ METRICS: dict[str, Metric] = {
     "sync/logp_gap_mean": Metric("mean of the difference in sync/logp_gap, over its tokens", "nats"),
     "sync/proof_gap": Metric(
         "largest difference between a replica's log-prob of a fixed token and the learner's, for the version "
-        "that the step began with",
+        "that the step began with; in 16 bits, divided by log-probs of more than 1 nat",
         "nats",
     ),
     "sync/proof_gap_mean": Metric("mean of the difference in sync/proof_gap, of the worst replica", "nats"),

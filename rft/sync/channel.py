@@ -192,7 +192,7 @@ class WeightChannel:
     async def _prove(self, spec: ProofSpec, version: int, scored: Awaitable[list[float]]) -> Proof:
         begin = time.perf_counter()
         learner, engines = await asyncio.gather(scored, self.engines.score(spec.tokens))
-        gaps = {index: Gap.between(learner, logps) for index, logps in engines.items()}
+        gaps = {index: Gap.between(learner, logps, rounded=spec.rounded) for index, logps in engines.items()}
         proof = Proof(version, len(learner), gaps, time.perf_counter() - begin)
         proof.check(spec)
         self._unproven = False

@@ -18,25 +18,30 @@ PROOF_TOKENS = 80  # under 1 % of a learner step on 3,500 tokens
 class ProofSpec:
     """The tokens to score, how often, and the largest gaps allowed (nats; None: any gap).
 
-    Every `every`-th version is proven, and always the first push to a new set of engines.
+    Every `every`-th version is proven, and always the first push to a new set of engines. rounded: one of the
+    two computes in 16 bits. Its error grows with the logits, and tokens of prompts, on which a policy is not
+    trained, may have log-probs of -20: from 1 nat on, their gaps are then divided by the log-prob.
     """
 
     tokens: tuple[int, ...]
     every: int
     max_gap_mean: float | None
     max_gap: float | None
+    rounded: bool = False
 
 
 class Gap(NamedTuple):
-    """|learner's log-prob - engine's| over the fixed tokens, in nats."""
+    """|learner's log-prob - engine's| over the fixed tokens, in nats; see `ProofSpec.rounded`."""
 
     mean: float
     largest: float
 
     @staticmethod
-    def between(ours: Sequence[float], theirs: Sequence[float]) -> Gap:
+    def between(ours: Sequence[float], theirs: Sequence[float], *, rounded: bool = False) -> Gap:
         """Compare two lists; NaN on either side is an infinite gap. Raises ValueError for unequal lengths."""
-        gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        gaps = [
+            abs(a - b) / (max(abs(a), 1.0) if rounded else 1.0) for a, b in zip(ours, theirs, strict=True)
+        ]
         gaps = [float("inf") if gap != gap else gap for gap in gaps]
         return Gap(sum(gaps) / len(gaps), max(gaps))
 

@@ -50,6 +50,17 @@ def test_a_gap_is_the_mean_and_the_largest_distance() -> None:
         Gap.between([-1.0], [-1.0, -2.0])
 
 
+def test_in_16_bits_a_gap_is_relative_to_the_log_prob() -> None:
+    """SmolLM2 in bfloat16 after some steps: 0.34 at log-probs of -24, 0.007 at -0.1. A mean gap of 0.125, with
+    the right weights, was above the bound of 0.1 and ended a run."""
+    ours, theirs = [-24.0, -0.1, -0.1], [-24.36, -0.107, -0.093]
+    assert Gap.between(ours, theirs).mean > 0.1
+    gap = Gap.between(ours, theirs, rounded=True)
+    assert gap.largest == pytest.approx(0.36 / 24) and gap.mean == pytest.approx((0.015 + 0.007 + 0.007) / 3)
+    # Weights that never arrived are still found: another model's log-probs.
+    assert Gap.between(ours, [-3.0, -2.5, -1.0], rounded=True).mean > 0.9
+
+
 def test_the_replicas_that_differ_are_named_and_the_others_are_not() -> None:
     gaps = {0: Gap(0.0, 0.0), 1: Gap(0.2, 0.3), 2: Gap(0.0009, 0.03)}
     proof = Proof(7, 191, gaps, 0.1)
