@@ -168,8 +168,7 @@ class BasePlan:
         )
 
     @property
-    def _exact(self) -> bool:
-        """Whether engine and learner compute in float32."""
+    def _exact(self) -> bool:  # engine and learner compute in float32
         return self.config.rollout.dtype == self.config.learner.dtype == "float32"
 
     def gap_bounds(self) -> tuple[float | None, float | None]:

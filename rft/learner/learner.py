@@ -148,8 +148,7 @@ class Learner(TrainState):
         return self.fill(batch, self.algorithm.needs - before, gap)
 
     @property
-    def _several(self) -> bool:
-        """Whether a batch is used for several updates."""
+    def _several(self) -> bool:  # updates of a batch
         return self.spec.train.num_iterations * self.spec.train.minibatches > 1
 
     def fill(self, batch: Batch, needs: frozenset[str], gap: objective.LogpGap) -> Batch:
