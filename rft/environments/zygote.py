@@ -108,8 +108,9 @@ class Zygote:
         """Execute one command; False once the parent is gone."""
         data, fds, _, _ = socket.recv_fds(self.control, PACKET, 2)
         if not data:
-            for pid in list(self.workers):
-                kill_tree(pid)
+            for _ in range(2):  # a worker that ended meanwhile has left its children to this process
+                for pid in children(os.getpid()):
+                    kill_tree(pid)
             return False
         command = json.loads(data)
         if "start" in command:
@@ -179,7 +180,8 @@ class Zygote:
 
 def main(control_fd: int, spec_fd: int, report_fd: int, where: int) -> None:
     """Load the environment, report, and fork workers until the parent closes the control socket."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Not killed with its parent: it would leave what its workers started. It sees the control socket closed,
+    # and the guardian ends it with all its descendants.
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # its owner ends it

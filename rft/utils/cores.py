@@ -43,7 +43,9 @@ def threads_for(threads: int | None, cores: str | None, processes: int = 1) -> i
 def processor() -> str:
     """Return the name of this machine's processor, or its architecture where the system does not tell."""
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
+        )
     except OSError:
         match = None
     return match[1] if match else platform.machine()

@@ -128,13 +128,14 @@ def test_rubbish_is_refused_in_the_callers_dialect(requests: int) -> None:
         check(client, path, status, answer)
         assert authorised or status in (401, 404)
 
+    ask = {"messages": [{"role": "user", "content": "hi"}]}
     try:
+        assert client.post("/v1/chat/completions", json.dumps(ask).encode(), **known)[0] == 200
         rubbish()
         assert {name for name, _ in client.asked} == {"s"}, "nothing reached the other session"
         assert client.server.counts["refused"] > requests / 10
         session = client.server._sessions["s"]
         assert not session.handlers and client.server._running == 0
-        ask = {"messages": [{"role": "user", "content": "hi"}]}
         other = {"Authorization": f"Bearer {client.other}"}
         assert client.post("/v1/chat/completions", json.dumps(ask).encode(), **other)[0] == 200
     finally:

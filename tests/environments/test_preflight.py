@@ -98,7 +98,7 @@ def tokenizer(tiny_folder: Path) -> Any:
             {"data": {"kind": "arithmetic", "limit": 8, "chat_template": "never"}},
             "environment: kind text renders messages, and the tokenizer has no chat template, or data.chat",
         ),
-        ({**TOOLS, "max_episode_tokens": 150}, {}, "max_episode_tokens: 150, but the prompt of row"),
+        ({**TOOLS, "max_episode_tokens": 80}, {}, "max_episode_tokens: 80, but the prompt of row"),
         (
             {"kind": "reasoning_gym"},
             {},
