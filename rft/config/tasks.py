@@ -42,8 +42,8 @@ class ArithmeticConfig(ConfigModel):
     form: Literal["words", "expression", "mixed"] = Field(
         "words", description="form of the problems: words (word problem), expression, or mixed (50 % each)"
     )
-    min_operands: int = Field(4, ge=2, le=12, description="minimum operands per problem")
-    max_operands: int = Field(4, ge=2, le=12, description="maximum operands per problem")
+    min_operands: int = Field(3, ge=2, le=12, description="minimum operands per problem")
+    max_operands: int = Field(3, ge=2, le=12, description="maximum operands per problem")
     operators: tuple[Operator, ...] = Field(("+", "-"), description="operators used, of + - *")
     largest: int = Field(9, ge=2, description="largest operand of + and -")
     largest_factor: int = Field(4, ge=2, description="largest operand of *")

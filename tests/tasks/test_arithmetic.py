@@ -154,3 +154,9 @@ def test_bad_options_are_named(options, word):
 def test_an_unknown_split_is_named():
     with pytest.raises(ValueError, match="train"):
         Arithmetic().rows("validation", 1, 1)
+
+
+def test_the_default_problems_have_three_numbers() -> None:
+    """The demos and all committed learning results mean these."""
+    config = Arithmetic().config
+    assert (config.min_operands, config.max_operands) == (3, 3)
