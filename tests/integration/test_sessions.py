@@ -139,7 +139,7 @@ def test_a_push_between_and_within_turns(vllm_stage: Stage, tmp_path: Path, in_f
     check_batch([group], batch)
     versions = {v for c in group.completions for v, _, _ in c.versions}
     assert len(group.completions) == 8 and versions <= {before, before + 1, before + 2}
-    # `abort` samples the calls in flight again: where the machine is slow, both pushes fall into the first calls.
+    # `abort` samples the calls in flight again: on a slow machine both pushes fall into the first calls.
     assert len(versions) > 1 or in_flight == "abort"
     for c in group.completions:
         assert [v for v, _, _ in c.versions] == sorted(v for v, _, _ in c.versions)
