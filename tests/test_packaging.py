@@ -64,6 +64,7 @@ def test_the_wheel_holds_every_data_file(wheel: zipfile.ZipFile) -> None:
 def test_the_metadata(wheel: zipfile.ZipFile) -> None:
     metadata = Parser().parsestr(wheel.read("rft-0.1.0.dist-info/METADATA").decode())
     assert set(metadata.get_all("Provides-Extra") or []) == {
+        "agents",
         "cpu",
         "cuda",
         "deepspeed",
