@@ -35,7 +35,7 @@ BODY_S = 30.0  # to receive a request's body
 WRITE_S = 60.0  # for a client to read a part of a stream
 OPEN_AFTER_S = 5.0  # a stream begins by then: until then an error has its HTTP status
 ALIVE_S = 15.0  # between the comments that keep a waiting stream alive
-CALLS_PER_SESSION = 64  # in flight; more are told to come again
+CALLS_PER_SESSION = 64  # in flight; more get 429 with Retry-After
 CALLS = 4096
 RETRY_AFTER_S = 1
 STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}

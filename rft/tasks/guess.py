@@ -43,8 +43,8 @@ class Game:
         return f"{self.low} to {self.high}"
 
     def guess(self, text: str) -> tuple[str, bool]:
-        """Return (the answer to a guess, whether it is right). A guess outside of the range is not counted
-        out, and a text without a number is told so."""
+        """Return (the answer to a guess, whether it is right). A guess outside the range does not change it,
+        and the answer to a text without a number says so."""
         found = re.search(r"\d+", text)
         if found is None or len(found[0]) > len(str(self.high)) + 1:
             return f"no number\n{self.situation()}", False

@@ -26,10 +26,6 @@ class Covariance(GroupRelative):
     def prescored(self) -> bool:
         return True
 
-    @property
-    def before_prepare(self) -> frozenset[str]:
-        return super().before_prepare | {"old_logps"}
-
     def prepare(self, batch: Batch) -> Batch:
         batch = super().prepare(batch)
         logps, advantages = required(batch.old_logps, "old_logps"), required(batch.advantages, "advantages")

@@ -39,10 +39,6 @@ class M2PO(GroupRelative):
     def prescored(self) -> bool:
         return True
 
-    @property
-    def before_prepare(self) -> frozenset[str]:
-        return super().before_prepare | {"old_logps"}
-
     def prepare(self, batch: Batch) -> Batch:
         batch = super().prepare(batch)
         if batch.sampler_logps is None:

@@ -56,7 +56,7 @@ class Host:
             where = self.given or " ".join(self.command)
             raise SpecError(f"the OpenEnv server {where} does not answer: {error}") from error
         finally:
-            self._stop()  # each worker starts one of its own: a fork shares none
+            self._stop()  # each worker starts its server: forks cannot share one
         self._http: Any = None
         self._socket: Any = None
 

@@ -300,7 +300,7 @@ def check_rewards(
     runs: Sequence[Run], stated: tuple[float, float] | None, solved: bool, report: Report
 ) -> None:
     """Report the range of the rewards. stated: the range that they should have. solved: whether the replies
-    of the policy `scripted` were given as good ones, so that they should be told from random ones."""
+    of the policy `scripted` were given as good ones, which the reward should distinguish from random ones."""
     played = [run for run in runs if not run.failed]
     values = [run.reward for run in played if run.reward is not None]
     for name, same in per(
