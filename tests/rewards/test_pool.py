@@ -311,7 +311,7 @@ async def test_mistakes_in_a_call_are_named() -> None:
 
 
 async def test_a_reward_that_does_not_load_stops_the_start() -> None:
-    with pytest.raises(RewardError, match=r"no function 'lenght' \(did you mean 'length'"):
+    with pytest.raises(RewardError, match=r"has no function or class 'lenght' \(did you mean 'length'"):
         await score("lenght", ["a"])
 
 
