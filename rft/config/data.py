@@ -22,7 +22,9 @@ _GENERATED: tuple[Kind, ...] = (
     "guess",
     "reasoning_gym",
 )
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
+SUFFIXES = (
+    ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".csv", ".parquet", ".arrow",
+)  # fmt: skip
 
 # Fields that apply to some kinds only; setting one for another kind is an error.
 _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
@@ -53,7 +55,8 @@ class DataConfig(ConfigModel):
         "(none: inferred from `path` and `task`)",
     )
     path: PathText | None = Field(
-        None, description="JSONL, JSON, Parquet or Arrow file, a folder of such files, or a hub dataset name"
+        None,
+        description="JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, or a hub dataset name",
     )
     eval_path: PathText | None = Field(None, description="like `path`, for evaluation (none: same as `path`)")
     split: str = Field("train", description="training split; in a folder, files are matched by this name")

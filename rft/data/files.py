@@ -1,4 +1,4 @@
-"""Read rows of JSON, JSON lines (both optionally gzipped), Parquet and Arrow files, without a cache on disk.
+"""Read rows of JSON and JSON lines (plain, gzip or zstd), CSV, Parquet and Arrow, without a cache on disk.
 
 Invalid files raise DataError with the file and, if known, the row.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -22,11 +23,10 @@ _BLOCK = 1000  # rows of a table converted to Python objects at a time
 # Limits of a row in every format: a larger row would exhaust memory, a deeper one overflow the stack.
 ROW_BYTES = 16 << 20
 ROW_DEPTH = 100  # nesting depth of lists and objects, including the row
-_GZIP = b"\x1f\x8b"
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # Magic bytes of unsupported files, with the remedy.
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "a zip archive; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it, or use gzip"),
     (b"BZh", "compressed with bzip2; unpack it, or use gzip"),
     (b"\xfd7zXZ\x00", "compressed with xz; unpack it, or use gzip"),
     (b"PAR1", "a Parquet file; name it .parquet"),
@@ -40,12 +40,13 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def read_file(file: Path) -> Sequence[Any]:
     """Return the rows of a data file, by file extension: JSON loaded at once, tables read lazily."""
-    is_table = file.name.endswith((".parquet", ".arrow"))
-    return TableRows([file]) if is_table else read_json(file)
+    if file.name.endswith((".parquet", ".arrow")):
+        return TableRows([file])
+    return read_csv(file) if file.name.endswith(".csv") else read_json(file)
 
 
 def read_json(file: Path) -> list[Any]:
-    """Return the rows of a JSON array or of JSON lines, gzipped or not, regardless of the file name.
+    """Return the rows of a JSON array or of JSON lines, compressed or not, regardless of the file name.
 
     Blank lines are skipped. Raises DataError with the malformed line.
     """
@@ -54,11 +55,8 @@ def read_json(file: Path) -> list[Any]:
     try:
         with file.open("rb") as raw:
             beginning = raw.read(32)
-        for signature, what in _OTHER_FORMATS:
-            if beginning.startswith(signature):
-                raise DataError(f"it is {what}", source=source)
-        zipped = beginning.startswith(_GZIP) or (beginning and file.suffix == ".gz")
-        with gzip.open(file, "rb") if zipped else file.open("rb") as stream:
+        _refuse_other_formats(beginning, source)
+        with _open_compressed(file, beginning) as stream:
             for number, line in enumerate(read_lines(stream, source), 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
@@ -67,13 +65,95 @@ def read_json(file: Path) -> list[Any]:
                     return _whole(line + stream.read(), number, source)
                 rows.append(parse_line(decode(line, number, source), number, source))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        what = "is cut off" if isinstance(error, EOFError) else f"is damaged ({error})"
-        raise DataError(
-            f"the gzip data {what} after line {number}; copy the file again", source=source, row=number + 1
-        ) from None
+        raise _damaged(error, number, source) from None
     except OSError as error:
+        if not error.errno and beginning.startswith(_ZSTD):  # pyarrow's error, not the system's
+            raise _damaged(error, number, source) from None
         raise unreadable(file, error) from None
     return rows
+
+
+def _refuse_other_formats(beginning: bytes, source: str) -> None:
+    for signature, what in _OTHER_FORMATS:
+        if beginning.startswith(signature):
+            raise DataError(f"it is {what}", source=source)
+
+
+def _open_compressed(file: Path, beginning: bytes) -> io.BufferedIOBase:
+    """Open a file for reading, decompressed if it begins like gzip or zstd, or is named so."""
+    if beginning.startswith(_ZSTD) or (beginning and file.suffix == ".zst"):
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+    if beginning.startswith(_GZIP) or (beginning and file.suffix == ".gz"):
+        return gzip.open(file, "rb")
+    return file.open("rb")
+
+
+def _damaged(error: Exception, number: int, source: str) -> DataError:
+    """Return the error for compressed data that cannot be read after line `number`."""
+    kind = "gzip" if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile) else "zstd"
+    cut = isinstance(error, EOFError) or "Truncated" in str(error)
+    what = "is cut off" if cut else f"is damaged ({error})"
+    return DataError(
+        f"the {kind} data {what} after line {number}; copy the file again", source=source, row=number + 1
+    )
+
+
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d*[1-9]|\.0)?")  # canonical: as JSON would write it again
+
+
+def read_csv(file: Path) -> list[Any]:
+    """Return the rows of a CSV file: comma-separated, quoted by `"`, with column names in the first line.
+
+    A column whose cells are all numbers as JSON writes them (not `007`, `1,000`) or empty becomes numbers,
+    empty cells null; all other cells stay text. Raises DataError with the row.
+    """
+    source, number = str(file), 0
+    csv.field_size_limit(ROW_BYTES)
+    rows: list[list[str]] = []
+    try:
+        with file.open("rb") as raw:
+            _refuse_other_formats(raw.read(32), source)
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, strict=True)
+            names = next(reader, [])
+            _check_names(names, source)
+            for number, cells in enumerate((cells for cells in reader if cells), 1):
+                if len(cells) != len(names):
+                    raise DataError(
+                        f"{len(cells)} cells, but the first line names {len(names)} columns; put cells that "
+                        'contain a comma or a line break into quotes "..."',
+                        source=source,
+                        row=number,
+                    )
+                rows.append(cells)
+    except csv.Error as error:
+        raise DataError(f"malformed CSV: {error}", source=source, row=number + 1) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text ({error.reason}); save the file as UTF-8", source=source) from None
+    except OSError as error:
+        raise unreadable(file, error) from None
+    columns = [_csv_column([cells[i] for cells in rows]) for i in range(len(names))]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _check_names(names: Sequence[str], source: str) -> None:
+    """Check the column names of a CSV file. Raises DataError."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"the first line names the column {twice!r} twice", source=source)
+    if any(not name.strip() for name in names):
+        raise DataError("the first line must name every column; one name is empty", source=source)
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t"):
+        raise DataError("the columns are not separated by commas; save the file with commas", source=source)
+
+
+def _csv_column(cells: Sequence[str]) -> list[Any]:
+    given = [cell for cell in cells if cell]
+    if not given or not all(_NUMBER.fullmatch(cell) for cell in given):
+        return list(cells)
+    return [json.loads(cell) if cell else None for cell in cells]
 
 
 def read_lines(stream: io.BufferedIOBase, source: str, number: int = 0) -> Iterator[bytes]:

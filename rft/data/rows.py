@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from rft.config.data import SUFFIXES, DataConfig
 from rft.data.errors import DataError, FolderSource, missing_column
-from rft.data.files import TableRows, read_file, read_json, refuse_large
+from rft.data.files import TableRows, read_file, refuse_large
+from rft.data.formats import with_known_names
 
 Split = Literal["train", "test"]
 Row = dict[str, Any]
@@ -80,7 +81,8 @@ def _generate(config: DataConfig, split: Split, n: int) -> Sequence[Any]:
 def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number: int) -> Row:
     """Rename the columns of a raw row by `columns` and extract the answer by `answer_pattern`.
 
-    A column may be mapped to several names; unmapped columns keep their names. Raises DataError.
+    A column may be mapped to several names; unmapped columns keep their names, and rows of a known format
+    (`rft.data.formats`) get the names that they lack. Raises DataError.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"a row must be an object, not {type(row).__name__}", source=source, row=number + 1)
@@ -93,6 +95,7 @@ def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number:
         if given not in row:
             raise missing_column(given, row, source, number + 1)
         out[name] = row[given]
+    out = with_known_names(out, row)
     if config.answer_pattern is not None:
         if "answer" not in out:
             raise missing_column("answer", out, source, number + 1)
@@ -164,7 +167,7 @@ def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
     if files[0].name.endswith((".parquet", ".arrow")):
         table = TableRows(files)
         return table, FolderSource(f"{path} ({name})", names, table.file_ends)
-    parts = [read_json(file) for file in files]
+    parts = [read_file(file) for file in files]
     ends = list(accumulate(map(len, parts)))
     return list(chain.from_iterable(parts)), FolderSource(f"{path} ({name})", names, ends)
 
@@ -195,7 +198,10 @@ def find_files(path: str, split: str) -> list[Path]:
     if not chosen:
         have = ", ".join(str(p.relative_to(place)) for p in data[:8]) or f"no {'/'.join(SUFFIXES)} file"
         raise DataError(f"no file of the split '{split}'; the folder contains {have}", source=path)
-    kinds = {p.name.removesuffix(".gz").rsplit(".", 1)[1].replace("jsonl", "json") for p in chosen}
+    kinds = {
+        p.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[1].replace("jsonl", "json")
+        for p in chosen
+    }
     if len(kinds) > 1:
         raise DataError(
             f"files of different formats ({', '.join(sorted(kinds))}) cannot be mixed", source=path

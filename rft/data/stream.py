@@ -157,14 +157,20 @@ def open_reader(config: DataConfig, split: Split) -> tuple[Reader, str]:
 
 def first_row(config: DataConfig) -> Row:
     """Return the first training row, with rft column names. Raises DataError."""
+    raw, source, number = first_raw_row(config)
+    return map_columns(raw, config, source, number)
+
+
+def first_raw_row(config: DataConfig) -> tuple[Any, str, int]:
+    """Return the first training row as the dataset has it, its source, and its number. Raises DataError."""
     if not config.streaming:
         if config.resolved_kind not in ("file", "hub"):  # a task generates its rows one after the other
             config = config.model_copy(update={"limit": 1})
-        row: Row = load_rows(config)[0]
-        return row
+        rows = load_rows(config)
+        return rows.base[rows.numbers[0]], rows.source, rows.numbers[0]
     reader, source = open_reader(config, "train")
     for raw in reader:
-        return map_columns(raw, config, source, 0)
+        return raw, source, 0
     raise DataError("the dataset is empty", source=source)
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rft.batch import Group, Prompt
+from rft.config.data import SUFFIXES, DataConfig
 from rft.config.rewards import SLOW, RewardConfig, RewardsConfig
+from rft.data.formats import SUMMARIES, row_format
 from rft.data.prompts import demonstrations_of
+from rft.data.rows import data_source, find_files
+from rft.data.stream import first_raw_row
 from rft.preflight.rewards import PROGRAMS
 from rft.rewards.load import load_reward
 from rft.rewards.runner import RewardRunner
@@ -32,6 +36,33 @@ class GoldVerdict:
 def describe_columns(columns: Iterable[str], renamed: Mapping[str, str]) -> str:
     """List the columns of a row by their names in rft, each with its name in the data if that differs."""
     return ", ".join(f"{name} (from {renamed[name]})" if name in renamed else name for name in columns)
+
+
+def describe_format(config: DataConfig) -> str:
+    """Describe the files of the training data, and the format of its rows if it is a known one."""
+    if config.resolved_kind == "file":
+        names = [file.name for file in find_files(*data_source(config, "train"))]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        suffix = next(s for s in sorted(SUFFIXES, key=len, reverse=True) if names[0].endswith(s))
+        what = f"{_FILES[suffix]} ({names[0]}{more})"
+    else:
+        what = "a dataset of the hub" if config.resolved_kind == "hub" else f"the task {config.resolved_kind}"
+    raw = first_raw_row(config)[0]
+    kind = row_format(raw) if isinstance(raw, Mapping) else None
+    return what if kind is None else f"{what}, rows of {SUMMARIES[kind]}"
+
+
+_FILES = {
+    ".jsonl": "JSON lines",
+    ".json": "JSON",
+    ".jsonl.gz": "JSON lines in gzip",
+    ".json.gz": "JSON in gzip",
+    ".jsonl.zst": "JSON lines in zstd",
+    ".json.zst": "JSON in zstd",
+    ".csv": "CSV",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+}
 
 
 def shortened(text: str, most: int = SHOWN_CHARACTERS) -> str:

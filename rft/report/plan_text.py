@@ -11,6 +11,7 @@ from rft.plan import OnlinePlan, Plan
 from rft.preflight.capacity import MemoryPlan, device_memory
 from rft.preflight.first_row import (
     describe_columns,
+    describe_format,
     first_group_lines,
     first_prompt_lines,
     gold_verdicts,
@@ -59,7 +60,10 @@ def plan_lines(plan: Plan) -> list[str]:
 def _first_row_lines(plan: Plan) -> list[str]:
     """Describe the first row: its columns, the rendered prompt, and the rewards' verdict on its answer."""
     c = plan.config
-    out = [f"columns      {describe_columns(first_row(c.data), c.data.columns)}"]
+    out = [
+        f"format       {describe_format(c.data)}",
+        f"columns      {describe_columns(first_row(c.data), c.data.columns)}",
+    ]
     if isinstance(plan, OnlinePlan):
         prompt = plan.train_prompts.prompts[0]
         out.append(f"first prompt {_block(first_prompt_lines(prompt, plan.tokenizer))}")

@@ -72,7 +72,7 @@ LINE = json.dumps(ROW).encode() + b"\n"
             "'content' is given twice",
         ),
         ("a.jsonl", b"PK\x03\x04\x14\x00", "it is a zip archive"),
-        ("a.jsonl", b"\x28\xb5\x2f\xfd\x00", "it is compressed with zstd"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd\x00", "the zstd data is"),
         ("a.jsonl.gz", b"\xfd7zXZ\x00", "it is compressed with xz"),
         ("a.json", b"PAR1\x15\x04", "it is a Parquet file"),
         ("a.jsonl", LINE.decode().encode("utf-16"), "it is UTF-16 text"),
