@@ -36,6 +36,7 @@ _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "options": _GENERATED,
     "holdout": ("file", "hub"),
     "streaming": ("file", "hub"),
+    "sessions": ("file",),
 }
 
 
@@ -44,6 +45,22 @@ class SourceClass(ConfigModel):
 
     weight: float = Field(1.0, gt=0, description="loss weight of demonstrations of this class")
     prefix: str = Field("", description="text prepended to the prompt to identify the class")
+
+
+class SessionsConfig(ConfigModel):
+    """Sessions of `rft collect`, for offline training on the tokens that were sampled."""
+
+    keep: Literal["successes", "best", "all"] = Field(
+        "successes",
+        description="supervised: successes, the best session of each prompt (RAFT), or all that were scored",
+    )
+    min_reward: float | None = Field(None, description="only sessions with at least this reward (none: any)")
+    pairs: int = Field(
+        1,
+        ge=1,
+        description="preference: maximum pairs of a prompt: the best session against the worst, the second "
+        "best against the second worst, ...; equal rewards are no pair",
+    )
 
 
 class DataConfig(ConfigModel):
@@ -117,6 +134,11 @@ class DataConfig(ConfigModel):
     bad_rows: Literal["reject", "skip"] = Field(
         "reject", description="offline: invalid rows: reject (stop the run), or skip and count them"
     )
+    sessions: SessionsConfig | None = Field(
+        None,
+        description="offline: `path` has sessions of `rft collect`; train on their recorded tokens (none: "
+        "rows are texts); `limit` and `holdout` count prompts",
+    )
     streaming: bool = Field(False, description="offline: stream rows instead of loading the dataset")
     shuffle_buffer: int = Field(10_000, ge=1, description="streaming: size of the shuffle buffer, in rows")
     shuffle: bool = Field(True, description="reshuffle rows at each epoch")
@@ -138,11 +160,25 @@ class DataConfig(ConfigModel):
                 )
         if self.streaming and self.holdout:
             raise ValueError("`holdout` cannot be combined with `streaming`; remove it, and set `eval_path`")
+        if self.sessions is not None:
+            self._check_sessions()
         if self.eval_source is not None and self.eval_source not in self.sources:
             known = ", ".join(self.sources) or "none"
             raise ValueError(f"`eval_source: {self.eval_source}` is not among `sources` ({known})")
         self._check_pattern()
         return self
+
+    def _check_sessions(self) -> None:
+        """Refuse settings that would change recorded tokens."""
+        fields = ("template", "system", "sources", "numbers", "columns", "answer_pattern", "streaming")
+        for name in fields:
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` does not apply to `sessions`, whose tokens are recorded; remove it, or remove "
+                    "`sessions` to encode the column `messages` afresh"
+                )
+        if self.overlong == "truncate":
+            raise ValueError("`overlong: truncate` does not apply to `sessions`: write `skip` or `reject`")
 
     def _check_pattern(self) -> None:
         if self.answer_pattern is None:

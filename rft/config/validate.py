@@ -290,8 +290,19 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
 
 def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     a, c, name = config.algorithm, config.learner, algorithm_name(config.algorithm)
+    collected = config.data.sessions is not None
+    yield (
+        a.online and collected,
+        f"data.sessions: {name} samples its own completions; remove it, or choose an offline algorithm: sft, "
+        "dpo, kto",
+    )
     if a.online:
         return
+    yield (
+        config.eval.generate and collected,
+        "eval.generate: collected sessions are not played again; set it to false, and evaluate the trained "
+        "model in its environment by `rft eval`",
+    )
     yield (
         config.eval.generate and bool(score_heads(a)),
         f"eval.generate: {name} trains a reward model, which generates nothing; set it to false",

@@ -16,6 +16,7 @@ from rft.data.errors import BadRows, RowProblem, missing_column
 from rft.data.messages import Messages, Text, read_messages, read_text, read_tools
 from rft.data.prompts import RENDERED, fill_template, with_source_prefix
 from rft.data.rows import Row, Split, load_rows
+from rft.data.sessions import SessionReader
 
 PAIR_TEMPLATE = "{prompt}\n\nCandidate A: {a}\n\nCandidate B: {b}"  # input of a pairwise reward model
 CONVERSATIONS = ("messages", "conversations", "conversation")  # columns with a whole conversation
@@ -69,9 +70,12 @@ def load_groups(
     scored      `prompt`, `completion`, `score` (one or a list)      the first; `columns["targets"]`
     steps       `prompt`, `completions` (steps), `labels`            mean; `columns["step_labels"]`
 
+    With `data.sessions`, rows are sessions of `rft collect`, for sft, preference and unpaired.
     max_length: maximum tokens of prompt and completion together (default: from the config).
     Raises DataError with the numbers of all invalid and overlong rows, unless the config skips them.
     """
+    if config.sessions is not None:
+        return _session_groups(config, tokenizer, kind, split, max_length)
     rows = load_rows(config, split)
     maker = GroupMaker(config, tokenizer, kind, rows.source, max_length)
     groups = [group for i, row in enumerate(rows) if (group := maker.make(row, rows.numbers[i]))]
@@ -82,6 +86,16 @@ def load_groups(
         raise maker.long.error("no row is left; raise max_length or max_prompt_length")
     skipped = {**maker.bad.counts, **maker.long.counts}
     return GroupSet(groups, skipped, maker.truncated, rows.source, maker.notes.lines())
+
+
+def _session_groups(
+    config: DataConfig, tokenizer: Any, kind: DataKind, split: Split, max_length: int | None
+) -> GroupSet:
+    """Return the groups of collected sessions. Raises DataError as `load_groups`."""
+    reader = SessionReader(config, tokenizer, kind, max_length)
+    groups = reader.groups(split)
+    reader.check(groups)
+    return GroupSet(groups, reader.skipped, source=reader.source)
 
 
 class GroupMaker:

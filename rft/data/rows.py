@@ -52,12 +52,12 @@ def load_rows(config: DataConfig, split: Split = "train") -> Rows:
     if kind not in ("file", "hub"):
         base, source = _generate(config, split, limit or GENERATED[split]), config.task or kind
     else:
-        base, source = _open(config, split)
+        base, source = open_source(config, split)
     if not len(base):
         raise DataError("the dataset is empty", source=source)
     numbers: Sequence[int] = range(len(base))
     if kind in ("file", "hub"):
-        numbers = _hold_out(config, split, len(base), source)
+        numbers = hold_out(config, split, len(base), source)
     rows = Rows(base, numbers if limit is None else numbers[:limit], config, source)
     rows[0]  # fail early on a wrong column name
     return rows
@@ -111,7 +111,7 @@ def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number:
     return out
 
 
-def _hold_out(config: DataConfig, split: Split, size: int, source: str) -> Sequence[int]:
+def hold_out(config: DataConfig, split: Split, size: int, source: str) -> Sequence[int]:
     """Return the row numbers of a split, with `holdout` rows selected by a seeded shuffle."""
     if not config.holdout or (split == "test" and config.eval_path):
         return range(size)
@@ -156,7 +156,7 @@ def _of_split(file: Path, split: str, root: Path) -> bool:
     return re.match(rf"{re.escape(split)}([-_.]|$)", first) is not None
 
 
-def _open(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
+def open_source(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
     path, name = data_source(config, split)
     if config.resolved_kind == "hub":
         return load_hub(config, path, name), f"{path} ({name})"

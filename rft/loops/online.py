@@ -348,17 +348,8 @@ class Controller:
 
     async def _serve(self, work: Work) -> None:
         """Sample and score one prompt's group."""
-        c = self.config.rollout.sampling
-        sampling = Sampling(
-            n=self.config.train.num_generations,
-            max_tokens=c.max_completion_length,
-            temperature=c.temperature,
-            top_p=c.top_p,
-            top_k=c.top_k,
-            min_p=c.min_p,
-            stop=c.stop,
-            seed=derive_seed(self.config.seed, *work.key, work.version),
-        )
+        seed = derive_seed(self.config.seed, *work.key, work.version)
+        sampling = Sampling.of(self.config.rollout.sampling, self.config.train.num_generations, seed)
         progress = self.step / max(self.config.train.steps, 1)
         name = f"train-{work.ticket}"
         group, seconds = await self.groups.sample(work.prompt, sampling, name, work.version, progress)

@@ -115,7 +115,8 @@ def check_offline(
 ) -> list[str]:
     """Check the rows against the model and the algorithm."""
     algorithm, problems = config.algorithm, []
-    if stops is not None and not score_heads(algorithm):
+    # Turns of collected sessions end where their engine stopped them.
+    if stops is not None and not score_heads(algorithm) and config.data.sessions is None:
         problems += unstopped_turns(data.sample, stops, tokenizer)
     problems += check_lengths("data", data.sample, positions)
     return problems + check_batch(algorithm, data.sample[: min(DRY_RUN_GROUPS, config.train.batch_size)])

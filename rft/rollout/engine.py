@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from rft.config.rollout import InFlight, RolloutConfig
+from rft.config.rollout import InFlight, RolloutConfig, SamplingConfig
 from rft.sync.spec import Link, Update
 
 
@@ -27,6 +27,20 @@ class Sampling:
     seed: int | None = None
     min_p: float = 0.0
     mixture: float = 0.0  # sample from policy^(1 - mixture) * reference^mixture, per token (hf engine only)
+
+    @staticmethod
+    def of(config: SamplingConfig, n: int, seed: int | None) -> Sampling:
+        """Return the parameters of `n` training rollouts of one prompt."""
+        return Sampling(
+            n,
+            config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            stop=config.stop,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,23 @@ def register(command: AddCommand) -> None:
     add("--reward", help="built-in, or file.py:function (default: by the answers in the data)")
     add("--algorithm", help="algorithm (default: by the columns of the data)")
     command(check, "check", "resolve everything and print the plan, without training", config=True)
-    text = "held-out accuracy and pass@k of a model, as JSON on stdout"
+    text = "held-out accuracy and pass@k of a model or a run, in the config's environment, as JSON on stdout"
     add = command(evaluate, "eval", text, config=True, stoppable=True)
-    add("--model", type=path_argument, help="model folder or hub name (none: the config's)")
+    add("--model", metavar="MODEL|RUN", type=path_argument,
+        help="model folder or hub name, or a run folder: its newest weights (none: the config's model)"
+        )  # fmt: skip
+    text = "play sessions without training, and write them as JSON lines for `rft train`"
+    add = command(collect, "collect", text, config=True, stoppable=True)
+    add("--out", metavar="FOLDER", type=path_argument,
+        help="folder for sessions.jsonl (default: OUTPUT_DIR/NAME-sessions); the same command goes on there"
+        )  # fmt: skip
+    add("--model", metavar="MODEL|RUN", type=path_argument,
+        help="model folder or hub name, or a run folder: its newest weights (none: the config's model, after "
+        "its warm start)"
+        )  # fmt: skip
+    add("--prompts", type=_positive, metavar="N", help="the first N rows (default: all)")
+    add("--samples", type=_positive, metavar="N", help="sessions of a row (default: train.num_generations)")
+    add("--split", choices=["train", "test"], default="train", help="rows to play (default: train)")
     text = "serve a model, or the newest checkpoint of a run, in the dialects of OpenAI and Anthropic"
     add = command(serve, "serve", text, stoppable=True)
     add("target", metavar="MODEL|RUN", type=path_argument, help="model folder or hub name, or a run folder")
@@ -101,6 +115,12 @@ def register(command: AddCommand) -> None:
     add("rest", nargs=argparse.REMAINDER, help="see `rft reward --help`")
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
@@ -147,14 +167,36 @@ def check(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     import asyncio
+    import tempfile
 
     from rft.config.load import load_config
     from rft.plan import make_plan
     from rft.run_training import evaluate_model
+    from rft.tools.export import weights_of
 
-    plan = make_plan(load_config(args.config, args.overrides), model=args.model, evaluate=True)
-    metrics = asyncio.run(evaluate_model(plan, args.signals))
+    config = load_config(args.config, args.overrides)
+    with tempfile.TemporaryDirectory(prefix="rft-eval-") as scratch:
+        model = None if args.model is None else weights_of(args.model, Path(scratch))[0]
+        plan = make_plan(config, model=model, evaluate=True)
+        metrics = asyncio.run(evaluate_model(plan, args.signals))
     print(json.dumps(metrics, indent=2))
+    return 0
+
+
+def collect(args: argparse.Namespace) -> int:
+    from rft.config.load import load_config
+    from rft.errors import RunStopped
+    from rft.tools.collect import Arguments, collect
+    from rft.utils.signals import STOPPED
+
+    config = load_config(args.config, args.overrides)
+    out = Path(args.out or f"{config.run_dir}-sessions")
+    arguments = Arguments(args.model, args.samples, args.prompts, args.split)
+    try:
+        note(str(collect(config, out, arguments, args.signals, note)))
+    except RunStopped:
+        note(f"stopped ({args.signals.reason}): the sessions so far are in {out}; the same command goes on")
+        return STOPPED
     return 0
 
 

@@ -39,6 +39,21 @@ def export_run(run_dir: Path, out: Path) -> Path:
     return source
 
 
+def weights_of(target: str, scratch: Path) -> tuple[str, str]:
+    """Return the weights of a model or of a run, and their name: the model itself, a run's final model, or a
+    copy of its newest checkpoint in `scratch`, since a run removes its older checkpoints.
+
+    Raises ConfigError as `export_run`.
+    """
+    run = Path(target)
+    if not (run / "checkpoints").is_dir() and not (run / "config.yaml").exists():
+        return target, target
+    if (run / "model" / "config.json").exists():
+        return str(run / "model"), str(run / "model")
+    source = export_run(run, scratch / "model")
+    return str(scratch / "model"), str(source)
+
+
 def _merge_adapter(config: Path, newest: Path, out: Path) -> None:
     plan = make_plan(load_config(config), starts=False)
     if (stage := plan.config.warm_start) is not None:

@@ -1,0 +1,300 @@
+"""`rft collect`: play sessions with a config's environment and engine, without training, and write them down.
+
+OUT/collect.yaml          the config and the arguments
+    sessions.jsonl        one line for each session (`rft.data.sessions`); it appears when all were played
+    sessions.part.jsonl   until then: whole groups, in the order in which they were finished
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rft.algorithms.base import Rollout
+from rft.batch import Prompt
+from rft.config.load import differences
+from rft.config.schema import Config
+from rft.data import load_prompts
+from rft.data.chat import Renderer
+from rft.data.sessions import line_of, tokenizer_id
+from rft.errors import ConfigError
+from rft.loops.evaluate import is_correct
+from rft.metrics.log import read_jsonl
+from rft.plan import OnlinePlan, make_plan
+from rft.preflight.data import is_finished, warm_start_folder
+from rft.rollout.engine import Request, Sampling
+from rft.rollout.episodes import make_episodes
+from rft.rollout.sample import Judged, completions_of, judge
+from rft.run_training import make_environment, make_pool, make_rewards, start_environment
+from rft.tools.export import weights_of
+from rft.utils import yaml_files
+from rft.utils.deadlines import unless_stopped
+from rft.utils.files import write_atomic, write_text_atomic
+from rft.utils.ray_cluster import ray_cluster
+from rft.utils.run_lock import RunLock
+from rft.utils.seeds import derive_seed
+from rft.utils.signals import StopRequests
+
+SESSIONS, PART, SETTINGS = "sessions.jsonl", "sessions.part.jsonl", "collect.yaml"
+END_S = 30.0  # for ending the engines after a stop signal
+SAY_EVERY = 10  # times in a collection that its progress is printed
+
+Say = Callable[[str], None]
+Play = Callable[[Prompt, int], Awaitable[Judged]]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to collect.
+
+    model: a folder or hub name, or a run's folder (None: the config's). samples: sessions of a prompt (None:
+    train.num_generations). prompts: the first so many rows of the split (None: all).
+    """
+
+    model: str | None = None
+    samples: int | None = None
+    prompts: int | None = None
+    split: Literal["train", "test"] = "train"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A finished collection. lost: sessions that could not be played or whose prompt gave none."""
+
+    file: Path
+    sessions: int
+    successes: int
+    lost: int
+
+    def __str__(self) -> str:
+        lost = f", {self.lost} lost to faults" if self.lost else ""
+        share = self.successes / self.sessions if self.sessions else 0.0
+        return f"{self.file}: {self.sessions} sessions, {share:.1%} successes{lost}"
+
+
+def collect(config: Config, out: Path, arguments: Arguments, signals: StopRequests, say: Say) -> Collected:
+    """Collect into a folder, from where an earlier call of the same collection stopped.
+
+    Raises ConfigError before anything is started if the config is wrong or the folder has something else,
+    RunStopped on a stop signal: what was played is kept.
+    """
+    with tempfile.TemporaryDirectory(prefix="rft-collect-") as scratch:
+        model, name = _start(config, arguments.model, Path(scratch))
+        plan = make_plan(config, model=model, evaluate=True)
+        if not isinstance(plan, OnlinePlan):
+            raise ConfigError(["rft collect: the config's algorithm samples nothing; write algorithm: grpo"])
+        samples = arguments.samples or config.train.num_generations
+        prompts = _prompts(plan, arguments)
+        settings = {
+            "config": config.to_dict(),
+            "model": name,
+            "split": arguments.split,
+            "samples": samples,
+            "prompts": len(prompts),
+        }
+        with _claimed(out, settings) as file:
+            if (out / SESSIONS).exists():
+                say(f"{out} is complete")
+                return _summary(out, len(prompts) * samples)
+            if file.prompts:
+                say(f"going on: {len(file.prompts)} of {len(prompts)} prompts were played before")
+            left = [prompt for prompt in prompts if prompt.id not in file.prompts]
+            with ray_cluster(config.ray.address, config.ray.object_store_gib):
+                asyncio.run(_play(plan, name, left, samples, file, signals, say))
+            file.finish()
+        return _summary(out, len(prompts) * samples)
+
+
+def _start(config: Config, given: str | None, scratch: Path) -> tuple[str | None, str]:
+    """Return the model to sample from, the given one or the config's after its warm start, and its name."""
+    if given is not None:
+        return weights_of(given, scratch)
+    plan, stage = make_plan(config, starts=False, evaluate=True), config.warm_start
+    if stage is None:
+        return None, plan.model
+    made = warm_start_folder(config, stage, plan.model)
+    if not is_finished(made):
+        raise ConfigError(
+            ["rft collect: the config's warm start was not trained yet; name a model or a run by --model"]
+        )
+    return str(made), str(made)
+
+
+def _prompts(plan: OnlinePlan, arguments: Arguments) -> Sequence[Prompt]:
+    prompts = plan.train_prompts
+    if arguments.split == "test":
+        limit = plan.config.rollout.sampling.max_prompt_length
+        prompts = load_prompts(plan.config.data, plan.tokenizer, "test", limit)
+    return prompts.prompts[: arguments.prompts]
+
+
+# -- playing -------------------------------------------------------------------------------------------
+
+
+async def _play(
+    plan: OnlinePlan,
+    model: str,
+    prompts: Sequence[Prompt],
+    samples: int,
+    file: _File,
+    signals: StopRequests,
+    say: Say,
+) -> None:
+    """Play the sessions of the prompts, and write each group as it is finished."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def request(reason: str) -> float:
+        loop.call_soon_threadsafe(stop.set)
+        return END_S
+
+    signals.handle(request=request)
+    tokenizer, primary = tokenizer_id(plan.tokenizer), plan.config.rewards.primary
+    every = max(1, len(prompts) // SAY_EVERY)
+    async with _players(plan, stop) as (play, tools):
+        waiting, played = iter(prompts), 0
+
+        async def worker() -> None:
+            nonlocal played
+            for prompt in waiting:
+                judged = await play(prompt, samples)
+                pairs = list(zip(judged.completions, judged.rewards, strict=True))
+                shown = tools or prompt.columns.get("tools")
+                more = {"model": model, "group_size": len(pairs), **({"tools": shown} if shown else {})}
+                file.append(
+                    [
+                        more
+                        | line_of(
+                            judged.prompt,
+                            k,
+                            replace(c, reward=reward.value, scores=reward.scores),
+                            is_correct(reward, primary),
+                            tokenizer,
+                        )
+                        for k, (c, reward) in enumerate(pairs)
+                    ]
+                )
+                played += 1
+                if played % every == 0:
+                    say(f"{played} of {len(prompts)} prompts")
+
+        rollout = plan.config.rollout
+        at_once = max(1, 2 * rollout.replicas * rollout.max_num_seqs // samples)  # groups in flight
+        working = [asyncio.create_task(worker()) for _ in range(min(at_once, len(prompts)))]
+        try:
+            await unless_stopped(asyncio.gather(*working), stop)
+        finally:
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _players(plan: OnlinePlan, stop: asyncio.Event) -> AsyncIterator[tuple[Play, list[dict[str, Any]]]]:
+    """Start engines, rewards and environment for the length of a block; yield the function that plays a
+    prompt's sessions and scores them, and the schemas of the environment's tools."""
+    config = plan.config
+    pool, rewards, environment = make_pool(plan), make_rewards(config), make_environment(config)
+    scoring = rewards.start() if environment is None else start_environment(environment, rewards)
+    try:
+        await unless_stopped(asyncio.gather(pool.start(), scoring), stop)
+        render = Renderer(config.data, plan.tokenizer)
+        episodes = None
+        if environment is not None:
+            episodes = make_episodes(config, environment, pool.generate, render)
+
+        async def play(prompt: Prompt, samples: int) -> Judged:
+            name, seed = f"collect-{prompt.id}", derive_seed(config.seed, "collect", prompt.id)
+            sampling = Sampling.of(config.rollout.sampling, samples, seed)
+            if episodes is not None:
+                played = await episodes.sample(name, prompt, [Rollout()] * samples, sampling, training=False)
+                return await episodes.judge(played, rewards, training=False)
+            generated = await pool.generate(Request(name, prompt.tokens, sampling))
+            completions = completions_of(generated, plan.tokenizer)
+            return await judge(prompt, completions, rewards, training=False)
+
+        yield play, [] if environment is None else environment.tools
+    finally:
+        await rewards.close()
+        if environment is not None:
+            await environment.close()
+        await pool.close()
+
+
+# -- the folder ----------------------------------------------------------------------------------------
+
+
+class _File:
+    """The lines of an unfinished collection. prompts: those whose group is complete in the file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / PART
+        rows = read_jsonl(self.path)
+        lines = Counter(row["prompt_id"] for row in rows)
+        self.prompts = {row["prompt_id"] for row in rows if lines[row["prompt_id"]] == row["group_size"]}
+        whole = "".join(_as_text(row) for row in rows if row["prompt_id"] in self.prompts)
+        if self.path.exists() and self.path.read_text(encoding="utf-8", errors="replace") != whole:
+            write_text_atomic(self.path, whole)  # without the group that a killed process was writing
+
+    def append(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Add the sessions of a prompt, on disk when this returns."""
+        text = "".join(map(_as_text, lines))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Write all sessions in the order of the prompts, and remove the unfinished file."""
+        rows = sorted(read_jsonl(self.path), key=lambda row: (row["prompt_id"], row["sample"]))
+        with write_atomic(self.folder / SESSIONS) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(map(_as_text, rows))
+        self.path.unlink(missing_ok=True)
+
+
+def _as_text(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+@contextmanager
+def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[_File]:
+    """Hold the folder of a collection. Raises ConfigError if it has another one, or something else."""
+    known = {SESSIONS, PART, SETTINGS, "run.lock"}
+    strange = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
+    if strange or (out.exists() and not out.is_dir()):
+        what = f"has {strange[0]}, which no collection wrote" if strange else "is a file"
+        raise ConfigError([f"--out: {out} {what}; choose another folder"])
+    lock = RunLock(out)
+    try:
+        written = out / SETTINGS
+        if written.exists():
+            changed = differences(yaml_files.read(written), settings)
+            if changed:
+                raise ConfigError(
+                    [
+                        f"--out: {out} has sessions of other settings; choose another folder, or set these "
+                        "back:",
+                        *(f"{key}: was {a!r}, now {b!r}" for key, a, b in changed),
+                    ]
+                )
+        else:
+            write_text_atomic(written, yaml_files.dump(settings))
+        yield _File(out)
+    finally:
+        lock.release()
+
+
+def _summary(out: Path, planned: int) -> Collected:
+    counts: Counter[str] = Counter()
+    with (out / SESSIONS).open(encoding="utf-8") as file:
+        for line in file:
+            counts["sessions"] += 1
+            counts["successes"] += json.loads(line)["success"] is True
+    return Collected(out / SESSIONS, counts["sessions"], counts["successes"], planned - counts["sessions"])

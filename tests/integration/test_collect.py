@@ -1,0 +1,201 @@
+"""`rft collect` with an engine and an environment, `rft train` on its sessions, `rft eval` in there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+import rft.tools.collect as collecting
+from rft.batch import Batch
+from rft.cli import main
+from rft.config.data import DataConfig
+from rft.data import load_groups
+from rft.learner.load import load_tokenizer
+from rft.plan import Plan
+from rft.rollout.engine import Generated, Request
+from rft.rollout.pool import RolloutPool
+
+# Answers twice; the second call has another history, so that it is a branch. Half of the sessions succeed.
+ENVIRONMENT = """
+async def twice(row, session):
+    first = await session.chat([{"role": "user", "content": row["prompt"]}])
+    again = [{"role": "user", "content": "Again: " + row["prompt"]}]
+    await session.chat([*again, first.message(), {"role": "user", "content": "Sure?"}])
+    session.reward(0.25, call=0)
+    return float(session.seed % 2)
+"""
+CONFIG = """
+name: twice
+output_dir: {here}
+seed: 3
+model: {{path: {model}}}
+data: {{kind: arithmetic, limit: 6}}
+environment:
+  {{kind: function, path: "{here}/environment.py:twice", max_turns: 2, max_tokens_per_turn: 6,
+  max_episode_tokens: 300}}
+algorithm: grpo
+train: {{steps: 1, batch_size: 2, num_generations: 4}}
+rollout: {{engine: hf, threads: 1}}
+learner: {{threads: 1}}
+eval: {{every: 1, problems: 3, samples: 2, greedy: false}}
+tracking: {{display: "off"}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_folder: Path) -> Path:
+    (tmp_path / "environment.py").write_text(ENVIRONMENT)
+    (tmp_path / "twice.yaml").write_text(CONFIG.format(here=tmp_path, model=tiny_folder))
+    return tmp_path / "twice.yaml"
+
+
+class SharedPool(RolloutPool):
+    """Engines that several commands of a test use: they start once, and record what they sampled."""
+
+    seen: ClassVar[set[tuple[int, ...]]] = set()
+
+    async def start(self) -> None:
+        if not self.members:
+            await super().start()
+
+    async def generate(self, request: Request) -> list[Generated]:
+        answers = await super().generate(request)
+        self.seen.update(request.tokens + answer.tokens for answer in answers)
+        return answers
+
+    async def close(self) -> None: ...
+
+
+@pytest.fixture
+def shared_pool(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    pools: list[SharedPool] = []
+
+    def make(plan: Plan) -> SharedPool:
+        pools.extend([SharedPool(plan.engine_spec())] if not pools else [])
+        return pools[0]
+
+    monkeypatch.setattr(collecting, "make_pool", make)
+    yield
+    asyncio.run(RolloutPool.close(pools[0]))
+
+
+def sessions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "sessions.jsonl").read_text().splitlines()]
+
+
+def sampled_in(batch: Batch) -> set[tuple[int, ...]]:
+    """Each run of trained tokens with all tokens before it."""
+    found, mask = set(), batch.mask.tolist()
+    source, tokens = batch.source.tolist(), batch.tokens.tolist()
+    followed = {s for i, s in enumerate(source) if mask[i] and s >= 0 and mask[s]}
+    for end in (i for i, trained in enumerate(mask) if trained and i not in followed):
+        path, at = [], end
+        while at >= 0:
+            path.append(tokens[at])
+            at = source[at]
+        found.add(tuple(reversed(path)))
+    return found
+
+
+def test_sessions_are_collected(
+    config: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    shared_pool: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen = SharedPool.seen
+    seen.clear()
+
+    # Stopped after two groups; the same command goes on, and nothing is played twice.
+    append, written = collecting._File.append, []
+
+    def fails(file: Any, lines: Any) -> None:
+        if len(written) == 2:
+            raise OSError("the disk is full")
+        append(file, lines)
+        written.append(lines[0]["prompt_id"])
+
+    command = ["collect", str(config), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(collecting._File, "append", fails)
+    assert main(command) == 1
+    part = tmp_path / "out" / "sessions.part.jsonl"
+    with part.open("a") as file:  # a killed process leaves a part of a group
+        file.write(part.read_text().splitlines()[0].replace(f'"prompt_id": {written[0]}', '"prompt_id": 99'))
+    seen.clear()
+    monkeypatch.setattr(collecting._File, "append", append)
+    assert main(command) == 0
+    rows = sessions(tmp_path / "out")
+    assert [(row["prompt_id"], row["sample"]) for row in rows] == [(p, k) for p in range(6) for k in range(4)]
+    assert not part.exists() and len(seen) <= 4 * 4 * 2
+    first_half = [row for row in rows if row["prompt_id"] in written]
+    assert len(first_half) == 8
+
+    # A finished collection is left alone, and other settings do not overwrite it.
+    before = (tmp_path / "out" / "sessions.jsonl").read_bytes()
+    assert main(command) == 0
+    assert main([*command, "seed=4"]) == 2
+    assert "config.seed: was 3, now 4" in capsys.readouterr().err
+    assert main([*command[:3], str(tmp_path)]) == 2
+    assert (tmp_path / "out" / "sessions.jsonl").read_bytes() == before
+
+    # What an uninterrupted command collects is the same, to the byte.
+    seen.clear()
+    assert main([*command[:3], str(tmp_path / "whole")]) == 0
+    assert (tmp_path / "whole" / "sessions.jsonl").read_bytes() == before
+
+    # Every token that an engine sampled is trained once, after exactly the tokens that the engine was given.
+    data = DataConfig(path=str(tmp_path / "whole" / "sessions.jsonl"), sessions={"keep": "all"})  # type: ignore[arg-type]
+    groups = load_groups(data, load_tokenizer(str(tiny_folder)))
+    batch = Batch.build(groups.groups)
+    assert sampled_in(batch) == seen
+    assert int(batch.mask.sum()) == sum(
+        sum(p is not None for p in row["logprobs"]) for row in rows if row["reward"] is not None
+    )
+    assert {row["reward"] for row in rows} == {0.0, 1.0} and all(row["branches"] for row in rows)
+    assert all(row["success"] is (row["reward"] == 1.0) for row in rows)
+    assert rows[0]["turns"][0]["reward"] == 0.25 and rows[0]["messages"][0]["role"] == "user"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_they_are_trained_on_and_evaluated(
+    config: Path, tiny_folder: Path, tmp_path: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["collect", str(config), "--out", str(tmp_path / "out")]) == 0
+
+    # Supervised on the successes, and on pairs.
+    for name, more in (("sft", ["data.sessions={keep: best}"]), ("dpo", [])):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            f"name: {name}\noutput_dir: {tmp_path}\nalgorithm: {name}\nmodel: {{path: {tiny_folder}}}\n"
+            f"data: {{path: {tmp_path}/out/sessions.jsonl, sessions: {{}}}}\n"
+            "train: {steps: 1, batch_size: 2}\nlearner: {threads: 1}\neval: {every: 0}\n"
+            'tracking: {display: "off"}\n'
+        )
+        assert main(["train", str(path), *more]) == 0
+        (metrics,) = [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert math.isfinite(metrics["train/loss"])
+
+    # The trained run is evaluated in the environment; the model before it by the same seeds.
+    capsys.readouterr()
+    assert main(["eval", str(config), "--model", str(tmp_path / "sft")]) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert after["eval/problems"] == 3 and after["eval/accuracy"] in (0, 1 / 6, 2 / 6, 0.5, 4 / 6, 5 / 6, 1)
+    assert after["eval/session/turns"] == 2 and after["eval/session/ending/finished"] == 1
+
+
+def test_a_warm_start_must_have_been_trained(config: Path, tmp_path: Path, capsys: Any) -> None:
+    stage = (
+        f"warm_start={{steps: 1, batch_size: 2, data: {{kind: arithmetic, limit: 8}}, cache: {tmp_path}/w}}"
+    )
+    assert main(["collect", str(config), "--out", str(tmp_path / "out"), stage]) == 2
+    assert "the config's warm start was not trained yet" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
