@@ -298,9 +298,9 @@ def make_plan(
         problems += check_reference(reference, shape.vocab, trusted)
     problems += check_environment(config, tokenizer, train) if starts else []
     if starts and config.rewards.functions:
-        sets = {"the training data": train, "the held-out data": held_out}
+        sets = {n: s for n, s in (("the training data", train), ("the held-out data", held_out)) if s}
         kind = None if config.environment is None else config.environment.kind
-        problems += check_rewards(config.rewards, {name: rows for name, rows in sets.items() if rows}, kind)
+        problems += check_rewards(config.rewards, sets, kind, config.data.rewards_by_source)
     if starts:
         problems += check_sockets(config, vllm=facts.engine == "vllm")
         problems += [] if evaluate else check_folders(config)

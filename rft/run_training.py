@@ -295,7 +295,7 @@ async def _offline(
     async with AsyncExitStack() as parts:
         sampled = None
         if plan.eval_prompts is not None:  # engines and rewards, for the evaluation
-            pool, rewards = make_pool(plan), RewardRunner(config.rewards, Path.cwd(), config.train.steps)
+            pool, rewards = make_pool(plan), make_rewards(config)
             parts.push_async_callback(pool.close)
             parts.push_async_callback(rewards.close)
             progress.stage(f"starting {config.rollout.replicas} x {plan.engine}")
@@ -380,8 +380,8 @@ def start_learner(plan: Plan, spec: LearnerSpec, name: str = "the learner") -> L
 
 def make_rewards(config: Config) -> RewardRunner:
     """The reward functions, not started yet; without any, the environment gives the reward."""
-    optional = config.environment is not None
-    return RewardRunner(config.rewards, Path.cwd(), config.train.steps, optional=optional)
+    optional, sources = config.environment is not None, config.data.rewards_by_source
+    return RewardRunner(config.rewards, Path.cwd(), config.train.steps, optional=optional, by_source=sources)
 
 
 def make_environment(config: Config) -> EnvironmentRunner | None:

@@ -92,12 +92,14 @@ def weights(run: Run) -> list[torch.Tensor]:
     return [p.detach() for p in run.learner.policy.model.parameters()]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["file", "stream", "mixture"])
 def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
-    tiny_folder: Path, tmp_path: Path, streaming: bool
+    tiny_folder: Path, tmp_path: Path, form: str
 ) -> None:
     plan = plan_of(tiny_folder, tmp_path)
-    if streaming:  # a stream goes on where it is: every run reads its own
+    if form == "mixture":
+        plan = plan_of(tiny_folder, tmp_path, data=mixture_of(plan))
+    if form == "stream":  # it goes on where it is: every run reads its own
         data = {**plan.config.data.model_dump(), "streaming": True, "shuffle_buffer": 7}
         make = lambda: plan_of(tiny_folder, tmp_path, data=data)  # noqa: E731
     else:
@@ -118,6 +120,21 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
         for name in ("train/loss", "preference/margin", "eval/loss", "eval/preference_margin", "data/epoch"):
             assert a.get(name) == b.get(name), (name, a["step"])
     assert not {n for line in whole.lines for n in line if not is_documented(n)}
+    if form == "mixture":
+        names = [f"data/{source}/{key}" for source in "ab" for key in ("rows", "share", "epoch", "tokens")]
+        assert [[line.get(n) for n in names] for line in whole.lines] == [
+            [line.get(n) for n in names] for line in second.lines
+        ]
+        rows = [line["data/b/rows"] for line in whole.lines if line["step"]]
+        assert rows == [1, 2, 3, 6, 9, 12]  # a quarter of 4 rows a step, then three quarters
+
+
+def mixture_of(plan: Plan) -> dict[str, Any]:
+    """The rows of a plan as two sources, one of which is drawn more often in the second half."""
+    data = plan.config.data
+    b = {"path": data.path, "template": "So {prompt}", "rate": [[0, 0.25], [0.5, 0.75]]}
+    a = {"path": data.eval_path, "eval_path": data.eval_path, "rate": [[0, 0.75], [0.5, 0.25]]}
+    return {"mixture": {"a": a, "b": b}, "chat_template": "never"}
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,16 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rft.config.base import ConfigModel
+from rft.config.mixture import NAME, RESERVED, MixtureSource, rate_problems
 from rft.utils.paths import PathText
 
 Kind = Literal[
-    "arithmetic", "arithmetic_hard", "arithmetic_pairs", "sums", "guess", "reasoning_gym", "file", "hub"
-]
+    "arithmetic", "arithmetic_hard", "arithmetic_pairs", "sums", "guess", "reasoning_gym", "file", "hub",
+    "mixture",
+]  # fmt: skip
 _GENERATED: tuple[Kind, ...] = (
     "arithmetic",
     "arithmetic_hard",
@@ -37,6 +39,9 @@ _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "holdout": ("file", "hub"),
     "streaming": ("file", "hub"),
     "sessions": ("file",),
+    "mixture": ("mixture",),
+    "mixing": ("mixture",),
+    "mixing_temperature": ("mixture",),
 }
 
 
@@ -68,8 +73,8 @@ class DataConfig(ConfigModel):
 
     kind: Kind | None = Field(
         None,
-        description="arithmetic, arithmetic_hard, arithmetic_pairs, sums, guess, reasoning_gym, file or hub "
-        "(none: inferred from `path` and `task`)",
+        description="arithmetic, arithmetic_hard, arithmetic_pairs, sums, guess, reasoning_gym, file, hub or "
+        "mixture (none: inferred from `path`, `task` and `mixture`)",
     )
     path: PathText | None = Field(
         None,
@@ -83,6 +88,20 @@ class DataConfig(ConfigModel):
     revision: str | None = Field(None, description="hub only: branch, tag or commit")
     task: str | None = Field(None, description="reasoning_gym only: name of the task, e.g. chain_sum")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the generated task")
+
+    mixture: dict[str, MixtureSource] = Field(
+        default_factory=dict,
+        description="named sources whose rows are drawn at given rates, instead of `path`",
+    )
+    mixing: Literal["fixed", "proportional", "temperature"] | None = Field(
+        None,
+        description="rates of the mixture: fixed (the `rate` of each source), proportional (to the rows of "
+        "each), or temperature (to rows ** (1 / mixing_temperature)) (none: fixed if rates are given, else "
+        "proportional)",
+    )
+    mixing_temperature: float = Field(
+        2.0, gt=0, description="mixing: temperature: 1 is proportional, higher values are more uniform"
+    )
 
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -117,7 +136,9 @@ class DataConfig(ConfigModel):
     )
 
     limit: int | None = Field(
-        None, ge=1, description="maximum training rows (none: all; generated tasks: 8192)"
+        None,
+        ge=1,
+        description="maximum training rows; of a mixture, of each source (none: all; generated tasks: 8192)",
     )
     eval_limit: int | None = Field(
         None, ge=1, description="maximum evaluation rows (none: all; generated tasks: 512)"
@@ -147,6 +168,8 @@ class DataConfig(ConfigModel):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         kind = self.resolved_kind
+        if kind == "mixture":
+            self._check_mixture()
         if kind in ("file", "hub") and not self.path:
             raise ValueError(f"`kind: {kind}` needs `path`")
         if kind == "reasoning_gym" and not self.task:
@@ -180,6 +203,47 @@ class DataConfig(ConfigModel):
         if self.overlong == "truncate":
             raise ValueError("`overlong: truncate` does not apply to `sessions`: write `skip` or `reject`")
 
+    def _check_mixture(self) -> None:
+        if not self.mixture:
+            raise ValueError("`kind: mixture` needs `mixture: {NAME: {path: ...}, ...}`")
+        for name in self.mixture:
+            if not re.match(NAME, name):
+                raise ValueError(f"`mixture.{name}`: a name consists of letters, digits, _ and -")
+            if name in RESERVED:
+                raise ValueError(
+                    f"`mixture.{name}`: `reward/{name}` is a metric already; choose another name"
+                )
+        folded = [name.casefold() for name in self.mixture]
+        twice = [name for name in self.mixture if folded.count(name.casefold()) > 1]
+        if twice:
+            raise ValueError(f"`mixture`: {' and '.join(twice)} differ only in case; choose another name")
+        for problem in rate_problems(self.mixture, self.mixing):
+            raise ValueError(f"`mixture`: {problem}")
+        for name in self.mixture:
+            try:
+                self._part(name)
+            except ValidationError as error:
+                found = error.errors()[0]
+                key = "".join(f".{part}" for part in found["loc"])
+                message = found["msg"].removeprefix("Value error, ")
+                raise ValueError(f"`mixture.{name}{key}`: {message}") from None
+
+    def _part(self, name: str) -> DataConfig:
+        """Return the config of one source, with the keys of `data` that it does not set."""
+        source = self.mixture[name]
+        own = {k: v for k, v in source if k not in ("rewards", "rate", "epochs") and v is not None}
+        shared = {k: v for k, v in self if k not in ("kind", "mixture", "mixing", "mixing_temperature")}
+        return DataConfig.model_validate({**shared, **own})
+
+    def parts(self) -> dict[str, DataConfig]:
+        """Return the config of each source of a mixture, by name in alphabetical order; else {"": self}."""
+        return {name: self._part(name) for name in sorted(self.mixture)} or {"": self}
+
+    @property
+    def rewards_by_source(self) -> dict[str, list[str]]:
+        """Return the names of the rewards that score the rows of a source, for the sources that name some."""
+        return {n: source.rewards for n, source in self.mixture.items() if source.rewards is not None}
+
     def _check_pattern(self) -> None:
         if self.answer_pattern is None:
             return
@@ -195,10 +259,10 @@ class DataConfig(ConfigModel):
         """Return `kind`, or infer it.
 
         An existing path or the name of a data file means `file`, any other path `hub`, a task
-        `reasoning_gym`, and neither of the two `arithmetic`.
+        `reasoning_gym`, named sources `mixture`, and none of these `arithmetic`.
         """
-        if self.kind is not None:
-            return self.kind
+        if self.kind is not None or self.mixture:
+            return self.kind or "mixture"
         if self.path is not None:
             local = self.path.startswith((".", "/")) or self.path.endswith(SUFFIXES)
             return "file" if local or Path(self.path).exists() else "hub"

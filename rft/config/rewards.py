@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -45,6 +46,16 @@ class Schedule(ConfigModel):
         if self.begin > self.until:
             raise ValueError(f"begin ({self.begin}) must not be greater than until ({self.until})")
         return self
+
+    def at(self, progress: float) -> float:
+        """Return the value at `progress`, 0 at the start of the run and 1 at its end."""
+        span = self.until - self.begin
+        done = 1.0 if progress >= self.until else max(0.0, (progress - self.begin) / span)
+        if self.shape == "step":
+            done = float(done >= 1)
+        elif self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
 
 
 class ActorConfig(ConfigModel):

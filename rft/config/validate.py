@@ -746,7 +746,54 @@ def _sent_adapter_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
 
 
+def mixture_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    """Check `data.mixture` against the rewards and the loop."""
+    sources, functions = config.data.mixture, config.rewards.functions
+    labels = {f.label: f for f in functions}
+    for name, source in sources.items():
+        key = f"data.mixture.{name}"
+        yield (
+            name in labels,
+            f"{key}: a reward has this name too, and both write reward/{name}/mean; rename one of them",
+        )
+        yield (
+            source.system is not None and (config.environment is not None or bool(facts.demonstrations)),
+            f"{key}.system: sessions and demonstrations of all sources share one system message; write "
+            "data.system, or put the message into the source's prompts",
+        )
+        if source.rewards is None:
+            continue
+        unknown = [label for label in source.rewards if label not in labels]
+        yield (
+            bool(unknown),
+            f"{key}.rewards: {', '.join(unknown)} is not among `rewards` ({', '.join(labels) or 'none'})",
+        )
+        yield (
+            not unknown and all(labels[label].gate for label in source.rewards),
+            f"{key}.rewards: name at least one reward that is not a gate, or leave the key out",
+        )
+        yield (
+            config.rewards.combine == "vector",
+            f"{key}.rewards: combine: vector needs every reward for every row; leave it out",
+        )
+        yield (
+            not config.algorithm.online and not config.eval.generate,
+            f"{key}.rewards: this run scores no completions; leave it out",
+        )
+    used = {label for source in sources.values() for label in source.rewards or labels}
+    unused = [label for label in labels if label not in used]
+    yield (
+        bool(sources and unused),
+        f"rewards: {', '.join(unused)} scores no source of data.mixture; name it in one, or remove it",
+    )
+    yield (
+        bool(sources) and config.train.curriculum is not None,
+        "train.curriculum: it draws rows by pass rate, and a mixture by its rates; leave one of them out",
+    )
+
+
 CHECKS = (
+    mixture_checks,
     engine_checks,
     algorithm_checks,
     online_checks,

@@ -49,6 +49,25 @@ class StreamSource(Source):
         return self.places.get(row, (str(self), row))
 
 
+class JoinedSource(Source):
+    """Several datasets as one; `starts[i]` is added to the row numbers of part i."""
+
+    def __new__(cls, name: str, parts: Sequence[str], starts: Sequence[int]) -> JoinedSource:
+        source = super().__new__(cls, name)
+        source.parts, source.starts = parts, starts
+        return source
+
+    parts: Sequence[str]
+    starts: Sequence[int]
+
+    def __getnewargs__(self) -> tuple[str, Sequence[str], Sequence[int]]:  # type: ignore[override]
+        return str(self), self.parts, self.starts
+
+    def locate(self, row: int) -> tuple[str, int]:
+        index = bisect.bisect_left(self.starts, row) - 1
+        return locate(self.parts[index], row - self.starts[index])
+
+
 def locate(source: str, row: int) -> tuple[str, int]:
     """Return the file of a dataset's row and the row's number in that file."""
     return source.locate(row) if isinstance(source, Source) else (source, row)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rft.batch import Group
+from rft.config.mixture import COLUMN
 from rft.data.errors import DataError
 
 
@@ -110,6 +111,9 @@ class GroupSource(Protocol):
     def next(self, k: int) -> list[Group]:
         """Return the next k groups."""
 
+    def metrics(self) -> dict[str, float]:
+        """Return `data/...` metrics of the rows so far."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain data."""
 
@@ -120,19 +124,45 @@ class GroupSource(Protocol):
 class GroupSampler:
     """`GroupSource` of in-memory groups, in the order of a `Sampler`."""
 
-    def __init__(self, groups: Sequence[Group], seed: int = 0, *, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        seed: int = 0,
+        *,
+        shuffle: bool = True,
+        sampler: PromptSampler | None = None,
+    ) -> None:
+        """sampler: the order (None: that of `Sampler`, by seed and shuffle)."""
         self.groups = groups
-        self.sampler = Sampler(len(groups), seed, shuffle=shuffle)
+        self.sampler = sampler or Sampler(len(groups), seed, shuffle=shuffle)
+        self.tokens: dict[str, int] = {}  # of the last groups, by source of a mixture
 
     @property
     def epochs(self) -> float:
         return self.sampler.seen / self.sampler.size
 
     def next(self, k: int) -> list[Group]:
-        return [self.groups[i] for i in self.sampler.next(k)]
+        groups = [self.groups[i] for i in self.sampler.next(k)]
+        self.tokens = tokens_by_source(groups)
+        return groups
+
+    def metrics(self) -> dict[str, float]:
+        tokens = {f"data/{name}/tokens": float(count) for name, count in self.tokens.items()}
+        return {"data/epoch": self.epochs, **self.sampler.metrics(), **tokens}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.sampler.state_dict()
+        return {**self.sampler.state_dict(), **({"tokens": self.tokens} if self.tokens else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state)
+        self.tokens = dict(state.get("tokens", {}))
+
+
+def tokens_by_source(groups: Sequence[Group]) -> dict[str, int]:
+    """Return the number of trained tokens of each source of a mixture; {} for other data."""
+    counts: dict[str, int] = {}
+    for group in groups:
+        name = group.prompt.columns.get(COLUMN)
+        if name is not None:
+            counts[name] = counts.get(name, 0) + sum(c.num_sampled for c in group.completions)
+    return counts

@@ -208,6 +208,9 @@ class GroupStream:
         """Return the completed passes over the data, without fractions, since the length is unknown."""
         return float(self.epoch)
 
+    def metrics(self) -> dict[str, float]:
+        return {"data/epoch": self.epochs}
+
     def next(self, k: int) -> list[Group]:
         """Return the next k groups, continuing into the next epoch."""
         out: list[Group] = []

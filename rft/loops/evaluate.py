@@ -27,8 +27,9 @@ from rft.utils.seeds import derive_seed
 
 
 def is_correct(reward: SampleReward, primary: str) -> bool | None:
-    """Whether the primary reward function judged it correct; None where it could not judge."""
-    score = reward.scores.get(primary)
+    """Whether the primary reward function judged it correct; None where it could not judge. Where the source
+    of a mixture is not scored by it, the first reward of the source is the primary one."""
+    score = reward.scores.get(primary) or next(iter(reward.scores.values()), None)
     return None if score is None or score.value is None else score.outcome == Outcome.correct
 
 

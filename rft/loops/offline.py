@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from rft.algorithms.extras import arrange
 from rft.batch import Batch, Completion, Group
 from rft.checkpoint import Checkpoint
-from rft.data import GroupSampler, GroupSource
+from rft.data import GroupSource
 from rft.errors import RunStopped
 from rft.learner.adapters.methods import previewed_sequences
 from rft.learner.load import resolve_dtype
@@ -66,7 +66,7 @@ async def train_offline(
         if tests:
             tests = await unless_stopped(with_reference(plan, learner, tests, share), stop)
         await learner.release_reference()
-        source = GroupSampler(train, config.seed, shuffle=config.data.shuffle)
+        source = data.source(config, train)
     rearrange = partial(arrange, config.algorithm)
     guards = Guards(config.guards, online=False)
     if folder.resume is not None:
@@ -153,7 +153,7 @@ class OfflineLoop:
         """Train on a batch; returns the last evaluation (without one, the metrics) and the next batch."""
         begin = time.perf_counter()
         running = self.learner.step(batch, self.step)
-        passes = self.source.epochs
+        progress = self.source.metrics()
         upcoming = self._next_batch()  # while the learner steps
         metrics = await running
         for message in await self.learner.pop_messages():
@@ -164,7 +164,7 @@ class OfflineLoop:
         metrics["time/step"] = time.perf_counter() - begin
         metrics["time/checkpoint"] = self.saver.take_seconds()
         metrics["throughput/tokens_per_s"] = float(batch.mask.sum()) / metrics["time/step"]
-        metrics["data/epoch"] = passes
+        metrics |= progress
         if self.held_out is None:
             last = metrics
         elif self._evaluation_due():

@@ -51,7 +51,6 @@ from typing import Any
 from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
 from rft.data.chat import Renderer
-from rft.data.sampler import PromptSampler, Sampler
 from rft.environments.runner import EnvironmentRunner
 from rft.errors import NoSignal, RunStopped
 from rft.learner.workers import LearnerHandle
@@ -62,6 +61,7 @@ from rft.loops.saver import Saver
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards
 from rft.plan import OnlinePlan
+from rft.preflight.data import prompt_sampler
 from rft.rewards.runner import RewardRunner
 from rft.rollout.buffer import SlotBuffer, State, Work
 from rft.rollout.engine import Sampling
@@ -72,11 +72,9 @@ from rft.rollout.pool import RolloutPool
 from rft.rollout.sample import GroupSampler
 from rft.sync.channel import WeightChannel
 from rft.utils.deadlines import unless_stopped
-from rft.utils.dotted import load_dotted
 from rft.utils.seeds import derive_seed
 from rft.work import shares_prefix
 
-CURRICULUM = "rft.contrib.curriculum.Curriculum"
 KEPT_DROPPED = 100_000  # dropped prompts that a checkpoint names, the newest ones
 
 
@@ -108,12 +106,7 @@ class Controller:
         plan, parts = self.plan, self.parts
         config = self.config = plan.config
         self.prompts = plan.train_prompts.prompts
-        size, curriculum = len(self.prompts), config.train.curriculum
-        self.sampler: PromptSampler = (
-            Sampler(size, config.seed, shuffle=config.data.shuffle)
-            if curriculum is None
-            else load_dotted(CURRICULUM)(size, config.seed, curriculum)
-        )
+        self.sampler = prompt_sampler(config, self.prompts)
         waits = config.rollout.late == "wait"
         self.slots = SlotBuffer(config.train.batch_size, config.rollout.staleness, waits)
         self.fleet = Fleet(parts.pool, parts.channel, config.rollout, parts.log, parts.progress)

@@ -11,8 +11,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from rft.batch import Batch, Completion, Prompt
-from rft.data.sampler import PromptSampler
+from rft.batch import Batch, Completion, Group, Prompt
+from rft.config.mixture import COLUMN
+from rft.data.sampler import PromptSampler, tokens_by_source
 from rft.metrics import Progress, RunLog
 from rft.metrics.diversity import diversity
 from rft.rollout.buffer import SlotBuffer, State, Work
@@ -43,6 +44,7 @@ def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, 
         "reward/min": min(rewards),
         "reward/max": max(rewards),
         **{f"reward/outcome/{k}": v / len(completions) for k, v in sorted(outcomes.items())},
+        **_source_metrics(groups),
         "group/count": float(len(groups)),
         "completion/length_mean": sum(lengths) / len(lengths),
         "completion/length_std": statistics.pstdev(lengths),
@@ -55,6 +57,18 @@ def batch_metrics(works: list[Work], batch: Batch, seconds: float) -> dict[str, 
         "throughput/tokens_per_s": float(batch.mask.sum()) / seconds,
         "throughput/samples_per_s": batch.num_sequences / seconds,
     }
+
+
+def _source_metrics(groups: list[Group]) -> dict[str, float]:
+    """Mean reward and sampled tokens of each source of a mixture in a step's batch."""
+    metrics = {f"data/{name}/tokens": float(count) for name, count in tokens_by_source(groups).items()}
+    by_source: dict[str, list[float]] = {}
+    for group in groups:
+        name = group.prompt.columns.get(COLUMN)
+        if name is not None:
+            rewards = (c.reward for c in group.completions if c.reward is not None)
+            by_source.setdefault(name, []).extend(rewards)
+    return metrics | {f"reward/{name}/mean": statistics.fmean(r) for name, r in by_source.items() if r}
 
 
 def age_metrics(ages: list[int]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from rft import checkpoint
 from rft.algorithms.supervised.sft import SFT
 from rft.config.schema import TrainConfig, WarmStartConfig
 from rft.data import GroupSampler, load_groups
+from rft.data.mixture import mixture_sampler
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerHandle
 from rft.loops.offline import OfflineLoop
@@ -44,7 +45,10 @@ async def warm_start(
         shutil.rmtree(partial, ignore_errors=True)
         progress.note(f"warm start: reused from {folder}")
         return str(folder)
-    groups = load_groups(warm_start_data(config, stage), plan.tokenizer, "sft").groups
+    data = warm_start_data(config, stage)
+    groups = load_groups(data, plan.tokenizer, "sft").groups
+    rows, draws = [group.prompt for group in groups], stage.steps * stage.batch_size
+    source = GroupSampler(groups, config.seed, sampler=mixture_sampler(data, rows, config.seed, draws))
     spec = replace(
         plan.learner_spec(),
         algorithm=SFT(),
@@ -61,7 +65,7 @@ async def warm_start(
     with Progress(stage.steps, title, display=config.tracking.display) as stage_progress:
         loop = OfflineLoop(
             learner,
-            GroupSampler(groups, config.seed),
+            source,
             stage.steps,
             stage.batch_size,
             share_prefix=False,

@@ -28,6 +28,10 @@ METRICS: dict[str, Metric] = {
     "data/measured": Metric("prompts with a measured pass rate (train.curriculum)", "prompts"),
     "data/pass_rate": Metric("mean pass rate of the measured prompts", "share"),
     "data/dropped/*": Metric("groups dropped so far for one reason", "groups"),
+    "data/*/rows": Metric("rows drawn from one source of a mixture so far", "rows"),
+    "data/*/share": Metric("share of the rows drawn so far that are of one source of a mixture", "share"),
+    "data/*/epoch": Metric("passes over one source of a mixture so far", "epochs"),
+    "data/*/tokens": Metric("tokens of one source of a mixture that this step was trained on", "tokens"),
     # -- reward
     "reward/mean": Metric("mean reward of the batch's completions"),
     "reward/std": Metric("standard deviation of the reward over the batch"),
@@ -60,7 +64,9 @@ METRICS: dict[str, Metric] = {
     "environment/endpoint/refused": Metric("requests with the key of no open session", "requests"),
     "environment/endpoint/busy": Metric("requests answered by 429: too many were in flight", "requests"),
     "environment/endpoint/errors": Metric("requests that the endpoint failed to answer", "requests"),
-    "reward/*/mean": Metric("mean score of one reward function, before its weight"),
+    "reward/*/mean": Metric(
+        "mean score of one reward function, before its weight; of a source of a mixture, its mean reward"
+    ),
     "reward/*/std": Metric("standard deviation of one reward function's score"),
     "reward/*/seconds_per_call": Metric("mean time of one judgement of one reward function", "s"),
     **{

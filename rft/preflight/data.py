@@ -12,7 +12,7 @@ import torch
 from rft.algorithms import Algorithm, PolicyOutput
 from rft.algorithms.base import DataKind
 from rft.algorithms.extras import arrange, score_heads
-from rft.batch import Batch, Group
+from rft.batch import Batch, Group, Prompt
 from rft.config.data import DataConfig
 from rft.config.schema import Config, WarmStartConfig, algorithm_name
 from rft.data import (
@@ -27,9 +27,12 @@ from rft.data import (
     load_groups,
     load_prompts,
 )
+from rft.data.mixture import MixtureSampler, mixture_sampler
 from rft.data.prompts import any_demonstration
+from rft.data.sampler import PromptSampler, Sampler
 from rft.data.stops import unstopped_turns
 from rft.tasks import REVISION
+from rft.utils.dotted import load_dotted
 from rft.utils.hashing import fingerprint
 
 DRY_RUN_GROUPS = 8
@@ -40,6 +43,25 @@ def load_held_out(config: Config, tokenizer: Any) -> PromptSet:
     """Load the prompts of held-out evaluation. Raises DataError."""
     prompts = load_prompts(config.data, tokenizer, "test", config.rollout.sampling.max_prompt_length)
     return replace(prompts, prompts=prompts.prompts[: config.eval.problems])
+
+
+CURRICULUM = "rft.contrib.curriculum.Curriculum"
+
+
+def prompt_sampler(config: Config, prompts: Sequence[Prompt]) -> PromptSampler:
+    """Return the order in which an online run draws its prompts."""
+    if config.train.curriculum is not None:
+        curriculum: PromptSampler = load_dotted(CURRICULUM)(
+            len(prompts), config.seed, config.train.curriculum
+        )
+        return curriculum
+    plain = Sampler(len(prompts), config.seed, shuffle=config.data.shuffle)
+    return sampler_of_mixture(config, prompts) or plain
+
+
+def sampler_of_mixture(config: Config, prompts: Sequence[Prompt]) -> MixtureSampler | None:
+    """Return the order of a run's mixture; None if its data are not a mixture."""
+    return mixture_sampler(config.data, prompts, config.seed, config.train.steps * config.train.batch_size)
 
 
 def has_demonstrations(prompts: PromptSet, algorithm: Algorithm) -> bool:
@@ -63,11 +85,13 @@ class OfflineData:
     sample: list[Group]
     held_out: GroupSet | None
 
-    def source(self, config: Config) -> GroupSource:
-        """Return the training groups in sampling order."""
-        if isinstance(self.train, GroupStream):
+    def source(self, config: Config, groups: Sequence[Group] | None = None) -> GroupSource:
+        """Return the training groups in sampling order. groups: the same ones with further fields."""
+        if groups is None and isinstance(self.train, GroupStream):
             return self.train
-        return GroupSampler(self.train, config.seed, shuffle=config.data.shuffle)
+        groups = self.sample if groups is None else groups
+        mixture = sampler_of_mixture(config, [group.prompt for group in groups])
+        return GroupSampler(groups, config.seed, shuffle=config.data.shuffle, sampler=mixture)
 
     def lines(self, config: Config) -> list[str]:
         """Describe training and held-out data, for the plan."""
@@ -89,6 +113,7 @@ def load_offline(config: Config, tokenizer: Any) -> OfflineData:
         whole = data.model_copy(update={"streaming": False, "eval_limit": limit})
         try:
             held_out = load_groups(whole, tokenizer, kind, "test")
+            held_out = replace(held_out, groups=held_out.groups[:limit])
         except DataError as error:
             raise DataError(
                 f"held-out rows: {error}\n(to train without evaluation, set eval.every: 0)"
@@ -188,7 +213,7 @@ def check_warm_start(
     if stage is None or is_finished(warm_start_folder(config, stage, model)):
         return []
     data = warm_start_data(config, stage)
-    if data.resolved_kind not in ("file", "hub"):
+    if data.resolved_kind not in ("file", "hub", "mixture"):
         data = data.model_copy(update={"limit": min(data.limit or GENERATED, GENERATED)})
     key = "warm_start.data"
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from rft.batch import Group, Prompt
 from rft.config.data import SUFFIXES, DataConfig
+from rft.config.mixture import COLUMN
 from rft.config.rewards import SLOW, RewardConfig, RewardsConfig
 from rft.data.formats import SUMMARIES, row_format
 from rft.data.prompts import demonstrations_of
@@ -97,17 +98,23 @@ def _quoted(text: str) -> list[str]:
     return [f"| {line}" for line in shortened(text).split("\n")]
 
 
-def gold_verdicts(config: RewardsConfig, prompt: Prompt, tokenizer: Any) -> list[GoldVerdict]:
+def gold_verdicts(
+    config: RewardsConfig, prompt: Prompt, tokenizer: Any, by_source: Mapping[str, Sequence[str]]
+) -> list[GoldVerdict]:
     """Score the gold answer of a row as if it were a completion: its demonstration, or else its `answer`.
 
     A reward that finds no answer in a bare text gets it in a box as well. Judges and models are not called.
+    by_source: names of the rewards that score rows of a source of a mixture; of other rows, all.
     Returns [] for a row without a gold answer.
     """
     texts = _demonstrated(prompt)[:1]
     answer = prompt.columns.get("answer")
     if not texts and isinstance(answer, str | int | float) and not isinstance(answer, bool):
         texts = [str(answer), f"\\boxed{{{answer}}}"]
-    functions = [c for c in config.functions if c.function not in SLOW and c.actor is None]
+    labels = by_source.get(str(prompt.columns.get(COLUMN)), [c.label for c in config.functions])
+    functions = [
+        c for c in config.functions if c.function not in SLOW and c.actor is None and c.label in labels
+    ]
     if not texts or not functions:
         return []
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]

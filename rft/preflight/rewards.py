@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rft.config.mixture import COLUMN
 from rft.config.rewards import PASSED, RewardConfig, RewardsConfig
 from rft.data import PromptSet
 from rft.data.errors import BadRows
@@ -23,6 +24,7 @@ from rft.rewards.load import (
     signature_columns,
 )
 from rft.rewards.pool import Loaded, WorkerPool, spec_of
+from rft.rewards.runner import rewards_of
 from rft.rewards.types import RewardError
 from rft.sandbox import PROTECTIONS, Backend, Sandbox, SandboxError
 from rft.utils.did_you_mean import did_you_mean
@@ -36,17 +38,38 @@ Rows = Mapping[int, Collection[str]]
 
 
 def check_rewards(
-    config: RewardsConfig, sets: Mapping[str, PromptSet], environment: str | None = None
+    config: RewardsConfig,
+    sets: Mapping[str, PromptSet],
+    environment: str | None = None,
+    by_source: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """Check the reward functions, and the columns that they need in each dataset, including their values.
 
-    environment: kind of the environment, if there is one.
+    environment: kind of the environment, if there is one. by_source: names of the rewards that score rows of
+    a source of a mixture; of other rows, all.
     """
-    rows = {name: {p.id + 1: p.columns for p in prompts.prompts} for name, prompts in sets.items()}
-    problems = check_reward(config, Path.cwd(), rows=rows, environment=environment)
-    for name, prompts in sets.items():
-        problems += check_values(config, prompts.source, rows[name].items())
-    return problems
+    problems: list[str] = []
+    for sources, functions in _by_rewards(config, sets, by_source or {}):
+        rows = {
+            name: {p.id + 1: p.columns for p in prompts.prompts if p.columns.get(COLUMN) in sources}
+            for name, prompts in sets.items()
+        }
+        rows = {name: of_set for name, of_set in rows.items() if of_set}
+        problems += check_reward(functions, Path.cwd(), rows=rows, environment=environment)
+        for name, of_set in rows.items():
+            problems += check_values(functions, sets[name].source, of_set.items())
+    return list(dict.fromkeys(problems))
+
+
+def _by_rewards(
+    config: RewardsConfig, sets: Mapping[str, PromptSet], by_source: Mapping[str, Sequence[str]]
+) -> list[tuple[set[str | None], RewardsConfig]]:
+    """Return the sources of the rows (None: no mixture), split by the rewards that score them."""
+    names: set[str | None] = {p.columns.get(COLUMN) for prompts in sets.values() for p in prompts.prompts}
+    chosen = {name: by_source[name] for name in names if name is not None and name in by_source}
+    parts: list[tuple[set[str | None], RewardsConfig]] = [(names - set(chosen), config)]
+    parts += [({name}, rewards_of(config, labels)) for name, labels in sorted(chosen.items())]
+    return [part for part in parts if part[0] or not names]
 
 
 def check_reward(

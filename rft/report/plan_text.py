@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rft.batch import Prompt
 from rft.config import validate
+from rft.config.mixture import COLUMN
 from rft.config.schema import Config, algorithm_name
 from rft.data import first_row
-from rft.plan import OnlinePlan, Plan
+from rft.data.mixture import mixture_lines
+from rft.plan import OfflinePlan, OnlinePlan, Plan
 from rft.preflight.capacity import MemoryPlan, device_memory
+from rft.preflight.data import sampler_of_mixture
 from rft.preflight.first_row import (
     describe_columns,
     describe_format,
@@ -60,16 +64,26 @@ def plan_lines(plan: Plan) -> list[str]:
 def _first_row_lines(plan: Plan) -> list[str]:
     """Describe the first row: its columns, the rendered prompt, and the rewards' verdict on its answer."""
     c = plan.config
-    out = [
-        f"format       {describe_format(c.data)}",
-        f"columns      {describe_columns(first_row(c.data), c.data.columns)}",
-    ]
+    out = []
+    prompts = plan.train_prompts.prompts if isinstance(plan, OnlinePlan) else _prompts(plan)
+    if (mixture := sampler_of_mixture(c, prompts)) is not None:
+        out += [f"mixture      {line}" for line in mixture_lines(c.data, mixture)]
+    for name, part in c.data.parts().items():
+        of = f"{name}: " if name else ""
+        out.append(f"format       {of}{describe_format(part)}")
+        out.append(f"columns      {of}{describe_columns(first_row(part), part.columns)}")
     if isinstance(plan, OnlinePlan):
-        prompt = plan.train_prompts.prompts[0]
-        out.append(f"first prompt {_block(first_prompt_lines(prompt, plan.tokenizer))}")
-        verdicts = gold_verdicts(c.rewards, prompt, plan.tokenizer)
-        return out + [f"gold answer  {verdict_line(verdict)}" for verdict in verdicts]
+        firsts = {prompt.columns.get(COLUMN): prompt for prompt in reversed(prompts)}
+        for prompt in reversed(firsts.values()):
+            out.append(f"first prompt {_block(first_prompt_lines(prompt, plan.tokenizer))}")
+            verdicts = gold_verdicts(c.rewards, prompt, plan.tokenizer, c.data.rewards_by_source)
+            out += [f"gold answer  {verdict_line(verdict)}" for verdict in verdicts]
+        return out
     return [*out, f"first row    {_block(first_group_lines(plan.data.sample[0], plan.tokenizer))}"]
+
+
+def _prompts(plan: Plan) -> list[Prompt]:
+    return [group.prompt for group in plan.data.sample] if isinstance(plan, OfflinePlan) else []
 
 
 def _block(lines: Sequence[str]) -> str:

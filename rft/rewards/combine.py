@@ -18,15 +18,7 @@ Values = list[float | None]
 
 def scheduled(weight: float | Schedule, progress: float) -> float:
     """Return a weight at `progress` (0 at the start of the run, 1 at its end)."""
-    if isinstance(weight, int | float):
-        return float(weight)
-    span = weight.until - weight.begin
-    done = 1.0 if progress >= weight.until else max(0.0, (progress - weight.begin) / span)
-    if weight.shape == "step":
-        done = float(done >= 1)
-    elif weight.shape == "cosine":
-        done = (1 - math.cos(math.pi * done)) / 2
-    return weight.start + (weight.end - weight.start) * done
+    return float(weight) if isinstance(weight, int | float) else weight.at(progress)
 
 
 def weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float | None:

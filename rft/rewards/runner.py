@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rft.config.mixture import COLUMN
 from rft.config.rewards import SLOW, ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
 from rft.rewards.actors import ActorPool
 from rft.rewards.combine import combine
@@ -28,13 +29,21 @@ class RewardRunner:
     """
 
     def __init__(
-        self, config: RewardsConfig, base_dir: Path | str = ".", steps: int = 0, *, optional: bool = False
+        self,
+        config: RewardsConfig,
+        base_dir: Path | str = ".",
+        steps: int = 0,
+        *,
+        optional: bool = False,
+        by_source: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Configure the pools. steps: length of the run, for rewards that take `trainer_state`. optional: the
-        config may name no function, since an environment gives the reward."""
+        config may name no function, since an environment gives the reward. by_source: names of the rewards
+        that score rows of a source of a mixture (`data.mixture.NAME.rewards`); of other rows, all."""
         if not (config.functions or optional):
             raise ValueError("rewards.functions is empty: name at least one reward, for example `math`")
         self.config = config
+        self._of_source = {name: rewards_of(config, labels) for name, labels in (by_source or {}).items()}
         self.base_dir = Path(base_dir)
         self.steps = steps
         local = [c for c in config.functions if c.actor is None]
@@ -122,15 +131,18 @@ class RewardRunner:
             if len(values) != n:
                 raise ValueError(f"{name!r} has {len(values)} values for {n} completions")
         await self.start()
+        config = self.config
+        if self._of_source and COLUMN in merged:  # the completions are of one prompt
+            config = self._of_source.get(merged[COLUMN][0], config)
         state = TrainerState(round(progress * self.steps), self.steps)
         logged = self._logged if training else {c.label: {} for c in self.config.functions}
-        called = [c for c in self.config.functions if c.label not in (given or {})]
+        called = [c for c in config.functions if c.label not in (given or {})]
         parts = await asyncio.gather(
             *(self._score_one(c, prompts, completions, merged, state, logged[c.label]) for c in called)
         )
         made = {c.label: part for c, part in zip(called, parts, strict=True)} | dict(given or {})
-        scores = {c.label: made[c.label] for c in self.config.functions}
-        rewards = combine(self.config, scores, groups=groups, progress=progress)
+        scores = {c.label: made[c.label] for c in config.functions}
+        rewards = combine(config, scores, groups=groups, progress=progress)
         self._tally.add(scores, rewards, training=training)
         self._tally.enforce(scores, prompts, completions)
         return rewards
@@ -181,6 +193,11 @@ class RewardRunner:
                 metrics[f"reward/{label}/logged/{name}"] = statistics.fmean(values)
             logged.clear()
         return metrics
+
+
+def rewards_of(config: RewardsConfig, labels: Sequence[str]) -> RewardsConfig:
+    """Return the config with the functions of these names only, in its order."""
+    return config.model_copy(update={"functions": [c for c in config.functions if c.label in labels]})
 
 
 class _Tally:

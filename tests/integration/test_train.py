@@ -176,8 +176,16 @@ def test_a_complete_run_is_left_alone(
     assert before == {p: p.read_bytes() for p in (home / "learn").rglob("*") if p.is_file()}
 
 
+CURRICULUM = ("train.curriculum={rest: 2}",)  # the state that is hardest to bring back
+MIXTURE = (
+    "data={mixture: {add: {kind: arithmetic, rate: [[0, 0.75], [0.002, 0.25]]}, "
+    "long: {kind: arithmetic_hard, rate: {start: 0.25, end: 1}, epochs: 2, rewards: [score]}}, limit: 16}",
+)
+
+
 @pytest.mark.timeout(600)
-def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [CURRICULUM, pytest.param(MIXTURE, marks=pytest.mark.slow)])
+def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path, order: tuple[str, ...]) -> None:
     """`rft verify-resume`, synchronous with the plain engine: sample order, completions, metrics, weights,
     optimizer, random states and the run's own state are those of a run that was never killed."""
     (tmp_path / "digits.py").write_text(
@@ -185,9 +193,8 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
         "    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]\n"
     )
     reward = f"rewards=[{{function: '{tmp_path}/digits.py:score'}}]"
-    curriculum = "train.curriculum={rest: 2}"  # the state that is hardest to bring back
-    common = [*SMALL, "warm_start=null", "rollout.engine=hf", "learner.threads=1", reward, curriculum]
-    config, *overrides = command(tmp_path, *common, "train.steps=1000")[1:]  # a part of a long run
+    common = [*SMALL, "warm_start=null", "rollout.engine=hf", "learner.threads=1", reward]
+    config, *overrides = command(tmp_path, *common, "train.steps=1000", *order)[1:]  # a part of a long run
     out = f"--out={tmp_path}/verify"
     args = ["verify-resume", config, *overrides, "--steps", "6", "--kill-at", "3", out]
     done = rft(*args, check=False, mark=tmp_path.name)
