@@ -124,7 +124,7 @@ def keep_dtypes(config: Config, resume: str) -> Config:
 def claim(config: Config, resume: str) -> RunFolder:
     """Decide whether to start, resume or refuse. `resume`: auto, never, or a checkpoint's folder.
 
-    Raises ConfigError where the folder belongs to another run, or the config differs in what matters.
+    Raises ConfigError where the folder belongs to another run, or a key differs that may not change.
     """
     path = _folder_of(config)
     existing = (path / "config.yaml").exists()

@@ -67,7 +67,7 @@ def run(
     """Claim the config's run folder and train in it; returns the exit code.
 
     resume: auto, never, or a checkpoint's folder. files: data that the config names, written into the run
-    folder first. Raises ConfigError before anything is started, and what ends the run.
+    folder first. Raises ConfigError before anything is started, and the error that ends the run.
     """
     with run_dir.hold(config) as warning:
         config = run_dir.keep_dtypes(config, resume)

@@ -1,4 +1,4 @@
-"""Predict the work of a batch's trees, and what sharing prefixes saves.
+"""Predict the work of a batch's trees, and how much of it shared prefixes save.
 
 A layer of width H does about 24 H^2 multiply-adds per token in its matrix products (attention projections
 and a 4 H wide MLP) and 4 H per pair of tokens that attend to each other.

@@ -19,6 +19,7 @@ from rft.errors import (
     RunStopped,
 )
 from rft.rewards.types import RewardError
+from rft.utils.deadlines import Overdue
 from tests.simulated import Run, SimLearner, alternating, saved_checkpoint, simulated
 
 OUTCOMES = ("correct", "wrong", "abstain", "error", "timeout", "unparseable")
@@ -115,6 +116,46 @@ def assert_saved(run: Run, step: int) -> None:
     handed = meta["sampler"]["epoch"] * meta["sampler"]["size"] + meta["sampler"]["position"]
     assert len(trained) + len(waiting) + len(meta["dropped"]) == handed == 4 * (step + 1) + 4 * run.staleness
     assert len(trained) == 4 * step
+
+
+class SlowToAnnounce(SimLearner):
+    """A learner whose third push is overdue before it is announced: its third step is finished."""
+
+    async def announce(self, version: int) -> dict[str, Any]:
+        if version == 3:
+            raise Overdue("announce on the learner did not finish within 120 s (sync.timeout_s)")
+        return await super().announce(version)
+
+
+def test_what_was_finished_before_an_overdue_call_is_saved(tmp_path: Path) -> None:
+    with (
+        simulated(tmp_path, learner=SlowToAnnounce()) as run,
+        pytest.raises(Overdue, match=r"sync\.timeout_s"),
+    ):
+        run.go()
+    ((at, meta),) = run.learner.saved
+    assert at == meta["step"] == run.learner.version == 3
+    (fault,) = run.events("fault/learner")
+    assert "did not finish within 120 s" in fault["what"]
+    assert fault["action"] == "a checkpoint of step 3 is saved; the run ends"
+
+
+def test_a_learner_that_stays_busy_after_an_overdue_call_delays_the_end_by_the_grace_only(
+    tmp_path: Path,
+) -> None:
+    class Busy(Faulty):
+        async def begin_save(self, *_: Any) -> None:
+            await asyncio.sleep(600)
+
+    overdue = Overdue("step on the learner at step 2 did not finish within 3600 s (learner.step_timeout_s)")
+    with (
+        simulated(tmp_path, learner=Busy(overdue), train={"stop_grace_s": 0.2}) as run,
+        pytest.raises(Overdue, match="step on the learner at step 2"),
+    ):
+        run.go()
+    (fault,) = run.events("fault/learner")
+    why = "saving a checkpoint did not finish within 0.2 s (train.stop_grace_s)"
+    assert fault["action"] == f"no checkpoint is saved: {why}; the run ends"
 
 
 def test_broken_weights_are_not_saved(tmp_path: Path) -> None:

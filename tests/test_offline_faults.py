@@ -13,6 +13,7 @@ import pytest
 from rft import checkpoint
 from rft.errors import CheckpointError
 from rft.metrics.guards import GuardStop
+from rft.utils.deadlines import Overdue
 from tests.test_offline import Run, plan_of
 
 Writer = Callable[[Path], None]
@@ -142,3 +143,26 @@ def test_a_guard_of_a_resumed_run_knows_its_beginning(tiny_folder: Path, tmp_pat
     with pytest.raises(GuardStop, match="train/loss jumped to 1000"):
         again.carry_out()
     assert again.lines[-1]["step"] == 5
+
+
+def test_a_step_that_ends_after_its_deadline_is_not_saved_as_the_step_before(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The loop gave up on step 4, the learner finished it: its weights are not those of step 3."""
+    run = Run(plan_of(tiny_folder, tmp_path), "run")  # a checkpoint every 2 steps
+    finishes = run.handle.step
+
+    async def late(batch: Any, step: int) -> dict[str, float]:
+        metrics = await finishes(batch, step)
+        if step == 3:
+            raise Overdue("step on the learner did not finish within 3600 s (learner.step_timeout_s)")
+        return metrics
+
+    run.handle.step = late  # type: ignore[method-assign]
+    with pytest.raises(Overdue, match="step_timeout_s"):
+        run.carry_out()
+    assert run.learner.version == 4
+    newest = checkpoint.latest(run.path / "checkpoints")
+    assert newest is not None and newest.step == 2
+    (fault,) = events(run, "fault/learner")
+    assert "no checkpoint is saved: the learner holds version 4" in fault["action"]

@@ -310,7 +310,7 @@ def _checked(rows: Any, argument: str) -> Any:
 
 
 def json_lines(rows: Any, argument: str) -> bytes:
-    """Return rows as JSON lines, in UTF-8. Raises ConfigError for what JSON cannot hold."""
+    """Return rows as JSON lines, in UTF-8. Raises ConfigError for values that JSON cannot hold."""
     lines = []
     for number, row in enumerate(_each(rows), 1):
         if not isinstance(row, Mapping):

@@ -142,7 +142,7 @@ class Run:
         """Go on from the newest checkpoint, or from the start where there is none; returns the run.
 
         rewards, environment, tools: those that were passed as objects, again. sections: settings that a
-        resumed run may change, such as `steps`. Raises ConfigError, and what `rft.train` raises.
+        resumed run may change, such as `steps`. Raises ConfigError, and the errors of `rft.train`.
         """
         resume = load_dotted("rft.api.training.resume")
         resumed: Run = resume(self.path, rewards, environment, tools, callbacks, sections)

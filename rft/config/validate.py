@@ -236,7 +236,7 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         + (
             "kind command needs a program; write `command: python agent.py`"
             if e.kind == "command"
-            else f"kind {e.kind} starts no program; remove it, or write kind: command"
+            else f"kind {e.kind} does not start a program; remove command, or write kind: command"
         ),
     )
     yield (
@@ -338,7 +338,7 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
 
 
 def _truncation_checks(config: Config, facts: Facts) -> Iterator[Check]:
-    """Check training on truncated samples: the learner has to know what could be sampled."""
+    """Check training on truncated samples: the learner has to know which tokens could be sampled."""
     a, s = config.algorithm, config.rollout.sampling
     if not a.online or not s.truncated:
         return
@@ -673,8 +673,8 @@ def transport_checks(config: Config, facts: Facts) -> Iterator[Check]:
         and choose_transport(config, facts) != "ipc"
         and not cluster
         and needed > facts.gpus,
-        f"rollout.replicas: the learner's GPU and {needed - 1} of rollout.replicas make {needed}, this "
-        f"machine has {facts.gpus}; lower it, or let one engine (vllm) share the learner's "
+        f"rollout.replicas: the learner needs 1 GPU and the replicas need {needed - 1}, but this machine has "
+        f"{facts.gpus}; lower rollout.replicas, or let one vLLM engine share the learner's GPU "
         "(sync.transport: ipc)",
     )
     if transport not in ("file", "sparse"):

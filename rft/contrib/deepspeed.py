@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO stages 1, 2 and 3, configured with DeepSpeed's own options."""
+"""DeepSpeed: ZeRO stages 1, 2 and 3, configured with DeepSpeed's options."""
 
 from __future__ import annotations
 

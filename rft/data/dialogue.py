@@ -105,7 +105,7 @@ class Dialogue:
         return NextPrompt(tuple(guard.encode(full)[0]), tag, follows=last is not None)
 
     def _known(self, messages: Messages) -> dict[int, int]:
-        """Return which messages are answers of earlier turns to what precedes them: place -> exchange."""
+        """Return which messages answer, as earlier turns do, the messages before them: place -> exchange."""
         known = {}
         for index, exchange in enumerate(self.exchanges):
             n = len(exchange.messages)
@@ -224,8 +224,9 @@ class _Guard:
     def after(self, full: str, at: int, end: int | None) -> list[int] | None:
         """Return the ids of full[at:] in the encoding of `full`; None if no token starts there.
 
-        end: the end token before it. Added tokens are separated first, so that what follows one does not
-        depend on what precedes it. (The end token is encoded too: some take the white space after them.)
+        end: the end token before it. Added tokens are separated first, so that the text after one
+        does not depend on the text before it. (The end token is encoded too: some take the white space
+        after them.)
         """
         if end is not None:
             text = self.tokenizer.decode([end], skip_special_tokens=False)

@@ -82,7 +82,7 @@ def load_groups(
     maker.check()
     if not groups:
         if maker.bad:
-            raise maker.bad.error("no row is left; fix these")
+            raise maker.bad.error("no row is left; fix the rows above")
         raise maker.long.error("no row is left; raise max_length or max_prompt_length")
     skipped = {**maker.bad.counts, **maker.long.counts}
     return GroupSet(groups, skipped, maker.truncated, rows.source, maker.notes.lines())

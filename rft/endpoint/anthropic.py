@@ -139,14 +139,14 @@ def read_message(raw: dict[str, Any], where: str) -> list[Message]:
 
 def blocks(answer: Answer) -> list[dict[str, Any]]:
     """Return the content of an answer as blocks."""
-    found: list[dict[str, Any]] = []
+    content: list[dict[str, Any]] = []
     if answer.reasoning:
-        found.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
+        content.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
     if answer.content or not answer.tool_calls:
-        found.append({"type": "text", "text": answer.content})
+        content.append({"type": "text", "text": answer.content})
     for call in answer.tool_calls:
-        found.append({"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments})
-    return found
+        content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments})
+    return content
 
 
 def _deltas(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -86,7 +86,7 @@ class SessionCalls:
 
     async def _chat(self, ask: Ask) -> Answer:
         if ask.stop_token_ids:
-            raise ValueError("stop_token_ids: only with a prompt of token ids")
+            raise ValueError("stop_token_ids is supported only with a prompt of token ids")
         reply = await self.remote.chat(
             messages=[self._whole.get(_key(m), m) for m in ask.messages],
             tools=ask.tools,
@@ -149,10 +149,10 @@ async def open_session(session: types.Session, remote: Remote) -> AsyncIterator[
 
 def cut(text: str, stop: tuple[str, ...]) -> tuple[str, str | None]:
     """Return a text up to the first stop string in it, and that string."""
-    found = [(at, word) for word in stop if (at := text.find(word)) >= 0]
-    if not found:
+    hits = [(at, word) for word in stop if (at := text.find(word)) >= 0]
+    if not hits:
         return text, None
-    at, word = min(found)
+    at, word = min(hits)
     return text[:at], word
 
 

@@ -81,9 +81,15 @@ class ChatBody(OpenAIBody):
 
     def ask(self) -> Ask:
         if (self.response_format or {}).get("type", "text") != "text":
-            raise invalid("response_format: the policy is not constrained; leave it out", "response_format")
+            raise invalid(
+                "response_format is not supported: sampling is not constrained; leave it out",
+                "response_format",
+            )
         if self.top_logprobs:
-            raise invalid("top_logprobs: only the sampled tokens have one; leave it out", "top_logprobs")
+            raise invalid(
+                "top_logprobs is not supported: only sampled tokens have log-probs; leave it out",
+                "top_logprobs",
+            )
         tools = [] if self.tool_choice == "none" else [t.function.schema_of() for t in self.tools or []]
         return Ask(
             messages=read_messages(self.messages),
@@ -114,7 +120,7 @@ class CompletionBody(OpenAIBody):
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
-                raise invalid("prompt: one at a time", "prompt")
+                raise invalid("prompt must be one prompt, not a list of several", "prompt")
             prompt = prompt[0]
         given: dict[str, Any] = {"text": prompt} if isinstance(prompt, str) else {"tokens": tuple(prompt)}
         return Ask(
@@ -241,7 +247,7 @@ class Completions(OpenAIDialect):
         return {**choice, "finish_reason": answer.finish}
 
 
-# -- vLLM's own form ---------------------------------------------------------------------------------------
+# -- vLLM's form -------------------------------------------------------------------------------------------
 
 
 class SamplingParams(BaseModel):

@@ -57,7 +57,7 @@ class ResponsesBody(Body):
             raise invalid("background is not supported", "background")
         form = (self.text or {}).get("format")
         if isinstance(form, dict) and form.get("type", "text") != "text":
-            raise invalid("text.format: the policy is not constrained; leave it out", "text")
+            raise invalid("text.format is not supported: sampling is not constrained; leave it out", "text")
         other = next((t.type for t in self.tools or [] if t.type != "function" or not t.name), None)
         if other is not None:
             raise invalid(f"tools: only functions with a name are supported, not {other!r}", "tools")
@@ -166,16 +166,16 @@ class Responses(OpenAIDialect):
 def items(sent: Sent[ResponsesBody], answer: Answer) -> list[dict[str, Any]]:
     """Return an answer as output items."""
     name, status = sent.id.removeprefix("resp_"), "incomplete" if answer.finish == "length" else "completed"
-    found: list[dict[str, Any]] = []
+    output: list[dict[str, Any]] = []
     if answer.reasoning:
         content = [{"type": "reasoning_text", "text": answer.reasoning}]
-        found.append({"id": f"rs_{name}", "type": "reasoning", "summary": [], "content": content})
+        output.append({"id": f"rs_{name}", "type": "reasoning", "summary": [], "content": content})
     if answer.content or not answer.tool_calls:
         part = {"type": "output_text", "text": answer.content, "annotations": [], "logprobs": []}
         message = {"id": f"msg_{name}", "type": "message", "role": "assistant", "status": status}
-        found.append({**message, "content": [part]})
+        output.append({**message, "content": [part]})
     for number, call in enumerate(answer.tool_calls):
-        found.append(
+        output.append(
             {
                 "id": f"fc_{name}_{number}",
                 "type": "function_call",
@@ -185,7 +185,7 @@ def items(sent: Sent[ResponsesBody], answer: Answer) -> list[dict[str, Any]]:
                 "status": status,
             }
         )
-    return found
+    return output
 
 
 def _begun(item: dict[str, Any]) -> dict[str, Any]:
@@ -234,5 +234,7 @@ def read_items(given: list[dict[str, Any]]) -> list[Message]:
             role = "user" if item["role"] == "user" else "system"
             messages.append({"role": role, "content": text_of(item.get("content"), where, TEXT)})
         else:
-            raise invalid(f"{where}: an item of type {kind!r} with role {item.get('role')!r}", "input")
+            raise invalid(
+                f"{where}: items of type {kind!r} with role {item.get('role')!r} are not supported", "input"
+            )
     return messages

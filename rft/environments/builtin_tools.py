@@ -125,7 +125,7 @@ class Python:
 
     @property
     def pid(self) -> int | None:
-        """Return the process id of the sandbox, which outlives a session."""
+        """Return the process id of the sandbox, which is kept after a session."""
         return None if self._sandbox is None else self._sandbox.pid
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ class Host:
         data = {"messages": first_messages(row), **row}
         async with httpx.AsyncClient(timeout=None, trust_env=False) as client:
             result = await self.function(data, base_url=base_url, api_key=api_key, http_client=client)
-        read_reward(result, self.path)  # raises for what is no reward
+        read_reward(result, self.path)  # raises unless it is a reward
         return result
 
     async def run(self, row: Mapping[str, Any]) -> dict[str, Any]:

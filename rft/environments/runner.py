@@ -152,7 +152,7 @@ class EnvironmentRunner:
     async def run(self, row: Row, session: Session) -> Episode:
         """Play one episode; faults of the environment are endings of the Episode.
 
-        row: the columns and `prompt`. Raises the session's own errors unchanged (an engine that died).
+        row: the columns and `prompt`. Raises the session's errors unchanged (an engine that died).
         """
         await self.start()
         async with self._places:

@@ -1,4 +1,4 @@
-"""Kind `text`: environments that answer texts, in the spellings of Gymnasium, SkyRL-Gym and TextArena.
+"""Kind `text`: environments that answer texts, with the methods of Gymnasium, SkyRL-Gym and TextArena.
 
 Gymnasium: `reset(seed=, options=)` returns an observation, or (observation, info); `step(text)` returns
     (observation, reward, terminated, truncated, info), or (observation, reward, done, info).
@@ -45,8 +45,8 @@ class Host:
             )
         if inspect.isclass(self.factory) and not callable(getattr(self.factory, "step", None)):
             raise SpecError(
-                f"{spec.path} has no `step(text)`, which a text environment needs; a class whose methods are "
-                "tools is of kind class"
+                f"{spec.path} has no `step(text)`, which a text environment needs; if its methods are "
+                "tools, write kind: class"
             )
 
     def describe(self) -> dict[str, Any]:

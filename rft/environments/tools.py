@@ -83,7 +83,7 @@ def tool_schema(place: str, function: Callable[..., Any]) -> dict[str, Any]:
             )
     try:
         schema: dict[str, Any] = get_json_schema(function)
-    except Exception as error:  # classes of transformers' own, and errors of the annotations
+    except Exception as error:  # transformers' classes, and errors of the annotations
         raise SpecError(
             f"tool {place} needs an annotation for each parameter, and a docstring that describes each under "
             f"`Args:`: {error}"

@@ -29,7 +29,7 @@ class LogitMap:
 
     @property
     def slope(self) -> float:
-        """dz/dx without the cap's own factor 1 - tanh^2."""
+        """dz/dx without the cap's factor 1 - tanh^2."""
         return self.logit_scale / self.temperature
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class LogitMap:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """A gradient of log-probs in which each element depends on its own log-prob only.
+    """A gradient of log-probs in which each element depends only on the log-prob of the same token.
 
     function: log-probs [T] -> gradients [T], on CPU. used: [T] bool, False where it is 0 for any log-prob.
     rows: [n] int64, the elements that are meant, in order; None: all.

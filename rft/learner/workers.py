@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rft import checkpoint
 from rft.batch import Batch
-from rft.errors import BrokenWeights, LearnerError, TransferError, lost_a_peer
+from rft.errors import BrokenWeights, CheckpointError, LearnerError, TransferError, lost_a_peer
 from rft.learner.learner import Learner
 from rft.learner.objective import Sums
 from rft.learner.offload import move, resident
@@ -75,7 +75,8 @@ class LearnerHandle(WeightSource, Protocol):
     def begin_save(
         self, root: str, step: int, keep: int, meta: dict[str, Any], config: dict[str, Any] | None = None
     ) -> Awaitable[None]:
-        """Copy the state and write it in the background. One at a time; `finish_save` returns the result."""
+        """Copy the state and write it in the background. One at a time; `finish_save` returns the result.
+        Raises CheckpointError unless the learner has finished exactly `step` steps."""
 
     def finish_save(self, wait: bool = True) -> Awaitable[str | None]:
         """Return the folder of the last started checkpoint; None if there is none or, without `wait`, while
@@ -160,6 +161,11 @@ class LearnerActor:
         self, root: str, step: int, keep: int, meta: dict[str, Any], config: dict[str, Any] | None = None
     ) -> None:
         self.finish_save()
+        if self.learner.version != step:  # the caller gave up on a step that was finished later
+            raise CheckpointError(
+                f"the learner holds version {self.learner.version}, not that of step {step}: its last step "
+                "was finished too late. Raise learner.step_timeout_s, and resume from the last checkpoint"
+            )
         write = self.learner.capture_state()
         if self.rank == 0:
             self._saving = checkpoint.save_in_background(

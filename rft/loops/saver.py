@@ -25,9 +25,11 @@ from rft.metrics import Progress, RunLog
 from rft.metrics.guards import GuardStop
 from rft.rewards.types import RewardError
 from rft.utils.actors import ActorDied
-from rft.utils.deadlines import Overdue
+from rft.utils.deadlines import Deadline, Overdue, within
 
-# After these the learner is usable, and the steps since the last checkpoint are worth keeping.
+# After these the learner is usable, and the steps since the last checkpoint are worth keeping. After
+# `Overdue` it may be busy with the call: the checkpoint then has a deadline, and is refused if an overdue
+# step was finished after all.
 SAVE_ON = (
     GuardStop,
     RewardError,
@@ -37,6 +39,7 @@ SAVE_ON = (
     LearnerError,
     LogpGapError,
     CallbackError,
+    Overdue,
 )
 
 
@@ -143,11 +146,16 @@ class Saver:
             saved = "no checkpoint is saved: the weights are not finite"
         else:
             try:
-                await loop.save(final=True)
+                if isinstance(error, Overdue):
+                    grace = Deadline(self.config.train.stop_grace_s, "train.stop_grace_s")
+                    self.progress.note(f"{error}: saving a checkpoint, within {grace:g} s ({grace.key})")
+                    await within(grace, "saving a checkpoint", loop.save(final=True))
+                else:
+                    await loop.save(final=True)
                 saved = f"a checkpoint of step {loop.step} is saved"
             except (BrokenWeights, CheckpointError, ActorDied, Overdue) as failure:
                 saved = f"no checkpoint is saved: {failure}"
-        if isinstance(error, LearnerError | LogpGapError):
+        if isinstance(error, LearnerError | LogpGapError | Overdue):
             self._event("fault/learner", part="learner", what=str(error), action=f"{saved}; the run ends")
         self.progress.note(f"{type(error).__name__} after step {loop.step}; {saved}")
 

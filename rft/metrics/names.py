@@ -185,7 +185,7 @@ METRICS: dict[str, Metric] = {
     "session/tool_calls": Metric("mean number of a session's tool calls, without malformed ones", "calls"),
     "session/turn_reward/*": Metric(
         "mean reward that the environment gave a turn, counted from 1, over the sessions that took it; the "
-        "8th also has all later turns"
+        "8th includes all later turns"
     ),
     "session/malformed": Metric("mean number of a session's answers with a malformed tool call", "calls"),
     "session/cached": Metric(

@@ -132,7 +132,7 @@ class MLflow:
         self._id = run.info.run_id
         identity.write_text(self._id, encoding="utf-8")
         for name, value in flatten(config).items():
-            self._client.log_param(self._id, name, str(value)[:6000])  # MLflow's own limit
+            self._client.log_param(self._id, name, str(value)[:6000])  # MLflow's limit
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

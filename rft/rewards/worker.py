@@ -5,7 +5,7 @@ function and the result of the setup, then per job `("scores", offset, [...])` m
 before the last of them, and `("done",)`.
 Before each call the index of its first sample and the time are written to shared memory, so that the
 parent knows which sample hangs, and since when, without a message per sample. On the signal `WHERE` the
-process writes its stack to a file in memory: Python's own handler does so even if a function never releases
+process writes its stack to a file in memory: Python's handler does so even if a function never releases
 the interpreter.
 """
 

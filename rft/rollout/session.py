@@ -240,7 +240,7 @@ class Session:
         return reasoning, parse(self._parser, content, tools)
 
     def _read(self, text: str, opened: str, tools: Tools) -> Any:
-        """Return the meaning of an answer, to compare two spellings."""
+        """Return the meaning of an answer, to compare two ways of writing it."""
         reasoning, parsed = self._read_parts(text, opened, tools)
         calls = [(c.name, c.arguments) for c in parsed.calls]
         return reasoning.strip(), parsed.content.strip(), calls, bool(parsed.error)

@@ -45,10 +45,10 @@ class Game:
     def guess(self, text: str) -> tuple[str, bool]:
         """Return (the answer to a guess, whether it is right). A guess outside the range does not change it,
         and the answer to a text without a number says so."""
-        found = re.search(r"\d+", text)
-        if found is None or len(found[0]) > len(str(self.high)) + 1:
+        number = re.search(r"\d+", text)
+        if number is None or len(number[0]) > len(str(self.high)) + 1:
             return f"no number\n{self.situation()}", False
-        guess = int(found[0])
+        guess = int(number[0])
         if guess == self.number:
             return "right", True
         if guess < self.number:

@@ -100,7 +100,7 @@ class Replay:
         )
         for step in others:
             if not step.kept:
-                yield f"  step {step.step} differs already"
+                yield f"  the first step that differs: {step.step}"
                 break
         if self.causes:
             yield f"promised: loss and gradient norm within rounding ({'; '.join(self.causes)})"
@@ -143,7 +143,7 @@ async def _compute(
     then = records[-1].learner
     causes = [*causes, *(f"{k}: {then.get(k)} -> {info[k]}" for k in ROUNDING if then.get(k) != info[k])]
     if info["device"] != "cpu":
-        causes.append("a GPU adds in no fixed order")
+        causes.append("the order of additions on a GPU is not fixed")
     tolerance = TOLERANCE[info["compute_dtype"]] if causes else 0.0
     if start is not None:
         await learner.restore(str(start.path))
@@ -181,7 +181,7 @@ def _find(run: Path, step: int) -> tuple[Checkpoint | None, list[StepRecord]]:
             why += f" record of step {gone}"
             hint = "choose a step nearer to a checkpoint"
         raise ConfigError(
-            [f"--step {step}: {why}: {hint}; tracking.record_steps and checkpoint.keep say what a run keeps"]
+            [f"--step {step}: {why}: {hint}; tracking.record_steps and checkpoint.keep limit what is kept"]
         )
     try:
         return start, [record.read(paths[n]) for n in range(first, step + 1)]

@@ -78,7 +78,7 @@ class Served:
 
     async def reply(self, ask: Ask | SetReward) -> Answer | None:
         if isinstance(ask, SetReward):
-            raise Refused(404, "not_found", "there is nothing to reward: no run is trained here")
+            raise Refused(404, "not_found", "rewards are not accepted: rft serve does not train")
         length = self.pool.spec.max_model_len
         wishes = ask.sampling
         seed = wishes.get("seed")
@@ -135,7 +135,7 @@ async def serving(
     config, run = config_of(target, overrides), Path(target)
     is_run = (run / "config.yaml").exists()
     if follow and not is_run:
-        raise ConfigError([f"--follow: {target} is not a run folder, so nothing newer will come"])
+        raise ConfigError([f"--follow: {target} is not a run folder, which --follow needs; leave it out"])
     with tempfile.TemporaryDirectory(prefix="rft-serve-") as scratch:
 
         async def load() -> tuple[int | None, Served]:

@@ -206,7 +206,9 @@ def _order(one: Run, two: Run, *, must: bool) -> Finding:
     if not a:
         return Finding("sample order", not b, must, "not recorded offline; compared by the weights")
     wrong = [step for step in sorted({*a, *b}) if a.get(step) != b.get(step)]
-    detail = f"{sum(map(len, a.values()))} prompts" + (f"; first other step {wrong[0]}" if wrong else "")
+    detail = f"{sum(map(len, a.values()))} prompts" + (
+        f"; first difference at step {wrong[0]}" if wrong else ""
+    )
     return Finding("sample order", not wrong, must, detail)
 
 
@@ -261,7 +263,7 @@ def _calls(whole: Path, resumed: Path, *, exact: bool) -> Finding:
             n for n in one if repr((one[n].sources, one[n].groups)) != repr((two[n].sources, two[n].groups))
         ]
         count = sum(_count(g) for r in one.values() for g in r.groups)
-        detail = f"{count} calls" + (f"; first other step {wrong[0]}" if wrong else "")
+        detail = f"{count} calls" + (f"; first difference at step {wrong[0]}" if wrong else "")
         return Finding(what, not wrong, True, detail)
     wrong = [n for n in one if one[n].sources != two[n].sources]
     same, other, largest, last = 0, 0, 0.0, 0
@@ -282,7 +284,7 @@ def _calls(whole: Path, resumed: Path, *, exact: bool) -> Finding:
     detail = (
         f"up to step {last} {same} of {same + other} completions have equal ids, and log-probs that differ "
     )
-    detail += f"by {largest:.2g}" + (f"; other prompts or seeds at step {wrong[0]}" if wrong else "")
+    detail += f"by {largest:.2g}" + (f"; different prompts or seeds at step {wrong[0]}" if wrong else "")
     return Finding(what, not wrong and (bound is None or largest <= bound), True, detail)
 
 

@@ -41,7 +41,7 @@ def threads_for(threads: int | None, cores: str | None, processes: int = 1) -> i
 
 
 def processor() -> str:
-    """Return the name of this machine's processor, or its architecture where the system does not tell."""
+    """Return the name of this machine's processor; where the system does not report it, its architecture."""
     try:
         match = re.search(
             r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE

@@ -36,7 +36,7 @@ async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
             return await awaitable
     except TimeoutError:
         key = f" ({seconds.key})" if isinstance(seconds, Deadline) else ""
-        raise Overdue(f"{what} did not finish within {seconds:.0f} s{key}") from None
+        raise Overdue(f"{what} did not finish within {seconds:g} s{key}") from None
 
 
 async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:

@@ -102,7 +102,7 @@ async def test_tools_of_a_server_by_stdio(file: Path) -> None:
 async def test_only_some_tools(file: Path) -> None:
     async with EnvironmentRunner(config(file, options={"tools": ["buy"]}), file.parent) as runner:
         assert [t["function"]["name"] for t in runner.tools] == ["buy"]
-    with pytest.raises(EnvironmentFault, match="has no tool sell; it has buy"):
+    with pytest.raises(EnvironmentFault, match="has no tool 'sell'; its tools are buy"):
         await EnvironmentRunner(config(file, options={"tools": ["sell"]}), file.parent).start()
     with pytest.raises(EnvironmentFault, match="did not list its tools"):
         await EnvironmentRunner(config(file, command=["true"]), file.parent).start()

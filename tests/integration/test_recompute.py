@@ -104,7 +104,7 @@ def test_another_reward_breaks_the_verdict(run: Path) -> None:
     assert not result.kept
     text = "\n".join(result.lines())
     assert "DIFFERS" in text and text.endswith("verdict: BROKEN")
-    assert "step 3 differs already" in "\n".join(of(run, 4).lines())
+    assert "the first step that differs: 3" in "\n".join(of(run, 4).lines())
 
 
 def test_other_libraries_or_threads_promise_rounding_only(run: Path) -> None:

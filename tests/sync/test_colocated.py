@@ -54,7 +54,7 @@ def test_more_parts_than_gpus_are_refused() -> None:
     for other in (facts(engine="vllm"), replace(gpus, engine="hf")):
         assert choose_transport(sparse, other) == "sparse"
     (told,) = problems(config(rollout={"replicas": 2}), gpus)
-    assert "the learner's GPU and 2 of rollout.replicas make 3, this machine has 2" in told
+    assert "the learner needs 1 GPU and the replicas need 2, but this machine has 2" in told
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class ClipCov(Covariance, GRPO):
     """
 
     share: float = setting(2e-4, "fraction of all tokens without a gradient, at least one token", gt=0, le=1)
-    covariance_low: float = setting(1.0, "covariance above which tokens are drawn")
-    covariance_high: float = setting(5.0, "covariance below which tokens are drawn")
+    covariance_low: float = setting(1.0, "lower bound of the covariance of tokens that may be chosen")
+    covariance_high: float = setting(5.0, "upper bound of the covariance of tokens that may be chosen")
 
     def prepare(self, batch: Batch) -> Batch:
         batch = super().prepare(batch)
@@ -73,7 +73,7 @@ class ClipCov(Covariance, GRPO):
         if self.covariance_low >= self.covariance_high:
             problems.append(
                 f"covariance_low: {self.covariance_low:g} is not below covariance_high: "
-                f"{self.covariance_high:g}, so no token is drawn"
+                f"{self.covariance_high:g}, so no token can be chosen"
             )
         return problems
 
@@ -114,7 +114,7 @@ class KLCov(Covariance):
         problems = super().conflicts(num_generations)
         if self.proximal != "recomputed":
             problems.append(
-                f"the penalty is for leaving the policy before the step, and proximal: {self.proximal} names "
-                "another; write proximal: recomputed"
+                f"the penalty compares with the policy before the step, and proximal: {self.proximal} "
+                "names another policy; write proximal: recomputed"
             )
         return problems

@@ -105,12 +105,12 @@ class Exploration(Algorithm):
         problems = super().conflicts(num_generations)
         if self.refresh_reference and not self.needs_reference:
             problems.append(
-                "refresh_reference needs a reference, and there is none; write beta: 0.01, for one, or "
+                "refresh_reference needs a reference, and none is loaded; write beta: 0.01 to load one, or "
                 "refresh_reference: 0"
             )
         if self.reset_optimizer and not self.refresh_reference:
             problems.append(
-                "reset_optimizer acts at each refresh of the reference, and there is none; set "
-                "refresh_reference, or remove it"
+                "reset_optimizer acts when the reference is refreshed, and it never is; "
+                "set refresh_reference, or remove reset_optimizer"
             )
         return problems

@@ -71,7 +71,7 @@ class Host:
 
 
 def search_path() -> str:
-    """Return where programs are looked for: first beside rft's own Python, also if its environment is not
+    """Return where programs are looked for: first beside rft's Python, also if its environment is not
     activated."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
@@ -138,7 +138,7 @@ def last_line(output: str) -> tuple[float | None, dict[str, float]]:
         return read_reward(json.loads(line), "the command's last line")
     except (ValueError, RecursionError):
         raise OperationFailed(
-            f"the last line of the command's output is no reward: {line!r:.200}; print a number or a JSON "
+            f"the last line of the command's output is not a reward: {line!r:.200}; print a number or a JSON "
             "object of named numbers, or call /rl/set_reward; or write environment.options: {reward: false}"
         ) from None
 

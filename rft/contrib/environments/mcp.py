@@ -67,9 +67,11 @@ class Host:
             raise SpecError(f"the MCP server {where} did not list its tools: {_cause(error)}") from error
         names = [tool.name for tool in listed]
         missing = next((name for name in self.wanted or () if name not in names), None)
-        if missing is not None or not names:
+        if not names:
+            raise SpecError(f"the MCP server {where} has no tools")
+        if missing is not None:
             raise SpecError(
-                f"the MCP server {where} has no tool {missing or ''}; it has {', '.join(names) or 'none'}"
+                f"the MCP server {where} has no tool {missing!r}; its tools are {', '.join(names)}"
             )
         return [
             {

@@ -130,7 +130,9 @@ async def check(parts: Parts, options: Options) -> Report:
         probes.check_tools(runs, runner.tools, report)
         probes.check_observations(runs, parts.tokenizer, report)
         probes.check_branches(runs, e.kind == "function", parts.tokenizer, report)
-        written = [policy for policy in policies if policy.name != "model"]  # the model would tell no more
+        written = [
+            policy for policy in policies if policy.name != "model"
+        ]  # the model would report nothing further
         if written:
             repeater = probes.Repeater(player, runner, second, parts.tokenizer, report)
             await repeater.check(written, rows[0], rows[-1], derive_seed(config.seed, "repeat"))

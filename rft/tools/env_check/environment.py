@@ -1,4 +1,4 @@
-"""Probes of the environment: what recorded sessions say about its faults, state, rewards, tokens and time."""
+"""Probes of the environment: faults, state, rewards, tokens and time of recorded sessions."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _raised(detail: str) -> str:
 
 
 def check_tools(runs: Sequence[Run], tools: Tools, report: Report) -> None:
-    """Report which tools were called, and with what success."""
+    """Report which tools were called, and how many calls had no error."""
     if not tools:
         return
     calls: dict[str, list[Operation]] = defaultdict(list)
@@ -110,7 +110,7 @@ def check_tools(runs: Sequence[Run], tools: Tools, report: Report) -> None:
                 shown = max(calls[name], key=lambda o: 'File "' in user_part(o.traceback))
                 trace = indented("\n" + user_part(shown.traceback))
                 why = f"one of its {len(calls[name])} calls: {shown.error}{trace}"
-            report.note("tools", f"{name} was never called with success; {why}", "give calls by --replies")
+            report.note("tools", f"{name} never returned without an error; {why}", "give calls by --replies")
 
 
 def check_observations(runs: Sequence[Run], tokenizer: Any, report: Report) -> None:
@@ -183,9 +183,9 @@ class Repeater:
         for policy, _, again in alone:
             after = after and await self._check_after(policy, again, policies[-1], other)
             beside = beside and await self._check_beside(policy, again, other)
-        found = [] if after else ["from the sessions before it in its process"]
-        found += [] if beside else ["from sessions at the same time"]
-        text = " and ".join(found) or "none, in one process and side by side"
+        leaks = [] if after else ["from the sessions before it in its process"]
+        leaks += [] if beside else ["from sessions at the same time"]
+        text = " and ".join(leaks) or "none, in one process and side by side"
         self.report.line("leaks", text, checked=True, good=after and beside)
 
     async def _play(
@@ -196,17 +196,18 @@ class Repeater:
         return run
 
     def _check_equal(self, alone: Sequence[tuple[Run, Run]]) -> bool:
-        found = [(first, d) for first, again in alone if (d := difference(self.tokenizer, first, again))]
-        text = f"{len(alone) - len(found)} of {len(alone)} sessions are repeated exactly"
-        self.report.line("determinism", text, repeated=len(alone), equal=len(alone) - len(found))
-        if found:
+        unequal = [(first, d) for first, again in alone if (d := difference(self.tokenizer, first, again))]
+        text = f"{len(alone) - len(unequal)} of {len(alone)} sessions are repeated exactly"
+        self.report.line("determinism", text, repeated=len(alone), equal=len(alone) - len(unequal))
+        if unequal:
             self.report.problem(
                 "determinism",
-                f"the same row, seed and replies in another process ({where(found[0][0])}): {found[0][1]}",
+                f"the same row, seed and replies in another process ({where(unequal[0][0])}): "
+                f"{unequal[0][1]}",
                 "draw from `random`, NumPy or session.seed, which are seeded; not from the clock, uuid, the "
                 "order of a set, or what earlier sessions left in files",
             )
-        return not found
+        return not unequal
 
     async def _check_after(self, policy: Policy, alone: Run, other: Policy, prompt: Prompt) -> bool:
         """Play the session in a process that has served others."""
@@ -222,17 +223,17 @@ class Repeater:
             if changed
             else "no variable is known for it"
         )
-        found = difference(self.tokenizer, alone, after)
-        if found:
+        change = difference(self.tokenizer, alone, after)
+        if change:
             self.report.problem(
                 "leaks",
                 f"a session depends on those before it in its process ({where(alone)}, after row "
-                f"{prompt.id + 1}): {found}; {names}",
+                f"{prompt.id + 1}): {change}; {names}",
                 "set everything on `self` in `reset` (or `__init__`), not on the class or the module",
             )
         elif changed:
             self.report.note("leaks", f"after another session {names}, without effect on prompts and rewards")
-        return not found
+        return not change
 
     async def _check_beside(self, policy: Policy, alone: Run, prompt: Prompt) -> bool:
         """Play the session while another one runs in a process apart; their turns alternate."""
@@ -252,15 +253,15 @@ class Repeater:
             await asyncio.gather(play(alone.prompt, alone.seed), play(prompt, other.seed)),
             strict=True,
         )
-        found = next((d for one, beside in pairs if (d := difference(self.tokenizer, one, beside))), "")
-        if found:
+        change = next((d for one, beside in pairs if (d := difference(self.tokenizer, one, beside))), "")
+        if change:
             self.report.problem(
                 "leaks",
                 f"sessions that run at the same time share something outside of their processes "
-                f"({where(alone)}): {found}",
+                f"({where(alone)}): {change}",
                 "give each session a separate file, table or port, such as a folder of tempfile",
             )
-        return not found
+        return not change
 
 
 class TakingTurns:
@@ -378,14 +379,14 @@ def check_tokens(
 
 def check_branches(runs: Sequence[Run], owns_loop: bool, tokenizer: Any, report: Report) -> None:
     """Report sessions whose prompts do not extend the turns before, though the template would."""
-    found = [(run, shown) for run in runs if (shown := first_branch(run.calls, tokenizer))]
-    if found:
-        run, shown = found[0]
+    branched = [(run, shown) for run in runs if (shown := first_branch(run.calls, tokenizer))]
+    if branched:
+        run, shown = branched[0]
         reason = "the environment edits the history, or asks several times" if owns_loop else shown
-        what = f"{len(found)} of {len(runs)} sessions branched ({where(run)}): {reason}; {COST}"
+        what = f"{len(branched)} of {len(runs)} sessions branched ({where(run)}): {reason}; {COST}"
         report.note("template", what)
-    share = len(found) / max(1, len(runs))
-    report.line("branches", f"{len(found)} of {len(runs)} sessions branched", share=share)
+    share = len(branched) / max(1, len(runs))
+    report.line("branches", f"{len(branched)} of {len(runs)} sessions branched", share=share)
 
 
 def report_costs(runs: Sequence[Run], step_timeout_s: float, report: Report) -> None:

@@ -15,7 +15,7 @@ PROBES = {
     "faults": "the environment does not fail, whatever the policy writes",
     "determinism": "equal seeds and replies give equal observations and rewards",
     "leaks": "a session does not depend on others",
-    "reward": "rewards are finite, in range, and tell sessions apart",
+    "reward": "rewards are finite, in range, and differ between sessions",
     "tokens": "sessions fit the limits",
     "tools": "every tool can be called",
 }

@@ -110,7 +110,7 @@ class WatchedRunner(EnvironmentRunner):
 
 
 class Noticed:
-    """A session that tells the policy which tools an environment passes with a call."""
+    """A session that records which tools an environment passes with a call."""
 
     def __init__(self, session: Session, policy: Policy) -> None:
         self.session, self.policy = session, policy

@@ -206,7 +206,7 @@ def _check_parser(probe: Probe, report: Report) -> None:
             "set environment.tool_parser to the format that the model writes",
         )
     if odd:
-        report.note("parser", f"an argument with odd text changes on its way: {odd[0]}")
+        report.note("parser", f"an argument with special characters is changed: {odd[0]}")
     good = count - len(lost) - len(odd)
     text = f"{probe.parser}: {good} of {count} calls come back as they were written"
     report.line("parser", text, format=probe.parser, calls=count, unchanged=good)
