@@ -4,9 +4,13 @@ with the policy as a LoRA adapter, and colocated with the learner on one device.
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from rft.config.rollout import InFlight
 from rft.errors import EngineError
@@ -23,6 +27,19 @@ _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 def _version(label: str) -> int:
     """Parse the policy version from vLLM's label; vLLM's label for never-pushed weights gives -1."""
     return int(label) if label.isdigit() else _INITIAL_VERSION
+
+
+def compiled_code_folder() -> str:
+    """Return a folder for torch's compiled code that is used with one instruction set of the processor only.
+
+    vLLM compiles parts of its sampler, and torch keeps the C++ code of a graph under a key without the
+    instruction set. Code for AVX-512, cached by another processor or without `ATEN_CPU_CAPABILITY`, does not
+    compile without vectors, and is not made for the shorter ones of AVX2.
+    """
+    used = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folder = Path(used or Path(tempfile.gettempdir(), f"torchinductor-{os.getuid()}"))
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    return str(folder if folder.name == name else folder / name)
 
 
 class VLLMEngine:
@@ -42,6 +59,7 @@ class VLLMEngine:
             os.environ.update(allocator_environment())
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or "nobind"
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_code_folder()
         os.environ["OMP_NUM_THREADS"] = str(threads_for(config.threads, config.cores))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

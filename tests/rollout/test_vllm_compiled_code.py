@@ -1,0 +1,66 @@
+"""torch's cache of compiled code, which vLLM uses on CPU: one folder for each instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rft.rollout.vllm import compiled_code_folder
+
+# The graph is that of vLLM's `batched_count_greater_than`, with the columns of the tiny model.
+PROGRAM = """
+import os, sys, torch
+from rft.rollout.vllm import compiled_code_folder
+if sys.argv[1] == "split":
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_code_folder()
+
+@torch.compile(dynamic=True)
+def count(x, values):
+    return (x >= values).sum(-1)
+
+x = torch.arange(3 * 368.0).reshape(3, 368)
+assert count(x, x[:, 100:101]).tolist() == [268] * 3
+"""
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
+def test_the_folder_is_named_after_the_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert compiled_code_folder().endswith(f"/torchinductor-{os.getuid()}/{capability.lower()}")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    folder = compiled_code_folder()
+    assert folder == str(tmp_path / capability.lower())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)  # of a second engine, or a child process
+    assert compiled_code_folder() == folder
+
+
+def compile_in(folder: Path, how: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", PROGRAM, how]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a processor with AVX-512"
+)
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_code_for_avx512_is_not_used_without_it(tmp_path: Path, capability: str) -> None:
+    """Without the split, the second process takes the first one's code, which does not compile."""
+    native = compile_in(tmp_path / "split", "split")
+    assert native.returncode == 0, native.stderr
+    emulated = compile_in(tmp_path / "split", "split", ATEN_CPU_CAPABILITY=capability)
+    assert emulated.returncode == 0, emulated.stderr
+    assert {p.name for p in (tmp_path / "split").iterdir()} >= {"avx512", capability}
+    if capability == "default":
+        assert compile_in(tmp_path / "shared", "shared").returncode == 0
+        refused = compile_in(tmp_path / "shared", "shared", ATEN_CPU_CAPABILITY=capability)
+        assert refused.returncode != 0 and "vec_reduce_all" in refused.stderr
