@@ -34,7 +34,7 @@ def compiled_code_folder() -> str:
 
     vLLM compiles parts of its sampler, and torch keeps the C++ code of a graph under a key without the
     instruction set. Code for AVX-512, cached by another processor or without `ATEN_CPU_CAPABILITY`, does not
-    compile without vectors, and is not made for the shorter ones of AVX2.
+    compile without vectors, and computes wrong values with the shorter ones of AVX2.
     """
     used = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     folder = Path(used or Path(tempfile.gettempdir(), f"torchinductor-{os.getuid()}"))
