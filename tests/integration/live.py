@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from rft import checkpoint
 from rft.metrics.log import read_jsonl
 from tests.integration.conftest import ENV, ROOT, pids_of
 
@@ -131,6 +133,36 @@ class Live:
     def makes_steps(self, count: int = 2, seconds: float = 120) -> None:
         goal = self.step() + count
         self.wait(f"step {goal}", lambda: self.step() >= goal, seconds)
+
+    def resumes(self) -> None:
+        """The newest process went on from a checkpoint, and makes steps."""
+        opened = self.wait(
+            "a restart", lambda: [e for e in self.events("run/opened") if e["resumed_at"]], 120
+        )
+        assert opened[-1]["resumed_at"] > 0
+        since = opened[-1]["time"]
+        self.wait(
+            "a restored checkpoint",
+            lambda: [e for e in self.events("checkpoint/restored") if e["time"] >= since],
+        )
+        self.makes_steps(seconds=180)
+
+    def accounts_for_every_prompt(self) -> None:
+        """After the run's end: each step that counts was trained on a batch of prompts of no other step, and
+        the last checkpoint accounts for all prompts that were handed out."""
+        # The later one counts of a step taken twice; steps beyond the last one were set back and not retaken.
+        steps = {e["step"]: e["prompts"] for e in self.events("group/trained") if e["step"] <= self.step()}
+        assert sorted(steps) == list(range(1, self.step() + 1))
+        keys = Counter(tuple(key) for prompts in steps.values() for key in prompts)
+        assert set(map(len, steps.values())) == {4} and max(keys.values()) == 1
+        found = checkpoint.latest(self.run / "checkpoints")
+        assert found is not None
+        place = found.meta["sampler"]
+        handed = place["epoch"] * place["size"] + place["position"]
+        waiting = {tuple(key) for key in found.meta["outstanding"]}
+        dropped = {(epoch, row) for epoch, row, _ in found.meta["dropped"]}
+        assert not waiting & set(keys) and not dropped & set(keys) and not dropped & waiting
+        assert len(keys) + len(waiting) + len(dropped) == handed
 
     def hurt(self, name: str, action: Callable[[], object], kind: str, seconds: float = 60) -> dict[str, Any]:
         """Do something bad; the first event of `kind` after it. Keeps how long that took."""

@@ -1,5 +1,5 @@
 """Faults of sessions through a whole run: real engines and workers, hurt one after the other. The tests
-depend on each other: each leaves a run behind that makes steps. For the learner see test_faults.py."""
+depend on each other: each leaves a run behind that makes steps."""
 
 from __future__ import annotations
 
@@ -103,11 +103,22 @@ def test_an_environment_that_raises_in_turn_two(live: Live) -> None:
 def test_an_engine_killed_between_turns(live: Live) -> None:
     """The session's ids are in the controller: it goes on with another replica, without a fault."""
     known, faults = len(live.events("engine/rebuilt")), _faults(live)
-    (live.folder / "pause").touch()
-    live.wait("a session between its turns", (live.folder / "paused").exists, 60)
+    _pause(live)
     live.hurt("engine killed between turns", live.child("ray::Replica").kill, "engine/lost", 30)
     live.wait("a new engine", lambda: live.events("engine/rebuilt")[known:], 120)
     live.makes_steps()
+    assert _faults(live) == faults
+
+
+def test_the_learner_killed_with_sessions_in_flight(live: Live) -> None:
+    """The run ends, and is started again from its last checkpoint: sessions that were in flight are played
+    again from the first turn, and none of them counts as a fault of its environment."""
+    faults, opened = _faults(live), len(live.events("run/opened"))
+    _pause(live)
+    event = live.hurt("learner killed", live.child("ray::LearnerActor").kill, "fault/learner", 30)
+    assert "the learner died" in event["what"]
+    live.wait("a restart", lambda: live.events("run/opened")[opened:], 120)
+    live.resumes()
     assert _faults(live) == faults
 
 
@@ -132,7 +143,15 @@ def test_a_fault_never_counts_as_a_zero(live: Live) -> None:
     samples = [s for s in read_jsonl(live.run / "samples.jsonl") if s["split"] == "train"]
     assert min(s["reward"] for s in samples) >= 2.0
     sizes = Counter(sample["step"] for sample in samples)
+    live.accounts_for_every_prompt()  # none was trained on twice, or lost with the learner
     assert set(sizes.values()) > {SIZE} and max(sizes.values()) == SIZE  # some steps lack samples that failed
+
+
+def _pause(live: Live) -> None:
+    """Return while a session is between its turns."""
+    (live.folder / "paused").unlink(missing_ok=True)
+    (live.folder / "pause").touch()
+    live.wait("a session between its turns", (live.folder / "paused").exists, 60)
 
 
 def _faults(live: Live) -> int:
