@@ -248,6 +248,12 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Their memory against the number of rows", "workspace-cpu", "rft bench logprob", kernels.workspace),
     ("Sharing a prompt", "prefix-cpu", "rft bench prefix", kernels.prefix),
     ("Sessions that branch", "session-cost-cpu", "rft bench prefix", kernels.sessions),
+    (
+        "Later turns from the prefix cache",
+        "session-cache-cpu",
+        "python benchmarks/session_cache.py",
+        kernels.session_cache,
+    ),
     ("Sessions over HTTP", "endpoint-cpu", "python benchmarks/endpoint.py --vllm", endpoint),
     ("Everything at once", "combined-cpu", "rft bench prefix", kernels.combined),
     ("Packing", "packing-cpu", "rft bench packing", kernels.packing),

@@ -165,6 +165,26 @@ def sessions(d: dict[str, Any]) -> str:
     )
 
 
+def session_cache(d: dict[str, Any]) -> str:
+    found = columns(
+        d["results"],
+        {
+            "turn": lambda r: str(r["turn"]),
+            "calls": lambda r: str(r["calls"]),
+            "tokens of a prompt, mean": lambda r: f"{r['prompt_tokens']:.0f}",
+            "from the cache": lambda r: f"{r['cached_share']:.1%}",
+            "bound": lambda r: "-" if r["bound"] is None else f"{r['bound']:.1%}",
+        },
+    )
+    return (
+        "SmolLM2-135M with vLLM, two tries with feedback (`examples/smollm2_retry.yaml`), "
+        f"{d['sessions_at_a_time']} sessions at a time: the share of each turn's prompt tokens that the "
+        f"engine had in its prefix cache ({where(d)}). The bound is the part that the turn before has "
+        f"computed, in whole blocks of {d['block']} tokens; the first turn may find the prompt of the group's "
+        f"other samples.\n\n{found}"
+    )
+
+
 def combined(d: dict[str, Any]) -> str:
     found = columns(
         d["results"],
