@@ -180,8 +180,8 @@ def session_cache(d: dict[str, Any]) -> str:
         "SmolLM2-135M with vLLM, two tries with feedback (`examples/smollm2_retry.yaml`), "
         f"{d['sessions_at_a_time']} sessions at a time: the share of each turn's prompt tokens that the "
         f"engine had in its prefix cache ({where(d)}). The bound is the part that the turn before has "
-        f"computed, in whole blocks of {d['block']} tokens; the first turn may find the prompt of the group's "
-        f"other samples.\n\n{found}"
+        f"computed, in whole blocks of {d['block']} tokens; the first turn may find the prompt of the "
+        f"group's other samples.\n\n{found}"
     )
 
 
