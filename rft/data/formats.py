@@ -14,7 +14,7 @@ SUMMARIES: dict[RowFormat, str] = {
 
 
 def row_format(row: Mapping[str, Any]) -> RowFormat | None:
-    """Return the format of a raw row, by its columns; None: rft's own, or an unknown one.
+    """Return the format of a raw row, by its columns; None: rft's, or an unknown one.
 
     Alpaca has `instruction`, `output` and often `input`, without `prompt`; verl has `data_source`, `prompt`
     and `reward_model` with a `ground_truth`.

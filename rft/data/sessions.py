@@ -1,4 +1,4 @@
-"""Sessions as JSON lines: what `rft collect` writes for each, and groups of them for offline training.
+"""Sessions as JSON lines, as `rft collect` writes them, and groups of them for offline training.
 
 A line has the tokens that the engine was given and sampled, so that training on it encodes nothing again.
 """

@@ -249,7 +249,7 @@ class VLLMAdapterEngine(VLLMEngine):
     """vLLM with the policy as a LoRA adapter on an unchanged base. Every version is a new adapter to vLLM:
     the prefix cache distinguishes adapters by name, so a stale prefix cannot be used for a fresh one.
 
-    No request outlives its adapter: completions in flight end or are aborted before the next adapter loads.
+    Completions in flight end or are aborted before the next adapter loads.
     """
 
     async def begin_update(self, in_flight: InFlight) -> None:

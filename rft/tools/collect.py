@@ -84,7 +84,7 @@ def collect(config: Config, out: Path, arguments: Arguments, signals: StopReques
     """Collect into a folder, from where an earlier call of the same collection stopped.
 
     Raises ConfigError before anything is started if the config is wrong or the folder has something else,
-    RunStopped on a stop signal: what was played is kept.
+    RunStopped on a stop signal, which keeps the finished sessions.
     """
     with tempfile.TemporaryDirectory(prefix="rft-collect-") as scratch:
         model, name = _start(config, arguments.model, Path(scratch))
@@ -267,9 +267,9 @@ def _as_text(row: dict[str, Any]) -> str:
 def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[_File]:
     """Hold the folder of a collection. Raises ConfigError if it has another one, or something else."""
     known = {SESSIONS, PART, SETTINGS, "run.lock"}
-    strange = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
-    if strange or (out.exists() and not out.is_dir()):
-        what = f"has {strange[0]}, which no collection wrote" if strange else "is a file"
+    other = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
+    if other or (out.exists() and not out.is_dir()):
+        what = f"has {other[0]}, which rft collect did not write" if other else "is a file"
         raise ConfigError([f"--out: {out} {what}; choose another folder"])
     lock = RunLock(out)
     try:

@@ -336,7 +336,7 @@ def check_rewards(
             "correct the reward, or the range",
         )
     if low == high and len(values) > 1:
-        what = f"all {len(values)} sessions are rewarded {low:g}: groups without a difference train nothing"
+        what = f"all {len(values)} sessions have the reward {low:g}, which leaves no learning signal"
         if solved:
             report.problem("reward", what, "reward the given replies more than random ones")
         else:
