@@ -102,11 +102,12 @@ class SessionCalls:
         return self._filled(ask, reply.call, reply, content, stopped_by)
 
     async def _generate(self, ask: Ask) -> Answer:
-        tokens = ask.tokens
-        if ask.text is not None:
-            tokens = tuple(self.session.tokenizer(ask.text.encode("utf-8", "replace").decode())["input_ids"])
+        if ask.echo:
+            raise ValueError(
+                "echo: a session records what the policy samples; texts are scored by `rft serve`"
+            )
         call = await self.session.generate(
-            tokens,
+            tokens_of(ask, self.session.tokenizer),
             max_tokens=ask.max_tokens,
             stop=ask.stop,
             stop_token_ids=ask.stop_token_ids,
@@ -145,6 +146,13 @@ async def open_session(session: types.Session, remote: Remote) -> AsyncIterator[
     calls = SessionCalls(session, remote)
     async with endpoint.session(session.name, session.budget.context, calls.reply) as access:
         yield access, calls
+
+
+def tokens_of(ask: Ask, tokenizer: Any) -> tuple[int, ...]:
+    """Return the prompt of a call without messages."""
+    if ask.text is None:
+        return ask.tokens
+    return tuple(tokenizer(ask.text.encode("utf-8", "replace").decode())["input_ids"])
 
 
 def cut(text: str, stop: tuple[str, ...]) -> tuple[str, str | None]:

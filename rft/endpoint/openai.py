@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -20,7 +21,7 @@ from rft.endpoint.dialect import (
     tool_call,
     validated,
 )
-from rft.endpoint.types import Answer, Ask, Refused
+from rft.endpoint.types import Answer, Ask, Echoed, Refused
 from rft.environments.types import Message
 
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -102,7 +103,7 @@ class ChatBody(OpenAIBody):
 
 class CompletionBody(OpenAIBody):
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None
@@ -110,13 +111,14 @@ class CompletionBody(OpenAIBody):
 
     def ask(self) -> Ask:
         for name, wrong in (
-            ("echo", self.echo),
             ("best_of", (self.best_of or 1) != 1),
             ("suffix", bool(self.suffix)),
             ("logprobs", (self.logprobs or 0) > 1),
         ):
             if wrong:
                 raise invalid(f"{name} is not supported; leave it out", name)
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens: 0 needs echo: true, which scores the prompt", "max_tokens")
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
@@ -127,6 +129,7 @@ class CompletionBody(OpenAIBody):
             **given,
             max_tokens=self.max_tokens,
             details=self.logprobs is not None or bool(self.return_token_ids),
+            echo=self.echo,
             **self.shared(),
         )
 
@@ -233,14 +236,20 @@ class Completions(OpenAIDialect):
         }
 
     def _choice(self, body: CompletionBody, answer: Answer) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "text": answer.content, "logprobs": None}
+        text = "".join(token.text for token in answer.echoed) + answer.content
+        choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None}
         if body.logprobs is not None:
-            starts = [sum(map(len, answer.texts[:i])) for i in range(len(answer.texts))]
+            sampled = zip(answer.texts, answer.logps, strict=True)
+            rows = [*answer.echoed, *(Echoed(text, logp, text, logp) for text, logp in sampled)]
             choice["logprobs"] = {
-                "tokens": list(answer.texts),
-                "token_logprobs": list(answer.logps),
-                "top_logprobs": [{t: p} for t, p in zip(answer.texts, answer.logps, strict=True)],
-                "text_offset": starts,
+                "tokens": [row.text for row in rows],
+                "token_logprobs": [row.logp for row in rows],
+                # The most likely token last: of two tokens with one text, it keeps its log-prob.
+                "top_logprobs": [
+                    None if row.logp is None else {row.text: row.logp, row.best: row.best_logp}
+                    for row in rows
+                ],
+                "text_offset": [0, *accumulate(len(row.text) for row in rows)][: len(rows)],
             }
         if body.return_token_ids:
             choice |= {"token_ids": list(answer.sampled), "prompt_token_ids": list(answer.prompt)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rft.environments.types import Message, ToolCall
 
@@ -22,8 +22,9 @@ class Ask:
     """One model call: a conversation (`messages`, `tools`), a prompt of token ids (`tokens`), or a text.
 
     id: of the response. details: the answer is to contain ids, log-probs and the texts of single tokens.
-    sampling: the client's settings (temperature, top_p, seed), which only `rft serve` follows: a session
-    samples as its run does.
+    echo: it is to begin with the prompt, whose tokens are scored with `details`; only `rft serve` does that,
+    and there `max_tokens` may be 0. sampling: the client's settings (temperature, top_p, seed), which only
+    `rft serve` follows: a session samples as its run does.
     """
 
     id: str = ""
@@ -36,6 +37,7 @@ class Ask:
     stop_token_ids: tuple[int, ...] = ()
     trained: bool = True
     details: bool = False
+    echo: bool = False
     sampling: Mapping[str, float | int] = field(default_factory=dict)
 
 
@@ -47,12 +49,23 @@ class SetReward:
     response: str | None = None
 
 
+class Echoed(NamedTuple):
+    """A token of the prompt as text, its log-prob given its predecessors (None: it is the first one), and
+    the most likely token in its place with that one's."""
+
+    text: str
+    logp: float | None
+    best: str
+    best_logp: float | None
+
+
 @dataclass(frozen=True)
 class Answer:
     """The answer to an Ask.
 
     content: without the stop string that ended it. stopped_by: that stop string. prompt_length, length:
-    tokens. prompt, sampled, logps, texts: only with `Ask.details`.
+    tokens. prompt, sampled, logps, texts: only with `Ask.details`. echoed: only with `Ask.echo`; without
+    `details`, the prompt is one text.
     """
 
     content: str
@@ -66,3 +79,4 @@ class Answer:
     sampled: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()
     texts: tuple[str, ...] = ()
+    echoed: tuple[Echoed, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rft.config.rollout import InFlight, RolloutConfig, SamplingConfig
 from rft.sync.spec import Link, Update
@@ -46,13 +46,24 @@ class Sampling:
 @dataclass(frozen=True)
 class Request:
     """One prompt, to be completed `sampling.n` times. session: name of requests whose prompts extend each
-    other: they go to one replica, which has the keys and values of the turns before."""
+    other: they go to one replica, which has the keys and values of the turns before. scores_prompt: return
+    the log-probs of the prompt too."""
 
     id: str
     tokens: tuple[int, ...]
     sampling: Sampling
     copy: int = 0  # which copy of the model completes it, if there are two
     session: str = ""
+    scores_prompt: bool = False
+
+
+class ScoredToken(NamedTuple):
+    """The log-prob of a prompt's token given its predecessors, at temperature 1, and the most likely token in
+    its place with that one's log-prob."""
+
+    logp: float
+    best: int
+    best_logp: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,8 @@ class Generated:
 
     `logps[i]` is the log-prob of `tokens[i]` under the distribution that it was drawn from
     (temperature applied). `versions` are (policy version, start, end) spans over the tokens. `cached`: tokens
-    of the prompt whose keys and values the engine had.
+    of the prompt whose keys and values the engine had. `prompt`: the prompt's tokens from the second one on,
+    with `Request.scores_prompt`.
     """
 
     tokens: tuple[int, ...]
@@ -69,6 +81,7 @@ class Generated:
     finish: Literal["stop", "length"]
     versions: tuple[tuple[int, int, int], ...]
     cached: int = 0
+    prompt: tuple[ScoredToken, ...] = ()
 
 
 class Generate(Protocol):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rft.config.rollout import InFlight
-from rft.rollout.engine import EngineSpec, Generated, Request, Sampling
+from rft.rollout.engine import EngineSpec, Generated, Request, Sampling, ScoredToken
 from rft.sync.gloo import Receiver, load_into
 from rft.sync.spec import Link, Update
 from rft.utils.cores import threads_for
@@ -92,8 +92,9 @@ class HFEngine:
                         finish[i] = "stop"
             if all(finish) or cancelled.is_set():
                 break
+        scored = self._score_prompt(request.tokens) if request.scores_prompt else ()
         return [
-            Generated(tuple(t), tuple(p), f or "length", ((self._version, 0, len(t)),))
+            Generated(tuple(t), tuple(p), f or "length", ((self._version, 0, len(t)),), prompt=scored)
             for t, p, f in zip(tokens, logps, finish, strict=True)
         ]
 
@@ -106,12 +107,16 @@ class HFEngine:
         finally:
             self._open.set()
 
-    @torch.inference_mode()
     def _score(self, tokens: tuple[int, ...]) -> list[float]:
+        return [token.logp for token in self._score_prompt(tokens)]
+
+    @torch.inference_mode()
+    def _score_prompt(self, tokens: tuple[int, ...]) -> tuple[ScoredToken, ...]:
         ids = torch.tensor([tokens], device=self.spec.device)
         logps = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        chosen: list[float] = logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
-        return chosen
+        best, chosen = logps.max(-1), logps.gather(-1, ids[0, 1:, None])[:, 0]
+        columns = (chosen.tolist(), best.indices.tolist(), best.values.tolist())
+        return tuple(map(ScoredToken, *columns))
 
     def _hits_stop_string(self, tokens: list[int], stop: Iterable[str]) -> bool:
         if not stop:

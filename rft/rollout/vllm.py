@@ -14,7 +14,7 @@ import torch
 
 from rft.config.rollout import InFlight
 from rft.errors import EngineError
-from rft.rollout.engine import Aborted, EngineSpec, Generated, Request, Sampling
+from rft.rollout.engine import Aborted, EngineSpec, Generated, Request, Sampling, ScoredToken
 from rft.sync import nccl
 from rft.sync.spec import Link, Update
 from rft.utils.allocator import allocator_environment
@@ -40,6 +40,15 @@ def compiled_code_folder() -> str:
     folder = Path(used or Path(tempfile.gettempdir(), f"torchinductor-{os.getuid()}"))
     name = torch.backends.cpu.get_cpu_capability().lower()
     return str(folder if folder.name == name else folder / name)
+
+
+def _scored(tokens: tuple[int, ...], logprobs: Any) -> tuple[ScoredToken, ...]:
+    """Read vLLM's log-probs of a prompt: for each token a dict with its entry, and the most likely one's."""
+    scored = []
+    for token, row in zip(tokens[1:], logprobs[1:], strict=True):
+        best = max(row, key=lambda t: row[t].logprob)
+        scored.append(ScoredToken(row[token].logprob, best, row[best].logprob))
+    return tuple(scored)
 
 
 class VLLMEngine:
@@ -109,6 +118,8 @@ class VLLMEngine:
         from vllm.inputs import tokens_input
 
         params = self._params(request.sampling)
+        if request.scores_prompt:
+            params.prompt_logprobs = 1  # the token's, and that of the most likely one
         began = self._version
         # The salt prevents sharing prefixes with requests of another version, whose keys and values differ.
         prompt = tokens_input(list(request.tokens), cache_salt=str(began))
@@ -121,6 +132,9 @@ class VLLMEngine:
         ordered = sorted(output.outputs, key=lambda o: o.index)
         cached = output.num_cached_tokens or 0
         generated = [self._generated(request.id, o, cached) for o in ordered]
+        if request.scores_prompt:
+            scored = _scored(request.tokens, output.prompt_logprobs)
+            generated = [replace(g, prompt=scored) for g in generated]
         if self._continued and self._version != began:
             # Its last tokens were also sampled from keys and values of the version at its start.
             return [replace(g, versions=((began, 0, len(g.tokens)),)) for g in generated]

@@ -18,18 +18,20 @@ from rft.config.load import apply_overrides, load_config, parse_config
 from rft.config.schema import Config
 from rft.data.chat import Renderer
 from rft.data.errors import RowProblem
-from rft.endpoint.calls import SessionCalls
+from rft.endpoint.calls import SessionCalls, cut, tokens_of
 from rft.endpoint.handle import Endpoint
 from rft.endpoint.server import Open
-from rft.endpoint.types import Answer, Ask, Refused, SetReward
+from rft.endpoint.types import Answer, Ask, Echoed, Refused, SetReward
 from rft.environments.types import Reply
 from rft.errors import ConfigError, ModelError
 from rft.plan import Plan, make_plan
 from rft.preflight.memory import ModelShape
 from rft.preflight.model import resolve_model
-from rft.rollout.engine import Sampling
+from rft.rollout.calls import Call
+from rft.rollout.engine import Request, Sampling
 from rft.rollout.pool import RolloutPool
-from rft.rollout.session import Budget, Session
+from rft.rollout.sample import decode
+from rft.rollout.session import Budget, Session, text_of
 from rft.rollout.tool_calls import format_of
 from rft.run_training import make_pool
 from rft.tools.export import export_run
@@ -91,12 +93,62 @@ class Served:
         )
         budget = Budget(1, length, length)
         name = f"{NAME}-{next(self._numbers)}"
+        if ask.echo:
+            return await self._track(self._echo(ask, name, sampling))
         nothing = Prompt(0, (), [{"role": "user", "content": ""}])
         session = Session(self.pool.generate, self.render, nothing, sampling, budget, name, self.parser)
-        task = asyncio.ensure_future(SessionCalls(session, _Direct(session)).reply(ask))
+        return await self._track(SessionCalls(session, _Direct(session)).reply(ask))
+
+    async def _track(self, answering: Coroutine[Any, Any, R]) -> R:
+        """Await an answer, for which `close` waits."""
+        task = asyncio.ensure_future(answering)
         self.calls.add(task)
         task.add_done_callback(self.calls.discard)
         return await task
+
+    async def _echo(self, ask: Ask, name: str, sampling: Sampling) -> Answer:
+        """Return the prompt with its log-probs, and `max_tokens` more. Raises Refused."""
+        tokenizer, limit = self.plan.tokenizer, self.pool.spec.max_model_len
+        tokens = tokens_of(ask, tokenizer)
+        wrong = next((t for t in tokens if not 0 <= t < len(tokenizer)), None)
+        if wrong is not None or not tokens:
+            what = "is empty" if wrong is None else f"has {wrong}, not a token id below {len(tokenizer)}"
+            raise Refused(400, "invalid_request", f"prompt {what}", "prompt")
+        if len(tokens) >= limit:  # vLLM samples a token also where only the prompt is scored
+            text = f"the prompt has {len(tokens)} tokens; with one more, {limit} fit into the context"
+            raise Refused(400, "context_length_exceeded", text, "prompt")
+        wanted = 16 if ask.max_tokens is None else ask.max_tokens
+        room = max(1, min(wanted, limit - len(tokens)))
+        sampling = replace(sampling, max_tokens=room, stop=ask.stop, stop_token_ids=ask.stop_token_ids)
+        request = Request(name, tokens, sampling, scores_prompt=ask.details)
+        (generated,) = await self.pool.generate(request)
+        sampled = generated.tokens if wanted else ()
+        call = Call(tokens, sampled, generated.logps[: len(sampled)], generated.finish, ())
+        content, stopped_by = cut(text_of(call, tokenizer)[0], ask.stop)
+        answer = Answer(
+            content,
+            finish=generated.finish if wanted else "length",
+            stopped_by=stopped_by,
+            prompt_length=len(tokens),
+            length=len(sampled),
+        )
+        if not ask.details:
+            return replace(answer, echoed=(Echoed(decode([tokens], tokenizer)[0], None, "", None),))
+        scored = [None, *generated.prompt]
+        own = decode([[t] for t in tokens], tokenizer)
+        best = decode([[] if s is None else [s.best] for s in scored], tokenizer)
+        echoed = [
+            Echoed(text, None, "", None) if s is None else Echoed(text, s.logp, top, s.best_logp)
+            for text, s, top in zip(own, scored, best, strict=True)
+        ]
+        return replace(
+            answer,
+            prompt=tokens,
+            sampled=sampled,
+            logps=call.logps,
+            texts=tuple(decode([[t] for t in sampled], tokenizer)),
+            echoed=tuple(echoed),
+        )
 
     async def close(self) -> None:
         """Stop the engines after the calls in flight."""

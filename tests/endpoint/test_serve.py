@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import AsyncOpenAI, AuthenticationError
+from openai import AsyncOpenAI, AuthenticationError, BadRequestError
 
 from rft.errors import ConfigError
 from rft.tools.serve import serve, serving
 from rft.utils.signals import StopRequests
 from tests.integration.conftest import rft
+from tests.specs import needs_vllm
 
 ASK: Any = [{"role": "user", "content": "what is 1 + 2?"}]
 HF = ["rollout.engine=hf", "rollout.threads=1"]
@@ -46,6 +49,56 @@ async def test_a_model_samples_as_the_client_wishes(tiny_folder: Path, ray_here:
             await sample(AsyncOpenAI(base_url=f"{url}/v1", api_key="other", max_retries=0))
 
 
+async def check_log_probs(url: str, folder: str, tolerance: float) -> None:
+    """Ask for the log-probs of a text as lm-eval does, and compare them with those of transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("what is 1 + 2 + 30?")["input_ids"] + tokenizer(" 33")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].float()
+    expected = logits.log_softmax(-1)
+    chosen = [float(expected[i, t]) for i, t in enumerate(ids[1:])]
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+    asked: Any = {"model": "m", "temperature": 0, "seed": 1234, "logprobs": 1, "echo": True}
+    for prompt, max_tokens in (([ids], 1), (ids, 0), (tokenizer.decode(ids), 1)):
+        out = await client.completions.create(prompt=prompt, max_tokens=max_tokens, **asked)
+        (choice,) = out.choices
+        given = choice.logprobs
+        assert given is not None and given.token_logprobs and given.top_logprobs and given.tokens
+        end = len(given.tokens) - max_tokens
+        assert len(given.tokens) == len(ids) + max_tokens and "".join(given.tokens) == choice.text
+        assert given.token_logprobs[0] is None and given.top_logprobs[0] is None
+        assert given.text_offset == [sum(map(len, given.tokens[:i])) for i in range(len(given.tokens))]
+        assert given.token_logprobs[1:end] == pytest.approx(chosen, abs=tolerance)
+        best = [max(top.values()) for top in given.top_logprobs[1:end]]
+        assert best == pytest.approx(expected[: len(ids) - 1].max(-1).values.tolist(), abs=tolerance)
+        greedy = [a == b for a, b in zip(given.token_logprobs[1:end], best, strict=True)]
+        assert greedy == (expected[: len(ids) - 1].argmax(-1) == torch.tensor(ids[1:])).tolist()
+        if max_tokens:
+            assert given.token_logprobs[-1] == pytest.approx(float(expected[-1].max()), abs=tolerance)
+        assert out.usage is not None and out.usage.prompt_tokens == len(ids)
+    plain = await client.completions.create(model="m", prompt="1 + 2 =", max_tokens=2, temperature=0)
+    asked = {"model": "m", "prompt": "1 + 2 =", "temperature": 0, "max_tokens": 2}
+    echoed = await client.completions.create(echo=True, **asked)
+    assert echoed.choices[0].text == "1 + 2 =" + plain.choices[0].text
+    for wrong, words in (
+        ({"prompt": [], "max_tokens": 1}, "prompt is empty"),
+        ({"prompt": [10**6], "max_tokens": 1}, "not a token id"),
+        ({"prompt": [5] * 10_000, "max_tokens": 1}, "fit into the context"),
+        ({"prompt": "a", "max_tokens": 0, "echo": False}, "needs echo"),
+    ):
+        with pytest.raises(BadRequestError, match=words):
+            await client.completions.create(**{"model": "m", "echo": True, "logprobs": 1, **wrong})
+
+
+async def test_texts_are_scored(tiny_folder: Path, ray_here: None) -> None:
+    async with serving(str(tiny_folder), HF, "127.0.0.1", 0, "", False, print) as url:
+        await check_log_probs(url, str(tiny_folder), 1e-4)
+
+
 def test_wrong_arguments(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
     for host, key, follow, words in (
@@ -57,10 +110,12 @@ def test_wrong_arguments(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)])
 def test_a_run_is_followed(
-    tiny_folder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+    engine: str, tiny_folder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Calls are answered through the change of engines; then the log-probs are those of the newest model."""
     monkeypatch.setattr("rft.tools.serve.LOOK_EVERY_S", 0.2)
     (tmp_path / "run.yaml").write_text(
         f"""
@@ -72,7 +127,7 @@ data: {{kind: arithmetic, limit: 64}}
 rewards: [{{function: {tmp_path}/varied.py:varied}}]
 train: {{steps: 1, batch_size: 2, num_generations: 2}}
 rollout: {{engine: hf, threads: 1}}
-learner: {{threads: 1}}
+learner: {{threads: 1, learning_rate: 1.0e-2}}
 eval: {{every: 0}}
 checkpoint: {{every: 1}}
 """
@@ -84,14 +139,80 @@ checkpoint: {{every: 1}}
     rft("train", str(tmp_path / "run.yaml"))
 
     async def body() -> None:
-        async with serving(str(tmp_path / "run"), HF, "127.0.0.1", 0, "", True, lines.append) as url:
+        run, settings = tmp_path / "run", [f"rollout.engine={engine}", "rollout.threads=1"]
+        async with serving(str(run), settings, "127.0.0.1", 0, "", True, lines.append) as url:
+            await check_log_probs(url, str(run / "model"), 2e-3)
             client = AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
             await sample(client)
             await asyncio.to_thread(rft, "train", str(tmp_path / "run.yaml"), "train.steps=2")
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(240):
                 while not lines:
                     await sample(client)
-            await sample(client)
+            await check_log_probs(url, str(run / "model"), 2e-3)
 
     asyncio.run(body())
     assert lines == ["serving the checkpoint of step 2"]
+
+
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+LM_EVAL = os.environ.get("RFT_LM_EVAL_PYTHON")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LM_EVAL, reason="needs RFT_LM_EVAL_PYTHON, a python with lm-eval[api]")
+def test_lm_eval_scores_choices(tiny_folder: Path, tmp_path: Path, ray_here: None) -> None:
+    """Its `local-completions` picks the choices that transformers picks."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    rows, picked = [], []
+    for a, b in ((1, 2), (3, 4), (5, 3), (2, 2), (7, 1), (4, 5)):
+        choices = [str(a + b), str(a + b + 1), str(a * b + 10), "none"]
+        rows.append({"question": f"{a} + {b} =", "choices": choices, "answer": 0})
+        begin, logps = tokenizer(f"{a} + {b} =")["input_ids"], []
+        for choice in choices:
+            ids = tokenizer(f"{a} + {b} = {choice}")["input_ids"]
+            with torch.no_grad():
+                table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            logps.append(sum(float(table[i - 1, ids[i]]) for i in range(len(begin), len(ids))))
+        picked.append(max(range(len(choices)), key=logps.__getitem__))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "sums.yaml").write_text(TASK.format(folder=tmp_path))
+    expected = sum(choice == 0 for choice in picked) / len(rows)
+
+    async def body() -> None:
+        async with serving(str(tiny_folder), HF, "127.0.0.1", 0, "", False, print) as url:
+            arguments = f"model=m,base_url={url}/v1/completions,tokenizer={tiny_folder},num_concurrent=2"
+            command = [
+                *(str(LM_EVAL), "-m", "lm_eval", "--model", "local-completions", "--tasks", "sums"),
+                *("--model_args", arguments, "--include_path", str(tmp_path), "--log_samples"),
+                *("--output_path", str(tmp_path / "out")),
+            ]
+            process = await asyncio.create_subprocess_exec(
+                *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            )
+            output, _ = await process.communicate()
+            assert process.returncode == 0, output.decode()[-4000:]
+
+    asyncio.run(body())
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["sums"]["acc,none"] == pytest.approx(expected)
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    seen = {}
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        logps = [float(answer[0]) for answer in sample["filtered_resps"]]
+        seen[sample["doc_id"]] = max(range(len(logps)), key=logps.__getitem__)
+    assert [seen[i] for i in range(len(rows))] == picked
