@@ -30,11 +30,12 @@ from rft.preflight.capacity import (
     plan_memory,
 )
 from rft.preflight.data import (
+    EvalSet,
     OfflineData,
     check_offline,
     check_warm_start,
     has_demonstrations,
-    load_held_out,
+    load_eval_sets,
     load_offline,
 )
 from rft.preflight.dtype import resolve_dtypes
@@ -49,7 +50,7 @@ from rft.preflight.model import (
     resolve_optional,
     resolve_stops,
 )
-from rft.preflight.rewards import check_rewards
+from rft.preflight.rewards import check_run_rewards
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.proof import ProofSpec, fixed_tokens
@@ -73,7 +74,7 @@ class BasePlan:
     engine: Engine
     transport: str
     stop_ids: tuple[int, ...]  # token ids that end a completion
-    eval_prompts: PromptSet | None  # held-out prompts for sampling; None: the run samples none
+    eval_sets: tuple[EvalSet, ...]  # held-out prompts for sampling
     adapter_parameters: int | None  # of learner.adapter, if they can be counted without weights
     dtype_choice: str  # what `dtype: auto` resolved to, and why; "" if the config has none
     step_size: StepSize
@@ -103,7 +104,7 @@ class BasePlan:
             c,
             chosen,
             self.shape,
-            self.engine_spec() if c.algorithm.online or c.eval.generate else None,
+            self.engine_spec() if c.algorithm.online or validate.samples_held_out(c) else None,
             self.step_size,
             device=self.device,
             reference=c.algorithm.needs_reference and separate,
@@ -191,7 +192,7 @@ class BasePlan:
 
     def proof_prompts(self) -> PromptSet | None:
         """Return the prompts whose tokens are used to prove a push."""
-        return self.eval_prompts
+        return self.eval_sets[0].prompts if self.eval_sets else None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -234,11 +235,12 @@ def make_plan(
     all problems."""
     problems = _Problems()
     attempt, online, trusted = problems.attempt, config.algorithm.online, config.model.trust_remote_code
-    samples = online or config.eval.generate or evaluate
+    samples = online or validate.samples_held_out(config) or evaluate
     facts = machine_facts(config, samples=samples)
 
     # Resolve the model (only from its config) and the data.
-    shape = tokenizer = train = offline = held_out = stops = None
+    shape = tokenizer = train = offline = stops = None
+    sets: tuple[EvalSet, ...] | None = ()
     path = attempt("model", lambda: resolve_model(config, model))
     reference = attempt("model.reference", lambda: resolve_optional(config.model.reference, config))
     given = attempt("model.tokenizer", lambda: resolve_optional(config.model.tokenizer, config))
@@ -265,7 +267,7 @@ def make_plan(
         else:
             offline = attempt("data", lambda: load_offline(config, tokenizer))
         if samples and config.eval.every:
-            held_out = attempt("data (held-out)", lambda: load_held_out(config, tokenizer))
+            sets = attempt("data (held-out)", lambda: load_eval_sets(config, tokenizer, evaluate=evaluate))
     if train is not None:
         shown = attempt("data", lambda: has_demonstrations(train, config.algorithm))
         longest = max(len(prompt.tokens) for prompt in train.prompts)
@@ -297,10 +299,7 @@ def make_plan(
     if reference is not None and shape is not None and config.algorithm.needs_reference:
         problems += check_reference(reference, shape.vocab, trusted)
     problems += check_environment(config, tokenizer, train) if starts else []
-    if starts and config.rewards.functions:
-        sets = {n: s for n, s in (("the training data", train), ("the held-out data", held_out)) if s}
-        kind = None if config.environment is None else config.environment.kind
-        problems += check_rewards(config.rewards, sets, kind, config.data.rewards_by_source)
+    problems += check_run_rewards(config, train, sets or ()) if starts else []
     if starts:
         problems += check_sockets(config, vllm=facts.engine == "vllm")
         problems += [] if evaluate else check_folders(config)
@@ -325,7 +324,7 @@ def make_plan(
             engine=facts.engine,
             transport=validate.choose_transport(config, facts),
             stop_ids=stops,
-            eval_prompts=held_out,
+            eval_sets=sets or (),
             adapter_parameters=counted,
             dtype_choice=dtype_choice,
             step_size=step,

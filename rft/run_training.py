@@ -294,7 +294,7 @@ async def _offline(
     learner = start_learner(plan, plan.learner_spec())
     async with AsyncExitStack() as parts:
         sampled = None
-        if plan.eval_prompts is not None:  # engines and rewards, for the evaluation
+        if plan.eval_sets:  # engines and rewards, for the evaluation
             pool, rewards = make_pool(plan), make_rewards(config)
             parts.push_async_callback(pool.close)
             parts.push_async_callback(rewards.close)
@@ -303,7 +303,7 @@ async def _offline(
             await unless_stopped(asyncio.gather(start_engines(channel, pool), rewards.start()), stop)
             await unless_stopped(channel.connect(), stop)
             await channel.before_step()
-            held_out = (plan.tokenizer, plan.eval_prompts.prompts, config, log)
+            held_out = (plan.tokenizer, plan.eval_sets, config, log)
             sampled = SampledEvaluation(pool.generate, rewards, *held_out, channel)
         await unless_stopped(learner.describe(), stop)  # it answers once the model is loaded
         result = await train_offline(plan, folder, learner, progress, log, stop, sampled)
@@ -328,7 +328,7 @@ async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
     Raises ConfigError where there is nothing to evaluate, and RunStopped on a stop signal.
     """
     config = plan.config
-    if plan.eval_prompts is None or not (config.rewards.functions or config.environment):
+    if not plan.eval_sets:
         raise ConfigError(["eval: a config with rewards and eval.every above 0 is needed"])
     with ray_cluster(config.ray.address, config.ray.object_store_gib):
         pool = make_pool(plan)
@@ -350,7 +350,7 @@ async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
                 pool.generate,
                 rewards,
                 plan.tokenizer,
-                plan.eval_prompts.prompts,
+                plan.eval_sets,
                 config,
                 label="eval",
                 episodes=episodes,
@@ -379,8 +379,8 @@ def start_learner(plan: Plan, spec: LearnerSpec, name: str = "the learner") -> L
 
 
 def make_rewards(config: Config) -> RewardRunner:
-    """The reward functions, not started yet; without any, the environment gives the reward."""
-    optional, sources = config.environment is not None, config.data.rewards_by_source
+    """The reward functions, not started yet; without any, the environment or the held-out sets have some."""
+    optional, sources = bool(config.environment or config.eval.sets), config.data.rewards_by_source
     return RewardRunner(config.rewards, Path.cwd(), config.train.steps, optional=optional, by_source=sources)
 
 

@@ -93,7 +93,7 @@ def test_generation_needs_rewards_and_a_policy(raw: dict[str, Any]) -> None:
     told = refused(pairs, algorithm="reward_model", eval={"generate": True}, rewards=math)
     assert "which generates nothing" in told
     plan = plan_of(pairs, eval={"generate": True, "problems": 6}, rewards=math)
-    assert plan.eval_prompts is not None and len(plan.eval_prompts) == 6
+    assert [len(s.prompts) for s in plan.eval_sets] == [6]
 
 
 def test_reward_models_are_trained_as_a_whole(raw: dict[str, Any]) -> None:

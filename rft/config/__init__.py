@@ -9,6 +9,7 @@ from rft.utils.dotted import load_dotted
 if TYPE_CHECKING:
     from rft.config.data import DataConfig
     from rft.config.environment import EnvironmentConfig
+    from rft.config.evaluation import EvalConfig
     from rft.config.learner import LearnerConfig
     from rft.config.load import apply_overrides, describe_fields, load_config, parse_config
     from rft.config.metrics import GuardsConfig, TrackingConfig
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from rft.config.schema import (
         CheckpointConfig,
         Config,
-        EvalConfig,
         ModelConfig,
         RayConfig,
         TrainConfig,
@@ -55,6 +55,7 @@ _HOMES = {
     "ConfigError": "rft.errors",
     "DataConfig": "rft.config.data",
     "EnvironmentConfig": "rft.config.environment",
+    "EvalConfig": "rft.config.evaluation",
     "GuardsConfig": "rft.config.metrics",
     "LearnerConfig": "rft.config.learner",
     "RewardConfig": "rft.config.rewards",

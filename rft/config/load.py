@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from rft.config.base import ConfigModel
 from rft.config.environment import EnvironmentConfig
-from rft.config.schema import Config, list_as_functions
+from rft.config.rewards import list_as_functions
+from rft.config.schema import Config
 from rft.errors import ConfigError
 from rft.utils import yaml_files
 from rft.utils.did_you_mean import did_you_mean_or_list

@@ -249,3 +249,8 @@ class RewardsConfig(ConfigModel):
         if self.functions and all(f.gate for f in self.functions):
             raise ValueError("all rewards are gates: at least one must give the value")
         return self
+
+
+def list_as_functions(rewards: Any) -> Any:
+    """Expand a list of reward functions to a `rewards` section; return anything else unchanged."""
+    return {"functions": list(rewards)} if isinstance(rewards, list | tuple) else rewards

@@ -13,9 +13,10 @@ from rft.algorithms import ALGORITHMS, Algorithm
 from rft.config.base import ConfigModel
 from rft.config.data import DataConfig
 from rft.config.environment import EnvironmentConfig
+from rft.config.evaluation import EvalConfig
 from rft.config.learner import LearnerConfig
 from rft.config.metrics import GuardsConfig, TrackingConfig
-from rft.config.rewards import RewardsConfig
+from rft.config.rewards import RewardsConfig, list_as_functions
 from rft.config.rollout import RolloutConfig
 from rft.config.sync import SyncConfig
 from rft.utils.did_you_mean import did_you_mean_or_list
@@ -89,22 +90,6 @@ class TrainConfig(ConfigModel):
                 "choose minibatches that divide it"
             )
         return self
-
-
-class EvalConfig(ConfigModel):
-    """Held-out evaluation: rewards of sampled completions; offline, the loss on examples."""
-
-    every: int = Field(
-        20, ge=0, description="interval between evaluations, in steps, besides the first and last (0: none)"
-    )
-    problems: int = Field(512, ge=1, description="number of held-out problems (online) or rows (offline)")
-    samples: int = Field(4, ge=1, description="samples per problem, for mean accuracy and pass@k")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature of evaluation")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling (top-p) of evaluation")
-    greedy: bool = Field(True, description="also measure accuracy of greedy decoding")
-    generate: bool = Field(
-        False, description="offline: also sample completions of held-out prompts and score them by `rewards`"
-    )
 
 
 class CheckpointConfig(ConfigModel):
@@ -218,11 +203,6 @@ class Config(ConfigModel, metaclass=_RaisesConfigError):
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-serialisable data."""
         return self.model_dump(mode="json")
-
-
-def list_as_functions(rewards: Any) -> Any:
-    """Expand a list of reward functions to a `rewards` section; return anything else unchanged."""
-    return {"functions": list(rewards)} if isinstance(rewards, list | tuple) else rewards
 
 
 def algorithm_name(algorithm: Algorithm) -> str:

@@ -85,6 +85,11 @@ def longest_sequence(config: Config) -> int:
     return turns * (s.max_prompt_length + s.max_completion_length)
 
 
+def samples_held_out(config: Config) -> bool:
+    """Return whether an offline run samples completions of held-out prompts."""
+    return bool(config.eval.every) and (config.eval.generate or bool(config.eval.sampled_sets(online=False)))
+
+
 def mixes_reference(config: Config) -> bool:
     """Return whether engines sample from a mixture of policy and reference."""
     return config.algorithm.online and any(r.mixture for r in rollouts(config))
@@ -285,6 +290,53 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
             getattr(e, name) > e.episode_timeout_s,
             f"{key}.{name}: {getattr(e, name):g} s exceed the episode's {e.episode_timeout_s:g} s; lower it, "
             "or raise episode_timeout_s",
+        )
+
+
+def eval_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    """Check the section `eval`: its named sets fit the algorithm, the rewards and the engines."""
+    a, limit, name = (
+        config.algorithm,
+        config.rollout.sampling.max_completion_length,
+        algorithm_name(config.algorithm),
+    )
+    for set_name in ("", *config.eval.sets):
+        key, rerank = f"eval.sets.{set_name}" if set_name else "eval", config.eval.of_set(set_name).rerank
+        own = config.eval.sets[set_name].rewards if set_name else None
+        labels = [f.label for f in (own or config.rewards).functions]
+        yield (
+            rerank is not None and rerank not in labels,
+            f"{key}.rerank: no reward is called {rerank!r}; write one of {', '.join(labels) or 'none'}",
+        )
+    for set_name, s in config.eval.sets.items():
+        key = f"eval.sets.{set_name}"
+        sampled = a.online or s.rewards is not None
+        yield (
+            s.data.streaming,
+            f"{key}.data.streaming: a held-out set is loaded as a whole; set it to false",
+        )
+        yield (
+            s.rewards is not None and not s.rewards.functions,
+            f"{key}.rewards: it names no reward; leave it out for those of the run",
+        )
+        yield (
+            s.rewards is not None and bool(score_heads(a)),
+            f"{key}.rewards: {name} trains a reward model, which generates nothing; remove them, and its "
+            "loss on the rows is measured",
+        )
+        given = [
+            f for f in ("samples", "temperature", "top_p", "greedy", "rerank") if getattr(s, f) is not None
+        ]
+        given += ["max_completion_length"] if s.max_completion_length is not None else []
+        yield (
+            not sampled and bool(given),
+            f"{key}.{given[0] if given else ''}: {name} measures the loss on the rows of a set without "
+            "rewards, and samples none; remove it, or give the set `rewards`",
+        )
+        yield (
+            s.max_completion_length is not None and s.max_completion_length > limit,
+            f"{key}.max_completion_length: {s.max_completion_length} exceeds the engines' {limit} "
+            "(rollout.sampling.max_completion_length); lower it, or raise that",
         )
 
 
@@ -799,6 +851,7 @@ CHECKS = (
     online_checks,
     environment_checks,
     offline_checks,
+    eval_checks,
     run_checks,
     learner_checks,
     transport_checks,

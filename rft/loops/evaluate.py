@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import torch
-
 from rft.algorithms.base import Rollout
-from rft.batch import Batch, Group, Prompt
+from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.schema import Config
 from rft.learner.objective import Sums, add_sums
+from rft.learner.workers import LearnerHandle
 from rft.loops.step_metrics import sample_rows
 from rft.metrics import RunLog
+from rft.metrics.evaluation import (
+    Evaluation,
+    Problem,
+    Sampled,
+    change_metrics,
+    evaluation_metrics,
+    flips,
+    read_evaluation,
+    write_evaluation,
+)
+from rft.preflight.data import EvalSet
+from rft.rewards.equal import equal_numbers
 from rft.rewards.runner import RewardRunner
-from rft.rewards.types import Outcome, SampleReward
+from rft.rewards.types import Outcome, SampleReward, text_of
 from rft.rollout.engine import Generate, Request, Sampling
 from rft.rollout.episodes import EpisodeSampler
 from rft.rollout.sample import Judged, completions_of, judge
@@ -33,29 +45,145 @@ def is_correct(reward: SampleReward, primary: str) -> bool | None:
     return None if score is None or score.value is None else score.outcome == Outcome.correct
 
 
+def named(held_out: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of a held-out set ("" for the unnamed one) under their full names."""
+    if held_out:
+        return {f"eval/{held_out}/{name}": value for name, value in metrics.items()}
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
 async def evaluate(
     generate: Generate,
     rewards: RewardRunner,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    sets: Sequence[EvalSet],
     config: Config,
     *,
     label: str,
     progress: float = 0.0,
     episodes: EpisodeSampler | None = None,
-) -> tuple[dict[str, float], list[Judged]]:
-    """Measure accuracy over `eval.samples` samples per prompt, pass@k, and greedy accuracy.
+) -> tuple[dict[str, float], list[JudgedSet]]:
+    """Sample and score every set; return the metrics (`eval/...`, `eval/NAME/...`) and the judged
+    completions.
 
-    The seeds depend only on the run's seed and the prompt: two policies are evaluated with the same seeds.
-    label: distinguishes the requests from others in flight. progress: share of the run that is done, for the
-    rewards. episodes: samples in an environment instead. Returns the metrics (`eval/...`) and the judged
-    samples.
+    The seeds depend only on the run's seed, the set and the prompt: two policies are evaluated with the same
+    seeds. label: distinguishes the requests from others in flight. progress: share of the run that is done,
+    for the rewards. episodes: samples in an environment instead, where a set has no rewards of its own.
     """
-    settings, primary = config.eval, config.rewards.primary
-    max_tokens = config.rollout.sampling.max_completion_length
+    parts = (generate, rewards, tokenizer)
+    judged = [await _sample_set(*parts, s, config, label, progress, episodes) for s in sets]
+    metrics: dict[str, float] = {}
+    for one in judged:
+        metrics |= named(one.of.name, one.metrics(config.seed))
+    return metrics, judged
+
+
+@dataclass(frozen=True)
+class JudgedSet:
+    """The judged completions of a set: samples of each prompt, and its greedy completion where that is
+    measured.
+
+    sessions: metrics of its sessions in an environment.
+    """
+
+    of: EvalSet
+    primary: str
+    sampled: Sequence[Judged]
+    greedy: Sequence[Judged]
+    sessions: Mapping[str, float]
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """The prompts with their completions, as the metrics read them."""
+        greedy: Sequence[Judged | None] = self.greedy or [None] * len(self.sampled)
+        return [self._problem(j, g) for j, g in zip(self.sampled, greedy, strict=True)]
+
+    def _problem(self, judged: Judged, greedy: Judged | None) -> Problem:
+        shown = judged if greedy is None else greedy
+        both = [*zip(judged.completions, judged.rewards, strict=True)]
+        if greedy is not None:
+            both += zip(greedy.completions, greedy.rewards, strict=True)
+        samples = [self._sampled(c, r) for c, r in both]
+        count = len(judged.completions)
+        samples = _with_equal_answers(samples)
+        return Problem(
+            judged.prompt.id,
+            samples[:count],
+            samples[count] if len(samples) > count else None,
+            text_of(judged.prompt.text),
+            shown.completions[0].text if shown.completions else "",
+        )
+
+    def _sampled(self, completion: Completion, reward: SampleReward) -> Sampled:
+        rerank = self.of.settings.rerank
+        scores = reward.scores.values()
+        return Sampled(
+            is_correct(reward, self.primary),
+            reward.value,
+            None if rerank is None or rerank not in reward.scores else reward.scores[rerank].value,
+            next((s.answer for s in scores if s.answer), ""),
+            next((s.confidence for s in scores if s.confidence is not None), None),
+            completion.tokens,
+            completion.num_sampled,
+            completion.finish == "length",
+        )
+
+    def metrics(self, seed: int) -> dict[str, float]:
+        """Return the metrics of the set, without prefix."""
+        metrics = evaluation_metrics(self.problems, seed)
+        rewards = [r for j in self.sampled for r in j.rewards]
+        values = [r.value for r in rewards if r.value is not None]
+        if values:
+            metrics["reward"] = sum(values) / len(values)
+        count = max(len(rewards), 1)
+        scores = [r.scores[self.primary] for r in rewards if self.primary in r.scores]
+        outcomes = Counter(str(score.outcome) for score in scores)
+        return {
+            **metrics,
+            **{f"outcome/{k}": v / count for k, v in sorted(outcomes.items())},
+            **self.sessions,
+        }
+
+    def digest(self) -> str:
+        """Return a digest of the prompts: results are compared where it is equal."""
+        rows = [(j.prompt.id, j.prompt.tokens) for j in self.sampled]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def _with_equal_answers(samples: Sequence[Sampled]) -> list[Sampled]:
+    """Give equal answers the text of the first of them: 0.5 and 1/2 are one vote."""
+    known: list[str] = []
+    out = []
+    for sample in samples:
+        answer = sample.answer.strip()
+        if answer:
+            same = next((k for k in known if (v := equal_numbers(k, answer)) is not None and v.equal), None)
+            if same is None:
+                known.append(answer)
+            answer = same or answer
+        out.append(replace(sample, answer=answer))
+    return out
+
+
+async def _sample_set(
+    generate: Generate,
+    rewards: RewardRunner,
+    tokenizer: Any,
+    held_out: EvalSet,
+    config: Config,
+    label: str,
+    progress: float,
+    episodes: EpisodeSampler | None,
+) -> JudgedSet:
+    """Sample and score one set."""
+    settings, prompts, primary = held_out.settings, held_out.prompts.prompts, config.rewards.primary
+    if held_out.rewards is not None:
+        rewards, primary = rewards.other(held_out.name, held_out.rewards), held_out.rewards.primary
+        episodes = None
+    where = [held_out.name] if held_out.name else []
 
     async def one(kind: str, prompt: Prompt, sampling: Sampling) -> Judged:
-        name = f"{label}-{kind}-{prompt.id}"
+        name = "-".join([label, *where, kind, str(prompt.id)])
         if episodes is not None:
             plan = [Rollout()] * sampling.n
             played = await episodes.sample(name, prompt, plan, sampling, training=False)
@@ -64,55 +192,16 @@ async def evaluate(
         completions = completions_of(await generate(request), tokenizer)
         return await judge(prompt, completions, rewards, progress, training=False)
 
-    work = []
+    work, limit = [], held_out.max_tokens
     for p in prompts:
-        seed = derive_seed(config.seed, "eval", p.id)
-        sampling = Sampling(settings.samples, max_tokens, settings.temperature, settings.top_p, seed=seed)
+        seed = derive_seed(config.seed, "eval", *where, p.id)
+        sampling = Sampling(settings.samples, limit, settings.temperature, settings.top_p, seed=seed)
         work.append(one("sample", p, sampling))
     if settings.greedy:
-        work += [one("greedy", p, Sampling(1, max_tokens, temperature=0.0)) for p in prompts]
+        work += [one("greedy", p, Sampling(1, limit, temperature=0.0)) for p in prompts]
     judged = await asyncio.gather(*work)
-    by_sample, by_greedy = judged[: len(prompts)], judged[len(prompts) :]
-    metrics = _accuracy([[is_correct(r, primary) for r in j.rewards] for j in by_sample])
-    if by_greedy:
-        greedy = _accuracy([[is_correct(r, primary) for r in j.rewards] for j in by_greedy])
-        metrics["eval/greedy_accuracy"] = greedy["eval/accuracy"]
-    completions = [c for j in by_sample for c in j.completions]
-    count = max(len(completions), 1)  # none if an environment failed in every episode
-    metrics["eval/length_mean"] = sum(c.num_sampled for c in completions) / count
-    metrics["eval/truncated"] = sum(c.finish == "length" for c in completions) / count
-    metrics["eval/problems"] = float(len(prompts))
-    scores = [r.scores[primary] for j in by_sample for r in j.rewards if primary in r.scores]
-    outcomes = Counter(str(score.outcome) for score in scores)
-    metrics |= {f"eval/outcome/{k}": v / count for k, v in sorted(outcomes.items())}
-    if episodes is not None:
-        metrics |= {f"eval/{name}": value for name, value in episodes.take_metrics(training=False).items()}
-    return metrics, by_sample
-
-
-def _accuracy(table: list[list[bool | None]]) -> dict[str, float]:
-    """Accuracy and pass@k (k = 1, 2, 4, ...) over prompts; samples that could not be judged are left out."""
-    rows = [[x for x in row if x is not None] for row in table]
-    judged = [row for row in rows if row]
-    if not judged:
-        return {"eval/accuracy": math.nan}
-    means = torch.tensor([sum(row) / len(row) for row in judged], dtype=torch.float64)
-    out = {"eval/accuracy": float(means.mean())}
-    if len(judged) > 1:
-        out["eval/accuracy_stderr"] = float(means.std() / math.sqrt(len(judged)))
-    n = max(len(row) for row in judged)
-    k = 2
-    while k <= n:
-        whole = [row for row in judged if len(row) >= k]
-        out[f"eval/pass@{k}"] = sum(pass_at_k(len(row), sum(row), k) for row in whole) / len(whole)
-        k *= 2
-    out["eval/unjudged"] = float(sum(len(a) - len(b) for a, b in zip(table, rows, strict=True)))
-    return out
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The unbiased chance that one of k of n samples is correct (Chen et al. 2021, eq. 1)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+    sessions = {} if episodes is None else episodes.take_metrics(training=False)
+    return JudgedSet(held_out, primary, judged[: len(prompts)], judged[len(prompts) :], sessions)
 
 
 @dataclass(frozen=True)
@@ -125,17 +214,17 @@ class SampledEvaluation:
     generate: Generate
     rewards: RewardRunner
     tokenizer: Any
-    prompts: Sequence[Prompt]
+    sets: Sequence[EvalSet]
     config: Config
     log: RunLog
     channel: WeightChannel | None = None
     episodes: EpisodeSampler | None = None
 
     async def run(self, step: int) -> dict[str, float]:
-        """Evaluate the policy after `step` steps; keep some samples in the log."""
+        """Evaluate the policy after `step` steps; write its problems, and keep some samples in the log."""
         if self.channel is not None:
             await self.channel.push(step)
-        parts = (self.generate, self.rewards, self.tokenizer, self.prompts, self.config)
+        parts = (self.generate, self.rewards, self.tokenizer, self.sets, self.config)
         progress = step / self.config.train.steps
         metrics, judged = await evaluate(
             *parts, label=f"eval-{step}", progress=progress, episodes=self.episodes
@@ -143,8 +232,55 @@ class SampledEvaluation:
         if self.channel is not None:
             await self.channel.proved()
             await self.channel.before_step()
+        metrics |= self._changes(step, judged)
         if self.log.wants_samples(step):
-            self.log.samples(step, [row for j in judged for row in sample_rows(j, "eval", self.tokenizer)])
+            shown = [row for one in judged for row in _rows(one, self.tokenizer)]
+            self.log.samples(step, shown)
+        return metrics
+
+    def _changes(self, step: int, judged: Sequence[JudgedSet]) -> dict[str, float]:
+        """Write the evaluation's problems to the run folder; return their changes against step 0."""
+        sets = {one.of.name: one.problems for one in judged}
+        now = Evaluation(step, sets, {one.of.name: one.digest() for one in judged})
+        start = read_evaluation(self.log.run_dir, 0) if step else None
+        metrics: dict[str, float] = {}
+        if start is not None:
+            same, broken = now.same(start), {}
+            for one in judged:
+                if (name := one.of.name) in same:
+                    changes = change_metrics(start.sets[name], one.problems)
+                    metrics |= named(name, changes)
+                    broken[name] = flips(start.sets[name], one.problems).negative
+            now = now.with_texts(broken)
+        write_evaluation(self.log.run_dir, now)
+        return metrics
+
+
+def _rows(judged: JudgedSet, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return rows for samples.jsonl: the first completion of each prompt."""
+    named = {"set": judged.of.name} if judged.of.name else {}
+    return [row | named for j in judged.sampled for row in sample_rows(j, "eval", tokenizer)]
+
+
+# -- held-out groups of an offline run -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OfflineEvaluation:
+    """Evaluation of an offline run: the loss on held-out groups of each set, and samples where they are
+    wanted."""
+
+    held_out: Mapping[str, HeldOut]
+    sampled: SampledEvaluation | None = None
+
+    async def run(self, learner: LearnerHandle, step: int) -> dict[str, float]:
+        """Evaluate the weights after `step` steps."""
+        metrics: dict[str, float] = {}
+        for name, groups in self.held_out.items():
+            sums = [await learner.evaluate(batch, step) for batch in groups.batches()]
+            metrics |= named(name, groups.metrics(sums))
+        if self.sampled is not None:
+            metrics |= await self.sampled.run(step)
         return metrics
 
 
@@ -170,7 +306,7 @@ class HeldOut:
         ]
 
     def metrics(self, parts: Sequence[Sums]) -> dict[str, float]:
-        """`eval/...`: means over all units of all parts; a measure without a unit is left out."""
+        """Return means over all units of all parts, without prefix; a measure without a unit is left out."""
         sums = add_sums(parts)
-        means = {f"eval/{name}": total / count for name, (total, count) in sums.items() if count}
-        return {**means, "eval/examples": float(len(self.groups))}
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        return {**means, "examples": float(len(self.groups))}

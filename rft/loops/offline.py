@@ -30,7 +30,7 @@ from rft.errors import RunStopped
 from rft.learner.adapters.methods import previewed_sequences
 from rft.learner.load import resolve_dtype
 from rft.learner.workers import LearnerHandle
-from rft.loops.evaluate import HeldOut, SampledEvaluation
+from rft.loops.evaluate import HeldOut, OfflineEvaluation, SampledEvaluation
 from rft.loops.saver import Saver
 from rft.metrics import Progress, RunLog
 from rft.metrics.guards import Guards
@@ -59,15 +59,17 @@ async def train_offline(
         progress.note(line)
     share = shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden)
     source = data.source(config)
-    tests = list(data.held_out) if data.held_out is not None else []
+    tests = {} if data.held_out is None else {"": list(data.held_out)}
+    tests |= {name: list(rows) for name, rows in data.sets.items()}
     if config.learner.reference_logps == "cached":
         progress.stage("reference log-probs")
         train = await unless_stopped(with_reference(plan, learner, data.sample, share), stop)
-        if tests:
-            tests = await unless_stopped(with_reference(plan, learner, tests, share), stop)
+        for name, groups in tests.items():
+            tests[name] = await unless_stopped(with_reference(plan, learner, groups, share), stop)
         await learner.release_reference()
         source = data.source(config, train)
     rearrange = partial(arrange, config.algorithm)
+    held_out = {n: HeldOut(rows, config.train.batch_size, share, rearrange) for n, rows in tests.items()}
     guards = Guards(config.guards, online=False)
     if folder.resume is not None:
         guards.resume(log.run_dir, folder.resume.step)
@@ -80,8 +82,7 @@ async def train_offline(
         progress=progress,
         saver=Saver(learner, folder.checkpoints, config, progress, log),
         arrange=rearrange,
-        held_out=HeldOut(tests, config.train.batch_size, share, rearrange) if tests else None,
-        sampled=sampled if tests else None,
+        evaluation=OfflineEvaluation(held_out, sampled) if held_out or sampled else None,
         eval_every=config.eval.every,
         log=log,
         guards=guards,
@@ -112,8 +113,7 @@ class OfflineLoop:
     progress: Progress
     saver: Saver
     arrange: Callable[[list[Group]], list[Group]] | None = None
-    held_out: HeldOut | None = None
-    sampled: SampledEvaluation | None = None
+    evaluation: OfflineEvaluation | None = None
     eval_every: int = 0
     log: RunLog | None = None
     guards: Guards | None = None
@@ -165,10 +165,10 @@ class OfflineLoop:
         metrics["time/checkpoint"] = self.saver.take_seconds()
         metrics["throughput/tokens_per_s"] = float(batch.mask.sum()) / metrics["time/step"]
         metrics |= progress
-        if self.held_out is None:
+        if self.evaluation is None:
             last = metrics
         elif self._evaluation_due():
-            last = await self._evaluate_unless_stopped(self.held_out)
+            last = await self._evaluate_unless_stopped(self.evaluation)
             metrics |= last
         self._log(metrics)
         if self.saver.due(self.step):  # after the log: a kill in between repeats the step, not its line
@@ -221,30 +221,27 @@ class OfflineLoop:
         held-out rows, the metrics of the last step."""
         logged: dict[str, float] = {}
         if self.log is not None:
-            logged = self.log.resumed_metrics() if self.held_out is None else self.log.resumed_evaluation()
-        if logged or self.held_out is None or not self._evaluation_due():
+            logged = self.log.resumed_metrics() if self.evaluation is None else self.log.resumed_evaluation()
+        if logged or self.evaluation is None or not self._evaluation_due():
             return logged
-        metrics = await unless_stopped(self._evaluate(self.held_out), self.stop)
+        metrics = await unless_stopped(self._evaluate(self.evaluation), self.stop)
         self._log(metrics)
         return metrics
 
-    async def _evaluate(self, held_out: HeldOut) -> dict[str, float]:
+    async def _evaluate(self, evaluation: OfflineEvaluation) -> dict[str, float]:
         """Evaluate the current weights on the held-out data; return the metrics."""
         begin = time.perf_counter()
-        sums = [await self.learner.evaluate(batch, self.step) for batch in held_out.batches()]
-        metrics = held_out.metrics(sums)
-        if self.sampled is not None:
-            metrics |= await self.sampled.run(self.step)
+        metrics = await evaluation.run(self.learner, self.step)
         seconds = metrics["time/eval"] = time.perf_counter() - begin
         if self.log is not None:
-            shown = {"accuracy": metrics["eval/accuracy"]} if "eval/accuracy" in metrics else {}
-            self.log.event("eval/done", step=self.step, loss=metrics["eval/loss"], seconds=seconds, **shown)
+            shown = {k: metrics[f"eval/{k}"] for k in ("loss", "accuracy") if f"eval/{k}" in metrics}
+            self.log.event("eval/done", step=self.step, seconds=seconds, **shown)
         return metrics
 
-    async def _evaluate_unless_stopped(self, held_out: HeldOut) -> dict[str, float]:
+    async def _evaluate_unless_stopped(self, evaluation: OfflineEvaluation) -> dict[str, float]:
         """Evaluate; return {} if a stop is requested meanwhile, because the loop then saves and ends."""
         try:
-            return await unless_stopped(self._evaluate(held_out), self.stop)
+            return await unless_stopped(self._evaluate(evaluation), self.stop)
         except RunStopped:
             return {}
 

@@ -121,8 +121,8 @@ class Controller:
             self.groups = EpisodeGroupSampler(*sampler, self.episodes)
         self.lockstep = None if self.episodes is None else self.episodes.lockstep
         self.evaluation: SampledEvaluation | None = None
-        if plan.eval_prompts is not None:
-            held_out = (plan.tokenizer, plan.eval_prompts.prompts, config, parts.log)
+        if plan.eval_sets:
+            held_out = (plan.tokenizer, plan.eval_sets, config, parts.log)
             self.evaluation = SampledEvaluation(
                 self.fleet.generate, parts.rewards, *held_out, episodes=self.episodes
             )
@@ -299,7 +299,7 @@ class Controller:
         except RunStopped:
             return {}  # the loop saves and ends
         seconds = metrics["time/eval"] = time.perf_counter() - begin
-        accuracy = metrics["eval/accuracy"]
+        accuracy = metrics.get("eval/accuracy")  # None: only named sets are evaluated
         self.parts.log.event("eval/done", step=self.step, accuracy=accuracy, seconds=seconds)
         return metrics
 

@@ -81,8 +81,39 @@ METRICS: dict[str, Metric] = {
     # -- held-out evaluation
     "eval/accuracy": Metric("share of correct held-out completions, sampled", "share"),
     "eval/accuracy_stderr": Metric("standard error of eval/accuracy over problems", "share"),
+    "eval/accuracy_low": Metric("lower end of its 95 % bootstrap interval over problems", "share"),
+    "eval/accuracy_high": Metric("upper end of that interval", "share"),
     "eval/greedy_accuracy": Metric("share of held-out problems solved by greedy decoding", "share"),
     "eval/pass@*": Metric("chance that at least one of k samples is correct, unbiased estimate", "share"),
+    "eval/maj@*": Metric(
+        "share of problems whose most frequent answer among the first k samples is correct, ties broken at "
+        "random (expectation); present where a reward extracts answers",
+        "share",
+    ),
+    "eval/best@*": Metric(
+        "share of problems whose best of n samples by `eval.rerank` is correct, ties broken at random "
+        "(expectation)",
+        "share",
+    ),
+    "eval/reward": Metric("mean combined reward of held-out completions, sampled"),
+    "eval/distinct": Metric("distinct completions as a share of a problem's samples, mean", "share"),
+    "eval/distinct_*": Metric("distinct n-grams as a share of all in a problem's samples, mean", "share"),
+    "eval/distinct_answers": Metric("number of different answers among a problem's samples, mean", "answers"),
+    "eval/confidence": Metric("mean confidence that held-out completions state", "share"),
+    "eval/ece": Metric(
+        "expected calibration error of the stated confidence: mean distance between confidence and accuracy "
+        "over ten equal bins, weighed by their completions",
+        "share",
+    ),
+    "eval/stated": Metric("share of held-out completions that state a confidence", "share"),
+    "eval/negative_flips": Metric(
+        "share of problems solved at step 0 and failed now, by greedy decoding or else the first sample",
+        "share",
+    ),
+    "eval/positive_flips": Metric("share of problems failed at step 0 and solved now, likewise", "share"),
+    "eval/forgetting": Metric(
+        "accuracy at step 0 minus accuracy now, over problems judged both times", "share"
+    ),
     "eval/unjudged": Metric("held-out completions that the reward could not judge", "completions"),
     "eval/problems": Metric("held-out problems evaluated", "problems"),
     "eval/outcome/*": Metric("share of held-out completions with this outcome", "share"),
@@ -211,6 +242,7 @@ METRICS: dict[str, Metric] = {
     ),
     "session/logp_gap_mean/*": Metric("sync/logp_gap_mean over the tokens of one turn", "nats"),
     "eval/session/*": Metric("a metric session/..., over held-out sessions"),
+    "eval/*/*": Metric("a metric eval/... of a named held-out set (`eval.sets`): eval/NAME/accuracy"),
     # -- weights to the engines
     "sync/logp_gap": Metric(
         "largest difference between the engine's log-prob of a token and the learner's, over the tokens that "

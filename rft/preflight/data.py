@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from rft.algorithms.base import DataKind
 from rft.algorithms.extras import arrange, score_heads
 from rft.batch import Batch, Group, Prompt
 from rft.config.data import DataConfig
+from rft.config.evaluation import EvalConfig
+from rft.config.rewards import RewardsConfig
 from rft.config.schema import Config, WarmStartConfig, algorithm_name
 from rft.data import (
     DataError,
@@ -29,6 +31,7 @@ from rft.data import (
 )
 from rft.data.mixture import MixtureSampler, mixture_sampler
 from rft.data.prompts import any_demonstration
+from rft.data.rows import Split
 from rft.data.sampler import PromptSampler, Sampler
 from rft.data.stops import unstopped_turns
 from rft.tasks import REVISION
@@ -39,10 +42,58 @@ DRY_RUN_GROUPS = 8
 GENERATED = 64  # checked rows of a generated task, whose rows share one format
 
 
-def load_held_out(config: Config, tokenizer: Any) -> PromptSet:
-    """Load the prompts of held-out evaluation. Raises DataError."""
-    prompts = load_prompts(config.data, tokenizer, "test", config.rollout.sampling.max_prompt_length)
-    return replace(prompts, prompts=prompts.prompts[: config.eval.problems])
+@dataclass(frozen=True)
+class EvalSet:
+    """Held-out prompts that are sampled, with the settings of their evaluation.
+
+    name: "" for the unnamed set, whose metrics are `eval/...`; else `eval/NAME/...`. rewards: of the set;
+    None: those of the run, and its environment.
+    """
+
+    name: str
+    prompts: PromptSet
+    settings: EvalConfig
+    max_tokens: int
+    rewards: RewardsConfig | None = None
+
+    @property
+    def key(self) -> str:
+        """Return the config section of the set."""
+        return f"eval.sets.{self.name}" if self.name else "eval"
+
+
+def load_eval_sets(config: Config, tokenizer: Any, *, evaluate: bool = False) -> tuple[EvalSet, ...]:
+    """Load the prompts of every held-out set that is sampled; the unnamed one comes first.
+
+    evaluate: for `rft eval`, which samples all sets for which there are rewards, whatever the algorithm. With
+    named sets, data without held-out rows has no unnamed set. Raises DataError.
+    """
+    held, online, sampling = config.eval, config.algorithm.online, config.rollout.sampling
+    rewarded = bool(config.rewards.functions) or config.environment is not None
+    sets = []
+    wanted = rewarded and (online or held.generate or evaluate)
+    if wanted and (not held.sets or has_held_out(config.data)):
+        prompts = load_prompts(config.data, tokenizer, "test", sampling.max_prompt_length)
+        sets.append(EvalSet("", _first(prompts, held.problems), held, sampling.max_completion_length))
+    for name in held.sampled_sets(online=online or (evaluate and rewarded)):
+        section, settings = held.sets[name], held.of_set(name)
+        try:
+            split = split_of(section.data)
+            prompts = load_prompts(section.data, tokenizer, split, sampling.max_prompt_length)
+        except DataError as error:
+            raise DataError(f"eval.sets.{name}.data: {error}") from error
+        limit = section.max_completion_length or sampling.max_completion_length
+        sets.append(EvalSet(name, _first(prompts, settings.problems), settings, limit, section.rewards))
+    return tuple(sets)
+
+
+def _first(prompts: PromptSet, count: int) -> PromptSet:
+    return replace(prompts, prompts=prompts.prompts[:count])
+
+
+def split_of(data: DataConfig) -> Split:
+    """Return the split of a named held-out set: its evaluation rows if it has any, else all its rows."""
+    return "test" if has_held_out(data) else "train"
 
 
 CURRICULUM = "rft.contrib.curriculum.Curriculum"
@@ -84,6 +135,7 @@ class OfflineData:
     train: GroupSet | GroupStream
     sample: list[Group]
     held_out: GroupSet | None
+    sets: Mapping[str, GroupSet] = field(default_factory=dict)  # named held-out sets that are not sampled
 
     def source(self, config: Config, groups: Sequence[Group] | None = None) -> GroupSource:
         """Return the training groups in sampling order. groups: the same ones with further fields."""
@@ -101,12 +153,13 @@ class OfflineData:
             out.append(f"evaluation   {self.held_out}, every {config.eval.every} steps")
         elif config.eval.every:
             out.append("evaluation   none: there are no held-out rows (data.holdout, data.eval_path)")
+        out += [f"held out     {name}: {rows}" for name, rows in self.sets.items()]
         return out
 
 
 def load_offline(config: Config, tokenizer: Any) -> OfflineData:
     """Load the data of an offline run; of a stream, only the first batch. Raises DataError."""
-    kind, data = _group_kind(config), config.data
+    kind, data = _group_kind(config, config.data), config.data
     held_out = None
     if config.eval.every and has_held_out(data):
         limit = min(config.eval.problems, data.eval_limit or config.eval.problems)
@@ -118,18 +171,37 @@ def load_offline(config: Config, tokenizer: Any) -> OfflineData:
             raise DataError(
                 f"held-out rows: {error}\n(to train without evaluation, set eval.every: 0)"
             ) from error
+    sets = _held_out_groups(config, tokenizer) if config.eval.every else {}
     if not data.streaming:
         train = load_groups(data, tokenizer, kind)
-        return OfflineData(train, train.groups, held_out)
+        return OfflineData(train, train.groups, held_out, sets)
     first = GroupStream(data, tokenizer, kind).next(config.train.batch_size)
-    return OfflineData(GroupStream(data, tokenizer, kind), first, held_out)
+    return OfflineData(GroupStream(data, tokenizer, kind), first, held_out, sets)
 
 
-def _group_kind(config: Config) -> DataKind:
+def _held_out_groups(config: Config, tokenizer: Any) -> dict[str, GroupSet]:
+    """Load the named held-out sets on which the loss is measured: those without rewards. Raises DataError."""
+    sampled, sets = config.eval.sampled_sets(online=False), {}
+    for name, section in config.eval.sets.items():
+        if name in sampled:
+            continue
+        limit = config.eval.of_set(name).problems
+        split = split_of(section.data)
+        key = "eval_limit" if split == "test" else "limit"
+        limits = {"streaming": False, key: min(limit, getattr(section.data, key) or limit)}
+        data = section.data.model_copy(update=limits)
+        try:
+            sets[name] = load_groups(data, tokenizer, _group_kind(config, data), split)
+        except DataError as error:
+            raise DataError(f"eval.sets.{name}.data: {error}") from error
+    return sets
+
+
+def _group_kind(config: Config, data: DataConfig) -> DataKind:
     """Return the kind of groups of the algorithm; preference data may also be ranked lists."""
     kind = config.algorithm.data
     if kind == "preference":
-        row = first_row(config.data)
+        row = first_row(data)
         if "completions" in row and "chosen" not in row:
             return "ranked"
     return kind
@@ -144,6 +216,8 @@ def check_offline(
     if stops is not None and not score_heads(algorithm) and config.data.sessions is None:
         problems += unstopped_turns(data.sample, stops, tokenizer)
     problems += check_lengths("data", data.sample, positions)
+    for name, rows in data.sets.items():
+        problems += check_lengths(f"eval.sets.{name}.data", rows.groups, positions)
     return problems + check_batch(algorithm, data.sample[: min(DRY_RUN_GROUPS, config.train.batch_size)])
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from rft.config.mixture import COLUMN
 from rft.config.rewards import PASSED, RewardConfig, RewardsConfig
+from rft.config.schema import Config
 from rft.data import PromptSet
 from rft.data.errors import BadRows
+from rft.preflight.data import EvalSet
 from rft.rewards.load import (
     BUILTINS,
     ENVIRONMENTS,
@@ -70,6 +72,23 @@ def _by_rewards(
     parts: list[tuple[set[str | None], RewardsConfig]] = [(names - set(chosen), config)]
     parts += [({name}, rewards_of(config, labels)) for name, labels in sorted(chosen.items())]
     return [part for part in parts if part[0] or not names]
+
+
+def check_run_rewards(config: Config, train: PromptSet | None, sets: Sequence[EvalSet]) -> list[str]:
+    """Check the rewards of a run on its training and held-out prompts, and those of named held-out sets."""
+    problems = []
+    kind = None if config.environment is None else config.environment.kind
+    if config.rewards.functions:
+        shared = {
+            f"the set {s.name}" if s.name else "the held-out data": s.prompts for s in sets if not s.rewards
+        }
+        shared |= {"the training data": train} if train else {}
+        problems += check_rewards(config.rewards, shared, kind)
+    for s in sets:
+        if s.rewards is not None:
+            found = check_rewards(s.rewards, {f"the set {s.name}": s.prompts})
+            problems += [f"{s.key}.rewards: {problem}" for problem in found]
+    return problems
 
 
 def check_reward(

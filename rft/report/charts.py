@@ -163,6 +163,39 @@ def _margins(axes: Axes, run: Run) -> bool:
     return _lines(axes, run, {f"eval/{name}": label for name, label in names.items()})
 
 
+def _named_sets(axes: Axes, run: Run) -> bool:
+    """Draw the accuracy of each named held-out set; of sets that are not sampled, the loss."""
+    names = [n for n in run.names() if re.fullmatch(r"eval/[\w\-]+/accuracy", n)]
+    share = bool(names)
+    names = names or [n for n in run.names() if re.fullmatch(r"eval/[\w\-]+/loss", n)]
+    for name, color in zip(names, COLORS, strict=False):
+        _line(axes, run, name, color, name.split("/")[1], noisy=False)
+    if share:
+        _as_share(axes)
+    return bool(names)
+
+
+def _broken(axes: Axes, run: Run) -> bool:
+    """Draw the negative flips of every held-out set, and the positive ones of the unnamed set."""
+    sets = {n: n.split("/")[1] for n in run.names() if re.fullmatch(r"eval/[\w\-]+/negative_flips", n)}
+    names = {"eval/negative_flips": "broken", "eval/positive_flips": "solved"}
+    drawn = _lines(axes, run, names | {n: f"broken: {name}" for n, name in sets.items()})
+    _as_share(axes, top=None)
+    return drawn
+
+
+def _eval_diversity(axes: Axes, run: Run) -> bool:
+    names = {
+        "distinct": "completions",
+        "distinct_1": "tokens",
+        "distinct_2": "pairs",
+        "distinct_3": "triples",
+    }
+    drawn = _lines(axes, run, {f"eval/{name}": label for name, label in names.items()})
+    _as_share(axes)
+    return drawn
+
+
 def _stderr(row: dict[str, float]) -> float:
     """Return the row's standard error, or the binomial one if the row has the number of problems."""
     if row.get("eval/accuracy_stderr") is not None:
@@ -275,6 +308,9 @@ def _single(name: str, color: str) -> Callable[[Axes, Run], bool]:
 CHARTS: tuple[tuple[str, str, Callable[[Axes, Run], bool]], ...] = (
     ("Reward", "Mean reward of each step's completions; the band is one standard deviation.", _reward),
     ("Held-out accuracy", "On problems that are never trained on.", _accuracy),
+    ("Named held-out sets", "Accuracy; of sets that are not sampled, the loss.", _named_sets),
+    ("What training broke", "Problems solved at step 0 and failed now, and the other way.", _broken),
+    ("Held-out diversity", "Distinct parts as a share, within a problem's samples.", _eval_diversity),
     ("Held-out examples", "Of the dataset, never trained on.", _examples),
     ("Held-out preferences", "Share that implicit or learned rewards get right.", _preferences),
     ("Held-out reward margins", "How far rewards of held-out responses lie apart.", _margins),

@@ -149,6 +149,15 @@ PAGE = (
   {% endif %}
   </div>
 {% endmacro %}
+{% if broken %}
+<h2>Broken problems: solved at step 0, failed now</h2>
+{% for pair in broken %}
+<article class="card pair">
+  {% if pair.prompt %}<div class="prompt"><pre>{{ pair.prompt | text }}</pre></div>{% endif %}
+  <div class="sides">{{ side(pair.before) }}{{ side(pair.after) }}</div>
+</article>
+{% endfor %}
+{% endif %}
 <h2>Completions, before and after</h2>
 {% for pair in pairs %}
 <article class="card pair">

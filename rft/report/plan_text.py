@@ -44,10 +44,11 @@ def plan_lines(plan: Plan) -> list[str]:
         )
     out += [f"data         {plan.train_prompts}"] if isinstance(plan, OnlinePlan) else plan.data.lines(c)
     out += _first_row_lines(plan)
-    if plan.eval_prompts is not None:
+    for held_out in plan.eval_sets:
+        settings, of = held_out.settings, f"{held_out.name}: " if held_out.name else ""
         out.append(
-            f"evaluation   {len(plan.eval_prompts)} held-out prompts, {c.eval.samples} samples each"
-            f"{' and greedy' if c.eval.greedy else ''}, every {c.eval.every} steps"
+            f"evaluation   {of}{len(held_out.prompts)} held-out prompts, {settings.samples} samples each"
+            f"{' and greedy' if settings.greedy else ''}, every {c.eval.every} steps"
         )
     if isinstance(plan, OnlinePlan):
         out += _online_lines(plan)

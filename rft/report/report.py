@@ -13,6 +13,7 @@ import jinja2
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from rft.metrics.evaluation import flips, read_evaluation
 from rft.metrics.progress import duration
 from rft.report.charts import draw_all, to_svg
 from rft.report.history import Row, Run
@@ -64,6 +65,7 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
         timeline=timeline(run),
         events=told_events(run),
         pairs=before_and_after(run.samples),
+        broken=broken_problems(run),
         config=as_text(run.config_text()),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +195,26 @@ def before_and_after(samples: Sequence[Row]) -> list[Pair]:
         if split == "train":
             return [Pair("", *sides) for sides in zip_longest(early, late)][:MAX_PAIRS]
     return []
+
+
+def broken_problems(run: Run) -> list[Pair]:
+    """Return problems that the start solved and the last evaluation fails, with both completions."""
+    start, last = read_evaluation(run.path, 0), read_evaluation(run.path)
+    if start is None or last is None or last.step == 0:
+        return []
+    pairs = []
+    for name in last.same(start):
+        before, after = ({p.id: p for p in one.sets[name]} for one in (start, last))
+        for row in flips(start.sets[name], last.sets[name]).negative:
+            sides = [
+                {"step": one.step, "completion": problem.text, "outcome": {"": outcome}}
+                for one, problem, outcome in (
+                    (start, before[row], "correct"),
+                    (last, after[row], "wrong"),
+                )
+            ]
+            pairs.append(Pair(before[row].prompt, *sides))
+    return pairs[:MAX_PAIRS]
 
 
 def _by_prompt(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:

@@ -539,8 +539,11 @@ def _sound(spec: str, score: Score, seconds: float) -> Score:
     value = None if score.value is None else finite_number(score.value)
     steps = tuple(finite_number(step) for step in score.steps)
     problem = ""
+    confidence = None if score.confidence is None else finite_number(score.confidence)
     if (score.value is not None and value is None) or None in steps:
         problem = "its value and steps must be finite numbers"
+    elif score.confidence is not None and (confidence is None or not 0 <= confidence <= 1):
+        problem = "its confidence must be a number from 0 to 1"
     elif score.outcome not in set(Outcome):
         problem = f"its outcome must be one of {', '.join(Outcome)}"
     elif value is None and score.outcome in (Outcome.correct, Outcome.wrong, Outcome.unparseable):
@@ -550,7 +553,15 @@ def _sound(spec: str, score: Score, seconds: float) -> Score:
     outcome = Outcome(score.outcome)
     kept = tuple(step for step in steps if step is not None)
     lost = outcome in (Outcome.error, Outcome.abstain)  # their value is None
-    return Score(None if lost else value, outcome, str(score.detail), score.seconds or seconds, kept)
+    return Score(
+        None if lost else value,
+        outcome,
+        str(score.detail),
+        score.seconds or seconds,
+        kept,
+        str(score.answer),
+        confidence,
+    )
 
 
 def _values(spec: str, scores: Sequence[Score]) -> list[float | None]:

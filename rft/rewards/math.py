@@ -47,6 +47,7 @@ def math(
     correct: float = 1.0,
     wrong: float = 0.0,
     unparseable: float = 0.0,
+    confidence: str | None = None,
 ) -> Score:
     """Score `correct` if the completion's final answer equals the column `answer`.
 
@@ -56,8 +57,13 @@ def math(
     extraction: the methods for finding the final answer, in order (see the top of this file).
     limit_s: time limit for sympy, in seconds; beyond it the value is None with the outcome `timeout`. It
         applies in the main thread only; a worker pool's limit applies everywhere.
-    correct, wrong, unparseable: the values. Raises ValueError for a gold entry without an answer.
+    correct, wrong, unparseable: the values. confidence: regular expression whose first group is the
+        confidence that a completion states, as 0.8, 80 or 80%, for `eval/ece`; it is removed before the
+        answer is extracted. Raises ValueError for a gold entry without an answer.
     """
+    stated = None
+    if confidence is not None:
+        stated, completion = stated_confidence(completion, confidence)
     golds = gold_answers(answer)
     answer_text = extract(completion, extraction)
     if answer_text is None or answer_text.text is None:
@@ -66,7 +72,7 @@ def math(
             if answer_text is None
             else f"the answer is cut off or empty ({answer_text.way})"
         )
-        return Score(unparseable, Outcome.unparseable, why)
+        return Score(unparseable, Outcome.unparseable, why, confidence=stated)
     try:
         for gold in golds:
             quick = equal_numbers(gold, answer_text.text)
@@ -78,12 +84,27 @@ def math(
             None, Outcome.timeout, f"comparing {answer_text.text!r} with {gold!r} exceeded {limit_s:g} s"
         )
     if verdict.equal and prompt and _repeats(text_of(prompt), answer_text.text, golds):
-        return Score(wrong, Outcome.wrong, f"{answer_text.way}: {answer_text.text!r} repeats the question")
+        detail = f"{answer_text.way}: {answer_text.text!r} repeats the question"
+        return Score(wrong, Outcome.wrong, detail, answer=answer_text.text, confidence=stated)
     sign = "==" if verdict.equal else "!="
     detail = f"{answer_text.way}: {answer_text.text!r} {sign} {gold!r} ({verdict.how})"
     if verdict.equal:
-        return Score(correct, Outcome.correct, detail)
-    return Score(wrong, Outcome.wrong, detail)
+        return Score(correct, Outcome.correct, detail, answer=answer_text.text, confidence=stated)
+    return Score(wrong, Outcome.wrong, detail, answer=answer_text.text, confidence=stated)
+
+
+def stated_confidence(text: str, pattern: str) -> tuple[float | None, str]:
+    """Return the confidence that a text states last, 0 to 1, and the text without such statements.
+
+    pattern: its first group is the number, as 0.8, 80 or 80%. None: no statement, or a number beyond 100.
+    """
+    stated: float | None = None
+    for match in re.finditer(pattern, text):
+        number = re.match(r"\s*(\d+(?:\.\d+)?|\.\d+)", match[1] or "")
+        value = None if number is None else float(number[1])
+        percent = value is not None and (value > 1 or "%" in match[0])
+        stated = None if value is None or value > 100 else value / 100 if percent else value
+    return stated, re.sub(pattern, "", text)
 
 
 def _limited(gold: str, answer: str, limit_s: float) -> Verdict:

@@ -66,6 +66,7 @@ class RewardRunner:
                 self._pools.append(actor)
                 self._place[c.label] = (actor, 0)
         self._starting: asyncio.Task[None] | None = None
+        self._others: dict[str, RewardRunner] = {}
         self._tally = _Tally(config)
         self._logged: dict[str, Logged] = {c.label: {} for c in config.functions}
 
@@ -89,9 +90,15 @@ class RewardRunner:
                 await self.close()
                 raise result
 
+    def other(self, name: str, config: RewardsConfig) -> RewardRunner:
+        """Return the runner of other rewards, such as those of a named held-out set; this one closes it."""
+        if name not in self._others:
+            self._others[name] = RewardRunner(config, self.base_dir, self.steps)
+        return self._others[name]
+
     async def close(self) -> None:
         """Stop all workers with their children."""
-        await asyncio.gather(*(pool.close() for pool in self._pools))
+        await asyncio.gather(*(part.close() for part in (*self._pools, *self._others.values())))
 
     @property
     def pids(self) -> list[int]:

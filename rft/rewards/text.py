@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -100,7 +101,8 @@ def exact_match(completion: str, answer: str, *, strip: bool = True, ignore_case
     got, want = (completion.strip(), str(answer).strip()) if strip else (completion, str(answer))
     if ignore_case:
         got, want = got.casefold(), want.casefold()
-    return correct() if got == want else wrong(detail=f"expected {want[:200]!r}, got {got[:200]!r}")
+    score = correct() if got == want else wrong(detail=f"expected {want[:200]!r}, got {got[:200]!r}")
+    return replace(score, answer=got)
 
 
 def choice(completion: str, answer: str, *, letters: str = "ABCDEFGHIJ") -> Score:
@@ -115,13 +117,15 @@ def choice(completion: str, answer: str, *, letters: str = "ABCDEFGHIJ") -> Scor
     if not picked or len(set(picked)) > 1:
         return unparseable(detail=f"no single choice in {text[:200]!r}")
     want = str(answer).strip().strip("().").upper()
-    return correct() if picked[0] == want else wrong(detail=f"expected {want}, got {picked[0]}")
+    score = correct() if picked[0] == want else wrong(detail=f"expected {want}, got {picked[0]}")
+    return replace(score, answer=picked[0])
 
 
 def class_label(completion: str, answer: str) -> Score:
     """Score 1 if the class name equals the label, by words, ignoring case and punctuation (CLS-RL)."""
     got, want = _plain(_final(completion)), _plain(str(answer))
-    return correct() if got == want else wrong(detail=f"expected {want!r}, got {got[:200]!r}")
+    score = correct() if got == want else wrong(detail=f"expected {want!r}, got {got[:200]!r}")
+    return replace(score, answer=got)
 
 
 def f1(completion: str, answer: str, *, threshold: float = 0.5) -> Score:

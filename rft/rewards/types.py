@@ -34,6 +34,8 @@ class Score:
     seconds: wall time of the judgement.
     steps: the value of each step, from a reward that judges step by step; a step that it abstains on
         has the mean of the others.
+    answer: the extracted final answer, for votes over samples; "": none, or the reward reads no answer.
+    confidence: the probability of being correct that the completion states, 0 to 1; None: it states none.
     """
 
     value: float | None
@@ -41,6 +43,8 @@ class Score:
     detail: str = ""
     seconds: float = 0.0
     steps: tuple[float, ...] = ()
+    answer: str = ""
+    confidence: float | None = None
 
     @property
     def failed(self) -> bool:

@@ -59,17 +59,17 @@ def _exactly(sock: socket.socket, size: int) -> bytes:
     return bytes(buffer)
 
 
-Row = tuple[float | None, str, str, float, tuple[float, ...]]
+Row = tuple[float | None, str, str, float, tuple[float, ...], str, float | None]
 
 
 def encode(scores: Sequence[Score]) -> list[Row]:
     """Convert scores to plain tuples, which pickle five times faster."""
-    return [(s.value, s.outcome.value, s.detail, s.seconds, s.steps) for s in scores]
+    return [(s.value, s.outcome.value, s.detail, s.seconds, s.steps, s.answer, s.confidence) for s in scores]
 
 
 def decode(rows: Sequence[Row]) -> list[Score]:
     """Invert `encode`."""
-    return [Score(value, Outcome(outcome), detail, s, steps) for value, outcome, detail, s, steps in rows]
+    return [Score(row[0], Outcome(row[1]), *row[2:]) for row in rows]
 
 
 class Call:

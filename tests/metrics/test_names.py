@@ -64,7 +64,13 @@ READERS = (
 
 # Names that are put together: the words that a template's last `*` stands for are strings of these modules.
 WORDS = {
-    "eval/*": ("algorithms", "learner/learner.py", "rollout/episodes.py"),
+    "eval/*": (
+        "algorithms",
+        "learner/learner.py",
+        "rollout/episodes.py",
+        "loops/evaluate.py",
+        "metrics/evaluation.py",
+    ),
     "session/*": ("rollout/episodes.py",),
     "environment/workers/*": ("environments/runner.py",),
     "environment/endpoint/*": ("endpoint/server.py",),
@@ -114,7 +120,7 @@ def _put_together(template: str) -> set[str]:
     if template not in WORDS:
         return {template}
     words = {word for path in _modules(*WORDS[template]) for word in _literals(path)}
-    return {template[:-1] + word for word in words if re.fullmatch(r"[\w/*]+", word)}
+    return {template[:-1] + word for word in words if re.fullmatch(r"[\w/@*]+", word)}
 
 
 def test_every_name_in_the_code_is_documented() -> None:

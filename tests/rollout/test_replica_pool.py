@@ -228,7 +228,7 @@ def test_an_evaluation_as_large_as_gsm8k_lets_control_calls_pass(
             }
         )
     )
-    assert plan.eval_prompts is not None
+    assert plan.eval_sets
     pool = RolloutPool(engine_spec(tmp_path, max_num_seqs=slots))
     rewards = SimRewards(plan.config.rewards, tmp_path)
     rewards.judge = lambda prompt, n: [1.0] * n
@@ -239,7 +239,7 @@ def test_an_evaluation_as_large_as_gsm8k_lets_control_calls_pass(
             pool.generate,
             rewards,
             plan.tokenizer,
-            plan.eval_prompts.prompts,
+            plan.eval_sets,
             plan.config,
             label="eval-0",
         )
