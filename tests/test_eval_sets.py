@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from rft.config.load import parse_config
+from rft.config.metrics import TrackingConfig
 from rft.data.chat import Renderer
 from rft.errors import ConfigError
 from rft.loops.evaluate import SampledEvaluation, evaluate
 from rft.metrics import RunLog
-from rft.metrics.evaluation import read_evaluation
+from rft.metrics.evaluation import Evaluation, Problem, Sampled, read_evaluation, write_evaluation
 from rft.metrics.names import is_documented
 from rft.plan import Plan, make_plan
+from rft.report.report import write_report
 from rft.rewards.runner import RewardRunner
 from rft.rollout.engine import Generated, Request
 from tests.test_offline import ROWS, Run
@@ -198,3 +200,30 @@ def test_the_seeds_of_a_set_depend_on_its_name_only(tiny_folder: Path, tmp_path:
     together, alone = asyncio.run(seeds(["", "facts", "hard"])), asyncio.run(seeds(["hard"]))
     assert alone and alone.items() <= together.items()
     assert len({s for s in together.values() if s is not None}) == 6 + 5 + 2
+
+
+def test_the_report_shows_what_was_broken(tmp_path: Path) -> None:
+    def problems(texts: list[str], marks: list[bool]) -> list[Problem]:
+        return [
+            Problem(i, [Sampled(mark)], Sampled(mark), f"prompt {i}", text)
+            for i, (text, mark) in enumerate(zip(texts, marks, strict=True))
+        ]
+
+    run = tmp_path / "run"
+    log = RunLog(run, 4, TrackingConfig())
+    log.log(0, {"eval/sums/accuracy": 0.5, "eval/negative_flips": 0.0})
+    log.log(4, {"eval/sums/accuracy": 0.25, "eval/negative_flips": 0.25, "eval/distinct_2": 0.5})
+    log.close()
+    for step, texts, marks in (
+        (0, ["right", "no"], [True, False]),
+        (4, ["broken <b>", "no"], [False, False]),
+    ):
+        write_evaluation(run, Evaluation(step, {"": problems(texts, marks)}, {"": "same"}))
+    page = write_report(run).read_text()
+    assert "Broken problems" in page and "broken &lt;b&gt;" in page and "prompt 0" in page
+    assert all(
+        title in page for title in ("Named held-out sets", "What training broke", "Held-out diversity")
+    )
+    other = Evaluation(4, {"": problems(["broken", "no"], [False, False])}, {"": "other prompts"})
+    write_evaluation(run, other)
+    assert "Broken problems" not in write_report(run).read_text()
