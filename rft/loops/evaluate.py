@@ -30,7 +30,7 @@ from rft.metrics.evaluation import (
 from rft.preflight.data import EvalSet
 from rft.rewards.equal import equal_numbers
 from rft.rewards.runner import RewardRunner
-from rft.rewards.types import Outcome, SampleReward, text_of
+from rft.rewards.types import Outcome, SampleReward, Score, text_of
 from rft.rollout.engine import Generate, Request, Sampling
 from rft.rollout.episodes import EpisodeSampler
 from rft.rollout.sample import Judged, completions_of, judge
@@ -41,8 +41,13 @@ from rft.utils.seeds import derive_seed
 def is_correct(reward: SampleReward, primary: str) -> bool | None:
     """Whether the primary reward function judged it correct; None where it could not judge. Where the source
     of a mixture is not scored by it, the first reward of the source is the primary one."""
-    score = reward.scores.get(primary) or next(iter(reward.scores.values()), None)
+    score = primary_score(reward, primary)
     return None if score is None or score.value is None else score.outcome == Outcome.correct
+
+
+def primary_score(reward: SampleReward, primary: str) -> Score | None:
+    """Return the score of the primary reward, or else the first one; None if there is none."""
+    return reward.scores.get(primary) or next(iter(reward.scores.values()), None)
 
 
 def named(held_out: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -136,8 +141,8 @@ class JudgedSet:
         if values:
             metrics["reward"] = sum(values) / len(values)
         count = max(len(rewards), 1)
-        scores = [r.scores[self.primary] for r in rewards if self.primary in r.scores]
-        outcomes = Counter(str(score.outcome) for score in scores)
+        scores = [primary_score(r, self.primary) for r in rewards]
+        outcomes = Counter(str(score.outcome) for score in scores if score is not None)
         return {
             **metrics,
             **{f"outcome/{k}": v / count for k, v in sorted(outcomes.items())},

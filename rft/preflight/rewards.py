@@ -83,7 +83,7 @@ def check_run_rewards(config: Config, train: PromptSet | None, sets: Sequence[Ev
             f"the set {s.name}" if s.name else "the held-out data": s.prompts for s in sets if not s.rewards
         }
         shared |= {"the training data": train} if train else {}
-        problems += check_rewards(config.rewards, shared, kind)
+        problems += check_rewards(config.rewards, shared, kind, config.data.rewards_by_source)
     for s in sets:
         if s.rewards is not None:
             found = check_rewards(s.rewards, {f"the set {s.name}": s.prompts})
