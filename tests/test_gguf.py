@@ -163,6 +163,7 @@ def test_a_damaged_folder_is_made_again(
     assert f"{folder} is damaged and is made again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_converts(tmp_path: Path, small: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from rft.preflight.gguf import converted_folder\n"
@@ -292,9 +293,7 @@ def test_the_name_smollm2_is_the_model_of_the_package(smollm2_runs: Path) -> Non
 
 
 @needs_smollm2
-@pytest.mark.parametrize(
-    "engine", [pytest.param("hf", marks=pytest.mark.slow), pytest.param("vllm", marks=needs_vllm)]
-)
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
 def test_learner_and_engine_agree_on_smollm2(smollm2_runs: Path, engine: str, ray_here: None) -> None:
     """The log-probs of a first and, after a push, of a second batch, and a policy that transformers loads."""
     reward = smollm2_runs / "length.py"

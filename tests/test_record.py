@@ -83,6 +83,7 @@ def test_a_record_is_what_was_trained_on(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_whole_records(tmp_path: Path) -> None:
     """A process writes one record after the other, until it is killed: what is there can be read."""
     program = textwrap.dedent(

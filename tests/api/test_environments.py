@@ -117,6 +117,7 @@ def test_what_cannot_be_pickled() -> None:
 
 
 @needs_vllm
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_run_in_a_passed_environment_is_stopped_and_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

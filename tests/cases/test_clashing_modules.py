@@ -36,6 +36,7 @@ def reward(completions, answer):
 """
 
 
+@pytest.mark.slow
 def test_a_run_among_files_called_like_modules(tiny_folder: Path, tmp_path: Path) -> None:
     for name in WORDS.split():
         (tmp_path / f"{name}.py").write_text("raise ImportError(f'{__file__} is not the real one')\n")

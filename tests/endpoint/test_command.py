@@ -45,6 +45,10 @@ SAMPLING = Sampling(4, 64, seed=5)
 pytestmark = pytest.mark.timeout(120)
 
 
+def _programs() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.name() in ("bash", "sleep", "curl")]
+
+
 @asynccontextmanager
 async def sampler(
     folder: Path, command: list[str], *says: str, **config: Any
@@ -58,9 +62,10 @@ async def sampler(
     budget = Budget.of(settings, SamplingConfig())
     async with EnvironmentRunner(settings, ROOT) as runner:
         yield EpisodeSampler(runner, policy, render, settings, budget, "json", log)
-        assert not [
-            p for p in psutil.Process().children(recursive=True) if p.name() in ("bash", "sleep", "curl")
-        ]
+        deadline = time.monotonic() + 30  # a killed process still runs for a moment
+        while left := _programs():
+            assert time.monotonic() < deadline, left
+            await asyncio.sleep(0.1)
     log.close()
 
 

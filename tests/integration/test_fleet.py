@@ -100,8 +100,9 @@ def test_a_replica_dies_in_another_part_of_a_push(
     stage.run(asyncio.wait_for(answered_by_both(fleet), 60))
 
 
-@pytest.mark.parametrize("part", ["connect", "push"])
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("another bug")])
+@pytest.mark.parametrize(
+    ("part", "error"), [("connect", RuntimeError("a bug")), ("push", TypeError("another bug"))]
+)
 def test_a_mistake_in_the_program_is_raised_at_once(
     stage: Stage, fleet: Fleet, part: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

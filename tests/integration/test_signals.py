@@ -323,6 +323,7 @@ def test_every_process_gets_the_signal_of_an_offline_run(tmp_path: Path) -> None
         run.clean_up()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_step_longer_than_the_grace_is_given_up(tmp_path: Path) -> None:
     """The last complete checkpoint stands, and nothing is left of the step in progress."""
@@ -341,6 +342,7 @@ def test_a_step_longer_than_the_grace_is_given_up(tmp_path: Path) -> None:
         run.clean_up()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_evaluation_ends_with_the_same_code(tmp_path: Path) -> None:
     run = start(tmp_path, "online", Moment(Run.listens, EVAL), arguments=("eval",))
@@ -354,6 +356,7 @@ def test_an_evaluation_ends_with_the_same_code(tmp_path: Path) -> None:
         run.clean_up()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_second_start_of_a_run_is_refused(tmp_path: Path) -> None:
     """While the first one still starts, and while it trains; not once it was killed."""

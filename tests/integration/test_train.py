@@ -237,6 +237,7 @@ def score(prompts, completions, **columns):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_gets_a_second_try(tmp_path: Path) -> None:
     """`rollout.late: drop`: a reward that hangs on a group holds nobody up. (With `wait` it would until its

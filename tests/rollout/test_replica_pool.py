@@ -208,6 +208,7 @@ def test_control_calls_do_not_wait_behind_queued_completions(
     assert seconds < 1 and load > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_an_evaluation_as_large_as_gsm8k_lets_control_calls_pass(
     ray_here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path

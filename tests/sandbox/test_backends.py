@@ -272,6 +272,7 @@ def _lives(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_leave_the_machine_as_it_was(best: Sandbox) -> None:
     best.run("pass")
     assert best._process is not None
