@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 WORDS = """
 json random numbers types logging torch numpy transformers ray vllm datasets statistics tempfile
 string socket queue select copy enum inspect token code yaml pydantic
