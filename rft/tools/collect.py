@@ -38,6 +38,7 @@ from rft.tools.export import weights_of
 from rft.utils import yaml_files
 from rft.utils.deadlines import unless_stopped
 from rft.utils.files import write_atomic, write_text_atomic
+from rft.utils.hashing import model_digest
 from rft.utils.ray_cluster import ray_cluster
 from rft.utils.run_lock import RunLock
 from rft.utils.seeds import derive_seed
@@ -53,7 +54,7 @@ Play = Callable[[Prompt, int], Awaitable[Judged]]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to collect.
+    """The arguments of a collection.
 
     model: a folder or hub name, or a run's folder (None: the config's). samples: sessions of a prompt (None:
     train.num_generations). prompts: the first so many rows of the split (None: all).
@@ -96,6 +97,7 @@ def collect(config: Config, out: Path, arguments: Arguments, signals: StopReques
         settings = {
             "config": config.to_dict(),
             "model": name,
+            "weights": model_digest(plan.model),
             "split": arguments.split,
             "samples": samples,
             "prompts": len(prompts),

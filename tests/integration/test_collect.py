@@ -15,11 +15,15 @@ import rft.tools.collect as collecting
 from rft.batch import Batch
 from rft.cli import main
 from rft.config.data import DataConfig
+from rft.config.load import load_config
 from rft.data import load_groups
+from rft.errors import RunStopped
 from rft.learner.load import load_tokenizer
 from rft.plan import Plan
 from rft.rollout.engine import Generated, Request
 from rft.rollout.pool import RolloutPool
+from rft.utils.signals import StopRequests
+from tests.integration.conftest import ROOT
 
 # Answers twice; the second call has another history, so that it is a branch. Half of the sessions succeed.
 ENVIRONMENT = """
@@ -41,7 +45,7 @@ environment:
   max_episode_tokens: 300}}
 algorithm: grpo
 train: {{steps: 1, batch_size: 2, num_generations: 4}}
-rollout: {{engine: hf, threads: 1}}
+rollout: {{engine: hf, threads: 1, max_num_seqs: 4}}
 learner: {{threads: 1}}
 eval: {{every: 1, problems: 3, samples: 2, greedy: false}}
 tracking: {{display: "off"}}
@@ -114,18 +118,20 @@ def test_sessions_are_collected(
     seen = SharedPool.seen
     seen.clear()
 
-    # Stopped after two groups; the same command goes on, and nothing is played twice.
-    append, written = collecting._File.append, []
+    # Stopped after two groups or a few more; the same command goes on, and nothing is played twice.
+    append, written, signals = collecting._File.append, list[int](), StopRequests()
 
-    def fails(file: Any, lines: Any) -> None:
-        if len(written) == 2:
-            raise OSError("the disk is full")
+    def stops(file: Any, lines: Any) -> None:
         append(file, lines)
         written.append(lines[0]["prompt_id"])
+        if len(written) == 2:
+            signals.stop("asked")
 
     command = ["collect", str(config), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(collecting._File, "append", fails)
-    assert main(command) == 1
+    monkeypatch.setattr(collecting._File, "append", stops)
+    with pytest.raises(RunStopped):
+        collecting.collect(load_config(config), tmp_path / "out", collecting.Arguments(), signals, print)
+    assert 2 <= len(written) < 6
     part = tmp_path / "out" / "sessions.part.jsonl"
     with part.open("a") as file:  # a killed process leaves a part of a group
         file.write(part.read_text().splitlines()[0].replace(f'"prompt_id": {written[0]}', '"prompt_id": 99'))
@@ -134,9 +140,7 @@ def test_sessions_are_collected(
     assert main(command) == 0
     rows = sessions(tmp_path / "out")
     assert [(row["prompt_id"], row["sample"]) for row in rows] == [(p, k) for p in range(6) for k in range(4)]
-    assert not part.exists() and len(seen) <= 4 * 4 * 2
-    first_half = [row for row in rows if row["prompt_id"] in written]
-    assert len(first_half) == 8
+    assert not part.exists() and len(seen) <= (6 - len(written)) * 4 * 2
 
     # A finished collection is left alone, and other settings do not overwrite it.
     before = (tmp_path / "out" / "sessions.jsonl").read_bytes()
@@ -184,12 +188,32 @@ def test_they_are_trained_on_and_evaluated(
         (metrics,) = [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert math.isfinite(metrics["train/loss"])
 
-    # The trained run is evaluated in the environment; the model before it by the same seeds.
+    # A run's own evaluation in the environment is repeated by the command.
+    assert main(["train", str(config)]) == 0
+    rows = [json.loads(x) for x in (tmp_path / "twice" / "metrics.jsonl").read_text().splitlines()]
+    trained = {k: v for row in rows if row["step"] == 1 for k, v in row.items() if k.startswith("eval/")}
     capsys.readouterr()
-    assert main(["eval", str(config), "--model", str(tmp_path / "sft")]) == 0
-    after = json.loads(capsys.readouterr().out)
-    assert after["eval/problems"] == 3 and after["eval/accuracy"] in (0, 1 / 6, 2 / 6, 0.5, 4 / 6, 5 / 6, 1)
-    assert after["eval/session/turns"] == 2 and after["eval/session/ending/finished"] == 1
+    assert main(["eval", str(config), "--model", str(tmp_path / "twice")]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["eval/problems"] == 3 and evaluated["eval/session/turns"] == 2
+    timed = {"eval/session/seconds", "eval/session/model_seconds"}
+    assert {k: v for k, v in evaluated.items() if k not in timed} == {
+        k: v for k, v in trained.items() if k not in timed
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_agents_in_programs_are_collected(
+    tiny_folder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = ["collect", "examples/agents/openai.yaml", "--prompts", "2", "--samples", "2"]
+    changes = [f"model.path={tiny_folder}", "rollout.engine=hf", "rollout.threads=1", "eval.every=0"]
+    assert main([*command, "--out", str(tmp_path / "out"), *changes]) == 0
+    rows = sessions(tmp_path / "out")
+    assert [(row["prompt_id"], row["sample"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(row["ending"] == "finished" and row["reward"] in (0, 0.75, 1) for row in rows)
 
 
 def test_a_warm_start_must_have_been_trained(config: Path, tmp_path: Path, capsys: Any) -> None:
