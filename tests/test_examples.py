@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -76,6 +77,8 @@ def local(name: str, runs: Path, qwen: Path, tiny_folder: Path) -> list[str]:
     if name in FROM_THE_HUB:
         data = ["data.kind=file", "data.path=examples/data/gsm8k", "data.subset=null"]
         overrides += [f"model.path={qwen}", *data]
+    if name == "agents/verifiers" and (python := os.environ.get("RFT_VERIFIERS_PYTHON")):
+        overrides.append(f"environment.python={python}")
     if name == "online/distill":
         overrides.append(f"model.reference={tiny_folder}")  # the model of another example's run
     return overrides
@@ -86,6 +89,9 @@ CLUSTER = ["ray.address=auto", "ray.device=cuda"]  # GPUs that this machine need
 
 def needs(name: str) -> list[pytest.MarkDecorator]:
     """What an example needs that a minimal installation lacks."""
+    if name == "agents/verifiers":
+        has = "RFT_VERIFIERS_PYTHON" in os.environ
+        return [pytest.mark.skipif(not has, reason="needs RFT_VERIFIERS_PYTHON")]
     return [needs_vllm] if name in FROM_THE_HUB else [needs_smollm2] if name.startswith("smollm2") else []
 
 
@@ -101,7 +107,7 @@ def test_check_accepts_it(
 
 def runnable(name: str) -> object:
     slow = [] if name in RUN_BY_DEFAULT else [pytest.mark.slow]
-    return pytest.param(name, marks=[*slow, *(m for m in needs(name) if m is needs_smollm2)])
+    return pytest.param(name, marks=[*slow, *(m for m in needs(name) if m is not needs_vllm)])
 
 
 @pytest.mark.parametrize("name", [runnable(n) for n in CONFIGS])

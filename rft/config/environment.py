@@ -13,7 +13,9 @@ from rft.config.base import ConfigModel
 from rft.config.rewards import PASSED, PassedReward, pass_object
 from rft.utils.paths import PathText
 
-Kind = Literal["tools", "class", "text", "function", "reasoning_gym", "command", "mcp", "openenv"]
+Kind = Literal[
+    "tools", "class", "text", "function", "reasoning_gym", "command", "mcp", "openenv", "verifiers"
+]
 ToolParser = Literal["auto", "json", "llama3", "pythonic", "xml"]
 
 
@@ -42,12 +44,13 @@ class EnvironmentConfig(ConfigModel):
         description="tools (functions that the policy may call), class (TRL's environment class: `reset`, "
         "methods as tools, `get_reward`), text (`reset` or `init`, and `step(text)`), function (an async "
         "function of a row and a session), reasoning_gym (several tries with feedback), command (a program "
-        "that calls the policy by HTTP), mcp (the tools of an MCP server), openenv (an OpenEnv server)"
+        "that calls the policy by HTTP), mcp (the tools of an MCP server), openenv (an OpenEnv server), "
+        "verifiers (a taskset or environment of verifiers)"
     )
     path: PathText | None = Field(
         None,
         description="the class or function: `file.py:name` or `package.module:name`; from Python also "
-        "the object itself",
+        "the object itself. Of kind verifiers: the name of the taskset or environment, or its file or folder",
     )
     tools: list[PathText] = Field(
         [],
@@ -58,6 +61,9 @@ class EnvironmentConfig(ConfigModel):
         None,
         description="the program of kind command, mcp or openenv, as one text or as a list; names "
         "of files are relative to the working folder of the run",
+    )
+    python: PathText | None = Field(
+        None, description="kind verifiers: the `python` of the virtual environment that has verifiers"
     )
     passed: dict[str, PassedReward] = Field(
         {}, description="written by rft for objects that were passed from Python, by name: not set by hand"

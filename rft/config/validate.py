@@ -181,12 +181,8 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
 
 
-GIVE_NO_PATH = (
-    "tools",
-    "reasoning_gym",
-    "command",
-    "mcp",
-)  # kinds of environment that load no class or function
+GIVE_NO_PATH = ("tools", "reasoning_gym", "command", "mcp", "openenv")
+"""Kinds of environment that load no class or function."""
 
 
 def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
@@ -232,8 +228,22 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     yield (
         e.kind not in GIVE_NO_PATH and e.path is None,
-        f"{key}.path: kind {e.kind} needs the class or function; write `file.py:name` or "
-        "`package.module:name`",
+        f"{key}.path: kind {e.kind} needs "
+        + (
+            "a taskset; write its name, or its file or folder"
+            if e.kind == "verifiers"
+            else "the class or function; write `file.py:name` or `package.module:name`"
+        ),
+    )
+    yield (
+        (e.kind == "verifiers") != (e.python is not None),
+        f"{key}.python: "
+        + (
+            "kind verifiers needs the Python that has verifiers; write the path of FOLDER/bin/python, made "
+            "by python3 -m venv FOLDER && FOLDER/bin/pip install 'verifiers>=0.4,<0.5'"
+            if e.python is None
+            else f"kind {e.kind} runs in the Python of rft; remove it, or write kind: verifiers"
+        ),
     )
     yield (
         e.kind not in ("mcp", "openenv") and (e.kind == "command") != bool(e.command),

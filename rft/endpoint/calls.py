@@ -75,7 +75,10 @@ class SessionCalls:
             return await (self._chat(ask) if ask.messages else self._generate(ask))
         except ContextFull as limit:
             self.limit = Ending.context_full
-            return Refused(400, "context_length_exceeded", str(limit))
+            message = (
+                f"this model's maximum context length is exceeded: {limit}"  # words that clients look for
+            )
+            return Refused(400, "context_length_exceeded", message)
         except TurnLimit as limit:
             self.limit = Ending.turn_limit
             return Refused(400, "turn_limit", str(limit))

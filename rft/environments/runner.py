@@ -50,6 +50,7 @@ KINDS = {
     "command": "rft.contrib.environments.command",
     "mcp": "rft.contrib.environments.mcp",
     "openenv": "rft.contrib.environments.openenv",
+    "verifiers": "rft.contrib.environments.verifiers",
 }
 """Module of each kind: `Host`, its operations in the worker, and `play`, one episode."""
 BUILT_IN = {"reasoning_gym": "rft.contrib.environments.reasoning_gym:ReasoningGym"}
@@ -80,6 +81,7 @@ class EnvironmentRunner:
             host=f"{KINDS[config.kind]}.Host",
             path=BUILT_IN.get(config.kind, config.path),
             tools=tuple(config.tools),
+            python=config.python,
             command=() if config.command is None else tuple(config.command),
             options=config.options,
             base_dir=Path(base_dir).resolve(),

@@ -57,6 +57,7 @@ class Spec:
     path: str | None = None
     tools: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
+    python: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     base_dir: Path = Path(".")
     step_timeout_s: float = 30.0

@@ -46,6 +46,9 @@ def config(environment: dict[str, Any], folder: Path | str = "tiny", **sections:
         ({"kind": "class"}, {}, "environment.path: kind class needs the class or function"),
         ({"kind": "tools"}, {}, "environment.tools: kind tools needs at least one"),
         ({**TEXT, "tools": ["python"]}, {}, "environment.tools: kind text takes no tools"),
+        ({"kind": "verifiers", "path": "t"}, {}, "environment.python: kind verifiers needs the Python"),
+        ({"kind": "verifiers", "python": "p"}, {}, "environment.path: kind verifiers needs a taskset"),
+        ({**TEXT, "python": "p"}, {}, "environment.python: kind text runs in the Python of rft"),
         (
             {**TEXT, "max_episode_tokens": 30},
             {},
@@ -66,6 +69,13 @@ def config(environment: dict[str, Any], folder: Path | str = "tiny", **sections:
 def test_settings(environment: dict[str, Any], sections: dict[str, Any], message: str) -> None:
     found = problems(config(environment, **sections), facts(longest_prompt=50))
     assert len([problem for problem in found if message in problem]) == 1, found
+
+
+def test_a_server_is_no_class_and_no_program_to_start() -> None:
+    """Kinds that start a server or name one need neither a path nor, if they name one, a command."""
+    for kind in ("openenv", "mcp"):
+        for more in ({"command": "python server.py {port}"}, {"options": {"url": "http://localhost"}}):
+            assert not problems(config({"kind": kind, **more}), facts())
 
 
 def test_an_unknown_kind_and_an_unknown_key() -> None:
