@@ -154,6 +154,85 @@ async def test_how_a_program_ends(
         assert [c.reward for c in played.completions] == [reward]
 
 
+LEAVES = """curl -m 0.5 -sS "$OPENAI_BASE_URL/chat/completions" -H "Authorization: Bearer $OPENAI_API_KEY" \\
+--json '{"messages": [{"role": "user", "content": "x"}], "stream": true}'"""
+RUBBISH = """
+for key in "${OPENAI_API_KEY}x" "${OPENAI_API_KEY/-0-/-1-}" "${OPENAI_API_KEY/-1-/-0-}" ""; do
+  curl -sS "$OPENAI_BASE_URL/chat/completions" -H "Authorization: Bearer $key" --json '[{]' >/dev/null
+  curl -sS "$OPENAI_BASE_URL/../rl/end_session" -H "Authorization: Bearer $key" --json '{}' >/dev/null
+done; exit 3"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "ending"),
+    [
+        ("sleep 100", "timeout"),
+        ("kill -9 $$", "environment_error"),
+        (RUBBISH, "environment_error"),
+        ("post rl/end_session '{}'; post chat/completions '{}'; exit 4", "environment_error"),
+    ],
+    ids=["hangs", "killed", "rubbish", "calls after its end"],
+)
+async def test_a_fault_of_one_session_leaves_the_others_alone(
+    tmp_path: Path, ray_here: None, fault: str, ending: str
+) -> None:
+    """The first of three programs that run at once fails in its second turn, and is played again."""
+    claim = f"mkdir {tmp_path}/claimed 2>/dev/null && {{ touch {tmp_path}/on; {fault}\n}}\n"
+    wait = f"until [ -e {tmp_path}/on ]; do sleep 0.05; done; sleep 0.5\n"
+    again = """post chat/completions '{"messages": [{"role": "user", "content": "x"}]}' >/dev/null; echo 1"""
+    command = script(tmp_path, f"{claim}{wait}{again}")
+    async with sampler(tmp_path, command, step_timeout_s=3, max_retries=1) as episodes:
+        played, metrics = await play(episodes, 3)
+        batch = await group(episodes, played)
+    assert [c.reward for c in played.completions] == [1.0] * 3
+    assert metrics[f"session/ending/{ending}"] == 0.25 and metrics["session/ending/finished"] == 0.75
+    assert int(batch.mask.sum()) == sum(c.num_sampled for c in played.completions)
+    assert [len(c.turns) for c in played.completions] == [2] * 3
+    assert metrics["environment/endpoint/errors"] == 0
+
+
+async def test_a_program_that_hangs_before_its_first_call(tmp_path: Path, ray_here: None) -> None:
+    async with sampler(tmp_path, ["sleep", "100"], setup_timeout_s=1) as episodes:
+        played, metrics = await play(episodes, 1)
+    assert not played.completions and metrics["session/ending/timeout"] == 1
+
+
+async def test_a_client_that_leaves_during_a_call(tmp_path: Path, ray_here: None) -> None:
+    """The controller cancels the call: nothing of it is recorded, and later calls are answered."""
+    command = script(
+        tmp_path, f'{LEAVES}; touch {tmp_path}/left; post completions \'{{"prompt": "a"}}\'; echo 1'
+    )
+    async with sampler(tmp_path, command) as episodes:
+        policy = episodes.generate
+        assert isinstance(policy, Policy)
+        first, second = asyncio.Event(), asyncio.Event()
+        policy.gate = first
+        running = asyncio.ensure_future(play(episodes, 1))
+        async with asyncio.timeout(60):
+            while len(policy.requests) < 1:
+                await asyncio.sleep(0.01)
+            policy.gate = second
+            first.set()
+            while policy.cancelled < 1:
+                await asyncio.sleep(0.01)
+        second.set()
+        played, metrics = await running
+        await group(episodes, played)
+    assert [c.reward for c in played.completions] == [1.0] and metrics["session/turns"] == 2
+    assert len(policy.requests) == 3 and policy.cancelled == 1
+
+
+async def test_two_agents_with_one_key(tmp_path: Path, ray_here: None) -> None:
+    """Their calls are branches of one session; each sampled token is trained once."""
+    body = '{"messages": [{"role": "user", "content": "x"}]}'
+    two = f"(post chat/completions '{body}' && post chat/completions '{body}') >/dev/null"
+    async with sampler(tmp_path, script(tmp_path, f"{two} & {two} & wait; echo 1")) as episodes:
+        played, metrics = await play(episodes, 2)
+        batch = await group(episodes, played)
+    assert [c.reward for c in played.completions] == [1.0] * 2 and metrics["session/turns"] == 5
+    assert int(batch.mask.sum()) == sum(c.num_sampled for c in played.completions) > 0
+
+
 async def test_a_program_without_a_reward(tmp_path: Path, ray_here: None) -> None:
     async with sampler(tmp_path, script(tmp_path, "echo done"), options={"reward": False}) as episodes:
         assert not episodes.runner.gives_reward

@@ -25,7 +25,7 @@ from typing import Any
 
 KEY = "RFT_SESSION_API_KEY"  # verifiers passes no variable with API_KEY in its name on to a harness
 V1 = "verifiers>=0.4,<0.5"
-V0 = "verifiers>=0.2,<0.4"
+V0 = "verifiers>=0.1.14,<0.4"
 
 
 class Wrong(Exception):
@@ -45,10 +45,10 @@ def load(given: Mapping[str, Any]) -> Tasks | Environment:
             f"environment.python: {sys.executable} has no verifiers: {install(V1)}, or for an environment of "
             f"v0 {install(V0)}"
         ) from None
-    major, minor = (int(part) for part in installed.split(".")[:2])
-    if (major, minor) < (0, 2):
-        raise Wrong(f"environment.python: verifiers {installed} is too old: {install(V1)}")
-    kind = Environment if (major, minor) < (0, 4) else Tasks
+    numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    if numbers < (0, 1, 14):
+        raise Wrong(f"environment.python: verifiers {installed} is too old: {install(V0)}")
+    kind = Environment if numbers < (0, 4) else Tasks
     return kind(given, installed)
 
 
@@ -175,7 +175,7 @@ class Tasks:
 
 
 class Environment:
-    """An environment of verifiers v0 (0.2 and 0.3)."""
+    """An environment of verifiers v0 (0.1.14 to 0.3)."""
 
     def __init__(self, given: Mapping[str, Any], installed: str) -> None:
         import verifiers
