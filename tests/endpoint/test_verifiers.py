@@ -63,7 +63,8 @@ async def test_wrong_tasksets_and_options() -> None:
     assert "an environment of verifiers v0" in await problem(new, str(HERE / "guess_v0.py"))
     assert "needs what cannot be imported" in await problem(new, str(HERE / "test_verifiers.py"))
     assert "needs a container" in await problem(new, agent={"harness": {"id": "codex"}})
-    assert "turn" in await problem(new, agent={"harness": {"id": "countdown", "turn": 3}})
+    wrong = {"harness": {"id": "countdown", "turn": 3}}
+    assert "environment.options.agent.harness.turn: Extra" in await problem(new, agent=wrong)
     assert "has the seats" in await problem(new, id="user_sim")
     assert "cannot be imported" in await problem(new, "textarena", taskset={"game": "Wordle-v0"})
     assert "has no environment 'no-such'" in await problem(old, "no-such")

@@ -9,7 +9,7 @@ text}` where the config or the row is wrong.
 from __future__ import annotations
 
 import asyncio
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -66,6 +67,17 @@ def missing(given: Mapping[str, Any], installed: str, what: str, error: ImportEr
     )
 
 
+def refuse_v0(given: Mapping[str, Any], installed: str, module: str) -> None:
+    """Raise Wrong if a module that cannot be loaded as a taskset is an environment of v0."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None or "def load_environment(" not in Path(spec.origin).read_text():
+        return
+    raise Wrong(
+        f"environment.path: {given['id']!r} is an environment of verifiers v0, and {sys.executable} has "
+        f"verifiers {installed}; name the Python of another environment, with '{V0}'"
+    )
+
+
 class Tasks:
     """A taskset of verifiers v1 with its harness (0.4), played by an environment with one seat."""
 
@@ -79,16 +91,13 @@ class Tasks:
         try:
             loaders.taskset_class(ident)
         except ImportError as error:
+            refuse_v0(given, installed, module)
             cause = error.__cause__
             raise missing(
                 given, installed, "taskset", cause if isinstance(cause, ImportError) else error, module
             ) from error
         except (AttributeError, TypeError, ValueError) as error:
-            if hasattr(sys.modules.get(module), "load_environment"):
-                raise Wrong(
-                    f"environment.path: {ident!r} is an environment of verifiers v0, and {sys.executable} "
-                    f"has {installed}; name a Python with an older one: {install(V0)}"
-                ) from None
+            refuse_v0(given, installed, module)
             raise Wrong(f"environment.path: {error}") from error
         config = {**options, "taskset": {**options.get("taskset", {}), "id": ident}}
         try:
@@ -104,7 +113,7 @@ class Tasks:
                 seat["max_turns"] = min(seat.get("max_turns") or given["max_turns"], given["max_turns"])
             self.env: Any = loaders.load_environment(loaders.resolve_env_config({**config, seats[0]: seat}))
         except (ImportError, TypeError, ValueError) as error:  # pydantic's errors are ValueErrors
-            raise Wrong(f"environment.options: {error}") from error
+            raise Wrong(option_error(error)) from error
         self._check_harness(seats[0], seat["runtime"]["type"])
         self._tasks: Iterator[Any] = iter(self.env.taskset)
         self._known: list[Any] = []
@@ -188,7 +197,8 @@ class Environment:
         if not hasattr(loaded, "load_environment"):
             raise Wrong(
                 f"environment.path: {given['id']!r} has no `load_environment`, and {sys.executable} has "
-                f"verifiers {installed}; for a taskset of v1 name a Python with {install(V1)}"
+                f"verifiers {installed}; for a taskset of v1 name the Python of another environment, with "
+                f"'{V1}'"
             )
         try:
             self.env: Any = verifiers.load_environment(given["id"], **given["options"])
@@ -215,7 +225,7 @@ class Environment:
             prompt = [{"role": "user", "content": prompt}]
             if self.env.system_prompt:
                 prompt.insert(0, {"role": "system", "content": self.env.system_prompt})
-        return {"example_id": 0, "answer": "", "info": {}, "task": "", **row, "prompt": prompt}
+        return {"example_id": 0, "answer": "", "info": {}, **row, "prompt": prompt}
 
     async def play(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Play one episode."""
@@ -235,6 +245,15 @@ class Environment:
             "start": len(prompt),
             "turn_limit": output.get("stop_condition") == "max_turns_reached" and turns >= self.limit,
         }
+
+
+def option_error(error: Exception) -> str:
+    """Return the message for options that verifiers refuses, with the key if pydantic found it."""
+    details = error.errors() if hasattr(error, "errors") else []
+    if not details:
+        return f"environment.options: {error}"
+    where = ".".join(map(str, ("environment.options", *details[0]["loc"])))
+    return f"{where}: {details[0]['msg']}"
 
 
 def pick(wanted: Any, known: list[Any], more: Iterator[Any], name: Callable[[Any], Any]) -> Any:
