@@ -75,7 +75,7 @@ async def test_a_framework_calls_a_tool_and_answers(tmp_path: Path, ray_here: No
     others = ("OPENAI_API_BASE", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY")
     hidden = [word for other in others for word in ("-u", other)]
     command = ["env", *hidden, python_with(variable, requirement), str(tmp_path / "agent.py")]
-    async with sampler(tmp_path, command, f"{ADD}{END}", answer) as episodes:
+    async with sampler(tmp_path, command, f"{ADD}{END}", answer, max_episode_tokens=8000) as episodes:
         played, metrics = await play(episodes, 2)
         assert [c.reward for c in played.completions] == [1.0] * 2, read_jsonl(tmp_path / "events.jsonl")
         batch = await group(episodes, played)  # raises unless each sampled token follows its exact context
