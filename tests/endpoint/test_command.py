@@ -162,16 +162,17 @@ for key in "${OPENAI_API_KEY}x" "${OPENAI_API_KEY/-0-/-1-}" "${OPENAI_API_KEY/-1
   curl -sS "$OPENAI_BASE_URL/../rl/end_session" -H "Authorization: Bearer $key" --json '{}' >/dev/null
 done; exit 3"""
 
+AFTER = "post rl/end_session '{}'; post chat/completions '{}'; exit 4"
+
 
 @pytest.mark.parametrize(
     ("fault", "ending"),
     [
-        ("sleep 100", "timeout"),
-        ("kill -9 $$", "environment_error"),
-        (RUBBISH, "environment_error"),
-        ("post rl/end_session '{}'; post chat/completions '{}'; exit 4", "environment_error"),
+        pytest.param("sleep 100", "timeout", id="hangs"),
+        pytest.param("kill -9 $$", "environment_error", id="is killed", marks=pytest.mark.slow),
+        pytest.param(RUBBISH, "environment_error", id="sends rubbish with keys of others"),
+        pytest.param(AFTER, "environment_error", id="calls after its end", marks=pytest.mark.slow),
     ],
-    ids=["hangs", "killed", "rubbish", "calls after its end"],
 )
 async def test_a_fault_of_one_session_leaves_the_others_alone(
     tmp_path: Path, ray_here: None, fault: str, ending: str
@@ -181,7 +182,7 @@ async def test_a_fault_of_one_session_leaves_the_others_alone(
     wait = f"until [ -e {tmp_path}/on ]; do sleep 0.05; done; sleep 0.5\n"
     again = """post chat/completions '{"messages": [{"role": "user", "content": "x"}]}' >/dev/null; echo 1"""
     command = script(tmp_path, f"{claim}{wait}{again}")
-    async with sampler(tmp_path, command, step_timeout_s=3, max_retries=1) as episodes:
+    async with sampler(tmp_path, command, step_timeout_s=2, max_retries=1) as episodes:
         played, metrics = await play(episodes, 3)
         batch = await group(episodes, played)
     assert [c.reward for c in played.completions] == [1.0] * 3
@@ -220,6 +221,7 @@ async def test_a_client_that_leaves_during_a_call(tmp_path: Path, ray_here: None
     assert len(policy.requests) == 3 and policy.cancelled == 1
 
 
+@pytest.mark.slow
 async def test_two_agents_with_one_key(tmp_path: Path, ray_here: None) -> None:
     """Their calls are branches of one session; each sampled token is trained once."""
     body = '{"messages": [{"role": "user", "content": "x"}]}'
