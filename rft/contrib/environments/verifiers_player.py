@@ -29,7 +29,7 @@ V1 = "verifiers>=0.4,<0.5"
 V0 = "verifiers>=0.1.14,<0.4"
 
 
-class Wrong(Exception):
+class PlayerProblem(Exception):
     """The config or a row is wrong; the message says how to correct it."""
 
 
@@ -38,41 +38,43 @@ def install(requirement: str) -> str:
 
 
 def load(given: Mapping[str, Any]) -> Tasks | Environment:
-    """Load the taskset or environment of an id. Raises Wrong."""
+    """Load the taskset or environment of an id. Raises PlayerProblem."""
     try:
         installed = version("verifiers")
     except PackageNotFoundError:
-        raise Wrong(
+        raise PlayerProblem(
             f"environment.python: {sys.executable} has no verifiers: {install(V1)}, or for an environment of "
             f"v0 {install(V0)}"
         ) from None
     numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
     if numbers < (0, 1, 14):
-        raise Wrong(f"environment.python: verifiers {installed} is too old: {install(V0)}")
+        raise PlayerProblem(f"environment.python: verifiers {installed} is too old: {install(V0)}")
     kind = Environment if numbers < (0, 4) else Tasks
     return kind(given, installed)
 
 
-def missing(given: Mapping[str, Any], installed: str, what: str, error: ImportError, module: str) -> Wrong:
+def missing(
+    given: Mapping[str, Any], installed: str, what: str, error: ImportError, module: str
+) -> PlayerProblem:
     """Return the error for an id whose module cannot be imported."""
     if isinstance(error, ModuleNotFoundError) and error.name == module:
-        return Wrong(
+        return PlayerProblem(
             f"environment.path: verifiers {installed} of {sys.executable} has no {what} {given['id']!r}, and "
             f"there is no module {module!r}; install its package there, or write the path of its folder or "
             "file"
         )
-    return Wrong(
+    return PlayerProblem(
         f"environment.path: the {what} {given['id']!r} needs what cannot be imported: {error}; install it "
         f"for {sys.executable}"
     )
 
 
 def refuse_v0(given: Mapping[str, Any], installed: str, module: str) -> None:
-    """Raise Wrong if a module that cannot be loaded as a taskset is an environment of v0."""
+    """Raise PlayerProblem if a module that cannot be loaded as a taskset is an environment of v0."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or "def load_environment(" not in Path(spec.origin).read_text():
         return
-    raise Wrong(
+    raise PlayerProblem(
         f"environment.path: {given['id']!r} is an environment of verifiers v0, and {sys.executable} has "
         f"verifiers {installed}; name the Python of another environment, with '{V0}'"
     )
@@ -98,28 +100,30 @@ class Tasks:
             ) from error
         except (AttributeError, TypeError, ValueError) as error:
             refuse_v0(given, installed, module)
-            raise Wrong(f"environment.path: {error}") from error
+            raise PlayerProblem(f"environment.path: {error}") from error
         config = {**options, "taskset": {**options.get("taskset", {}), "id": ident}}
         try:
             fields = loaders.env_config_type(ident, config.get("id", "")).model_fields
             seats = [name for name, field in fields.items() if isinstance(field.default, AgentConfig)]
             if len(seats) != 1:
-                raise Wrong(
+                raise PlayerProblem(
                     f"environment.path: {ident!r} has the seats {', '.join(seats)}, and rft trains "
                     "environments with one; write options: {id: single_agent}, or choose another"
                 )
             seat = {"runtime": {"type": "subprocess"}, **config.get(seats[0], {})}
+            if seat.get("harness"):
+                seat["harness"] = {"id": loaders.default_harness_id(ident), **seat["harness"]}
             if given["max_turns"]:  # then it ends the episode, and scores it
                 seat["max_turns"] = min(seat.get("max_turns") or given["max_turns"], given["max_turns"])
             self.env: Any = loaders.load_environment(loaders.resolve_env_config({**config, seats[0]: seat}))
         except (ImportError, TypeError, ValueError) as error:  # pydantic's errors are ValueErrors
-            raise Wrong(option_error(error)) from error
+            raise PlayerProblem(option_error(error)) from error
         self._check_harness(seats[0], seat["runtime"]["type"])
         self._tasks: Iterator[Any] = iter(self.env.taskset)
         self._known: list[Any] = []
 
     def _check_harness(self, seat: str, runtime: str) -> None:
-        """Raise Wrong for a harness that cannot run here."""
+        """Raise PlayerProblem for a harness that cannot run here."""
         harness = self.env._harnesses[seat]
         name = harness.config.id
         for what, part in (
@@ -127,18 +131,18 @@ class Tasks:
             ("the taskset", type(self.env.taskset).task_type()),
         ):
             if part.NEEDS_CONTAINER and runtime == "subprocess":
-                raise Wrong(
+                raise PlayerProblem(
                     f"environment.options: {what} needs a container; name its runtime: "
                     f"{{{seat}: {{runtime: {{type: docker}}}}}}"
                 )
         if type(harness).__module__.startswith("verifiers.") and shutil.which("uv") is None:
-            raise Wrong(
+            raise PlayerProblem(
                 f"environment.options: the harness {name!r} of verifiers needs uv, which is not installed: "
                 f"{install('uv')}"
             )
 
     def _task(self, row: dict[str, Any]) -> Any:
-        """Return the task that a row names by its column `task`, or describes. Raises Wrong."""
+        """Return the task that a row names by its column `task`, or describes. Raises PlayerProblem."""
         if "task" not in row:
             kind = type(self.env.taskset).task_type()
             data = kind.data_type()
@@ -148,7 +152,7 @@ class Tasks:
                     self.env.taskset.config.task,
                 )
             except ValueError as error:
-                raise Wrong(
+                raise PlayerProblem(
                     f"the row has no column `task`, and is no {data.__name__} itself: {error}"
                 ) from error
         return pick(row["task"], self._known, self._tasks, lambda task: task.data.name)
@@ -195,7 +199,7 @@ class Environment:
         except ImportError as error:
             raise missing(given, installed, "environment", error, module) from error
         if not hasattr(loaded, "load_environment"):
-            raise Wrong(
+            raise PlayerProblem(
                 f"environment.path: {given['id']!r} has no `load_environment`, and {sys.executable} has "
                 f"verifiers {installed}; for a taskset of v1 name the Python of another environment, with "
                 f"'{V1}'"
@@ -203,7 +207,7 @@ class Environment:
         try:
             self.env: Any = verifiers.load_environment(given["id"], **given["options"])
         except Exception as error:
-            raise Wrong(f"environment.options: {error}") from error
+            raise PlayerProblem(f"environment.options: {error}") from error
         limits = [n for n in (getattr(self.env, "max_turns", 0), given["max_turns"]) if n and n > 0]
         if hasattr(self.env, "max_turns") and limits:
             self.env.max_turns = min(limits)
@@ -211,12 +215,12 @@ class Environment:
         self._rows: Any = None
 
     def _input(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the input that a row names by its column `task`, or is itself. Raises Wrong."""
+        """Return the input that a row names by its column `task`, or is itself. Raises PlayerProblem."""
         if "task" in row and isinstance(row["task"], int):
             if self._rows is None:
                 self._rows = self.env.get_dataset()
             if not 0 <= row["task"] < len(self._rows):
-                raise Wrong(
+                raise PlayerProblem(
                     f"there is no task {row['task']}: the environment has {len(self._rows)}, from 0 on"
                 )
             return dict(self._rows[row["task"]])
@@ -257,12 +261,12 @@ def option_error(error: Exception) -> str:
 
 
 def pick(wanted: Any, known: list[Any], more: Iterator[Any], name: Callable[[Any], Any]) -> Any:
-    """Return the task of a number, from 0 on, or of a name. Raises Wrong."""
+    """Return the task of a number, from 0 on, or of a name. Raises PlayerProblem."""
     if isinstance(wanted, int):
         known.extend(itertools.islice(more, max(0, wanted + 1 - len(known))))
         if 0 <= wanted < len(known):
             return known[wanted]
-        raise Wrong(f"there is no task {wanted}: the taskset has {len(known)}, from 0 on")
+        raise PlayerProblem(f"there is no task {wanted}: the taskset has {len(known)}, from 0 on")
     for task in known:
         if name(task) == wanted:
             return task
@@ -270,7 +274,7 @@ def pick(wanted: Any, known: list[Any], more: Iterator[Any], name: Callable[[Any
         known.append(task)
         if name(task) == wanted:
             return task
-    raise Wrong(f"there is no task {wanted!r}: the taskset has {len(known)}")
+    raise PlayerProblem(f"there is no task {wanted!r}: the taskset has {len(known)}")
 
 
 def known_renderer(model: str) -> dict[str, Any]:
@@ -333,7 +337,7 @@ def main(fd: int, given: dict[str, Any]) -> None:
     os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     try:
         host = load(given)
-    except Wrong as error:
+    except PlayerProblem as error:
         return tell({"problem": str(error)})
     except BaseException:
         return tell(
@@ -347,7 +351,7 @@ def main(fd: int, given: dict[str, Any]) -> None:
             random.seed(asked["seed"])
             try:
                 tell(loop.run(host.play(asked)))
-            except Wrong as error:
+            except PlayerProblem as error:
                 tell({"problem": str(error)})
             except Exception:
                 tell({"failure": traceback.format_exc()[-1900:]})
