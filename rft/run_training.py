@@ -24,11 +24,12 @@ from rft.environments.types import EnvironmentFault
 from rft.errors import CheckpointError, ConfigError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerGroup, LearnerHandle
-from rft.loops.evaluate import SampledEvaluation, evaluate
+from rft.loops.evaluate import SampledEvaluation, evaluate, evaluation_of
 from rft.loops.offline import train_offline
 from rft.loops.online import Controller, Parts
 from rft.loops.warm_start import WARM_START_FOLDER, warm_start
 from rft.metrics import Progress, RunLog
+from rft.metrics.evaluation import write_evaluation
 from rft.metrics.log import Observer
 from rft.plan import OfflinePlan, OnlinePlan, Plan, make_plan
 from rft.rewards import RewardError
@@ -322,10 +323,11 @@ async def export(learner: LearnerHandle, folder: Path) -> None:
 EVALUATION_END_S = 30.0  # for ending the engines after a stop signal
 
 
-async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
+async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = None) -> dict[str, float]:
     """Return the `eval/...` metrics of the plan's model, without a learner.
 
-    Raises ConfigError where there is nothing to evaluate, and RunStopped on a stop signal.
+    out: folder for the outcome of each problem, as in a run's folder. Raises ConfigError where there is
+    nothing to evaluate, and RunStopped on a stop signal.
     """
     config = plan.config
     if not plan.eval_sets:
@@ -355,7 +357,9 @@ async def evaluate_model(plan: Plan, signals: StopRequests) -> dict[str, float]:
                 label="eval",
                 episodes=episodes,
             )
-            metrics, _ = await unless_stopped(evaluating, stop)
+            metrics, judged = await unless_stopped(evaluating, stop)
+            if out is not None:
+                write_evaluation(out, evaluation_of(0, judged))
             return metrics
         finally:
             signals.handle(request=lambda reason: EVALUATION_END_S)

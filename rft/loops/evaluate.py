@@ -155,6 +155,12 @@ class JudgedSet:
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
+def evaluation_of(step: int, judged: Sequence[JudgedSet]) -> Evaluation:
+    """Return the problems of the sets that were judged after `step` steps."""
+    sets = {one.of.name: one.problems for one in judged}
+    return Evaluation(step, sets, {one.of.name: one.digest() for one in judged})
+
+
 def _with_equal_answers(samples: Sequence[Sampled]) -> list[Sampled]:
     """Give equal answers the text of the first of them: 0.5 and 1/2 are one vote."""
     known: list[str] = []
@@ -245,8 +251,7 @@ class SampledEvaluation:
 
     def _changes(self, step: int, judged: Sequence[JudgedSet]) -> dict[str, float]:
         """Write the evaluation's problems to the run folder; return their changes against step 0."""
-        sets = {one.of.name: one.problems for one in judged}
-        now = Evaluation(step, sets, {one.of.name: one.digest() for one in judged})
+        now = evaluation_of(step, judged)
         start = read_evaluation(self.log.run_dir, 0) if step else None
         metrics: dict[str, float] = {}
         if start is not None:

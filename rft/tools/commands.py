@@ -47,6 +47,7 @@ def register(command: AddCommand) -> None:
     add("--model", metavar="MODEL|RUN", type=path_argument,
         help="model folder or hub name, or a run folder: its newest weights (none: the config's model)"
         )  # fmt: skip
+    add("--out", metavar="FOLDER", type=path_argument, help="also write the outcome of each problem there")
     text = "play sessions without training, and write them as JSON lines for `rft train`"
     add = command(collect, "collect", text, config=True, stoppable=True)
     add("--out", metavar="FOLDER", type=path_argument,
@@ -76,6 +77,43 @@ def register(command: AddCommand) -> None:
     add = command(export, "export", "the run's final model as a Hugging Face folder")
     add("run_dir", type=path_argument, help="run folder")
     add("out", type=path_argument, help="folder to write")
+    add("--adapter", action="store_true", help="only the adapter, without the base")
+    add("--dtype", metavar="DTYPE", help="bfloat16, float16 or float32 (default: as trained)")
+    add(
+        "--push", metavar="OWNER/NAME", help="also upload to a repository of the hub, with the token HF_TOKEN"
+    )
+    add("--private", action="store_true", help="of a repository that --push creates")
+    add("--gguf", metavar="FILE", type=path_argument, help="also convert to GGUF, with --converter")
+    add("--converter", metavar="PATH", type=path_argument, help="llama.cpp's convert_hf_to_gguf.py")
+    add = command(merge, "merge", "combine models of one shape in weight space", stoppable=True)
+    methods = "soup, greedy, wise-ft, lines, ties, dare, arithmetic, difference or adapter"
+    add("method", metavar="METHOD", help=methods)
+    add(
+        "models", nargs="+", metavar="MODEL", type=path_argument, help="model folders, run folders, hub names"
+    )
+    add("--out", required=True, type=path_argument, help="folder to write")
+    add("--weights", type=_numbers, metavar="W,W", help="weight of each model (soup), or of each task vector")
+    text = "wise-ft: share of the tuned model (0.5); lines: first scale (0); ties, difference: scale (1)"
+    add("--alpha", type=float, help=text)
+    add("--beta", type=float, help="lines: increase of the scale up to the last layer (1)")
+    add("--density", type=float, help="ties (0.2), dare (0.1): share of the changes that is kept")
+    add("--seed", type=int, default=0, help="dare: seed of the masks (0)")
+    add("--config", type=path_argument, help="greedy: config whose evaluation gives the accuracy of a model")
+    add = command(
+        compare, "compare", "two models or runs: weights, problems solved and broken, texts, settings"
+    )
+    add("a", metavar="A", type=path_argument, help="model folder, run folder, or hub name")
+    add("b", metavar="B", type=path_argument, help="likewise")
+    add("--problems", nargs=2, type=path_argument, metavar=("PA", "PB"),
+        help="folders of `rft eval --out` with the problems of A and B (default: those of the runs)"
+        )  # fmt: skip
+    add("--start", type=path_argument, help="model that both began at (default: that of the runs' configs)")
+    add(
+        "--data", type=path_argument, help="rows with prompt and completion: KL and likelihood of these texts"
+    )
+    add("--limit", type=int, default=64, metavar="N", help="rows of --data (default: 64)")
+    add("--quick", action="store_true", help="without ranks and intruder dimensions")
+    add("--page", type=path_argument, metavar="FILE", help="also write an HTML page")
     add = command(report, "report", "write one HTML page about a run")
     add("run_dir", type=path_argument, help="run folder")
     add("--out", type=path_argument, help="file to write (default: RUN/report.html)")
@@ -119,6 +157,10 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",") if number]
 
 
 def _names(text: str) -> list[str]:
@@ -178,7 +220,7 @@ def evaluate(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="rft-eval-") as scratch:
         model = None if args.model is None else weights_of(args.model, Path(scratch))[0]
         plan = make_plan(config, model=model, evaluate=True)
-        metrics = asyncio.run(evaluate_model(plan, args.signals))
+        metrics = asyncio.run(evaluate_model(plan, args.signals, Path(args.out) if args.out else None))
     print(json.dumps(metrics, indent=2))
     return 0
 
@@ -217,9 +259,54 @@ def list_keys(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from rft.tools.export import export_run
+    from rft.tools.publish import Publishing, publish
 
-    print(f"{export_run(Path(args.run_dir), Path(args.out))} -> {args.out}")
+    gguf, converter = (None if p is None else Path(p) for p in (args.gguf, args.converter))
+    wanted = Publishing(args.adapter, args.dtype, args.push, args.private, gguf, converter)
+    say("\n".join(publish(Path(args.run_dir), Path(args.out), wanted)), sys.stdout)
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from rft.tools.compare import compare, write_page
+
+    with tempfile.TemporaryDirectory(prefix="rft-compare-") as scratch:
+        result = compare(
+            args.a,
+            args.b,
+            Path(scratch),
+            start=args.start,
+            data=args.data,
+            limit=args.limit,
+            spectra=not args.quick,
+            problems=args.problems,
+        )
+    if args.page is not None:
+        write_page(result, Path(args.page))
+        note(f"wrote {args.page}")
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from rft.errors import ConfigError
+    from rft.tools.merge import METHODS, Options, accuracy_by, merge
+    from rft.tools.model_files import local_folder
+    from rft.utils.did_you_mean import did_you_mean_or_list
+
+    if args.method not in METHODS:
+        hint = did_you_mean_or_list(args.method, METHODS)
+        raise ConfigError([f"merge: unknown method {args.method!r}{hint}"])
+    options = Options(args.weights, args.alpha, args.beta, args.density, args.seed)
+    score = None if args.config is None else accuracy_by(args.config, args.signals)
+    with tempfile.TemporaryDirectory(prefix="rft-merge-") as scratch:
+        folders = {name: local_folder(name, Path(scratch) / str(i)) for i, name in enumerate(args.models)}
+        lines = merge(args.method, folders, Path(args.out), options, score)
+    say("\n".join(lines), sys.stdout)
     return 0
 
 

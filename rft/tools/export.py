@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rft import checkpoint
 from rft.config.load import load_config
@@ -11,6 +12,8 @@ from rft.errors import ConfigError
 from rft.learner.learner import Learner
 from rft.plan import make_plan
 from rft.preflight.data import warm_start_folder
+
+ADAPTER = "adapter"  # subfolder of a model whose run trained an adapter
 
 
 def export_run(run_dir: Path, out: Path) -> Path:
@@ -35,6 +38,29 @@ def export_run(run_dir: Path, out: Path) -> Path:
         if not source.exists():  # an adapter checkpoint: the base model is the one the run started from
             _merge_adapter(run_dir / "config.yaml", newest.path, out)
             return newest.path
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    return source
+
+
+def export_adapter(run_dir: Path, out: Path) -> Path:
+    """Write the adapter of a run's final model, or of its newest checkpoint, to `out`; return the source
+    folder.
+
+    Raises ConfigError as `export_run`, and if the run trained no adapter.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError([f"{out} is not empty: choose another folder"])
+    source = run_dir / "model" / ADAPTER
+    if not (run_dir / "model" / "config.json").exists():
+        with TemporaryDirectory(prefix="rft-export-") as scratch:
+            newest = export_run(run_dir, Path(scratch) / "model")
+            return _copy_adapter(run_dir, Path(scratch) / "model" / ADAPTER, out) and newest
+    return _copy_adapter(run_dir, source, out)
+
+
+def _copy_adapter(run_dir: Path, source: Path, out: Path) -> Path:
+    if not (source / "adapter_config.json").exists():
+        raise ConfigError([f"{run_dir}: the run trained no adapter (learner.adapter); leave --adapter out"])
     shutil.copytree(source, out, dirs_exist_ok=True)
     return source
 

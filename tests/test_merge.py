@@ -1,0 +1,250 @@
+"""`rft merge`: every equation against numbers computed by hand, folders shard by shard, refusals by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rft.cli import main
+from rft.errors import ConfigError
+from rft.tools import merge as merging
+from rft.tools.merge import Options, dare, layer_scale, lora_delta, merge, soup, sum_of, ties, trimmed
+from rft.tools.model_files import ModelFiles, layer_number
+from rft.utils.hashing import model_digest
+
+T = torch.tensor
+CONFIG = {"model_type": "qwen3", "hidden_size": 2}
+
+
+def model(folder: Path, scale: float = 1.0, **changes: Any) -> Path:
+    """A made-up model of two layers in two shards, with a tokenizer."""
+    folder.mkdir(parents=True)
+    embed, head = T([[1.0, 2.0], [3.0, 4.0]]) * scale, T([[0.5, -1.0]]) * scale
+    first = {"model.embed_tokens.weight": embed, "model.layers.0.mlp.weight": T([[1.0, -2.0, 4.0]]) * scale}
+    second = {"model.layers.1.mlp.weight": T([[8.0, 0.0, -1.0]]) * scale, "lm_head.weight": head} | changes
+    shards = {"model-1-of-2.safetensors": first, "model-2-of-2.safetensors": second}
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name)
+    index = {"weight_map": {key: name for name, tensors in shards.items() for key in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}})
+    )
+    return folder
+
+
+def merged(method: str, out: Path, *folders: Path, score: Any = None, **options: Any) -> dict[str, Tensor]:
+    merge(method, {f.name: str(f) for f in folders}, out, Options(**options), score)
+    files = ModelFiles(out)
+    return {name: files.read(name) for name in files.tensors}
+
+
+def refused(method: str, out: Path, *folders: Path, **options: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        merged(method, out, *folders, **options)
+    assert not out.exists(), "nothing is written"
+    return "\n".join(error.value.problems)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Path]:
+    return lambda name, *args, **changes: model(tmp_path / name, *args, **changes)
+
+
+# -- equations ---------------------------------------------------------------------------------------------
+
+
+def test_soup_and_sums_by_hand() -> None:
+    a, b = T([1.0, 3.0]), T([3.0, -1.0])
+    assert soup([a, b], [1.0, 1.0]).tolist() == [2.0, 1.0]
+    assert soup([a, b], [3.0, 1.0]).tolist() == [1.5, 2.0]
+    assert sum_of([a, b], [1.0, -0.5]).tolist() == [-0.5, 3.5]
+
+
+def test_ties_trims_elects_and_averages_what_agrees() -> None:
+    assert trimmed(T([5.0, -1.0, 3.0, 0.5]), 0.5).tolist() == [5.0, 0.0, 3.0, 0.0]
+    assert trimmed(T([1.0, 1.0, 1.0]), 0.34).count_nonzero() == 2, "ties at the threshold do not keep more"
+    a, b = T([4.0, -3.0, 0.5, 2.0]), T([2.0, 5.0, -0.2, -1.0])
+    # density 0.5: a -> [4, -3, 0, 0], b -> [2, 5, 0, 0]; signs of the sums [+, +]; means [3, 5]
+    assert ties([a, b], 0.5, [1.0, 1.0]).tolist() == [3.0, 5.0, 0.0, 0.0]
+    # density 1: sums [6, 2, 0.3, 1]: values that agree [4, 2], [5], [0.5], [2]
+    assert ties([a, b], 1.0, [1.0, 1.0]).tolist() == [3.0, 5.0, 0.5, 2.0]
+
+
+def test_dare_keeps_a_share_and_the_expectation() -> None:
+    vector = torch.ones(10_000)
+    kept = dare(vector, 0.25, seed=3)
+    assert set(kept.unique().tolist()) == {0.0, 4.0}, "1 / density"
+    assert abs(float(kept.mean()) - 1) < 5 * (3 / 10_000) ** 0.5, "five standard errors: variance 1/d - 1"
+    assert torch.equal(kept, dare(vector, 0.25, seed=3)) and not torch.equal(kept, dare(vector, 0.25, seed=4))
+
+
+def test_lines_grows_with_the_layer() -> None:
+    scales = [layer_scale(layer, 3, 0.2, 0.6, False) for layer in range(3)]
+    assert scales == pytest.approx([0.2, 0.5, 0.8])
+    assert layer_scale(None, 3, 0.2, 0.6, behind=False) == 0.2
+    assert layer_scale(None, 3, 0.2, 0.6, behind=True) == pytest.approx(0.8)
+    assert layer_scale(0, 1, 0.2, 0.6, False) == 0.2
+    assert [layer_number(n) for n in ("model.layers.12.mlp.weight", "h.3.attn", "lm_head.weight")] == [
+        12,
+        3,
+        None,
+    ]
+
+
+def test_lora_delta_by_hand() -> None:
+    a, b = T([[1.0, 2.0]]), T([[3.0], [4.0]])
+    assert lora_delta(a, b, 0.5).tolist() == [[1.5, 3.0], [2.0, 4.0]]
+    assert lora_delta(a, b, 0.5, transposed=True).tolist() == [[1.5, 2.0], [3.0, 4.0]]
+
+
+# -- folders -----------------------------------------------------------------------------------------------
+
+
+def test_folders_are_merged_shard_by_shard(make: Callable[..., Path], tmp_path: Path) -> None:
+    base, tuned = make("base"), make("tuned", 2.0)
+    name = "model.layers.0.mlp.weight"
+    out = tmp_path / "wise"
+    assert merged("wise-ft", out, base, tuned, alpha=0.25)[name].tolist() == [[1.25, -2.5, 5.0]]
+    assert ModelFiles(out).shards == ModelFiles(base).shards
+    assert json.loads((out / "config.json").read_text()) == CONFIG and (out / "tokenizer.json").exists()
+    lineage = json.loads((out / "merge.json").read_text())
+    assert lineage["method"] == "wise-ft" and lineage["options"]["alpha"] == 0.25
+    assert [m["weights"] for m in lineage["models"]] == [model_digest(str(f)) for f in (base, tuned)]
+    away = merged("arithmetic", tmp_path / "away", base, tuned, weights=[-1.0])
+    assert away[name].abs().sum() == 0, "base - (2 base - base)"
+    layered = merged("lines", tmp_path / "lines", base, tuned, alpha=0.0, beta=1.0)
+    assert torch.equal(layered[name], load_file(base / "model-1-of-2.safetensors")[name]), "first layer: 0"
+    assert layered["model.layers.1.mlp.weight"].tolist() == [[16.0, 0.0, -2.0]], "last layer: 1"
+    assert layered["lm_head.weight"].tolist() == [[1.0, -2.0]]
+    assert layered["model.embed_tokens.weight"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    third = make("third", -1.0)
+    moved = merged("difference", tmp_path / "moved", base, tuned, third)
+    assert moved[name].abs().sum() == 0, "third + (tuned - base) = -1 + 1"
+    elected = merged("ties", tmp_path / "ties", base, tuned, third, density=1.0)
+    # t = +base, -2 base: the greater total is the second one's sign, so base - 2 base
+    assert elected[name].tolist() == [[-1.0, 2.0, -4.0]]
+    kept = merged("dare", tmp_path / "dare", base, tuned, density=1.0)
+    assert kept[name].tolist() == [[2.0, -4.0, 8.0]]
+
+
+def test_the_result_has_the_dtype_of_the_first_model(make: Callable[..., Path], tmp_path: Path) -> None:
+    half = make("half", **{"lm_head.weight": T([[0.5, -1.0]], dtype=torch.bfloat16)})
+    assert merged("soup", tmp_path / "out", half, make("full", 3.0))["lm_head.weight"].dtype is torch.bfloat16
+
+
+def test_a_greedy_soup_keeps_what_does_not_harm(make: Callable[..., Path], tmp_path: Path) -> None:
+    """Accuracy falls with the distance of a weight from 2: the models have 1, 3.5 and 8."""
+    folders = [make(name, scale) for name, scale in (("far", 8.0), ("one", 1.0), ("three", 3.5))]
+
+    def score(folder: str) -> float:
+        files = ModelFiles(folder)
+        return -abs(float(files.read("model.embed_tokens.weight")[0, 0]) - 2)
+
+    out = tmp_path / "out"
+    result = merged("greedy", out, *folders, score=score)
+    assert result["model.embed_tokens.weight"][0, 0] == 2.25, "the mean of 1 and 3.5"
+    used = {m["name"]: m["used"] for m in json.loads((out / "merge.json").read_text())["models"]}
+    assert used == {"far": False, "one": True, "three": True}
+    assert not list(tmp_path.glob("rft-merge-*")), "no candidate is left"
+
+
+def test_what_does_not_fit_is_refused_by_name(make: Callable[..., Path], tmp_path: Path) -> None:
+    base, out = make("base"), tmp_path / "out"
+    wide = make("wide", **{"lm_head.weight": T([[0.5, -1.0, 2.0]])})
+    told = refused("soup", out, base, wide)
+    assert "lm_head.weight has shape [1, 2] in base and [1, 3] in wide" in told
+    more = make("more", **{"score.weight": T([1.0])})
+    assert "base lacks score.weight (1 such tensors), which more has" in refused("soup", out, base, more)
+    packed = make("packed", **{"lm_head.weight": T([[1, 2]], dtype=torch.uint8)})
+    assert "packed: lm_head.weight is stored as U8; quantised weights" in refused("soup", out, packed, base)
+    other = make("other")
+    (other / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": {"a": 0, "c": 1}, "merges": ["a b"]}})
+    )
+    told = refused("soup", out, base, other)
+    assert "the tokenizers of base and other differ in 2 entries: 'b' has the id 1 and none" in told
+    twin = make("twin")
+    assert "wise-ft: it takes START TUNED, not 1 model" in refused("wise-ft", out, base)
+    assert "--beta: soup does not use it, only lines" in refused("soup", out, base, twin, beta=1.0)
+    assert "--weights: 1 numbers, but ties of 3 models needs 2" in refused(
+        "ties", out, base, twin, other, weights=[1.0]
+    )
+    assert "--density: 0 is not a share" in refused("dare", out, base, twin, density=0.0)
+    assert "greedy: name a config" in refused("greedy", out, base, twin)
+    (tmp_path / "empty").mkdir()
+    assert "empty: it has no model.safetensors" in refused("soup", out, base, tmp_path / "empty")
+
+
+# -- adapters ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A LoRA adapter of the tiny model that peft saved."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(
+        tmp_path / "lora"
+    )
+    return tmp_path / "lora"
+
+
+def test_an_adapter_is_merged_as_peft_does(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert main(["merge", "adapter", str(tiny_folder), str(adapter), "--out", str(tmp_path / "out")]) == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), adapter)
+    expected, ours = model.merge_and_unload().state_dict(), ModelFiles(tmp_path / "out")
+    changed = [n for n in ours.tensors if "q_proj" in n or "down_proj" in n]
+    assert len(changed) == 4
+    for name in ours.tensors:
+        assert torch.allclose(ours.read(name), expected[name], rtol=0, atol=1e-6), name
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_wrong_base_is_refused_by_name(
+    tiny_folder: Path, adapter: Path, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", make("other")
+    assert "lora: wrong base: other has no model.layers." in refused("adapter", out, other, adapter)
+    wide = tmp_path / "wide"
+    shutil.copytree(tiny_folder, wide)
+    weights = load_file(wide / "model.safetensors")
+    save_file(
+        {n: torch.cat([t, t]) if "q_proj" in n else t for n, t in weights.items()}, wide / "model.safetensors"
+    )
+    assert "wrong base: model.layers." in refused("adapter", out, wide, adapter)
+    (adapter / "lineage.json").write_text(json.dumps({"base": {"name": "mine", "weights": "f" * 64}}))
+    told = refused("adapter", out, tiny_folder, adapter)
+    assert "lora: wrong base: it was trained on mine with weights ffffffffffff, and tiny has" in told
+    (adapter / "lineage.json").unlink()
+    raw = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**raw, "use_dora": True}))
+    assert "only plain LoRA is merged by files, and it is DoRA" in refused(
+        "adapter", out, tiny_folder, adapter
+    )
+
+
+def test_the_command_names_mistakes(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["merge", "tise", str(tiny_folder), str(tiny_folder), "--out", out]) == 2
+    assert "unknown method 'tise' (did you mean 'ties'?)" in capsys.readouterr().err
+    assert main(["merge", "soup", str(tiny_folder), "./missing", "--out", out]) == 2
+    assert "./missing: no such folder" in capsys.readouterr().err
+    assert merging.METHODS
