@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from rft import __version__
 from rft.config.load import parse_config
 from rft.config.schema import Config, algorithm_name
 from rft.errors import ConfigError, ModelError
@@ -137,7 +137,7 @@ def lineage_of(run: Path) -> dict[str, Any]:
     algorithm = raw["algorithm"]
     return {
         "run": config.name,
-        "rft": __version__,
+        "rft": version("rft"),
         "algorithm": algorithm if isinstance(algorithm, dict) else {"name": algorithm_name(config.algorithm)},
         "steps": max((row["step"] for row in rows), default=0),
         "planned_steps": config.train.steps,
