@@ -17,7 +17,7 @@ from rft.config import validate
 from rft.config.learner import LearnerConfig
 from rft.config.schema import Config
 from rft.config.validate import Device, Engine, longest_sequence
-from rft.data import DataError, GroupStream, PromptSet, load_prompts
+from rft.data import DataError, GroupStream, PromptSet
 from rft.errors import ConfigError, ModelError
 from rft.learner.load import load_tokenizer, resolve_dtype
 from rft.learner.spec import LearnerSpec
@@ -37,6 +37,7 @@ from rft.preflight.data import (
     has_demonstrations,
     load_eval_sets,
     load_offline,
+    load_train_prompts,
 )
 from rft.preflight.dtype import resolve_dtypes
 from rft.preflight.environment import check_environment
@@ -261,9 +262,8 @@ def make_plan(
         )
     if tokenizer is not None:
         facts = replace(facts, largest_token=max(tokenizer.get_vocab().values()))
-        limit = config.rollout.sampling.max_prompt_length
         if online:
-            train = attempt("data", lambda: load_prompts(config.data, tokenizer, "train", limit))
+            train = attempt("data", lambda: load_train_prompts(config, tokenizer))
         else:
             offline = attempt("data", lambda: load_offline(config, tokenizer))
         if samples and config.eval.every:

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rft.config.base import ConfigModel
-from rft.config.mixture import NAME, RESERVED, MixtureSource, rate_problems
+from rft.config.mixture import NAME, RESERVED, MixtureSource, checked_templates, rate_problems
 from rft.utils.paths import PathText
 
 Kind = Literal[
@@ -121,8 +121,10 @@ class DataConfig(ConfigModel):
     eval_source: str | None = Field(
         None, description="source class whose prefix is used for evaluation prompts (none: that of each row)"
     )
-    template: str | None = Field(
-        None, description="prompt template over columns, e.g. `Question: {prompt}\\nAnswer:`"
+    template: str | list[str] | None = Field(
+        None,
+        description="prompt template over columns, e.g. `Question: {prompt}\\nAnswer:`; of a list, each row "
+        "gets one template, drawn by the seed",
     )
     system: str | None = Field(None, description="system message prepended to the prompt")
     chat_template: Literal["auto", "never", "always"] = Field(
@@ -135,6 +137,11 @@ class DataConfig(ConfigModel):
         "all", description="`messages`: compute the loss on all assistant turns, or only on the last"
     )
 
+    decontaminate: Literal["report", "drop"] = Field(
+        "report",
+        description="training rows that overlap an evaluation row (equal prompt, or 13 words in common): "
+        "report in `rft check`, or drop",
+    )
     limit: int | None = Field(
         None,
         ge=1,
@@ -165,6 +172,11 @@ class DataConfig(ConfigModel):
     shuffle: bool = Field(True, description="reshuffle rows at each epoch")
     seed: int = Field(0, ge=0, description="random seed of data order, holdout and generated tasks")
 
+    @field_validator("template", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return checked_templates(value)
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         kind = self.resolved_kind
@@ -183,6 +195,8 @@ class DataConfig(ConfigModel):
                 )
         if self.streaming and self.holdout:
             raise ValueError("`holdout` cannot be combined with `streaming`; remove it, and set `eval_path`")
+        if self.streaming and self.decontaminate == "drop":
+            raise ValueError("`decontaminate: drop` needs all rows, and `streaming` reads them on demand")
         if self.sessions is not None:
             self._check_sessions()
         if self.eval_source is not None and self.eval_source not in self.sources:

@@ -61,6 +61,11 @@ class MixtureSource(ConfigModel):
             )
         return value
 
+    @field_validator("template", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return checked_templates(value)
+
     @field_validator("rate", mode="before")
     @classmethod
     def _readable(cls, value: Any) -> Any:
@@ -81,6 +86,14 @@ class MixtureSource(ConfigModel):
         if max(starts) > 1 or min(numbers) < 0:
             raise ValueError("the progress of a stage is 0 to 1, and its rate not negative")
         return value
+
+
+def checked_templates(value: Any) -> Any:
+    """Return a template, or a list of them. Raises ValueError: a union's errors would name its members."""
+    texts = [value] if value is None or isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(t is None or isinstance(t, str) for t in texts):
+        raise ValueError("write a text, or a list of at least one text")
+    return value
 
 
 def _schedule(value: Mapping[str, Any]) -> Schedule:

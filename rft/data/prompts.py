@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ def fill_template(row: Row, config: DataConfig, source: str, number: int, prompt
     else:
         try:
             columns = {**row, "prompt": prompt} if prompt is not None else row
-            text = _TextFormatter().vformat(config.template, (), columns)
+            text = _TextFormatter().vformat(template_of(config.template, config.seed, number), (), columns)
         except KeyError as error:
             raise missing_column(str(error.args[0]), row, source, number + 1) from None
         except RowProblem:
@@ -108,6 +109,13 @@ def fill_template(row: Row, config: DataConfig, source: str, number: int, prompt
         except (ValueError, IndexError, AttributeError, TypeError) as error:
             raise DataError(f"`template` is malformed: {error}; write {{{{ for a brace") from None
     return with_source_prefix(text, row, config, source, number)
+
+
+def template_of(templates: str | Sequence[str], seed: int, number: int) -> str:
+    """Return the template of row `number`: of several (PAFT, arXiv:2502.12859), one drawn by the seed."""
+    if isinstance(templates, str):
+        return templates
+    return random.Random(f"template/{seed}/{number}").choice(templates)
 
 
 class _TextFormatter(string.Formatter):

@@ -11,7 +11,7 @@ from pathlib import Path
 from rft import checkpoint
 from rft.algorithms.supervised.sft import SFT
 from rft.config.schema import TrainConfig, WarmStartConfig
-from rft.data import GroupSampler, load_groups
+from rft.data import GroupSampler
 from rft.data.mixture import mixture_sampler
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerHandle
@@ -19,7 +19,7 @@ from rft.loops.offline import OfflineLoop
 from rft.loops.saver import Saver
 from rft.metrics import Progress
 from rft.plan import Plan
-from rft.preflight.data import is_finished, warm_start_data, warm_start_folder
+from rft.preflight.data import is_finished, warm_start_data, warm_start_folder, warm_start_groups
 from rft.utils.files import folder_atomic
 
 WARM_START_FOLDER = "warm-start"  # in a run's folder: checkpoints of a stage that is not finished
@@ -46,7 +46,7 @@ async def warm_start(
         progress.note(f"warm start: reused from {folder}")
         return str(folder)
     data = warm_start_data(config, stage)
-    groups = load_groups(data, plan.tokenizer, "sft").groups
+    groups = warm_start_groups(config, data, plan.tokenizer).groups
     rows, draws = [group.prompt for group in groups], stage.steps * stage.batch_size
     source = GroupSampler(groups, config.seed, sampler=mixture_sampler(data, rows, config.seed, draws))
     spec = replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ from rft.data import (
     load_prompts,
 )
 from rft.data.mixture import MixtureSampler, mixture_sampler
+from rft.data.overlap import REASON, overlapping
 from rft.data.prompts import any_demonstration
 from rft.data.rows import Split
 from rft.data.sampler import PromptSampler, Sampler
@@ -39,6 +40,7 @@ from rft.utils.dotted import load_dotted
 from rft.utils.hashing import fingerprint
 
 DRY_RUN_GROUPS = 8
+UNNAMED = "evaluation"  # the held-out set without a name, in reports of overlaps
 GENERATED = 64  # checked rows of a generated task, whose rows share one format
 
 
@@ -94,6 +96,50 @@ def _first(prompts: PromptSet, count: int) -> PromptSet:
 def split_of(data: DataConfig) -> Split:
     """Return the split of a named held-out set: its evaluation rows if it has any, else all its rows."""
     return "test" if has_held_out(data) else "train"
+
+
+def load_train_prompts(config: Config, tokenizer: Any) -> PromptSet:
+    """Load the training prompts of an online run. Raises DataError."""
+    prompts = load_prompts(config.data, tokenizer, "train", config.rollout.sampling.max_prompt_length)
+    if config.data.decontaminate == "report":
+        return prompts
+    kept = without_overlaps(prompts.prompts, _evaluation_rows(config, tokenizer))
+    return replace(prompts, prompts=kept, skipped=_with_dropped(prompts.skipped, len(prompts) - len(kept)))
+
+
+def _with_dropped(skipped: Mapping[str, int], dropped: int) -> dict[str, int]:
+    return {**skipped, REASON: dropped} if dropped else dict(skipped)
+
+
+def _evaluation_rows(config: Config, tokenizer: Any) -> dict[str, Sequence[Prompt | Group]]:
+    """Load the rows of all held-out sets, by name, for a comparison with training rows. Raises DataError."""
+    if not config.eval.every:
+        return {}
+    rows: dict[str, Sequence[Prompt | Group]] = {
+        s.name or UNNAMED: s.prompts.prompts for s in load_eval_sets(config, tokenizer)
+    }
+    if not config.algorithm.online:
+        held_out = _held_out(config, tokenizer)
+        rows |= {UNNAMED: held_out.groups} if held_out is not None else {}
+        rows |= {name: groups.groups for name, groups in _held_out_groups(config, tokenizer).items()}
+    return rows
+
+
+Item = TypeVar("Item", Prompt, Group)
+
+
+def without_overlaps(rows: Sequence[Item], held_out: Mapping[str, Sequence[Prompt | Group]]) -> list[Item]:
+    """Return the training rows that overlap no evaluation row. Raises DataError if none is left."""
+    if not any(held_out.values()):
+        raise DataError(
+            "`decontaminate: drop` compares with evaluation rows, and there are none: set `eval_path`, or "
+            "write `decontaminate: report`"
+        )
+    found = overlapping(rows, held_out)
+    kept = [row for index, row in enumerate(rows) if index not in found]
+    if not kept:
+        raise DataError("`decontaminate: drop` leaves no row: all of them overlap evaluation rows")
+    return kept
 
 
 CURRICULUM = "rft.contrib.curriculum.Curriculum"
@@ -160,23 +206,36 @@ class OfflineData:
 def load_offline(config: Config, tokenizer: Any) -> OfflineData:
     """Load the data of an offline run; of a stream, only the first batch. Raises DataError."""
     kind, data = _group_kind(config, config.data), config.data
-    held_out = None
-    if config.eval.every and has_held_out(data):
-        limit = min(config.eval.problems, data.eval_limit or config.eval.problems)
-        whole = data.model_copy(update={"streaming": False, "eval_limit": limit})
-        try:
-            held_out = load_groups(whole, tokenizer, kind, "test")
-            held_out = replace(held_out, groups=held_out.groups[:limit])
-        except DataError as error:
-            raise DataError(
-                f"held-out rows: {error}\n(to train without evaluation, set eval.every: 0)"
-            ) from error
+    held_out = _held_out(config, tokenizer) if config.eval.every else None
     sets = _held_out_groups(config, tokenizer) if config.eval.every else {}
     if not data.streaming:
         train = load_groups(data, tokenizer, kind)
+        if data.decontaminate == "drop":
+            train = _decontaminated(train, _evaluation_rows(config, tokenizer))
         return OfflineData(train, train.groups, held_out, sets)
     first = GroupStream(data, tokenizer, kind).next(config.train.batch_size)
     return OfflineData(GroupStream(data, tokenizer, kind), first, held_out, sets)
+
+
+def _decontaminated(train: GroupSet, held_out: Mapping[str, Sequence[Prompt | Group]]) -> GroupSet:
+    kept = without_overlaps(train.groups, held_out)
+    return replace(train, groups=kept, skipped=_with_dropped(train.skipped, len(train) - len(kept)))
+
+
+def _held_out(config: Config, tokenizer: Any) -> GroupSet | None:
+    """Load the unnamed held-out set of an offline run; None: it has none. Raises DataError."""
+    data = config.data
+    if not has_held_out(data):
+        return None
+    limit = min(config.eval.problems, data.eval_limit or config.eval.problems)
+    whole = data.model_copy(update={"streaming": False, "eval_limit": limit})
+    try:
+        held_out = load_groups(whole, tokenizer, _group_kind(config, data), "test")
+    except DataError as error:
+        raise DataError(
+            f"held-out rows: {error}\n(to train without evaluation, set eval.every: 0)"
+        ) from error
+    return replace(held_out, groups=held_out.groups[:limit])
 
 
 def _held_out_groups(config: Config, tokenizer: Any) -> dict[str, GroupSet]:
@@ -263,12 +322,22 @@ def warm_start_folder(config: Config, stage: WarmStartConfig, model: str) -> Pat
         "code": REVISION,
         "loaded": model,
     }
+    if warm_start_data(config, stage).decontaminate == "drop":  # then the evaluation rows matter as well
+        key["evaluation"] = config.data.model_dump(mode="json"), config.eval.model_dump(mode="json")
     return Path(stage.cache) / f"warm-start-{fingerprint(key)}"
 
 
 def warm_start_data(config: Config, stage: WarmStartConfig) -> DataConfig:
     """Return the data config of the stage: its `data`, or else the run's."""
     return stage.data or config.data
+
+
+def warm_start_groups(config: Config, data: DataConfig, tokenizer: Any) -> GroupSet:
+    """Load the demonstrations of a warm start. Raises DataError."""
+    groups = load_groups(data, tokenizer, "sft")
+    if data.decontaminate == "report":
+        return groups
+    return _decontaminated(groups, _evaluation_rows(config, tokenizer))
 
 
 def is_finished(folder: Path) -> bool:
@@ -291,7 +360,7 @@ def check_warm_start(
         data = data.model_copy(update={"limit": min(data.limit or GENERATED, GENERATED)})
     key = "warm_start.data"
     try:
-        groups = load_groups(data, tokenizer, "sft").groups
+        groups = warm_start_groups(config, data, tokenizer).groups
     except DataError as error:
         other = "" if stage.data else "\n(this is the data of the run; name other data under warm_start.data)"
         return [f"{key}: {error}{other}"]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rft.batch import Prompt
+from rft.batch import Group, Prompt
 from rft.config import validate
 from rft.config.mixture import COLUMN
 from rft.config.schema import Config, algorithm_name
 from rft.data import first_row
 from rft.data.mixture import mixture_lines
+from rft.data.overlap import find_overlaps
 from rft.plan import OfflinePlan, OnlinePlan, Plan
 from rft.preflight.capacity import MemoryPlan, device_memory
-from rft.preflight.data import sampler_of_mixture
+from rft.preflight.data import UNNAMED, sampler_of_mixture
 from rft.preflight.first_row import (
     describe_columns,
     describe_format,
@@ -74,13 +75,33 @@ def _first_row_lines(plan: Plan) -> list[str]:
         out.append(f"format       {of}{describe_format(part)}")
         out.append(f"columns      {of}{describe_columns(first_row(part), part.columns)}")
     if isinstance(plan, OnlinePlan):
+        out += _overlap_lines(plan)
         firsts = {prompt.columns.get(COLUMN): prompt for prompt in reversed(prompts)}
         for prompt in reversed(firsts.values()):
             out.append(f"first prompt {_block(first_prompt_lines(prompt, plan.tokenizer))}")
             verdicts = gold_verdicts(c.rewards, prompt, plan.tokenizer, c.data.rewards_by_source)
             out += [f"gold answer  {verdict_line(verdict)}" for verdict in verdicts]
         return out
+    out += _overlap_lines(plan)
     return [*out, f"first row    {_block(first_group_lines(plan.data.sample[0], plan.tokenizer))}"]
+
+
+def _overlap_lines(plan: Plan) -> list[str]:
+    """Describe the overlap of training and evaluation rows."""
+    rows: Sequence[Prompt | Group]
+    held_out: dict[str, Sequence[Prompt | Group]] = {
+        s.name or UNNAMED: s.prompts.prompts for s in plan.eval_sets
+    }
+    if isinstance(plan, OnlinePlan):
+        rows = plan.train_prompts.prompts
+    elif isinstance(plan, OfflinePlan):
+        if plan.config.data.streaming:
+            return ["overlap      not compared with evaluation rows: the training rows are streamed"]
+        rows = plan.data.sample
+        held_out |= {UNNAMED: plan.data.held_out.groups} if plan.data.held_out else {}
+        held_out |= {name: groups.groups for name, groups in plan.data.sets.items()}
+    found = find_overlaps(rows, held_out)
+    return [f"overlap      {_block(overlap.lines())}" for overlap in found]
 
 
 def _prompts(plan: Plan) -> list[Prompt]:

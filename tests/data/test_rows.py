@@ -257,3 +257,23 @@ def test_the_first_row_of_a_task_is_the_first_of_many(kind: str) -> None:
     """`first_row` generates it alone."""
     config = DataConfig.model_validate({"kind": kind, "limit": 5})
     assert first_row(config) == load_rows(config)[0]
+
+
+def test_of_several_templates_each_row_gets_one_by_the_seed(tmp_path: Path, plain: Any) -> None:
+    file = write(tmp_path, [{"question": str(i), "answer": f"#### {i}"} for i in range(40)])
+    templates = ["Q: {prompt}", "{prompt}? =", "Answer {prompt}."]
+    first = config(file, template=templates, chat_template="never")
+    texts = [p.text for p in load_prompts(first, plain).prompts]
+    chosen = [next(t for t in templates if t.format(prompt=i) == text) for i, text in enumerate(texts)]
+    assert all(8 <= chosen.count(t) <= 20 for t in templates)
+    assert [p.text for p in load_prompts(first, plain).prompts] == texts
+    other = [p.text for p in load_prompts(first.model_copy(update={"seed": 1}), plain).prompts]
+    assert other != texts
+    half = [p.text for p in load_prompts(first.model_copy(update={"holdout": 20}), plain).prompts]
+    assert set(half) < set(texts)  # a row keeps its template, whatever rows are left out
+
+
+@pytest.mark.parametrize("template", [[], ["a", 1], 3])
+def test_templates_are_texts(tmp_path: Path, template: Any) -> None:
+    with pytest.raises(ValueError, match="write a text, or a list of at least one text"):
+        DataConfig(path="x.jsonl", template=template)
