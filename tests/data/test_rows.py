@@ -265,7 +265,7 @@ def test_of_several_templates_each_row_gets_one_by_the_seed(tmp_path: Path, plai
     first = config(file, template=templates, chat_template="never")
     texts = [p.text for p in load_prompts(first, plain).prompts]
     chosen = [next(t for t in templates if t.format(prompt=i) == text) for i, text in enumerate(texts)]
-    assert all(8 <= chosen.count(t) <= 20 for t in templates)
+    assert all(chosen.count(t) >= 5 for t in templates)
     assert [p.text for p in load_prompts(first, plain).prompts] == texts
     other = [p.text for p in load_prompts(first.model_copy(update={"seed": 1}), plain).prompts]
     assert other != texts
