@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rft.tools.serve import serve, serving
 from rft.utils.signals import StopRequests
 from tests.integration.conftest import rft
 from tests.specs import needs_vllm
+from tests.venvs import python_with
 
 ASK: Any = [{"role": "user", "content": "what is 1 + 2?"}]
 HF = ["rollout.engine=hf", "rollout.threads=1"]
@@ -165,16 +165,17 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc}}]
 """
-LM_EVAL = os.environ.get("RFT_LM_EVAL_PYTHON")
+LM_EVAL = ("lm-eval[api]==0.4.13", "transformers>=5,<6")  # of these, the API's models need no torch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LM_EVAL, reason="needs RFT_LM_EVAL_PYTHON, a python with lm-eval[api]")
+@pytest.mark.timeout(900)
 def test_lm_eval_scores_choices(tiny_folder: Path, tmp_path: Path, ray_here: None) -> None:
     """Its `local-completions` picks the choices that transformers picks."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    python = python_with("RFT_LM_EVAL_PYTHON", *LM_EVAL)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     rows, picked = [], []
@@ -196,7 +197,7 @@ def test_lm_eval_scores_choices(tiny_folder: Path, tmp_path: Path, ray_here: Non
         async with serving(str(tiny_folder), HF, "127.0.0.1", 0, "", False, print) as url:
             arguments = f"model=m,base_url={url}/v1/completions,tokenizer={tiny_folder},num_concurrent=2"
             command = [
-                *(str(LM_EVAL), "-m", "lm_eval", "--model", "local-completions", "--tasks", "sums"),
+                *(python, "-m", "lm_eval", "--model", "local-completions", "--tasks", "sums"),
                 *("--model_args", arguments, "--include_path", str(tmp_path), "--log_samples"),
                 *("--output_path", str(tmp_path / "out")),
             ]
