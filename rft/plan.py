@@ -45,8 +45,10 @@ from rft.preflight.machine import check_folders, check_sockets, check_sync_folde
 from rft.preflight.memory import ModelShape, meta_network
 from rft.preflight.model import (
     check_adapter,
+    check_fusion,
     check_reference,
     count_adapter_parameters,
+    resolve_fusion,
     resolve_model,
     resolve_optional,
     resolve_stops,
@@ -68,6 +70,7 @@ class BasePlan:
     config: Config
     model: str  # folder or hub name of the weights to load
     reference_path: str | None  # likewise of the reference; None: the model that the run starts from
+    fusion: tuple[tuple[str, float], ...]  # of rollout.fusion: folder or hub name, weight
     given_tokenizer: str | None  # folder or hub name of `model.tokenizer`
     tokenizer: Any
     shape: ModelShape
@@ -134,6 +137,7 @@ class BasePlan:
             stop_token_ids=self.stop_ids,
             trust_remote_code=self.config.model.trust_remote_code,
             stop_strings=self.config.environment is not None,
+            fusion=self.fusion,
             reference=(self.reference_path or self.model) if validate.mixes_reference(self.config) else None,
             sleeps=self.channel_spec().colocated,
             engine_args=lora | c.engine_args,
@@ -245,6 +249,7 @@ def make_plan(
     path = attempt("model", lambda: resolve_model(config, model))
     reference = attempt("model.reference", lambda: resolve_optional(config.model.reference, config))
     given = attempt("model.tokenizer", lambda: resolve_optional(config.model.tokenizer, config))
+    fusion = attempt("rollout.fusion", lambda: resolve_fusion(config)) or ()
     if path is not None:
         cache = Path(config.output_dir) / ".cache"
         shape = attempt("model.path", lambda: ModelShape.of(path, config.model, cache))
@@ -298,6 +303,7 @@ def make_plan(
             problems += check_adapter(key, learner.adapter, network)
     if reference is not None and shape is not None and config.algorithm.needs_reference:
         problems += check_reference(reference, shape.vocab, trusted)
+    problems += check_fusion(fusion, shape.vocab, trusted, trains=not evaluate) if shape is not None else []
     problems += check_environment(config, tokenizer, train) if starts else []
     problems += check_run_rewards(config, train, sets or ()) if starts else []
     if starts:
@@ -317,6 +323,7 @@ def make_plan(
             config=config,
             model=path,
             reference_path=reference,
+            fusion=fusion,
             given_tokenizer=given,
             tokenizer=tokenizer,
             shape=shape,

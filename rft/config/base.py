@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+
+UNLISTED: dict[str, JsonValue] = {"listed": False}
+"""`json_schema_extra` of a section whose keys are those of another one, and are not listed again."""
 
 
 class ConfigModel(BaseModel):

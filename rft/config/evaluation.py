@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from rft.config.base import ConfigModel
+from rft.config.base import UNLISTED, ConfigModel
 from rft.config.data import DataConfig
 from rft.config.rewards import RewardsConfig, list_as_functions
 
@@ -19,12 +19,14 @@ class EvalSetConfig(ConfigModel):
     """A named held-out set. Settings that are none are those of `eval`."""
 
     data: DataConfig = Field(
-        description="rows of the set: the evaluation split of this section if it has one, else all its rows"
+        description="rows of the set, with the keys of `data`: its evaluation split if it has one, else all",
+        json_schema_extra=UNLISTED,
     )
     rewards: RewardsConfig | None = Field(
         None,
         description="reward functions of the set, which is then sampled without an environment (none: the "
         "run's rewards and environment; offline, the loss on the rows instead of samples)",
+        json_schema_extra=UNLISTED,
     )
     problems: int | None = Field(None, ge=1, description="number of rows")
     samples: int | None = Field(None, ge=1, description="samples per problem")

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from rft.config.base import ConfigModel
+from rft.config.base import UNLISTED, ConfigModel
 from rft.config.environment import EnvironmentConfig
 from rft.config.rewards import list_as_functions
 from rft.config.schema import Config
@@ -233,7 +233,8 @@ def describe_fields(section: type[ConfigModel] = Config, prefix: str = "") -> It
         child = model_of(info.annotation)
         required = info.is_required()
         default = None if required else info.get_default(call_default_factory=True)
-        if child is not None and not isinstance(default, list | tuple):
+        listed = info.json_schema_extra != UNLISTED
+        if child is not None and not isinstance(default, list | tuple) and listed:
             yield f"{prefix}{name}", "none" if default is None else "", info.description or ""
             yield from describe_fields(child, f"{prefix}{name}.")
         else:

@@ -102,6 +102,11 @@ class RolloutConfig(ConfigModel):
     health_timeout_s: float = Field(
         60, gt=0, description="health-check timeout in seconds, after which an engine counts as dead"
     )
+    fusion: dict[str, float] = Field(
+        {},
+        description="rft eval and rft serve on the hf engine: models whose logits are added to those of the "
+        "model, by folder or hub name, with their weights, e.g. {tuned-small: 1, small: -1}",
+    )
     engine_args: dict[str, Any] = Field({}, description="additional arguments of vLLM's AsyncEngineArgs")
 
     @model_validator(mode="after")

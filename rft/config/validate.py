@@ -701,6 +701,10 @@ def choose_transport(config: Config, facts: Facts) -> str:
 
 def engine_checks(config: Config, facts: Facts) -> Iterator[Check]:
     yield (
+        bool(config.rollout.fusion) and facts.engine == "vllm",
+        "rollout.fusion: vllm samples from one model; set rollout.engine: hf",
+    )
+    yield (
         config.ray.device == "cuda" and facts.device == "cpu",
         "ray.device: cuda, but this machine has no GPU; set ray.address to join a cluster",
     )

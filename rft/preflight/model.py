@@ -94,6 +94,27 @@ def count_adapter_parameters(network: nn.Module, adapter: AdapterConfig) -> int 
     return sum(p.numel() for p in made.parameters() if p.requires_grad)
 
 
+def resolve_fusion(config: Config) -> tuple[tuple[str, float], ...]:
+    """Return the folders or hub names of the fused models with their weights. Raises ModelError."""
+    return tuple((resolve_name(name, config), weight) for name, weight in config.rollout.fusion.items())
+
+
+def check_fusion(
+    fusion: tuple[tuple[str, float], ...], vocabulary: int, trust_remote_code: bool, *, trains: bool
+) -> list[str]:
+    """Check that fused models have the policy's vocabulary, and that nothing is trained."""
+    problems = []
+    if fusion and trains:
+        problems.append(
+            "rollout.fusion: a run trains one model, and would sample from another distribution; remove "
+            "it, and use it in `rft eval` and `rft serve`"
+        )
+    for path, _ in fusion:
+        checked = check_reference(path, vocabulary, trust_remote_code)
+        problems += [p.replace("model.reference", "rollout.fusion") for p in checked]
+    return problems
+
+
 def check_reference(reference: str, vocabulary: int, trust_remote_code: bool) -> list[str]:
     """Check that a reference model has the vocabulary size of the policy."""
     from transformers import AutoConfig

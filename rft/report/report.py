@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,10 @@ def facts(run: Run) -> list[Fact]:
         first, last = run.first(name), run.last(name)
         if first is not None and last is not None:
             headline.append(Fact(label, form.format(last), "from " + form.format(first)))
+    headline += _named_sets(run)
+    if (broken := run.last("eval/negative_flips")) is not None:
+        solved = run.last("eval/positive_flips")
+        headline.append(Fact("broken problems", f"{broken:.1%}", f"{solved or 0:.1%} solved, since step 0"))
     if len(run.metrics) > 1:
         seconds = run.metrics[-1]["time/wall"] - run.metrics[0]["time/wall"]
         step = run.series("time/step")[1]
@@ -117,6 +122,18 @@ def facts(run: Run) -> list[Fact]:
             "interruptions", str(resumes + faults), f"{_count(resumes, 'resume')}, {_count(faults, 'fault')}"
         )
     )
+    return headline
+
+
+def _named_sets(run: Run) -> list[Fact]:
+    """Return the accuracy of named held-out sets, and their loss where they are not sampled."""
+    headline = []
+    for name in run.names():
+        match = re.fullmatch(r"eval/([\w\-]+)/(accuracy|loss)", name)
+        first, last = run.first(name), run.last(name)
+        if match and first is not None and last is not None:
+            form = "{:.1%}" if match[2] == "accuracy" else "{:.4f}"
+            headline.append(Fact(f"{match[1]}: {match[2]}", form.format(last), "from " + form.format(first)))
     return headline
 
 

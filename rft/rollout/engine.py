@@ -107,6 +107,9 @@ class EngineSpec:
     trust_remote_code: bool = False
     stop_strings: bool = False  # requests may have some, besides those of the config
     reference: str | None = None  # the frozen model for `Sampling.mixture`
+    fusion: tuple[
+        tuple[str, float], ...
+    ] = ()  # further models whose logits are added, with weights (hf only)
     sleeps: bool = False  # while the learner uses their shared device (vLLM only)
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM's, in addition to the derived ones
 

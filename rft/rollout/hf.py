@@ -42,6 +42,7 @@ class HFEngine:
 
         self.model: Any = load(self.spec.model)
         self.reference: Any = load(self.spec.reference) if self.spec.reference else None
+        self.fused = [(load(path), weight) for path, weight in self.spec.fusion]
         self.tokenizer: Any = None
         if self.spec.config.sampling.stop or self.spec.stop_strings:
             from transformers import AutoTokenizer
@@ -79,10 +80,13 @@ class HFEngine:
         finish: list[Literal["stop", "length"] | None] = [None] * s.n
         ids = torch.tensor([request.tokens], device=self.spec.device).expand(s.n, -1)
         policy, reference = _Reader(self.model), _Reader(self.reference)
+        fused = [(_Reader(model), weight) for model, weight in self.fused]
         for _ in range(s.max_tokens):
             logits = policy.read(ids)
             if s.mixture:
                 logits = torch.lerp(logits, reference.read(ids), s.mixture)
+            for other, weight in fused:  # EFT (Mitchell et al. 2023); a negative weight is a contrast
+                logits = logits + weight * other.read(ids)
             ids, chosen = _draw(logits, s, generator)
             for i, (token, logp) in enumerate(zip(ids[:, 0].tolist(), chosen.tolist(), strict=True)):
                 if finish[i] is None:
@@ -113,7 +117,10 @@ class HFEngine:
     @torch.inference_mode()
     def _score_prompt(self, tokens: tuple[int, ...]) -> tuple[ScoredToken, ...]:
         ids = torch.tensor([tokens], device=self.spec.device)
-        logps = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        for other, weight in self.fused:
+            logits = logits + weight * other(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        logps = logits.log_softmax(-1)
         best, chosen = logps.max(-1), logps.gather(-1, ids[0, 1:, None])[:, 0]
         columns = (chosen.tolist(), best.indices.tolist(), best.values.tolist())
         return tuple(map(ScoredToken, *columns))
