@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -227,28 +224,26 @@ def hub() -> Iterator[FakeHub]:
     server.server_close()
 
 
-def pushed(hub: FakeHub, run: Path, out: Path, token: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "rft.cli",
-        "export",
-        str(run),
-        str(out),
-        "--push",
-        "me/sums",
-        "--private",
-    ]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def push(hub: FakeHub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """Export the run to `out` and push it with a token; returns the exit code."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+
+    def export(token: str) -> int:
+        monkeypatch.setenv("HF_TOKEN", token)
+        return main(["export", str(run), str(tmp_path / "out"), "--push", "me/sums", "--private"])
+
+    return export
 
 
 def test_a_push_creates_the_repository_and_uploads_every_file(
-    hub: FakeHub, run: Path, tmp_path: Path
+    hub: FakeHub, push: Callable[[str], int], run: Path, tmp_path: Path, capsys: Any
 ) -> None:
+    assert push("hf_right") == 0, hub.called
     out = tmp_path / "out"
-    done = pushed(hub, run, out, "hf_right")
-    assert done.returncode == 0, done.stderr + str(hub.called)
     assert hub.created[0]["name"] == "sums" and hub.created[0]["organization"] == "me"
     assert hub.created[0].get("private") is True or hub.created[0].get("visibility") == "private"
     assert (
@@ -257,10 +252,12 @@ def test_a_push_creates_the_repository_and_uploads_every_file(
         >= {"README.md", "lineage.json", "model.safetensors"}
     )
     assert hub.files["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
-    assert "/me/sums" in done.stdout
+    assert "/me/sums" in capsys.readouterr().out
 
 
-def test_a_refused_token_is_told_before_anything_is_written(hub: FakeHub, run: Path, tmp_path: Path) -> None:
-    done = pushed(hub, run, tmp_path / "out", "hf_wrong")
-    assert done.returncode == 2 and "--push: the hub refuses the token" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists() and not hub.created
+def test_a_refused_token_is_told_before_anything_is_written(
+    hub: FakeHub, push: Callable[[str], int], tmp_path: Path, capsys: Any
+) -> None:
+    assert push("hf_wrong") == 2
+    assert "--push: the hub refuses the token" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not hub.created
