@@ -16,7 +16,19 @@ from torch import Tensor
 from rft.cli import main
 from rft.errors import ConfigError
 from rft.tools import merge as merging
-from rft.tools.merge import Options, dare, layer_scale, lora_delta, merge, soup, sum_of, ties, trimmed
+from rft.tools.merge import (
+    Options,
+    breadcrumbs,
+    dare,
+    layer_scale,
+    lora_delta,
+    merge,
+    soup,
+    stock,
+    sum_of,
+    ties,
+    trimmed,
+)
 from rft.tools.model_files import ModelFiles, layer_number
 from rft.utils.hashing import model_digest
 
@@ -88,6 +100,21 @@ def test_dare_keeps_a_share_and_the_expectation() -> None:
     assert torch.equal(kept, dare(vector, 0.25, seed=3)) and not torch.equal(kept, dare(vector, 0.25, seed=4))
 
 
+def test_stock_shortens_the_mean_by_the_angle() -> None:
+    a, b = T([2.0, 0.0]), T([1.0, 1.0])  # 45 degrees: ratio 2 c / (1 + c)
+    c = 0.5**0.5
+    assert stock([a, b]).tolist() == pytest.approx([1.5 * 2 * c / (1 + c), 0.5 * 2 * c / (1 + c)])
+    assert stock([a, a]).tolist() == pytest.approx([2.0, 0.0]), "one direction: the mean"
+    assert stock([a, T([0.0, 3.0])]).tolist() == [0.0, 0.0], "a right angle: the base"
+    assert stock([a, -a]).tolist() == [0.0, 0.0]
+
+
+def test_breadcrumbs_leave_out_the_largest_and_the_smallest() -> None:
+    vector = T([[9.0, -8.0, 3.0, -2.0], [1.0, 0.5, 0.2, -0.1]])
+    assert breadcrumbs(vector, 0.5, 0.125).tolist() == [[0.0, -8.0, 3.0, -2.0], [1.0, 0.0, 0.0, 0.0]]
+    assert torch.equal(breadcrumbs(vector, 1.0, 0.0), vector)
+
+
 def test_lines_grows_with_the_layer() -> None:
     scales = [layer_scale(layer, 3, 0.2, 0.6, False) for layer in range(3)]
     assert scales == pytest.approx([0.2, 0.5, 0.8])
@@ -133,6 +160,10 @@ def test_folders_are_merged_shard_by_shard(make: Callable[..., Path], tmp_path: 
     elected = merged("ties", tmp_path / "ties", base, tuned, third, density=1.0)
     # t = +base, -2 base: the greater total is the second one's sign, so base - 2 base
     assert elected[name].tolist() == [[-1.0, 2.0, -4.0]]
+    angle = merged("stock", tmp_path / "stock", base, tuned, make("twice", 3.0))
+    assert angle[name].tolist() == [[pytest.approx(2.5), pytest.approx(-5.0), pytest.approx(10.0)]], "c = 1"
+    crumbs = merged("breadcrumbs", tmp_path / "crumbs", base, tuned, density=0.34, gamma=0.34)
+    assert crumbs[name].tolist() == [[1.0, -4.0, 4.0]], "neither the largest change nor the smallest"
     kept = merged("dare", tmp_path / "dare", base, tuned, density=1.0)
     assert kept[name].tolist() == [[2.0, -4.0, 8.0]]
 
@@ -180,6 +211,8 @@ def test_what_does_not_fit_is_refused_by_name(make: Callable[..., Path], tmp_pat
         "ties", out, base, twin, other, weights=[1.0]
     )
     assert "--density: 0 is not a share" in refused("dare", out, base, twin, density=0.0)
+    assert "stock: it takes BASE MODEL MODEL" in refused("stock", out, base, twin)
+    assert "--gamma: ties does not use it" in refused("ties", out, base, twin, gamma=0.1)
     assert "greedy: name a config" in refused("greedy", out, base, twin)
     (tmp_path / "empty").mkdir()
     assert "empty: it has no model.safetensors" in refused("soup", out, base, tmp_path / "empty")

@@ -86,7 +86,7 @@ def register(command: AddCommand) -> None:
     add("--gguf", metavar="FILE", type=path_argument, help="also convert to GGUF, with --converter")
     add("--converter", metavar="PATH", type=path_argument, help="llama.cpp's convert_hf_to_gguf.py")
     add = command(merge, "merge", "combine models of one shape in weight space", stoppable=True)
-    methods = "soup, greedy, wise-ft, lines, ties, dare, arithmetic, difference or adapter"
+    methods = "soup, greedy, wise-ft, lines, ties, dare, stock, breadcrumbs, arithmetic, difference, adapter"
     add("method", metavar="METHOD", help=methods)
     add(
         "models", nargs="+", metavar="MODEL", type=path_argument, help="model folders, run folders, hub names"
@@ -96,7 +96,8 @@ def register(command: AddCommand) -> None:
     text = "wise-ft: share of the tuned model (0.5); lines: first scale (0); ties, difference: scale (1)"
     add("--alpha", type=float, help=text)
     add("--beta", type=float, help="lines: increase of the scale up to the last layer (1)")
-    add("--density", type=float, help="ties (0.2), dare (0.1): share of the changes that is kept")
+    add("--density", type=float, help="ties (0.2), dare (0.1), breadcrumbs (0.9): share that is kept")
+    add("--gamma", type=float, help="breadcrumbs: share of the largest changes that is left out (0.01)")
     add("--seed", type=int, default=0, help="dare: seed of the masks (0)")
     add("--config", type=path_argument, help="greedy: config whose evaluation gives the accuracy of a model")
     add = command(
@@ -301,7 +302,7 @@ def merge(args: argparse.Namespace) -> int:
     if args.method not in METHODS:
         hint = did_you_mean_or_list(args.method, METHODS)
         raise ConfigError([f"merge: unknown method {args.method!r}{hint}"])
-    options = Options(args.weights, args.alpha, args.beta, args.density, args.seed)
+    options = Options(args.weights, args.alpha, args.beta, args.density, args.gamma, args.seed)
     score = None if args.config is None else accuracy_by(args.config, args.signals)
     with tempfile.TemporaryDirectory(prefix="rft-merge-") as scratch:
         folders = {name: local_folder(name, Path(scratch) / str(i)) for i, name in enumerate(args.models)}

@@ -1,21 +1,22 @@
 """`rft merge METHOD MODEL... --out OUT`: combine models of one shape in weight space, one shard at a time.
 
-The first model gives config, tokenizer and dtype; arithmetic is done in float32. With task vectors t_i =
-model_i - base, where the first model is the base:
+The first model gives config, tokenizer and dtype; arithmetic is done in float32. With task vectors
+t_i = model_i - base, where the first model is the base:
 
-    soup        mean of all models, weighed (Wortsman et al. 2022)
-    greedy      the mean of those models that, in order of their accuracy on a set, do not lower the mean's
-                accuracy (the same paper, recipe 1)
-    wise-ft     (1 - alpha) * start + alpha * tuned (Wortsman et al. 2022b) lines       base + sum_i w_i *
-    (alpha + beta * l / (L - 1)) * t_i in layer l = 0 ... L - 1; alpha before the
-                layers, alpha + beta behind them (LiNeS, Wang et al. 2024)
-    ties        base + alpha * mean of those trimmed t_i that have the elected sign (TIES, Yadav et al. 2023)
-    dare        base + sum_i w_i * mask_i * t_i / density, with random masks that keep a share `density`
-    (DARE, Yu
-                et al. 2023)
-    arithmetic  base + sum_i w_i * t_i; a negative weight removes what was learned (Ilharco et al. 2023)
-    difference  onto + alpha * (to - from), models in the order FROM TO ONTO (PortLLM, Khan et al. 2024)
-    adapter     base + scale * B A, models in the order BASE ADAPTER (LoRA)
+soup         mean of all models, weighed (Wortsman et al. 2022)
+greedy       mean of the models that, in order of their accuracy, do not lower the mean's (there, recipe 1)
+wise-ft      (1 - alpha) * start + alpha * tuned (Wortsman et al. 2022b)
+lines        base + sum_i w_i * (alpha + beta * l / (L - 1)) * t_i in layer l = 0 ... L - 1; with alpha before
+             the layers, with alpha + beta behind them (LiNeS, Wang et al. 2024)
+ties         base + alpha * mean of the trimmed t_i that have the elected sign (TIES, Yadav et al. 2023)
+dare         base + sum_i w_i * mask_i * t_i / density, random masks (DARE, Yu et al. 2023)
+stock        base + r * mean of the N vectors t_i, r = N c / (1 + (N - 1) c) in each tensor, c the mean cosine
+             between two of them (Model Stock, Jang et al. 2024)
+breadcrumbs  base + sum_i w_i * t_i without the share gamma of the largest values and with the next share
+             density of them only (Davari and Belilovsky 2023)
+arithmetic   base + sum_i w_i * t_i; a negative weight removes what was learned (Ilharco et al. 2023)
+difference   onto + alpha * (to - from), models in the order FROM TO ONTO (PortLLM, Khan et al. 2024)
+adapter      base + scale * B A, models in the order BASE ADAPTER (LoRA)
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ from rft.utils.files import folder_atomic
 from rft.utils.hashing import hash64, model_digest
 from rft.utils.signals import StopRequests
 
-METHODS = ("soup", "greedy", "wise-ft", "lines", "ties", "dare", "arithmetic", "difference", "adapter")
+METHODS = (
+    "soup", "greedy", "wise-ft", "lines", "ties", "dare", "stock", "breadcrumbs", "arithmetic", "difference",
+    "adapter",
+)  # fmt: skip
 MERGE_FILE = "merge.json"  # in the merged folder: method, options, and digests of the models' weights
 _NUMBER = {"wise-ft": (2, "START TUNED"), "difference": (3, "FROM TO ONTO"), "adapter": (2, "BASE ADAPTER")}
 
@@ -58,6 +62,7 @@ class Options:
     alpha: float | None = None
     beta: float | None = None
     density: float | None = None
+    gamma: float | None = None
     seed: int = 0
 
 
@@ -104,6 +109,26 @@ def dare(vector: Tensor, density: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(vector.shape, generator=generator) < density
     return vector * mask / density
+
+
+def stock(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the merged task vector of Model Stock: the mean of the vectors, shortened by their angle. Where
+    they point apart on average (a negative cosine), it is 0."""
+    flat = torch.stack([v.reshape(-1) for v in vectors])
+    units, n = torch.nn.functional.normalize(flat, dim=1), len(vectors)
+    cosine = float(((units @ units.T).sum() - (units * units).sum()) / (n * (n - 1)))
+    ratio = max(n * cosine / (1 + (n - 1) * cosine), 0.0) if cosine > 0 else 0.0
+    return ratio * flat.mean(dim=0).view_as(vectors[0])
+
+
+def breadcrumbs(vector: Tensor, density: float, gamma: float) -> Tensor:
+    """Return the vector without the share `gamma` of its largest values, by magnitude, and with the next
+    share `density` of them only."""
+    order = vector.abs().reshape(-1).argsort(descending=True)
+    first, last = round(gamma * len(order)), round((gamma + density) * len(order))
+    mask = torch.zeros(len(order), dtype=torch.bool)
+    mask[order[first:last]] = True
+    return vector * mask.view_as(vector)
 
 
 def layer_scale(layer: int | None, layers: int, alpha: float, beta: float, behind: bool) -> float:
@@ -193,6 +218,11 @@ def _task_vector(
         seeds = [hash64(f"{o.seed}/{i}/{name}") % 2**63 for i in range(len(vectors))]
         kept = 0.1 if density is None else density
         return sum_of([dare(v, kept, s) for v, s in zip(vectors, seeds, strict=True)], weights)
+    if method == "stock":
+        return stock(vectors)
+    if method == "breadcrumbs":
+        kept, gamma = 0.9 if density is None else density, 0.01 if o.gamma is None else o.gamma
+        return sum_of([breadcrumbs(v, kept, gamma) for v in vectors], weights)
     total = sum_of(vectors, weights)
     if method == "arithmetic":
         return total
@@ -259,12 +289,16 @@ def _option_problems(method: str, names: Sequence[str], o: Options, scores: bool
     count, problems = len(names), []
     if count < least or (method in _NUMBER and count > least):
         problems.append(f"{method}: it takes {shape}, not {count} model{'s' if count != 1 else ''}")
-    weighed = {"soup": count, **dict.fromkeys(("lines", "ties", "dare", "arithmetic"), count - 1)}
+    weighed = {
+        "soup": count,
+        **dict.fromkeys(("lines", "ties", "dare", "breadcrumbs", "arithmetic"), count - 1),
+    }
     takes = {
         "weights": tuple(weighed),
         "alpha": ("wise-ft", "lines", "ties", "difference"),
         "beta": ("lines",),
-        "density": ("ties", "dare"),
+        "density": ("ties", "dare", "breadcrumbs"),
+        "gamma": ("breadcrumbs",),
     }
     for option, methods in takes.items():
         if getattr(o, option) is not None and method not in methods:
@@ -276,6 +310,12 @@ def _option_problems(method: str, names: Sequence[str], o: Options, scores: bool
         problems.append("--weights: they sum to 0; soup divides by their sum")
     if o.density is not None and not 0 < o.density <= 1:
         problems.append(f"--density: {o.density:g} is not a share above 0, up to 1")
+    if o.gamma is not None and not 0 <= o.gamma < 1:
+        problems.append(f"--gamma: {o.gamma:g} is not a share below 1")
+    if method == "stock" and count == 2:
+        problems.append(
+            "stock: it takes BASE MODEL MODEL..., since it needs the angle between two tuned models"
+        )
     if method == "greedy" and not scores:
         problems.append("greedy: name a config that measures accuracy (rewards, held-out rows): `--config`")
     return problems

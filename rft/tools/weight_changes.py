@@ -1,5 +1,4 @@
-"""Where and how two models differ in weight space: changed share, rank of the update, intruder dimensions,
-masks."""
+"""How two models differ in weight space: changed share, rank of the update, intruder dimensions, masks."""
 
 from __future__ import annotations
 
@@ -11,13 +10,9 @@ from torch import Tensor
 
 from rft.tools.model_files import ModelFiles
 
-TOLERANCE = (
-    1e-5  # bfloat16 values within it count as equal (Mukherjee et al. 2025, arXiv 2505.11711, section 2)
-)
-INTRUDERS, SIMILAR = (
-    10,
-    0.6,
-)  # first singular vectors, and the cosine below which one is new (arXiv 2410.21228)
+TOLERANCE = 1e-5  # bfloat16 values within it count as equal (Mukherjee et al. 2025, arXiv 2505.11711)
+INTRUDERS = 10  # first singular vectors that are examined (Shuttleworth et al. 2024, arXiv 2410.21228)
+SIMILAR = 0.6  # cosine below which a singular vector is new (there)
 
 
 @dataclass(frozen=True)
