@@ -75,6 +75,7 @@ WORDS = {
     "environment/workers/*": ("environments/runner.py",),
     "environment/endpoint/*": ("endpoint/server.py",),
     "data/*": ("rollout/buffer.py",),
+    "data/*/*": ("data/mixture.py",),
     "reward/*/*": ("rewards/types.py",),
     "reward/workers/*": ("rewards/runner.py",),
     "memory/device/*": ("sync/ipc.py",),
