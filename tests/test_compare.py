@@ -116,12 +116,14 @@ def test_divergence_of_texts_is_that_of_the_whole_distributions(
     assert same.kl_ab == same.kl_ba == 0.0 and same.nll_a == same.nll_b
 
 
-def make_run(folder: Path, model: Path, marks: list[bool], rate: float) -> Path:
+def make_run(folder: Path, model: Path, start: Path, marks: list[bool], rate: float) -> Path:
     import shutil
 
     folder.mkdir()
     shutil.copytree(model, folder / "model")
-    config: dict[str, Any] = {"model": {"path": str(model)}, "learner": {"learning_rate": rate}}
+    config: dict[str, Any] = {
+        "algorithm": "grpo", "model": {"path": str(start)}, "learner": {"learning_rate": rate}
+    }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(config))
     accuracy = sum(marks) / len(marks)
     (folder / "result.json").write_text(json.dumps({"steps": 4, "eval/accuracy": accuracy}))
@@ -133,15 +135,14 @@ def make_run(folder: Path, model: Path, marks: list[bool], rate: float) -> Path:
 def test_two_runs_side_by_side(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = make_run(tmp_path / "one", pair[0], [True, True, False, False], 1e-3)
-    two = make_run(tmp_path / "two", pair[1], [False, True, True, True], 2e-3)
+    one = make_run(tmp_path / "one", pair[0], pair[0], [True, True, False, False], 1e-3)
+    two = make_run(tmp_path / "two", pair[1], pair[0], [False, True, True, True], 2e-3)
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
     rows.write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
-    start = ["--start", str(pair[0])]
-    words = ["compare", str(one), str(two), *start, "--data", str(rows), "--page", str(page), "--quick"]
+    words = ["compare", str(one), str(two), "--data", str(rows), "--page", str(page), "--quick"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
-    a, b = found["weights"]["changes"]
+    a, b = found["weights"]["changes"]  # both from the model that the configs name
     assert a["changed"] == 0 and 0 < b["changed"] < 1
     changed = [row["name"] for row in b["tensors"] if row["changed"]]
     assert len(changed) == 1 and "embed_tokens" in changed[0]

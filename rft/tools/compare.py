@@ -13,12 +13,13 @@ import jinja2
 import torch
 
 from rft.config.data import DataConfig
-from rft.config.load import differences
+from rft.config.load import differences, parse_config
 from rft.data import DataError, load_groups
-from rft.errors import ConfigError
+from rft.errors import ConfigError, ModelError
 from rft.learner.load import load_tokenizer
 from rft.metrics.evaluation import Evaluation, Problem, flips, paired_test, read_evaluation
 from rft.report.page import STYLE
+from rft.tools.export import start_of
 from rft.tools.model_files import ModelFiles, local_folder, shape_problems, tokenizer_problems
 from rft.tools.weight_changes import mask_overlap, weight_changes
 from rft.utils import yaml_files
@@ -190,12 +191,14 @@ def _config(target: str) -> dict[str, Any]:
 
 
 def _common_start(configs: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the model folder that both runs began at; None if it is not one, or is not a folder."""
-    paths = {str((config.get("model") or {}).get("path")) for config in configs if config}
-    if not all(configs) or len(paths) != 1 or any(config.get("warm_start") for config in configs):
+    """Return the model folder that both runs began at; None if A or B is not a run, or they began at two."""
+    if not all(configs):
         return None
-    (path,) = paths
-    return path if (Path(path).expanduser() / "config.json").exists() else None
+    try:
+        first, second = (start_of(parse_config(dict(config))) for config in configs)
+    except (ConfigError, ModelError, OSError, ValueError):
+        return None  # a run of another version, or a model that was moved
+    return first if first == second and (Path(first) / "config.json").exists() else None
 
 
 def _last_metrics(run: Path) -> dict[str, float]:

@@ -8,10 +8,12 @@ from tempfile import TemporaryDirectory
 
 from rft import checkpoint
 from rft.config.load import load_config
+from rft.config.schema import Config
 from rft.errors import ConfigError
 from rft.learner.learner import Learner
 from rft.plan import make_plan
 from rft.preflight.data import warm_start_folder
+from rft.preflight.model import resolve_model
 
 ADAPTER = "adapter"  # subfolder of a model whose run trained an adapter
 
@@ -78,6 +80,17 @@ def weights_of(target: str, scratch: Path) -> tuple[str, str]:
         return str(run / "model"), str(run / "model")
     source = export_run(run, scratch / "model")
     return str(scratch / "model"), str(source)
+
+
+def start_of(config: Config) -> str:
+    """Return the folder or hub name of the weights that a run began to train: the model, or its warm start.
+
+    Raises ModelError if the config's model is no longer there.
+    """
+    model = resolve_model(config)
+    if config.warm_start is None:
+        return model
+    return str(warm_start_folder(config, config.warm_start, model))
 
 
 def _merge_adapter(config: Path, newest: Path, out: Path) -> None:

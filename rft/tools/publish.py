@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,7 @@ from rft.config.load import parse_config
 from rft.config.schema import Config, algorithm_name
 from rft.errors import ConfigError, ModelError
 from rft.metrics.log import read_jsonl
-from rft.preflight.data import warm_start_folder
-from rft.preflight.model import resolve_model
-from rft.tools.export import export_adapter, export_run
+from rft.tools.export import export_adapter, export_run, start_of
 from rft.utils import yaml_files
 from rft.utils.hashing import file_digest, model_digest
 
@@ -152,15 +151,12 @@ def lineage_of(run: Path) -> dict[str, Any]:
 def base_of(config: Config) -> dict[str, Any]:
     """Return the model that the run trained, with a digest of its weights (None: it is no longer there)."""
     base: dict[str, Any] = {"name": config.model.path, "weights": None}
-    try:
-        folder = resolve_model(config)
-        if config.warm_start is not None:
-            base["warm_start"] = True
-            folder = str(warm_start_folder(config, config.warm_start, folder))
+    if config.warm_start is not None:
+        base["warm_start"] = True
+    with suppress(ModelError, OSError, ValueError):  # a hub that cannot be reached, a folder that was moved
+        folder = start_of(config)
         if Path(folder).is_dir() or config.warm_start is None:
             base["weights"] = model_digest(folder)
-    except (ModelError, OSError, ValueError):
-        pass  # a hub that cannot be reached, or a folder that was moved
     return base
 
 
