@@ -191,7 +191,7 @@ def merge(
 def _merged(method: str, models: Sequence[ModelFiles], o: Options, like: ModelFiles, name: str) -> Tensor:
     """Return a merged tensor in the dtype of `like`."""
     tensors = [m.read(name) for m in models]
-    dtype = like.read(name).dtype
+    dtype = tensors[models.index(like)].dtype
     base, *others = [t.float() for t in tensors]
     if method in ("soup", "greedy"):
         merged = soup(tensors, o.weights or [1.0] * len(tensors))
