@@ -70,6 +70,7 @@ def test_the_metadata(wheel: zipfile.ZipFile) -> None:
         "deepspeed",
         "gguf",
         "quant",
+        "select",
         "dev",
         "docs",
         "trackers",

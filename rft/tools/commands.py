@@ -60,6 +60,43 @@ def register(command: AddCommand) -> None:
     add("--prompts", type=_positive, metavar="N", help="the first N rows (default: all)")
     add("--samples", type=_positive, metavar="N", help="sessions of a row (default: train.num_generations)")
     add("--split", choices=["train", "test"], default="train", help="rows to play (default: train)")
+    text = "sample completions of each prompt, and keep the best or the right ones as demonstrations"
+    add = command(sample, "sample", text, config=True, stoppable=True)
+    add("--out", metavar="FOLDER", type=path_argument,
+        help="folder for samples.jsonl (default: OUTPUT_DIR/NAME-samples); the same command goes on there"
+        )  # fmt: skip
+    add("--model", metavar="MODEL|RUN", type=path_argument, help="as for rft collect")
+    add("--prompts", type=_positive, metavar="N", help="the first N rows (default: all)")
+    add("--samples", type=_positive, metavar="K", help="completions a row (default: train.num_generations)")
+    add("--split", choices=["train", "test"], default="train", help="rows to sample (default: train)")
+    add("--keep", choices=["best", "success", "all"], default="best",
+        help="best of each prompt (default), all that the rewards judge correct, or all"
+        )  # fmt: skip
+    add("--at-least", type=float, metavar="REWARD", help="lowest reward that is kept")
+    text = "score the rows of a dataset by a method, and keep a part of them"
+    add = command(select, "select", text)
+    add("data", metavar="DATA", type=path_argument, help="file or folder of rows")
+    add("--method", required=True, metavar="METHOD",
+        help="length, exact, minhash, perplexity, grape, el2n or pass_rate"
+        )  # fmt: skip
+    add("--out", required=True, metavar="FOLDER", type=path_argument,
+        help="folder for selected.jsonl, scores.jsonl and report.html; the same command goes on there"
+        )  # fmt: skip
+    add("--model", type=path_argument, help="model folder or hub name: perplexity, grape, el2n")
+    add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="keep rows with scores in this range")
+    add("--quantiles", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the same, as shares of the rows")
+    add("--fraction", type=float, metavar="F", help="keep this share of the rows, with the highest scores")
+    add("--lowest", action="store_true", help="--fraction: keep the lowest scores instead")
+    add("--threshold", type=float, default=0.8, metavar="S",
+        help="minhash: similarity from which a row is a duplicate (default: 0.8)"
+        )  # fmt: skip
+    add("--sessions", type=path_argument, metavar="FILE", help="pass_rate: sessions.jsonl of rft collect")
+    add("--column", action="append", default=[], metavar="NAME=COLUMN", help="rename a column")
+    add("--split", default="train", help="split to read (default: train)")
+    add("--limit", type=_positive, metavar="N", help="the first N rows (default: all)")
+    add("--max-length", type=_positive, default=2048, metavar="N",
+        help="tokens of a row that a model reads (default: 2048)"
+        )  # fmt: skip
     text = "serve a model, or the newest checkpoint of a run, in the dialects of OpenAI and Anthropic"
     add = command(serve, "serve", text, stoppable=True)
     add("target", metavar="MODEL|RUN", type=path_argument, help="model folder or hub name, or a run folder")
@@ -240,6 +277,50 @@ def collect(args: argparse.Namespace) -> int:
     except RunStopped:
         note(f"stopped ({args.signals.reason}): the sessions so far are in {out}; the same command goes on")
         return STOPPED
+    return 0
+
+
+def sample(args: argparse.Namespace) -> int:
+    from rft.config.load import load_config
+    from rft.errors import RunStopped
+    from rft.tools.collect import Arguments
+    from rft.tools.sample import sample
+    from rft.utils.signals import STOPPED
+
+    config = load_config(args.config, args.overrides)
+    out = Path(args.out or f"{config.run_dir}-samples")
+    arguments = Arguments(args.model, args.samples, args.prompts, args.split)
+    try:
+        note(str(sample(config, out, arguments, args.keep, args.at_least, args.signals, note)))
+    except RunStopped:
+        note(f"stopped ({args.signals.reason}): the samples so far are in {out}; the same command goes on")
+        return STOPPED
+    return 0
+
+
+def select(args: argparse.Namespace) -> int:
+    from rft.errors import ConfigError
+    from rft.tools.select import Arguments, select
+
+    pairs = [text.partition("=") for text in args.column]
+    if wrong := [name for name, equals, column in pairs if not (name and equals and column)]:
+        raise ConfigError([f"--column: write NAME=COLUMN, not {wrong[0]!r}"])
+    arguments = Arguments(
+        data=args.data,
+        method=args.method,
+        model=args.model,
+        range=None if args.range is None else tuple(args.range),
+        quantiles=None if args.quantiles is None else tuple(args.quantiles),
+        fraction=args.fraction,
+        lowest=args.lowest,
+        threshold=args.threshold,
+        sessions=args.sessions,
+        columns={name: column for name, _, column in pairs},
+        split=args.split,
+        limit=args.limit,
+        max_length=args.max_length,
+    )
+    note(str(select(arguments, Path(args.out), note)))
     return 0
 
 
