@@ -93,7 +93,7 @@ SHORTHANDS = {
 
 # Keys of `data` that say where rows come from.
 _SOURCE = ("kind", "path", "eval_path", "split", "eval_split", "subset", "revision", "task", "options",
-           "holdout", "streaming")  # fmt: skip
+           "holdout", "streaming", "mixture", "mixing", "mixing_temperature")  # fmt: skip
 
 
 @dataclass(frozen=True)
