@@ -237,9 +237,9 @@ class DataConfig(ConfigModel):
             try:
                 self._part(name)
             except ValidationError as error:
-                found = error.errors()[0]
-                key = "".join(f".{part}" for part in found["loc"])
-                message = found["msg"].removeprefix("Value error, ")
+                first = error.errors()[0]
+                key = "".join(f".{part}" for part in first["loc"])
+                message = first["msg"].removeprefix("Value error, ")
                 raise ValueError(f"`mixture.{name}{key}`: {message}") from None
 
     def _part(self, name: str) -> DataConfig:

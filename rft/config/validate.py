@@ -242,7 +242,7 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
             "kind verifiers needs the Python that has verifiers; write the path of FOLDER/bin/python, made "
             "by python3 -m venv FOLDER && FOLDER/bin/pip install 'verifiers>=0.4,<0.5'"
             if e.python is None
-            else f"kind {e.kind} runs in the Python of rft; remove it, or write kind: verifiers"
+            else f"kind {e.kind} runs in the Python of rft; remove python, or write kind: verifiers"
         ),
     )
     yield (
@@ -327,7 +327,7 @@ def eval_checks(config: Config, facts: Facts) -> Iterator[Check]:
         )
         yield (
             s.rewards is not None and not s.rewards.functions,
-            f"{key}.rewards: it names no reward; leave it out for those of the run",
+            f"{key}.rewards: the list is empty; leave it out to use the rewards of the run",
         )
         yield (
             s.rewards is not None and bool(score_heads(a)),
@@ -346,7 +346,7 @@ def eval_checks(config: Config, facts: Facts) -> Iterator[Check]:
         yield (
             s.max_completion_length is not None and s.max_completion_length > limit,
             f"{key}.max_completion_length: {s.max_completion_length} exceeds the engines' {limit} "
-            "(rollout.sampling.max_completion_length); lower it, or raise that",
+            "(rollout.sampling.max_completion_length); lower the first, or raise the second",
         )
 
 

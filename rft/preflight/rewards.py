@@ -86,8 +86,8 @@ def check_run_rewards(config: Config, train: PromptSet | None, sets: Sequence[Ev
         problems += check_rewards(config.rewards, shared, kind, config.data.rewards_by_source)
     for s in sets:
         if s.rewards is not None:
-            found = check_rewards(s.rewards, {f"the set {s.name}": s.prompts})
-            problems += [f"{s.key}.rewards: {problem}" for problem in found]
+            of_set = check_rewards(s.rewards, {f"the set {s.name}": s.prompts})
+            problems += [f"{s.key}.rewards: {problem}" for problem in of_set]
     return problems
 
 

@@ -61,7 +61,7 @@ async def test_wrong_tasksets_and_options() -> None:
     )
     assert "has no taskset 'no-such'" in await problem(new, "no-such")
     assert "an environment of verifiers v0" in await problem(new, str(HERE / "guess_v0.py"))
-    assert "needs what cannot be imported" in await problem(new, str(HERE / "test_verifiers.py"))
+    assert "needs a module that cannot be imported" in await problem(new, str(HERE / "test_verifiers.py"))
     assert "needs a container" in await problem(new, agent={"harness": {"id": "codex"}})
     wrong = {"harness": {"id": "countdown", "turn": 3}}
     assert "environment.options.agent.harness.turn: Extra" in await problem(new, agent=wrong)

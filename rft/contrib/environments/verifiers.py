@@ -84,8 +84,7 @@ class Host:
             loaded = player.receive()
         except EOFError:
             raise SpecError(
-                f"environment.python: {self.python} does not play as a Python with verifiers would: it "
-                f"{player.how()}"
+                f"environment.python: {self.python} could not load verifiers: it {player.how()}"
             ) from None
         if "problem" in loaded:
             player.end()

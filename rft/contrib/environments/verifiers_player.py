@@ -64,8 +64,8 @@ def missing(
             "file"
         )
     return PlayerProblem(
-        f"environment.path: the {what} {given['id']!r} needs what cannot be imported: {error}; install it "
-        f"for {sys.executable}"
+        f"environment.path: the {what} {given['id']!r} needs a module that cannot be imported: {error}; "
+        f"install it for {sys.executable}"
     )
 
 
@@ -153,7 +153,7 @@ class Tasks:
                 )
             except ValueError as error:
                 raise PlayerProblem(
-                    f"the row has no column `task`, and is no {data.__name__} itself: {error}"
+                    f"the row has no column `task`, and is not a {data.__name__}: {error}"
                 ) from error
         return pick(row["task"], self._known, self._tasks, lambda task: task.data.name)
 
