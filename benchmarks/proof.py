@@ -1,7 +1,7 @@
 """What the proof of a push costs the learner: `python benchmarks/proof.py`.
 
-The learner scores the fixed tokens and takes a step in turn, in one process on one thread, so that a busy
-machine slows both; the share is the median of the rounds. The engines' part, the prefill of the fixed
+The learner scores the fixed tokens and takes a step in turn, in one process on one thread, in seconds of
+processor time; the share is the median of the rounds. The engines' part, the prefill of the fixed
 tokens, overlaps with generation and is not counted.
 """
 
@@ -11,7 +11,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from rft.sync.proof import PROOF_TOKENS
 from rft.tasks.tiny import build_tiny
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import write_result
+from common import clock, write_result
 from shapes import SMOLLM2, Shape
 
 # name: (shape of the model or None: the demo's, prompts, completions of each, tokens of a prompt, of a
@@ -73,18 +72,18 @@ def measure(folder: Path, size: str) -> dict[str, Any]:
     for count in sorted({64, PROOF_TOKENS, 96, 128, 192}):
         some = tokens(count)
         learner.score_tokens(some)
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(2):
             learner.score_tokens(some)
-        by_tokens[str(count)] = (time.perf_counter() - begin) / 2
+        by_tokens[str(count)] = (clock() - begin) / 2
     learner.score_tokens(fixed)
     for round_ in range(rounds):
-        begin = time.perf_counter()
+        begin = clock()
         learner.score_tokens(fixed)
-        middle = time.perf_counter()
+        middle = clock()
         learner.step(batch, round_ + 1)
         scores.append(middle - begin)
-        steps.append(time.perf_counter() - middle)
+        steps.append(clock() - middle)
     return {
         "size": size,
         "parameters": learner.parameters,
