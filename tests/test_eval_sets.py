@@ -69,6 +69,16 @@ def test_sets_have_their_rows_rewards_and_sampling(tiny_folder: Path, tmp_path: 
     assert "evaluation   facts: 5 held-out prompts, 3 samples each, every 20 steps" in plan.text
 
 
+def test_a_set_with_rewards_does_not_inherit_the_reward_that_ranks(tiny_folder: Path, tmp_path: Path) -> None:
+    sets = {
+        "own": {"data": {"kind": "sums"}, "rewards": ["exact_match"]},
+        "shared": {"data": {"kind": "sums"}},
+        "ranked": {"data": {"kind": "sums"}, "rewards": ["exact_match", "format"], "rerank": "format"},
+    }
+    plan = plan_of(tiny_folder, tmp_path, eval={"rerank": "math", "sets": sets})
+    assert [s.settings.rerank for s in plan.eval_sets] == ["math", None, "math", "format"]
+
+
 def test_data_without_held_out_rows_has_no_unnamed_set(tiny_folder: Path, tmp_path: Path) -> None:
     data = {"path": str(tmp_path / "facts.jsonl"), "columns": {"prompt": "question"}}
     assert [s.name for s in plan_of(tiny_folder, tmp_path, data=data).eval_sets] == ["facts", "hard"]

@@ -77,12 +77,16 @@ class EvalConfig(ConfigModel):
         return self
 
     def of_set(self, name: str) -> EvalConfig:
-        """Return the settings of a named set ("": the unnamed one)."""
+        """Return the settings of a named set ("": the unnamed one). A set with its own rewards does not
+        inherit `rerank`, the name of one of the run's."""
         if not name:
             return self
         fields = ("problems", "samples", "temperature", "top_p", "greedy", "rerank")
         given = {key: getattr(self.sets[name], key) for key in fields}
-        return self.model_copy(update={key: value for key, value in given.items() if value is not None})
+        settings = {key: value for key, value in given.items() if value is not None}
+        if self.sets[name].rewards is not None:
+            settings["rerank"] = given["rerank"]
+        return self.model_copy(update=settings)
 
     def sampled_sets(self, *, online: bool) -> list[str]:
         """Return the names of the sets whose prompts are sampled; the others measure the loss on their
