@@ -40,9 +40,9 @@ SECTIONS = {
         "four numbers of two digits, which the model cannot do in its head, and the built-in tool; one "
         "demonstration in four calls it. `guess` is `examples/guess.yaml`, where each guess is "
         "credited with its own reward, and `guess_no_credit` the same without `turn_returns`: "
-        "a number from 1 to 200 is to be found within 8 guesses, each answered by `higher` or `lower`; "
+        "a number from 1 to 100 is to be found within 7 guesses, each answered by `higher` or `lower`; "
         "demonstrations guess any number that is still possible. Accuracy is the share of held-out sums that "
-        "are right, over 256 sums x 2 samples, and of held-out numbers that are found, over 256 games. Turns "
+        "are right, over 256 sums x 2 samples, and of games that end with the number, over 256 games. Turns "
         "and tool calls are means over the sessions that were trained on, in the first and in the last five "
         "steps. The minutes are those of reinforcement learning; those of the warm start are in the remark.",
     ),

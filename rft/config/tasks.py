@@ -109,7 +109,22 @@ class SumsConfig(ConfigModel):
     operands: int = Field(4, ge=2, le=12, description="numbers per sum")
     digits: int = Field(2, ge=1, le=9, description="digits of each number")
     operators: tuple[Literal["+", "-"], ...] = Field(("+", "-"), min_length=1, description="operators used")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="largest partial result (none: any); 99 is one token of the tiny model, 100 two",
+    )
     calls: float = Field(0.25, ge=0, le=1, description="share of demonstrations that call the calculator")
+
+    @model_validator(mode="after")
+    def _check(self) -> SumsConfig:
+        least = 10 ** (self.digits - 1)
+        if self.limit is not None and ("-" not in self.operators or self.limit < 2 * least):
+            raise ValueError(
+                f"limit: {self.limit} needs the operator -, and with {self.digits} digits it is at least "
+                f"{2 * least}"
+            )
+        return self
 
 
 class GuessConfig(ConfigModel):

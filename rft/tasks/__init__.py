@@ -15,7 +15,7 @@ TASKS: dict[str, type] = {
 }
 
 
-REVISION = 3
+REVISION = 4
 """Part of the key of cached tiny models and warm starts: raise it when rows or tiny models change."""
 
 

@@ -20,14 +20,8 @@ from typing import Any
 
 from rft.config.tasks import GuessConfig
 from rft.tasks.arithmetic import Split
-from rft.utils.hashing import hash64
 
-TEST_SHARE = 4  # one number in four is held out
 PROMPT = "Guess my number."
-
-
-def split_of(number: int) -> Split:
-    return "test" if hash64(str(number)) % TEST_SHARE == 0 else "train"
 
 
 @dataclass
@@ -71,14 +65,14 @@ class Guess:
         """Return `n` rows, deterministic in the arguments.
 
         prompt: the invitation. number: the secret. largest: the range is 1 to this. answer: the secret as
-        text. completion: the messages of a game of at most `tries` guesses, found or not. A hash of the
-        secret decides its split. Raises ValueError for an unknown split.
+        text. completion: the messages of a game of at most `tries` guesses, found or not. Held-out games are
+        others with the same numbers: no prompt shows its number, and a policy learns which ones are never
+        right. Raises ValueError for an unknown split.
         """
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", not {split!r}')
         rng = Random(f"guess/{split}/{seed}")
-        numbers = [k for k in range(1, self.config.largest + 1) if split_of(k) == split]
-        return [self._row(rng.choice(numbers), rng) for _ in range(n)]
+        return [self._row(rng.randint(1, self.config.largest), rng) for _ in range(n)]
 
     def _row(self, number: int, rng: Random) -> dict[str, Any]:
         game = Game(number, 1, self.config.largest)

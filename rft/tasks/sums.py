@@ -77,15 +77,27 @@ class Sums:
         }
 
     def _draw(self, rng: Random) -> tuple[str, int]:
-        """Return a sum of which no partial result is negative, and its result."""
+        """Return a sum of which no partial result is negative or above the limit, and its result."""
         least, most = 10 ** (self.config.digits - 1), 10**self.config.digits - 1
-        result = rng.randint(least, most)
+        limit = self.config.limit
+        result = rng.randint(least, most if limit is None else min(most, limit))
         expression = str(result)
         for _ in range(self.config.operands - 1):
-            x = rng.randint(least, most)
-            op = rng.choice([op for op in self.config.operators if op == "+" or x <= result] or ["+"])
+            x, op = self._step(rng, least, most, result)
             expression, result = f"{expression}{op}{x}", _APPLY[op](result, x)
         return expression, result
+
+    def _step(self, rng: Random, least: int, most: int, result: int) -> tuple[int, str]:
+        """Draw a number and an operator that continue a sum with this partial result."""
+        limit = self.config.limit
+        while True:
+            x = rng.randint(least, most)
+            adds = limit is None or result + x <= limit
+            usable = [op for op in self.config.operators if (adds if op == "+" else x <= result)]
+            if limit is None:
+                usable = usable or ["+"]
+            if usable:
+                return x, rng.choice(usable)
 
 
 def demonstrate(expression: str, result: int, *, with_call: bool) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 It is an ordinary Hugging Face folder, which transformers and vLLM load like any other. The tokenizer
 is byte-level BPE, so any text can be encoded; each digit is a separate token, so that the model sees
-numbers as they are written, but for the sums that it only has to copy: their digits come in pairs. Same
-arguments, same files.
+numbers as they are written. There are two exceptions: in sums, which it only has to copy, digits come in
+pairs, and each number that is guessed is one token. Same arguments, same files.
 """
 
 from __future__ import annotations
@@ -174,6 +174,6 @@ def _conversations(task: Any) -> list[str]:
 CORPORA: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "arithmetic": (r"\d", _arithmetic),
     "sums": (r"\d{1,2}", lambda: _conversations(Sums(calls=1))),
-    "guess": (r"\d", lambda: _conversations(Guess())),
+    "guess": (r"\d{1,3}", lambda: _conversations(Guess())),
 }
 """By the name of the task: how digits are split, and the text that a tokenizer is trained on."""

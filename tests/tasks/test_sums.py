@@ -1,6 +1,7 @@
 """Sums with and without a calculator, and the tiny vocabulary that knows the tool."""
 
 import re
+from itertools import accumulate
 
 import pytest
 from pydantic import ValidationError
@@ -57,6 +58,17 @@ def test_a_quarter_calls_the_calculator_and_a_tenth_is_held_out():
     small = [Sums(operands=2, digits=1).rows(split, 4000, 2) for split in ("train", "test")]
     train, test = ({row["prompt"] for row in rows} for rows in small)
     assert not train & test and 0.05 < len(test) / len(train | test) < 0.15
+
+
+def test_a_limit_holds_for_each_partial_result():
+    for row in Sums(limit=99).rows("train", 300, seed=0):
+        parts = re.findall(r"[+-]?\d+", row["prompt"])
+        partial = list(accumulate(map(int, parts)))
+        assert len(parts) == 4 and all(0 <= result <= 99 for result in partial)
+        assert row["answer"] == str(partial[-1])
+    for options in ({"limit": 15}, {"limit": 99, "operators": ("+",)}):
+        with pytest.raises(ValueError, match="needs the operator -"):
+            Sums(**options)
 
 
 def test_rows_are_the_same_for_the_same_arguments_only():
