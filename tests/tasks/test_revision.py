@@ -13,10 +13,7 @@ EXPECTED = {
     1: ("25db7e0f67ddd7d0", "3e085c23894088b5"),
     2: ("25db7e0f67ddd7d0", "a65724ca14c0f356"),  # the template shows tools
     3: ("2fbd3e7e7430f787", "19a08142cd25c381"),  # of tools only names; the tasks sums and guess
-    4: (
-        "48484fa56f5447ef",
-        "691a1bc47dcf11bd",
-    ),  # numbers that are guessed are single tokens, and no number is held out
+    4: ("48484fa56f5447ef", "691a1bc47dcf11bd"),  # guessed numbers are single tokens, and none is held out
 }
 
 
