@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from rft.endpoint.server import DIALECTS, Server
 from rft.endpoint.types import Answer, Ask, Refused, SetReward
+from rft.rollout.session import Budget
+from tests.cases.families import GEMMA, PHI, QWEN3, TOOLS
+from tests.endpoint.served import ADD, END, served, trained
 
 ATOMS: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.sampled_from(["", "user", "\ud800"])
@@ -66,6 +69,61 @@ FIELDS = st.fixed_dictionaries(
     },
 )
 PATHS = (*DIALECTS, "/v1/rl/set_reward", "/v1/nothing", "/")
+
+FUNCTION = st.fixed_dictionaries({"name": st.text(), "arguments": JSON | st.just("{}")})
+NEARLY_RIGHT = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool"]),
+        "content": st.text() | st.none() | JSON,
+    },
+    optional={
+        "tool_calls": st.lists(st.fixed_dictionaries({"id": JSON, "function": FUNCTION}), max_size=2),
+        "name": st.text(),
+        "tool_call_id": st.text(),
+        "reasoning_content": st.text(),
+    },
+)
+SCHEMA = st.fixed_dictionaries(
+    {"name": st.text(min_size=1), "parameters": st.dictionaries(st.text(), JSON, max_size=3)}
+)
+CHAT = st.fixed_dictionaries(
+    {"messages": st.lists(NEARLY_RIGHT, min_size=1, max_size=4)},
+    optional={
+        "max_tokens": st.integers(1, 10),
+        "stop": st.text() | st.lists(st.text()),
+        "tools": st.lists(
+            st.fixed_dictionaries({"type": st.just("function"), "function": SCHEMA}), max_size=2
+        ),
+        "logprobs": st.booleans(),
+        "return_token_ids": st.booleans(),
+        "stream": st.booleans(),
+        "stop_token_ids": st.lists(st.integers()),
+    },
+)
+LIMITS = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_tokens": st.integers(1, 9),
+        "stop": st.text(),
+        "stop_token_ids": st.lists(st.integers()),
+    },
+)
+TOKENS = st.fixed_dictionaries(
+    {"token_ids": st.lists(st.integers(0, 300) | st.integers(), min_size=1)},
+    optional={"sampling_params": LIMITS},
+)
+TEXTS = st.fixed_dictionaries(
+    {"prompt": st.text() | st.lists(st.integers(0, 300), min_size=1)},
+    optional={"max_tokens": st.integers(1, 9), "logprobs": st.integers(0, 1), "stop": st.text()},
+)
+CALLS = st.one_of(
+    st.tuples(st.sampled_from(PATHS), FIELDS | JSON),
+    st.tuples(st.just("/v1/chat/completions"), CHAT),
+    st.tuples(st.just("/v1/messages"), CHAT.map(lambda body: {**body, "max_tokens": 5})),
+    st.tuples(st.just("/v1/responses"), CHAT.map(lambda body: {**body, "input": body["messages"]})),
+    st.tuples(st.just("/v1/completions"), TEXTS),
+    st.tuples(st.just("/inference/v1/generate"), TOKENS),
+)
 
 
 class Client:
@@ -140,6 +198,50 @@ def test_rubbish_is_refused_in_the_callers_dialect(requests: int) -> None:
         assert client.post("/v1/chat/completions", json.dumps(ask).encode(), **other)[0] == 200
     finally:
         client.close()
+
+
+@pytest.mark.parametrize("requests", [40, pytest.param(2500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("template", [TOOLS, GEMMA, QWEN3, PHI], ids=["tools", "gemma", "qwen3", "phi"])
+@pytest.mark.timeout(900)
+def test_rubbish_in_a_session(template: str, requests: int) -> None:
+    """Calls that are nearly right reach the tokenizer and the template: none fails otherwise than refused,
+    and what was sampled between them is laid out for training, each token once."""
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        limits = Budget(10**6, 50, 4000)
+        async with (
+            served(f"{ADD}{END}", f"four{END}", "five", template=template, budget=limits) as server,
+            aiohttp.ClientSession() as http,
+        ):
+            calls, key = server.open("s")
+            other, _ = server.open("t")
+
+            async def post(path: str, data: bytes) -> tuple[int, bytes]:
+                headers = {"Authorization": f"Bearer {key}"}
+                async with http.post(server.url + path, data=data, headers=headers) as answer:
+                    return answer.status, await answer.read()
+
+            @settings(
+                max_examples=requests,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(CALLS)
+            def rubbish(call: tuple[str, Any]) -> None:
+                path, given = call
+                asked = post(path, json.dumps(given).encode())
+                status, answer = asyncio.run_coroutine_threadsafe(asked, loop).result(60)
+                assert status in (200, 400, 401, 404, 405), (status, answer)
+                assert b"server_error" not in answer and b"internal_error" not in answer, answer
+
+            await asyncio.to_thread(rubbish)
+            made = calls.session.calls
+            assert server.server.counts["errors"] == 0 and not other.session.calls
+            assert made and trained(calls).num_sampled == sum(len(c.sampled) for c in made if c.trained)
+
+    asyncio.run(body())
 
 
 def test_traps() -> None:
