@@ -113,6 +113,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     }
     optional = {"vllm", "deepspeed", "bitsandbytes", "liger_kernel", "wandb", "mlflow", "aiohttp", "mcp"}
     optional |= {"omegaconf"}  # comes with SkyRL-Gym
+    optional |= {"verifiers", "renderers"}  # of the Python that environment.python names
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {d.split(">")[0].split("=")[0].lower() for d in project["dependencies"]}
     known = {"rft", *optional, *sys.stdlib_module_names}

@@ -175,14 +175,15 @@ class Tasks:
         if not episode.traces:
             return {"failure": said(errors)}
         (trace,) = episode.traces
-        nodes = trace.branches[-1].nodes if trace.branches else []
+        paths = [branch.nodes for branch in trace.branches] or [[]]
+        first, nodes = paths[0], paths[-1]
         scores = {name: reward.value for name, reward in trace.rewards.items() if reward is not None}
         return {
             "failure": "" if episode.ok else said(errors),
             "reward": trace.reward,
             "scores": scores | {name: value for name, value in trace.metrics.items() if value is not None},
             "messages": [message(node.message) for node in nodes],
-            "start": next((i for i, node in enumerate(nodes) if node.sampled), len(nodes)),
+            "start": next((i for i, node in enumerate(first) if node.sampled), len(first)),
             "turn_limit": trace.stop_condition == "max_turns",
         }
 
