@@ -77,7 +77,7 @@ class EvalConfig(ConfigModel):
         return self
 
     def of_set(self, name: str) -> EvalConfig:
-        """Return the settings of a named set ("": the unnamed one). A set with its own rewards does not
+        """Return the settings of a named set ("": the unnamed one). A set with rewards does not
         inherit `rerank`, the name of one of the run's."""
         if not name:
             return self

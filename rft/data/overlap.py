@@ -68,16 +68,18 @@ def find_overlaps(train: Sequence[Item], held_out: Mapping[str, Sequence[Item]])
             chosen = [row for row in rows if _source(row) == source]
             index = _Index([plain_text(_prompt(row).text) for row in chosen])
             for name, numbers in sources.items():
-                found = index.find({i: (keys[i], texts[i]) for i in numbers})
+                overlapping_rows = index.find({i: (keys[i], texts[i]) for i in numbers})
                 shown = [
                     f"row {_prompt(train[i]).id + 1} and evaluation row {_prompt(chosen[j]).id + 1}: "
                     f"{_excerpt(plain_text(_prompt(train[i]).text))}"
-                    for i, j in [(i, min(hits)) for i, (hits, _) in list(found.items())[:EXAMPLES]]
+                    for i, j in [(i, min(hits)) for i, (hits, _) in list(overlapping_rows.items())[:EXAMPLES]]
                 ]
-                equal = frozenset(i for i, (_, same) in found.items() if same)
-                hit = len({j for hits, _ in found.values() for j in hits})
+                equal = frozenset(i for i, (_, same) in overlapping_rows.items() if same)
+                hit = len({j for hits, _ in overlapping_rows.values() for j in hits})
                 sizes = len(numbers), len(chosen)
-                out.append(Overlap(name or "training", label, list(found), equal, hit, sizes, shown))
+                out.append(
+                    Overlap(name or "training", label, list(overlapping_rows), equal, hit, sizes, shown)
+                )
     return out
 
 
@@ -104,13 +106,13 @@ class _Index:
         """
         shared = {i: [g for g in set(_grams(text)) if g in self.grams] for i, (_, text) in rows.items()}
         counts = Counter(gram for grams in shared.values() for gram in grams)
-        found = {}
+        overlapping_rows = {}
         for i, (key, _) in rows.items():
             same = self.whole.get(key, set())
             near = {j for gram in shared[i] if counts[gram] <= COMMON for j in self.grams[gram]}
             if same or near:
-                found[i] = (same or near, bool(same))
-        return found
+                overlapping_rows[i] = (same or near, bool(same))
+        return overlapping_rows
 
 
 def _grams(words: Sequence[str]) -> Iterable[int]:

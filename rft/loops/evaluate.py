@@ -73,7 +73,7 @@ async def evaluate(
 
     The seeds depend only on the run's seed, the set and the prompt: two policies are evaluated with the same
     seeds. label: distinguishes the requests from others in flight. progress: share of the run that is done,
-    for the rewards. episodes: samples in an environment instead, where a set has no rewards of its own.
+    for the rewards. episodes: samples in an environment instead, where a set has no rewards.
     """
     parts = (generate, rewards, tokenizer)
     judged = [await _sample_set(*parts, s, config, label, progress, episodes) for s in sets]

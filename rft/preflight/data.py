@@ -135,8 +135,8 @@ def without_overlaps(rows: Sequence[Item], held_out: Mapping[str, Sequence[Promp
             "`decontaminate: drop` compares with evaluation rows, and there are none: set `eval_path`, or "
             "write `decontaminate: report`"
         )
-    found = overlapping(rows, held_out)
-    kept = [row for index, row in enumerate(rows) if index not in found]
+    overlapping_rows = overlapping(rows, held_out)
+    kept = [row for index, row in enumerate(rows) if index not in overlapping_rows]
     if not kept:
         raise DataError("`decontaminate: drop` leaves no row: all of them overlap evaluation rows")
     return kept

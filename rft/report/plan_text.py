@@ -100,8 +100,8 @@ def _overlap_lines(plan: Plan) -> list[str]:
         rows = plan.data.sample
         held_out |= {UNNAMED: plan.data.held_out.groups} if plan.data.held_out else {}
         held_out |= {name: groups.groups for name, groups in plan.data.sets.items()}
-    found = find_overlaps(rows, held_out)
-    return [f"overlap      {_block(overlap.lines())}" for overlap in found]
+    overlaps = find_overlaps(rows, held_out)
+    return [f"overlap      {_block(overlap.lines())}" for overlap in overlaps]
 
 
 def _prompts(plan: Plan) -> list[Prompt]:

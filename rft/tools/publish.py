@@ -1,4 +1,4 @@
-"""What `rft export` adds to the weights: dtype, model card and lineage, the upload to a hub, conversion to
+"""Files that `rft export` adds to the weights: dtype, model card and lineage, the upload to a hub, conversion to
 GGUF."""
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def lineage_of(run: Path) -> dict[str, Any]:
     rows = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     evaluation: dict[str, float] = {}
     for row in rows:
-        if found := {k: v for k, v in row.items() if k.startswith("eval/") and v is not None}:
-            evaluation = found
+        if measured := {k: v for k, v in row.items() if k.startswith("eval/") and v is not None}:
+            evaluation = measured
     algorithm = raw["algorithm"]
     return {
         "run": config.name,
@@ -192,7 +192,7 @@ def _data_sections(raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 
 def model_card(lineage: Mapping[str, Any], *, adapter: bool = False) -> str:
-    """Return the README of a hub repository: what the model is, how it was made, and its last evaluation."""
+    """Return the README of a hub repository: the model, how it was made, and its last evaluation."""
     base, algorithm = lineage["base"], lineage["algorithm"]
     name, head = algorithm["name"], ["---", "library_name: peft" if adapter else "library_name: transformers"]
     if "/" in base["name"] and not base["name"].startswith((".", "/", "~")):

@@ -44,7 +44,7 @@ Scorer = Callable[[int, Row], Score]
 
 
 class Method(NamedTuple):
-    """A method of selection: what its score is, and which options choose the rows by it.
+    """A method of selection: the meaning of its score, and which options choose the rows by it.
 
     by: the options that choose rows; without any, the method itself does. model: whether it reads the rows
     with a model. state: whether a score depends on the rows before.

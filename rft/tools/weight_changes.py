@@ -86,10 +86,10 @@ def weight_changes(
         before, after = start.read(name).float(), model.read(name).float()
         changed = int(changed_mask(before, after).sum())
         norm = float((after - before).norm() / before.norm().clamp(min=1e-30))
-        found: tuple[float | None, int | None, int | None] = (None, None, None)
+        measures: tuple[float | None, int | None, int | None] = (None, None, None)
         if spectra and before.dim() == 2 and min(before.shape) > 1:
-            found = spectrum(before, after)
-        rows.append(MatrixChange(name, before.numel(), changed / max(before.numel(), 1), norm, *found))
+            measures = spectrum(before, after)
+        rows.append(MatrixChange(name, before.numel(), changed / max(before.numel(), 1), norm, *measures))
         note(f"{name}: {rows[-1].changed:.1%} changed")
     total = sum(row.size for row in rows)
     ranks = [row.rank for row in rows if row.rank is not None and row.energy]
