@@ -1,5 +1,5 @@
-"""Files that `rft export` adds to the weights: dtype, model card and lineage, the upload to a hub, conversion to
-GGUF."""
+"""Files that `rft export` adds to the weights: dtype, model card and lineage; upload to a hub, conversion
+to GGUF."""
 
 from __future__ import annotations
 
