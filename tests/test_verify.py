@@ -55,7 +55,7 @@ def test_equal_runs(tmp_path: Path) -> None:
         ({1: None, 2: shifted(1e-4)}, 1, True, "up to step 2 8 of 8 completions .* by 0.0001"),
         ({1: None, 2: shifted(0.1)}, 1, False, "by 0.1"),
         ({1: other_ids, 2: shifted(0.1)}, 1, True, "up to step 1 2 of 4 completions"),
-        ({1: None, 2: None}, 7, False, "other prompts or seeds at step 1"),
+        ({1: None, 2: None}, 7, False, "different prompts or seeds at step 1"),
         ({1: None}, 1, False, r"recorded steps: \[1, 2\] against \[1\]"),
     ],
 )

@@ -234,7 +234,7 @@ def test_no_problems_where_nothing_is_missing(name: str) -> None:
         ("grpo", {"refresh_reference": 10}, {}, "beta: 0.01"),
         ("grpo", {"beta": 0.1, "reset_optimizer": True}, {}, "refresh_reference"),
         ("topr", {}, {"num_generations": 1}, "baseline: 0.5"),
-        ("clip_cov", {"covariance_low": 5.0}, {}, "no token is drawn"),
+        ("clip_cov", {"covariance_low": 5.0}, {}, "no token can be chosen"),
         ("kl_cov", {"proximal": "sampler"}, {}, "proximal: recomputed"),
         ("luffy", {"demonstrations": 4}, {}, "at most 3"),
         ("cory", {}, {"num_generations": 5}, "num_generations: 6"),

@@ -98,7 +98,7 @@ BAD_ENVIRONMENTS: dict[str, tuple[dict[str, Any], Options, str, str]] = {
         {"kind": "text", "path": "Constant"},
         Options(2, 1, ("scripted", "random"), {0: ["4"]}),
         "reward",
-        "all 4 sessions are rewarded 1.5",
+        "all 4 sessions have the reward 1.5",
     ),
     "exception": (
         {"kind": "text", "path": "Strict"},
