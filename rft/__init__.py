@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # `python -m rft.cli` puts the working folder first,
-    sys.path.append(sys.path.pop(0))  # where a `json.py` would stand for the real module
+    sys.path.append(sys.path.pop(0))  # where a `json.py`, or an `enum.py` of typing, would be taken instead
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rft import algorithms, config, rewards
