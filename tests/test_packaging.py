@@ -112,6 +112,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
         "triton": "torch",
     }
     optional = {"vllm", "deepspeed", "bitsandbytes", "liger_kernel", "wandb", "mlflow", "aiohttp", "mcp"}
+    optional |= {"datasketch"}  # rft select --method minhash
     optional |= {"omegaconf"}  # comes with SkyRL-Gym
     optional |= {"verifiers", "renderers"}  # of the Python that environment.python names
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
