@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
-if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # `python -m rft.cli` puts the working folder first,
-    sys.path.append(sys.path.pop(0))  # where a `json.py`, or an `enum.py` of typing, would be taken instead
+# `python -m rft.cli` puts the working folder first: a `json.py` there, or an `enum.py`, which typing needs,
+# would be imported instead of Python's.
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    sys.path.append(sys.path.pop(0))
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -72,7 +72,11 @@ def missing(
 def refuse_v0(given: Mapping[str, Any], installed: str, module: str) -> None:
     """Raise PlayerProblem if a module that cannot be loaded as a taskset is an environment of v0."""
     spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None or "def load_environment(" not in Path(spec.origin).read_text():
+    if (
+        spec is None
+        or spec.origin is None
+        or "def load_environment(" not in Path(spec.origin).read_text(encoding="utf-8")
+    ):
         return
     raise PlayerProblem(
         f"environment.path: {given['id']!r} is an environment of verifiers v0, and {sys.executable} has "
