@@ -52,8 +52,7 @@ def _in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (rows(prompt="The colour?", answer=lambda i: ["deep blue", "red"][i % 2]), "grpo", {}, "exact_match"),
         (rows(messages=[turn("user", "hello"), turn("assistant", "hi")]), "sft", {}, None),
         (rows(messages=[turn("user", "1 + 1?")], answer="2"), "grpo", {"prompt": "messages"}, "math"),
-        (rows(instruction="say hi", output="hi"), "sft",
-         {"prompt": "instruction", "completion": "output"}, None),
+        (rows(instruction="say hi", output="hi"), "sft", {}, None),  # Alpaca's names are known
         (rows(prompt="say hi", chosen="hi", rejected="no"), "dpo", {}, None),
         (rows(question="say hi", chosen="hi", rejected="no"), "dpo", {"prompt": "question"}, None),
         (rows(prompt="say hi", completion="hi", label=lambda i: i % 2 == 0), "kto", {}, None),
