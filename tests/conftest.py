@@ -14,6 +14,7 @@ import torch
 from rft.batch import Completion, Group, Prompt
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network, a missing name is looked for for 20 s
 torch.set_num_threads(1)
 
 

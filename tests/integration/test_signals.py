@@ -309,6 +309,7 @@ def test_the_group_is_told_to_end_while_a_step_takes_long(tmp_path: Path) -> Non
     assert stop(tmp_path, "online", "long step", "TERM", "group").startswith("step 2")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_process_gets_the_signal_of_an_offline_run(tmp_path: Path) -> None:
     """As a job step sends it, also to the parent of `--restarts`, which forwards it: that is one request."""

@@ -42,8 +42,8 @@ def command(tmp: Path, *args: str) -> list[str]:
 
 LEARN = [
     "warm_start.steps=700",
-    "train.steps=40",
-    "eval.every=40",
+    "train.steps=24",
+    "eval.every=24",
     "eval.problems=128",
     "data.options.min_operands=3",
     "data.options.max_operands=3",
@@ -69,7 +69,7 @@ class Stopped:
 
 @pytest.fixture(scope="module")
 def stopped(home: Path) -> Stopped:
-    """The demo with a short warm start, asked to stop after a few of its 40 steps."""
+    """The demo with a short warm start, asked to stop after a few of its 24 steps."""
     run, marker = home / "learn", home.name
     with (home / "stderr").open("w+") as told:
         process = subprocess.Popen(
@@ -118,12 +118,12 @@ def test_a_short_run_learns_and_a_stop_on_its_way_does_not_show(
 ) -> None:
     """Held-out accuracy rises; steps and versions go on where they stopped."""
     run, reached = home / "learn", stopped.rows[-1]["step"]
-    assert 0 < reached < 40 and f"resumed at step {reached}" in learnt.stderr
+    assert 0 < reached < 24 and f"resumed at step {reached}" in learnt.stderr
     metrics = rows(run)
     assert metrics[: reached + 1] == stopped.rows
-    assert [r["step"] for r in metrics] == list(range(41))
+    assert [r["step"] for r in metrics] == list(range(25))
     first, last = metrics[0], metrics[-1]
-    assert last["sync/version"] == 40
+    assert last["sync/version"] == 24
     assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.08, (first, last)
     assert max(r["sync/logp_gap"] for r in metrics[1:]) < 1e-3
     undocumented = {name for r in metrics for name in r if not is_documented(name)}
