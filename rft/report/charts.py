@@ -105,6 +105,13 @@ def _as_share(axes: Axes, top: float | None = 1.02) -> None:
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
+def _lines_as_share(axes: Axes, run: Run, names: dict[str, str], top: float | None = 1.02) -> bool:
+    """Draw metrics that are shares; returns whether there was any data."""
+    drawn = _lines(axes, run, names)
+    _as_share(axes, top)
+    return drawn
+
+
 # -- one function per chart: draws, and returns whether there was any data ----------------------
 
 
@@ -179,9 +186,7 @@ def _broken(axes: Axes, run: Run) -> bool:
     """Draw the negative flips of every held-out set, and the positive ones of the unnamed set."""
     sets = {n: n.split("/")[1] for n in run.names() if re.fullmatch(r"eval/[\w\-]+/negative_flips", n)}
     names = {"eval/negative_flips": "broken", "eval/positive_flips": "solved"}
-    drawn = _lines(axes, run, names | {n: f"broken: {name}" for n, name in sets.items()})
-    _as_share(axes, top=None)
-    return drawn
+    return _lines_as_share(axes, run, names | {n: f"broken: {name}" for n, name in sets.items()}, top=None)
 
 
 def _eval_diversity(axes: Axes, run: Run) -> bool:
@@ -191,9 +196,7 @@ def _eval_diversity(axes: Axes, run: Run) -> bool:
         "distinct_2": "pairs",
         "distinct_3": "triples",
     }
-    drawn = _lines(axes, run, {f"eval/{name}": label for name, label in names.items()})
-    _as_share(axes)
-    return drawn
+    return _lines_as_share(axes, run, {f"eval/{name}": label for name, label in names.items()})
 
 
 def _stderr(row: dict[str, float]) -> float:
@@ -272,9 +275,7 @@ def _age(axes: Axes, run: Run) -> bool:
 
 def _changed(axes: Axes, run: Run) -> bool:
     names = {"": "all", "_min": "least changed matrix", "_max": "most changed matrix"}
-    drawn = _lines(axes, run, {f"sync/changed_share{part}": label for part, label in names.items()})
-    _as_share(axes)
-    return drawn
+    return _lines_as_share(axes, run, {f"sync/changed_share{part}": label for part, label in names.items()})
 
 
 def _diversity(axes: Axes, run: Run) -> bool:
@@ -283,9 +284,7 @@ def _diversity(axes: Axes, run: Run) -> bool:
         "completion/duplicates": "repeats in a group",
         "completion/shared": "repeats across prompts",
     }
-    drawn = _lines(axes, run, wanted)
-    _as_share(axes)
-    return drawn
+    return _lines_as_share(axes, run, wanted)
 
 
 def _gap(axes: Axes, run: Run) -> bool:

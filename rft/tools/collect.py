@@ -12,15 +12,14 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rft.algorithms.base import Rollout
 from rft.batch import Prompt
-from rft.config.load import differences
 from rft.config.schema import Config
 from rft.data import load_prompts
 from rft.data.chat import Renderer
@@ -35,12 +34,11 @@ from rft.rollout.episodes import make_episodes
 from rft.rollout.sample import Judged, completions_of, judge
 from rft.run_training import make_environment, make_pool, make_rewards, start_environment
 from rft.tools.export import weights_of
-from rft.utils import yaml_files
+from rft.tools.out_folder import claimed
 from rft.utils.deadlines import unless_stopped
 from rft.utils.files import write_atomic, write_text_atomic
 from rft.utils.hashing import model_digest
 from rft.utils.ray_cluster import ray_cluster
-from rft.utils.run_lock import RunLock
 from rft.utils.seeds import derive_seed
 from rft.utils.signals import StopRequests
 
@@ -102,7 +100,9 @@ def collect(config: Config, out: Path, arguments: Arguments, signals: StopReques
             "samples": samples,
             "prompts": len(prompts),
         }
-        with _claimed(out, settings) as file:
+        files, holds = (SESSIONS, PART), "sessions of other settings"
+        with claimed(out, "rft collect", SETTINGS, files, settings, holds):
+            file = _File(out)
             if (out / SESSIONS).exists():
                 say(f"{out} is complete")
                 return _summary(out, len(prompts) * samples)
@@ -263,34 +263,6 @@ class _File:
 
 def _as_text(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
-
-
-@contextmanager
-def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[_File]:
-    """Hold the folder of a collection. Raises ConfigError if it has another one, or something else."""
-    known = {SESSIONS, PART, SETTINGS, "run.lock"}
-    other = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
-    if other or (out.exists() and not out.is_dir()):
-        what = f"has {other[0]}, which rft collect did not write" if other else "is a file"
-        raise ConfigError([f"--out: {out} {what}; choose another folder"])
-    lock = RunLock(out)
-    try:
-        written = out / SETTINGS
-        if written.exists():
-            changed = differences(yaml_files.read(written), settings)
-            if changed:
-                raise ConfigError(
-                    [
-                        f"--out: {out} has sessions of other settings; choose another folder, or set these "
-                        "back:",
-                        *(f"{key}: was {a!r}, now {b!r}" for key, a, b in changed),
-                    ]
-                )
-        else:
-            write_text_atomic(written, yaml_files.dump(settings))
-        yield _File(out)
-    finally:
-        lock.release()
 
 
 def _summary(out: Path, planned: int) -> Collected:

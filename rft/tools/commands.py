@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rft.utils.paths import path_argument
@@ -264,36 +265,31 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def collect(args: argparse.Namespace) -> int:
-    from rft.config.load import load_config
-    from rft.errors import RunStopped
-    from rft.tools.collect import Arguments, collect
-    from rft.utils.signals import STOPPED
+    from rft.tools.collect import collect
 
-    config = load_config(args.config, args.overrides)
-    out = Path(args.out or f"{config.run_dir}-sessions")
-    arguments = Arguments(args.model, args.samples, args.prompts, args.split)
-    try:
-        note(str(collect(config, out, arguments, args.signals, note)))
-    except RunStopped:
-        note(f"stopped ({args.signals.reason}): the sessions so far are in {out}; the same command goes on")
-        return STOPPED
-    return 0
+    return _sampled(args, "sessions", collect)
 
 
 def sample(args: argparse.Namespace) -> int:
+    from rft.tools.sample import sample
+
+    return _sampled(args, "samples", partial(sample, keep=args.keep, at_least=args.at_least))
+
+
+def _sampled(args: argparse.Namespace, what: str, command: Callable[..., object]) -> int:
+    """Run `rft collect` or `rft sample`, which go on where they were stopped."""
     from rft.config.load import load_config
     from rft.errors import RunStopped
     from rft.tools.collect import Arguments
-    from rft.tools.sample import sample
     from rft.utils.signals import STOPPED
 
     config = load_config(args.config, args.overrides)
-    out = Path(args.out or f"{config.run_dir}-samples")
+    out = Path(args.out or f"{config.run_dir}-{what}")
     arguments = Arguments(args.model, args.samples, args.prompts, args.split)
     try:
-        note(str(sample(config, out, arguments, args.keep, args.at_least, args.signals, note)))
+        note(str(command(config, out, arguments, signals=args.signals, say=note)))
     except RunStopped:
-        note(f"stopped ({args.signals.reason}): the samples so far are in {out}; the same command goes on")
+        note(f"stopped ({args.signals.reason}): the {what} so far are in {out}; the same command goes on")
         return STOPPED
     return 0
 

@@ -31,8 +31,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Publishing:
-    """What to do besides writing the model. push: name of a hub repository. gguf: file to write by
-    `converter`."""
+    """Further outputs of an export. push: a hub repository. gguf: a file, written by `converter`."""
 
     adapter: bool = False
     dtype: str | None = None

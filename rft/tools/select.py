@@ -14,14 +14,12 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rft.config.data import DataConfig
-from rft.config.load import differences
 from rft.config.schema import Config
 from rft.data import DataError
 from rft.data.groups import CONVERSATIONS, GroupMaker
@@ -30,9 +28,8 @@ from rft.data.overlap import plain_text
 from rft.data.rows import Row, Rows, load_rows
 from rft.errors import ConfigError
 from rft.metrics.log import read_jsonl
-from rft.utils import yaml_files
+from rft.tools.out_folder import claimed
 from rft.utils.files import write_atomic, write_text_atomic
-from rft.utils.run_lock import RunLock
 
 SCORES, SELECTED, REPORT, SETTINGS = "scores.jsonl", "selected.jsonl", "report.html", "select.yaml"
 SHINGLE, PERMUTATIONS = 5, 128  # words of a shingle, and hash functions of a MinHash
@@ -130,7 +127,8 @@ def select(arguments: Arguments, out: Path, say: Say) -> Selected:
         "rows": len(rows),
         "sha256": digest.hexdigest(),
     }
-    with _claimed(out, settings):
+    files = (SCORES, SELECTED, REPORT)
+    with claimed(out, "rft select", SETTINGS, files, settings, "scores of other arguments"):
         scores = _score(rows, score, out / SCORES, method, say)
         kept = chosen(arguments, scores, rows)
         with write_atomic(out / SELECTED) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -362,28 +360,7 @@ def _best_of_prompt(scores: Mapping[int, float], rows: Sequence[Row]) -> list[in
     return sorted(best.values())
 
 
-# -- the folder --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the folder of a selection. Raises ConfigError if it has another one, or something else."""
-    known = {SCORES, SELECTED, REPORT, SETTINGS, "run.lock"}
-    other = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
-    if other or (out.exists() and not out.is_dir()):
-        what = f"has {other[0]}, which rft select did not write" if other else "is a file"
-        raise ConfigError([f"--out: {out} {what}; choose another folder"])
-    lock = RunLock(out)
-    try:
-        written = out / SETTINGS
-        if not written.exists():
-            write_text_atomic(written, yaml_files.dump(dict(settings)))
-        elif changed := differences(yaml_files.read(written), settings):
-            shown = [f"{key}: was {a!r}, now {b!r}" for key, a, b in changed]
-            raise ConfigError([f"--out: {out} has scores of other arguments; choose another folder", *shown])
-        yield
-    finally:
-        lock.release()
+# -- the page ------------------------------------------------------------------------------------------
 
 
 def report(a: Arguments, scores: Sequence[Score], kept: Sequence[int]) -> str:
