@@ -93,8 +93,31 @@ class SubnetworkConfig(ConfigModel):
         return self
 
 
+class LiftConfig(ConfigModel):
+    """LIFT: train the principal weights of each matrix (Liu et al. 2025, arXiv 2506.00772)."""
+
+    name: Literal["lift"] = Field("lift", description="low-rank informed sparse fine-tuning")
+    share: float = Field(0.05, gt=0, le=1, description="trained fraction of each matrix of the layers")
+    rank: int = Field(
+        128, ge=1, description="rank of the approximation of a matrix whose largest entries are trained"
+    )
+    every: int = Field(
+        200,
+        ge=0,
+        description="optimizer updates between choosing the entries (0: chosen once)",
+    )
+
+
+class SaftConfig(ConfigModel):
+    """SAFT: train the elements with the largest gradient (Nguyen et al. 2024, arXiv 2407.03036)."""
+
+    name: Literal["saft"] = Field("saft", description="sparse adaptation by the first batch's gradient")
+    share: float = Field(0.001, gt=0, le=1, description="trained fraction of all parameters")
+
+
 StrategyConfig = Annotated[
-    LisaConfig | HftConfig | GaloreConfig | SubnetworkConfig, Field(discriminator="name")
+    LisaConfig | HftConfig | GaloreConfig | SubnetworkConfig | LiftConfig | SaftConfig,
+    Field(discriminator="name"),
 ]
 
 
@@ -136,7 +159,8 @@ class LearnerConfig(ConfigModel):
     )
     strategy: StrategyConfig | None = Field(
         None,
-        description="full fine-tuning strategy: lisa, hft, galore, subnetwork (none: train all parameters)",
+        description="full fine-tuning strategy: lisa, hft, galore, subnetwork, lift, saft (none: train all "
+        "parameters)",
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear learning-rate warm-up from 0")
     schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rft.config.learner import LearnerConfig
+from rft.learner.strategy import outside_layers
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -47,9 +48,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def make(model: nn.Module, config: LearnerConfig, extra: list[dict[str, Any]]) -> MuonAdamW:
     """Make the optimizer of a model's trained parameters and of the groups `extra` (a critic's)."""
-    model_of_any_kind: Any = model
-    ends = (model_of_any_kind.get_input_embeddings(), model_of_any_kind.get_output_embeddings())
-    outside = {id(p) for end in ends if end is not None for p in end.parameters()}
+    outside = outside_layers(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in trained if p.ndim == 2 and id(p) not in outside]
     rest = [p for p in trained if p.ndim != 2 or id(p) in outside]

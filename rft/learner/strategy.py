@@ -24,6 +24,8 @@ STRATEGIES = {
     "hft": "rft.contrib.strategies.layer_sampling.Hft",
     "galore": "rft.contrib.strategies.galore.Galore",
     "subnetwork": "rft.contrib.strategies.subnetwork.Subnetwork",
+    "lift": "rft.contrib.strategies.subnetwork.Lift",
+    "saft": "rft.contrib.strategies.subnetwork.Saft",
 }
 MUON = "rft.contrib.muon.make"
 
@@ -123,6 +125,12 @@ def make_strategy(spec: LearnerSpec) -> Strategy:
     else:
         made = Strategy(spec)
     return made
+
+
+def outside_layers(model: Any) -> set[int]:
+    """Return the ids of the parameters of the embeddings and of the LM head, if the model has them."""
+    ends = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
+    return {id(p) for end in ends if end is not None for p in end.parameters()}
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

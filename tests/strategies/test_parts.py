@@ -10,9 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from rft.batch import Batch
-from rft.config.learner import GaloreConfig, HftConfig, LisaConfig, SubnetworkConfig
+from rft.config.learner import (
+    GaloreConfig,
+    HftConfig,
+    LiftConfig,
+    LisaConfig,
+    SaftConfig,
+    SubnetworkConfig,
+)
 from rft.contrib.strategies.galore import GaloreAdamW
-from rft.contrib.strategies.subnetwork import find_mask
+from rft.contrib.strategies.subnetwork import find_mask, largest_gradients, principal_weights
 from rft.errors import ModelError
 from rft.learner.learner import Learner
 from tests.test_learner import spec
@@ -176,6 +183,94 @@ def test_a_subnetwork_is_found_saved_and_trained_alone(
         make_groups,
         _made(tmp_path / "s"),
     )
+
+
+def test_principal_weights_are_the_largest_after_rank_reduction() -> None:
+    """The entry 2 is the second largest of the matrix, and the smallest of its approximation of rank 1."""
+    weight = torch.tensor([[3.0, 0.5], [0.0, 2.0]])
+    # W^T W = [[9, 1.5], [1.5, 4.25]]: v = (0.961, 0.278), rank 1 = (W v) v^T = [[2.90, 0.84], [0.53, 0.15]]
+    assert principal_weights(weight, 1, 0.5).tolist() == [0, 1]
+    assert principal_weights(weight, 2, 0.5).tolist() == [0, 3]
+    assert principal_weights(weight, 1, 0.51).tolist() == [0, 1, 2], "a fraction is rounded up"
+
+
+def test_largest_gradients_are_chosen_over_all_parameters_together() -> None:
+    gradients = {
+        "a": torch.tensor([[0.1, -5.0]]),
+        "b": torch.tensor([0.2]),
+        "c": torch.tensor([3.0, -4.0, 0]),
+    }
+    mask = largest_gradients(gradients, 0.5)
+    assert {n: m.tolist() for n, m in mask.items()} == {"a": [1], "c": [0, 1]}
+
+
+def sparse_step_is_dense_inside(one: Learner, dense: Learner, batch: Batch, step: int) -> None:
+    """A step moves the masked elements as full fine-tuning would, and no others."""
+    begun = copies(one)
+    dense.step(batch, step), one.step(batch, step)
+    full = dict(dense.weights())
+    for name, tensor in one.weights():
+        inside = torch.zeros(tensor.numel(), dtype=torch.bool)
+        if name in one.strategy.parts:
+            inside[one.strategy.parts[name].places] = True
+        assert torch.equal(tensor.reshape(-1)[~inside], begun[name].reshape(-1)[~inside]), name
+        assert torch.allclose(tensor.reshape(-1)[inside], full[name].reshape(-1)[inside], atol=1e-7), name
+
+
+def test_lift_trains_the_principal_weights_of_the_layers(tiny_folder: Path, make_groups) -> None:
+    one = learner(tiny_folder, LiftConfig(share=0.1, rank=4, every=0))
+    parts, begun = one.strategy.parts, copies(one)
+    assert set(parts) == {n for n, t in begun.items() if ".layers." in n and t.ndim == 2}
+    for name, part in parts.items():
+        assert torch.equal(part.places, principal_weights(begun[name], 4, 0.1)), name
+    sparse_step_is_dense_inside(one, learner(tiny_folder, None), Batch.build(make_groups(seed=2)), 0)
+
+
+def test_lift_chooses_anew_and_keeps_the_moments_of_elements_that_stay(
+    tiny_folder: Path, make_groups, tmp_path: Path
+) -> None:
+    settings = LiftConfig(share=0.1, rank=4, every=2)
+    one = learner(tiny_folder, settings, learning_rate=0.02)
+    one.step(Batch.build(make_groups(seed=1)), 0)
+    before = {
+        n: (p.places, one.optimizer.state[p.gathered]["exp_avg"]) for n, p in one.strategy.parts.items()
+    }
+    still = {n: moment.clone() for n, (_, moment) in before.items()}
+    one.strategy.updates = 1
+    one.optimizer.param_groups[0]["lr"] = one.optimizer.param_groups[1]["lr"] = 0.0
+    for part in one.strategy.parts.values():
+        part.gathered.grad = None
+    one.optimizer.step()  # without a gradient nothing moves, and the mask is chosen anew
+    moved = 0
+    for name, part in one.strategy.parts.items():
+        dense = torch.zeros(part.parameter.numel()).index_put((before[name][0],), still[name])
+        assert torch.equal(part.places, principal_weights(part.parameter, 4, 0.1))
+        stays = torch.isin(part.places, before[name][0])
+        moved += int((~stays).sum())
+        now = one.optimizer.state[part.gathered]["exp_avg"]
+        assert torch.equal(now[stays], dense[part.places][stays]) and not now[~stays].any()
+        assert torch.equal(part.gathered, part.parameter.reshape(-1)[part.places])
+    assert moved, "the first step changed no choice: nothing was tested"
+    build = lambda: learner(tiny_folder, settings, learning_rate=0.02)  # noqa: E731
+    again(one, build, make_groups, _made(tmp_path / "s"))
+
+
+def test_saft_trains_the_largest_gradients_of_the_first_batch(
+    tiny_folder: Path, make_groups, tmp_path: Path
+) -> None:
+    one, dense = learner(tiny_folder, SaftConfig(share=0.01)), learner(tiny_folder, None)
+    seen: dict[str, torch.Tensor] = {}
+    for name, p in dense.policy.model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda q, name=name: seen.update({name: q.grad.clone()}))
+    assert not one.strategy.parts
+    sparse_step_is_dense_inside(one, dense, Batch.build(make_groups(seed=2)), 0)
+    threshold = torch.cat([g.abs().reshape(-1) for g in seen.values()]).quantile(0.99)
+    for name, gradient in seen.items():
+        places = one.strategy.parts[name].places if name in one.strategy.parts else torch.empty(0).long()
+        inside = torch.zeros(gradient.numel(), dtype=torch.bool).index_fill(0, places, True)
+        sizes = gradient.abs().reshape(-1)
+        assert (sizes[inside] >= threshold * 0.999).all() and (sizes[~inside] <= threshold * 1.001).all()
+    again(one, lambda: learner(tiny_folder, SaftConfig(share=0.01)), make_groups, tmp_path)
 
 
 def test_an_equal_model_gives_no_mask(tiny_folder: Path, tmp_path: Path) -> None:

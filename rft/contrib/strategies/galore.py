@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rft.config.learner import GaloreConfig
 from rft.learner.spec import LearnerSpec
-from rft.learner.strategy import Strategy, decay_groups
+from rft.learner.strategy import Strategy, decay_groups, outside_layers
 
 
 class Galore(Strategy):
@@ -21,10 +21,8 @@ class Galore(Strategy):
 
     def optimizer(self, model: nn.Module, extra: list[dict[str, Any]]) -> torch.optim.Optimizer:
         strategy, config = self.config, self.spec.config
-        table = getattr(model, "get_input_embeddings", lambda: None)()
-        head = getattr(model, "get_output_embeddings", lambda: None)()
         # Only the layers' matrices are projected, as in the paper: other gradients are not low-rank.
-        spared = {id(m.weight) for m in (table, head) if m is not None}
+        spared = outside_layers(model)
         groups = []
         for group in decay_groups(model, config.weight_decay):
             low = [
