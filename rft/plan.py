@@ -38,6 +38,7 @@ from rft.preflight.data import (
     load_eval_sets,
     load_offline,
     load_train_prompts,
+    sampler_of_mixture,
 )
 from rft.preflight.dtype import resolve_dtypes
 from rft.preflight.environment import check_environment
@@ -286,6 +287,10 @@ def make_plan(
         )
 
     # Check that they fit each other, the algorithm and this machine.
+    rows = [] if train is None else train.prompts
+    rows = rows if offline is None else [group.prompt for group in offline.sample]
+    if rows and not evaluate and (mixture := sampler_of_mixture(config, rows)) is not None:
+        attempt("data", mixture.check)
     if path is not None and tokenizer is not None and shape is not None:
         if train is not None or offline is not None:  # the data could be read, so the chat template works
             stops = attempt("model", lambda: resolve_stops(config, path, tokenizer))

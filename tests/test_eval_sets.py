@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,13 @@ from rft.errors import ConfigError
 from rft.loops.evaluate import SampledEvaluation, evaluate
 from rft.metrics import RunLog
 from rft.metrics.evaluation import Evaluation, Problem, Sampled, read_evaluation, write_evaluation
+from rft.metrics.log import read_jsonl
 from rft.metrics.names import is_documented
 from rft.plan import Plan, make_plan
 from rft.report.report import write_report
 from rft.rewards.runner import RewardRunner
 from rft.rollout.engine import Generated, Request
+from rft.utils import yaml_files
 from tests.test_offline import ROWS, Run
 
 
@@ -138,6 +143,38 @@ def test_an_offline_run_measures_its_sets(tiny_folder: Path, tmp_path: Path, alg
     assert result["eval/pairs/examples"] == 6 and "eval/loss" not in result
     assert ["eval/pairs/loss" in line for line in run.lines] == [True, True, True]
     assert not {n for line in run.lines for n in line if not is_documented(n)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_sets_with_vllm(tiny_folder: Path, tmp_path: Path) -> None:
+    """A run with vLLM measures the unnamed set and both named ones, before and after training."""
+    plan = plan_of(
+        tiny_folder,
+        tmp_path,
+        name="vllm",
+        train={"steps": 1, "batch_size": 4, "num_generations": 4},
+        rollout={"engine": "vllm", "threads": 1, "sampling": {"max_completion_length": 8}},
+        learner={"threads": 1},
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml_files.dump(plan.config.to_dict()))
+    ended = subprocess.run(
+        [sys.executable, "-m", "rft.cli", "train", str(file)], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    metrics = {row["step"]: row for row in read_jsonl(tmp_path / "vllm" / "metrics.jsonl")}
+    for step, name in product((0, 1), ("", "facts/", "hard/")):
+        assert f"eval/{name}accuracy" in metrics[step], (step, name)
+    assert "eval/hard/greedy_accuracy" in metrics[1] and "eval/facts/greedy_accuracy" not in metrics[1]
+    assert metrics[1]["eval/facts/length_mean"] <= 4 < metrics[1]["eval/length_mean"] <= 8
+    evaluation = read_evaluation(tmp_path / "vllm", 1)
+    assert evaluation is not None
+    assert {name: len(problems) for name, problems in evaluation.sets.items()} == {
+        "": 6,
+        "facts": 5,
+        "hard": 2,
+    }
 
 
 class Scripted:

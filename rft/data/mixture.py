@@ -161,32 +161,55 @@ class MixtureSampler:
         self._source_of = {index: name for name, indices in rows.items() for index in indices}
 
     def rates(self, progress: float) -> dict[str, float]:
-        """Return the rate of each source at `progress`, normalised to the sum 1; sources used up have 0."""
+        """Return the rate of each source at `progress`, normalised to the sum 1; sources used up have 0.
+
+        Online, more than `draws` rows are drawn where groups are dropped. Once all sources are used up, those
+        rows are drawn as without `epochs`.
+        """
+        drawn = {name: sampler.seen for name, sampler in self.samplers.items()}
+        rates = self._rates(progress, drawn)
+        if not any(rates.values()) and self.seen >= self.draws:
+            rates = self._rates(progress, None)
+        return rates
+
+    def _rates(self, progress: float, drawn: Mapping[str, int] | None) -> dict[str, float]:
+        """Return the normalised rates; all 0 where the sources are used up. drawn: rows of each so far (None:
+        none is used up)."""
         c = self.config
         exponent = 1 / c.mixing_temperature if c.mixing == "temperature" else 1.0
         weights = {}
         for name, indices in self.rows.items():
             source = c.mixture[name]
             given = len(indices) ** exponent if source.rate is None else rate_at(source.rate, progress)
-            left = source.epochs is None or self.samplers[name].seen < math.ceil(source.epochs * len(indices))
+            left = drawn is None or source.epochs is None or drawn[name] < self.most(name)
             weights[name] = given if left else 0.0
         total = sum(weights.values())
-        if not total:
-            raise DataError(
-                f"all sources with a rate are used up after {self.seen} rows; raise their `epochs`, "
-                "or lower train.steps"
-            )
-        return {name: weight / total for name, weight in weights.items()}
+        return {name: weight / total if total else 0.0 for name, weight in weights.items()}
+
+    def most(self, name: str) -> float:
+        """Return the most rows that are drawn from a source."""
+        epochs = self.config.mixture[name].epochs
+        return math.inf if epochs is None else math.ceil(epochs * len(self.rows[name]))
+
+    def check(self, what: str = "train.steps x train.batch_size") -> None:
+        """Raise DataError if the sources are used up before the run's rows are drawn. what: names `draws`."""
+        if all(source.epochs is None for source in self.config.mixture.values()):
+            return
+        credit, drawn = dict.fromkeys(self.rows, 0.0), dict.fromkeys(self.rows, 0)
+        for number in range(self.draws):
+            rates = self._rates(number / self.draws, drawn)
+            if not any(rates.values()):
+                raise DataError(
+                    f"all sources with a rate are used up after {number} of the {self.draws} rows of {what}; "
+                    "raise `mixture.NAME.epochs`, leave it out for one source, or lower the steps"
+                )
+            drawn[_draw(credit, rates)] += 1
 
     def next(self, k: int) -> list[int]:
-        """Return the indices of the next k rows. Raises DataError once all sources are used up."""
+        """Return the indices of the next k rows."""
         out = []
         for _ in range(k):
-            rates = self.rates(min(self.seen / self.draws, 1.0))
-            for name, rate in rates.items():
-                self.credit[name] += rate
-            chosen = max((name for name, rate in rates.items() if rate), key=self.credit.__getitem__)
-            self.credit[chosen] -= 1
+            chosen = _draw(self.credit, self.rates(min(self.seen / self.draws, 1.0)))
             sampler = self.samplers[chosen]
             out.append(self.rows[chosen][sampler.next(1)[0]])
             self.epoch = sampler.epoch
@@ -231,6 +254,15 @@ class MixtureSampler:
                 raise DataError(f"mixture.{name}: {error}") from None
             self.credit[name] = saved[name]["credit"]
         self.seen, self.epoch = state["seen"], state["epoch"]
+
+
+def _draw(credit: dict[str, float], rates: Mapping[str, float]) -> str:
+    """Return the source that the next row is drawn from, and settle the credits."""
+    for name, rate in rates.items():
+        credit[name] += rate
+    chosen = max((name for name, rate in rates.items() if rate), key=credit.__getitem__)
+    credit[chosen] -= 1
+    return chosen
 
 
 def mixture_sampler(

@@ -356,11 +356,14 @@ def check_warm_start(
     if stage is None or is_finished(warm_start_folder(config, stage, model)):
         return []
     data = warm_start_data(config, stage)
+    draws = stage.steps * stage.batch_size
     if data.resolved_kind not in ("file", "hub", "mixture"):
         data = data.model_copy(update={"limit": min(data.limit or GENERATED, GENERATED)})
     key = "warm_start.data"
     try:
         groups = warm_start_groups(config, data, tokenizer).groups
+        if mixture := mixture_sampler(data, [group.prompt for group in groups], config.seed, draws):
+            mixture.check("warm_start.steps x warm_start.batch_size")
     except DataError as error:
         other = "" if stage.data else "\n(this is the data of the run; name other data under warm_start.data)"
         return [f"{key}: {error}{other}"]

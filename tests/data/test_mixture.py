@@ -18,6 +18,7 @@ from rft.data import DataError, GroupSampler, has_held_out, load_groups, load_pr
 from rft.data.errors import locate
 from rft.data.mixture import MixtureSampler, mixture_lines, mixture_sampler
 from rft.errors import ConfigError
+from rft.plan import make_plan
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> str:
@@ -113,10 +114,45 @@ def test_stages_and_schedules_change_the_rates_over_the_run(files: dict[str, str
 def test_a_source_ends_after_its_epochs(files: dict[str, str], plain: Any) -> None:
     sampler = sampler_of(mixture(files, add={"epochs": 1.5}), plain)
     assert names(sampler, 60).count("add") == 9
-    both = sampler_of(mixture(files, add={"epochs": 1}, talk={"epochs": 1}), plain)
+    both = sampler_of(mixture(files, add={"epochs": 1}, talk={"epochs": 1}), plain, draws=24)
+    both.check()
     assert sorted(both.next(24)) == list(range(24))
-    with pytest.raises(DataError, match=r"used up after 24 rows; raise their `epochs`"):
-        both.next(1)
+    more = both.next(24)  # online, in place of dropped groups: as without `epochs`
+    assert sum(index < 6 for index in more) == 6
+    assert both.metrics()["data/add/epoch"] == 2
+
+
+def test_a_mixture_that_ends_before_the_run_is_refused_before_it(files: dict[str, str], plain: Any) -> None:
+    short = mixture(files, add={"epochs": 1}, talk={"epochs": 1})
+    with pytest.raises(DataError, match=r"used up after 24 of the 25 rows of train.steps x train.batch_size"):
+        sampler_of(short, plain, draws=25).check()
+    # Enough rows in all, but `talk` alone has to fill the second half.
+    stages = {"add": {"rate": [[0, 1], [0.5, 0]]}, "talk": {"rate": [[0, 0], [0.5, 1]], "epochs": 1}}
+    sampler_of(mixture(files, **stages), plain, draws=36).check()
+    with pytest.raises(DataError, match="used up after 37 of the 38 rows"):
+        sampler_of(mixture(files, **stages), plain, draws=38).check()
+
+
+def test_a_plan_bounds_the_rows_of_a_mixture(
+    files: dict[str, str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    both = {name: {"path": path, "epochs": 1} for name, path in files.items()}
+    both["talk"]["columns"] = {"prompt": "q"}
+    raw = {
+        "output_dir": str(tmp_path),
+        "model": {"path": str(tiny_folder)},
+        "data": {"mixture": both},
+        "algorithm": "sft",
+        "train": {"steps": 7, "batch_size": 4},
+        "eval": {"every": 0},
+    }
+    with pytest.raises(ConfigError, match=r"data: all sources .* after 24 of the 28 rows"):
+        make_plan(parse_config(raw))
+    make_plan(parse_config({**raw, "train": {"steps": 6, "batch_size": 4}}))
+    stage = {"data": raw["data"], "steps": 7, "batch_size": 4, "cache": str(tmp_path / "cache")}
+    online = {"algorithm": "grpo", "data": {"kind": "sums"}, "rewards": ["math"], "warm_start": stage}
+    with pytest.raises(ConfigError, match=r"warm_start.data: all sources .* rows of warm_start.steps"):
+        make_plan(parse_config({**raw, **online}))
 
 
 @pytest.mark.parametrize("cut", [1, 13, 39])
