@@ -69,7 +69,7 @@ def measure(folder: Path, size: str) -> dict[str, Any]:
     fixed, scores, steps = tokens(PROOF_TOKENS), [], []
     learner.step(batch, 0)
     by_tokens = {}
-    for count in sorted({64, PROOF_TOKENS, 96, 128, 192}):
+    for count in sorted({PROOF_TOKENS, 80, 96, 128, 192}):
         some = tokens(count)
         learner.score_tokens(some)
         begin = clock()

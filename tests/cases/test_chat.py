@@ -303,6 +303,17 @@ def test_a_prompt_that_ends_with_the_assistant_is_continued(tmp_path: Path) -> N
     assert trained([row], make_tokenizer(), tmp_path) == (wanted, ["« 4<|im_end|>»"])
 
 
+def test_prompts_of_messages_are_rendered(tmp_path: Path) -> None:
+    found = prompts(CASES / "grpo_messages.jsonl", make_tokenizer(), tmp_path)
+    assert found == [PROMPT.format("What is 2+2?"), PROMPT.format("2+3?")]
+
+
+def test_a_null_in_the_only_row_of_a_template_is_named(tmp_path: Path) -> None:
+    file = CASES / "grpo_null_in_template.jsonl"
+    with pytest.raises(DataError, match=r"1 row \(1\): `template` needs text, and `question` is null"):
+        prompts(file, make_tokenizer(), tmp_path, template="Q: {question}")
+
+
 @pytest.mark.parametrize("value", [None, ["a"], HI, {"a": 1}])
 def test_a_template_over_what_is_no_text_is_a_bad_row(value: Any, tmp_path: Path) -> None:
     rows = [{"question": "a"}, {"question": value}]

@@ -216,13 +216,16 @@ def test_a_score_does_not_queue_behind_requests(tiny_folder: Path) -> None:
 
 
 def test_the_default_bounds_were_measured() -> None:
-    """No set of fixed tokens exceeded the bound of its dtype while the weights were right
-    (`benchmarks/proof_gaps.py`); a stale head did in float32."""
+    """No set of fixed tokens exceeded half of the bound of its dtype while the weights were right
+    (`benchmarks/proof_gaps.py`, with sets of 80 tokens); a stale head exceeded it in float32."""
     result = json.loads((ROOT / "benchmarks/results/proof-gaps-cpu.json").read_text())
     bounds = {"float32": 1e-3, "bfloat16": 0.1}  # the defaults, see tests/test_dtype_choice.py
     for case in result["results"]:
-        assert case["tokens"] == PROOF_TOKENS
-        assert case["bounds"][0] == bounds[case["dtype"]]
+        assert PROOF_TOKENS <= case["tokens"] <= 1.25 * PROOF_TOKENS
+        bound = bounds[case["dtype"]]
+        assert case["bounds"][0] == bound
+        right = [push for push in case["pushes"] if push["head"] == "repacked"]
+        assert right and max(push["mean_gap"]["largest"] for push in right) < bound / 2
         assert not any(push["alarms"] for push in case["pushes"] if push["head"] == "repacked")
         if case["dtype"] == "float32":
             assert any(push["alarms"] for push in case["pushes"] if push["head"] == "stale")
