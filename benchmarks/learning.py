@@ -74,6 +74,11 @@ FAST = (
     "algorithm={name: ppo, critic_rate: 10, critic_warmup: 5}",
     "learner.learning_rate=3.0e-4",
 )
+# A budget at which the calculator's task is also learned in a program that is started for each session.
+SHORT = (
+    "train={steps: 40, batch_size: 8, num_generations: 8}",
+    "eval={every: 40, problems: 128, samples: 2}",
+)
 STYLE = "benchmarks/learning_style.py:written_in"
 STYLES = (
     "rewards=[{function: math}, "
@@ -102,6 +107,13 @@ CASES: list[Case] = [
     online("ppo", "echo", STYLES, *FAST),
     *(online(name, "echo", STYLES) for name in ("grpo", "expert_iteration")),
     Case("calculator", "agents", "examples/calculator.yaml", start="calculator"),
+    *(
+        Case(f"calculator_{name}", "agents", config, SHORT, start="calculator")
+        for name, config in (
+            ("short", "examples/calculator.yaml"),
+            ("program", "examples/agents/calculator.yaml"),
+        )
+    ),
     Case("guess", "agents", "examples/guess.yaml", start="guess"),
     Case("guess_no_credit", "agents", "examples/guess.yaml", ("algorithm={name: grpo}",), start="guess"),
 ]

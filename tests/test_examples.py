@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -19,6 +18,7 @@ from rft.config.schema import algorithm_name
 from rft.plan import Plan, make_plan
 from rft.report.plan_text import plan_lines
 from tests.specs import needs_smollm2, needs_vllm
+from tests.venvs import VERIFIERS, python_with
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -77,8 +77,8 @@ def local(name: str, runs: Path, qwen: Path, tiny_folder: Path) -> list[str]:
     if name in FROM_THE_HUB:
         data = ["data.kind=file", "data.path=examples/data/gsm8k", "data.subset=null"]
         overrides += [f"model.path={qwen}", *data]
-    if name == "agents/verifiers" and (python := os.environ.get("RFT_VERIFIERS_PYTHON")):
-        overrides.append(f"environment.python={python}")
+    if name == "agents/verifiers":
+        overrides.append(f"environment.python={python_with('RFT_VERIFIERS_PYTHON', *VERIFIERS)}")
     if name == "online/distill":
         overrides.append(f"model.reference={tiny_folder}")  # the model of another example's run
     return overrides
@@ -89,9 +89,8 @@ CLUSTER = ["ray.address=auto", "ray.device=cuda"]  # GPUs that this machine need
 
 def needs(name: str) -> list[pytest.MarkDecorator]:
     """What an example needs that a minimal installation lacks."""
-    if name == "agents/verifiers":
-        has = "RFT_VERIFIERS_PYTHON" in os.environ
-        return [pytest.mark.skipif(not has, reason="needs RFT_VERIFIERS_PYTHON")]
+    if name == "agents/verifiers":  # makes a virtual environment
+        return [pytest.mark.slow, pytest.mark.timeout(1200)]
     return [needs_vllm] if name in FROM_THE_HUB else [needs_smollm2] if name.startswith("smollm2") else []
 
 

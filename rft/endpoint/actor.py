@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import pickle
+import time
 from itertools import count
 
 from rft.endpoint.dialect import invalid
@@ -23,7 +24,7 @@ class EndpointActor:
     def __init__(self) -> None:
         self._server: Server | None = None
         self._waiting: dict[int, asyncio.Future[Answer | None]] = {}
-        self._numbers = count()
+        self._numbers = count(time.monotonic_ns())  # others than those of an actor before this one
         self._items: list[bytes] = []  # pickled one by one, so that one that cannot be is refused alone
         self._filled = asyncio.Event()
 

@@ -47,9 +47,11 @@ class Access:
 
 @dataclass(eq=False)
 class _Opened:
-    """An open session: the function that answers its calls, and the tasks of the answers."""
+    """An open session: the function that answers its calls, the actor that it is open in (None: any), and the
+    tasks of the answers."""
 
     reply: Reply
+    actor: Any = None
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
 
@@ -108,7 +110,14 @@ class Endpoint:
             raise EnvironmentFault(f"the endpoint did not start: {error}") from error
         host = f"[{self.host}]" if ":" in self.host else self.host
         self._actor, self._url = actor, f"http://{host}:{port}"
+        if self.shared is not None:  # its clients expect it there, also after a restart
+            self.port = port
         self._pumping = asyncio.create_task(self._pump(actor))
+
+    async def died(self) -> None:
+        """Wait until the actor has ended. The next `start` starts another one."""
+        assert self._pumping is not None, "start comes first"
+        await asyncio.wait({self._pumping})
 
     async def close(self) -> None:
         """Stop the actor."""
@@ -128,19 +137,16 @@ class Endpoint:
     @asynccontextmanager
     async def session(self, label: str, context: int, reply: Reply) -> AsyncIterator[Access]:
         """Open a session for the length of a block. context: the most tokens of one call. Raises
-        EnvironmentFault if the endpoint cannot be started, OperationFailed if it has died.
+        EnvironmentFault if the endpoint cannot be started, OperationFailed if it has died or hangs.
 
         At the end its key is no longer valid, and the calls in flight are cancelled.
         """
         await self.start()
         name = f"{''.join(c if c.isalnum() and c.isascii() else '.' for c in label)}-{next(self._numbers)}"
-        opened = self._opened[name] = _Opened(reply)
         actor = self._actor
+        opened = self._opened[name] = _Opened(reply, actor)
         try:
-            key = await call(actor.open.remote(name, context), CONTROL_S, "a session at the endpoint")
-            yield Access(self._url, key)
-        except ActorDied as error:  # the episode is played again, with another actor
-            raise OperationFailed(f"the endpoint died: {error}") from error
+            yield Access(self._url, await self._key(actor, name, context))
         finally:
             with suppress(ActorDied, Overdue):
                 self.counts = await call(actor.end.remote(name), CONTROL_S, "a session at the endpoint")
@@ -148,6 +154,22 @@ class Endpoint:
             for task in opened.tasks.values():
                 task.cancel()
             await asyncio.gather(*opened.tasks.values(), return_exceptions=True)
+
+    async def _key(self, actor: Any, name: str, context: int) -> str:
+        """Open a session in the actor; return its key. Raises OperationFailed: the episode is played again,
+        with another actor."""
+        try:
+            key: str = await call(actor.open.remote(name, context), CONTROL_S, "a session at the endpoint")
+        except ActorDied as error:
+            raise OperationFailed(f"the endpoint died: {error}") from error
+        except Overdue as error:
+            if self._actor is actor:
+                import ray
+
+                kill_actor(actor, ray.get_runtime_context().get_node_id(), self._pid)
+                self._actor = None
+            raise OperationFailed(f"the endpoint hangs, and is started again: {error}") from error
+        return key
 
     def share(self, name: str, reply: Reply) -> None:
         """Answer the calls of the session that is always open."""
@@ -173,9 +195,10 @@ class Endpoint:
                     else:
                         opened.tasks[number] = asyncio.create_task(self._answer(opened, number, ask))
         except RayActorError:
-            self._actor = None  # the next session starts another one; the agents of these fail
+            if self._actor is actor:
+                self._actor = None  # the next session starts another one; the agents of these fail
             for opened in self._opened.values():
-                for task in opened.tasks.values():
+                for task in opened.tasks.values() if opened.actor in (None, actor) else ():
                     task.cancel()
 
     async def _answer(self, opened: _Opened, number: int, ask: Ask | SetReward) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from ipaddress import ip_address
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +25,7 @@ from rft.endpoint.calls import SessionCalls, cut, tokens_of
 from rft.endpoint.handle import Endpoint
 from rft.endpoint.server import Open
 from rft.endpoint.types import Answer, Ask, Echoed, Refused, SetReward
-from rft.environments.types import Reply
+from rft.environments.types import EnvironmentFault, Reply
 from rft.errors import ConfigError, ModelError
 from rft.plan import Plan, make_plan
 from rft.preflight.memory import ModelShape
@@ -179,6 +182,17 @@ def config_of(target: str, overrides: list[str]) -> Config:
     return parse_config(apply_overrides(raw, overrides))
 
 
+async def started(config: Config, model: str) -> Served:
+    """Return a model in its engines."""
+    served = Served(await asyncio.to_thread(make_plan, config, model=model, evaluate=True))
+    try:
+        await served.pool.start()
+    except BaseException:
+        await served.pool.close()
+        raise
+    return served
+
+
 @asynccontextmanager
 async def serving(
     target: str, overrides: list[str], host: str, port: int, key: str, follow: bool, say: Say
@@ -191,14 +205,16 @@ async def serving(
     with tempfile.TemporaryDirectory(prefix="rft-serve-") as scratch:
 
         async def load() -> tuple[int | None, Served]:
-            step, model = None, target
-            if is_run:
-                step = newest_step(run / "checkpoints")
-                model = f"{scratch}/{step}"
-                await asyncio.to_thread(export_run, run, Path(model))
-            served = Served(await asyncio.to_thread(make_plan, config, model=model, evaluate=True))
-            await served.pool.start()
-            return step, served
+            if not is_run:
+                return None, await started(config, target)
+            step = newest_step(run / "checkpoints")
+            folder = Path(scratch, str(step))
+            try:
+                await asyncio.to_thread(export_run, run, folder)
+                return step, await started(config, str(folder))
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
         step, current = await load()
         context = current.pool.spec.max_model_len
@@ -210,24 +226,65 @@ async def serving(
         async def renew() -> None:
             """Load newer checkpoints beside the old one; calls in flight end where they began."""
             nonlocal step, current
+            tried = step
             while True:
                 await asyncio.sleep(LOOK_EVERY_S)
-                if newest_step(run / "checkpoints") != step:
-                    old = current
+                if (newest := newest_step(run / "checkpoints")) == tried:
+                    continue
+                old, its_step, tried = current, step, newest
+                try:
                     step, current = await load()
-                    say(f"serving the checkpoint of step {step}")
-                    await old.close()
+                except Exception as error:  # such as a checkpoint that the run has deleted meanwhile
+                    say(f"warning: the checkpoint of step {newest} could not be loaded, and that of step "
+                        f"{step} is still served: {error}")  # fmt: skip
+                    continue
+                say(f"serving the checkpoint of step {step}")
+                await old.close()
+                shutil.rmtree(Path(scratch, str(its_step)), ignore_errors=True)
+
+        async def revive() -> None:
+            """Start the endpoint's process again if it dies."""
+            while True:
+                await endpoint.died()
+                try:
+                    say(
+                        f"warning: the endpoint's process died; another serves at {await endpoint.start()}/v1"
+                    )
+                except EnvironmentFault as error:
+                    say(f"warning: the endpoint's process died, and another one cannot be started: {error}")
+                    await asyncio.sleep(LOOK_EVERY_S)
 
         endpoint.share(NAME, reply)
-        renewing = asyncio.create_task(renew()) if follow else None
+        tasks = list[asyncio.Task[None]]()
         try:
-            yield await endpoint.start()
+            url = await endpoint.start()
+            tasks += [asyncio.create_task(revive())]
+            tasks += [asyncio.create_task(renew())] if follow else []
+            yield url
         finally:
-            if renewing is not None:
-                renewing.cancel()
-                await asyncio.gather(renewing, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await endpoint.close()
             await current.pool.close()
+
+
+def beyond_this_machine(host: str, port: int) -> bool:
+    """Return whether other machines reach an address. Raises ConfigError if nothing can listen there."""
+    try:
+        ip = ip_address(host)
+    except ValueError:
+        raise ConfigError(
+            [f"--host {host}: not an IP address; write 127.0.0.1, or 0.0.0.0 to serve other machines too"]
+        ) from None
+    with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError([f"--port {port}: cannot listen at {host}:{port}: {why}"]) from None
+    return not ip.is_loopback
 
 
 def serve(
@@ -238,7 +295,8 @@ def serve(
     key = "" if key_env is None else os.environ.get(key_env, "")
     if key_env is not None and not key:
         raise ConfigError([f"--key-env: the environment variable {key_env} is not set"])
-    if host not in ("127.0.0.1", "::1", "localhost"):
+    address = "127.0.0.1" if host == "localhost" else host
+    if beyond_this_machine(address, port):
         if not key:
             raise ConfigError([f"--host {host}: beyond this machine a key is needed; write --key-env NAME"])
         say(f"warning: everybody who reaches {host}:{port} and has the key can use the model")
@@ -251,7 +309,6 @@ def serve(
             return END_S
 
         signals.handle(request=request)
-        address = "127.0.0.1" if host == "localhost" else host
         async with serving(target, overrides, address, port, key, follow, say) as url:
             say(f"serving {target} at {url}/v1")
             await stop.wait()

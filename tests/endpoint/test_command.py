@@ -240,6 +240,88 @@ async def test_a_program_without_a_reward(tmp_path: Path, ray_here: None) -> Non
     assert [c.reward for c in played.completions] == [None] and played.completions[0].text == "four"
 
 
+PRELOADED = """
+import atexit, json, os, signal, subprocess, sys, threading, urllib.request
+import beside
+
+row = json.load(open(os.environ["RFT_ROW"]))
+assert __name__ == "__main__" and sys.modules["__main__"].row is row
+assert "colorsys" in sys.modules and sys.argv == [__file__, "two words"] and sys.path[0] == beside.FOLDER
+assert os.listdir() == ["row.json"] and sys.stdin.read() == "" and os.getpgrp() == os.getpid()
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert sorted(os.listdir("/proc/self/fd")) == ["0", "1", "2", "3"]  # 3: of the listing
+body = json.dumps({"messages": [{"role": "user", "content": row["prompt"]}]}).encode()
+headers = {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"], "Content-Type": "application/json"}
+request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, headers)
+answer = json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"]
+subprocess.Popen(["sleep", "100"], start_new_session=True)
+atexit.register(print, float(answer == "four"))
+threading.Thread(target=lambda: threading.Event().wait(0.2) or print(7)).start()
+"""
+
+
+def preloaded(folder: Path, code: str) -> list[str]:
+    (folder / "agent.py").write_text(code)
+    (folder / "beside.py").write_text(f"FOLDER = {str(folder)!r}")
+    return ["python", str(folder / "agent.py"), "two words"]
+
+
+async def test_a_forked_program_finds_what_a_started_one_does(tmp_path: Path, ray_here: None) -> None:
+    """Its threads end first, then its exit handlers run; what it leaves behind is killed."""
+    options = {"preload": ["colorsys"]}
+    async with sampler(tmp_path, preloaded(tmp_path, PRELOADED), options=options) as episodes:
+        for _ in range(2):  # nothing of a session is left to the next one in the same worker
+            played, metrics = await play(episodes, 2)
+            assert [c.reward for c in played.completions] == [1.0] * 2, read_jsonl(tmp_path / "events.jsonl")
+        await group(episodes, played)
+    assert metrics["session/turns"] == 1 and metrics["environment/endpoint/errors"] == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "ending", "words"),
+    [
+        ("def f():\n    1 / 0\nf()", "environment_error", "line 2, in f"),
+        ("raise SystemExit('no')", "environment_error", "exited with status 1: no"),
+        ("import os; os.abort()", "environment_error", "killed by signal 6"),
+        ("import time; time.sleep(100)", "timeout", "setup_timeout_s"),
+        ("import sys; print(1); sys.exit()", "finished", ""),
+    ],
+)
+async def test_how_a_forked_program_ends(
+    tmp_path: Path, ray_here: None, code: str, ending: str, words: str
+) -> None:
+    options = {"preload": ["colorsys"]}
+    command = preloaded(tmp_path, code)
+    async with sampler(tmp_path, command, options=options, setup_timeout_s=3) as episodes:
+        _, metrics = await play(episodes, 1)
+    assert metrics[f"session/ending/{ending}"] == 1
+    whys = [e["what"] for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"] == "fault/environment"]
+    assert all(words in why and "forked.py" not in why for why in whys) and bool(whys) == bool(words), whys
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "words"),
+    [
+        (["bash", "agent.py"], "json", "bash is not the Python of rft"),
+        (["python", "-m", "agent"], "json", "must be `python FILE`"),
+        (["python", "agent.py"], "no_such", "no_such cannot be imported"),
+        (["python", "agent.py"], "threaded", "the import of threaded starts threads"),
+    ],
+)
+async def test_what_cannot_be_preloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], name: str, words: str
+) -> None:
+    (tmp_path / "agent.py").write_text("")
+    (tmp_path / "threaded.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    command = [str(tmp_path / word) if word == "agent.py" else word for word in command]
+    with pytest.raises(EnvironmentFault, match=words):
+        async with sampler(tmp_path, command, options={"preload": [name]}):
+            pass
+
+
 AREAL = """
 from openai import AsyncOpenAI
 
@@ -299,6 +381,21 @@ async def test_an_actor_that_dies_is_replaced(tmp_path: Path, ray_here: None) ->
         assert [c.reward for c in played.completions] == [1.0] * 2
         await play(episodes, 1)
         assert endpoint._url != first
+
+
+@pytest.mark.slow
+async def test_an_actor_that_hangs_is_replaced(
+    tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rft.endpoint.handle.CONTROL_S", 2.0)
+    async with sampler(tmp_path, script(tmp_path, "echo 1"), max_retries=3) as episodes:
+        endpoint = episodes.runner.endpoint
+        assert isinstance(endpoint, Endpoint)
+        first = await endpoint.start()
+        psutil.Process(endpoint._pid).suspend()
+        played, metrics = await play(episodes, 2)
+    assert [c.reward for c in played.completions] == [1.0] * 2 and endpoint._url != first
+    assert metrics["session/ending/environment_error"] == 0.5, "each was played twice"
 
 
 async def test_it_does_not_listen_beyond_the_machine_without_a_key() -> None:

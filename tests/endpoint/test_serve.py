@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import yaml
 from openai import AsyncOpenAI, AuthenticationError, BadRequestError
 
 from rft.errors import ConfigError
-from rft.tools.serve import serve, serving
+from rft.tools.serve import config_of, serve, serving
 from rft.utils.signals import StopRequests
-from tests.integration.conftest import rft
+from tests.integration.conftest import ENV, ROOT, pids_of, processes_of, rft
 from tests.specs import needs_vllm
 from tests.venvs import python_with
 
@@ -101,12 +111,17 @@ async def test_texts_are_scored(tiny_folder: Path, ray_here: None) -> None:
 
 def test_wrong_arguments(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
-    for host, key, follow, words in (
-        ("0.0.0.0", None, False, "a key is needed"),
-        ("127.0.0.1", "NO_KEY", False, "NO_KEY is not set"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            serve(str(tiny_folder), [], host, 0, key, follow, StopRequests(), print)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used = taken.getsockname()[1]
+        for host, port, key, words in (
+            ("0.0.0.0", 0, None, "a key is needed"),
+            ("127.0.0.1", 0, "NO_KEY", "NO_KEY is not set"),
+            ("my.host", 0, None, "my.host: not an IP address"),
+            ("127.0.0.1", used, None, f"cannot listen at 127.0.0.1:{used}: Address already in use"),
+            ("127.0.0.1", 70_000, None, "--port 70000: cannot listen"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                serve(str(tiny_folder), [], host, port, key, False, StopRequests(), print)
 
 
 @pytest.mark.slow
@@ -152,6 +167,79 @@ checkpoint: {{every: 1}}
 
     asyncio.run(body())
     assert lines == ["serving the checkpoint of step 2"]
+
+
+async def test_a_checkpoint_that_cannot_be_loaded_is_reported(
+    tiny_folder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest one that could be loaded is still served, and the next one is loaded."""
+    monkeypatch.setattr("rft.tools.serve.LOOK_EVERY_S", 0.05)
+    run, steps = tmp_path / "run", iter([1, 2, 2, 2, 3])
+    run.mkdir()
+    overrides = [f"model.path={tiny_folder}", "rollout.engine=hf", "rollout.threads=1"]
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(config_of(str(tiny_folder), overrides[1:]).model_dump(mode="json"))
+    )
+    monkeypatch.setattr("rft.tools.serve.newest_step", lambda _: next(steps, 3))
+
+    def export(_: Path, out: Path) -> None:
+        if out.name == "2":
+            raise OSError("it is gone")
+        shutil.copytree(tiny_folder, out)
+
+    monkeypatch.setattr("rft.tools.serve.export_run", export)
+    lines: list[str] = []
+    async with serving(str(run), overrides, "127.0.0.1", 0, "", True, lines.append) as url:
+        async with asyncio.timeout(60):
+            while len(lines) < 2:
+                await asyncio.sleep(0.05)
+        await sample(AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0))
+    assert "step 2 could not be loaded, and that of step 1 is still served: it is gone" in lines[0]
+    assert lines[1:] == ["serving the checkpoint of step 3"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_its_process_dies_and_it_is_stopped(
+    number: signal.Signals, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Killed, the endpoint comes back at its address. A signal ends the command, and nothing is left."""
+    mark = f"served-{tmp_path.name}-{number}"
+    command = [sys.executable, "-m", "rft.cli", "serve", str(tiny_folder), "--port", "0", *HF]
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(
+            command, cwd=ROOT, env={**ENV, "RFT_TEST_MARK": mark}, stderr=said, start_new_session=True
+        ) as process,
+    ):
+        try:
+            (url,) = await_line(tmp_path / "said", r"serving .* at (http://\S+)/v1")
+            assert httpx.get(f"{url}/health").status_code == 200
+            (endpoint,) = [
+                p for p in pids_of(mark) if b"EndpointActor" in Path(f"/proc/{p}/cmdline").read_bytes()
+            ]
+            os.kill(endpoint, signal.SIGKILL)
+            (again,) = await_line(tmp_path / "said", r"process died; another serves at (http://\S+)/v1")
+            assert again == url and httpx.get(f"{url}/health").status_code == 200
+            process.send_signal(number)
+            assert process.wait(60) == 0
+            deadline = time.monotonic() + 20
+            while left := processes_of(mark):
+                assert time.monotonic() < deadline, left
+                time.sleep(0.2)
+        finally:
+            process.kill()
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
+def await_line(file: Path, pattern: str) -> tuple[str, ...]:
+    """Wait for a line of a file; return the groups of its match."""
+    deadline = time.monotonic() + 120
+    while not (match := re.search(pattern, file.read_text())):
+        assert time.monotonic() < deadline, file.read_text()[-3000:]
+        time.sleep(0.1)
+    return match.groups()
 
 
 TASK = """

@@ -1,11 +1,10 @@
 """Episodes at a server that speaks OpenEnv's wire (its own package does not install beside vLLM).
 
-RFT_OPENENV_PYTHON names a Python with openenv 0.10: then its own server is played with as well.
+Its own server runs in an environment that pip makes, or in the Python that RFT_OPENENV_PYTHON names.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rft.config.environment import EnvironmentConfig
 from rft.environments.runner import EnvironmentRunner
 from rft.environments.types import Ending, EnvironmentFault, Episode, ToolCall
 from tests.environments.scripted import ScriptedSession
+from tests.venvs import python_with
 
 REAL = '''
 import sys, uvicorn
@@ -89,12 +89,10 @@ app.router.add_get("/ws", play)
 web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None)
 """
 ROW = {"prompt": "Play.", "word": "seven"}
-PYTHON = os.environ.get("RFT_OPENENV_PYTHON")
+OPENENV = "openenv==0.10.0"
 SERVERS = [
     pytest.param(sys.executable, WIRE, id="wire"),
-    pytest.param(
-        PYTHON, REAL, id="openenv", marks=pytest.mark.skipif(not PYTHON, reason="needs RFT_OPENENV_PYTHON")
-    ),
+    pytest.param(OPENENV, REAL, id="openenv", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
 ]
 
 
@@ -114,6 +112,7 @@ def config(folder: Path, python: str, code: str, **more: Any) -> EnvironmentConf
 
 @pytest.mark.parametrize(("python", "code"), SERVERS)
 async def test_episodes(tmp_path: Path, python: str, code: str) -> None:
+    python = python_with("RFT_OPENENV_PYTHON", OPENENV, "uvicorn") if python == OPENENV else python
     async with EnvironmentRunner(config(tmp_path, python, code), tmp_path) as runner:
         (tool,) = runner.tools
         assert tool["function"]["name"] == "step" and tool["function"]["description"] == "Say something."

@@ -24,6 +24,7 @@ from rft.rollout.engine import Generated, Request
 from rft.rollout.pool import RolloutPool
 from rft.utils.signals import StopRequests
 from tests.integration.conftest import ROOT
+from tests.specs import needs_vllm
 
 # Answers twice; the second call has another history, so that it is a branch. Half of the sessions succeed.
 ENVIRONMENT = """
@@ -204,16 +205,24 @@ def test_they_are_trained_on_and_evaluated(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)])
 def test_agents_in_programs_are_collected(
-    tiny_folder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+    engine: str, tiny_folder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     command = ["collect", "examples/agents/openai.yaml", "--prompts", "2", "--samples", "2"]
-    changes = [f"model.path={tiny_folder}", "rollout.engine=hf", "rollout.threads=1", "eval.every=0"]
+    changes = [f"model.path={tiny_folder}", f"rollout.engine={engine}", "rollout.threads=1", "eval.every=0"]
     assert main([*command, "--out", str(tmp_path / "out"), *changes]) == 0
     rows = sessions(tmp_path / "out")
     assert [(row["prompt_id"], row["sample"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(row["ending"] == "finished" and row["reward"] in (0, 0.75, 1) for row in rows)
+    assert all(
+        len(row["logprobs"]) == len(row["ids"])
+        and sum(p is not None for p in row["logprobs"])
+        == sum(t["end"] - t["start"] for t in row["turns"])
+        > 0
+        for row in rows
+    )
 
 
 def test_a_warm_start_must_have_been_trained(config: Path, tmp_path: Path, capsys: Any) -> None:

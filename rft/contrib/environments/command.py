@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rft.contrib.environments.forked import Forked, preload
 from rft.environments.rewards import read_reward
 from rft.environments.types import Episode, OperationFailed, Row, Session
 from rft.rewards.load import SpecError
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 KEPT = 1 << 16  # bytes of the end of a program's output
 DRAIN_S = 0.5  # to read what an ended program has written, while its children keep the pipe open
-OPTIONS = {"reward": (True, False)}
+OPTIONS = ("reward", "preload")
 
 
 class Host:
-    """Operations in the worker. options: `reward: false` if the program's last line is not a reward."""
+    """Operations in the worker. options: `reward: false` if the program's last line is not a reward;
+    `preload`, modules of a Python program that are imported once for all sessions."""
 
     session: Any = None
 
@@ -45,6 +47,10 @@ class Host:
                 f"environment.command: {self.command[0]} is neither a program nor an executable file; write "
                 "for example `python agent.py` or `bash agent.sh`"
             )
+        modules = spec.options.get("preload") or ()
+        self.preloaded = [modules] if isinstance(modules, str) else list(modules)
+        if self.preloaded:
+            preload(self.preloaded, self.command, search_path())
 
     def describe(self) -> dict[str, Any]:
         return {"tools": [], "gives_reward": self.gives_reward}
@@ -53,14 +59,8 @@ class Host:
         """Run the program to its end; return its exit status and the ends of its output."""
         row_file = Path(folder, "row.json")
         row_file.write_text(json.dumps(row, ensure_ascii=False, default=str), encoding="utf-8")
-        with subprocess.Popen(
-            self.command,
-            cwd=folder,
-            env={**os.environ, "PATH": search_path(), **variables, "RFT_ROW": str(row_file)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            process_group=0,
+        with self._start(
+            folder, {**os.environ, "PATH": search_path(), **variables, "RFT_ROW": str(row_file)}
         ) as process:
             try:
                 output, errors = read_until_end(process)
@@ -68,6 +68,19 @@ class Host:
                 with suppress(ProcessLookupError):  # none of its children is left
                     os.killpg(process.pid, signal.SIGKILL)
         return {"status": process.returncode, "output": output, "errors": errors}
+
+    def _start(self, folder: str, variables: Mapping[str, str]) -> subprocess.Popen[bytes] | Forked:
+        if self.preloaded:
+            return Forked(self.command[1:], folder, variables)
+        return subprocess.Popen(
+            self.command,
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+        )
 
 
 def search_path() -> str:
@@ -82,7 +95,7 @@ def resolved(word: str, base_dir: Path) -> str:
     return str(path) if path.is_file() else word
 
 
-def read_until_end(process: subprocess.Popen[bytes]) -> tuple[str, str]:
+def read_until_end(process: subprocess.Popen[bytes] | Forked) -> tuple[str, str]:
     """Read a program's output until it ends; return the ends of both streams."""
     assert process.stdout is not None and process.stderr is not None
     streams = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
