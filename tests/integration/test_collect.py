@@ -225,6 +225,34 @@ def test_agents_in_programs_are_collected(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_program_samples_what_the_loop_in_process_does(
+    tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calculator of the examples, offered by a program: the same prompts and seeds."""
+    monkeypatch.chdir(ROOT)
+    changes = [
+        "warm_start=null",
+        "rollout.engine=hf",
+        "rollout.threads=1",
+        "--prompts",
+        "3",
+        "--samples",
+        "2",
+    ]
+    first = []
+    for name in ("calculator", "agents/calculator"):
+        out = tmp_path / name.replace("/", "-")
+        assert main(["collect", f"examples/{name}.yaml", "--out", str(out), *changes]) == 0
+        rows = sessions(out)
+        ends = [row["turns"][0]["end"] for row in rows]
+        first.append(
+            [(r["prompt_ids"], r["ids"][:n], r["logprobs"][:n]) for r, n in zip(rows, ends, strict=True)]
+        )
+    assert first[0] == first[1] and len(first[0]) == 6
+
+
 def test_a_warm_start_must_have_been_trained(config: Path, tmp_path: Path, capsys: Any) -> None:
     stage = (
         f"warm_start={{steps: 1, batch_size: 2, data: {{kind: arithmetic, limit: 8}}, cache: {tmp_path}/w}}"
