@@ -91,7 +91,7 @@ class EnvironmentRunner:
         )
         self.tools: list[dict[str, Any]] = []
         self.gives_reward = True
-        self.over_http = False  # a function that calls the policy by HTTP
+        self.over_http = False  # its agents call the policy by HTTP
         self.columns: list[str] | None = None  # those that `reset` of kind class takes; None: any
         self.rewards: list[RewardConfig] = []  # of the config: those that read the environment (kind class)
         self.counts = {"started": 0, "killed": 0, "crashed": 0, "recycled": 0}

@@ -53,7 +53,7 @@ class Host:
             preload(self.preloaded, self.command, search_path())
 
     def describe(self) -> dict[str, Any]:
-        return {"tools": [], "gives_reward": self.gives_reward}
+        return {"tools": [], "gives_reward": self.gives_reward, "over_http": True}
 
     def run(self, row: Mapping[str, Any], variables: Mapping[str, str], folder: str) -> dict[str, Any]:
         """Run the program to its end; return its exit status and the ends of its output."""

@@ -56,7 +56,7 @@ class Host:
         self._start(0).end()  # each worker starts its own: forks cannot share one
 
     def describe(self) -> dict[str, Any]:
-        return {"tools": [], "gives_reward": True}
+        return {"tools": [], "gives_reward": True, "over_http": True}
 
     def kept(self) -> set[int]:
         return set() if self.process is None else {self.process.pid}

@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from rft.tools.env_check.policies import Policy, Random, Scripted, tiny_model
 from rft.tools.env_check.report import Report
 from rft.tools.env_check.sessions import Player, Run, WatchedRunner
 from rft.tools.env_check.template import Probe, check_template
+from rft.utils.ray_cluster import ray_cluster
 from rft.utils.seeds import derive_seed
 
 POLICIES = ("scripted", "random", "model")
@@ -94,6 +95,7 @@ async def check(parts: Parts, options: Options) -> Report:
     report, begin = Report(options.accept), time.perf_counter()
     e, config = parts.environment, parts.config
     async with AsyncExitStack() as stack:
+        cluster = stack.enter_context(ExitStack())  # ends after the runners
         try:
             runner, second = WatchedRunner(e, Path.cwd()), WatchedRunner(e, Path.cwd())
             stack.push_async_callback(runner.close)
@@ -103,6 +105,8 @@ async def check(parts: Parts, options: Options) -> Report:
             report.problem("load", str(error), "correct this first")
             return report
         loaded = time.perf_counter() - begin
+        if runner.over_http:
+            cluster.enter_context(ray_cluster(None, 0.3))  # the endpoint is an actor
         tools = ", ".join(str(t["function"]["name"]) for t in runner.tools)
         what = f"{e.kind}: {e.path or e.kind}" + (f", tools {tools}" if tools else "")
         report.line("environment", f"{what}; loaded twice in {loaded:.1f} s", kind=e.kind, load_s=loaded / 2)

@@ -109,18 +109,16 @@ class WatchedRunner(EnvironmentRunner):
         return memory_of_trees([pid], shared_with=self._zygote.process.pid)[pid]
 
 
-class Noticed:
-    """A session that records which tools an environment passes with a call."""
+class Noticed(Session):
+    """The same session, which also records the tools that an environment passes with a call."""
 
     def __init__(self, session: Session, policy: Policy) -> None:
-        self.session, self.policy = session, policy
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.session, name)
+        self.__dict__ = vars(session)  # one state
+        self.policy = policy
 
     async def chat(self, messages: Sequence[Any], *, tools: Any = None, **more: Any) -> Reply:
-        self.policy.notice(self.session.name, tools or ())
-        return await self.session.chat(messages, tools=tools, **more)
+        self.policy.notice(self.name, tools or ())
+        return await super().chat(messages, tools=tools, **more)
 
 
 class WatchedRemote(Remote):
