@@ -113,7 +113,13 @@ def test_an_engine_killed_between_turns(live: Live) -> None:
 def test_the_learner_killed_with_sessions_in_flight(live: Live) -> None:
     """The run ends, and is started again from its last checkpoint: sessions that were in flight are played
     again from the first turn, and none of them counts as a fault of its environment."""
-    faults, opened = _faults(live), len(live.events("run/opened"))
+    faults, opened, step = _faults(live), len(live.events("run/opened")), live.step()
+
+    def saved() -> bool:
+        """Whether the rows of the faults so far are older than a checkpoint: later ones are set back."""
+        return any(e["step"] >= step for e in live.events("checkpoint/saved"))
+
+    live.wait("a checkpoint after the faults", saved, 240)
     _pause(live)
     event = live.hurt("learner killed", live.child("ray::LearnerActor").kill, "fault/learner", 30)
     assert "the learner died" in event["what"]
