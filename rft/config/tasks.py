@@ -132,6 +132,9 @@ class GuessConfig(ConfigModel):
 
     largest: int = Field(200, ge=8, le=99_999, description="the number is between 1 and this")
     tries: int = Field(8, ge=1, le=64, description="guesses of a demonstration at most")
+    careless: float = Field(
+        0.0, ge=0, le=1, description="share of a demonstration's guesses that pay no attention to the answers"
+    )
 
 
 class ReasoningGymConfig(ConfigModel):

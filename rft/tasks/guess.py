@@ -1,4 +1,4 @@
-"""The game of guessing a number, with demonstrations of players who guess any number that is still possible.
+"""The game of guessing a number, with demonstrations of players who guess at random.
 
     Guess my number.        57
     1 to 200
@@ -7,8 +7,9 @@
     lower                   ...
     58 to 170
 
-Halving the range finds every number up to 255 within 8 tries. A random player needs more: about four in
-ten of the demonstrations find a number up to 200. Reinforcement learning has to discover the middle.
+Halving the range finds every number up to 255 within 8 tries. The players of the demonstrations guess any
+number that is still possible, and careless ones at times any number at all: about four in ten of the careful
+ones find a number up to 200. Reinforcement learning has to discover the middle.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class Guess:
         game = Game(number, 1, self.config.largest)
         prompt, messages = f"{PROMPT}\n{game.situation()}", []
         for turn in range(self.config.tries):
-            guess = str(rng.randint(game.low, game.high))
+            careless = self.config.careless > 0 and rng.random() < self.config.careless
+            low, high = (1, self.config.largest) if careless else (game.low, game.high)
+            guess = str(rng.randint(low, high))
             messages.append({"role": "assistant", "content": guess})
             answer, right = game.guess(guess)
             if right or turn == self.config.tries - 1:
