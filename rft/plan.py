@@ -54,7 +54,7 @@ from rft.preflight.model import (
     resolve_optional,
     resolve_stops,
 )
-from rft.preflight.rewards import check_run_rewards
+from rft.preflight.rewards import check_align, check_run_rewards
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.proof import ProofSpec, fixed_tokens
@@ -311,6 +311,7 @@ def make_plan(
     problems += check_fusion(fusion, shape.vocab, trusted, trains=not evaluate) if shape is not None else []
     problems += check_environment(config, tokenizer, train) if starts else []
     problems += check_run_rewards(config, train, sets or ()) if starts else []
+    problems += check_align(config, sets or (), trains=not evaluate)
     if starts:
         problems += check_sockets(config, vllm=facts.engine == "vllm")
         problems += [] if evaluate else check_folders(config)

@@ -14,9 +14,10 @@ import torch
 from rft.cli import main
 from rft.data import DataError
 from rft.errors import ConfigError
+from rft.tasks.tiny import build_tiny
 from rft.tools import select as module
 from rft.tools.sample import kept_rows
-from rft.tools.select import Arguments, bounds, pass_rates, select, token_score
+from rft.tools.select import Arguments, bounds, nuclear_norm, pass_rates, select, token_score
 
 ROWS = [
     {"prompt": "What is 2+2?", "completion": "It is four."},
@@ -100,6 +101,29 @@ def test_methods_with_a_model(data: str, tmp_path: Path, tiny_folder: Path) -> N
     assert len(kept(by["el2n"])) == 3
     one = ROWS[0]["completion"]
     assert likely[0] == pytest.approx(_mean_logp(tiny_folder, ROWS[0]["prompt"], one), rel=1e-4)
+
+
+def test_learnability_and_nuclear_norm(data: str, tmp_path: Path, tiny_folder: Path) -> None:
+    logits = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]], dtype=torch.float64)
+    assert nuclear_norm(logits) == pytest.approx(7.0)
+    assert nuclear_norm(torch.ones(2, 2, dtype=torch.float64)) == pytest.approx(2.0), "equal rows: rank 1"
+    tuned = tmp_path / "tuned"
+    build_tiny(tuned, seed=2)
+    both = Arguments(data, "learnability", str(tiny_folder), tuned=str(tuned), fraction=0.5)
+    select(both, tmp_path / "learn", quiet)
+    for name, folder in (("before", tiny_folder), ("after", tuned)):
+        select(Arguments(data, "grape", str(folder)), tmp_path / name, quiet)
+    gains = [a - b for a, b in zip(scores(tmp_path / "after"), scores(tmp_path / "before"), strict=True)]
+    assert scores(tmp_path / "learn") == pytest.approx(gains)
+    best = sorted(range(6), key=lambda i: (-scores(tmp_path / "learn")[i], i))[:3]
+    assert kept(tmp_path / "learn") == sorted(best)
+    select(Arguments(data, "uds", str(tiny_folder), fraction=0.5), tmp_path / "uds", quiet)
+    norms = scores(tmp_path / "uds")
+    assert min(norms[2], norms[4]) > norms[5], "longer rows have a larger norm"
+    with pytest.raises(ConfigError, match="name the model after training by --tuned"):
+        select(Arguments(data, "learnability", str(tiny_folder), fraction=0.5), tmp_path / "no", quiet)
+    with pytest.raises(ConfigError, match="--tuned: uds reads one model"):
+        select(Arguments(data, "uds", "a", tuned="b", fraction=0.5), tmp_path / "no", quiet)
 
 
 def _mean_logp(folder: Path, prompt: str, completion: str) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rft.config.base import ConfigModel
+from rft.config.base import UNLISTED, ConfigModel
+from rft.config.rewards import RewardsConfig, list_as_functions
 
 InFlight = Literal["keep", "continue", "wait", "abort"]
 """Treatment of in-flight completions at a weight sync: paused, then resumed with a recomputed (`keep`) or the
@@ -35,6 +36,33 @@ class SamplingConfig(ConfigModel):
     def truncated(self) -> bool:
         """Return whether some tokens are never sampled, so that log-probs are over the others only."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+class AlignConfig(ConfigModel):
+    """Decoding-time alignment with a reward, in `rft eval` and `rft serve`."""
+
+    method: Literal["best_of_n", "qalign"] = Field(
+        description="best_of_n: the best of n completions; qalign: a Markov chain of n proposals, which "
+        "samples in proportion to p(y) exp(reward / beta)"
+    )
+    n: int = Field(8, ge=1, description="completions of which the best is chosen, or proposals of a chain")
+    beta: float = Field(
+        1.0, gt=0, description="qalign: temperature of the reward; lower values favour high rewards more"
+    )
+    rewards: RewardsConfig = Field(
+        description="reward functions that align, as the section `rewards`", json_schema_extra=UNLISTED
+    )
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _list_of_rewards(cls, value: Any) -> Any:
+        return list_as_functions(value)
+
+    @model_validator(mode="after")
+    def _has_rewards(self) -> AlignConfig:
+        if not self.rewards.functions:
+            raise ValueError("rewards: name at least one reward, for example `rewards: [math]`")
+        return self
 
 
 class RolloutConfig(ConfigModel):
@@ -106,6 +134,9 @@ class RolloutConfig(ConfigModel):
         {},
         description="rft eval and rft serve on the hf engine: models whose logits are added to those of the "
         "model, by folder or hub name, with their weights, e.g. {tuned-small: 1, small: -1}",
+    )
+    align: AlignConfig | None = Field(
+        None, description="rft eval and rft serve: align completions with a reward at decoding time"
     )
     engine_args: dict[str, Any] = Field({}, description="additional arguments of vLLM's AsyncEngineArgs")
 

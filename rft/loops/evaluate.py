@@ -31,6 +31,7 @@ from rft.preflight.data import EvalSet
 from rft.rewards.equal import equal_numbers
 from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, SampleReward, Score, text_of
+from rft.rollout.align import Aligner
 from rft.rollout.engine import Generate, Request, Sampling
 from rft.rollout.episodes import EpisodeSampler
 from rft.rollout.sample import Judged, completions_of, judge
@@ -67,19 +68,23 @@ async def evaluate(
     label: str,
     progress: float = 0.0,
     episodes: EpisodeSampler | None = None,
+    aligner: Aligner | None = None,
 ) -> tuple[dict[str, float], list[JudgedSet]]:
     """Sample and score every set; return the metrics (`eval/...`, `eval/NAME/...`) and the judged
     completions.
 
     The seeds depend only on the run's seed, the set and the prompt: two policies are evaluated with the same
     seeds. label: distinguishes the requests from others in flight. progress: share of the run that is done,
-    for the rewards. episodes: samples in an environment instead, where a set has no rewards.
+    for the rewards. episodes: samples in an environment instead, where a set has no rewards. aligner: samples
+    completions, except greedy ones, that its rewards favour.
     """
     parts = (generate, rewards, tokenizer)
-    judged = [await _sample_set(*parts, s, config, label, progress, episodes) for s in sets]
+    judged = [await _sample_set(*parts, s, config, label, progress, episodes, aligner) for s in sets]
     metrics: dict[str, float] = {}
     for one in judged:
         metrics |= named(one.of.name, one.metrics(config.seed))
+    if aligner is not None:
+        metrics |= named("", aligner.metrics())
     return metrics, judged
 
 
@@ -185,6 +190,7 @@ async def _sample_set(
     label: str,
     progress: float,
     episodes: EpisodeSampler | None,
+    aligner: Aligner | None,
 ) -> JudgedSet:
     """Sample and score one set."""
     settings, prompts, primary = held_out.settings, held_out.prompts.prompts, config.rewards.primary
@@ -200,7 +206,11 @@ async def _sample_set(
             played = await episodes.sample(name, prompt, plan, sampling, training=False)
             return await episodes.judge(played, rewards, progress, training=False)
         request = Request(name, prompt.tokens, sampling)
-        completions = completions_of(await generate(request), tokenizer)
+        if aligner is None or sampling.temperature == 0:
+            generated = await generate(request)
+        else:
+            generated = await aligner.sample(request, prompt)
+        completions = completions_of(generated, tokenizer)
         return await judge(prompt, completions, rewards, progress, training=False)
 
     work, limit = [], held_out.max_tokens

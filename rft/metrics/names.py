@@ -241,6 +241,9 @@ METRICS: dict[str, Metric] = {
         "nats",
     ),
     "session/logp_gap_mean/*": Metric("sync/logp_gap_mean over the tokens of one turn", "nats"),
+    "eval/align/accepted": Metric(
+        "share of the proposals that the chains of rollout.align accepted", "share"
+    ),
     "eval/session/*": Metric("a metric session/..., over held-out sessions"),
     "eval/*/*": Metric("a metric eval/... of a named held-out set (`eval.sets`): eval/NAME/accuracy"),
     # -- weights to the engines

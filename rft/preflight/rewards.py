@@ -91,6 +91,22 @@ def check_run_rewards(config: Config, train: PromptSet | None, sets: Sequence[Ev
     return problems
 
 
+def check_align(config: Config, sets: Sequence[EvalSet], *, trains: bool) -> list[str]:
+    """Check the rewards of `rollout.align` on held-out prompts, and that nothing is trained or played."""
+    align = config.rollout.align
+    if align is None:
+        return []
+    if trains:
+        return [
+            "rollout.align: a run trains on completions of its policy alone; remove it, and use it in "
+            "`rft eval` and `rft serve`"
+        ]
+    if config.environment is not None:
+        return ["rollout.align: sessions in an environment are not aligned; remove one of the two"]
+    prompts = {f"the set {s.name}" if s.name else "the held-out data": s.prompts for s in sets}
+    return [f"rollout.align.rewards: {problem}" for problem in check_rewards(align.rewards, prompts)]
+
+
 def check_reward(
     config: RewardsConfig,
     base_dir: Path | str = ".",

@@ -78,12 +78,17 @@ def register(command: AddCommand) -> None:
     add = command(select, "select", text)
     add("data", metavar="DATA", type=path_argument, help="file or folder of rows")
     add("--method", required=True, metavar="METHOD",
-        help="length, exact, minhash, perplexity, grape, el2n or pass_rate"
+        help="length, exact, minhash, perplexity, grape, el2n, learnability, uds or pass_rate"
         )  # fmt: skip
     add("--out", required=True, metavar="FOLDER", type=path_argument,
         help="folder for selected.jsonl, scores.jsonl and report.html; the same command goes on there"
         )  # fmt: skip
-    add("--model", type=path_argument, help="model folder or hub name: perplexity, grape, el2n")
+    add(
+        "--model",
+        type=path_argument,
+        help="model folder or hub name, for the methods that read rows with one",
+    )
+    add("--tuned", type=path_argument, help="learnability: the model after training, --model being its start")
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="keep rows with scores in this range")
     add("--quantiles", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the same, as shares of the rows")
     add("--fraction", type=float, metavar="F", help="keep this share of the rows, with the highest scores")
@@ -315,6 +320,7 @@ def select(args: argparse.Namespace) -> int:
         split=args.split,
         limit=args.limit,
         max_length=args.max_length,
+        tuned=args.tuned,
     )
     note(str(select(arguments, Path(args.out), note)))
     return 0

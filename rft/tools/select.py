@@ -62,6 +62,12 @@ METHODS: dict[str, Method] = {
     ),
     "grape": Method("mean log p of the response's tokens", (), model=True),
     "el2n": Method("mean over the response's tokens of ||p - y||", ("fraction", "quantiles"), model=True),
+    "learnability": Method(
+        "mean log p of the response's tokens by --tuned, minus that by --model",
+        ("fraction", "quantiles", "range"),
+        model=True,
+    ),
+    "uds": Method("nuclear norm of the row's logits", ("fraction", "quantiles"), model=True),
     "pass_rate": Method("share of the row's sessions that succeeded", ("range",)),
 }
 
@@ -72,7 +78,8 @@ class Arguments:
 
     range: lowest and highest score kept. quantiles: likewise, as shares of the rows by score. fraction: share
     of rows with the highest scores (lowest: with the lowest). threshold: similarity from which a row is a
-    duplicate. sessions: file of `rft collect`, for pass_rate. columns: as `data.columns`.
+    duplicate. sessions: file of `rft collect`, for pass_rate. columns: as `data.columns`. tuned: the model
+    after training, for learnability.
     """
 
     data: str
@@ -88,6 +95,7 @@ class Arguments:
     split: str = "train"
     limit: int | None = None
     max_length: int = 2048
+    tuned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,10 @@ def checked(a: Arguments) -> Method:
         problems.append(f"--{' and --'.join(given)}: give one of them")
     if method.model and a.model is None:
         problems.append(f"--method {a.method}: it reads the rows with a model; name one by --model")
+    if a.method == "learnability" and a.tuned is None:
+        problems.append("--method learnability: name the model after training by --tuned")
+    if a.tuned is not None and a.method != "learnability":
+        problems.append(f"--tuned: {a.method} reads one model; leave it out")
     if a.method == "pass_rate" and a.sessions is None:
         problems.append("--method pass_rate: name the sessions.jsonl of `rft collect` by --sessions")
     if a.quantiles is not None and not 0 <= a.quantiles[0] < a.quantiles[1] <= 1:
@@ -279,10 +291,15 @@ def _by_model(a: Arguments, config: DataConfig, source: str) -> Scorer:
     from rft.learner.load import load_causal_lm, load_tokenizer, resolve_dtype
     from rft.preflight.model import resolve_model
 
-    path = resolve_model(Config(algorithm="sft", model={"path": a.model}))
+    names = [str(a.model), *([a.tuned] if a.tuned else [])]
+    paths = [resolve_model(Config(algorithm="sft", model={"path": name})) for name in names]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_causal_lm(path, resolve_dtype("auto", device), device).eval()
-    maker = GroupMaker(config, load_tokenizer(path), "sft", source)
+    models = [load_causal_lm(path, resolve_dtype("auto", device), device).eval() for path in paths]
+    maker = GroupMaker(config, load_tokenizer(paths[0]), "sft", source)
+    if len(models) > 1 and (sizes := {model.config.get_text_config().vocab_size for model in models}) != {
+        models[0].config.get_text_config().vocab_size
+    }:
+        raise ConfigError([f"--tuned: its vocabulary differs from that of --model ({sorted(sizes)})"])
 
     @torch.inference_mode()
     def score(number: int, row: Row) -> Score:
@@ -293,9 +310,14 @@ def _by_model(a: Arguments, config: DataConfig, source: str) -> Scorer:
         (c,) = group.completions
         start = len(group.prompt.tokens)
         ids = torch.tensor([[*group.prompt.tokens, *c.tokens]], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+        rows = [model(input_ids=ids, use_cache=False).logits[0].float() for model in models]
+        if a.method == "uds":
+            return nuclear_norm(rows[0])
         trained = torch.tensor(c.mask or [True] * len(c.tokens), device=device)
-        return token_score(a.method, logits[trained], ids[0, start:][trained])
+        kind = "grape" if a.method == "learnability" else a.method
+        targets = ids[0, start:][trained]
+        of_model, *of_tuned = [token_score(kind, r[start - 1 : -1][trained], targets) for r in rows]
+        return of_tuned[0] - of_model if of_tuned else of_model
 
     return score
 
@@ -316,6 +338,17 @@ def token_score(method: str, logits: Any, targets: Any) -> float:
         return float(squares.clamp(min=0).sqrt().mean())
     mean = float(chosen_logps.mean())
     return mean if method == "grape" else math.exp(min(-mean, 700.0))  # float64 ends at exp(709)
+
+
+def nuclear_norm(logits: Any) -> float:
+    """Return the sum of the singular values of a row's logits [tokens, vocabulary].
+
+    UDS (arXiv:2510.16882) takes it as utility and diversity within a row, of the whole row with its prompt.
+    Its second term, the distance from rows that were trained on before, belongs to batches of a run.
+    """
+    import torch
+
+    return float(torch.linalg.svdvals(logits).sum())
 
 
 # -- the choice --------------------------------------------------------------------------------------------

@@ -30,8 +30,11 @@ from rft.errors import ConfigError, ModelError
 from rft.plan import Plan, make_plan
 from rft.preflight.memory import ModelShape
 from rft.preflight.model import resolve_model
+from rft.preflight.rewards import check_reward
+from rft.rewards.runner import RewardRunner
+from rft.rollout.align import Aligner
 from rft.rollout.calls import Call
-from rft.rollout.engine import Request, Sampling
+from rft.rollout.engine import Generate, Generated, Request, Sampling
 from rft.rollout.pool import RolloutPool
 from rft.rollout.sample import decode
 from rft.rollout.session import Budget, Session, text_of
@@ -75,11 +78,18 @@ class Served:
         self.pool: RolloutPool = make_pool(plan)
         self.pool.spec = replace(self.pool.spec, stop_strings=True)
         self.calls: set[asyncio.Task[Any]] = set()
+        self.rewards: RewardRunner | None = None  # of rollout.align
+        if (align := plan.config.rollout.align) is not None:
+            self.rewards = RewardRunner(align.rewards, Path.cwd())
         self._numbers = count()
         try:
             self.parser: str | None = format_of(self.render)
         except RowProblem:
             self.parser = None
+
+    async def start(self) -> None:
+        """Start the engines, and the workers of rewards that align."""
+        await asyncio.gather(self.pool.start(), *([self.rewards.start()] if self.rewards else []))
 
     async def reply(self, ask: Ask | SetReward) -> Answer | None:
         if isinstance(ask, SetReward):
@@ -99,8 +109,25 @@ class Served:
         if ask.echo:
             return await self._track(self._echo(ask, name, sampling))
         nothing = Prompt(0, (), [{"role": "user", "content": ""}])
-        session = Session(self.pool.generate, self.render, nothing, sampling, budget, name, self.parser)
+        session = Session(self._generate(ask), self.render, nothing, sampling, budget, name, self.parser)
         return await self._track(SessionCalls(session, _Direct(session)).reply(ask))
+
+    def _generate(self, ask: Ask) -> Generate:
+        """Return the function that completes a request: aligned, unless the request is greedy."""
+        align, rewards = self.plan.config.rollout.align, self.rewards
+        if align is None or rewards is None:
+            return self.pool.generate
+        aligner = Aligner(align, self.pool.generate, rewards, self.plan.tokenizer)
+
+        async def generate(request: Request) -> list[Generated]:
+            if request.sampling.temperature == 0:
+                return await self.pool.generate(request)
+            text = [dict(message) for message in ask.messages] or ask.text
+            if text is None:
+                (text,) = decode([request.tokens], self.plan.tokenizer)
+            return await aligner.sample(request, Prompt(0, request.tokens, text))
+
+        return generate
 
     async def _track(self, answering: Coroutine[Any, Any, R]) -> R:
         """Await an answer, for which `close` waits."""
@@ -158,6 +185,8 @@ class Served:
         if self.calls:
             await asyncio.wait(self.calls)
         await self.pool.close()
+        if self.rewards is not None:
+            await self.rewards.close()
 
 
 def config_of(target: str, overrides: list[str]) -> Config:
@@ -186,9 +215,9 @@ async def started(config: Config, model: str) -> Served:
     """Return a model in its engines."""
     served = Served(await asyncio.to_thread(make_plan, config, model=model, evaluate=True))
     try:
-        await served.pool.start()
+        await served.start()
     except BaseException:
-        await served.pool.close()
+        await served.close()
         raise
     return served
 
@@ -200,6 +229,10 @@ async def serving(
     """Serve a model or a run for the length of a block; yield the URL."""
     config, run = config_of(target, overrides), Path(target)
     is_run = (run / "config.yaml").exists()
+    if (align := config.rollout.align) is not None:
+        where = {"requests": {1: ()}}  # without columns
+        if problems := check_reward(align.rewards, Path.cwd(), rows=where):
+            raise ConfigError([f"rollout.align.rewards: {problem}" for problem in problems])
     if follow and not is_run:
         raise ConfigError([f"--follow: {target} is not a run folder, which --follow needs; leave it out"])
     with tempfile.TemporaryDirectory(prefix="rft-serve-") as scratch:
@@ -266,7 +299,7 @@ async def serving(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await endpoint.close()
-            await current.pool.close()
+            await current.close()
 
 
 def beyond_this_machine(host: str, port: int) -> bool:
