@@ -32,13 +32,13 @@ from rft.preflight.capacity import (
 from rft.preflight.data import (
     EvalSet,
     OfflineData,
+    check_mixture,
     check_offline,
     check_warm_start,
     has_demonstrations,
     load_eval_sets,
     load_offline,
     load_train_prompts,
-    sampler_of_mixture,
 )
 from rft.preflight.dtype import resolve_dtypes
 from rft.preflight.environment import check_environment
@@ -287,10 +287,7 @@ def make_plan(
         )
 
     # Check that they fit each other, the algorithm and this machine.
-    rows = [] if train is None else train.prompts
-    rows = rows if offline is None else [group.prompt for group in offline.sample]
-    if rows and not evaluate and (mixture := sampler_of_mixture(config, rows)) is not None:
-        attempt("data", mixture.check)
+    problems += [] if evaluate else check_mixture(config, train, offline)
     if path is not None and tokenizer is not None and shape is not None:
         if train is not None or offline is not None:  # the data could be read, so the chat template works
             stops = attempt("model", lambda: resolve_stops(config, path, tokenizer))

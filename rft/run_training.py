@@ -34,7 +34,6 @@ from rft.metrics.log import Observer
 from rft.plan import OfflinePlan, OnlinePlan, Plan, make_plan
 from rft.rewards import RewardError
 from rft.rewards.runner import RewardRunner
-from rft.rollout.align import Aligner
 from rft.rollout.episodes import make_episodes
 from rft.rollout.fleet import Fleet
 from rft.rollout.hooks import LoopHooks
@@ -349,7 +348,6 @@ async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = N
             episodes = None
             if environment is not None:
                 episodes = make_episodes(config, environment, pool.generate, render)
-            aligner = make_aligner(plan, pool, rewards)
             evaluating = evaluate(
                 pool.generate,
                 rewards,
@@ -358,7 +356,7 @@ async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = N
                 config,
                 label="eval",
                 episodes=episodes,
-                aligner=aligner,
+                align=config.rollout.align,
             )
             metrics, judged = await unless_stopped(evaluating, stop)
             if out is not None:
@@ -389,14 +387,6 @@ def make_rewards(config: Config) -> RewardRunner:
     """The reward functions, not started yet; without any, the environment or the held-out sets have some."""
     optional, sources = bool(config.environment or config.eval.sets), config.data.rewards_by_source
     return RewardRunner(config.rewards, Path.cwd(), config.train.steps, optional=optional, by_source=sources)
-
-
-def make_aligner(plan: Plan, pool: RolloutPool, rewards: RewardRunner) -> Aligner | None:
-    """The decoding-time alignment of `rollout.align`, if there is one; `rewards` closes its rewards."""
-    align = plan.config.rollout.align
-    if align is None:
-        return None
-    return Aligner(align, pool.generate, rewards.other("rollout.align", align.rewards), plan.tokenizer)
 
 
 def make_environment(config: Config) -> EnvironmentRunner | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rft.algorithms.base import Rollout
 from rft.batch import Batch, Completion, Group, Prompt
+from rft.config.rollout import AlignConfig
 from rft.config.schema import Config
 from rft.learner.objective import Sums, add_sums
 from rft.learner.workers import LearnerHandle
@@ -68,17 +69,20 @@ async def evaluate(
     label: str,
     progress: float = 0.0,
     episodes: EpisodeSampler | None = None,
-    aligner: Aligner | None = None,
+    align: AlignConfig | None = None,
 ) -> tuple[dict[str, float], list[JudgedSet]]:
     """Sample and score every set; return the metrics (`eval/...`, `eval/NAME/...`) and the judged
     completions.
 
     The seeds depend only on the run's seed, the set and the prompt: two policies are evaluated with the same
     seeds. label: distinguishes the requests from others in flight. progress: share of the run that is done,
-    for the rewards. episodes: samples in an environment instead, where a set has no rewards. aligner: samples
+    for the rewards. episodes: samples in an environment instead, where a set has no rewards. align: samples
     completions, except greedy ones, that its rewards favour.
     """
     parts = (generate, rewards, tokenizer)
+    aligner = None
+    if align is not None:
+        aligner = Aligner(align, generate, rewards.other("rollout.align", align.rewards), tokenizer)
     judged = [await _sample_set(*parts, s, config, label, progress, episodes, aligner) for s in sets]
     metrics: dict[str, float] = {}
     for one in judged:

@@ -161,6 +161,19 @@ def sampler_of_mixture(config: Config, prompts: Sequence[Prompt]) -> MixtureSamp
     return mixture_sampler(config.data, prompts, config.seed, config.train.steps * config.train.batch_size)
 
 
+def check_mixture(config: Config, train: PromptSet | None, offline: OfflineData | None) -> list[str]:
+    """Check that the sources of a mixture suffice for the run."""
+    rows = [] if train is None else train.prompts
+    rows = rows if offline is None else [group.prompt for group in offline.sample]
+    mixture = sampler_of_mixture(config, rows) if rows else None
+    try:
+        if mixture is not None:
+            mixture.check()
+    except DataError as error:
+        return [f"data: {error}"]
+    return []
+
+
 def has_demonstrations(prompts: PromptSet, algorithm: Algorithm) -> bool:
     """Return whether any prompt has a demonstration. Raises DataError if a required one is invalid."""
     if algorithm.uses_demonstrations:

@@ -171,12 +171,9 @@ def test_an_evaluation_with_the_hf_engine(tiny_folder: Path, tmp_path: Path, rew
         engine = HFEngine(plan.engine_spec())
         await engine.start()
         config = plan.config
-        assert config.rollout.align is not None
         async with RewardRunner(config.rewards) as rewards:
-            aligned = rewards.other("rollout.align", config.rollout.align.rewards)
-            aligner = Aligner(config.rollout.align, engine.generate, aligned, plan.tokenizer)
             parts = (engine.generate, rewards, plan.tokenizer, plan.eval_sets, config)
-            metrics, judged = await evaluate(*parts, label="eval", aligner=aligner)
+            metrics, judged = await evaluate(*parts, label="eval", align=config.rollout.align)
             _, plain = await evaluate(*parts, label="eval")
             lengths = [
                 sum(len(c.text) for j in sets[0].sampled for c in j.completions) for sets in (judged, plain)
