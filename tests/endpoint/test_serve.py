@@ -59,6 +59,35 @@ async def test_a_model_samples_as_the_client_wishes(tiny_folder: Path, ray_here:
             await sample(AsyncOpenAI(base_url=f"{url}/v1", api_key="other", max_retries=0))
 
 
+RECORDING = """
+import json
+
+def ones(prompts, completions, **columns):
+    with open({file!r}, "a") as out:
+        out.write(json.dumps([prompts[0], [c[-1]["content"] for c in completions]]) + "\\n")
+    return [float(c[-1]["content"].count("1")) for c in completions]
+"""
+
+
+async def test_answers_are_aligned_with_a_reward(tiny_folder: Path, tmp_path: Path, ray_here: None) -> None:
+    """The answer is the best of the eight completions that the reward saw; a greedy one is not scored."""
+    log = tmp_path / "scored.jsonl"
+    (tmp_path / "ones.py").write_text(RECORDING.format(file=str(log)))
+    align = f"rollout.align={{method: best_of_n, n: 8, rewards: ['{tmp_path}/ones.py:ones']}}"
+    async with serving(str(tiny_folder), [*HF, align], "127.0.0.1", 0, "", False, print) as url:
+        client = AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        answers = [await sample(client, seed=seed) for seed in (1, 2)]
+        await sample(client, temperature=0)
+    scored = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [prompt for prompt, _ in scored] == [ASK, ASK]
+    assert [len(texts) for _, texts in scored] == [8, 8]
+    assert answers == [max(texts, key=lambda text: text.count("1")) for _, texts in scored]
+    oracle = "rollout.align={method: qalign, rewards: [math]}"
+    with pytest.raises(ConfigError, match=r"rollout.align.rewards: .*answer"):
+        async with serving(str(tiny_folder), [*HF, oracle], "127.0.0.1", 0, "", False, print):
+            pass
+
+
 async def check_log_probs(url: str, folder: str, tolerance: float) -> None:
     """Ask for the log-probs of a text as lm-eval does, and compare them with those of transformers."""
     import torch
