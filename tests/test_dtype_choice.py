@@ -102,7 +102,8 @@ def test_a_run_from_a_checkpoint_of_another_run_keeps_its_dtype(tmp_path: Path) 
 def test_the_measurement_finds_native_bfloat16() -> None:
     rates = measure_product_rates()
     assert 1e8 < rates.float32 < 1e14
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    limited = "ONEDNN_MAX_CPU_ISA" in os.environ  # oneDNN multiplies as on a weaker processor
+    if not limited and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         assert rates.ratio >= dtype.FASTER
     here = "from rft.preflight.dtype import *; print(measure_product_rates().ratio)"
     environment = {**os.environ, **OLD_PROCESSOR}

@@ -198,6 +198,7 @@ _WORDS = re.compile(r"(?:No|no|NO|[A-Za-z]{3,})(?:[ '-]+[A-Za-z]+)*")
 _LETTER = re.compile(
     r"\(?\s*([A-J])\s*[).:]?|(?:[Oo]ption|[Cc]hoice|[Aa]nswer:?)\s*\(?([A-J])\)?|\(([a-j])\)|([a-j])\)"
 )
+_LETTERS = re.compile(r"[A-J](?:\s*,\s*[A-J])*,?\s+and\s+[A-J]")
 _LETTER_FIRST = re.compile(
     r"(?:[Oo]ption\s+)?(?:\(\s*([A-J])\s*\)\s*[:.]?|([A-J])\s*[).:])\s*(?![\^*/=+_(!])(\S.*)"
 )
@@ -257,6 +258,50 @@ _EMPTY = frozenset(
     )
 )
 _ALL_REALS = frozenset(("all real numbers", "all reals", "the real numbers", "real numbers", "all real"))
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_NUMBER_WORDS = {
+    **{word: Fraction(n) for n, word in enumerate(_ONES)},
+    **{word: Fraction(10 * n) for n, word in enumerate(_TENS, 2)},
+    **{
+        f"{tens} {ones}": Fraction(10 * n + k)
+        for n, tens in enumerate(_TENS, 2)
+        for k, ones in enumerate(_ONES[1:10], 1)
+    },
+    **{word: Fraction(1, 2) for word in ("half", "one half", "a half")},
+    **{word: Fraction(1, 3) for word in ("one third", "a third")},
+    **{word: Fraction(1, 4) for word in ("one fourth", "one quarter", "a quarter")},
+    "two thirds": Fraction(2, 3),
+    "three fourths": Fraction(3, 4),
+    "three quarters": Fraction(3, 4),
+    "one hundred": Fraction(100),
+    "one thousand": Fraction(1000),
+}
+_ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*)?(?:\{\s*)?(?:\\words\{\s*)?(?:st|nd|rd|th)(?:\s*\}){0,2}")
+_DATE = re.compile(
+    r"\d{4}-(?:0?[1-9]|1[0-2])-(?:0?[1-9]|[12]\d|3[01])|(?:0?[1-9]|[12]\d|3[01])-(?:0?[1-9]|[12]\d|3[01])-\d{4}"
+)
 _WORD_FORMS = {
     "dne": "undefined",
     "does not exist": "undefined",
@@ -404,6 +449,8 @@ def _words(text: str, depth: int) -> Value | None:
     inner = re.sub(r"\\words\{([^{}]*)\}", r" \1 ", text)
     inner = " ".join(inner.split()).strip(" .,")
     wrapped = inner != text
+    if wrapped and _LETTERS.fullmatch(inner):
+        return _read(inner, depth)
     if not (
         _WORDS.fullmatch(inner) or (wrapped and re.fullmatch(r"[A-Za-z]{2,}(?:[ '-]+[A-Za-z]+)*", inner))
     ):
@@ -411,6 +458,8 @@ def _words(text: str, depth: int) -> Value | None:
     if not wrapped and (inner in FUNCTIONS or any(w in FUNCTIONS or w in GREEK for w in inner.split())):
         return None
     low = inner.lower().replace("-", " ")
+    if low in _NUMBER_WORDS:
+        return Number(_NUMBER_WORDS[low])
     if match := _LETTER.fullmatch(inner):
         return Choice((match[1] or match[2] or match[3] or match[4]).upper())
     if low in ("infinity", "positive infinity", "inf", "infinite", "negative infinity", "minus infinity"):
@@ -442,6 +491,16 @@ def _choice(text: str, depth: int) -> Value | None:
     if _LETTER_AGAIN.search(rest):
         return Contradiction(text)  # several choices
     return Choice(letter, _read(rest, depth))
+
+
+def _ordinal(text: str, depth: int) -> Value | None:
+    match = _ORDINAL.fullmatch(text)
+    return Number(Fraction(int(match[1]))) if match else None
+
+
+def _date(text: str, depth: int) -> Value | None:
+    """Read 2023-01-02, which is not a difference."""
+    return Words("-".join(part.lstrip("0") for part in text.split("-"))) if _DATE.fullmatch(text) else None
 
 
 def _clock(text: str, depth: int) -> Value | None:
@@ -937,6 +996,8 @@ _READERS = (
     _infinity,
     _choice,
     _words,
+    _ordinal,
+    _date,
     _clock,
     _numeral,
     _about,

@@ -374,7 +374,7 @@ async def test_hostile_tools(make: Make, capfd: pytest.CaptureFixture[str]) -> N
 
 
 async def test_memory_limit(make: Make) -> None:
-    runner = make("tools", tools=TOOLS, **LIMITED)
+    runner = make("tools", tools=TOOLS, **{**LIMITED, "step_timeout_s": 30.0})
     session = ScriptedSession(use("eat_memory"), use("add", a=1, b=1), "done")
     error, value = contents(await runner.run(ROW, session))
     assert "more memory than environment.worker_memory_gib = 0.3" in error and value == "2"
