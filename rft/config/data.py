@@ -9,7 +9,15 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rft.config.base import ConfigModel
-from rft.config.mixture import NAME, RESERVED, MixtureSource, checked_templates, rate_problems
+from rft.config.mixture import (
+    NAME,
+    RESERVED,
+    AioliConfig,
+    MixtureSource,
+    aioli_problems,
+    checked_templates,
+    rate_problems,
+)
 from rft.utils.paths import PathText
 
 Kind = Literal[
@@ -28,6 +36,7 @@ SUFFIXES = (
     ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".csv", ".parquet", ".arrow",
 )  # fmt: skip
 
+MIXTURE_KEYS = ("kind", "mixture", "mixing", "mixing_temperature", "aioli")  # not those of a source
 # Fields that apply to some kinds only; setting one for another kind is an error.
 _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "path": ("file", "hub"),
@@ -42,6 +51,7 @@ _ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "mixture": ("mixture",),
     "mixing": ("mixture",),
     "mixing_temperature": ("mixture",),
+    "aioli": ("mixture",),
 }
 
 
@@ -93,15 +103,16 @@ class DataConfig(ConfigModel):
         default_factory=dict,
         description="named sources whose rows are drawn at given rates, instead of `path`",
     )
-    mixing: Literal["fixed", "proportional", "temperature"] | None = Field(
+    mixing: Literal["fixed", "proportional", "temperature", "aioli"] | None = Field(
         None,
         description="rates of the mixture: fixed (the `rate` of each source), proportional (to the rows of "
-        "each), or temperature (to rows ** (1 / mixing_temperature)) (none: fixed if rates are given, else "
-        "proportional)",
+        "each), temperature (to rows ** (1 / mixing_temperature)), or aioli (learned during offline "
+        "training) (none: fixed if rates are given, else proportional)",
     )
     mixing_temperature: float = Field(
         2.0, gt=0, description="mixing: temperature: 1 is proportional, higher values are more uniform"
     )
+    aioli: AioliConfig = Field(AioliConfig(), description="settings of `mixing: aioli`")
 
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -231,7 +242,10 @@ class DataConfig(ConfigModel):
         twice = [name for name in self.mixture if folded.count(name.casefold()) > 1]
         if twice:
             raise ValueError(f"`mixture`: {' and '.join(twice)} differ only in case; choose another name")
-        for problem in rate_problems(self.mixture, self.mixing):
+        learned = aioli_problems(self.mixture, self.aioli) if self.mixing == "aioli" else []
+        if self.mixing != "aioli" and self.aioli != AioliConfig():
+            learned = ["`aioli` needs `mixing: aioli`; write it, or leave `aioli` out"]
+        for problem in [*rate_problems(self.mixture, self.mixing), *learned]:
             raise ValueError(f"`mixture`: {problem}")
         for name in self.mixture:
             try:
@@ -246,7 +260,7 @@ class DataConfig(ConfigModel):
         """Return the config of one source, with the keys of `data` that it does not set."""
         source = self.mixture[name]
         own = {k: v for k, v in source if k not in ("rewards", "rate", "epochs") and v is not None}
-        shared = {k: v for k, v in self if k not in ("kind", "mixture", "mixing", "mixing_temperature")}
+        shared = {k: v for k, v in self if k not in MIXTURE_KEYS}
         return DataConfig.model_validate({**shared, **own})
 
     def parts(self) -> dict[str, DataConfig]:

@@ -20,6 +20,17 @@ COLUMN = "mixture_source"
 Stages = list[tuple[float, float]]
 
 
+class AioliConfig(ConfigModel):
+    """Rates of a mixture that are learned during training."""
+
+    every: int = Field(200, ge=2, description="steps of a round: a sweep over the sources, then training")
+    steps: int = Field(4, ge=1, description="steps on each source in a sweep")
+    sweeps: int = Field(1, ge=1, description="sweeps over the sources in a round")
+    focus: float = Field(0.75, gt=0, le=1, description="share of the swept source in its steps")
+    eta: float = Field(0.5, gt=0, description="step size of the rates, per round")
+    rows: int = Field(64, ge=1, description="held-out rows of each source, on which losses are measured")
+
+
 class MixtureSource(ConfigModel):
     """Source of a mixture. Keys that are not set are those of `data`."""
 
@@ -116,7 +127,7 @@ def rate_at(rate: float | Schedule | Stages, progress: float) -> float:
 def rate_problems(sources: Mapping[str, MixtureSource], mixing: str | None) -> list[str]:
     """Return the problems of a mixture's rates. mixing: `data.mixing`."""
     given = [name for name, source in sources.items() if source.rate is not None]
-    if mixing in ("proportional", "temperature"):
+    if mixing in ("proportional", "temperature", "aioli"):
         if given:
             return [f"`mixing: {mixing}` computes the rates; leave out the rate of {', '.join(given)}"]
         return []
@@ -132,6 +143,23 @@ def rate_problems(sources: Mapping[str, MixtureSource], mixing: str | None) -> l
         if not any(rate_at(rate, progress) > 0 for rate in rates):
             return [f"the rates of all sources are 0 at progress {progress:g}; give one of them a rate"]
     return []
+
+
+def aioli_problems(sources: Mapping[str, MixtureSource], aioli: AioliConfig) -> list[str]:
+    """Return the problems of a mixture whose rates are learned."""
+    k = len(sources)
+    if k < 2:
+        return ["`mixing: aioli` needs two sources or more"]
+    problems = []
+    if limited := [name for name, source in sources.items() if source.epochs is not None]:
+        problems.append(f"`mixing: aioli` learns the rates; leave out the epochs of {', '.join(limited)}")
+    if aioli.focus * k <= 1:
+        problems.append(f"`aioli.focus` must be above 1/{k}, the share of a source without a sweep")
+    if (sweep := k * aioli.sweeps * aioli.steps) >= aioli.every:
+        problems.append(
+            f"`aioli.every`: a sweep over {k} sources takes {sweep} steps, and a round has {aioli.every}"
+        )
+    return problems
 
 
 def _turning_points(rates: Sequence[float | Schedule | Stages]) -> list[float]:

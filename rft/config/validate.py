@@ -856,6 +856,16 @@ def mixture_checks(config: Config, facts: Facts) -> Iterator[Check]:
         bool(sources) and config.train.curriculum is not None,
         "train.curriculum: it draws rows by pass rate, and a mixture by its rates; leave one of them out",
     )
+    yield (
+        config.data.mixing == "aioli" and config.algorithm.online,
+        "data.mixing: aioli learns rates by held-out losses, which an online run does not measure; choose "
+        "fixed, proportional or temperature",
+    )
+    stage = config.warm_start
+    yield (
+        stage is not None and stage.data is not None and stage.data.mixing == "aioli",
+        "warm_start.data.mixing: aioli learns rates in offline runs, not in a warm start; choose another",
+    )
 
 
 CHECKS = (

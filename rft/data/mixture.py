@@ -13,6 +13,7 @@ from rft.batch import Group, Prompt
 from rft.config.data import DataConfig
 from rft.config.mixture import COLUMN, rate_at
 from rft.data import groups, prompts, rows, stream
+from rft.data.aioli import Aioli
 from rft.data.errors import DataError, JoinedSource
 from rft.data.groups import GroupSet
 from rft.data.prompts import PromptSet
@@ -155,6 +156,7 @@ class MixtureSampler:
             name: Sampler(len(indices), derive_seed(seed, "mixture", name), shuffle=config.shuffle)
             for name, indices in rows.items()
         }
+        self.learned = Aioli(config.aioli, list(rows), seed) if config.mixing == "aioli" else None
         self.credit = dict.fromkeys(rows, 0.0)
         self.size = sum(map(len, rows.values()))
         self.epoch, self.seen = 0, 0
@@ -177,7 +179,9 @@ class MixtureSampler:
         none is used up)."""
         c = self.config
         exponent = 1 / c.mixing_temperature if c.mixing == "temperature" else 1.0
-        weights = {}
+        weights = {} if self.learned is None else self.learned.rates()
+        if weights:
+            return weights
         for name, indices in self.rows.items():
             source = c.mixture[name]
             given = len(indices) ** exponent if source.rate is None else rate_at(source.rate, progress)
@@ -221,7 +225,8 @@ class MixtureSampler:
 
     def metrics(self) -> dict[str, float]:
         """Return rows, share and passes of each source so far."""
-        return {
+        learned = {} if self.learned is None else self.learned.metrics()
+        return learned | {
             f"data/{name}/{key}": float(value)
             for name, s in self.samplers.items()
             for key, value in (
@@ -236,7 +241,8 @@ class MixtureSampler:
             name: {"credit": self.credit[name], **sampler.state_dict()}
             for name, sampler in self.samplers.items()
         }
-        return {"seen": self.seen, "epoch": self.epoch, "sources": sources}
+        learned = {} if self.learned is None else {"aioli": self.learned.state_dict()}
+        return {"seen": self.seen, "epoch": self.epoch, "sources": sources, **learned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state. Raises DataError if the sources or the data settings differ."""
@@ -253,6 +259,13 @@ class MixtureSampler:
             except DataError as error:
                 raise DataError(f"mixture.{name}: {error}") from None
             self.credit[name] = saved[name]["credit"]
+        if self.learned is not None:
+            if "aioli" not in state:
+                raise DataError(
+                    "cannot resume the rates of a mixture: the checkpoint was made without `mixing: aioli`; "
+                    "restore `data.mixing`, or start a new run"
+                )
+            self.learned.load_state_dict(state["aioli"])
         self.seen, self.epoch = state["seen"], state["epoch"]
 
 
@@ -286,6 +299,7 @@ def mixture_lines(config: DataConfig, sampler: MixtureSampler) -> list[str]:
         shown = shares[0] if len(shares) == 1 else " -> ".join(f"{rates[name]:.1%}" for rates in points)
         source = config.mixture[name]
         scored = "" if source.rewards is None else f"; rewards {', '.join(source.rewards)}"
+        shown = f"learned, at first {shown}" if sampler.learned is not None else shown
         most = "" if source.epochs is None else f"; at most {source.epochs:g} epochs"
         lines.append(f"{name}: {shown} of the rows drawn, from {len(indices)} rows{most}{scored}")
     return lines

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from rft.algorithms.extras import arrange
 from rft.batch import Batch, Completion, Group
 from rft.checkpoint import Checkpoint
-from rft.data import GroupSource
+from rft.data import GroupSampler, GroupSource
+from rft.data.aioli import Aioli
+from rft.data.mixture import MixtureSampler
 from rft.errors import RunStopped
 from rft.learner.adapters.methods import previewed_sequences
 from rft.learner.load import resolve_dtype
@@ -59,8 +61,9 @@ async def train_offline(
         progress.note(line)
     share = shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden)
     source = data.source(config)
+    of_sources = {f"mixture/{name}": list(rows) for name, rows in data.by_source.items()}
     tests = {} if data.held_out is None else {"": list(data.held_out)}
-    tests |= {name: list(rows) for name, rows in data.sets.items()}
+    tests |= {name: list(rows) for name, rows in data.sets.items()} | of_sources
     if config.learner.reference_logps == "cached":
         progress.stage("reference log-probs")
         train = await unless_stopped(with_reference(plan, learner, data.sample, share), stop)
@@ -70,6 +73,7 @@ async def train_offline(
         source = data.source(config, train)
     rearrange = partial(arrange, config.algorithm)
     held_out = {n: HeldOut(rows, config.train.batch_size, share, rearrange) for n, rows in tests.items()}
+    measured = {name.removeprefix("mixture/"): held_out.pop(name) for name in of_sources}
     guards = Guards(config.guards, online=False)
     if folder.resume is not None:
         guards.resume(log.run_dir, folder.resume.step)
@@ -87,6 +91,7 @@ async def train_offline(
         log=log,
         guards=guards,
         preview=previewed_sequences(config.learner),
+        by_source=measured,
         stop=stop,
     )
     return await loop.run(folder.resume)
@@ -102,6 +107,7 @@ class OfflineLoop:
     arrange: rearranges each step's groups before they are laid out (`Algorithm.arrange`).
     preview: sequences to show the learner before the first step, including those of the first batch.
     log, guards: None for a stage without them (a warm start). save_last: whether to save at the end.
+    by_source: held-out rows of each source of a mixture whose rates are learned (`mixing: aioli`).
     stage: its name in messages; empty for the run itself.
     """
 
@@ -119,6 +125,7 @@ class OfflineLoop:
     guards: Guards | None = None
     preview: int = 0
     save_last: bool = True
+    by_source: Mapping[str, HeldOut] = field(default_factory=dict)
     stage: str = ""
     step: int = 0
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -137,6 +144,7 @@ class OfflineLoop:
             self.saver.saved_at = self.step
         async with self.saver.save_at_end(self):
             last = await self._evaluate_first()
+            await self._learn_rates()
             batch = self._next_batch()
             self.trained = self.upcoming
             if self.step == 0 and self.preview:
@@ -154,8 +162,14 @@ class OfflineLoop:
         begin = time.perf_counter()
         running = self.learner.step(batch, self.step)
         progress = self.source.metrics()
-        upcoming = self._next_batch()  # while the learner steps
-        metrics = await running
+        learned = self._learned()
+        if learned is None or not learned.due(self.step + 1):
+            upcoming = self._next_batch()  # while the learner steps
+            metrics = await running
+        else:
+            metrics = await running
+            await self._learn_rates(1)
+            upcoming = self._next_batch()
         for message in await self.learner.pop_messages():
             self.progress.note(message)
         self.step += 1  # whatever fails from here on: this step's line is written before its checkpoint
@@ -184,6 +198,23 @@ class OfflineLoop:
         if self.arrange is not None:
             groups = self.arrange(groups)
         return Batch.build(groups, share_prefix=self.share_prefix)
+
+    def _learned(self) -> Aioli | None:
+        """Return the learned rates of the mixture, if there are some."""
+        sampler = self.source.sampler if isinstance(self.source, GroupSampler) else None
+        return sampler.learned if isinstance(sampler, MixtureSampler) else None
+
+    async def _learn_rates(self, ahead: int = 0) -> None:
+        """Measure the loss of each source where the mixture's rates need it. ahead: steps that are done, and
+        not counted yet."""
+        learned, step = self._learned(), self.step + ahead
+        if learned is None or not learned.due(step) or step >= self.steps:
+            return
+        losses = {}
+        for name, rows in self.by_source.items():
+            sums = [await self.learner.evaluate(batch, step) for batch in rows.batches()]
+            losses[name] = rows.metrics(sums)["loss"]
+        learned.observe(step, losses)
 
     async def _show(self, seen: int) -> None:
         """Show the learner the batches that come next: `preview` sequences with the `seen` ones, or one pass

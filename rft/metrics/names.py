@@ -29,6 +29,7 @@ METRICS: dict[str, Metric] = {
     "data/pass_rate": Metric("mean pass rate of the measured prompts", "share"),
     "data/dropped/*": Metric("groups dropped so far for one reason", "groups"),
     "data/*/rows": Metric("rows drawn from one source of a mixture so far", "rows"),
+    "data/*/rate": Metric("learned rate of one source (`mixing: aioli`)", "share"),
     "data/*/share": Metric("share of the rows drawn so far that are of one source of a mixture", "share"),
     "data/*/epoch": Metric("passes over one source of a mixture so far", "epochs"),
     "data/*/tokens": Metric("tokens of one source of a mixture that this step was trained on", "tokens"),

@@ -195,6 +195,7 @@ class OfflineData:
     sample: list[Group]
     held_out: GroupSet | None
     sets: Mapping[str, GroupSet] = field(default_factory=dict)  # named held-out sets that are not sampled
+    by_source: Mapping[str, GroupSet] = field(default_factory=dict)  # held-out rows for `mixing: aioli`
 
     def source(self, config: Config, groups: Sequence[Group] | None = None) -> GroupSource:
         """Return the training groups in sampling order. groups: the same ones with further fields."""
@@ -225,7 +226,7 @@ def load_offline(config: Config, tokenizer: Any) -> OfflineData:
         train = load_groups(data, tokenizer, kind)
         if data.decontaminate == "drop":
             train = _decontaminated(train, _evaluation_rows(config, tokenizer))
-        return OfflineData(train, train.groups, held_out, sets)
+        return OfflineData(train, train.groups, held_out, sets, _held_out_by_source(config, tokenizer))
     first = GroupStream(data, tokenizer, kind).next(config.train.batch_size)
     return OfflineData(GroupStream(data, tokenizer, kind), first, held_out, sets)
 
@@ -266,6 +267,23 @@ def _held_out_groups(config: Config, tokenizer: Any) -> dict[str, GroupSet]:
             sets[name] = load_groups(data, tokenizer, _group_kind(config, data), split)
         except DataError as error:
             raise DataError(f"eval.sets.{name}.data: {error}") from error
+    return sets
+
+
+def _held_out_by_source(config: Config, tokenizer: Any) -> dict[str, GroupSet]:
+    """Load the held-out rows of each source by which `mixing: aioli` measures losses. Raises DataError."""
+    data, sets = config.data, {}
+    if data.mixing != "aioli":
+        return {}
+    for name, part in data.parts().items():
+        if not has_held_out(part):
+            raise DataError(
+                f"mixture.{name}: `mixing: aioli` measures losses on held-out rows; set `holdout`"
+            )
+        limit = min(data.aioli.rows, part.eval_limit or data.aioli.rows)
+        limited = part.model_copy(update={"eval_limit": limit})
+        held_out = load_groups(limited, tokenizer, _group_kind(config, part), "test")
+        sets[name] = replace(held_out, groups=held_out.groups[:limit])
     return sets
 
 
