@@ -1,21 +1,25 @@
-"""What the processes of `test_parallel.py` do: the same few steps, alone or as two ranks."""
+"""The processes of `test_parallel.py`, which take the same few steps alone and as two ranks:
+`python -m tests.parallel_ranks MODEL FOLDER`. One process imports the libraries for all."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.learner import LearnerConfig
 from rft.learner.learner import Learner
-from rft.learner.parallel import Parallel, Rendezvous, join
+from rft.learner.parallel import Parallel, Rendezvous, RendezvousStore, join
 from rft.learner.spec import LearnerSpec
 from tests.specs import learner_spec
 
@@ -23,6 +27,7 @@ STEPS = 3
 FULL = ("fsdp2", "zero1", "zero2", "zero3")
 LORA = ("fsdp2 lora", "zero2 lora", "fsdp2 dora")
 KINDS = (*FULL, *LORA)
+MASKED_KINDS = ("fsdp2",)
 
 
 def batch(step: int) -> Batch:
@@ -139,7 +144,19 @@ def rank(rank: int, place: Rendezvous, model: str, root: str) -> None:
     join(place, rank, 2, "cpu")
     for kind in KINDS:
         work(Path(model), Path(root), kind, parallel_of(kind))
+    for kind in MASKED_KINDS:
+        steps = masked_steps(Path(model), parallel_of(kind))
+        if rank == 0:
+            torch.save(steps, Path(root) / f"masked {kind}.pt")
     torch.distributed.barrier()
+
+
+def single(_: int, model: str, root: str) -> None:
+    """The processes that ranks must agree with, in turn."""
+    torch.set_num_threads(1)
+    for kind in dict.fromkeys(map(alone, KINDS)):
+        work(Path(model), Path(root), kind, None)
+    torch.save(masked_steps(Path(model), None), Path(root) / "masked single.pt")
 
 
 def masked_groups(seed: int, cut_off: Callable[[int, int], bool]) -> list[Group]:
@@ -176,11 +193,9 @@ def masked_steps(model: Path, parallel: Parallel | None) -> list[dict[str, Any]]
     return steps
 
 
-def masked_rank(rank: int, place: Rendezvous, model: str, root: str, kinds: tuple[str, ...]) -> None:
-    torch.set_num_threads(1)
-    join(place, rank, 2, "cpu")
-    for kind in kinds:
-        steps = masked_steps(Path(model), parallel_of(kind))
-        if rank == 0:
-            torch.save(steps, Path(root) / f"{kind}.pt")
-    torch.distributed.barrier()
+if __name__ == "__main__":
+    for library in ("deepspeed", "peft", "transformers.models.qwen3.modeling_qwen3"):
+        import_module(library)
+    multiprocessing.start_processes(single, sys.argv[1:], 1, start_method="fork")
+    store = RendezvousStore("127.0.0.1", 120)
+    multiprocessing.start_processes(rank, (store.address, *sys.argv[1:]), 2, start_method="fork")

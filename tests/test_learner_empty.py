@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LogpGapError
 from rft.learner.learner import Learner
-from rft.learner.parallel import RendezvousStore
-from tests import parallel_ranks as ranks
 from tests.parallel_ranks import MASKED, masked_groups
 from tests.specs import changed, learner_spec
 
@@ -113,20 +110,3 @@ def test_pairs_without_a_preferred_one_change_nothing(tiny_folder: Path, make_gr
     metrics = learner.step(Batch.build(ties), 1)
     assert metrics["train/updates"] == 0 and unchanged(before, learner)
     assert any("no pair" in line for line in learner.pop_messages())
-
-
-@pytest.mark.timeout(300)
-def test_several_ranks_agree_on_what_is_passed_over(tiny_folder: Path, tmp_path: Path) -> None:
-    """Two ranks, micro-batches of one tree: a step with nothing for anyone, and one with a single tree."""
-    kinds = ("fsdp2",)
-    store = RendezvousStore("127.0.0.1", 120)
-    args = (store.address, str(tiny_folder), str(tmp_path), kinds)
-    multiprocessing.spawn(ranks.masked_rank, args, nprocs=2)
-    one = ranks.masked_steps(tiny_folder, None)
-    for kind in kinds:
-        two = torch.load(tmp_path / f"{kind}.pt", weights_only=False)
-        for step in range(3):
-            assert two[step]["metrics"]["train/updates"] == one[step]["metrics"]["train/updates"]
-            for name, weight in one[step]["weights"].items():
-                torch.testing.assert_close(two[step]["weights"][name], weight, rtol=1e-5, atol=1e-6)
-        assert all(torch.equal(two[0]["weights"][n], w) for n, w in two[1]["weights"].items())

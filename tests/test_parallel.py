@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from rft.learner.learner import Learner
-from rft.learner.parallel import RendezvousStore
 from tests import parallel_ranks as ranks
 
 pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What a single process and two ranks of every kind have left."""
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a single process and two ranks of every kind have left; those before one that failed have, too."""
     root = tmp_path_factory.mktemp("parallel")
-    for kind in dict.fromkeys(map(ranks.alone, ranks.KINDS)):
-        ranks.work(tiny_folder, root, kind, None)
-    store = RendezvousStore("127.0.0.1", 120)
-    try:
-        multiprocessing.spawn(ranks.rank, (store.address, str(tiny_folder), str(root)), nprocs=2)
-    except multiprocessing.ProcessRaisedException as error:  # the kinds before it have left their results
-        (root / "error").write_text(str(error))
-    yield root
+    command = [sys.executable, "-m", "tests.parallel_ranks", str(tiny_folder), str(root)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=380)
+    (root / "error").write_text(done.stderr)
+    return root
+
+
+def left(runs: Path, name: str) -> Any:
+    if not (runs / name).exists():
+        pytest.fail((runs / "error").read_text())
+    return torch.load(runs / name, weights_only=False)
 
 
 def result(runs: Path, kind: str) -> dict[str, Any]:
-    if not (runs / kind / "result.pt").exists():
-        pytest.fail((runs / "error").read_text())
-    found: dict[str, Any] = torch.load(runs / kind / "result.pt", weights_only=False)
+    found: dict[str, Any] = left(runs, f"{kind}/result.pt")
     return found
 
 
@@ -105,3 +104,14 @@ def test_the_adapter_that_ranks_export_is_that_of_one_process(runs: Path, kind: 
     )
     assert len(two) > 0
     same(one, two, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", ranks.MASKED_KINDS)
+def test_several_ranks_agree_on_what_is_passed_over(runs: Path, kind: str) -> None:
+    """Micro-batches of one tree: a step with nothing for anyone, and one with a single tree."""
+    one, two = left(runs, "masked single.pt"), left(runs, f"masked {kind}.pt")
+    for step in range(3):
+        assert two[step]["metrics"]["train/updates"] == one[step]["metrics"]["train/updates"]
+        for name, weight in one[step]["weights"].items():
+            torch.testing.assert_close(two[step]["weights"][name], weight, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(two[0]["weights"][n], w) for n, w in two[1]["weights"].items())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rft.learner.state import TrainState
+if TYPE_CHECKING:
+    from rft.learner.state import TrainState
 
 
 def resident(learner: TrainState) -> list[Tensor]:

@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rft.config.learner import LearnerConfig
-from rft.learner.model import PolicyModel
 from rft.utils.dotted import load_dotted
 from rft.utils.network import use_interface_of
+
+if TYPE_CHECKING:
+    from rft.learner.model import PolicyModel
 
 T = TypeVar("T")
 MakeOptimizer = Callable[[], torch.optim.Optimizer]

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator,
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import psutil
 import ray
@@ -28,7 +28,6 @@ from torch import Tensor
 from rft import checkpoint
 from rft.batch import Batch
 from rft.errors import BrokenWeights, CheckpointError, LearnerError, TransferError, lost_a_peer
-from rft.learner.learner import Learner
 from rft.learner.objective import Sums
 from rft.learner.offload import move, resident
 from rft.learner.parallel import Rendezvous, RendezvousStore, make_parallel
@@ -38,6 +37,9 @@ from rft.sync.spec import ChannelSpec, Link, Manifest, Sent, Update, WeightSourc
 from rft.utils.actors import ActorDied, require_here
 from rft.utils.allocator import allocator_environment
 from rft.utils.deadlines import Deadline, within
+
+if TYPE_CHECKING:
+    from rft.learner.learner import Learner
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,6 +123,8 @@ class LearnerActor:
 
     def load(self, address: Rendezvous | None) -> None:
         """Join the other ranks (None: there are none) and load the policy."""
+        from rft.learner.learner import Learner  # imports transformers' models: seconds, which drivers save
+
         require_here(self.spec.model.path, "the policy that model.path names")
         spec = self.spec
         parallel = make_parallel(spec.config, spec.device, address, self.rank, self._store)
