@@ -66,6 +66,14 @@ PRINTS = (  # whatever the content is
     "{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' -}}"
     "{%- endfor -%}" + _GENERATE
 )
+# Tool calls as JSON in tags.
+HERMES = (
+    "{%- if tools -%}{{- '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' -}}{%- endif -%}"
+    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' + m.content -}}"
+    "{%- for c in m.tool_calls or [] -%}{{- '<tool_call>\\n' + c.function | tojson + '\\n</tool_call>' -}}"
+    "{%- endfor -%}{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}" + _GENERATE
+)
 TOOLS = (
     "{%- if tools -%}{{- '<|im_start|>system\\nTools: ' ~ (tools | tojson) ~ '<|im_end|>\\n' -}}{%- endif -%}"
     "{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ (m.content or '') -}}"

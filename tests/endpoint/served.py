@@ -21,16 +21,9 @@ from rft.rollout.calls import lay_out
 from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.episodes import check_layout
 from rft.rollout.session import Budget, Session
-from tests.cases.families import make_tokenizer
+from tests.cases.families import HERMES, make_tokenizer
 
 END = "<|im_end|>"
-HERMES = (
-    "{%- if tools -%}{{- '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' -}}{%- endif -%}"
-    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + m.content -}}"
-    "{%- for c in m.tool_calls or [] -%}{{- '<tool_call>\n' + c.function | tojson + '\n</tool_call>' -}}"
-    "{%- endfor -%}{{- '<|im_end|>\n' -}}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-)
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
 WIDE = Budget(64, 2000, 8000)
 

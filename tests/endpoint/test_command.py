@@ -31,8 +31,8 @@ from rft.rollout.engine import Sampling
 from rft.rollout.episodes import EpisodeSampler, Played, check_batch
 from rft.rollout.sample import scored_group
 from rft.rollout.session import Budget
-from tests.cases.families import make_tokenizer
-from tests.endpoint.served import END, HERMES, Policy
+from tests.cases.families import HERMES, make_tokenizer
+from tests.endpoint.served import END, Policy
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = sys.executable

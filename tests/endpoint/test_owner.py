@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from rft.config.environment import EnvironmentConfig
 from rft.environments.runner import EnvironmentRunner, Remote
-from rft.utils.process import is_running
 from tests.environments.scripted import ScriptedSession
+from tests.environments.test_owner import assert_nothing_outlives
 
 ROOT = Path(__file__).parents[2]
 HANG = "echo $$ >> pids; sleep 1000 & echo $! >> pids; setsid sleep 1000 & echo $! >> pids; wait"
@@ -31,16 +29,7 @@ async def hang(folder: Path) -> None:
 
 
 def test_nothing_outlives_a_killed_controller(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.endpoint.test_owner", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as controller:
-        assert controller.stdout is not None
-        pids = [int(pid) for pid in controller.stdout.readline().split()]
-        assert len(pids) == 4 and all(map(is_running, pids))
-        controller.kill()
-    deadline = time.monotonic() + 60
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(is_running, pids))
+    assert_nothing_outlives("tests.endpoint.test_owner", tmp_path, 4)
 
 
 if __name__ == "__main__":

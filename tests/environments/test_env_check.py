@@ -23,6 +23,7 @@ from rft.tools.env_check.policies import read_replies
 from rft.tools.env_check.report import Finding, Report
 from rft.tools.env_check.template import Probe, check_template
 from tests.cases.families import (
+    HERMES,
     PLAIN_ROLES,
     PREFILL,
     QWEN3,
@@ -31,7 +32,6 @@ from tests.cases.families import (
     make_tokenizer,
     phi_tokenizer,
 )
-from tests.rollout.test_session import HERMES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, BAD = ROOT / "examples" / "environments", Path(__file__).parent / "bad.py"

@@ -33,11 +33,16 @@ async def hang(folder: Path) -> None:
 
 
 def test_nothing_outlives_a_killed_controller(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.environments.test_owner", str(tmp_path)]
+    assert_nothing_outlives("tests.environments.test_owner", tmp_path, 5)
+
+
+def assert_nothing_outlives(module: str, folder: Path, count: int) -> None:
+    """Run a module as a controller, which prints `count` process ids, and kill it: all of them end."""
+    command = [sys.executable, "-m", module, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]) as controller:
         assert controller.stdout is not None
         pids = [int(pid) for pid in controller.stdout.readline().split()]
-        assert len(pids) == 5 and all(map(is_running, pids))
+        assert len(pids) == count and all(map(is_running, pids))
         controller.kill()
     deadline = time.monotonic() + 60
     while any(map(is_running, pids)) and time.monotonic() < deadline:

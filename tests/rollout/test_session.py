@@ -21,6 +21,7 @@ from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.session import Budget, Session, SessionClosed, split_thought
 from tests.cases.families import (
     CHATML,
+    HERMES,
     PLAIN_ROLES,
     PREFILL,
     QWEN3,
@@ -36,13 +37,6 @@ LLAMA3 = (
     "{{ bos_token }}{%- for m in messages -%}"
     "{{- '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n\n' -}}{%- endif -%}"
-)
-HERMES = (
-    "{%- if tools -%}{{- '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' -}}{%- endif -%}"
-    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + m.content -}}"
-    "{%- for c in m.tool_calls or [] -%}{{- '<tool_call>\n' + c.function | tojson + '\n</tool_call>' -}}"
-    "{%- endfor -%}{{- '<|im_end|>\n' -}}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
