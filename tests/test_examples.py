@@ -29,8 +29,9 @@ CONFIGS = sorted(
     if "apiVersion:" not in path.read_text()
 )
 FROM_THE_HUB = ("gsm8k_qwen", "gsm8k_qwen_7b", "gsm8k_lora", "gsm8k_qlora", "cluster/cluster")
-# One for each loop and family of algorithms.
-RUN_BY_DEFAULT = ("online/grpo", "online/online_dpo", "dpo", "sft", "reward_model")
+# One for each loop and family of online algorithms. `dpo` and `sft` also run with real actors in
+# integration/test_offline_runs.py and test_gguf.py.
+RUN_BY_DEFAULT = ("online/grpo", "online/online_dpo", "reward_model")
 
 
 @pytest.fixture(autouse=True)

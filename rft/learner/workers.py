@@ -123,12 +123,11 @@ class LearnerActor:
 
     def load(self, address: Rendezvous | None) -> None:
         """Join the other ranks (None: there are none) and load the policy."""
+        require_here(self.spec.model.path, "the policy that model.path names")
+        parallel = make_parallel(self.spec.config, self.spec.device, address, self.rank, self._store)
         from rft.learner.learner import Learner  # imports transformers' models: seconds, which drivers save
 
-        require_here(self.spec.model.path, "the policy that model.path names")
-        spec = self.spec
-        parallel = make_parallel(spec.config, spec.device, address, self.rank, self._store)
-        self._learner = Learner(spec, parallel)
+        self._learner = Learner(self.spec, parallel)
 
     def require_folder(self, path: str) -> None:
         require_here(path, "the run folder (output_dir)")

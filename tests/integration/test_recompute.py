@@ -11,25 +11,25 @@ from pathlib import Path
 import pytest
 
 from rft.batch import Group
+from rft.cli import main
 from rft.errors import ConfigError
 from rft.metrics import record
 from rft.plan import Plan
 from rft.tools.recompute import Replay, replay
 from tests.in_process import InProcessLearner
-from tests.integration.conftest import rft
 from tests.integration.test_sessions import CONFIG, PLAY
 
 STEPS = 5
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the hf engine, in lockstep, with checkpoints of steps 2, 4 and 5."""
     folder = tmp_path_factory.mktemp("agentic")
     (folder / "env.py").write_text(PLAY)
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
     more = ("checkpoint.keep=9", "eval.every=0", "rewards=[]", "rollout.turns=lockstep")
-    rft("train", f"{folder}/run.yaml", f"output_dir={folder}", f"train.steps={STEPS}", *more)
+    assert main(["train", f"{folder}/run.yaml", f"output_dir={folder}", f"train.steps={STEPS}", *more]) == 0
     (folder / "env.py").unlink()  # a replay needs no environment
     return folder / "run"
 
@@ -58,10 +58,13 @@ def _plain(group: Group) -> Group:
     return replace(group, completions=tuple(replace(c, scores={}) for c in group.completions))
 
 
-def test_the_step_after_a_checkpoint_from_the_command_line(trained: Path) -> None:
-    done = rft("replay", str(trained), "--step", "3")
+def test_the_step_after_a_checkpoint_from_the_command_line(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(trained), "--step", "3"]) == 0
+    shown = capsys.readouterr().out
     logged = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][3]
-    first, _, loss, norm, others, promised, verdict = done.stdout.splitlines()
+    first, _, loss, norm, others, promised, verdict = shown.splitlines()
     assert first == f"step 3 of {trained}, from step-00000002"
     assert loss.split()[1:] == [repr(logged["train/loss"])] * 2 + ["equal"] and logged["train/loss"] != 0
     assert norm.split()[1:] == [repr(logged["train/grad_norm"])] * 2 + ["equal"]

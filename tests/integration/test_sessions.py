@@ -14,6 +14,7 @@ import pytest
 
 from rft.algorithms.base import Rollout
 from rft.batch import Batch, Group, Prompt
+from rft.cli import main
 from rft.config.data import DataConfig
 from rft.config.environment import EnvironmentConfig
 from rft.config.metrics import TrackingConfig
@@ -194,18 +195,12 @@ tracking: {{display: "off", trackers: []}}
 """
 
 
-def test_a_run_in_an_environment(tmp_path: Path) -> None:
+def test_a_run_in_an_environment(tmp_path: Path, ray_here: None) -> None:
     """Training, evaluation and the log: transcripts, and the metrics of sessions."""
     (tmp_path / "env.py").write_text(PLAY)
     (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path))
-    rft(
-        "train",
-        f"{tmp_path}/run.yaml",
-        f"output_dir={tmp_path}",
-        "train.steps=2",
-        "rewards=[]",
-        "eval.every=2",
-    )
+    changes = [f"output_dir={tmp_path}", "train.steps=2", "rewards=[]", "eval.every=2"]
+    assert main(["train", f"{tmp_path}/run.yaml", *changes]) == 0
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["session/turns"] == 2.0 and rows[-1]["session/branches"] == 1.0
     assert rows[-1]["session/logp_gap/2"] < 1e-3 and rows[-1]["eval/session/turns"] == 2.0

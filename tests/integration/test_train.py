@@ -136,7 +136,12 @@ def test_a_short_run_learns_and_a_stop_on_its_way_does_not_show(
 
 @pytest.mark.timeout(900)
 def test_the_final_model_is_an_ordinary_folder(
-    home: Path, learnt: subprocess.CompletedProcess[str], tmp_path: Path
+    home: Path,
+    learnt: subprocess.CompletedProcess[str],
+    tmp_path: Path,
+    ray_here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """`rft export` copies it, transformers loads it, `rft eval` finds the accuracy that the run found."""
     run, out = home / "learn", tmp_path / "exported"
@@ -147,18 +152,25 @@ def test_the_final_model_is_an_ordinary_folder(
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
     assert AutoTokenizer.from_pretrained(out).eos_token_id is not None
     changes = ["rollout.engine=hf", "eval.samples=1", "--model", str(out)]
-    shown = rft("eval", *command(home, *LEARN)[1:], *changes)
-    accuracy = json.loads(shown.stdout)["eval/greedy_accuracy"]
+    monkeypatch.chdir(ROOT)
+    capsys.readouterr()
+    assert main(["eval", *command(home, *LEARN)[1:], *changes]) == 0
+    accuracy = json.loads(capsys.readouterr().out)["eval/greedy_accuracy"]
     assert accuracy == pytest.approx(rows(run)[-1]["eval/greedy_accuracy"], abs=0.02)
 
 
 @pytest.mark.timeout(900)
 def test_a_step_that_vllm_sampled_is_computed_again(
-    home: Path, stopped: Stopped, learnt: subprocess.CompletedProcess[str]
+    home: Path,
+    stopped: Stopped,
+    learnt: subprocess.CompletedProcess[str],
+    ray_here: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The learner alone decides the bits of a step, given what an engine sampled."""
     reached = stopped.rows[-1]["step"]
-    shown = rft("replay", str(home / "learn"), "--step", str(reached + 1)).stdout
+    assert main(["replay", str(home / "learn"), "--step", str(reached + 1)]) == 0
+    shown = capsys.readouterr().out
     assert f"from step-{reached:08d}\n" in shown and "promised: equal, to the bit\nverdict: kept" in shown
 
 
@@ -278,14 +290,15 @@ def test_a_group_that_comes_too_late_is_dropped_and_its_prompt_gets_a_second_try
 
 
 @pytest.mark.timeout(300)
-def test_a_reward_that_raises_stops_the_run_with_its_traceback(tmp_path: Path) -> None:
+def test_a_reward_that_raises_stops_the_run_with_its_traceback(
+    tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
     (tmp_path / "broken.py").write_text("def score(prompts, completions, **columns):\n    return 1 / 0\n")
-    done = rft(
-        *command(tmp_path, *SMALL, "warm_start=null", "rollout.engine=hf", "eval.every=0"),
-        f"rewards=[{{function: '{tmp_path}/broken.py:score'}}]",
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stderr and "broken.py" in done.stderr
+    changes = ["warm_start=null", "rollout.engine=hf", "eval.every=0"]
+    reward = f"rewards=[{{function: '{tmp_path}/broken.py:score'}}]"
+    assert main(command(tmp_path, *SMALL, *changes, reward)) == 1
+    told = capsys.readouterr().err
+    assert "ZeroDivisionError" in told and "broken.py" in told
     metrics = tmp_path / "arithmetic" / "metrics.jsonl"
     assert all("reward/mean" not in r for r in map(json.loads, metrics.read_text().splitlines()))
