@@ -1,4 +1,4 @@
-"""Guess a number: the policy guesses, and is told whether the number is higher or lower and which are left.
+"""Guess a number: the policy guesses, and learns whether the number is higher or lower and which are left.
 
 An environment of kind `text` for the rows of `data: {kind: guess}`.
 """
@@ -27,7 +27,7 @@ class Guess:
         self.game, self.tried, self.bits = Game(number, 1, largest), 0, log(largest)
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Return (what the policy is told, reward, found, out of tries, {})."""
+        """Return (message to the policy, reward, found, out of tries, {})."""
         self.tried += 1
         before = self.game.high - self.game.low + 1
         answer, found = self.game.guess(text)

@@ -1,4 +1,4 @@
-"""A second try: the policy is told that its answer is wrong, and may answer again.
+"""A second try: a wrong answer may be followed by a second one.
 
 An environment of kind `text`: `reset` takes the row's columns, `step` the policy's text.
 """
@@ -24,7 +24,7 @@ class Retry:
         self.answer, self.tried = answer, 0
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Return (what the policy is told, reward, solved, out of tries, {})."""
+        """Return (message to the policy, reward, solved, out of tries, {})."""
         self.tried += 1
         if math(text, self.answer).value == 1.0:
             return "", 1.0 if self.tried == 1 else self.later, True, False, {}

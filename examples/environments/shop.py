@@ -22,7 +22,7 @@ class Shop:
     """Spend all of the money. Public methods are the tools of the policy."""
 
     def reset(self, **row: Any) -> str:
-        """Start an episode with a row of the dataset; what is returned is appended to its prompt."""
+        """Start an episode with a row of the dataset; the returned text is appended to its prompt."""
         self.money = 5 + len(row["prompt"]) % 8
         self.bought: list[str] = []
         return f"\n\nYou are in a shop and have {self.money} coins. Spend exactly all of them."

@@ -1,4 +1,4 @@
-"""A reward of your own: right answers, a little more for short ones. `rft reward` tries it out:
+"""A custom reward: right answers, a little more for short ones. `rft reward` tries it out:
 
 rft reward examples/rewards/short_and_right.py:reward samples.jsonl
 """
