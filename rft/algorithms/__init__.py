@@ -29,6 +29,7 @@ from rft.algorithms.policy_gradient.rloo import RLOO
 from rft.algorithms.policy_gradient.sapo import SAPO
 from rft.algorithms.policy_gradient.topr import TOPR
 from rft.algorithms.policy_gradient.vespo import VESPO
+from rft.algorithms.preference.bco import BCO
 from rft.algorithms.preference.cpo import CPO
 from rft.algorithms.preference.dpo import DPO
 from rft.algorithms.preference.iterative_dpo import IterativeDPO
@@ -114,6 +115,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "orpo": ORPO,
     "cpo": CPO,
     "kto": KTO,
+    "bco": BCO,
     "reward_model": RewardModel,
     "reward_regression": RewardRegression,
     "pairwise_reward": PairwiseReward,
@@ -123,6 +125,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 __all__ = [
     "ALGORITHMS",
     "ASFT",
+    "BCO",
     "CISPO",
     "CORY",
     "CPO",

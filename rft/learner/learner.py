@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput
 from rft.algorithms.extras import ChangesEmbeddings, critic_only, score_heads
-from rft.algorithms.math.sequences import branching
+from rft.algorithms.math.sequences import branching, last_tokens
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_common
@@ -29,9 +29,12 @@ from rft.learner.schedule import learning_rate
 from rft.learner.spec import LearnerSpec
 from rft.learner.state import TrainState
 from rft.packing import micro_batches
+from rft.utils.dotted import load_dotted
 from rft.utils.memory import return_freed_memory
 from rft.utils.quantized import evaluation_mode
 from rft.work import tree_tokens
+
+PRIVATE = "rft.contrib.privacy.PrivateGradient"
 
 
 class Learner(TrainState):
@@ -73,7 +76,8 @@ class Learner(TrainState):
             self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
             self.self_checked = True
         batch = self.prepare(self.at_step(batch, step), gap)
-        trained = objective.has_units(self.algorithm, batch)
+        private = spec.config.privacy is not None  # a batch without rows is released too, as noise
+        trained = private or objective.has_units(self.algorithm, batch)
         if trained and self.strategy.begin(
             lambda: self._score_previewed(batch), lambda: self._accumulate(batch, None)
         ):
@@ -88,10 +92,14 @@ class Learner(TrainState):
         self.updates_made = 0
         for iteration in range(spec.train.num_iterations if trained else 0):
             for mini in self._minibatches(batch, step, iteration):
-                if not objective.has_units(self.algorithm, mini):
+                if not private and not objective.has_units(self.algorithm, mini):
                     continue
                 first = not updates and batch.old_logps is None
-                metrics = self._accumulate(mini, gap if first else None)
+                metrics = (
+                    self._accumulate_private(mini)
+                    if private
+                    else self._accumulate(mini, gap if first else None)
+                )
                 updates.append({**metrics, **self._optimize()})
                 self.updates_made += 1
         self.version += 1
@@ -165,6 +173,9 @@ class Learner(TrainState):
                 changes["old_entropy"] = out["entropy"]
             gap.add(out["logps"], batch, self.version)
             self._check_gap(gap)
+        if "old_scores" in needs:
+            scores = self.score(batch, outputs=frozenset({"scores"}))["scores"][last_tokens(batch)]
+            changes["columns"] = {**batch.columns, "old_scores": scores}
         if "ref_logps" in needs and self.reference is not None and batch.ref_logps is None:
             changes["ref_logps"] = self.score(batch, model=self.reference)["logps"]
         return batch.with_(**changes)
@@ -183,6 +194,8 @@ class Learner(TrainState):
             weight = model.head().weight
             width = -(-getattr(weight, "ds_shape", weight.shape)[0] // 8)
             scores["support"] = torch.zeros(batch.num_tokens, width, dtype=torch.uint8)
+        if "scores" in outputs:
+            scores["scores"] = torch.zeros(batch.num_tokens, score_heads(self.algorithm))
         scored, place = batch.pruned(batch.mask)
         tree_of_token = scored.tree[scored.segment]
         for trees in self.plan(scored) if scored.num_tokens else ():
@@ -319,6 +332,19 @@ class Learner(TrainState):
             "train/loss": sum(part for _, part, _ in parts),
             "train/micro_batches": float(len(plan)),
         }
+
+    def _accumulate_private(self, batch: Batch) -> dict[str, float]:
+        """Set the gradient to the noised sum of the rows' clipped gradients; return the mean of the rows'
+        metrics. A row's loss is averaged over its own units. Each row is run alone."""
+        gradient = load_dotted(PRIVATE)(self.strategy.trained(self.policy), self.spec.config.privacy)
+        metrics = []
+        for group in range(batch.num_groups):
+            row = batch.select_groups(torch.tensor([group]))
+            if objective.has_units(self.algorithm, row):
+                metrics.append(self._accumulate(row, None))
+                gradient.add()
+        gradient.release(self.spec.train.batch_size)
+        return objective.merge_means(metrics)
 
     def _optimize(self) -> dict[str, float]:
         """Clip the accumulated gradient and update the weights; return metrics."""
