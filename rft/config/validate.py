@@ -375,7 +375,7 @@ def privacy_checks(config: Config, facts: Facts) -> Iterator[Check]:
         "gradient does not bound its influence; use sft, dft, dpo, simpo, orpo or cpo",
     )
     yield (
-        config.data.streaming or config.data.mixture is not None,
+        config.data.streaming or bool(config.data.mixture),
         f"{key}: rows are drawn independently from all rows; remove data.streaming and data.mixture",
     )
     yield (
@@ -401,7 +401,7 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     if a.online:
         return
     yield (
-        a.normalizer == "task" and config.data.mixture is None,
+        a.normalizer == "task" and not config.data.mixture,
         "algorithm.balance: tasks are the sources of data.mixture, and there is none; name the sources, or "
         "write balance: tokens",
     )

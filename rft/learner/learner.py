@@ -72,7 +72,7 @@ class Learner(TrainState):
         gap = objective.LogpGap()
         self._check_fresh(batch)
         self._check_order(batch)
-        if not self.self_checked:
+        if not self.self_checked and batch.num_tokens:  # a private draw may have no rows
             self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
             self.self_checked = True
         batch = self.prepare(self.at_step(batch, step), gap)

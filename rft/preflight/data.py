@@ -330,9 +330,10 @@ def check_batch(algorithm: Algorithm, groups: list[Group]) -> list[str]:
     try:
         batch = Batch.build(arrange(algorithm, groups))
         zeros = torch.zeros(batch.num_tokens)
-        batch = batch.with_(old_logps=zeros, ref_logps=zeros, state={"progress": 0.0})
-        batch = algorithm.prepare(batch)
         scores = torch.zeros(batch.num_tokens, max(score_heads(algorithm), 1))
+        columns = {**batch.columns, "old_scores": scores[: batch.num_sequences]}
+        batch = batch.with_(old_logps=zeros, ref_logps=zeros, columns=columns, state={"progress": 0.0})
+        batch = algorithm.prepare(batch)
         policy = PolicyOutput(logps=zeros, entropy=zeros, values=zeros, kl=zeros, scores=scores)
         algorithm.loss(policy, batch)
     except ValueError as error:

@@ -125,7 +125,7 @@ class RewardRegression(ScoreHead):
             return batch
         known = ~column(batch, "targets").isnan()
         scores = column(batch, "old_scores").masked_fill(~known, -torch.inf)
-        rank = torch.argsort(torch.argsort(scores, 0, descending=True, stable=True), 0)
+        rank = torch.argsort(torch.argsort(scores, dim=0, descending=True, stable=True), dim=0)
         hardened = (rank < known.sum(0) // 2).to(scores)
         return batch.with_(columns={**batch.columns, "hardened": hardened})
 
