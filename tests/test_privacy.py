@@ -9,19 +9,24 @@ import pytest
 import torch
 
 from rft.algorithms import ALGORITHMS
+from rft.algorithms.extras import compares_rows
 from rft.batch import Batch
 from rft.cli import main
 from rft.config.learner import PrivacyConfig
-from rft.contrib.privacy import ORDERS, PoissonSampler, epsilon, renyi_divergence
+from rft.contrib.privacy import ORDERS, PoissonSampler, PrivateLearner, epsilon, renyi_divergence
 from rft.learner.learner import Learner
 from tests.test_bad_input import run
 from tests.test_learner import Watched, spec
 
 
-def private(model: Path, algorithm: str, **privacy: float) -> Watched:
+class WatchedPrivate(PrivateLearner, Watched):
+    """A private learner that keeps each update's gradient."""
+
+
+def private(model: Path, algorithm: str, **privacy: float) -> WatchedPrivate:
     """A learner whose batches have four rows on average."""
     config = {"privacy": PrivacyConfig(**privacy)}
-    return Watched(spec(model, algorithm, config=config, batch_size=4))
+    return WatchedPrivate(spec(model, algorithm, config=config, batch_size=4))
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo"])
@@ -44,14 +49,12 @@ def test_each_row_is_clipped_alone(tiny_folder: Path, make_groups, algorithm: st
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_noise_has_the_stated_size_also_without_rows(tiny_folder: Path, make_groups) -> None:
-    """Its standard deviation is noise x clip / B = 2 x 0.5 / 4. A draw without rows is released too."""
-    for groups in (make_groups(groups=2, size=1), []):
-        learner = private(tiny_folder, "sft", clip=0.5, noise=2.0)
-        metrics = learner.step(Batch.build(groups), 0)
-        noise = torch.cat([g.reshape(-1) for g in learner.seen[0]])
-        assert metrics["train/updates"] == 1
-        assert float(noise.std()) == pytest.approx(0.25, rel=5 / math.sqrt(2 * len(noise)) + 1e-3)
+def test_noise_has_the_stated_size(tiny_folder: Path, make_groups) -> None:
+    """Its standard deviation is noise x clip / B = 2 x 0.5 / 4, far above that of the clipped gradients."""
+    learner = private(tiny_folder, "sft", clip=0.5, noise=2.0)
+    learner.step(Batch.build(make_groups(groups=2, size=1)), 0)
+    noise = torch.cat([g.reshape(-1) for g in learner.seen[0]])
+    assert float(noise.std()) == pytest.approx(0.25, rel=5 / math.sqrt(2 * len(noise)) + 1e-3)
 
 
 def test_a_private_run_resumes(tiny_folder: Path, make_groups, tmp_path: Path) -> None:
@@ -104,6 +107,8 @@ def test_epsilon() -> None:
         (["learner.privacy={}"], "use an offline algorithm, such as sft or dpo"),
         (["learner.privacy={}", "algorithm=token_cleaning"], "the loss of a row depends on other rows"),
         (["learner.privacy={}", "algorithm=sft", "learner.strategy={name: saft}"], "saft is initialised"),
+        (["learner.privacy={}", "algorithm=sft"], "write train.batch_size: 32 or more"),
+        (["algorithm=mft"], "mft balances the sources of data.mixture"),
     ],
 )
 def test_what_is_not_private_is_refused(tmp_path: Path, capsys, overrides: list[str], words: str) -> None:
@@ -112,6 +117,6 @@ def test_what_is_not_private_is_refused(tmp_path: Path, capsys, overrides: list[
 
 
 def test_losses_that_compare_rows_are_known() -> None:
-    compare = {name for name, a in ALGORITHMS.items() if not a.online and a().compares_rows}
-    assert compare == {"token_cleaning", "ss_token", "forgetting", "kto", "bco"}
-    assert ALGORITHMS["dpo"](loss_type="aot").compares_rows
+    compare = {name for name, a in ALGORITHMS.items() if not a.online and compares_rows(a())}
+    assert compare == {"token_cleaning", "ss_token", "forgetting", "kto", "bco", "mft"}
+    assert compares_rows(ALGORITHMS["dpo"](loss_type="aot"))

@@ -54,6 +54,7 @@ from rft.algorithms.supervised.forgetting import Forgetting
 from rft.algorithms.supervised.ift import IFT
 from rft.algorithms.supervised.iw_sft import IWSFT
 from rft.algorithms.supervised.masked_thought import MaskedThought
+from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.neft import NEFT
 from rft.algorithms.supervised.poft import PoFT
 from rft.algorithms.supervised.sft import SFT
@@ -98,6 +99,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "per_step": PerStep,
     "distill": Distill,
     "sft": SFT,
+    "mft": MFT,
     "dft": DFT,
     "asft": ASFT,
     "iw_sft": IWSFT,
@@ -144,6 +146,7 @@ __all__ = [
     "LUFFY",
     "LUSPO",
     "M2PO",
+    "MFT",
     "NEFT",
     "OPO",
     "ORPO",

@@ -20,7 +20,6 @@ from torch import Tensor
 from rft.batch import Batch
 
 Normalization = Literal["token", "sequence", "constant"]
-Normalizer = Literal[Normalization, "task"]
 Unit = Literal["token", "sequence", "pair"]
 DataKind = Literal["sft", "preference", "pairwise", "unpaired", "ranked", "scored", "steps"]
 
@@ -139,9 +138,8 @@ class Algorithm(ABC):
     @property
     def needs(self) -> frozenset[str]:
         """Return the batch fields to compute before the step. Choices are `old_logps`, `ref_logps`,
-        `old_entropy`, `values`, `end_values`, `rewards`, and `old_scores`, a score head's outputs at the last
-        tokens, which is `columns["old_scores"]` [N, K]. `old_logps` is only computed for several optimizer
-        steps per batch."""
+        `old_entropy`, `values`, `end_values`, `rewards`, `old_scores` (`columns["old_scores"]` [N, K], at the
+        last tokens). `old_logps` is only computed for several optimizer steps per batch."""
         return frozenset()
 
     @property
@@ -149,12 +147,6 @@ class Algorithm(ABC):
         """Return whether `prepare` reads `old_logps`. They are then computed for every batch, even with a
         single optimizer step, for whose loss `old_logps_or` suffices."""
         return False
-
-    @property
-    def compares_rows(self) -> bool:
-        """Return whether a row's loss may depend on other rows: of its batch, or through the state."""
-        kind = type(self)
-        return kind.prepare is not Algorithm.prepare or kind.next_state is not Algorithm.next_state
 
     @property
     def before_prepare(self) -> frozenset[str]:
@@ -183,10 +175,9 @@ class Algorithm(ABC):
         return frozenset()
 
     @property
-    def normalizer(self) -> Normalizer:
+    def normalizer(self) -> Normalization:
         """Return how token losses are averaged: over all tokens, over each sequence and then over sequences,
-        over sequences times a constant length (Dr.GRPO), or over each task and then over tasks, which
-        `columns["task"]` [N] numbers."""
+        or over sequences times a constant length (Dr.GRPO)."""
         return "token"
 
     def prepare(self, batch: Batch) -> Batch:

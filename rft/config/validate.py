@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_type_hints
 
 from rft.algorithms.base import Algorithm, Rollout
-from rft.algorithms.extras import ValuesSteps, compares_distributions, copies, score_heads
+from rft.algorithms.extras import ValuesSteps, compares_distributions, compares_rows, copies, score_heads
+from rft.algorithms.supervised.mft import MFT
 from rft.config.learner import (
     FROM_FIRST_BATCH,
     LIGER_REMEDY,
@@ -370,7 +371,7 @@ def privacy_checks(config: Config, facts: Facts) -> Iterator[Check]:
         "offline algorithm, such as sft or dpo, or remove it",
     )
     yield (
-        not a.online and a.compares_rows,
+        not a.online and compares_rows(a),
         f"{key}: with {name} as set here the loss of a row depends on other rows, so that clipping a row's "
         "gradient does not bound its influence; use sft, dft, dpo, simpo, orpo or cpo",
     )
@@ -381,6 +382,11 @@ def privacy_checks(config: Config, facts: Facts) -> Iterator[Check]:
     yield (
         config.train.minibatches * config.train.num_iterations > 1,
         f"{key}: a step is one update; write train.minibatches: 1 and train.num_iterations: 1",
+    )
+    yield (
+        config.train.batch_size < 32,
+        f"{key}: a draw of few rows on average may have none, which epsilon does not cover; write "
+        "train.batch_size: 32 or more",
     )
     yield c.parallel != "single", f"{key}: works in one process only; set learner.parallel to single"
     adapter = "" if c.adapter is None else c.adapter.method
@@ -401,9 +407,8 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     if a.online:
         return
     yield (
-        a.normalizer == "task" and not config.data.mixture,
-        "algorithm.balance: tasks are the sources of data.mixture, and there is none; name the sources, or "
-        "write balance: tokens",
+        isinstance(a, MFT) and not config.data.mixture,
+        "algorithm: mft balances the sources of data.mixture, and there is none; name them, or write sft",
     )
     yield (
         config.eval.generate and collected,

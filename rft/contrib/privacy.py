@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from rft.batch import Group
+from rft.batch import Batch, Group
 from rft.config.learner import PrivacyConfig
 from rft.data.errors import DataError
+from rft.learner.learner import Learner
+from rft.learner.objective import LogpGap, has_units, merge_means
 from rft.utils.seeds import derive_seed
 
 ORDERS = (*range(2, 64), *range(64, 512, 16))  # of the Renyi divergences that bound epsilon
@@ -54,10 +56,31 @@ class PrivateGradient:
             parameter.grad = (noised / expected).to(parameter.dtype)
 
 
+class PrivateLearner(Learner):
+    """A learner whose updates are made of rows' clipped gradients and noise (`learner.privacy`)."""
+
+    def _accumulate(self, mini: Batch, gap: LogpGap | None) -> dict[str, float]:
+        """Set the gradient to the noised sum of the rows' clipped gradients; return the mean of the rows'
+        metrics. A row's loss is averaged over its own units. Each row is run alone."""
+        config = self.spec.config.privacy
+        if config is None:
+            return super()._accumulate(mini, gap)
+        gradient = PrivateGradient(self.strategy.trained(self.policy), config)
+        metrics = []
+        for group in range(mini.num_groups):
+            row = mini.select_groups(torch.tensor([group]))
+            if has_units(self.algorithm, row):
+                metrics.append(super()._accumulate(row, None))
+                gradient.add()
+        gradient.release(self.spec.train.batch_size)
+        return merge_means(metrics)
+
+
 class PoissonSampler:
     """Rows drawn independently, each with the probability batch_size / rows: the draw that `epsilon` assumes.
 
-    A step has `batch_size` rows on average, and may have none. Draws depend on seed and step only.
+    A step has `batch_size` rows on average. None is drawn with the probability e^-batch_size, which is
+    neglected: such a step makes no update. Draws depend on seed and step only.
     """
 
     def __init__(self, size: int, seed: int, config: PrivacyConfig) -> None:

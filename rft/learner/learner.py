@@ -29,12 +29,9 @@ from rft.learner.schedule import learning_rate
 from rft.learner.spec import LearnerSpec
 from rft.learner.state import TrainState
 from rft.packing import micro_batches
-from rft.utils.dotted import load_dotted
 from rft.utils.memory import return_freed_memory
 from rft.utils.quantized import evaluation_mode
 from rft.work import tree_tokens
-
-PRIVATE = "rft.contrib.privacy.PrivateGradient"
 
 
 class Learner(TrainState):
@@ -72,12 +69,11 @@ class Learner(TrainState):
         gap = objective.LogpGap()
         self._check_fresh(batch)
         self._check_order(batch)
-        if not self.self_checked and batch.num_tokens:  # a private draw may have no rows
+        if not self.self_checked:
             self.policy.self_check(batch, fall_back=spec.config.self_check == "fall_back")
             self.self_checked = True
         batch = self.prepare(self.at_step(batch, step), gap)
-        private = spec.config.privacy is not None  # a batch without rows is released too, as noise
-        trained = private or objective.has_units(self.algorithm, batch)
+        trained = objective.has_units(self.algorithm, batch)
         if trained and self.strategy.begin(
             lambda: self._score_previewed(batch), lambda: self._accumulate(batch, None)
         ):
@@ -92,14 +88,10 @@ class Learner(TrainState):
         self.updates_made = 0
         for iteration in range(spec.train.num_iterations if trained else 0):
             for mini in self._minibatches(batch, step, iteration):
-                if not private and not objective.has_units(self.algorithm, mini):
+                if not objective.has_units(self.algorithm, mini):
                     continue
                 first = not updates and batch.old_logps is None
-                metrics = (
-                    self._accumulate_private(mini)
-                    if private
-                    else self._accumulate(mini, gap if first else None)
-                )
+                metrics = self._accumulate(mini, gap if first else None)
                 updates.append({**metrics, **self._optimize()})
                 self.updates_made += 1
         self.version += 1
@@ -115,7 +107,6 @@ class Learner(TrainState):
             if self.algorithm.reset_optimizer:
                 self.make_optimizer()
         seconds = time.perf_counter() - start
-        scoring = {"time/reference": self.scoring_seconds} if self.scoring_seconds else {}
         return {
             **metrics,
             **_advantage_metrics(batch),
@@ -127,7 +118,7 @@ class Learner(TrainState):
             "train/updates": float(len(updates)),
             "throughput/train_tokens_per_s": batch.num_tokens / (seconds - self.scoring_seconds),
             "time/train": seconds - self.scoring_seconds,
-            **scoring,
+            **({"time/reference": self.scoring_seconds} if self.scoring_seconds else {}),
         }
 
     def preview(self, batch: Batch) -> None:
@@ -174,8 +165,8 @@ class Learner(TrainState):
             gap.add(out["logps"], batch, self.version)
             self._check_gap(gap)
         if "old_scores" in needs:
-            scores = self.score(batch, outputs=frozenset({"scores"}))["scores"][last_tokens(batch)]
-            changes["columns"] = {**batch.columns, "old_scores": scores}
+            scores = self.score(batch, outputs=frozenset({"scores"}))["scores"]
+            changes["columns"] = {**batch.columns, "old_scores": scores[last_tokens(batch)]}
         if "ref_logps" in needs and self.reference is not None and batch.ref_logps is None:
             changes["ref_logps"] = self.score(batch, model=self.reference)["logps"]
         return batch.with_(**changes)
@@ -333,19 +324,6 @@ class Learner(TrainState):
             "train/micro_batches": float(len(plan)),
         }
 
-    def _accumulate_private(self, batch: Batch) -> dict[str, float]:
-        """Set the gradient to the noised sum of the rows' clipped gradients; return the mean of the rows'
-        metrics. A row's loss is averaged over its own units. Each row is run alone."""
-        gradient = load_dotted(PRIVATE)(self.strategy.trained(self.policy), self.spec.config.privacy)
-        metrics = []
-        for group in range(batch.num_groups):
-            row = batch.select_groups(torch.tensor([group]))
-            if objective.has_units(self.algorithm, row):
-                metrics.append(self._accumulate(row, None))
-                gradient.add()
-        gradient.release(self.spec.train.batch_size)
-        return objective.merge_means(metrics)
-
     def _optimize(self) -> dict[str, float]:
         """Clip the accumulated gradient and update the weights; return metrics."""
         bound = self.spec.config.max_grad_norm
@@ -420,6 +398,4 @@ def _advantage_metrics(batch: Batch) -> dict[str, float]:
     if batch.advantages is None or not batch.mask.any():
         return {}
     a = batch.advantages[batch.mask]
-    if not a.numel():
-        return {}
     return {"policy/advantage_mean": float(a.mean()), "policy/advantage_std": float(a.std(unbiased=False))}

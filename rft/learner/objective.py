@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rft.algorithms.base import Algorithm, PolicyOutput, column
+from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch
 from rft.kernels.logprob_common import RowGradient
 from rft.samples import TURNS_MEASURED
@@ -23,8 +23,7 @@ def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tup
 
     Returns the batch with `weight` [T] filled (token losses), and the scale of one sequence or pair
     (sequence and pair losses). Weights of token losses, for a sequence of L masked-in tokens:
-    `token` 1 / (tokens in the batch), `sequence` 1 / (M L), `constant` 1 / (N max_completion_length),
-    `task` 1 / (K tokens of the sequence's task), K the tasks with a masked-in token.
+    `token` 1 / (tokens in the batch), `sequence` 1 / (M L), `constant` 1 / (N max_completion_length).
     M counts the sequences with a masked-in token: masked-out ones do not enter any average. N counts
     all sequences: a constant must not depend on the mask (Dr.GRPO, Liu et al. 2025, sec. 3.2).
     """
@@ -36,10 +35,6 @@ def weigh(algorithm: Algorithm, batch: Batch, max_completion_length: int) -> tup
     elif algorithm.normalizer == "sequence":
         lengths = batch.lengths
         per_sequence = 1.0 / (lengths.count_nonzero().clamp(min=1) * lengths.clamp(min=1))
-    elif algorithm.normalizer == "task":
-        task = column(batch, "task").long()
-        tokens = torch.bincount(task, weights=batch.lengths.double())
-        per_sequence = (1.0 / (tokens.count_nonzero().clamp(min=1) * tokens.clamp(min=1)))[task].float()
     else:
         per_sequence = torch.full((n,), 1.0 / (n * max_completion_length))
     return batch.with_(weight=batch.to_tokens(per_sequence.to(batch.tokens.device))), 1.0

@@ -49,6 +49,8 @@ ALPHA_A, ALPHA_B = 2 * (1 - exp(0.75)), 2 * (1 - exp(1.5))  # (1 - p^-1/2) / (1/
 
 CASES = [
     Case("sft", [1, 2, 3]),
+    # 3 tokens of 2 sources: factors 3/4 for the two tokens of a, 3/2 for that of b.
+    Case("mft", [0.75, 1.5, 4.5]),
     Case("dft", [exp(-1), 2 * exp(-2), 3 * exp(-3)]),
     # Plus a tenth of the divergences 0.4, 0.5, 0.6.
     Case("asft", [exp(-1) + 0.04, 2 * exp(-2) + 0.05, 3 * exp(-3) + 0.06]),
@@ -283,7 +285,7 @@ def test_a_balanced_loss_weighs_the_tasks_of_a_mixture_equally() -> None:
 
     from rft.learner.objective import reduce_loss, weigh
 
-    algorithm = ALGORITHMS["sft"](balance="tasks")
+    algorithm = ALGORITHMS["mft"]()
     rows = [(10,), (11, 12), (13,)]
     groups = [group(i, completion(tokens, 1.0)) for i, tokens in enumerate(rows)]
     groups = [
@@ -293,7 +295,7 @@ def test_a_balanced_loss_weighs_the_tasks_of_a_mixture_equally() -> None:
     for some, expected in ((groups, 3.0), (groups[:2], 2.0)):
         batch = fill(Batch.build(arrange(algorithm, some)), {"old_logps": {10: -1, 11: -2, 12: -3, 13: -4}})
         assert batch.old_logps is not None
-        weighed, scale = weigh(algorithm, batch, 8)
+        weighed, scale = weigh(algorithm, algorithm.prepare(batch), 8)
         loss = reduce_loss(algorithm, PolicyOutput(logps=batch.old_logps), weighed, scale)
         assert float(loss) == pytest.approx(expected)
 
