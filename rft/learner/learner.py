@@ -209,8 +209,7 @@ class Learner(TrainState):
 
     def score_reference(self, batch: Batch) -> Tensor:
         """Return the reference's log-probs, [T] float32, for a cache. Loads the reference if necessary."""
-        if self.reference is None:
-            self.reference = self._load_reference()
+        self.reference = self.reference or self._load_reference()
         if self.reference is None:
             raise LearnerError(
                 f"{type(self.algorithm).__name__} needs no reference, so there is none to score"
