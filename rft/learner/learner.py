@@ -158,8 +158,7 @@ class Learner(TrainState):
         old = "old_logps" in needs and batch.old_logps is None and (self._several or self.algorithm.prescored)
         if old or extra:
             out = self.score(batch, outputs=extra)
-            changes |= {"old_logps": out["logps"]}
-            changes |= {name: out[name] for name in ("values", "end_values") if name in extra}
+            changes |= {"old_logps": out["logps"], **{name: out[name] for name in extra - {"entropy"}}}
             if "entropy" in extra:
                 changes["old_entropy"] = out["entropy"]
             gap.add(out["logps"], batch, self.version)
