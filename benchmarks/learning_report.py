@@ -46,7 +46,11 @@ SECTIONS = {
         "every 10 steps: pass@8 is the unbiased chance that one of eight samples is right, answers the "
         "number of different answers of 16, distinct the share of different completions. An algorithm "
         "that only sharpens the policy raises accuracy and not pass@8. The column at equal accuracy reads "
-        "pass@8 off each run's curve where it first reaches that accuracy.",
+        "pass@8 off each run's curve where it first reaches that accuracy. "
+        "With one seed so far, pass@8 at equal accuracy is 94.6 % for GRPO, 95.0 % with the entropy "
+        "bonus and 95.3 % for MaxRL: differences below the standard error of about one point, so the "
+        "table does not show that either raises it. A bonus strong enough to keep completions different "
+        "(53 % against 37 %) costs five points of accuracy and leaves pass@8 where it was.",
     ),
     "agents": (
         "Agents",
@@ -371,7 +375,7 @@ def plot_exploration(rows: Sequence[Row]) -> None:
             "pass@8 over the course of a run, one line per seed", loc="left", color=INK, fontsize=11
         )
         axes.xaxis.set_major_formatter("{x:.0%}")
-        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter("{x:.1%}")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best", labelcolor=INK)
         figure.savefig(EXPLORATION_PLOT, dpi=150, facecolor="white")
