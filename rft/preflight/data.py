@@ -39,7 +39,6 @@ from rft.tasks import REVISION
 from rft.utils.dotted import load_dotted
 from rft.utils.hashing import fingerprint
 
-PRIVATE_ORDER = "rft.contrib.privacy.PoissonSampler"
 DRY_RUN_GROUPS = 8
 UNNAMED = "evaluation"  # the held-out set without a name, in reports of overlaps
 GENERATED = 64  # checked rows of a generated task, whose rows share one format
@@ -203,10 +202,8 @@ class OfflineData:
         if groups is None and isinstance(self.train, GroupStream):
             return self.train
         groups = self.sample if groups is None else groups
-        order: PromptSampler | None = sampler_of_mixture(config, [group.prompt for group in groups])
-        if config.learner.privacy is not None:
-            order = load_dotted(PRIVATE_ORDER)(len(groups), config.seed, config.learner.privacy)
-        return GroupSampler(groups, config.seed, shuffle=config.data.shuffle, sampler=order)
+        mixture = sampler_of_mixture(config, [group.prompt for group in groups])
+        return GroupSampler(groups, config.seed, shuffle=config.data.shuffle, sampler=mixture)
 
     def lines(self, config: Config) -> list[str]:
         """Describe training and held-out data, for the plan."""
@@ -330,10 +327,9 @@ def check_batch(algorithm: Algorithm, groups: list[Group]) -> list[str]:
     try:
         batch = Batch.build(arrange(algorithm, groups))
         zeros = torch.zeros(batch.num_tokens)
-        scores = torch.zeros(batch.num_tokens, max(score_heads(algorithm), 1))
-        columns = {**batch.columns, "old_scores": scores[: batch.num_sequences]}
-        batch = batch.with_(old_logps=zeros, ref_logps=zeros, columns=columns, state={"progress": 0.0})
+        batch = batch.with_(old_logps=zeros, ref_logps=zeros, state={"progress": 0.0})
         batch = algorithm.prepare(batch)
+        scores = torch.zeros(batch.num_tokens, max(score_heads(algorithm), 1))
         policy = PolicyOutput(logps=zeros, entropy=zeros, values=zeros, kl=zeros, scores=scores)
         algorithm.loss(policy, batch)
     except ValueError as error:
