@@ -51,6 +51,7 @@ STARTS = {
             "{styles: {lines: 0.001, chain: 0.999}, wrong_fraction: {lines: 0.01, chain: 1.0}}}",
         ),
     ),
+    "unsure": ("examples/arithmetic.yaml", ("warm_start.steps=800",)),
     "calculator": ("examples/calculator.yaml", ()),
     "guess": ("examples/guess.yaml", ()),
 }
@@ -79,6 +80,30 @@ SHORT = (
     "train={steps: 40, batch_size: 8, num_generations: 8}",
     "eval={every: 40, problems: 128, samples: 2}",
 )
+# Sixteen samples of each held-out problem, so that pass@8 is an average over many choices of eight.
+EXPLORE = ("train.steps=40", "eval={every: 10, problems: 256, samples: 16}")
+# Algorithms that are in the section `exploration` only; `grpo` and `max_rl` are in both.
+COMPARED_AT_PASS_K = (
+    "sapo",
+    "vespo",
+    "dppo",
+    "gmpo",
+    "m2po",
+    "topr",
+    "clip_cov",
+    "kl_cov",
+    "luspo",
+    "trajectory_balance",
+)
+EXPLORING = ("grpo", "max_rl", *COMPARED_AT_PASS_K)
+# Settings of GRPO that keep it exploring.
+SETTINGS = {
+    "entropy_bonus": "{name: grpo, entropy_coef: 0.03}",
+    "strong_entropy_bonus": "{name: grpo, entropy_coef: 0.2}",
+    "entropy_target": "{name: grpo, entropy_target: 0.25, entropy_coef: 0.02}",
+    "top_entropy": "{name: grpo, top_entropy: 0.2}",
+    "entropy_advantage": "{name: grpo, entropy_advantage: 0.4}",
+}
 STYLE = "benchmarks/learning_style.py:written_in"
 STYLES = (
     "rewards=[{function: math}, "
@@ -98,9 +123,14 @@ CASES: list[Case] = [
     *(
         Case(p.stem, "online", f"examples/online/{p.name}", teacher="grpo" if p.stem == "distill" else "")
         for p in sorted(ONLINE.glob("*.yaml"))
-        if p.stem != "base"
+        if p.stem != "base" and p.stem not in COMPARED_AT_PASS_K
     ),
     online("ppo", "online", *VALUE_HEAD, case="ppo_head"),
+    *(online(name, "exploration", *EXPLORE, start="unsure") for name in EXPLORING),
+    *(
+        online("grpo", "exploration", *EXPLORE, f"algorithm={settings}", case=name, start="unsure")
+        for name, settings in SETTINGS.items()
+    ),
     Case("sft", "hard", "examples/online/base.yaml", (*HARD, *SUPERVISED), start="hasty"),
     *(online(name, "hard", *HARD, start="hasty") for name in ("grpo", "luffy")),
     online("prefix_rft", "hard", *HARD, "algorithm={name: prefix_rft, hybrids: 2}", start="hasty"),

@@ -18,7 +18,7 @@ from rft.batch import Batch, Group
 from rft.config.load import parse_config
 from rft.data import load_groups
 from rft.learner.learner import Learner
-from rft.learner.objective import Sums
+from rft.learner.objective import LogpGap, Sums
 from rft.plan import make_plan
 from rft.rewards import load_reward
 from rft.rewards.types import Outcome
@@ -98,6 +98,25 @@ def test_every_head_of_a_regression_is_read(tiny_folder: Path, tmp_path: Path) -
     for head in (0, 1):
         reward: Any = load_reward("reward_model", model=done.folder, label=head)
         assert reward([row["prompt"]], [row["completion"]]) == pytest.approx([expected[head]], abs=1e-5)
+
+
+def test_hardened_predictions_are_those_of_the_policy_before_the_step(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    options = {"heads": 2, "objective": "bce", "confidence": 0.5}
+    learner, groups = (
+        (done := train(tiny_folder, tmp_path, "reward_regression", **options)).learner,
+        done.groups,
+    )
+    batch = Batch.build(groups)
+    prepared = learner.prepare(learner.at_step(batch, 29), LogpGap())
+    scores = response_scores(learner.policy.run(batch), batch).detach()
+    torch.testing.assert_close(prepared.columns["old_scores"], scores, rtol=1e-4, atol=1e-5)
+    hardened = prepared.columns["hardened"]
+    assert hardened.sum(0).tolist() == [len(scores) // 2] * 2
+    for head in (0, 1):
+        chosen = hardened[:, head] > 0
+        assert scores[chosen, head].min() >= scores[~chosen, head].max() - 1e-5
 
 
 def test_a_pairwise_model_reads_both_candidates(tiny_folder: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from rft.algorithms.policy_gradient.rloo import RLOO
 from rft.algorithms.policy_gradient.sapo import SAPO
 from rft.algorithms.policy_gradient.topr import TOPR
 from rft.algorithms.policy_gradient.vespo import VESPO
+from rft.algorithms.preference.bco import BCO
 from rft.algorithms.preference.cpo import CPO
 from rft.algorithms.preference.dpo import DPO
 from rft.algorithms.preference.iterative_dpo import IterativeDPO
@@ -53,6 +54,7 @@ from rft.algorithms.supervised.forgetting import Forgetting
 from rft.algorithms.supervised.ift import IFT
 from rft.algorithms.supervised.iw_sft import IWSFT
 from rft.algorithms.supervised.masked_thought import MaskedThought
+from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.neft import NEFT
 from rft.algorithms.supervised.poft import PoFT
 from rft.algorithms.supervised.sft import SFT
@@ -97,6 +99,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "per_step": PerStep,
     "distill": Distill,
     "sft": SFT,
+    "mft": MFT,
     "dft": DFT,
     "asft": ASFT,
     "iw_sft": IWSFT,
@@ -114,6 +117,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "orpo": ORPO,
     "cpo": CPO,
     "kto": KTO,
+    "bco": BCO,
     "reward_model": RewardModel,
     "reward_regression": RewardRegression,
     "pairwise_reward": PairwiseReward,
@@ -123,6 +127,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 __all__ = [
     "ALGORITHMS",
     "ASFT",
+    "BCO",
     "CISPO",
     "CORY",
     "CPO",
@@ -141,6 +146,7 @@ __all__ = [
     "LUFFY",
     "LUSPO",
     "M2PO",
+    "MFT",
     "NEFT",
     "OPO",
     "ORPO",

@@ -138,8 +138,8 @@ class Algorithm(ABC):
     @property
     def needs(self) -> frozenset[str]:
         """Return the batch fields to compute before the step. Choices are `old_logps`, `ref_logps`,
-        `old_entropy`, `values`, `end_values`, `rewards`. `old_logps` is only computed for several optimizer
-        steps per batch."""
+        `old_entropy`, `values`, `end_values`, `rewards`, `old_scores` (`columns["old_scores"]` [N, K], at the
+        last tokens). `old_logps` is only computed for several optimizer steps per batch."""
         return frozenset()
 
     @property

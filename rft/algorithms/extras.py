@@ -124,6 +124,24 @@ def arrange(algorithm: Algorithm, groups: Sequence[Group]) -> list[Group]:
     return algorithm.arrange(groups) if isinstance(algorithm, ArrangesGroups) else list(groups)
 
 
+@runtime_checkable
+class ComparesRows(Protocol):
+    """Algorithm that says itself whether a row's loss depends on other rows."""
+
+    @property
+    def compares_rows(self) -> bool:
+        """Return whether it does, with these settings."""
+
+
+def compares_rows(algorithm: Algorithm) -> bool:
+    """Return whether a row's loss may depend on other rows: those of its batch, or earlier ones through the
+    state. Assumed of algorithms that prepare whole batches or have a state, unless they say otherwise."""
+    if isinstance(algorithm, ComparesRows):
+        return algorithm.compares_rows
+    kind = type(algorithm)
+    return kind.prepare is not Algorithm.prepare or kind.next_state is not Algorithm.next_state
+
+
 @dataclass(frozen=True)
 class Steps:
     """Split of completions into individually valued steps.

@@ -36,6 +36,12 @@ class AdapterConfig(ConfigModel):
         description="layer names, a regular expression, or all-linear (all linear layers except the LM head)",
     )
     options: dict[str, Any] = Field({}, description="additional fields of the method's PEFT config")
+    restart_every: int = Field(
+        0,
+        ge=0,
+        description="lora: optimizer updates between merging the adapter into the base and beginning anew "
+        "(COLA, Xia et al. 2024, arXiv 2401.04151); 0: never",
+    )
 
     @property
     def lora_rank(self) -> int:
@@ -121,6 +127,16 @@ StrategyConfig = Annotated[
 ]
 
 
+class PrivacyConfig(ConfigModel):
+    """Differentially private training of an offline run (DP-SGD, Abadi et al. 2016, arXiv 1607.00133)."""
+
+    clip: float = Field(
+        1.0, gt=0, description="largest norm of a row's gradient; larger ones are scaled down"
+    )
+    noise: float = Field(1.0, gt=0, description="standard deviation of the noise, relative to `clip`")
+    delta: float = Field(1e-5, gt=0, lt=1, description="delta of the metric privacy/epsilon; below 1 / rows")
+
+
 class KernelsConfig(ConfigModel):
     """Kernel implementations; auto selects the fastest one that supports device and model."""
 
@@ -169,6 +185,9 @@ class LearnerConfig(ConfigModel):
     )
     final_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate, relative to the peak")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradient clipping norm (none: no clipping)")
+    privacy: PrivacyConfig | None = Field(
+        None, description="offline: differentially private training (none: off)"
+    )
     parallel: Literal["single", "fsdp2", "deepspeed"] = Field(
         "single", description="parallelism: single (one process), fsdp2, or deepspeed (ZeRO)"
     )

@@ -12,14 +12,18 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_type_hints
 
 from rft.algorithms.base import Algorithm, Rollout
-from rft.algorithms.extras import ValuesSteps, compares_distributions, copies, score_heads
+from rft.algorithms.extras import ValuesSteps, compares_distributions, compares_rows, copies, score_heads
+from rft.algorithms.supervised.mft import MFT
 from rft.config.learner import (
     FROM_FIRST_BATCH,
     LIGER_REMEDY,
     PLAIN_LORA,
+    AdapterConfig,
     GaloreConfig,
     LearnerConfig,
+    LiftConfig,
     LisaConfig,
+    SaftConfig,
 )
 from rft.config.schema import Config, algorithm_name
 from rft.utils.cores import parse_cores
@@ -350,6 +354,48 @@ def eval_checks(config: Config, facts: Facts) -> Iterator[Check]:
         )
 
 
+def privacy_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    """Check that a row influences a private run through its clipped gradient only."""
+    a, c, key = config.algorithm, config.learner, "learner.privacy"
+    if config.warm_start is not None:
+        yield (
+            config.warm_start.learner.privacy is not None,
+            "warm_start.learner.privacy: a warm start is not private; train it as an offline run of its own",
+        )
+    if c.privacy is None:
+        return
+    name = algorithm_name(a)
+    yield (
+        a.online,
+        f"{key}: {name} samples completions, and their rewards and the engines read the rows as well; use an "
+        "offline algorithm, such as sft or dpo, or remove it",
+    )
+    yield (
+        not a.online and compares_rows(a),
+        f"{key}: with {name} as set here the loss of a row depends on other rows, so that clipping a row's "
+        "gradient does not bound its influence; use sft, dft, dpo, simpo, orpo or cpo",
+    )
+    yield (
+        config.data.streaming or bool(config.data.mixture),
+        f"{key}: rows are drawn independently from all rows; remove data.streaming and data.mixture",
+    )
+    yield (
+        config.train.minibatches * config.train.num_iterations > 1,
+        f"{key}: a step is one update; write train.minibatches: 1 and train.num_iterations: 1",
+    )
+    yield (
+        config.train.batch_size < 32,
+        f"{key}: a draw of few rows on average may have none, which epsilon does not cover; write "
+        "train.batch_size: 32 or more",
+    )
+    yield c.parallel != "single", f"{key}: works in one process only; set learner.parallel to single"
+    adapter = "" if c.adapter is None else c.adapter.method
+    yield (
+        adapter in FROM_FIRST_BATCH or isinstance(c.strategy, SaftConfig),
+        f"{key}: {adapter or 'saft'} is initialised from rows, without noise; use lora, or another strategy",
+    )
+
+
 def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     a, c, name = config.algorithm, config.learner, algorithm_name(config.algorithm)
     collected = config.data.sessions is not None
@@ -360,6 +406,10 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     if a.online:
         return
+    yield (
+        isinstance(a, MFT) and not config.data.mixture,
+        "algorithm: mft balances the sources of data.mixture, and there is none; name them, or write sft",
+    )
     yield (
         config.eval.generate and collected,
         "eval.generate: collected sessions are not played again; set it to false, and evaluate the trained "
@@ -516,6 +566,11 @@ def _method_checks(c: LearnerConfig, facts: Facts) -> Iterator[Check]:
         c.optimizer != "adamw" and isinstance(strategy, GaloreConfig),
         f"strategy: galore cannot be combined with optimizer {c.optimizer}; use adamw",
     )
+    yield (
+        c.optimizer != "adamw" and isinstance(strategy, LiftConfig) and strategy.every > 0,
+        f"strategy.every: lift moves AdamW's moments to other elements, and {c.optimizer} stores them in "
+        "blocks; use adamw, or write every: 0",
+    )
     if isinstance(strategy, LisaConfig):
         yield (
             facts.layers is not None and strategy.layers >= facts.layers,
@@ -538,6 +593,7 @@ def _adapter_checks(c: LearnerConfig, algorithm: Algorithm | None) -> Iterator[C
         f"strategy: {c.strategy and c.strategy.name} selects weights of the policy to train, but an adapter "
         "freezes all of them; remove either the strategy or the adapter",
     )
+    yield from _restart_checks(c, adapter, algorithm)
     yield (
         adapter.method == "loftq" and c.quantize not in ("nf4", "fp4"),
         "adapter.method: loftq compensates for 4-bit quantisation; set quantize: nf4, or use lora",
@@ -546,6 +602,32 @@ def _adapter_checks(c: LearnerConfig, algorithm: Algorithm | None) -> Iterator[C
         algorithm is not None and algorithm.online and float(adapter.options.get("lora_dropout", 0) or 0) > 0,
         "adapter.options.lora_dropout: with dropout the learner's log-probs are not those of the engine "
         "that sampled; set it to 0 for online training",
+    )
+
+
+def _restart_checks(c: LearnerConfig, adapter: AdapterConfig, algorithm: Algorithm | None) -> Iterator[Check]:
+    """Check that an adapter that restarts can be merged into its base again and again."""
+    if not adapter.restart_every:
+        return
+    special = {"init_lora_weights", "use_dora", "lora_bias", "modules_to_save"}.intersection(adapter.options)
+    yield (
+        adapter.method != "lora" or bool(special),
+        f"adapter.restart_every: only plain LoRA begins anew, not {', '.join(special) or adapter.method}; use"
+        " method: lora without it, or write restart_every: 0",
+    )
+    yield (
+        c.quantize is not None,
+        f"adapter.restart_every: an adapter cannot be merged into a base in {c.quantize} without rounding it "
+        "away; leave quantize out, or write restart_every: 0",
+    )
+    yield (
+        c.parallel != "single",
+        "adapter.restart_every: works in one process only; set parallel to single",
+    )
+    yield (
+        algorithm is not None and bool(algorithm.refresh_reference),
+        "adapter.restart_every: the reference is a copy of the initial model, which refresh_reference cannot "
+        "replace by a model with an adapter; write refresh_reference: 0 or restart_every: 0",
     )
 
 
@@ -793,6 +875,11 @@ def _sent_adapter_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"{', '.join(PLAIN_LORA)}); use auto, which pushes the merged weights",
     )
     yield (
+        adapter.restart_every > 0,
+        "learner.adapter.restart_every changes the base, of which the engine has the first one; use auto, "
+        "which pushes the merged weights",
+    )
+    yield (
         adapter.method in FROM_FIRST_BATCH,
         f"learner.adapter.method {adapter.method} is initialised from the first batch, so nothing can be "
         "sent before it; use auto, which pushes the merged weights",
@@ -875,6 +962,7 @@ CHECKS = (
     online_checks,
     environment_checks,
     offline_checks,
+    privacy_checks,
     eval_checks,
     run_checks,
     learner_checks,

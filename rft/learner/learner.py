@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput
 from rft.algorithms.extras import ChangesEmbeddings, critic_only, score_heads
-from rft.algorithms.math.sequences import branching
+from rft.algorithms.math.sequences import branching, last_tokens
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.errors import LearnerError, LogpGapError
 from rft.kernels import logprob_common
@@ -107,7 +107,6 @@ class Learner(TrainState):
             if self.algorithm.reset_optimizer:
                 self.make_optimizer()
         seconds = time.perf_counter() - start
-        scoring = {"time/reference": self.scoring_seconds} if self.scoring_seconds else {}
         return {
             **metrics,
             **_advantage_metrics(batch),
@@ -119,7 +118,7 @@ class Learner(TrainState):
             "train/updates": float(len(updates)),
             "throughput/train_tokens_per_s": batch.num_tokens / (seconds - self.scoring_seconds),
             "time/train": seconds - self.scoring_seconds,
-            **scoring,
+            **({"time/reference": self.scoring_seconds} if self.scoring_seconds else {}),
         }
 
     def preview(self, batch: Batch) -> None:
@@ -159,12 +158,14 @@ class Learner(TrainState):
         old = "old_logps" in needs and batch.old_logps is None and (self._several or self.algorithm.prescored)
         if old or extra:
             out = self.score(batch, outputs=extra)
-            changes |= {"old_logps": out["logps"]}
-            changes |= {name: out[name] for name in ("values", "end_values") if name in extra}
+            changes |= {"old_logps": out["logps"], **{name: out[name] for name in extra - {"entropy"}}}
             if "entropy" in extra:
                 changes["old_entropy"] = out["entropy"]
             gap.add(out["logps"], batch, self.version)
             self._check_gap(gap)
+        if "old_scores" in needs:
+            scores = self.score(batch, outputs=frozenset({"scores"}))["scores"]
+            changes["columns"] = {**batch.columns, "old_scores": scores[last_tokens(batch)]}
         if "ref_logps" in needs and self.reference is not None and batch.ref_logps is None:
             changes["ref_logps"] = self.score(batch, model=self.reference)["logps"]
         return batch.with_(**changes)
@@ -183,6 +184,8 @@ class Learner(TrainState):
             weight = model.head().weight
             width = -(-getattr(weight, "ds_shape", weight.shape)[0] // 8)
             scores["support"] = torch.zeros(batch.num_tokens, width, dtype=torch.uint8)
+        if "scores" in outputs:
+            scores["scores"] = torch.zeros(batch.num_tokens, score_heads(self.algorithm))
         scored, place = batch.pruned(batch.mask)
         tree_of_token = scored.tree[scored.segment]
         for trees in self.plan(scored) if scored.num_tokens else ():
@@ -205,8 +208,7 @@ class Learner(TrainState):
 
     def score_reference(self, batch: Batch) -> Tensor:
         """Return the reference's log-probs, [T] float32, for a cache. Loads the reference if necessary."""
-        if self.reference is None:
-            self.reference = self._load_reference()
+        self.reference = self.reference or self._load_reference()
         if self.reference is None:
             raise LearnerError(
                 f"{type(self.algorithm).__name__} needs no reference, so there is none to score"
@@ -394,6 +396,4 @@ def _advantage_metrics(batch: Batch) -> dict[str, float]:
     if batch.advantages is None or not batch.mask.any():
         return {}
     a = batch.advantages[batch.mask]
-    if not a.numel():
-        return {}
     return {"policy/advantage_mean": float(a.mean()), "policy/advantage_std": float(a.std(unbiased=False))}

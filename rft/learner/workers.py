@@ -37,10 +37,12 @@ from rft.sync.spec import ChannelSpec, Link, Manifest, Sent, Update, WeightSourc
 from rft.utils.actors import ActorDied, require_here
 from rft.utils.allocator import allocator_environment
 from rft.utils.deadlines import Deadline, within
+from rft.utils.dotted import load_dotted
 
 if TYPE_CHECKING:
     from rft.learner.learner import Learner
 
+PRIVATE = "rft.contrib.privacy.PrivateLearner"
 P = ParamSpec("P")
 R = TypeVar("R")
 GRACE_S = 5.0  # for the other ranks to end a call that failed on one
@@ -124,10 +126,12 @@ class LearnerActor:
     def load(self, address: Rendezvous | None) -> None:
         """Join the other ranks (None: there are none) and load the policy."""
         require_here(self.spec.model.path, "the policy that model.path names")
-        parallel = make_parallel(self.spec.config, self.spec.device, address, self.rank, self._store)
+        spec = self.spec
+        parallel = make_parallel(spec.config, spec.device, address, self.rank, self._store)
         from rft.learner.learner import Learner  # imports transformers' models: seconds, which drivers save
 
-        self._learner = Learner(self.spec, parallel)
+        kind: type[Learner] = Learner if spec.config.privacy is None else load_dotted(PRIVATE)
+        self._learner = kind(spec, parallel)
 
     def require_folder(self, path: str) -> None:
         require_here(path, "the run folder (output_dir)")

@@ -28,6 +28,7 @@ METRICS: dict[str, Metric] = {
     "data/measured": Metric("prompts with a measured pass rate (train.curriculum)", "prompts"),
     "data/pass_rate": Metric("mean pass rate of the measured prompts", "share"),
     "data/dropped/*": Metric("groups dropped so far for one reason", "groups"),
+    "privacy/epsilon": Metric("epsilon spent so far, at the delta of learner.privacy", "nats"),
     "data/*/rows": Metric("rows drawn from one source of a mixture so far", "rows"),
     "data/*/rate": Metric("learned rate of one source (`mixing: aioli`)", "share"),
     "data/*/share": Metric("share of the rows drawn so far that are of one source of a mixture", "share"),
@@ -141,6 +142,9 @@ METRICS: dict[str, Metric] = {
     "preference/chosen": Metric("log-prob per token of the preferred responses", "nats/token"),
     "preference/rejected": Metric("log-prob per token of the other responses", "nats/token"),
     "preference/reward": Metric("mean reward of a reward model over the responses' tokens"),
+    "bco/reward_good": Metric("mean implicit reward of good responses"),
+    "bco/reward_bad": Metric("mean implicit reward of bad responses"),
+    "bco/shift": Metric("moving average of both, which the rewards are compared with"),
     "kto/z": Metric("divergence from the reference that good and bad responses are measured against", "nats"),
     # -- policy
     "policy/kl": Metric("divergence of the policy from the one that sampled, k3 estimate", "nats/token"),

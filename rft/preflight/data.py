@@ -39,6 +39,7 @@ from rft.tasks import REVISION
 from rft.utils.dotted import load_dotted
 from rft.utils.hashing import fingerprint
 
+PRIVATE_ORDER = "rft.contrib.privacy.PoissonSampler"
 DRY_RUN_GROUPS = 8
 UNNAMED = "evaluation"  # the held-out set without a name, in reports of overlaps
 GENERATED = 64  # checked rows of a generated task, whose rows share one format
@@ -202,8 +203,10 @@ class OfflineData:
         if groups is None and isinstance(self.train, GroupStream):
             return self.train
         groups = self.sample if groups is None else groups
-        mixture = sampler_of_mixture(config, [group.prompt for group in groups])
-        return GroupSampler(groups, config.seed, shuffle=config.data.shuffle, sampler=mixture)
+        order: PromptSampler | None = sampler_of_mixture(config, [group.prompt for group in groups])
+        if config.learner.privacy is not None:
+            order = load_dotted(PRIVATE_ORDER)(len(groups), config.seed, config.learner.privacy)
+        return GroupSampler(groups, config.seed, shuffle=config.data.shuffle, sampler=order)
 
     def lines(self, config: Config) -> list[str]:
         """Describe training and held-out data, for the plan."""
@@ -327,9 +330,10 @@ def check_batch(algorithm: Algorithm, groups: list[Group]) -> list[str]:
     try:
         batch = Batch.build(arrange(algorithm, groups))
         zeros = torch.zeros(batch.num_tokens)
-        batch = batch.with_(old_logps=zeros, ref_logps=zeros, state={"progress": 0.0})
-        batch = algorithm.prepare(batch)
         scores = torch.zeros(batch.num_tokens, max(score_heads(algorithm), 1))
+        columns = {**batch.columns, "old_scores": scores[: batch.num_sequences]}
+        batch = batch.with_(old_logps=zeros, ref_logps=zeros, columns=columns, state={"progress": 0.0})
+        batch = algorithm.prepare(batch)
         policy = PolicyOutput(logps=zeros, entropy=zeros, values=zeros, kl=zeros, scores=scores)
         algorithm.loss(policy, batch)
     except ValueError as error:

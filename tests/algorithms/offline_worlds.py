@@ -25,10 +25,12 @@ def hand_batch(progress: float = 0.5) -> Batch:
         "weight": 0.5,
         "aligned_logps": -1.0,
         "margin": 0.2,
+        "task": 0.0,
         "targets": (1.0, NAN),
         "step_labels": (1.0, 0.0),
     }
     b = {"weight": 2.0, "aligned_logps": -4.0, "margin": 0.2, "targets": (0.5, 0.2), "step_labels": (NAN,)}
+    b["task"] = 1.0
     groups = [group(0, completion((10, 11), 1.0, values=a), completion((12,), 0.0, values=b))]
     tables = {"old_logps": LOGPS, "ref_logps": {t: x - OVER_REFERENCE[t] for t, x in LOGPS.items()}}
     return fill(Batch.build(groups), tables).with_(state={"progress": progress})

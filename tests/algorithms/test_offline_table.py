@@ -49,6 +49,8 @@ ALPHA_A, ALPHA_B = 2 * (1 - exp(0.75)), 2 * (1 - exp(1.5))  # (1 - p^-1/2) / (1/
 
 CASES = [
     Case("sft", [1, 2, 3]),
+    # 3 tokens of 2 sources: factors 3/4 for the two tokens of a, 3/2 for that of b.
+    Case("mft", [0.75, 1.5, 4.5]),
     Case("dft", [exp(-1), 2 * exp(-2), 3 * exp(-3)]),
     # Plus a tenth of the divergences 0.4, 0.5, 0.6.
     Case("asft", [exp(-1) + 0.04, 2 * exp(-2) + 0.05, 3 * exp(-3) + 0.06]),
@@ -67,6 +69,9 @@ CASES = [
     # log ref - log policy = -0.1, -0.2, 0.3: the second is left out of the mask.
     Case("token_cleaning", [1, 3], {"share": 2 / 3}),
     Case("token_cleaning", [1, 2, 3], {"share": 1.0}),
+    # The policy as the better model: the other way round. At half of the run, after and in a warm-up.
+    Case("token_cleaning", [1, 2], {"share": 2 / 3, "better": "policy", "warmup": 0.5}),
+    Case("token_cleaning", [1, 2, 3], {"share": 2 / 3, "better": "policy", "warmup": 0.51}),
     # The other way round: the third is left out.
     Case("ss_token", [1, 2], {"share": 2 / 3}),
     # Positive: tokens 1 and 3, each 3/2; negative: token 2, -(1/2 of lam, at half of the run) * 3, of its
@@ -129,6 +134,7 @@ CASES = [
     Case("cpo", [3.5**2 + 0.75], {"loss_type": "ipo", "nll": 0.5}),
     Case("cpo", [1.0], {"loss_type": "hinge", "nll": 0.0}),
     Case("orpo", [1.5 + 0.1 * L(ODDS_A - ODDS_B)]),
+    Case("bco", [L(0.03), L(0.03)]),
     Case("kto", [1 - S(0.03), 0.5 * (1 - S(0.03))], {"baseline": "zero", "undesirable": 0.5}),
     # Rewards at the last tokens: 0.7 and 0.2.
     Case("reward_model", [L(0.5)]),
@@ -253,6 +259,81 @@ def test_kto_measures_against_mismatched_responses() -> None:
     expected = 2 * (1 - S(0.02))
     torch.testing.assert_close(loss.tolist(), [expected, 0.0, expected, 0.0], rtol=1e-5, atol=1e-6)
     assert math.isclose(algorithm.report(batch)["kto/z"], 0.1, rel_tol=1e-5)
+
+
+def test_bco_compares_with_the_mean_of_both_averages() -> None:
+    """Rewards 0.03 (good) and -0.03 (bad): averages 0.1 * 0.03 and 0.9 * -0.2 + 0.1 * -0.03, so that the
+    shift is half of 0.003 - 0.183."""
+    algorithm = ALGORITHMS["bco"]()
+    batch = hand_batch()
+    values = algorithm.metrics(hand_policy(batch), batch)
+    means = {name: float(v[~v.isnan()].mean()) for name, v in values.items()}
+    assert means == {"bco/reward_good": pytest.approx(0.03), "bco/reward_bad": pytest.approx(-0.03)}
+    assert all(int((~v.isnan()).sum()) == 1 for v in values.values()), "a response is counted by its tokens"
+    state = algorithm.next_state({"bco_bad": -0.2}, means)
+    batch = batch.with_(state=state)
+    assert algorithm.report(batch)["bco/shift"] == pytest.approx(-0.09)
+    loss = algorithm.loss(hand_policy(batch), batch)
+    torch.testing.assert_close(loss.tolist(), [L(0.12), L(-0.06)], rtol=1e-5, atol=1e-6)
+    assert algorithm.next_state(state, {"bco/reward_good": 1.0})["bco_bad"] == state["bco_bad"]
+
+
+def test_a_balanced_loss_weighs_the_tasks_of_a_mixture_equally() -> None:
+    """Two rows of source x with 1 + 2 tokens, one of y with 1: 1/2 * (1 + 2 + 3) / 3 + 1/2 * 4, where the
+    mean over tokens is 2.5. One source alone: its mean."""
+    from worlds import completion, group
+
+    from rft.learner.objective import reduce_loss, weigh
+
+    algorithm = ALGORITHMS["mft"]()
+    rows = [(10,), (11, 12), (13,)]
+    groups = [group(i, completion(tokens, 1.0)) for i, tokens in enumerate(rows)]
+    groups = [
+        replace(g, prompt=replace(g.prompt, columns={"mixture_source": name}))
+        for g, name in zip(groups, "xxy", strict=True)
+    ]
+    for some, expected in ((groups, 3.0), (groups[:2], 2.0)):
+        batch = fill(Batch.build(arrange(algorithm, some)), {"old_logps": {10: -1, 11: -2, 12: -3, 13: -4}})
+        assert batch.old_logps is not None
+        weighed, scale = weigh(algorithm, algorithm.prepare(batch), 8)
+        loss = reduce_loss(algorithm, PolicyOutput(logps=batch.old_logps), weighed, scale)
+        assert float(loss) == pytest.approx(expected)
+
+
+def test_confident_predictions_of_half_the_batch_are_hardened() -> None:
+    """Four responses predicted 0.2, 0.7, -1, 0.1: the first two are hardened to 1, though 0.1 is above 0 too.
+    At half of the warm-up a = 0.25: targets 0.75 w + 0.25 or 0.75 w."""
+    from worlds import completion, group
+
+    algorithm = ALGORITHMS["reward_regression"](objective="bce", confidence=0.5, warmup=1.0)
+    scores, weak = [0.2, 0.7, -1.0, 0.1], [0.4, 0.0, 1.0, 0.6]
+    groups = [group(0, *(completion((10 + i,), 1.0) for i in range(4)))]
+    columns = {"targets": torch.tensor(weak)[:, None], "old_scores": torch.tensor(scores)[:, None]}
+    batch = Batch.build(groups).with_(columns=columns, state={"progress": 0.5})
+    batch = algorithm.prepare(batch)
+    assert batch.columns["hardened"][:, 0].tolist() == [1, 1, 0, 0]
+    predicted = torch.zeros(batch.num_tokens, 1)
+    predicted[batch.mask] = torch.tensor(scores)[:, None]
+    loss = algorithm.loss(PolicyOutput(logps=predicted[:, 0], scores=predicted), batch)
+    mixed = [0.75 * w + 0.25 * h for w, h in zip(weak, (1, 1, 0, 0), strict=True)]
+    expected = [y * L(x) + (1 - y) * L(-x) for x, y in zip(scores, mixed, strict=True)]
+    torch.testing.assert_close(loss.tolist(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_first_steps_of_a_pair_cancel() -> None:
+    """Step-DPO: the loss of a pair with the shared step (14, 15) is that of the different steps alone."""
+    from worlds import completion, group
+
+    tables = {
+        "old_logps": {10: -1.0, 11: -3.0, 14: -0.5, 15: -0.7},
+        "ref_logps": {10: -1.5, 11: -2.0, 14: -0.1, 15: -0.9},
+    }
+    for shared in ((), (14, 15)):
+        pair = group(0, completion((*shared, 10), 1.0), completion((*shared, 11), 0.0))
+        batch = fill(Batch.build([pair]), tables)
+        assert batch.old_logps is not None
+        loss = ALGORITHMS["dpo"]().loss(PolicyOutput(logps=batch.old_logps), batch)
+        assert loss.tolist() == pytest.approx([L(0.1 * (0.5 + 1.0))])
 
 
 def test_aot_compares_sorted_margins() -> None:

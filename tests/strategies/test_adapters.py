@@ -13,6 +13,7 @@ from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.config.learner import AdapterConfig
 from rft.errors import ModelError
+from rft.learner.adapters.adapter import tuner_layers
 from rft.learner.adapters.merge import plain_name
 from rft.learner.adapters.methods import REFUSED, known_methods, peft_config
 from rft.learner.learner import Learner
@@ -20,6 +21,7 @@ from tests.test_learner import spec
 
 # What a method needs to fit a model of 64 hidden units, or cannot do without.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "bone": {"r": 16},
     "c3a": {"options": {"block_size": 32}},
     "fourierft": {"options": {"n_frequency": 50}},
     "oft": {"options": {"oft_block_size": 8}},
@@ -96,6 +98,75 @@ def test_method(tiny_folder: Path, make_groups, tmp_path: Path, borrowed: Learne
         assert torch.equal(a, b), name
 
 
+def test_eva_redistributes_its_ranks_and_resumes(tiny_folder: Path, make_groups, tmp_path: Path) -> None:
+    """The budget is r per layer. Ranks differ, and are the same in the resumed run."""
+    build = lambda: adapted(tiny_folder, "eva", r=4, options={"eva_config": {"rho": 3.0}})  # noqa: E731
+    one, two = build(), build()
+    start = logps(one, Batch.build(make_groups(seed=1)))
+    one.step(Batch.build(make_groups(seed=1)), 0)
+    assert (one.score_reference(Batch.build(make_groups(seed=1))) - start).abs().max() < 2e-5
+    ranks = {path: len(layer.lora_A["default"].weight) for path, layer in tuner_layers(one.policy.model)}
+    linear = [n for n in dict(one.weights()) if ".layers." in n and "norm" not in n]
+    assert sum(ranks.values()) == 4 * len(linear) and max(ranks.values()) <= 12
+    assert len(set(ranks.values())) > 1, "all ranks are equal: nothing was redistributed"
+    one.capture_state()(tmp_path)
+    two.read_state(tmp_path)
+    resumed = {path: len(layer.lora_A["default"].weight) for path, layer in tuner_layers(two.policy.model)}
+    assert resumed == ranks
+    other = Batch.build(make_groups(seed=2))
+    assert one.step(other, 1)["train/loss"] == two.step(other, 1)["train/loss"]
+    for (name, a), (_, b) in zip(one.weights(), two.weights(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_bone_updates_blocks_by_a_product_and_a_sum(tiny_folder: Path) -> None:
+    """W' = W + W_b M_i + M_i for the blocks W_b of block row i."""
+    one = adapted(tiny_folder, "bone", r=16)
+    path, layer = next(tuner_layers(one.policy.model))
+    blocks = layer.miss_block["default"]
+    blocks.data = torch.randn(blocks.shape, generator=torch.Generator().manual_seed(0))
+    weight = layer.get_base_layer().weight.detach()
+    expected = weight.clone()
+    for i in range(weight.shape[0] // 16):
+        for j in range(weight.shape[1] // 16):
+            at = slice(16 * i, 16 * i + 16), slice(16 * j, 16 * j + 16)
+            expected[at] += weight[at] @ blocks[i] + blocks[i]
+    torch.testing.assert_close(dict(one.weights())[f"{path}.weight"], expected)
+
+
+def test_cola_merges_and_begins_anew(tiny_folder: Path, make_groups, tmp_path: Path) -> None:
+    """Two updates, a merge: the policy is unchanged by it, the new adapter is 0, moments are empty, the
+    reference is the first model. The next update adds further ranks."""
+    build = lambda: adapted(tiny_folder, "lora", r=2, restart_every=2)  # noqa: E731
+    one, plain = build(), adapted(tiny_folder, "lora", r=2)
+    first, batch = dict(one.weights()), Batch.build(make_groups(seed=1))
+    start = logps(one, batch)
+    for step in range(2):
+        one.step(batch, step), plain.step(batch, step)
+    layers = dict(tuner_layers(one.policy.model))
+    # as without restarts, up to the random A of the two: both began from the same seed
+    for (name, a), (_, b) in zip(one.weights(), plain.weights(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+    for path, layer in layers.items():
+        assert not layer.lora_B["default"].weight.any()
+        assert torch.equal(layer.get_base_layer().weight, dict(one.weights())[f"{path}.weight"])
+    assert not one.optimizer.state, "the moments of the merged adapter were kept"
+    assert (one.score_reference(batch) - start).abs().max() < 1e-6
+    one.capture_state()(tmp_path)
+    two = build()
+    two.read_state(tmp_path)
+    for step in (2, 3):
+        other = Batch.build(make_groups(seed=step))
+        assert one.step(other, step)["train/loss"] == two.step(other, step)["train/loss"]
+    now = dict(two.weights())
+    for (name, a), (_, b) in zip(one.weights(), now.items(), strict=True):
+        assert torch.equal(a, b), name
+    change = now[f"{path}.weight"] - first[f"{path}.weight"]
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) > 2, (
+        "two adapters of rank 2 changed only two directions"
+    )
+
+
 def test_every_method_of_peft_is_tested_or_refused_with_a_reason() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -114,7 +185,7 @@ def test_every_method_of_peft_is_tested_or_refused_with_a_reason() -> None:
         ({"method": "ln_tuning"}, "cannot be used"),
         ({"options": {"lora_dropuot": 0.1}}, "no option 'lora_dropuot' in peft (did you mean 'lora_dropout'"),
         ({"method": "vera", "alpha": 3}, "method 'vera' has no setting 'alpha'"),
-        ({"method": "eva", "options": {"eva_config": {"rho": 2.0}}}, "only 1"),
+        ({"method": "bone", "r": 48}, "fully divisible"),
         (
             {"target_modules": ["q_prj"]},
             "'q_prj' matches no layer (did you mean 'q_proj'?); the linear layers are: ",

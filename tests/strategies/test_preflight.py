@@ -36,6 +36,16 @@ from tests.test_bad_input import run
         ),
         (["learner.strategy={name: subnetwork, mask: nowhere}"], "the mask 'nowhere' does not exist"),
         (["learner.strategy={name: lissa}"], "lisa"),
+        (
+            ["learner.strategy={name: lift}", "learner.optimizer=adamw_8bit"],
+            "lift moves AdamW's moments to other elements",
+        ),
+        (["learner.adapter={method: dora, restart_every: 5}"], "only plain LoRA begins anew, not dora"),
+        (["learner.adapter={restart_every: 5}", "learner.quantize=nf4"], "without rounding it away"),
+        (
+            ["learner.adapter={restart_every: 5}", "sync.transport=adapter"],
+            "restart_every changes the base",
+        ),
         (["model.options={vocab_size: 300}", "model.tokenizer={other}"], "the model's vocabulary has"),
     ],
 )

@@ -54,6 +54,10 @@ class DPO(ReadsDistributions, OfflinePreference):
     response; `nll` adds the chosen response's -log p per token (RPO, Pang et al. 2024, eq. 1); `weighting`
     multiplies by the geometric mean probability of both responses (WPO, Zhou et al. 2024, eq. 2; `aligned`:
     relative to that of a sample of the policy). The loss of a batch without pairs is 0.
+
+    Pairs whose responses begin with the same tokens are compared from the first different one: log-ratios of
+    equal tokens in equal contexts cancel. Step-DPO (Lai et al. 2024, eq. 2) is therefore `dpo` on pairs that
+    share the right steps and end with a right and a wrong next step.
     """
 
     loss_type: LossType = setting("sigmoid", "loss function of the two scores")
@@ -91,6 +95,10 @@ class DPO(ReadsDistributions, OfflinePreference):
 
     @property
     def prescored(self) -> bool:
+        return self.loss_type == "aot"
+
+    @property
+    def compares_rows(self) -> bool:
         return self.loss_type == "aot"
 
     @property

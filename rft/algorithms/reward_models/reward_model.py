@@ -77,6 +77,11 @@ class RewardRegression(ScoreHead):
 
     Targets are `columns["targets"]` [N, heads]; nan is unknown and ignored. The loss of a response is the
     mean over its known targets.
+
+    With `confidence` a weak model's probabilities are the targets of a stronger one: the loss is
+    (1 - a) * CE(target) + a * CE(1 or 0), 1 for the half of the batch with the highest predictions before the
+    step. `a` increases linearly to `confidence` over the first `warmup` of the run (Burns et al., "Weak-to-
+    strong generalization", 2023, eq. 1, with the threshold of appendix A).
     """
 
     unit: ClassVar[Unit] = "sequence"
@@ -86,10 +91,43 @@ class RewardRegression(ScoreHead):
     objective: Literal["mse", "bce"] = setting(
         "mse", "mse: squared error; bce: cross-entropy, with probabilities as targets"
     )
+    confidence: float = setting(
+        0.0,
+        "weight of the cross-entropy to the policy's own hardened predictions (weak to strong)",
+        ge=0,
+        le=1,
+    )
+    warmup: float = setting(
+        0.2, "fraction of the run over which the weight of `confidence` increases from 0", ge=0, le=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.confidence and self.objective != "bce":
+            raise ValueError("confidence mixes two cross-entropies: write objective: bce, or confidence: 0")
 
     @property
     def score_heads(self) -> int:
         return self.heads
+
+    @property
+    def compares_rows(self) -> bool:
+        return self.confidence > 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"old_scores"} if self.confidence else ())
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add `columns["hardened"]` [N, heads]: 1 for the half of the known targets with the highest
+        predictions, else 0."""
+        if not self.confidence:
+            return batch
+        known = ~column(batch, "targets").isnan()
+        scores = column(batch, "old_scores").masked_fill(~known, -torch.inf)
+        rank = torch.argsort(torch.argsort(scores, dim=0, descending=True, stable=True), dim=0)
+        hardened = (rank < known.sum(0) // 2).to(scores)
+        return batch.with_(columns={**batch.columns, "hardened": hardened})
 
     def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
         predicted, target = response_scores(policy, batch), column(batch, "targets")
@@ -103,8 +141,16 @@ class RewardRegression(ScoreHead):
         if self.objective == "mse":
             loss = (predicted - target).square()
         else:
-            loss = F.binary_cross_entropy_with_logits(predicted, target, reduction="none")
+            loss = F.binary_cross_entropy_with_logits(predicted, self._mixed(target, batch), reduction="none")
         return loss.masked_fill(~known, 0).sum(-1) / known.sum(-1).clamp(min=1)
+
+    def _mixed(self, target: Tensor, batch: Batch) -> Tensor:
+        """Return the targets mixed with the hardened predictions, [N, heads]: the loss is linear in them."""
+        if not self.confidence:
+            return target
+        progress = batch.state.get("progress", 1.0)
+        a = self.confidence * (min(1.0, progress / self.warmup) if self.warmup else 1.0)
+        return (1 - a) * target + a * column(batch, "hardened").to(target)
 
     def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
         """Return score_error, the absolute error of known targets (with `bce`, of the probability)."""
@@ -153,6 +199,10 @@ class ProcessReward(ScoreHead):
     """
 
     data: ClassVar[DataKind] = "steps"
+
+    @property
+    def compares_rows(self) -> bool:
+        return False
 
     def prepare(self, batch: Batch) -> Batch:
         """Remove steps without a label from the mask."""

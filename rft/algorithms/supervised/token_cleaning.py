@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,14 +15,8 @@ from rft.batch import Batch
 
 
 @dataclass(frozen=True)
-class TokenCleaning(SFT):
-    """`sft` on the fraction of tokens with the highest log-ratio of reference to policy; Pang et al.,
-    "Token cleaning" (2025); Lin et al., "Rho-1" (2024), eq. 3.
-
-    score = log ref - log policy, before the step: high for tokens that a better model predicts and the policy
-    does not; low for noise, which neither predicts, and for tokens already learned. The reference is a model
-    trained on a clean part of the data. `share: 1` is `sft`.
-    """
+class SelectedTokens(SFT):
+    """Base of `sft` on the fraction of the batch's tokens with the highest score."""
 
     share: float = setting(0.6, "fraction of response tokens that are trained on", gt=0, le=1)
 
@@ -32,16 +28,48 @@ class TokenCleaning(SFT):
     def prescored(self) -> bool:
         return True
 
+    @abstractmethod
     def score(self, batch: Batch) -> Tensor:
-        """Return the selection score of each token, [T]."""
-        return required(batch.ref_logps, "ref_logps") - required(batch.old_logps, "old_logps")
+        """Return the selection score of each token before the step, [T]."""
 
     def prepare(self, batch: Batch) -> Batch:
         return batch.with_(mask=top_share(self.score(batch), batch.mask, self.share))
 
 
+def progress_of_policy(batch: Batch) -> Tensor:
+    """Return log policy - log reference before the step, [T]."""
+    return required(batch.old_logps, "old_logps") - required(batch.ref_logps, "ref_logps")
+
+
 @dataclass(frozen=True)
-class SSToken(TokenCleaning):
+class TokenCleaning(SelectedTokens):
+    """`sft` on the fraction of tokens with the highest log-ratio of a better model to a worse one; Pang et
+    al., "Token cleaning" (2025); Lin et al., "Rho-1" (2024), eq. 3.
+
+    score = log ref - log policy, before the step: high for tokens that a better model predicts and the policy
+    does not; low for noise, which neither predicts, and for tokens already learned. The reference is a model
+    trained on a clean part of the data. `share: 1` is `sft`.
+
+    `better: policy` is self-evolving cleaning (Pang et al., algorithm 1): the better model is the policy, as
+    trained on the earlier rows; the worse one is the initial model. score = log policy - log initial. A round
+    is a step: all of its rows are scored before its first update, and `train.minibatches` updates follow. The
+    first `warmup` of the run trains on all tokens.
+    """
+
+    better: Literal["reference", "policy"] = setting(
+        "reference", "the better model: the reference (Rho-1), or the policy (self-evolving)"
+    )
+    warmup: float = setting(0.0, "initial fraction of the run that trains on all tokens", ge=0, lt=1)
+
+    def score(self, batch: Batch) -> Tensor:
+        return progress_of_policy(batch) if self.better == "policy" else -progress_of_policy(batch)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch if batch.state.get("progress", 1.0) < self.warmup else super().prepare(batch)
+
+
+@dataclass(frozen=True)
+class SSToken(SelectedTokens):
     """Token cleaning with the policy's history as reference; "ssToken" (2025), the self-modulated part.
 
     score = log policy - log history: tokens that have become more likely are being learned, and are kept.
@@ -54,4 +82,4 @@ class SSToken(TokenCleaning):
     )
 
     def score(self, batch: Batch) -> Tensor:
-        return -super().score(batch)
+        return progress_of_policy(batch)

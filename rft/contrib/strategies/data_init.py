@@ -27,22 +27,23 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def data_config(method: str, options: dict[str, Any]) -> Any:
-    """Build peft's config of a data-driven initialisation. Raises ModelError for data-dependent ranks."""
+    """Build peft's config of a data-driven initialisation. Raises ModelError for options that it refuses."""
     from peft import EvaConfig, LoraGAConfig
     from peft.tuners.lora.config import CordaConfig
 
     kind = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}[method]
     try:
-        config = kind(**(_SETTINGS[method] | options))
+        return kind(**(_SETTINGS[method] | options))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{method}_config: {error}") from error
-    if method == "eva" and config.rho != 1:
-        raise ModelError("eva_config.rho: only 1 (every layer keeps the rank r) can be saved and resumed")
-    return config
 
 
 def eva(base: Any, settings: Settings, wrap: Wrap, forward: Run, backward: Run) -> None:
-    """EVA: A from the principal components of the activations (Paischer et al. 2024, arXiv 2410.07170)."""
+    """EVA: A from the principal components of the activations (Paischer et al. 2024, arXiv 2410.07170).
+
+    With `rho` > 1 the ranks are redistributed (section 3.3): the components of all layers that explain the
+    most variance share the budget of r per layer; no layer has more than rho * r, and one may have none.
+    """
     from peft import initialize_lora_eva_weights
 
     model = wrap(settings())

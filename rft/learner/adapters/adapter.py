@@ -30,6 +30,7 @@ from rft.learner.strategy import FullTensor, Named, SetFull, Strategy
 from rft.utils.dotted import load_dotted
 
 NAME = "default"  # peft's name of the one adapter
+_REDISTRIBUTED = ("rank_pattern", "alpha_pattern", "target_modules")  # what EVA changes for ranks of its own
 
 
 class Adapter(Strategy):
@@ -50,7 +51,10 @@ class Adapter(Strategy):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype, since the base is never updated."""
+        """The compute dtype, since the base is never updated; float32 if adapters are merged into it, whose
+        updates would be lost in bfloat16's rounding."""
+        if self.config.restart_every:
+            return torch.float32
         return resolve_dtype(self.spec.config.dtype, self.spec.device)
 
     # -- making the adapter --------------------------------------------------------------------------
@@ -137,8 +141,8 @@ class Adapter(Strategy):
 
     # -- the reference -------------------------------------------------------------------------------
 
-    def reference(self, policy: PolicyModel) -> PolicyModel:
-        return AdapterReference(policy, self)
+    def reference(self, policy: PolicyModel) -> PolicyModel | None:
+        return None if self.config.restart_every else AdapterReference(policy, self)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -171,7 +175,23 @@ class Adapter(Strategy):
         made = super().optimizer(model, extra)
         if self.config.method == "adalora":
             made.register_step_post_hook(self._allocate)
+        if self.config.restart_every:
+            made.register_step_post_hook(self._restart)
         return made
+
+    @torch.no_grad()
+    def _restart(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Merge the adapter into the base every few updates, and begin with a new one and empty moments."""
+        self.updates += 1
+        if self.updates % self.config.restart_every:
+            return
+        for _path, layer in tuner_layers(self.base):
+            merged = merged_layer(layer)
+            for name, weight in layer.get_base_layer().named_parameters():
+                weight.copy_(merged[name])
+            layer.reset_lora_parameters(NAME, True)
+        for parameter in self._parameters().values():
+            optimizer.state.pop(parameter, None)
 
     def _allocate(self, *_: Any) -> None:
         """Let AdaLoRA reassign ranks, after each update and before gradients are dropped."""
@@ -239,7 +259,7 @@ class Adapter(Strategy):
         if write:
             plain.generation_config = self.base.generation_config
             plain.save_pretrained(folder, state_dict=merged)
-        if self.peft is not None:
+        if self.peft is not None and not self.config.restart_every:
             tensors = self.adapter(full_tensor)
             if write:
                 self._write_adapter(folder / "adapter", *tensors)
@@ -282,14 +302,25 @@ class Adapter(Strategy):
             allocator = self.peft.base_model.rankallocator
             state["allocator"] = {k: getattr(allocator, k) for k in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
             state["rank_pattern"] = self.peft.peft_config[NAME].rank_pattern
+        if self.config.method == "eva" and self.peft is not None:
+            settings = self.peft.peft_config[NAME]
+            state["eva"] = {key: _plain(getattr(settings, key)) for key in _REDISTRIBUTED}
+        if self.config.restart_every:
+            state["base"] = {n: p.detach() for n, p in self._layer_parameters()}
         return state
+
+    def _layer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the base parameters of the layers with an adapter, by their names in the plain model."""
+        for path, layer in tuner_layers(self.base):
+            for name, parameter in layer.get_base_layer().named_parameters():
+                yield f"{path}.{name}", parameter
 
     def load(self, model_state: dict[str, Tensor] | None, state: dict[str, Any], set_full: SetFull) -> bool:
         if not model_state:  # saved before the first batch, from which the adapter is made
             return False
         made = self.peft is None
         if made:
-            self._wrap(self._settings(init_lora_weights=True))
+            self._wrap(self._settings(init_lora_weights=True, **state.get("eva", {})))
         parameters = self._parameters()
         here = {
             k: {n: t.to(parameters[n].device, copy=True) for n, t in state[k].items()}
@@ -304,6 +335,9 @@ class Adapter(Strategy):
             for name, value in state["allocator"].items():
                 setattr(allocator, name, value)
             self.peft.peft_config[NAME].rank_pattern = state["rank_pattern"]
+        if self.config.restart_every:
+            for name, parameter in self._layer_parameters():
+                parameter.data.copy_(state["base"][name])
         return made
 
     def _restore_base(self, initial: dict[str, Tensor]) -> None:
@@ -348,6 +382,10 @@ class AdapterReference(PolicyModel):
 
     def own_state(self) -> nn.Module | None:
         return None  # the strategy's state contains it
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,11 @@ LORA: dict[str, dict[str, Any]] = {
     "lora_ga": {"init_lora_weights": "lora_ga"},
     "loftq": {"init_lora_weights": True},  # replaced layer by layer, see `data_init.loftq`
 }
+# Variants of other methods.
+VARIANTS: dict[str, dict[str, Any]] = LORA | {
+    # W_b + W_b M + M for the blocks W_b [r, r] of a row of blocks (Kang et al. 2024, arXiv 2409.15371)
+    "bone": {"init_weights": "bat"},
+}
 ON_HEAD = ("lora", "eva", "pissa", "olora", "corda", "lora_ga")  # plain factors, applied without logits
 ALIASES = {"bone": "miss", "dora": "lora"} | dict.fromkeys(LORA, "lora")
 
@@ -88,7 +93,7 @@ def peft_config(config: AdapterConfig, **fixed: Any) -> Any:
     if name not in kinds:
         raise ModelError(f"unknown method {config.method!r}{did_you_mean_or_list(method, known_methods())}")
     fields = {f.name for f in dataclasses.fields(kinds[name]) if f.init}
-    given = {**_settings(config, method, fields), **LORA.get(method, {}), **config.options, **fixed}
+    given = {**_settings(config, method, fields), **VARIANTS.get(method, {}), **config.options, **fixed}
     if method in DATA_DRIVEN:
         options = config.options.get(f"{method}_config", {})
         given[f"{method}_config"] = load_dotted(DATA_CONFIG)(method, options)
