@@ -49,6 +49,9 @@ def register(command: AddCommand) -> None:
         help="model folder or hub name, or a run folder: its newest weights (none: the config's model)"
         )  # fmt: skip
     add("--out", metavar="FOLDER", type=path_argument, help="also write the outcome of each problem there")
+    add("--tasks", action="append", metavar="FILE.yaml", type=path_argument,
+        help="instead run this task file of lm-eval, with local data; may be repeated"
+        )  # fmt: skip
     text = "play sessions without training, and write them as JSON lines for `rft train`"
     add = command(collect, "collect", text, config=True, stoppable=True)
     add("--out", metavar="FOLDER", type=path_argument,
@@ -256,15 +259,23 @@ def evaluate(args: argparse.Namespace) -> int:
     import tempfile
 
     from rft.config.load import load_config
+    from rft.errors import ConfigError
     from rft.plan import make_plan
     from rft.run_training import evaluate_model
     from rft.tools.export import weights_of
+    from rft.tools.tasks import run_tasks, task_problems
 
-    config = load_config(args.config, args.overrides)
+    config, out = load_config(args.config, args.overrides), Path(args.out) if args.out else None
+    files = [Path(file) for file in args.tasks or ()]
+    if problems := task_problems(files):
+        raise ConfigError(problems)
     with tempfile.TemporaryDirectory(prefix="rft-eval-") as scratch:
         model = None if args.model is None else weights_of(args.model, Path(scratch))[0]
         plan = make_plan(config, model=model, evaluate=True)
-        metrics = asyncio.run(evaluate_model(plan, args.signals, Path(args.out) if args.out else None))
+        if files:
+            metrics = run_tasks(plan, files, out, args.signals)
+        else:
+            metrics = asyncio.run(evaluate_model(plan, args.signals, out))
     print(json.dumps(metrics, indent=2))
     return 0
 

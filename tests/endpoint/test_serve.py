@@ -73,15 +73,17 @@ async def test_answers_are_aligned_with_a_reward(tiny_folder: Path, tmp_path: Pa
     """The answer is the best of the eight completions that the reward saw; a greedy one is not scored."""
     log = tmp_path / "scored.jsonl"
     (tmp_path / "ones.py").write_text(RECORDING.format(file=str(log)))
-    align = f"rollout.align={{method: best_of_n, n: 8, rewards: ['{tmp_path}/ones.py:ones']}}"
+    rewards = f"{{functions: ['{tmp_path}/ones.py:ones'], workers: 1}}"
+    align = f"rollout.align={{method: best_of_n, n: 8, rewards: {rewards}}}"
     async with serving(str(tiny_folder), [*HF, align], "127.0.0.1", 0, "", False, print) as url:
         client = AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         answers = [await sample(client, seed=seed) for seed in (1, 2)]
         await sample(client, temperature=0)
-    scored = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [prompt for prompt, _ in scored] == [ASK, ASK]
-    assert [len(texts) for _, texts in scored] == [8, 8]
-    assert answers == [max(texts, key=lambda text: text.count("1")) for _, texts in scored]
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all(prompt == ASK for prompt, _ in calls)
+    scored = [text for _, texts in calls for text in texts]
+    assert len(scored) == 16
+    assert answers == [max(texts, key=lambda text: text.count("1")) for texts in (scored[:8], scored[8:])]
     oracle = "rollout.align={method: qalign, rewards: [math]}"
     with pytest.raises(ConfigError, match=r"rollout.align.rewards: .*answer"):
         async with serving(str(tiny_folder), [*HF, oracle], "127.0.0.1", 0, "", False, print):
