@@ -136,12 +136,7 @@ def test_a_short_run_learns_and_a_stop_on_its_way_does_not_show(
 
 @pytest.mark.timeout(900)
 def test_the_final_model_is_an_ordinary_folder(
-    home: Path,
-    learnt: subprocess.CompletedProcess[str],
-    tmp_path: Path,
-    ray_here: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    home: Path, learnt: subprocess.CompletedProcess[str], tmp_path: Path
 ) -> None:
     """`rft export` copies it, transformers loads it, `rft eval` finds the accuracy that the run found."""
     run, out = home / "learn", tmp_path / "exported"
@@ -152,25 +147,18 @@ def test_the_final_model_is_an_ordinary_folder(
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
     assert AutoTokenizer.from_pretrained(out).eos_token_id is not None
     changes = ["rollout.engine=hf", "eval.samples=1", "--model", str(out)]
-    monkeypatch.chdir(ROOT)
-    capsys.readouterr()
-    assert main(["eval", *command(home, *LEARN)[1:], *changes]) == 0
-    accuracy = json.loads(capsys.readouterr().out)["eval/greedy_accuracy"]
+    shown = rft("eval", *command(home, *LEARN)[1:], *changes)
+    accuracy = json.loads(shown.stdout)["eval/greedy_accuracy"]
     assert accuracy == pytest.approx(rows(run)[-1]["eval/greedy_accuracy"], abs=0.02)
 
 
 @pytest.mark.timeout(900)
 def test_a_step_that_vllm_sampled_is_computed_again(
-    home: Path,
-    stopped: Stopped,
-    learnt: subprocess.CompletedProcess[str],
-    ray_here: None,
-    capsys: pytest.CaptureFixture[str],
+    home: Path, stopped: Stopped, learnt: subprocess.CompletedProcess[str]
 ) -> None:
     """The learner alone decides the bits of a step, given what an engine sampled."""
     reached = stopped.rows[-1]["step"]
-    assert main(["replay", str(home / "learn"), "--step", str(reached + 1)]) == 0
-    shown = capsys.readouterr().out
+    shown = rft("replay", str(home / "learn"), "--step", str(reached + 1)).stdout
     assert f"from step-{reached:08d}\n" in shown and "promised: equal, to the bit\nverdict: kept" in shown
 
 
