@@ -1,11 +1,11 @@
 """Asynchronous against synchronous training on the demo: python benchmarks/async.py [--model FOLDER]
 
-Rollout and learner are each pinned to a core of their own. Asynchronous in several ways: by what a push does
-to completions in flight (`rollout.update`), and by how many versions they may lag (`rollout.staleness`); the
+Rollout and learner are each pinned to a separate core. Asynchronous in several ways: by the effect of a push
+on completions in flight (`rollout.update`), and by how many versions they may lag (`rollout.staleness`); the
 fastest is held against the target. The runs take turns, as the machine's own pace changes in minutes: a
 speedup is the median over rounds. Measured from the runs' own logs: steps per minute, final held-out
-accuracy, what a checkpoint costs, how long a resume takes. Writes benchmarks/results/async.json. Nothing else
-should run meanwhile: two cores are all that it takes.
+accuracy, the cost of a checkpoint, the duration of a resume. Writes benchmarks/results/async.json. Nothing
+else should run meanwhile: two cores are all that it takes.
 
 --model: the demo's model after its warm start (an exported folder); without it the warm start is run first.
 """

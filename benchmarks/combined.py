@@ -1,9 +1,9 @@
-"""Packing, shared prompts, fused log-probs and gradient checkpointing: each alone, and all at once.
+"""Packing, shared prompts, fused log-probs and gradient checkpointing: each separately, and all at once.
 
     python benchmarks/combined.py [--rounds 3] [--threads 1]
 
-Forward and backward of a weighted sum of log-probs, groups of completions of unequal length. The start is
-what a plain trainer does: padded rows, all prompts repeated, `log_softmax` over the logits of the
+Forward and backward of a weighted sum of log-probs, groups of completions of unequal length. The baseline
+is a plain trainer: padded rows, all prompts repeated, `log_softmax` over the logits of the
 completions' tokens. Sharing needs the packed layout, so its gain is the one over packing. All at once must
 be at least 85 % of the product of the separate gains. Checkpointing trades time for memory: its "gain"
 is below 1. Each row carries the largest relative difference of a gradient from the plain start in float32,

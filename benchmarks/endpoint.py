@@ -35,7 +35,7 @@ ANSWER = 64  # tokens
 QUESTION = "What is the sum of three and four? " * 4
 
 
-# -- the agents, in a process of their own -----------------------------------------------------------------
+# -- the agents, in a separate process --------------------------------------------------------------------
 
 
 async def agents(jobs: list[dict[str, Any]], turns: int, together: int) -> dict[str, float]:

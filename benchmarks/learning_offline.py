@@ -52,9 +52,9 @@ GSM8K = {
 }
 # The same training pairs as single responses, right or wrong, which kto reads. {runs}: where `--runs` is.
 LABELLED = {**GSM8K, "path": "{runs}/gsm8k-labelled.jsonl", "holdout": 0}
-# Three demonstrated steps in ten are wrong, and are followed by what follows from them.
+# Three demonstrated steps in ten are wrong, and the steps after them continue from the wrong value.
 SLIPS = {"kind": "arithmetic", "limit": 8192, "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.3}}
-MIXED = {"kind": "arithmetic", "limit": 16384}  # what the start was trained on: careful and hasty solutions
+MIXED = {"kind": "arithmetic", "limit": 16384}  # the data of the warm start: careful and hasty solutions
 CLASSES = {
     **MIXED,
     "columns": {"source": "style"},
@@ -183,7 +183,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def carry_out(case: Case, seed: int, runs: Path) -> Row:
-    """Train one case; what its section is about, before and after."""
+    """Train one case; return its section's measure before and after."""
     data = {**case.data, **({"seed": seed} if "kind" in case.data else {})}
     if case.data is LABELLED:
         data["path"] = str(_write_labelled(Path(data["path"].format(runs=runs))))

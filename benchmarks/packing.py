@@ -7,7 +7,7 @@ Padded micro-batches take sequences in the order they come, as many as fit the s
 counted. `fill` is the share of the budget that packed micro-batches use, `waste` the share of padding in
 padded ones. Pairs are also run with shared prompts, as fast as the bound says at best. Each row carries the
 largest relative difference of the gradients from the padded run's in float32, and both peaks of memory,
-each in a process of its own. Planning is timed alone, for 20,000 sequences. Profiles: `profiles.py`.
+each in a separate process. Planning is timed separately, for 20,000 sequences. Profiles: `profiles.py`.
 """
 
 from __future__ import annotations

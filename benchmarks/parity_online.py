@@ -105,7 +105,7 @@ def loss_of(
     algorithm: Algorithm, *, sampler: bool = False, count_all: bool = False
 ) -> Callable[[Tensors, torch.dtype], dict[str, Tensor]]:
     """rft's loss and its gradient by log-prob, reduced by the learner over two micro-batches. `count_all`
-    multiplies both by the completions with a token over all: what a mean over all would give."""
+    multiplies both by the completions with a token over all: the value of a mean over all."""
 
     def ours(x: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
         batch, place = to_batch(x, dtype)

@@ -1,4 +1,4 @@
-"""Are rft's losses TRL's? Identical tensors through both, TRL in an environment of its own.
+"""Compare rft's losses with TRL's: identical tensors through both, TRL in a separate environment.
 
     python benchmarks/parity_trl.py [--inputs 200] [--out benchmarks/results/parity-trl.json]
 

@@ -5,9 +5,9 @@ against the same sequences padded side by side through the model as transformers
 
 Every row gives both median times of interleaved rounds, the median of their ratio, the bound (the ratio of
 floating-point operations), the largest relative differences of hidden states and gradients in float32
-from the padded run, and both peaks of memory, each in a process of its own. The times cover the base
-transformer; the head, which sharing does not change, is left out. A row's `share` is what the cost model
-would have chosen; where it is false, rft trains unshared. Between rounds a matrix product is timed, so that
+from the padded run, and both peaks of memory, each in a separate process. The times cover the base
+transformer; the head, which sharing does not change, is left out. A row's `share` is the cost model's choice;
+where it is false, rft trains unshared. Between rounds a matrix product is timed, so that
 a machine busy with something else is seen. Four cases, then G in 4, 8, 16 by p/R in 1/8, 1, 4, 8.
 """
 

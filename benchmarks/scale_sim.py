@@ -3,7 +3,7 @@
     python benchmarks/scale_sim.py [--replicas 8 64 512 4096] [--steps 4] [--profile]
 
 Real: Controller, SlotBuffer, Fleet, RolloutPool, WeightChannel, the reward runner's bookkeeping, batch
-building, metrics, run log, tokenizer. Simulated: what is behind an actor's call (engines, learner) and the
+building, metrics, run log, tokenizer. Simulated: the actors (engines, learner) and the
 reward workers. What an answer costs the receiving process is paid: every group of completions is unpickled,
 every batch pickled. Ray's own cost of a call is not, and neither is the writing to reward workers' pipes.
 
@@ -314,7 +314,7 @@ def main() -> None:
     rows = []
     for replicas in sorted(args.replicas):
         rows.append(one(replicas, args.steps, args.profile))
-        if not args.profile:  # what is measured stays, should a larger size not end in time
+        if not args.profile:  # finished sizes are kept if a larger one does not end in time
             write_result(args.out, {"what": (__doc__ or "").split("\n\n", 2)[2], "results": rows})
 
 

@@ -3,7 +3,7 @@ same calls as one row each, at the shape of SmolLM2-135M.
 
     python benchmarks/session_cost.py [--rounds 5] [--threads 1] [--cases 512x256x64x3 ...]
 
-A case is prompt x sampled x observation x turns. Each turn's prompt drifts from what was sampled before: the
+A case is prompt x sampled x observation x turns. Each turn's prompt drifts from the earlier samples: the
 template writes the last tokens of every turn otherwise, so each turn is a branch. A row gives the median
 times of interleaved rounds, their ratio, the bound (the ratio of floating-point operations), and the largest
 relative differences of losses and gradients. Both run through rft, packed, with the head at the sampled

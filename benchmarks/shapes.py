@@ -1,4 +1,4 @@
-"""Qwen3-shaped models with random weights, in the sizes that the benchmarks use, and what they compute."""
+"""Qwen3-shaped models with random weights, in the sizes of the benchmarks, and their operation counts."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def share_by_kind(raw: str) -> dict[str, float]:
 
 
 def processes(run: int) -> dict[str, psutil.Process]:
-    """Return the processes of a run by what they do."""
+    """Return the processes of a run by role."""
     driver = psutil.Process(run)
     found = {"driver": driver}
     for child in driver.children(recursive=True):

@@ -3,9 +3,9 @@
     python benchmarks/step_time.py [--rounds 3] [--steps 20] [--model FOLDER]
 
 Both train the same model folder on the same prompts with the same reward function, group size, completion
-limit and learning rate (a tiny one, so that the completions stay as long as they are). rft runs as `rft
+limit and learning rate (a tiny one, so that the completions keep their length). rft runs as `rft
 train` with the demo's own settings: vLLM in one process, the learner in another; and once more with its
-transformers engine, which is what TRL generates with. TRL runs in one process, with one thread and with all
+transformers engine, with which TRL generates. TRL runs in one process, with one thread and with all
 cores; the better of the two counts. Rounds of all are interleaved. A step's time is the wall time between
 the ends of two steps, so nothing is left out; the first `--warmup` steps of each run are. The error is the
 largest difference of log-probs between rft's learner and its engine. Written to benchmarks/results/step-

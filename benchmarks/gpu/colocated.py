@@ -1,5 +1,5 @@
-"""Learner and engine in turn on one GPU (`sync.transport: ipc`): what of the GPU is in use in each turn, what
-the switches and the push by CUDA handles cost, and whether the engine samples from what was pushed.
+"""Learner and engine in turn on one GPU (`sync.transport: ipc`): GPU memory in use in each turn, the cost of
+the switches and of the push by CUDA handles, and whether the engine samples from the pushed weights.
 
 A model of 0.6 G parameters from random weights, fully trained: nothing is learned, every byte moves. In its
 small setting, on a CPU, learner and engine do not share a device: weights go over gloo.

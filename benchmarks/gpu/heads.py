@@ -67,8 +67,8 @@ def inputs(s: Settings, m: int, h: int, v: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def errors(s: Settings) -> list[dict[str, Any]]:
-    """Against float32, on sizes that are no multiple of a block: the largest error of the log-probs, the
-    relative errors of the gradients."""
+    """Errors against float32, on sizes that are not multiples of a block: the largest error of the log-probs,
+    the relative errors of the gradients."""
     rows = []
     for m, h, v in (
         ((33, 24, 150), (1, 16, 7))

@@ -93,7 +93,7 @@ def prediction(model: str, s: Settings) -> dict[str, Any]:
     config = LearnerConfig(tokens_per_micro_batch=row["tokens"], dtype="float32" if s.small else "bfloat16")
     shape = ModelShape.of(model, ModelConfig(path=model))
     row["predicted_mb"] = learner_bytes(shape, config, reference=False, tokens=row["tokens"]) / 1e6
-    if not s.small:  # a CPU has no account of what one learner holds
+    if not s.small:  # a CPU does not account memory per learner
         row["predicted_over_measured"] = row["predicted_mb"] / row["peak_mb"]
     return row
 

@@ -1,5 +1,5 @@
-"""Online GRPO on the device: rollouts by vLLM where it is there (transformers otherwise), pushes of weights,
-and the learning curve of a model of about 70 M parameters made from scratch on the embedded task.
+"""Online GRPO on the device: rollouts by vLLM where it is installed (transformers otherwise), pushes of
+weights, and the learning curve of a model of about 70 M parameters made from scratch on the embedded task.
 
 The warm start is supervised; the curve is held-out accuracy over steps. Seconds of rollout, training and
 push are medians of steps, bytes and gap as `rft train` logs them.
@@ -25,7 +25,7 @@ SMALL = {"hidden_size": 64, "layers": 1, "heads": 2, "intermediate_size": 64}
 
 
 def config(s: Settings, engine: str, work: Path) -> dict[str, Any]:
-    """The demo's task, with a larger model and what a larger model wants of a learning rate."""
+    """The demo's task, with a larger model and a learning rate that suits it."""
     demo = yaml.safe_load(DEMO.read_text())
     steps, warm = (2, 2) if s.small else (60, 600)
     learner = {**demo["learner"], "threads": None, "learning_rate": 3e-5}

@@ -1,5 +1,5 @@
-"""A push of weights from GPU to GPU, whole (`nccl`) and only what changed (`sparse`): seconds, bytes, the
-share of weights that a step changed, and whether the engine samples from what was pushed. Two GPUs.
+"""A push of weights from GPU to GPU, whole (`nccl`) and only the changes (`sparse`): seconds, bytes, the
+share of weights that a step changed, and whether the engine samples from the pushed weights. Two GPUs.
 
 The model and the steps of the `colocated` part. In its small setting, on a CPU, both go over gloo.
 """

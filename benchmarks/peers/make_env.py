@@ -1,8 +1,8 @@
 """Make (or find) the environment of a peer library: python benchmarks/peers/make_env.py trl
 
 Prints the path of its Python. A peer lives in `.peers/NAME` beside the benchmarks' repository, made from
-`requirements-NAME.txt`; what this environment already has (torch, transformers) is reused instead of
-downloaded again, and whatever version the peer pins otherwise is installed on top, in its own folder.
+`requirements-NAME.txt`; packages that this environment already has (torch, transformers) are reused instead
+of downloaded again, and whatever version the peer pins otherwise is installed on top, in its own folder.
 Set RFT_PEER_TRL=/path/to/python to use one that you made yourself. A second call reuses the first's.
 """
 

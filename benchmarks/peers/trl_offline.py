@@ -4,7 +4,7 @@
 
 What TRL computes in the middle of a long method is cut out of the method's source and run unchanged,
 with a stand-in for the trainer that has only its settings, and for the model, that returns the given
-log-probs. `cpo_loss` and `odds_ratio_loss` are called as they are.
+log-probs. `cpo_loss` and `odds_ratio_loss` are called unchanged.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python trl_online.py QUESTIONS ANSWERS
 
-QUESTIONS is a saved list of (function, inputs, settings); ANSWERS becomes the list of what they return.
-`_compute_loss` of the trainers is called as it is, with a stand-in for the trainer that has only its
+QUESTIONS is a saved list of (function, inputs, settings); ANSWERS becomes the list of their results.
+`_compute_loss` of the trainers is called unchanged, with a stand-in for the trainer that has only its
 settings. What TRL computes in the middle of a long method (advantages, the correction for vLLM, online
 DPO's loss) is cut out of the method's source and run unchanged.
 """

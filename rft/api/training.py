@@ -117,7 +117,7 @@ def check(
         resolved = resolve(config, arguments)
         with run_dir.with_files(resolved.files, keep=False):
             plan = check_plan(resolved.config)
-            plan.text  # noqa: B018  (computed while the rows are there)
+            plan.text  # noqa: B018  (computed while the rows exist)
             return plan
 
 

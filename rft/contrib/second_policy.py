@@ -26,18 +26,18 @@ async def start(config: Config, folder: Path, start_policy: StartPolicy) -> Seco
     return SecondPolicy(learner, fleet, config, folder / "checkpoints-second")
 
 
-def own(groups: Sequence[Group], copy: int) -> list[Group]:
+def masked_to(groups: Sequence[Group], copy: int) -> list[Group]:
     """Return the groups as one copy trains on them: the other copy's completions stay, for the shared
     rewards, but the loss masks out all their tokens."""
 
-    def seen(group: Group) -> Group:
+    def masked(group: Group) -> Group:
         completions = tuple(
             c if c.values["copy"] == copy else replace(c, mask=(False,) * len(c.tokens))
             for c in group.completions
         )
         return replace(group, completions=completions)
 
-    return [seen(group) for group in groups]
+    return [masked(group) for group in groups]
 
 
 class SecondPolicy(LoopHooks):
@@ -60,11 +60,11 @@ class SecondPolicy(LoopHooks):
 
     def select(self, groups: list[Group]) -> list[Group]:
         self._groups = groups
-        return own(groups, 0)
+        return masked_to(groups, 0)
 
     async def after_push(self, step: int, build: Callable[[list[Group]], Batch]) -> dict[str, float]:
         """Train on the same groups and push the result; return the metrics as `copy/...`."""
-        batch = build(own(self._groups, 1))
+        batch = build(masked_to(self._groups, 1))
         async with self.fleet.gate:
             await self.fleet.before_step()
             metrics = await self.learner.step(batch, step - 1)

@@ -61,14 +61,16 @@ async def value_steps(
     ordered = sorted(starts)
     values = await asyncio.gather(
         *(
-            _go_on(judged, start, generate, judge, sampling, steps.branches, f"{name}-step-{i}", tokenizer)
+            _continue_from(
+                judged, start, generate, judge, sampling, steps.branches, f"{name}-step-{i}", tokenizer
+            )
             for i, start in enumerate(ordered)
         )
     )
     return _with_values(judged, ends, dict(zip(ordered, values, strict=True)))
 
 
-async def _go_on(
+async def _continue_from(
     judged: Judged,
     start: Tokens,
     generate: Generate,

@@ -73,7 +73,7 @@ class Aioli:
         return [j for _ in range(self.config.sweeps) for j in rng.sample(range(k), k)]
 
     def observe(self, step: int, losses: Mapping[str, float]) -> None:
-        """Record the held-out loss of each source after `step` steps, and set the rates of what follows."""
+        """Record the held-out loss of each source after `step` steps, and set the rates of the next steps."""
         now = np.array([losses[name] for name in self.names])
         place, k = step % self.config.every, len(self.names)
         interval, order = place // self.config.steps, self.order(step)

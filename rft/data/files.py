@@ -62,7 +62,7 @@ def read_json(file: Path) -> list[Any]:
                 if not line.strip():
                     continue
                 if not rows and (line.lstrip().startswith(b"[") or ".jsonl" not in file.name):
-                    return _whole(line + stream.read(), number, source)
+                    return _parse_all(line + stream.read(), number, source)
                 rows.append(parse_line(decode(line, number, source), number, source))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged(error, number, source) from None
@@ -177,7 +177,7 @@ def unreadable(file: Path, error: OSError) -> DataError:
     return DataError(f"cannot be read: {error.strerror or error}", source=str(file))
 
 
-def _whole(raw: bytes, first: int, source: str) -> list[Any]:
+def _parse_all(raw: bytes, first: int, source: str) -> list[Any]:
     """Return the rows of a JSON array, or else of JSON lines, starting at line `first`."""
     lines = [decode(line, n, source) for n, line in enumerate(raw.splitlines(keepends=True), first)]
     text = "".join(lines)

@@ -84,7 +84,7 @@ class AnthropicMessages:
         message["usage"] = {"input_tokens": 0, "output_tokens": 0}  # not known yet: they are in message_delta
         yield _event("message_start", message=message)
 
-    def rest(self, sent: Sent[MessagesBody], answer: Answer) -> Iterator[Event]:
+    def answering(self, sent: Sent[MessagesBody], answer: Answer) -> Iterator[Event]:
         for index, block in enumerate(blocks(answer)):
             start, deltas = _deltas(block)
             yield _event("content_block_start", index=index, content_block=start)
@@ -100,7 +100,7 @@ class AnthropicMessages:
         kind = kind or ("api_error" if problem.status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": problem.message}}
 
-    def broken(self, problem: Refused) -> Iterator[Event]:
+    def failure(self, problem: Refused) -> Iterator[Event]:
         yield "error", self.error(problem)
 
     def _head(self, sent: Sent[MessagesBody]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class SessionCalls:
     limit: Ending | None = None
     calls: dict[str, int] = field(default_factory=dict)
     given: dict[str | None, float] = field(default_factory=dict)
-    _whole: dict[str, Message] = field(default_factory=dict)  # answers with the stop string that ended them
+    # Answers with the stop string that ended them.
+    _untruncated: dict[str, Message] = field(default_factory=dict)
 
     async def reply(self, ask: Ask | SetReward) -> Answer | None:
         """Answer one request. Raises Refused, and errors of the engine."""
@@ -91,7 +92,7 @@ class SessionCalls:
         if ask.stop_token_ids:
             raise ValueError("stop_token_ids is supported only with a prompt of token ids")
         reply = await self.remote.chat(
-            messages=[self._whole.get(_key(m), m) for m in ask.messages],
+            messages=[self._untruncated.get(_key(m), m) for m in ask.messages],
             tools=ask.tools,
             max_tokens=ask.max_tokens,
             stop=ask.stop,
@@ -101,7 +102,7 @@ class SessionCalls:
             cut(reply.content, ask.stop) if reply.finish == "stop" else (reply.content, None)
         )
         if stopped_by is not None:
-            self._whole[_key(replace(reply, content=content).message())] = reply.message()
+            self._untruncated[_key(replace(reply, content=content).message())] = reply.message()
         return self._filled(ask, reply.call, reply, content, stopped_by)
 
     async def _generate(self, ask: Ask) -> Answer:

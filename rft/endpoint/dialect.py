@@ -62,7 +62,7 @@ class Dialect(Protocol[RequestT]):
         """Yield the events of a stream that precede the answer."""
         ...
 
-    def rest(self, sent: Sent[RequestT], answer: Answer) -> Iterator[Event]:
+    def answering(self, sent: Sent[RequestT], answer: Answer) -> Iterator[Event]:
         """Yield all further events."""
         ...
 
@@ -70,7 +70,7 @@ class Dialect(Protocol[RequestT]):
         """Return the body of an error."""
         ...
 
-    def broken(self, problem: Refused) -> Iterator[Event]:
+    def failure(self, problem: Refused) -> Iterator[Event]:
         """Yield the events that end a stream by an error."""
         ...
 

@@ -207,7 +207,7 @@ class Endpoint:
             answer = await opened.reply(ask)
         except Refused as problem:
             answer = problem
-        except Exception as error:  # of the engine: whoever replies has it too
+        except Exception as error:  # of the engine: any caller that can reply has it too
             answer = Refused(500, "engine_error", f"{type(error).__name__}: {error}")
         finally:
             del opened.tasks[number]

@@ -143,7 +143,7 @@ class OpenAIDialect:
         error = {"message": problem.message, "type": kind, "param": problem.param, "code": problem.code}
         return {"error": error}
 
-    def broken(self, problem: Refused) -> Iterator[Event]:
+    def failure(self, problem: Refused) -> Iterator[Event]:
         yield "", self.error(problem)
         yield "", "[DONE]"
 
@@ -170,7 +170,7 @@ class Chat(OpenAIDialect):
     def opening(self, sent: Sent[ChatBody]) -> Iterator[Event]:
         yield self._chunk(sent, {"role": "assistant", "content": ""})
 
-    def rest(self, sent: Sent[ChatBody], answer: Answer) -> Iterator[Event]:
+    def answering(self, sent: Sent[ChatBody], answer: Answer) -> Iterator[Event]:
         if answer.reasoning:
             thought = {"reasoning": answer.reasoning, "reasoning_content": answer.reasoning}
             yield self._chunk(sent, thought)
@@ -221,7 +221,7 @@ class Completions(OpenAIDialect):
     def opening(self, sent: Sent[CompletionBody]) -> Iterator[Event]:
         yield from ()
 
-    def rest(self, sent: Sent[CompletionBody], answer: Answer) -> Iterator[Event]:
+    def answering(self, sent: Sent[CompletionBody], answer: Answer) -> Iterator[Event]:
         yield "", {**self._head(sent), "choices": [self._choice(sent.body, answer)]}
         if sent.body.wants_usage:
             yield "", {**self._head(sent), "choices": [], "usage": usage(answer)}
@@ -321,7 +321,7 @@ class Generate(OpenAIDialect):
     def opening(self, sent: Sent[GenerateBody]) -> Iterator[Event]:
         yield from ()
 
-    def rest(self, sent: Sent[GenerateBody], answer: Answer) -> Iterator[Event]:
+    def answering(self, sent: Sent[GenerateBody], answer: Answer) -> Iterator[Event]:
         yield from ()
 
 

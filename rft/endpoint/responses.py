@@ -106,7 +106,7 @@ class Responses(OpenAIDialect):
         for number, name in enumerate(("response.created", "response.in_progress")):
             yield name, {"type": name, "sequence_number": number, "response": started}
 
-    def rest(self, sent: Sent[ResponsesBody], answer: Answer) -> Iterator[Event]:
+    def answering(self, sent: Sent[ResponsesBody], answer: Answer) -> Iterator[Event]:
         numbers = count(2)
 
         def event(kind: str, **data: Any) -> Event:
@@ -114,7 +114,7 @@ class Responses(OpenAIDialect):
 
         for index, item in enumerate(items(sent, answer)):
             place = {"item_id": item["id"], "output_index": index}
-            yield event("response.output_item.added", output_index=index, item=_begun(item))
+            yield event("response.output_item.added", output_index=index, item=_in_progress(item))
             if item["type"] == "message":
                 (part,) = item["content"]
                 empty = {**part, "text": ""}
@@ -136,7 +136,7 @@ class Responses(OpenAIDialect):
         last = "response.incomplete" if answer.finish == "length" else "response.completed"
         yield event(last, response=self.write(sent, answer))
 
-    def broken(self, problem: Refused) -> Iterator[Event]:
+    def failure(self, problem: Refused) -> Iterator[Event]:
         yield (
             "error",
             {"type": "error", "sequence_number": 2, "code": problem.code, "message": problem.message},
@@ -188,7 +188,7 @@ def items(sent: Sent[ResponsesBody], answer: Answer) -> list[dict[str, Any]]:
     return output
 
 
-def _begun(item: dict[str, Any]) -> dict[str, Any]:
+def _in_progress(item: dict[str, Any]) -> dict[str, Any]:
     """Return an item as its stream begins."""
     if item["type"] == "message":
         return {**item, "content": [], "status": "in_progress"}
@@ -200,14 +200,14 @@ def _begun(item: dict[str, Any]) -> dict[str, Any]:
 def read_items(given: list[dict[str, Any]]) -> list[Message]:
     """Translate input items. The policy's output of one response is one message. Raises Refused."""
     messages: list[Message] = []
-    said: Message | None = None  # the assistant's message that further items of the response belong to
+    assistant: Message | None = None  # the assistant's message that further items of the response belong to
 
     def answer() -> Message:
-        nonlocal said
-        if said is None:
-            said = {"role": "assistant", "content": ""}
-            messages.append(said)
-        return said
+        nonlocal assistant
+        if assistant is None:
+            assistant = {"role": "assistant", "content": ""}
+            messages.append(assistant)
+        return assistant
 
     for number, item in enumerate(given):
         where, kind = f"input.{number}", item.get("type", "message")
@@ -215,22 +215,22 @@ def read_items(given: list[dict[str, Any]]) -> list[Message]:
             call = tool_call(item.get("name"), item.get("arguments", {}), item.get("call_id"), where)
             answer().setdefault("tool_calls", []).append(call)
         elif kind == "reasoning":
-            said = None  # a response begins with its thought
+            assistant = None  # a response begins with its thought
             if text := text_of(item.get("content"), where, (*TEXT, "reasoning_text")):
                 answer()["reasoning_content"] = text
         elif kind == "function_call_output":
-            said = None
+            assistant = None
             result: Message = {"role": "tool", "content": text_of(item.get("output"), where, TEXT)}
             if isinstance(item.get("call_id"), str):
                 result["tool_call_id"] = item["call_id"]
             messages.append(result)
         elif kind == "message" and item.get("role") == "assistant":
             text = text_of(item.get("content"), where, TEXT)
-            if said is not None and (said["content"] or "tool_calls" in said):
-                said = None
+            if assistant is not None and (assistant["content"] or "tool_calls" in assistant):
+                assistant = None
             answer()["content"] = text
         elif kind == "message" and item.get("role") in ("user", "system", "developer"):
-            said = None
+            assistant = None
             role = "user" if item["role"] == "user" else "system"
             messages.append({"role": role, "content": text_of(item.get("content"), where, TEXT)})
         else:

@@ -208,7 +208,7 @@ class Server:
         if answering.done():  # in one piece; Refused is raised, with its HTTP status
             answer = answering.result()
             assert answer is not None
-            events = chain(dialect.opening(sent), dialect.rest(sent, answer))
+            events = chain(dialect.opening(sent), dialect.answering(sent, answer))
             return web.Response(body=b"".join(map(encode, events)), headers=STREAM)
         response = web.StreamResponse(headers=STREAM)
         await response.prepare(request)
@@ -220,9 +220,9 @@ class Server:
         try:
             answer = answering.result()
             assert answer is not None
-            events = chain(dialect.rest(sent, answer))
+            events = chain(dialect.answering(sent, answer))
         except Refused as problem:
-            events = chain(dialect.broken(problem))
+            events = chain(dialect.failure(problem))
         await _write(response, b"".join(map(encode, events)))
         async with asyncio.timeout(WRITE_S):
             await response.write_eof()

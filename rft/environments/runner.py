@@ -438,7 +438,7 @@ class Worker:
     async def end(self) -> None:
         """Kill the process with its children, and wait for its end."""
         if not self.exited.done():
-            await self.zygote.tell({"kill": self.number})
+            await self.zygote.send({"kill": self.number})
             await asyncio.wait({self.exited}, timeout=END_S)
         self.writer.close()
         if self.where_fd >= 0:
@@ -510,7 +510,7 @@ class _Zygote:
         self.workers[worker.number] = worker
         worker.reader, worker.writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
         try:
-            await self.tell({"start": worker.number}, theirs.fileno(), worker.where_fd)
+            await self.send({"start": worker.number}, theirs.fileno(), worker.where_fd)
             either: set[asyncio.Future[Any]] = {worker.started, worker.exited}
             await asyncio.wait(either, return_when="FIRST_COMPLETED")
         except BaseException:
@@ -523,7 +523,7 @@ class _Zygote:
         worker.pid = worker.started.result()
         return worker
 
-    async def tell(self, command: Mapping[str, Any], *fds: int) -> None:
+    async def send(self, command: Mapping[str, Any], *fds: int) -> None:
         """Send a command, unless the process has ended."""
         while self.alive:
             try:

@@ -183,5 +183,5 @@ class Episode:
 
     @property
     def failed(self) -> bool:
-        """Whether a fault ended it, so that it says nothing about the policy."""
+        """Whether a fault ended it, so that its reward would not measure the policy."""
         return self.ending in FAULTS

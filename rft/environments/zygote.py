@@ -40,7 +40,7 @@ from rft.utils.process import (
 from rft.utils.signals import restore_defaults
 from rft.utils.stack import WHERE
 
-LOOK_EVERY_S = 1.0
+CHECK_INTERVAL_S = 1.0
 PACKET = 1 << 16
 
 
@@ -93,7 +93,7 @@ class Zygote:
         looked = 0.0
         while True:
             watching = self.spec.memory is not None and bool(self.workers)
-            ready = poll.poll(LOOK_EVERY_S * 1000 if watching else None)
+            ready = poll.poll(CHECK_INTERVAL_S * 1000 if watching else None)
             for fd, _ in ready:
                 if fd == self._wakeup[0]:
                     with contextlib.suppress(BlockingIOError):
@@ -101,7 +101,7 @@ class Zygote:
                 elif not self._command():
                     return
             self._reap()
-            if watching and time.monotonic() - looked > LOOK_EVERY_S:
+            if watching and time.monotonic() - looked > CHECK_INTERVAL_S:
                 self._watch_memory()
                 looked = time.monotonic()
 
@@ -135,7 +135,7 @@ class Zygote:
         os.close(connection)
         os.close(where)
         self.workers[pid] = number
-        self._tell(started=number, pid=pid)
+        self._send(started=number, pid=pid)
 
     def _become_worker(self, connection: int, where: int) -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -163,7 +163,7 @@ class Zygote:
         for orphan in children(os.getpid()) - set(self.workers):  # a living worker keeps its orphans
             kill_tree(orphan)
         for number, pid, status in ended:
-            self._tell(exited=number, status=status, memory=pid in self.over_memory)
+            self._send(exited=number, status=status, memory=pid in self.over_memory)
             self.over_memory.discard(pid)
 
     def _watch_memory(self) -> None:
@@ -174,15 +174,15 @@ class Zygote:
                 self.over_memory.add(pid)
                 kill_tree(pid)
 
-    def _tell(self, **message: Any) -> None:
+    def _send(self, **message: Any) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.control.send(json.dumps(message).encode())
 
 
 def main(control_fd: int, spec_fd: int, report_fd: int, where: int) -> None:
     """Load the environment, report, and fork workers until the parent closes the control socket."""
-    # Not killed with its parent: it would leave what its workers started. It sees the control socket closed,
-    # and the guardian ends it with all its descendants.
+    # Not killed with its parent: it would leave the processes that its workers started. It sees the control
+    # socket closed, and the guardian ends it with all its descendants.
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # its owner ends it

@@ -118,7 +118,7 @@ class Parallel:
         return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
     def load_model_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Load what `model_state` returned, on any number of ranks. Collective."""
+        """Load the result of `model_state`, on any number of ranks. Collective."""
         module.load_state_dict(state)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Parallel:
         return {} if self.rank else state
 
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
-        """Load what `optimizer_state` returned, on any number of ranks. Collective."""
+        """Load the result of `optimizer_state`, on any number of ranks. Collective."""
         optimizer.load_state_dict(state)
 
     def keep(self, tensor: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class OfflineLoop:
     def __post_init__(self) -> None:
         self.upcoming = self.source.state_dict()  # of the source, before the batch that was laid out last
         self.trained = self.upcoming  # and before the first batch that was not trained on
-        self.line: dict[str, float] = {}  # metrics of the last step, as far as they are known
+        self.line: dict[str, float] = {}  # metrics of the last step, as far as known
 
     async def run(self, resume: Checkpoint | None = None) -> dict[str, float]:
         """Train to the end; returns the last evaluation, or the last step's metrics where there is none.

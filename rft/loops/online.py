@@ -137,7 +137,7 @@ class Controller:
         self._fault: BaseException | None = None  # of the first task that failed
         self._without_signal: Counter[str] = Counter()  # groups in a row that were dropped, by reason
         self._trained: list[Work] = []  # works of the last step, until their slots are freed
-        self._line: dict[str, float] = {}  # metrics of the last step, as far as they are known
+        self._line: dict[str, float] = {}  # metrics of the last step, as far as known
         self._scored: list[tuple[Work, Group]] = []  # since the last step
         self._reward_seconds = 0.0  # the slowest group's, since the last step
         self._filtered = 0  # groups, since the last step

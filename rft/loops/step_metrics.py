@@ -165,7 +165,7 @@ def spans(prompt: Prompt, c: Completion, tokenizer: Any) -> list[dict[str, Any]]
     cuts = [*sorted(start for start in starts if start < len(c.tokens)), len(c.tokens)]
     parts = [(-1, prompt.tokens), *((a, c.tokens[a:b]) for a, b in pairwise(cuts))]
     texts = decode([tokens for _, tokens in parts], tokenizer)
-    anew = {b.start for b in c.branches if b.after != len(prompt.tokens) + b.start - 1}
+    branches = {b.start for b in c.branches if b.after != len(prompt.tokens) + b.start - 1}
     rows: list[dict[str, Any]] = []
     for (start, tokens), text in zip(parts, texts, strict=True):
         row: dict[str, Any] = {"text": text, "tokens": len(tokens)}
@@ -173,5 +173,5 @@ def spans(prompt: Prompt, c: Completion, tokenizer: Any) -> list[dict[str, Any]]
             number, turn = turns[start]
             versions = sorted({v for v, a, b in c.versions if a < turn.end and b > turn.start})
             row |= {"turn": number, "versions": versions, "reward": turn.reward}
-        rows.append(row | ({"branch": True} if start in anew else {}))
+        rows.append(row | ({"branch": True} if start in branches else {}))
     return rows

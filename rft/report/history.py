@@ -55,13 +55,13 @@ def sample_row(row: Row) -> Row | None:
 class Tail:
     """The complete lines of a growing file. A line that is still being written is left for the next refresh.
 
-    usable: validates a row, None for one that readers cannot use; `odd` counts those.
+    usable: validates a row, None for one that readers cannot use; `damaged` counts those.
     """
 
     def __init__(self, path: Path, usable: Callable[[Row], Row | None]) -> None:
         self.path = path
         self.rows: list[Row] = []
-        self.odd = 0
+        self.damaged = 0
         self._usable = usable
         self._offset, self._inode = 0, -1
 
@@ -74,7 +74,7 @@ class Tail:
         with file:
             stat = os.fstat(file.fileno())
             if stat.st_ino != self._inode or stat.st_size < self._offset:
-                self.rows, self.odd, self._offset, self._inode = [], 0, 0, stat.st_ino
+                self.rows, self.damaged, self._offset, self._inode = [], 0, 0, stat.st_ino
             file.seek(self._offset)
             data = file.read()
         end = data.rfind(b"\n") + 1
@@ -84,7 +84,7 @@ class Tail:
             parsed = parse_line(line)
             row = None if parsed is None else self._usable(parsed)
             if row is None:
-                self.odd += 1
+                self.damaged += 1
             else:
                 self.rows.append(row)
 
@@ -128,10 +128,10 @@ class Run:
     def samples(self) -> list[Row]:
         return self._samples.rows
 
-    def odd_lines(self) -> str:
+    def damaged_lines(self) -> str:
         """Return a message with the number of unusable lines per file; empty if there are none."""
         tails = (self._metrics, self._events, self._samples)
-        counts = [f"{tail.odd} of {tail.path.name}" for tail in tails if tail.odd]
+        counts = [f"{tail.damaged} of {tail.path.name}" for tail in tails if tail.damaged]
         return f"lines left out as damaged: {', '.join(counts)}" if counts else ""
 
     def config_text(self) -> str | None:

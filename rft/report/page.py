@@ -168,8 +168,8 @@ PAGE = (
 <p class="soft">No completions were kept (tracking.samples_kept).</p>
 {% endfor %}
 
-{% if odd_lines %}
-<p class="warn small">{{ odd_lines }}</p>
+{% if damaged_lines %}
+<p class="warn small">{{ damaged_lines }}</p>
 {% endif %}
 
 <h2>Config</h2>

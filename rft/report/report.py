@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from rft.metrics.evaluation import flips, read_evaluation
 from rft.metrics.progress import duration
 from rft.report.charts import draw_all, to_svg
+from rft.report.events import as_text, notable_events, outcome_of
 from rft.report.history import Row, Run
 from rft.report.page import PAGE
 from rft.report.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE
-from rft.report.tell import as_text, outcome_of, told_events
 from rft.report.transcript import transcript
 from rft.utils.terminal import printable
 
@@ -58,13 +58,13 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     html = environment.from_string(PAGE).render(
         name=printable(run.name),
         state=printable(run.state()),
-        odd_lines=run.odd_lines(),
+        damaged_lines=run.damaged_lines(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         algorithm=_algorithm(run),
         facts=facts(run),
         charts=draw_all(run),
         timeline=timeline(run),
-        events=told_events(run),
+        events=notable_events(run),
         pairs=before_and_after(run.samples),
         broken=broken_problems(run),
         config=as_text(run.config_text()),

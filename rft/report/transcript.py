@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from rft.report.events import as_text
 from rft.report.history import Row
-from rft.report.tell import as_text
 from rft.utils.terminal import printable
 
 
@@ -54,7 +54,7 @@ def transcript(row: Row) -> Transcript | None:
         return None
     turns = [span for span in rows if "turn" in span]
     answers = [m for m in messages if m.get("role") == "assistant"]
-    matched = len(turns) == len(answers) and all(map(_wrote, turns, answers))
+    matched = len(turns) == len(answers) and all(map(_sampled, turns, answers))
     facts = iter([_facts(turn) for turn in turns] if matched else [()] * len(answers))
     parts = [
         Part(
@@ -87,7 +87,7 @@ def _is_span(span: Mapping[str, Any]) -> bool:
     return isinstance(span.get("text"), str) and isinstance(count, int) and 0 <= count < 2**53
 
 
-def _wrote(turn: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
+def _sampled(turn: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
     """Return whether a turn sampled a message: an environment may have edited it, or made it up."""
     text = as_text(message.get("content")).strip()
     names = [name for name, _ in _calls(message.get("tool_calls"))]

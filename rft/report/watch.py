@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rft.metrics.progress import duration, phase_bar, sparkline
+from rft.report.events import as_text, notable_events, outcome_of
 from rft.report.history import Row, Run
-from rft.report.tell import as_text, outcome_of, told_events
 from rft.utils.terminal import printable
 
 SHOWN = (
@@ -77,13 +77,13 @@ def frame(run: Run, width: int) -> RenderableType:
     pair = [p for p in (_ages(run), _engines(run)) if p is not None]
     if pair:
         parts.append(Columns(pair))
-    events = told_events(run)[-LAST_EVENTS:]
+    events = notable_events(run)[-LAST_EVENTS:]
     if events:
         parts.append(_panel("events", _events(events)))
     if run.samples:
         parts.append(_panel("last samples", _samples(run.samples[-LAST_SAMPLES:])))
-    if run.odd_lines():
-        parts.append(Text(run.odd_lines(), "yellow"))
+    if run.damaged_lines():
+        parts.append(Text(run.damaged_lines(), "yellow"))
     return Group(*parts)
 
 

@@ -196,8 +196,8 @@ def plain_tex(text: str) -> str:
     if "\\" in text or "{" in text or "~" in text:
         text = _from_tex(text)
     if "<" in text or ">" in text or "!" in text or "=" in text:
-        for written, meant in (("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("==", "="), (":=", "=")):
-            text = text.replace(written, meant)
+        for written, tex in (("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("==", "="), (":=", "=")):
+            text = text.replace(written, tex)
     text = " ".join(text.split())
     while text and text[-1] in ".,;" and not text.endswith("..."):
         text = text[:-1].rstrip()

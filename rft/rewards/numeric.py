@@ -191,7 +191,7 @@ def _holds_at(solved: Expression, other: Expression, name: str, point: Point) ->
         one, two, three = line()
         return _plus(one, three), _times(Fraction(2), two)
 
-    def there() -> tuple[Value, Value]:
+    def at_root() -> tuple[Value, Value]:
         one, two, _ = line()
         slope = _plus(two, -one)
         root = _plus(Fraction(1), -_divided(one, slope))
@@ -199,7 +199,7 @@ def _holds_at(solved: Expression, other: Expression, name: str, point: Point) ->
 
     if not _vanishes(curvature) or _vanishes(lambda: line()[:2]):
         return None
-    return _vanishes(there)
+    return _vanishes(at_root)
 
 
 def _positive_points(names: list[str]) -> list[dict[str, Value]]:

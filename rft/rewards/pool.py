@@ -450,11 +450,11 @@ class Worker:
     async def receive(self, timeout_s: float, *, per_call: bool) -> Any:
         """Return the next message. Raises Died; raises Hung once a call (or the wait) exceeds `timeout_s`."""
         read = asyncio.ensure_future(self._read())
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             while True:
-                index, since = PROGRESS.unpack_from(self.board) if per_call else (0, begun)
-                since = max(since, begun) if index < 0 else since
+                index, since = PROGRESS.unpack_from(self.board) if per_call else (0, start)
+                since = max(since, start) if index < 0 else since
                 left = since + timeout_s - time.monotonic()
                 if left <= 0:
                     await asyncio.sleep(0.002)  # index and time are not written atomically: read again

@@ -42,15 +42,15 @@ class Lockstep:
 
         async def generate(request: Request) -> list[Generated]:
             loop = asyncio.get_running_loop()
-            begun: asyncio.Future[None] = loop.create_future()
-            waiting.append(begun)
+            turn: asyncio.Future[None] = loop.create_future()
+            waiting.append(turn)
             loop.call_soon(self._next_round)  # not at once: the last call would overtake those that wait
             try:
-                await begun
+                await turn
                 return await self._generate(request)
             finally:
-                if begun in waiting:  # cancelled before its round began
-                    waiting.remove(begun)
+                if turn in waiting:  # cancelled before its round began
+                    waiting.remove(turn)
                 else:
                     self._in_flight -= 1
                 self._next_round()
@@ -67,11 +67,11 @@ class Lockstep:
             return
         sessions = [waiting for group in self._groups.values() for _, waiting in sorted(group.items())]
         # One session has several calls if its environment asks several questions at once.
-        ready = [[begun for begun in waiting if not begun.cancelled()] for waiting in sessions]
+        ready = [[turn for turn in waiting if not turn.cancelled()] for waiting in sessions]
         if not all(ready):
             return
         for waiting, calls in zip(sessions, ready, strict=True):
-            for begun in calls:
-                waiting.remove(begun)
-                begun.set_result(None)  # the calls go on in this order
+            for turn in calls:
+                waiting.remove(turn)
+                turn.set_result(None)  # the calls go on in this order
             self._in_flight += len(calls)

@@ -287,7 +287,7 @@ def _turn_tokens(tokenizer: Any) -> tuple[frozenset[int], dict[int, str]]:
 
 
 def _markup(tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """Yield (text that the chat template puts around messages, whether none of it can be part of an answer).
+    """Yield (text that the chat template puts around messages, whether it can never be part of an answer).
     The text around an assistant's message may contain a tag of the answer, such as an open `<think>`."""
     from jinja2 import TemplateError
 

@@ -120,9 +120,9 @@ class VLLMEngine:
         params = self._params(request.sampling)
         if request.scores_prompt:
             params.prompt_logprobs = 1  # the token's, and that of the most likely one
-        began = self._version
+        start_version = self._version
         # The salt prevents sharing prefixes with requests of another version, whose keys and values differ.
-        prompt = tokens_input(list(request.tokens), cache_salt=str(began))
+        prompt = tokens_input(list(request.tokens), cache_salt=str(start_version))
         output = None
         sent = self._engine.generate(prompt, params, request_id=request.id, **self._request_args())
         async for latest in sent:
@@ -135,9 +135,9 @@ class VLLMEngine:
         if request.scores_prompt:
             scored = _scored(request.tokens, output.prompt_logprobs)
             generated = [replace(g, prompt=scored) for g in generated]
-        if self._continued and self._version != began:
+        if self._continued and self._version != start_version:
             # Its last tokens were also sampled from keys and values of the version at its start.
-            return [replace(g, versions=((began, 0, len(g.tokens)),)) for g in generated]
+            return [replace(g, versions=((start_version, 0, len(g.tokens)),)) for g in generated]
         return generated
 
     async def score(self, tokens: tuple[int, ...]) -> list[float]:

@@ -221,7 +221,7 @@ def build_filter(*, signals: bool, shared_memory: bool = True) -> Filter:
     library = _libseccomp()
     if library is not None:
         return Filter(_by_libseccomp(library, rules), "libseccomp")
-    return Filter(_by_hand(rules, *_ARCHITECTURES[machine]), "built-in table")
+    return Filter(_compile_builtin(rules, *_ARCHITECTURES[machine]), "built-in table")
 
 
 def install(filter_: Filter) -> None:
@@ -312,7 +312,7 @@ _LOAD, _AND, _JUMP_EQ, _JUMP_GE, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
-def _by_hand(rules: Sequence[Rule], column: int, architecture: int) -> bytes:
+def _compile_builtin(rules: Sequence[Rule], column: int, architecture: int) -> bytes:
     """Compile: check the architecture, refuse x32 numbers, then add one block per rule."""
     code: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, 4),

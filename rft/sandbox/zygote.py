@@ -41,7 +41,7 @@ PRELOADED = "bisect collections copy datetime functools hashlib heapq itertools 
 for _name in [*PRELOADED.split(), "statistics", "string", "typing"]:
     importlib.import_module(_name)
 
-LOOK_EVERY_S = 0.05
+CHECK_INTERVAL_S = 0.05
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_FILES = 4096  # in the scratch folder
 REQUEST_NAMESPACES = linux.CLONE_NEWPID | linux.CLONE_NEWNS | linux.CLONE_NEWIPC
@@ -321,7 +321,7 @@ def _watch(
     poll = select.poll()
     for fd in (child, owner, request.fds["control"]):
         poll.register(fd, select.POLLIN | select.POLLHUP)
-    end, look = started + limits["wall_s"], started + LOOK_EVERY_S
+    end, look = started + limits["wall_s"], started + CHECK_INTERVAL_S
     while True:
         now = time.monotonic()
         if now >= end:
@@ -340,7 +340,7 @@ def _watch(
                     return "processes"
                 if _on_disk(pids, scratch) > limits["scratch"]:
                     return "scratch"
-            look = time.monotonic() + LOOK_EVERY_S
+            look = time.monotonic() + CHECK_INTERVAL_S
         ready = {fd for fd, _ in poll.poll(max(0.0, min(look, end) - time.monotonic()) * 1000 + 1)}
         if child in ready:
             return ""

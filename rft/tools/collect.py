@@ -150,7 +150,7 @@ async def _play(
     signals: StopRequests,
     say: Say,
 ) -> None:
-    """Play the sessions of the prompts, and write each group as it is finished."""
+    """Play the sessions of the prompts, and write each group when it is finished."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def request(reason: str) -> float:

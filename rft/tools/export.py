@@ -85,7 +85,7 @@ def weights_of(target: str, scratch: Path) -> tuple[str, str]:
 def start_of(config: Config) -> str:
     """Return the folder or hub name of the weights that a run began to train: the model, or its warm start.
 
-    Raises ModelError if the config's model is no longer there.
+    Raises ModelError if the config's model no longer exists.
     """
     model = resolve_model(config)
     if config.warm_start is None:

@@ -152,7 +152,7 @@ def lora_delta(a: Tensor, b: Tensor, scale: float, transposed: bool = False) -> 
 def merge(
     method: str, folders: Mapping[str, str], out: Path, options: Options, score: Callable[[str], float] | None
 ) -> list[str]:
-    """Merge models into the new folder `out`; return lines about what was done.
+    """Merge models into the new folder `out`; return lines that describe the work.
 
     folders: name of each model, as the user wrote it, to its folder. score: accuracy of a model folder, for
     greedy. Raises ConfigError with all problems before anything is written.
@@ -344,7 +344,7 @@ class Adapter:
         self.base = json.loads(lineage.read_text(encoding="utf-8")).get("base") if lineage.exists() else None
 
     def problems(self, base: ModelFiles) -> list[str]:
-        """Return what keeps the adapter from being merged into a base."""
+        """Return the reasons why the adapter cannot be merged into a base."""
         kind = self.config.get("peft_type")
         unknown = [k for k in self.files.tensors if ".lora_A." not in k and ".lora_B." not in k]
         if kind != "LORA" or self.config.get("use_dora") or unknown:

@@ -63,7 +63,7 @@ class ModelFiles:
             raise ConfigError([f"{self.name}: {shard} cannot be read: {error}"]) from None
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as it is stored."""
+        """Return a stored tensor, unconverted."""
         with self._open(self.tensors[name].file) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
@@ -100,7 +100,7 @@ def write_like(base: ModelFiles, out: Path, tensor: Callable[[str], Tensor]) -> 
 
 
 def shape_problems(models: Sequence[ModelFiles]) -> list[str]:
-    """Return what keeps the models from being combined tensor by tensor: other names, shapes or quantised
+    """Return the reasons why the models cannot be combined tensor by tensor: other names, shapes or quantised
     weights."""
     first, *others = models
     problems = [

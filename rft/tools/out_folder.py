@@ -20,8 +20,9 @@ def claimed(
 ) -> Iterator[None]:
     """Hold a folder for the length of a block.
 
-    written: name of the file with the settings. files: the other names that the command writes. holds: what
-    the folder has, where its settings are others. Raises ConfigError for such settings and foreign files.
+    written: name of the file with the settings. files: the other names that the command writes. holds: the
+    content of a folder with other settings, for the error. Raises ConfigError for such settings, and for
+    foreign files.
     """
     known = {written, *files, "run.lock"}
     other = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []

@@ -42,7 +42,7 @@ class Publishing:
 
 
 def publish(run: Path, out: Path, wanted: Publishing) -> list[str]:
-    """Export a run's policy with model card and lineage; return lines about what was done.
+    """Export a run's policy with model card and lineage; return lines that describe the work.
 
     Raises ConfigError with all problems before anything is written.
     """
@@ -122,7 +122,7 @@ def convert(folder: Path, out: Path, converter: Path) -> None:
 
 
 def lineage_of(run: Path) -> dict[str, Any]:
-    """Return what a model was made of: algorithm and settings, base and data with hashes, last evaluation."""
+    """Return the origin of a model: algorithm and settings, base and data with hashes, last evaluation."""
     if not (run / "config.yaml").exists():
         raise ConfigError([f"{run} is not a run folder: it has no config.yaml"])
     raw = yaml_files.read(run / "config.yaml")

@@ -83,9 +83,9 @@ class Replay:
 
     def lines(self) -> Iterator[str]:
         last, others = self.steps[-1], self.steps[:-1]
-        came = "the weights that the run began with" if self.start is None else self.start.path.name
+        start = "the weights that the run began with" if self.start is None else self.start.path.name
         through = f", through {len(others)} step{'s' if len(others) > 1 else ''}" if others else ""
-        yield f"step {last.step} of {self.run}, from {came}{through}"
+        yield f"step {last.step} of {self.run}, from {start}{through}"
         if not last.recorded:
             yield "  the step failed when it was recorded: there is nothing to compare with"
         yield f"  {'':<18} {'recorded':<24} {'recomputed':<24}"

@@ -44,7 +44,7 @@ from rft.tools.export import export_run
 from rft.utils.ray_cluster import ray_cluster
 from rft.utils.signals import StopRequests
 
-LOOK_EVERY_S = 5.0  # for a newer checkpoint
+CHECK_INTERVAL_S = 5.0  # for a newer checkpoint
 END_S = 30.0  # for ending the engines after a stop signal
 CONTEXT = 8192  # tokens of prompt and answer, unless the model has fewer positions
 NAME = "serve"
@@ -261,7 +261,7 @@ async def serving(
             nonlocal step, current
             tried = step
             while True:
-                await asyncio.sleep(LOOK_EVERY_S)
+                await asyncio.sleep(CHECK_INTERVAL_S)
                 if (newest := newest_step(run / "checkpoints")) == tried:
                     continue
                 old, its_step, tried = current, step, newest
@@ -285,7 +285,7 @@ async def serving(
                     )
                 except EnvironmentFault as error:
                     say(f"warning: the endpoint's process died, and another one cannot be started: {error}")
-                    await asyncio.sleep(LOOK_EVERY_S)
+                    await asyncio.sleep(CHECK_INTERVAL_S)
 
         endpoint.share(NAME, reply)
         tasks = list[asyncio.Task[None]]()

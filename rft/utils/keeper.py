@@ -20,7 +20,7 @@ WORKER = Struct("=q")
 """The worker's process id, which the keeper writes into shared memory."""
 TOO_MUCH_MEMORY = 97
 """The keeper's exit status after it killed a worker for its memory; otherwise it exits as the worker did."""
-LOOK_EVERY_S = 1.0
+CHECK_INTERVAL_S = 1.0
 
 
 def fork_worker(board: mmap, offset: int, memory: int | None) -> None:
@@ -40,7 +40,7 @@ def fork_worker(board: mmap, offset: int, memory: int | None) -> None:
     os.closerange(3, 4096)
     poll = select.poll()
     poll.register(os.pidfd_open(pid), select.POLLIN)
-    while not poll.poll(None if memory is None else LOOK_EVERY_S * 1000):
+    while not poll.poll(None if memory is None else CHECK_INTERVAL_S * 1000):
         if memory is not None and memory_below(os.getpid()) > memory:
             kill_tree(os.getpid())
             os._exit(TOO_MUCH_MEMORY)

@@ -39,7 +39,7 @@ class Identity:
 
 
 def identify(target: Any) -> Identity:
-    """Return what identifies a function, a method, a class or an instance."""
+    """Return the identity of a function, a method, a class or an instance."""
     parts = dict(_parts(target))
     values = {name: _short(value) for name, value in parts.items()}
     digest = hashlib.sha256()
@@ -215,7 +215,7 @@ def _instance_tokens(value: Any, above: list[int]) -> Iterator[str]:
     else:
         try:
             reduced = value.__reduce_ex__(2)
-        except Exception:  # what cannot be pickled is refused elsewhere
+        except Exception:  # values that cannot be pickled are refused elsewhere
             return
         if isinstance(reduced, str):
             yield reduced

@@ -67,10 +67,10 @@ def memory_of_trees(pids: Iterable[int], shared_with: int) -> dict[int, int]:
     """
     table, program, shared = _processes(), _command_line(shared_with), memory_of(shared_with)
 
-    def own(pid: int) -> int:
+    def unshared(pid: int) -> int:
         return max(0, memory_of(pid) - (shared if _command_line(pid) == program else 0))
 
-    return {pid: sum(map(own, {pid} | descendants(pid, table))) for pid in pids}
+    return {pid: sum(map(unshared, {pid} | descendants(pid, table))) for pid in pids}
 
 
 def _command_line(pid: int) -> bytes:

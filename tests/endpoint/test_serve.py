@@ -162,7 +162,7 @@ def test_a_run_is_followed(
     engine: str, tiny_folder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls are answered through the change of engines; then the log-probs are those of the newest model."""
-    monkeypatch.setattr("rft.tools.serve.LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr("rft.tools.serve.CHECK_INTERVAL_S", 0.2)
     (tmp_path / "run.yaml").write_text(
         f"""
 name: run
@@ -204,7 +204,7 @@ async def test_a_checkpoint_that_cannot_be_loaded_is_reported(
     tiny_folder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest one that could be loaded is still served, and the next one is loaded."""
-    monkeypatch.setattr("rft.tools.serve.LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("rft.tools.serve.CHECK_INTERVAL_S", 0.05)
     run, steps = tmp_path / "run", iter([1, 2, 2, 2, 3])
     run.mkdir()
     overrides = [f"model.path={tiny_folder}", "rollout.engine=hf", "rollout.threads=1"]

@@ -129,7 +129,7 @@ def test_an_odd_row_is_left_out_and_counted(run_dir: Path, tmp_path: Path, name:
             + "\udcff{\n".encode("utf-8", "replace").decode()
         )
     said = f"{len(ODD[name]) + 3} of {name}"
-    assert said in Run(folder).odd_lines()
+    assert said in Run(folder).damaged_lines()
     assert said in frame_of(folder)
     assert said in write_report(folder).read_text(encoding="utf-8")
 

@@ -15,10 +15,10 @@ from matplotlib import image
 from rft.config.metrics import TrackingConfig
 from rft.metrics import RunLog
 from rft.report.charts import POINTS, Chart, draw_all, thin
+from rft.report.events import as_text, notable_events, outcome_of
 from rft.report.history import NoRun, Run
 from rft.report.plots import plot_learning_curve, smooth
 from rft.report.report import before_and_after, facts, write_report
-from rft.report.tell import as_text, outcome_of, told_events
 
 CHROMIUM = next(
     (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
@@ -116,7 +116,7 @@ def test_the_head_tells_what_was_measured(run_dir: Path) -> None:
 
 
 def test_events_are_in_order_with_their_tone(run_dir: Path) -> None:
-    told = told_events(Run(run_dir))
+    told = notable_events(Run(run_dir))
     assert [(e["kind"], e["tone"]) for e in told] == [
         ("run/opened", "info"), ("fault/engine", "bad"), ("run/opened", "info"), ("run/superseded", "info"),
         ("guard/duplicates", "warn"), ("run/closed", "info"),

@@ -135,8 +135,8 @@ async def play(row: Row, session: Session, remote: Remote) -> Episode:
         shutil.rmtree(folder, ignore_errors=True)
     failure = ""
     if ended["status"] != 0:
-        said = (ended["errors"] or ended["output"]).strip()[-2000:]
-        failure = f"the command {_how(ended['status'])}: {said}"
+        output = (ended["errors"] or ended["output"]).strip()[-2000:]
+        failure = f"the command {_how(ended['status'])}: {output}"
     ending, scores = calls.finish(failure), dict(remote.scores)
     reward = sum(remote.given) if remote.given or failure else None
     if reward is None and remote.gives_reward:

@@ -34,7 +34,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             _run(command, folder, variables, to_output, to_errors)
-        with suppress(PermissionError):  # the child does it too; it may have a session of its own by now
+        with suppress(PermissionError):  # the child does it too; it may lead a separate session by now
             os.setpgid(self.pid, self.pid)
         os.close(to_output)
         os.close(to_errors)

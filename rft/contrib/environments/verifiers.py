@@ -62,7 +62,7 @@ class Host:
         return set() if self.process is None else {self.process.pid}
 
     def run(self, row: Mapping[str, Any], asked: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
-        """Play an episode; return what the player answered."""
+        """Play an episode; return the player's answer."""
         if self.process is None or not self.process.running:
             self.process = self._start(max_turns)
         answer = self.process.ask({**asked, "row": dict(row)})

@@ -8,7 +8,7 @@ import torch
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Group
-from rft.contrib.second_policy import own
+from rft.contrib.second_policy import masked_to
 
 
 def paired(groups: list[Group]) -> list[Group]:
@@ -39,7 +39,7 @@ def test_a_copy_is_trained_on_its_own_words_with_the_same_advantages(make_groups
     copy_of = Batch.build(groups).columns["copy"]
     masks = []
     for copy in (0, 1):
-        batch = cory.prepare(Batch.build(own(groups, copy)))
+        batch = cory.prepare(Batch.build(masked_to(groups, copy)))
         assert torch.equal(batch.lengths > 0, copy_of == copy)
         assert torch.equal(batch.advantages[batch.mask], whole.advantages[batch.mask])
         assert batch.advantages[batch.mask].abs().max() > 0

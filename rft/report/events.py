@@ -10,7 +10,7 @@ from rft.report.history import Row, Run
 from rft.utils.terminal import printable
 
 # Events for the list below the timeline, most urgent first, with their CSS class.
-TOLD = {
+NOTABLE = {
     "fault/": "bad",
     "run/failed": "bad",
     "checkpoint/rejected": "bad",
@@ -28,16 +28,16 @@ HIDDEN = ("time", "clock", "kind", "step", "pid")
 MAX_EVENTS = 200
 
 
-def told_events(run: Run) -> list[dict[str, str]]:
+def notable_events(run: Run) -> list[dict[str, str]]:
     """Return the notable events, in order, printable; at most the latest `MAX_EVENTS`."""
     start = run.events[0]["time"] if run.events else 0.0
     rows = []
-    for event in run.of_kind(*TOLD):
+    for event in run.of_kind(*NOTABLE):
         kind = event["kind"]
         fields = {k: v for k, v in event.items() if k not in HIDDEN and v is not None}
         text = fields.pop("message", None) or fields.pop("text", None)
         rest = ", ".join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k, v in fields.items())
-        tone = next(tone for known, tone in TOLD.items() if kind == known or kind.startswith(known))
+        tone = next(tone for known, tone in NOTABLE.items() if kind == known or kind.startswith(known))
         rows.append(
             {
                 "at": duration(event["time"] - start),
