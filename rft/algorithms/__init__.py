@@ -18,6 +18,7 @@ from rft.algorithms.policy_gradient.luffy import LUFFY
 from rft.algorithms.policy_gradient.luspo import LUSPO
 from rft.algorithms.policy_gradient.m2po import M2PO
 from rft.algorithms.policy_gradient.max_rl import MaxRL
+from rft.algorithms.policy_gradient.mml import MML, MMLPartial
 from rft.algorithms.policy_gradient.opo import OPO
 from rft.algorithms.policy_gradient.per_step import PerStep
 from rft.algorithms.policy_gradient.ppo import PPO
@@ -37,6 +38,7 @@ from rft.algorithms.preference.kto import KTO
 from rft.algorithms.preference.nash_md import NashMD
 from rft.algorithms.preference.online_dpo import OnlineDPO
 from rft.algorithms.preference.orpo import ORPO
+from rft.algorithms.preference.prefix_dpo import PrefixDPO
 from rft.algorithms.preference.reward_difference import RewardDifference
 from rft.algorithms.preference.simpo import SimPO
 from rft.algorithms.preference.sppo import SPPO
@@ -57,6 +59,7 @@ from rft.algorithms.supervised.masked_thought import MaskedThought
 from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.neft import NEFT
 from rft.algorithms.supervised.poft import PoFT
+from rft.algorithms.supervised.rwr import RWR
 from rft.algorithms.supervised.sft import SFT
 from rft.algorithms.supervised.token_cleaning import SSToken, TokenCleaning
 from rft.algorithms.supervised.weak_to_strong import WeakToStrong
@@ -87,12 +90,15 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "raft_pp": RAFTPlusPlus,
     "reinforce_rej": ReinforceRej,
     "expert_iteration": ExpertIteration,
+    "mml": MML,
+    "mml_partial": MMLPartial,
     "prefix_rft": PrefixRFT,
     "luffy": LUFFY,
     "sppo": SPPO,
     "online_dpo": OnlineDPO,
     "nash_md": NashMD,
     "iterative_dpo": IterativeDPO,
+    "prefix_dpo": PrefixDPO,
     "reward_difference": RewardDifference,
     "trajectory_balance": TrajectoryBalance,
     "cory": CORY,
@@ -111,6 +117,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "ss_token": SSToken,
     "forgetting": Forgetting,
     "weak_to_strong": WeakToStrong,
+    "rwr": RWR,
     "poft": PoFT,
     "dpo": DPO,
     "simpo": SimPO,
@@ -147,12 +154,14 @@ __all__ = [
     "LUSPO",
     "M2PO",
     "MFT",
+    "MML",
     "NEFT",
     "OPO",
     "ORPO",
     "PPO",
     "RAFT",
     "RLOO",
+    "RWR",
     "SAPO",
     "SFT",
     "SPPO",
@@ -166,6 +175,7 @@ __all__ = [
     "Forgetting",
     "IterativeDPO",
     "KLCov",
+    "MMLPartial",
     "MaskedThought",
     "MaxRL",
     "NashMD",
@@ -174,6 +184,7 @@ __all__ = [
     "PerStep",
     "PoFT",
     "PolicyOutput",
+    "PrefixDPO",
     "PrefixRFT",
     "ProcessReward",
     "RAFTPlusPlus",

@@ -151,10 +151,15 @@ class Steps:
     - `columns["step_values"]` [N, K], the mean reward of `branches` continuations from the start of each step
       (nan for the first), or, if `branches` is 0,
     - `columns["step_rewards"]` [N, K], the scores of a reward that scores each step.
+
+    With `pairs`, the best and the worst continuation of the start of a step join the group if their rewards
+    differ. They have the start as demonstrated tokens that are masked out, and its number, from 1, in
+    `columns["prefix"]` [N]; the group's other completions have nan there.
     """
 
     separator: str
     branches: int
+    pairs: bool = False
 
 
 @runtime_checkable

@@ -56,6 +56,23 @@ class CurriculumConfig(ConfigModel):
     )
     rate: float = Field(0.5, gt=0, le=1, description="weight of a new pass rate in the moving average")
     rest: int = Field(64, ge=0, description="minimum draws before the curriculum repeats a prompt")
+    model: Literal["average", "beta"] = Field(
+        "average",
+        description="average: of measured pass rates; beta: a posterior of each prompt's pass rate, from "
+        "which "
+        "unmeasured prompts are drawn too (MoPPS)",
+    )
+    decay: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="beta: weight of earlier measurements at a new one, since the policy changes",
+    )
+    candidates: int = Field(16, ge=1, description="beta: random prompts of which the best one is drawn")
+    allocate: bool = Field(
+        False,
+        description="sample more completions of prompts whose rewards vary more, num_generations on average",
+    )
 
 
 class TrainConfig(ConfigModel):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_type_hints
 
+from rft.algorithms import RWR
 from rft.algorithms.base import Algorithm, Rollout
 from rft.algorithms.extras import ValuesSteps, compares_distributions, compares_rows, copies, score_heads
 from rft.algorithms.supervised.mft import MFT
@@ -410,6 +411,19 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
         isinstance(a, MFT) and not config.data.mixture,
         "algorithm: mft balances the sources of data.mixture, and there is none; name them, or write sft",
     )
+    if isinstance(a, RWR):
+        yield (
+            not collected and "reward" not in config.data.numbers,
+            "data.numbers: rwr weighs responses by their reward; name its column: numbers: [reward]",
+        )
+        yield (
+            bool(a.first_turn) and not collected,
+            "algorithm.first_turn: only sessions have turns; set data.sessions, or write first_turn: 0",
+        )
+    yield (
+        isinstance(a, MFT) and not config.data.mixture,
+        "algorithm: mft balances the sources of data.mixture, and there is none; name them, or write sft",
+    )
     yield (
         config.eval.generate and collected,
         "eval.generate: collected sessions are not played again; set it to false, and evaluate the trained "
@@ -482,6 +496,12 @@ def run_checks(config: Config, facts: Facts) -> Iterator[Check]:
     yield (
         config.model.reference is not None and not config.algorithm.needs_reference,
         f"model.reference: {name} does not use a reference; remove it",
+    )
+    yield (
+        t.curriculum is not None
+        and t.curriculum.allocate
+        and any(r != Rollout() for r in rollouts(config, bool(facts.demonstrations))),
+        f"train.curriculum.allocate: {name} plans the completions of a group; write false",
     )
     yield (
         facts.rows is not None and facts.rows < t.batch_size,

@@ -40,28 +40,30 @@ class Replay(LoopHooks):
     def state_dict(self) -> list[Any]:
         """Return the groups as plain JSON, with prompts by id."""
         return [
-            [[group.prompt.id, [_plain(c) for c in group.completions]] for group in step]
-            for step in self.past
+            [[group.prompt.id, [plain(c) for c in group.completions]] for group in step] for step in self.past
         ]
 
     def load_state_dict(self, state: Sequence[Any], prompts: Mapping[int, Prompt]) -> None:
         self.past.clear()
         for step in state:
             self.past.append(
-                [Group(prompts[key], tuple(_completion(c) for c in completions)) for key, completions in step]
+                [
+                    Group(prompts[key], tuple(completion_of(c) for c in completions))
+                    for key, completions in step
+                ]
             )
 
 
-def _plain(c: Completion) -> dict[str, Any]:
+def plain(c: Completion) -> dict[str, Any]:
     """Return a completion without score details and origin, which training does not read."""
     return asdict(replace(c, scores={}, origin=None))
 
 
-def _completion(plain: Mapping[str, Any]) -> Completion:
+def completion_of(row: Mapping[str, Any]) -> Completion:
     def frozen(value: Any) -> Any:
         return tuple(frozen(v) for v in value) if isinstance(value, list) else value
 
-    known = {name: frozen(value) for name, value in plain.items() if name != "values"}
+    known = {name: frozen(value) for name, value in row.items() if name != "values"}
     known["branches"] = tuple(Branch(*branch) for branch in known.get("branches", ()))
     known["turns"] = tuple(Turn(*turn) for turn in known.get("turns", ()))
-    return Completion(**known, values={name: frozen(v) for name, v in plain["values"].items()})
+    return Completion(**known, values={name: frozen(v) for name, v in row["values"].items()})

@@ -59,7 +59,7 @@ async def value_steps(
         c.tokens[:e] for c, cuts in zip(judged.completions, ends, strict=True) for e in cuts[:-1] if e < limit
     }
     ordered = sorted(starts)
-    values = await asyncio.gather(
+    continued_from = await asyncio.gather(
         *(
             _continue_from(
                 judged, start, generate, judge, sampling, steps.branches, f"{name}-step-{i}", tokenizer
@@ -67,7 +67,9 @@ async def value_steps(
             for i, start in enumerate(ordered)
         )
     )
-    return _with_values(judged, ends, dict(zip(ordered, values, strict=True)))
+    values = [_mean_reward(judgement) for judgement in continued_from]
+    judged = _with_values(judged, ends, dict(zip(ordered, values, strict=True)))
+    return _with_pairs(judged, ordered, continued_from) if steps.pairs else judged
 
 
 async def _continue_from(
@@ -79,14 +81,38 @@ async def _continue_from(
     branches: int,
     name: str,
     tokenizer: Any,
-) -> float | None:
-    """Return the mean reward of `branches` continuations of `start`; None if none could be judged."""
+) -> Judged:
+    """Return `branches` judged continuations of `start`, each with the start."""
     seed = None if sampling.seed is None else derive_seed(sampling.seed, *start)
     params = replace(sampling, n=branches, max_tokens=sampling.max_tokens - len(start), seed=seed)
     generated = await generate(Request(name, judged.prompt.tokens + start, params))
-    judgement = await judge(completions_of([continued(start, g) for g in generated], tokenizer))
+    return await judge(completions_of([continued(start, g) for g in generated], tokenizer))
+
+
+def _mean_reward(judgement: Judged) -> float | None:
+    """Return the mean reward of completions; None if none could be judged."""
     rewards = [r.value for r in judgement.rewards if r.value is not None]
     return sum(rewards) / len(rewards) if rewards else None
+
+
+def _with_pairs(judged: Judged, starts: Sequence[Tokens], continuations: Sequence[Judged]) -> Judged:
+    """Add the best and the worst continuation of each start, where their rewards differ."""
+    completions, rewards = list(judged.completions), list(judged.rewards)
+    for number, (start, judgement) in enumerate(zip(starts, continuations, strict=True), 1):
+        rows = [
+            (r.value, c, r)
+            for c, r in zip(judgement.completions, judgement.rewards, strict=True)
+            if r.value is not None and len(c.tokens) > len(start)
+        ]
+        if not rows:
+            continue
+        best, worst = max(rows, key=lambda row: row[0]), min(rows, key=lambda row: row[0])
+        for value, c, reward in (best, worst) if best[0] > worst[0] else ():
+            mask = tuple(i >= len(start) for i in range(len(c.tokens)))
+            values = {**c.values, "prefix": float(number)}
+            completions.append(replace(c, mask=mask, demonstrated=len(start), values=values))
+            rewards.append(replace(reward, value=value))
+    return replace(judged, completions=completions, rewards=rewards)
 
 
 def _with_values(

@@ -223,6 +223,9 @@ class MixtureSampler:
     def observe(self, row: int, group: Group, primary: str) -> None:
         """No-op: the order depends only on the seed and the rates."""
 
+    def generations(self, row: int, usual: int) -> int:
+        return usual
+
     def metrics(self) -> dict[str, float]:
         """Return rows, share and passes of each source so far."""
         learned = {} if self.learned is None else self.learned.metrics()

@@ -51,6 +51,9 @@ class Sampler:
     def observe(self, row: int, group: Group, primary: str) -> None:
         """No-op: the order depends only on the seed."""
 
+    def generations(self, row: int, usual: int) -> int:
+        return usual
+
     def metrics(self) -> dict[str, float]:
         return {}
 
@@ -90,6 +93,9 @@ class PromptSampler(Protocol):
 
     def observe(self, row: int, group: Group, primary: str) -> None:
         """Record a row's scored group. primary: name of the reward that measures correctness."""
+
+    def generations(self, row: int, usual: int) -> int:
+        """Return how many completions to sample of a row; `usual` is the config's number."""
 
     def metrics(self) -> dict[str, float]:
         """Return `data/...` metrics of the order."""

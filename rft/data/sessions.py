@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from rft.algorithms.base import DataKind
-from rft.batch import Branch, Completion, Group, Prompt
+from rft.batch import Branch, Completion, Group, Prompt, Turn
 from rft.config.data import DataConfig
 from rft.data.errors import BadRows, DataError, RowProblem
 from rft.data.rows import Split, hold_out, open_source
@@ -182,6 +182,7 @@ class SessionReader:
             demonstrated=len(ids),
             reward=None if reward is None else float(reward),
             branches=self._branches(line, len(shared), len(ids)),
+            turns=tuple(Turn(t["start"], t["end"], None, "") for t in line["turns"]),
         )
         return _Session(Prompt(number - 1, shared, text, columns), completion, success)
 
@@ -223,7 +224,9 @@ class SessionReader:
             return [Group(s.prompt, (replace(s.completion, reward=float(bool(s.success))),)) for s in marked]
         chosen = self._kept(kept)
         self._skip("not kept (data.sessions.keep)", len(kept) - len(chosen))
-        return [Group(s.prompt, (replace(s.completion, reward=1.0),)) for s in chosen]
+        return [
+            Group(s.prompt, (replace(s.completion, reward=1.0, values={"reward": s.reward}),)) for s in chosen
+        ]
 
     def _kept(self, sessions: Sequence[_Session]) -> Sequence[_Session]:
         if self.settings.keep == "successes":

@@ -342,7 +342,8 @@ class Controller:
     async def _serve(self, work: Work) -> None:
         """Sample and score one prompt's group."""
         seed = derive_seed(self.config.seed, *work.key, work.version)
-        sampling = Sampling.of(self.config.rollout.sampling, self.config.train.num_generations, seed)
+        count = self.sampler.generations(work.key[1], self.config.train.num_generations)
+        sampling = Sampling.of(self.config.rollout.sampling, count, seed)
         progress = self.step / max(self.config.train.steps, 1)
         name = f"train-{work.ticket}"
         group, seconds = await self.groups.sample(work.prompt, sampling, name, work.version, progress)

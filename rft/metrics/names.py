@@ -148,6 +148,7 @@ METRICS: dict[str, Metric] = {
     "kto/z": Metric("divergence from the reference that good and bad responses are measured against", "nats"),
     # -- policy
     "policy/kl": Metric("divergence of the policy from the one that sampled, k3 estimate", "nats/token"),
+    "solutions/trained": Metric("distinct solutions of a prompt that mml trains on", "solutions"),
     "policy/kl_ref": Metric("divergence of the policy from the reference, k3 estimate", "nats/token"),
     "policy/divergence": Metric("full divergence of the policy from the teacher", "nats/token"),
     "policy/kl_coefficient": Metric("weight of the KL term in this step, if it is adaptive (`kl_target`)"),

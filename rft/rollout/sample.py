@@ -26,7 +26,6 @@ from rft.rewards.types import SampleReward, Score
 from rft.rollout.engine import Generate, Generated, Request, Sampling
 from rft.utils.dotted import load_dotted
 
-# Features of one or two algorithms, imported only if a plan uses them.
 PAIRS = "rft.contrib.pairs.sample_pairs"  # an observer answers after a pioneer
 STEPS = "rft.contrib.step_values.value_steps"  # credit for the steps of a completion
 
@@ -84,7 +83,8 @@ class GroupSampler:
             judged = await value_steps(
                 judged, self.algorithm.steps, self.generate, score, sampling, name, tokenizer
             )
-        return scored_group(judged, [rollout.train for rollout in plan]), seconds
+        trained = [r.train for r in plan] + [True] * (len(judged.completions) - len(plan))
+        return scored_group(judged, trained), seconds
 
 
 # -- sampling --------------------------------------------------------------------------------------------

@@ -26,11 +26,19 @@ def hand_batch(progress: float = 0.5) -> Batch:
         "aligned_logps": -1.0,
         "margin": 0.2,
         "task": 0.0,
+        "reward": 1.0,
         "targets": (1.0, NAN),
         "step_labels": (1.0, 0.0),
     }
-    b = {"weight": 2.0, "aligned_logps": -4.0, "margin": 0.2, "targets": (0.5, 0.2), "step_labels": (NAN,)}
-    b["task"] = 1.0
+    b = {
+        "weight": 2.0,
+        "aligned_logps": -4.0,
+        "margin": 0.2,
+        "reward": 0.25,
+        "task": 1.0,
+        "targets": (0.5, 0.2),
+        "step_labels": (NAN,),
+    }
     groups = [group(0, completion((10, 11), 1.0, values=a), completion((12,), 0.0, values=b))]
     tables = {"old_logps": LOGPS, "ref_logps": {t: x - OVER_REFERENCE[t] for t, x in LOGPS.items()}}
     return fill(Batch.build(groups), tables).with_(state={"progress": progress})
@@ -64,6 +72,7 @@ def random_groups(data: str, seed: int, groups: int = 5) -> list[Group]:
                 "weight": numbers[0] + 0.1,
                 "aligned_logps": -3 * numbers[1],
                 "margin": 0.3,
+                "reward": numbers[0],
                 "targets": (numbers[2], numbers[3]),
                 "step_labels": tuple(float((number + i) % 2) for i in range(n // 2)),
             }

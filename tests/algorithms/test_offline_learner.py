@@ -29,9 +29,14 @@ ROWS = [
         "rejected": f"{a + b + 10}",
         "label": a != 5,
         "weight": 1.0 if a == 3 else 0.1,
+        "reward": 1.0 if a == 3 else 0.5,
     }
     for a, b in SUMS
 ]
+SETTINGS = {
+    # Four steps are few: at its usual weight ORPO's likelihood term still outweighs its preference term.
+    "orpo": {"beta": 5.0},
+}
 TRAINABLE = [n for n, c in ALGORITHMS.items() if not c.online and "scores" not in c().outputs]
 
 
@@ -51,7 +56,7 @@ def make(tiny: Path, algorithm: Algorithm, learning_rate: float = 3e-3, tokens: 
 def batch_for(tiny: Path, tmp_path: Path, algorithm: Algorithm, *, share_prefix: bool = True) -> Batch:
     file = tmp_path / "train.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in ROWS))
-    config = DataConfig(path=str(file), numbers=("weight",), chat_template="never")
+    config = DataConfig(path=str(file), numbers=("weight", "reward"), chat_template="never")
     groups = load_groups(config, load_tokenizer(str(tiny)), algorithm.data)  # type: ignore[arg-type]
     return Batch.build(arrange(algorithm, groups.groups), share_prefix=share_prefix)
 
@@ -62,8 +67,7 @@ def sequence_logps(learner: Learner, batch: Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_training_moves_the_policy_where_it_should(tiny: Path, tmp_path: Path, name: str) -> None:
-    # Four steps are few: at its usual weight ORPO's likelihood term still outweighs its preference term.
-    algorithm = ALGORITHMS[name](**({"beta": 5.0} if name == "orpo" else {}))
+    algorithm = ALGORITHMS[name](**SETTINGS.get(name, {}))
     learner = make(tiny, algorithm)
     batch = batch_for(tiny, tmp_path, algorithm)
     before = sequence_logps(learner, batch)

@@ -82,6 +82,9 @@ CASES = [
     Case("weak_to_strong", [0.7, 1.25, 1.8], {"alpha": 0.5, "warmup": 0.5}),
     Case("weak_to_strong", [0.85, 1.625, 2.4], {"alpha": 0.5, "warmup": 1.0}),
     Case("weak_to_strong", [1, 2, 3], {"alpha": 0.0}),
+    # Rewards 1 and 1/4 at tau 1/2: weights 1 and e^-1.5.
+    Case("rwr", [1, 2, 3 * exp(-1.5)]),
+    Case("rwr", [1, 2, 3 * exp(-0.75)], {"tau": 1.0}),
     # Mean log-ratios 0.15 and -0.3; sums 0.3, -0.3; column -1 and -4 against means -1.5 and -3.
     Case("poft", [L(0.15), L(-0.3)]),
     Case("poft", [L(0.3), L(-0.6)], {"beta": 2.0}),

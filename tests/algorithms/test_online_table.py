@@ -113,6 +113,14 @@ CASES = [
     Case("raft", [1.0, 2.0], [1.0, 1.0], {"top_share": 1.0, "threshold": 0.0}),
     # Half of the batch's two completions.
     Case("raft", [1.0, 2.0], [1.0, 1.0], {"top_share": 0.5, "rank": "batch"}),
+    # Only a is right: its weight is 1.
+    Case("mml", [1.0, 2.0], [1.0, 1.0]),
+    # Both count as right. Log-likelihoods before the step: -3 - log 1.5 and -3 - log 0.5, so that the weights
+    # are 1/1.5 : 1/0.5 = 1 : 3; at beta 1/2 1 : sqrt(3); at beta 0 equal.
+    Case("mml", [0.25, 0.5, 2.25], [0.25, 0.25, 0.75], {"threshold": -1.0}),
+    Case("mml", [(w := 1 / (1 + math.sqrt(3))), 2 * w, 3 - 3 * w], None, {"threshold": -1.0, "beta": 0.5}),
+    Case("mml", [0.5, 1.0, 1.5], [0.5, 0.5, 0.5], {"threshold": -1.0, "beta": 0.0}),
+    Case("mml_partial", [1.0, 2.0], [1.0, 1.0]),
     Case("raft_pp", [-1.2, -1.0], [1.0, 1.0]),
     Case("reinforce_rej", [-1.2, -1.0, 0.8], [1.0, 1.0, -1.0]),
     Case("expert_iteration", [1.0, 2.0], [1.0, 1.0]),
@@ -138,6 +146,7 @@ CASES = [
     Case("online_dpo", [(0.6 - 1) ** 2], None, {"beta": 0.5, "loss_type": "ipo"}),
     # ... and a's mean log-prob is -1.5.
     Case("iterative_dpo", [math.log1p(math.exp(-0.3)) + 1.5], None, {"beta": 0.5}),
+    Case("prefix_dpo", [math.log1p(math.exp(-0.3)) + 1.5], None, {"beta": 0.5}),
     # The opponent's reward is 1/4: a wins, b loses. -A log p + 0.1 k2, k2 = 0.005, 0.02, 0.045.
     Case("nash_md", [0.5005, 1.002, -1.4955], [0.5, 0.5, -0.5], {"beta": 0.1}),
     # (0.5 * 0.6 - 1)^2. Clipped: a moved log 1.5 = 0.405 -> 0.1, b moved log 0.5 = -0.693 -> -0.1, so the

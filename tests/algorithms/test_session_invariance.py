@@ -106,4 +106,4 @@ def test_what_reads_the_order_refuses_branches(name: str, settings: dict[str, An
 
 
 def test_the_algorithms_that_read_the_order_are_known() -> None:
-    assert {name for name, _ in ORDERED} == {"ppo", "per_step"}
+    assert {name for name, _ in ORDERED} == {"ppo", "per_step", "mml", "mml_partial"}

@@ -75,3 +75,49 @@ def test_pass_rate_counts_correct_outcomes() -> None:
     found = [Outcome.correct, Outcome.wrong, Outcome.correct, Outcome.unparseable]
     completions = tuple(Completion((1,), scores={"math": Score(0.5, outcome)}) for outcome in found)
     assert pass_rate(Group(Prompt(0, (1,), "p"), completions), "math") == 0.5
+
+
+def test_the_posterior_forgets_and_counts() -> None:
+    """Beta(1, 1); 3 of 4 correct, then 0 of 2, with half of the past: (1 + 3, 1 + 1), then
+    (2 + 1/2 + 0, 1 + 1/2 + 2)."""
+    sampler = Curriculum(3, 0, CurriculumConfig(model="beta", decay=0.5))
+    sampler.observe_rate(1, 0.75, 4)
+    assert sampler.posterior == {1: (4.0, 2.0)}
+    sampler.observe_rate(1, 0.0, 2)
+    assert sampler.posterior == {1: (2.5, 3.5)}
+    again = Curriculum(3, 0, sampler.config)
+    sampler.next(12)
+    again.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert again.posterior == sampler.posterior
+    assert again.next(20) == sampler.next(20)
+
+
+def test_predicted_rates_choose_prompts_near_the_target() -> None:
+    """Rows 0 to 9 are never solved, 10 to 19 in half of the cases, 20 to 29 always; 30 to 39 are unknown, and
+    their prior reaches the target too."""
+    config = CurriculumConfig(model="beta", explore=1e-9, rest=0, candidates=8)
+    sampler, seen = Curriculum(40, 1, config), Counter[int]()
+    for row in range(30):
+        sampler.observe_rate(row, (0.0, 0.5, 1.0)[row // 10], 64)
+    for row in sampler.next(2000):
+        seen[row // 10] += 1
+    assert seen[1] > 0.6 * 2000 and seen[3] > 0.05 * 2000
+    assert seen[0] + seen[2] < 0.01 * 2000
+    hard = Curriculum(40, 1, config.model_copy(update={"target": 0.02}))
+    hard.posterior = dict(sampler.posterior)
+    assert Counter(row // 10 for row in hard.next(500))[0] > 400
+
+
+def test_generations_follow_the_standard_deviation() -> None:
+    """Posterior means 1/2, 1/10 and 1/2 (deviations 0.5, 0.3, 0.5; mean 13/30): 8 * 15/13 and 8 * 9/13."""
+    sampler = Curriculum(4, 0, CurriculumConfig(allocate=True, decay=1.0))
+    assert sampler.generations(0, 8) == 8
+    sampler.observe_rate(0, 0.5, 38)
+    sampler.observe_rate(1, 3 / 38, 38)
+    sampler.observe_rate(2, 0.5, 8)
+    assert [sampler.generations(row, 8) for row in range(4)] == [9, 6, 9, 8]
+    sampler.observe_rate(3, 0.0, 10**6)
+    assert sampler.generations(3, 8) == 4 and sampler.generations(0, 8) == 12
+    plain = Curriculum(4, 0, CurriculumConfig())
+    plain.observe_rate(0, 0.0, 8)
+    assert plain.generations(0, 8) == Sampler(4, 0).generations(0, 8) == 8

@@ -186,6 +186,29 @@ def test_steps_are_valued_by_going_on_from_their_ends(world: tuple[Watched, Any,
     assert advantages.isfinite().all() and advantages.abs().max() > 0
 
 
+def test_continuations_of_one_beginning_join_as_pairs(world: tuple[Watched, Any, Prompt]) -> None:
+    engine, tokenizer, prompt = world
+    group = gather(world, ALGORITHMS["prefix_dpo"](branches=4, separator="e"))
+    whole = [c for c in group.completions if "prefix" not in c.values]
+    assert len(whole) == SAMPLING.n and not any(c.mask or c.demonstrated for c in whole)
+    branched = sorted((r.tokens[len(prompt.tokens) :], r) for r in engine.seen if "-step-" in r.id)
+    expected = {}
+    for number, (start, request) in enumerate(branched, 1):
+        again = asyncio.run(HFEngine.generate(engine, request))
+        made = completions_of([continued(start, g) for g in again], tokenizer)
+        rewards = digits([c.text for c in made])
+        if max(rewards) > min(rewards):
+            expected[float(number)] = (start, max(rewards), min(rewards))
+    assert expected
+    for number, (start, best, worst) in expected.items():
+        good, bad = (c for c in group.completions if c.values.get("prefix") == number)
+        assert (good.reward, bad.reward) == pytest.approx((best, worst))
+        for c in (good, bad):
+            assert c.tokens[: len(start)] == start and c.demonstrated == len(start) and c.mask is not None
+            assert sum(c.mask) == len(c.tokens) - len(start) and not any(c.mask[: len(start)])
+    assert len(group.completions) == len(whole) + 2 * len(expected)
+
+
 def test_steps_are_scored_by_a_reward_that_judges_steps(world: tuple[Watched, Any, Prompt]) -> None:
     algorithm = ALGORITHMS["per_step"](source="process", separator="e")
     process = {"function": "process", "options": {"function": DIGITS, "separator": "e"}, "name": "steps"}
