@@ -79,9 +79,8 @@ class GroupSampler:
         seconds = time.perf_counter() - begin
         if isinstance(self.algorithm, ValuesSteps):
             value_steps = load_dotted(STEPS)
-            tokenizer = self.render.tokenizer
             judged = await value_steps(
-                judged, self.algorithm.steps, self.generate, score, sampling, name, tokenizer
+                judged, self.algorithm.steps, self.generate, score, sampling, name, self.render.tokenizer
             )
         trained = [r.train for r in plan] + [True] * (len(judged.completions) - len(plan))
         return scored_group(judged, trained), seconds
