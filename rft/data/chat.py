@@ -36,6 +36,14 @@ class Renderer:
         special = set(tokenizer.all_special_tokens) | set(_added_tokens(tokenizer))
         self.closers = tuple(sorted(special))
 
+    def fewest_tokens(self, characters: int) -> int:
+        """Return a lower bound of the tokens of a text: all of them the longest one of the vocabulary."""
+        return characters // self._longest_token
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(len(token) for token in self.tokenizer.get_vocab())
+
     # -- prompts -----------------------------------------------------------------------------------
 
     def prompt(self, text: Text, tools: list[Any] | None = None) -> tuple[str, list[int]]:

@@ -110,6 +110,7 @@ class SessionCalls:
             raise ValueError(
                 "echo: a session records what the policy samples; texts are scored by `rft serve`"
             )
+        self.session.check_length(len(ask.text or ""))
         call = await self.session.generate(
             tokens_of(ask, self.session.tokenizer),
             max_tokens=ask.max_tokens,

@@ -151,6 +151,7 @@ class Session:
             schemas = [dict(tool) for tool in tools] if tools else None
             if schemas and self._parser is None:
                 raise RowProblem("`tools` need a chat template with tools, or environment.tool_parser")
+            self.check_length(sum(len(message["content"]) for message in given))
             following = dialogue.prompt(given, schemas)
         except RowProblem as problem:
             raise ValueError(f"session.chat: {problem}") from None
@@ -159,6 +160,16 @@ class Session:
         self.record.retokenised += following.follows and not following.extends
         self.record.rewritten += following.rewritten
         return self._reply(dialogue, given, schemas, following, call, index)
+
+    def check_length(self, characters: int) -> None:
+        """Raise ContextFull for a text that cannot fit, before it is encoded: megabytes take seconds, for
+        which no other session goes on."""
+        fewest = self._render.fewest_tokens(characters)
+        if fewest >= self.budget.context:
+            raise ContextFull(
+                f"the prompt of turn {self._started + 1} has {fewest} tokens or more, and "
+                f"environment.max_episode_tokens is {self.budget.context}"
+            )
 
     # -- one call ------------------------------------------------------------------------------------------
 

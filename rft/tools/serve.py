@@ -139,6 +139,9 @@ class Served:
     async def _echo(self, ask: Ask, name: str, sampling: Sampling) -> Answer:
         """Return the prompt with its log-probs, and `max_tokens` more. Raises Refused."""
         tokenizer, limit = self.plan.tokenizer, self.pool.spec.max_model_len
+        if (fewest := self.render.fewest_tokens(len(ask.text or ""))) >= limit:
+            text = f"the prompt has {fewest} tokens or more; with one more, {limit} fit into the context"
+            raise Refused(400, "context_length_exceeded", text, "prompt")
         tokens = tokens_of(ask, tokenizer)
         wrong = next((t for t in tokens if not 0 <= t < len(tokenizer)), None)
         if wrong is not None or not tokens:

@@ -268,6 +268,11 @@ async def test_budgets() -> None:
     session, _, _ = make(tokenizer, says, Budget(9, 50, length))
     with pytest.raises(ContextFull):
         await session.chat(session.messages)
+    session, policy, render = make(tokenizer, says, Budget(9, 50, 999))
+    render.encode = None  # type: ignore[assignment]
+    with pytest.raises(ContextFull, match=r"turn 1 has \d+ tokens or more"):  # without being encoded
+        await session.chat([{"role": "user", "content": "a b" * 2_000_000}])
+    assert not policy.requests
     config = EnvironmentConfig(kind="tools", tools=["calculator"], max_turns=3, max_tokens_per_turn=20)
     sampling = SamplingConfig(max_prompt_length=30, max_completion_length=12)
     assert Budget.of(config, sampling) == Budget(3, 20, 42)
