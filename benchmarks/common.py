@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, interleaved rounds with a yardstick, peak memory, machine, results."""
+"""Helpers of the benchmarks: clocks, interleaved rounds with a baseline, peak memory, machine, results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cpu_name() -> str:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Installed versions; None for what is absent."""
+    """Installed versions; None for packages that are not installed."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -46,7 +46,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Where and with what figures were measured: for every results file."""
+    """Describe the machine and the versions, for every results file."""
     described: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -98,7 +98,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 class MatrixProduct:
-    """The yardstick: the rate of a plain float32 matrix product, now."""
+    """The baseline: the present rate of a plain float32 matrix product."""
 
     def __init__(self, size: int = 1024) -> None:
         self.a = torch.randn(size, size)
@@ -113,7 +113,7 @@ class MatrixProduct:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of every run in every round, and the yardstick's rates before and after each round."""
+    """Seconds of every run in every round, and the baseline's rates before and after each round."""
 
     all: dict[str, list[float]]
     gflops: list[float]
@@ -130,21 +130,21 @@ class Rounds:
         return {
             "seconds": {k: round(v, 5) for k, v in self.medians.items()},
             "spread": {k: round(max(v) / min(v) - 1, 3) for k, v in self.all.items()},
-            "yardstick_gflops": [round(statistics.median(self.gflops), 1), round(min(self.gflops), 1)],
+            "baseline_gflops": [round(statistics.median(self.gflops), 1), round(min(self.gflops), 1)],
         }
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> Rounds:
-    """Time the runs in turns, after one turn that is not counted, the yardstick between turns."""
-    yardstick = MatrixProduct()
+    """Time the runs in turns, after one turn that is not counted, with the baseline between turns."""
+    baseline = MatrixProduct()
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    gflops = [yardstick.rate()]
+    gflops = [baseline.rate()]
     for _ in range(rounds):
         for name, run in runs.items():
             times[name].append(seconds(run))
-        gflops.append(yardstick.rate())
+        gflops.append(baseline.rate())
     return Rounds(times, gflops)
 
 
@@ -176,19 +176,19 @@ def peak_of(run: Callable[[], object]) -> float:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns from a process of its own, with torch imported and nothing
+    """Return the result of a module's function, run in a separate process with torch imported and nothing
     allocated; freed memory goes back to the system at once there, or the next allocation hides in it."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    here, there = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=_send_result, args=(there, torch.get_num_threads(), function, arguments), daemon=True
+        target=_send_result, args=(sender, torch.get_num_threads(), function, arguments), daemon=True
     )
     process.start()
-    there.close()
+    sender.close()
     try:
-        return here.recv()
+        return receiver.recv()
     except EOFError:
         process.join()
         what = f"{function.__name__}{arguments}"
@@ -198,10 +198,10 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _send_result(
-    there: Connection, threads: int, function: Callable[..., Any], arguments: Sequence[Any]
+    sender: Connection, threads: int, function: Callable[..., Any], arguments: Sequence[Any]
 ) -> None:
     torch.set_num_threads(threads)
-    there.send(function(*arguments))
+    sender.send(function(*arguments))
 
 
 def gradient_error(model: torch.nn.Module, reference: torch.nn.Module) -> float:
@@ -215,7 +215,7 @@ def gradient_error(model: torch.nn.Module, reference: torch.nn.Module) -> float:
 
 
 def peer_versions(peer: str, *packages: str) -> dict[str, str]:
-    """Versions in the environment of a peer. Raises KeyError for a package that is not there."""
+    """Versions in the environment of a peer. Raises KeyError for a package that is not installed."""
     from peers.make_env import peer_packages
 
     installed = distributions(path=[str(peer_packages(peer))])
@@ -224,7 +224,7 @@ def peer_versions(peer: str, *packages: str) -> dict[str, str]:
 
 
 def use_peer(name: str) -> None:
-    """Let this process import what is installed for the peer `name`, behind everything of its own."""
+    """Let this process import the packages of the peer `name`, after those of its environment."""
     from peers.make_env import peer_packages
 
     folder = str(peer_packages(name))

@@ -30,7 +30,7 @@ ONLINE = ROOT / "examples" / "online"
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: an example, what is changed in it, and the section it stands in."""
+    """One line of the table: an example, its overrides, and its section."""
 
     name: str
     section: str
@@ -40,7 +40,7 @@ class Case:
     start: str = ""  # of STARTS
 
 
-# The example whose warm start a start is, and what is changed in it. `hasty`: chains of which every step is
+# The example that provides the warm start, and its overrides. `hasty`: chains in which every step is
 # wrong, and one careful solution in a thousand.
 STARTS = {
     "": ("examples/arithmetic.yaml", ()),
@@ -55,7 +55,7 @@ STARTS = {
     "calculator": ("examples/calculator.yaml", ()),
     "guess": ("examples/guess.yaml", ()),
 }
-# Demonstrations in the start's own format, of whose steps three in ten are wrong.
+# Demonstrations in the format of the warm start, with three steps in ten wrong.
 HARD = ("data.options={styles: {chain: 1}, wrong_fraction: 0.3}", "train.steps=100", "eval.every=50")
 # As many prompts as the others see, each with its demonstration.
 SUPERVISED = (
@@ -64,7 +64,7 @@ SUPERVISED = (
     "learner.learning_rate=1.0e-3",
     "eval={every: 50, problems: 256, generate: true}",
 )
-# A critic on the policy's trunk, at the policy's learning rate, against the example's model of its own.
+# A critic on the policy's trunk, at the policy's learning rate, against the example's separate model.
 VALUE_HEAD = (
     "algorithm={name: ppo, critic: head, critic_rate: 1.0, critic_warmup: 5}",
     "learner.learning_rate=3.0e-4",

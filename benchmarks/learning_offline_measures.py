@@ -24,7 +24,7 @@ PROBLEMS, HELD_OUT = 256, 187
 def preferences(plan: Plan, learner: Learner, pairs: DataConfig) -> dict[str, float]:
     """Of held-out ones of `pairs`: how often the policy finds the preferred response likelier, in all and
     per token, and by how many nats; and how often its log-ratio to the start favours it (DPO's implicit
-    reward; a tie counts half). The same yardsticks for every loss."""
+    reward; a tie counts half). The same baselines for every loss."""
     data = pairs.model_copy(update={"eval_limit": HELD_OUT})
     groups = load_groups(data, plan.tokenizer, "preference", "test").groups
     batch = Batch.build(groups, share_prefix=True)

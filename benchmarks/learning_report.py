@@ -180,7 +180,7 @@ def summarise(run: Path, section: str, case: str, seed: int, config: str, overri
 
 
 def _binned(steps: Sequence[Row], name: str) -> list[list[float]]:
-    """[step, mean over the `BIN` steps up to it], where the metric is there."""
+    """Return [step, mean over the `BIN` steps up to it] where the metric was logged."""
     parts = [steps[i : i + BIN] for i in range(0, len(steps), BIN)]
     means = [(p[-1]["step"], [r[name] for r in p if r.get(name) is not None]) for p in parts]
     return [[step, round(statistics.fmean(values), 4)] for step, values in means if values]
@@ -219,7 +219,7 @@ def write_page(known: Sequence[tuple[str, str]]) -> None:
         "`benchmarks/results/learning.json`. Accuracy is over 256 held-out problems x 4 samples at "
         "temperature 1; with several seeds, mean ± standard deviation over seeds, and minutes of "
         "the fastest. Offline algorithms have "
-        "a page of their own, [learning_offline.md](learning_offline.md)."
+        "a separate page, [learning_offline.md](learning_offline.md)."
     ]
     if rows:
         parts.append("![learning](images/learning.png)")

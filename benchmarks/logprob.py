@@ -6,11 +6,11 @@ Every round times the bare products, each contender, and the bare products again
 time over the products that its task needs at least (forward 1, frozen head 2, all else 3). Medians
 of rounds. One thread is timed in processor time, so that other programs disturb little. Each row carries
 its largest error against a float32 reference of the same inputs, and its peak memory beyond inputs and
-gradients in a fresh process. What is not rft's runs on at most 1,024 rows, against as many rows of products.
+gradients in a fresh process. Other libraries run on at most 1,024 rows, against as many rows of products.
 
 Where the processor has no bfloat16 arithmetic its bfloat16 products are emulated, many times
-slower than float32 ones. There the yardstick of bfloat16 rows is the *float32* products; the emulated
-products are given beside it, and what is not rft's is left out.
+slower than float32 ones. There the baseline of bfloat16 rows is the *float32* products; the emulated
+products are given beside it, and other libraries are left out.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ CASES = {
 }
 
 
-class Yardstick:
+class Baseline:
     """The bare products of a head, chunk by chunk into preallocated memory."""
 
     def __init__(self, case: Case, dtype: torch.dtype, chunk: int = CHUNK) -> None:
@@ -149,13 +149,13 @@ def bench_case(
     dtype = getattr(torch, dtype_name)
     torch.set_num_threads(case.threads)
     products = product_dtype(torch.empty(0, dtype=dtype))
-    yardstick = Yardstick(case, products)
+    baseline = Baseline(case, products)
     reference = Reference(case, dtype)
-    emulated = Yardstick(case, dtype, chunk=16).measure(1) if products != dtype else None
+    emulated = Baseline(case, dtype, chunk=16).measure(1) if products != dtype else None
     if emulated is not None:
         left = [c.name for c in contenders if c not in OURS]
         contenders = OURS
-        print(f"  bfloat16 products are emulated here: float32 is the yardstick; left out: {', '.join(left)}")
+        print(f"  bfloat16 products are emulated here: float32 is the baseline; left out: {', '.join(left)}")
     whole, part = case.inputs(dtype), case.inputs(dtype, min(case.rows, OTHERS_ROWS))
     inputs = {c.name: whole if c in OURS else part for c in contenders}
     bare: list[list[float]] = []
@@ -164,9 +164,9 @@ def bench_case(
     for c in contenders:
         run(c, case.inputs(dtype, SEQUENCE) if c in OURS else part)  # some compile for a size
     for _ in range(rounds):
-        before = yardstick.measure()
+        before = baseline.measure()
         taken = {c.name: seconds(lambda c=c: run(c, inputs[c.name])) for c in contenders}  # type: ignore[misc]
-        after = yardstick.measure()
+        after = baseline.measure()
         bare.append([(a + b) / 2 for a, b in zip(before, after, strict=True)])
         for c in contenders:
             times[c.name].append(taken[c.name])
@@ -196,7 +196,7 @@ def bench_case(
         **asdict(case),
         "rounds": rounds,
         "rows_of_table": rows_of_table,
-        "yardstick": {
+        "baseline": {
             "dtype": str(products).removeprefix("torch."),
             "seconds": [median(x) for x in zip(*bare, strict=True)],
             "seconds_emulated": emulated,

@@ -24,8 +24,8 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor], Answer]
 
 @dataclass(frozen=True)
 class Contender:
-    """name; what it runs; products: matrix products of size T H V that its task needs (2 operations per
-    multiplication each), the measure of its yardstick, which also says whether only the forward is run (1)
+    """name; its function; products: matrix products of size T H V that its task needs (2 operations per
+    multiplication each), the measure of its baseline, which also says whether only the forward is run (1)
     and whether the weight is frozen (2)."""
 
     name: str
@@ -63,7 +63,7 @@ def plain(h: Tensor, w: Tensor, y: Tensor, c: Tensor) -> Answer:
 
 
 def checkpointed(h: Tensor, w: Tensor, y: Tensor, c: Tensor) -> Answer:
-    """Chunks of 256 rows, recomputed in the backward by checkpointing: what several trainers write."""
+    """Chunks of 256 rows, recomputed in the backward by checkpointing, as in several trainers."""
 
     def chunk(h: Tensor, y: Tensor) -> Tensor:
         z = (h @ w.t()).float()

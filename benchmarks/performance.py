@@ -1,6 +1,6 @@
 """Write docs/performance.md from benchmarks/results/*.json: python benchmarks/performance.py
 
-Every figure comes from a results file; what was not measured is said to be so.
+Every figure comes from a results file; figures that were not measured are marked as such.
 """
 
 from __future__ import annotations
@@ -299,10 +299,10 @@ def page() -> str:
         "benchmarks/performance.py` from `benchmarks/results/`; the command under a heading measures "
         "its section, `rft bench all --peers` nearly all of them.",
         "",
-        "A *gate* is a limit that was set beforehand: met, or **missed**. A *bound* is what would be reached "
-        "if time were proportional to floating-point operations. The *largest error* of a row is the "
-        "distance of its results from a plain float32 computation of the same. One thread is timed in "
-        "processor time, so that other programs (the load that is given) disturb little.",
+        "A *gate* is a limit that was set beforehand: met, or **missed**. A *bound* is the value that "
+        "would be reached if time were proportional to floating-point operations. The *largest error* of a "
+        "row is the distance of its results from a plain float32 computation of the same. One thread is "
+        "timed in processor time, so that other programs (the load that is given) disturb little.",
         "",
         summary(),
         "",

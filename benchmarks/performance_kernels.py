@@ -99,7 +99,7 @@ def logprob(d: dict[str, Any]) -> str:
         "forward (SFT, a policy gradient stepped on once); *frozen head* gives a gradient to the hidden "
         "states only (LoRA). Sizes are rows x width x vocabulary. "
         f"Time over the bare matrix products of the same round ({where(d)}). Where bfloat16 products are "
-        "emulated, the yardstick of bfloat16 rows is float32 products, and others' paths are left out.\n\n"
+        "emulated, the baseline of bfloat16 rows is float32 products, and others' paths are left out.\n\n"
         + "\n\n".join(parts)
         + f"\n\n{picture}\n\nThe Triton kernels, and Liger's as a backend, are correct under the "
         "interpreter; their speed on a GPU is **unmeasured**."
@@ -197,8 +197,8 @@ def combined(d: dict[str, Any]) -> str:
         },
     )
     return (
-        "Log-probs of groups' completions, forward and backward, from what a plain trainer does (padded "
-        "rows, all logits) to everything at once. Sharing's gain is the one over packing, which it needs; "
+        "Log-probs of groups' completions, forward and backward, from a plain trainer (padded rows, "
+        "all logits) to everything at once. Sharing's gain is the one over packing, which it needs; "
         "checkpointing trades time for memory. "
         f"All at once: {d['together']:.2f} of a product of {d['product']:.2f}, {d['of_product']:.0%}; "
         f"gate 85 %: {verdict(d)} ({where(d)}).\n\n{found}"

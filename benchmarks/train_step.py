@@ -145,7 +145,7 @@ def peer_settings(algorithm: str, groups: list[Group], common: dict[str, Any]) -
 
 
 class Peer:
-    """TRL's trainer in a process of its own, which takes a step whenever it is told to."""
+    """TRL's trainer in a separate process, which takes a step on request."""
 
     def __init__(self, settings: dict[str, Any], work: Path) -> None:
         file = work / f"{settings['algorithm']}.json"
@@ -220,12 +220,12 @@ def measure(name: str, case: Case, args: argparse.Namespace, work: Path) -> dict
         ours = Ours(case, groups, model, args.threads, args.device)
         contestants: dict[str, Any] = {"rft": ours} | ({"trl": peer} if peer else {})
         first = {who: c.step() for who, c in contestants.items()}
-        yardstick = MatrixProduct()
-        rates, times = [yardstick.rate()], {who: list[float]() for who in contestants}
+        baseline = MatrixProduct()
+        rates, times = [baseline.rate()], {who: list[float]() for who in contestants}
         for _ in range(args.rounds):
             for who, contestant in contestants.items():
                 times[who].append(contestant.step()["seconds"])
-            rates.append(yardstick.rate())
+            rates.append(baseline.rate())
         row: dict[str, Any] = {
             "case": name,
             **asdict(case),
@@ -236,7 +236,7 @@ def measure(name: str, case: Case, args: argparse.Namespace, work: Path) -> dict
             "seconds": {who: statistics.median(t) for who, t in times.items()},
             "spread": {who: round(max(t) / min(t) - 1, 3) for who, t in times.items()},
             "peak_mb": {"rft": memory("VmHWM") / 1e6} | ({"trl": peer.peak_mb()} if peer else {}),
-            "yardstick_gflops": [round(statistics.median(rates), 1), round(min(rates), 1)],
+            "baseline_gflops": [round(statistics.median(rates), 1), round(min(rates), 1)],
         }
         if peer:
             a, b = first["rft"]["grad_norm"], first["trl"]["grad_norm"]

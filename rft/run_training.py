@@ -194,11 +194,11 @@ class Ending:
         saved = self._newest(stopped.stage)
         self.log.event("run/stopped", step=stopped.step, signal=self.signals.reason, saved=saved, error=error)
         if saved is not None and saved == stopped.step:
-            stands = "with a checkpoint saved; the same command resumes from it"
+            outcome = "with a checkpoint saved; the same command resumes from it"
         else:
-            stands = _standing(saved)
+            outcome = _resumes_from(saved)
         failed = f"; meanwhile: {error}" if error else ""
-        self.progress.note(f"{stopped} {stands} (reason: {self.signals.reason}{failed})")
+        self.progress.note(f"{stopped} {outcome} (reason: {self.signals.reason}{failed})")
         return STOPPED
 
     def at_once(self, reason: str) -> None:
@@ -208,7 +208,7 @@ class Ending:
             return
         saved = self._newest("") or self._newest("warm start")
         step = max(self.log.last_step, 0)
-        print_stop(f"stopped at once ({reason}): the step in progress is lost, {_standing(saved)}")
+        print_stop(f"stopped at once ({reason}): the step in progress is lost, {_resumes_from(saved)}")
         self.log.event("run/stopped", step=step, signal=reason, saved=saved)
         self.log.close("stopped")
         files.remove(self.weights)
@@ -219,7 +219,7 @@ class Ending:
         )
 
 
-def _standing(saved: int | None) -> str:
+def _resumes_from(saved: int | None) -> str:
     if saved is None:
         return "and nothing was saved: the same command starts again from step 0"
     return f"and the checkpoint of step {saved} is complete; the same command resumes from it"
@@ -331,7 +331,9 @@ async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = N
     """
     config = plan.config
     if not plan.eval_sets:
-        raise ConfigError(["eval: a config with rewards and eval.every above 0 is needed"])
+        raise ConfigError(
+            ["rft eval: nothing to evaluate; name rewards in the config, and set eval.every to 1 or more"]
+        )
     with ray_cluster(config.ray.address, config.ray.object_store_gib):
         pool = make_pool(plan)
         rewards, environment = make_rewards(config), make_environment(config)

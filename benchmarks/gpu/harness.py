@@ -55,7 +55,7 @@ class Settings:
         unfinished.replace(self.out / name)
 
     def earlier(self, part: str) -> dict[str, Any] | None:
-        """The result of another part, if it is there."""
+        """Return the result of another part, if it exists."""
         import json
 
         file = self.out / f"gpu-{part}.json"
@@ -63,13 +63,13 @@ class Settings:
 
 
 def settings(part: str, description: str | None) -> Settings:
-    """From the command line. Exits with 2 where there is no CUDA device and `--small` was not asked for."""
+    """Read the settings from the command line. Exits with 2 without a CUDA device or `--small`."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("--small", action="store_true", help="toy sizes on the CPU: proves the code only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     if not args.small and not torch.cuda.is_available():
-        parser.error("there is no CUDA device: give --small to run toy sizes on the CPU")
+        parser.error("no CUDA device: give --small to run toy sizes on the CPU")
     torch.manual_seed(time.time_ns() % 2**31)  # fresh data every time: correctness must not hang on a seed
     return Settings(part, args.small, args.out)
 
@@ -132,7 +132,7 @@ def guarded(
 
 
 def script(name: str, *arguments: str | Path, log: Path) -> None:
-    """Run another benchmark in a process of its own. Raises CalledProcessError when it fails."""
+    """Run another benchmark in a separate process. Raises CalledProcessError when it fails."""
     command: Sequence[str] = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
     with log.open("w") as out:
         subprocess.run(command, check=True, stdout=out, stderr=subprocess.STDOUT)

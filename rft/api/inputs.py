@@ -253,7 +253,7 @@ def _lay_data(raw: dict[str, Any], data: Any, eval_data: Any) -> dict[str, Any]:
     if eval_data is not None:
         source, more = _source(eval_data, "eval_data")
         if more:
-            raise ConfigError(["eval_data: give rows or a path; how rows are read is said under data"])
+            raise ConfigError(["eval_data: pass rows or a path; options for reading them belong under data"])
         raw["data"] = dict(raw.get("data") or {})
         _put(raw["data"], rows, "eval_path", source)
     return rows
@@ -326,7 +326,7 @@ def json_lines(rows: Any, argument: str) -> bytes:
                 ]
             ) from None
     if not lines:
-        raise ConfigError([f"{argument}: there are no rows"])
+        raise ConfigError([f"{argument}: no rows were given; pass at least one"])
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
 
 

@@ -26,12 +26,12 @@ def in_thread(work: Callable[[StopRequests], T], stops: StopRequests, stopped: s
     stop signals that have no handler do the same, and end the program with exit code 75. stopped: the message
     of the KeyboardInterrupt.
 
-    Raises what `work` raises, and ConfigError where a run is going on in this process: a process has one Ray
-    cluster.
+    Raises the errors of `work`, and ConfigError while another run is active in this process: a process has
+    one Ray cluster.
     """
     if not _BUSY.acquire(blocking=False):
         raise ConfigError(
-            ["another run is going on in this process: wait until it ends, or use another process"]
+            ["another run is active in this process: wait until it ends, or use another process"]
         )
     os.environ["PYTHONUTF8"] = "1"  # engines, learner and reward workers use UTF-8 whatever the locale is
     results: list[T] = []

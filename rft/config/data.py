@@ -74,7 +74,7 @@ class SessionsConfig(ConfigModel):
         1,
         ge=1,
         description="preference: maximum pairs of a prompt: the best session against the worst, the second "
-        "best against the second worst, ...; equal rewards are no pair",
+        "best against the second worst, ...; equal rewards do not make a pair",
     )
 
 
@@ -207,12 +207,17 @@ class DataConfig(ConfigModel):
         if self.streaming and self.holdout:
             raise ValueError("`holdout` cannot be combined with `streaming`; remove it, and set `eval_path`")
         if self.streaming and self.decontaminate == "drop":
-            raise ValueError("`decontaminate: drop` needs all rows, and `streaming` reads them on demand")
+            raise ValueError(
+                "`decontaminate: drop` needs all rows, and `streaming` reads them on demand; remove one of "
+                "them"
+            )
         if self.sessions is not None:
             self._check_sessions()
         if self.eval_source is not None and self.eval_source not in self.sources:
             known = ", ".join(self.sources) or "none"
-            raise ValueError(f"`eval_source: {self.eval_source}` is not among `sources` ({known})")
+            raise ValueError(
+                f"`eval_source: {self.eval_source}` is not among `sources` ({known}); add it there"
+            )
         self._check_pattern()
         return self
 

@@ -97,7 +97,11 @@ class ArithmeticConfig(ConfigModel):
         if not self.operators:
             raise ValueError('operators must name at least one of "+", "-", "*"')
         if "+" not in self.operators and "-" not in self.operators and self.limit < 2**self.max_operands:
-            raise ValueError(f"limit {self.limit} is too small for a chain of {self.max_operands} factors")
+            raise ValueError(
+                f"limit {self.limit} is too small for a chain of {self.max_operands} factors; raise it, or "
+                f"lower "
+                "max_operands"
+            )
         if self.largest > self.limit:
             raise ValueError(f"largest ({self.largest}) must not exceed limit ({self.limit})")
         return self

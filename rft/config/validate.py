@@ -289,15 +289,15 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         "algorithm, or remove environment",
     )
     budget, per_turn = longest_sequence(config), e.max_tokens_per_turn or sampling.max_completion_length
-    whence = "" if e.max_episode_tokens else " (sampling.max_prompt_length + max_completion_length)"
+    origin = "" if e.max_episode_tokens else " (sampling.max_prompt_length + max_completion_length)"
     yield (
         facts.longest_prompt is not None and facts.longest_prompt >= budget,
-        f"{key}.max_episode_tokens: {budget}{whence}, but the longest prompt has {facts.longest_prompt} "
+        f"{key}.max_episode_tokens: {budget}{origin}, but the longest prompt has {facts.longest_prompt} "
         "tokens; raise it",
     )
     yield (
         e.max_tokens_per_turn is not None and per_turn >= budget,
-        f"{key}.max_tokens_per_turn: {per_turn} tokens do not fit into an episode of {budget}{whence}; "
+        f"{key}.max_tokens_per_turn: {per_turn} tokens do not fit into an episode of {budget}{origin}; "
         "lower it, or raise max_episode_tokens",
     )
     for name in ("setup_timeout_s", "step_timeout_s"):
@@ -721,16 +721,16 @@ def _rank_checks(c: LearnerConfig, config: Config, facts: Facts) -> Iterator[Che
     if config.ray.address is not None:
         return  # devices of an existing cluster are counted when the learner starts
     gpu, engines = facts.device == "cuda", _engine_devices(config) if config.algorithm.online else 0
-    there, name = (facts.gpus, "GPUs") if gpu else (facts.usable_cores, "CPU cores")
+    available, name = (facts.gpus, "GPUs") if gpu else (facts.usable_cores, "CPU cores")
     yield (
-        c.ranks > there,
-        f"ranks: {c.ranks} ranks need {c.ranks} {name}, this machine has {there}; "
+        c.ranks > available,
+        f"ranks: {c.ranks} ranks need {c.ranks} {name}, this machine has {available}; "
         "lower it, or set ray.address to join a cluster",
     )
     yield (
-        gpu and c.ranks <= there < c.ranks + engines,
+        gpu and c.ranks <= available < c.ranks + engines,
         f"ranks: {c.ranks} ranks and the {engines} GPUs of rollout.replicas make {c.ranks + engines}, "
-        f"this machine has {there}; lower one of them",
+        f"this machine has {available}; lower one of them",
     )
 
 

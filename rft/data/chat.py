@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from rft.data.messages import Messages, Text
 Piece = tuple[str, bool]  # (text, written by the assistant)
 Span = tuple[int, int]
 _OPENED = re.compile(r"<(\w+)>\s*$")  # tag opened at the end of a generation prompt, e.g. `<think>`
+TEXTS_PER_CALL = 512
 _ASKED, _ANSWERED = "rft-asks", "rft-answers"  # message contents used to probe a template
 
 
@@ -48,19 +49,21 @@ class Renderer:
 
     def prompt(self, text: Text, tools: list[Any] | None = None) -> tuple[str, list[int]]:
         """Render a prompt up to the start of the response: (text, token ids). Raises RowProblem."""
-        if not self.chat:
-            if isinstance(text, list) or tools:
-                what = "the prompt is a list of messages" if isinstance(text, list) else "`tools` are given"
-                has = bool(getattr(self.tokenizer, "chat_template", None))
-                why = "`chat_template` is `never`" if has else "the tokenizer has no chat template"
-                raise RowProblem(f"{what}, but {why}")
-            rendered = f"{self.config.system}\n\n{text}" if self.config.system else text
-            return rendered, self.encode(rendered)
-        if isinstance(text, str) and self.is_rendered(text):
-            rendered = self._as_rendered(text)
-        else:
-            rendered = self._rendered_prompt(self.as_messages(text), tools)
+        rendered = self.prompt_text(text, tools)
         return rendered, self.encode(rendered)
+
+    def prompt_text(self, text: Text, tools: list[Any] | None = None) -> str:
+        """Render a prompt up to the start of the response. Raises RowProblem."""
+        if self.chat:
+            if isinstance(text, str) and self.is_rendered(text):
+                return self._as_rendered(text)
+            return self._rendered_prompt(self.as_messages(text), tools)
+        if isinstance(text, list) or tools:
+            what = "the prompt is a list of messages" if isinstance(text, list) else "`tools` are given"
+            has = bool(getattr(self.tokenizer, "chat_template", None))
+            why = "`chat_template` is `never`" if has else "the tokenizer has no chat template"
+            raise RowProblem(f"{what}, but {why}")
+        return f"{self.config.system}\n\n{text}" if self.config.system else text
 
     def as_messages(self, prompt: Text) -> Messages:
         """Return a prompt as messages, after the config's system message, without end-of-turn tokens."""
@@ -238,7 +241,18 @@ class Renderer:
         A rendered chat contains its special tokens. Plain text gets the tokenizer's (a BOS, unless present),
         but no end token, since more text follows.
         """
-        ids = list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
+        return self._opened(text, list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]))
+
+    def encode_all(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield the token ids of each text, as `encode` does: one call of the tokenizer is made for many."""
+        for first in range(0, len(texts), TEXTS_PER_CALL):
+            part = list(texts[first : first + TEXTS_PER_CALL])
+            encoded = self.tokenizer(part, add_special_tokens=not self.chat)["input_ids"]
+            for text, ids in zip(part, encoded, strict=True):
+                yield self._opened(text, list(ids))
+
+    def _opened(self, text: str, ids: list[int]) -> list[int]:
+        """Remove a second BOS and an end token from the ids of a plain text that starts a sequence."""
         if self.chat:
             return ids
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -422,7 +436,8 @@ def _with_end(
         return text[start : stop + length], stop + length
     if not final:
         raise CannotTell(
-            "the chat template does not end a turn with a special token, so sampling could not stop there"
+            "the chat template does not end a turn with a special token, so sampling could not stop there; "
+            "use another template, or `chat_template: never`"
         )
     return text[start:stop] + render.end, stop
 
@@ -431,7 +446,11 @@ def _check_complete(message: dict[str, Any], turn: int, written: str) -> None:
     """Raise CannotTell if the template omits part of a turn (often a thought)."""
     for part in (message["content"], message.get("reasoning_content")):
         if isinstance(part, str) and _without_whitespace(part) not in _without_whitespace(written):
-            raise CannotTell(f"the chat template drops words of assistant turn {turn + 1}")
+            raise CannotTell(
+                f"the chat template omits a part of assistant turn {turn + 1}, such as its reasoning; use "
+                f"another "
+                "template, or leave that part out of the data"
+            )
 
 
 def _without_whitespace(text: str) -> str:

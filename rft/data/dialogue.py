@@ -267,5 +267,7 @@ def _encode_as_text(tokenizer: Any, text: str) -> list[int]:
     if tokenizer.is_fast:
         ids = _without_added_tokens(tokenizer).encode(text, add_special_tokens=False).ids
     if not ids or set(ids) & set(tokenizer.added_tokens_decoder):
-        raise RowProblem(f"the tokenizer cannot encode the special tokens in {text!r:.200} as ordinary text")
+        raise RowProblem(
+            f"the tokenizer cannot encode the special tokens in {text!r:.200} as ordinary text; remove them"
+        )
     return ids

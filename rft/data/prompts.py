@@ -55,7 +55,8 @@ def load_prompts(
     limit = max_prompt_length or config.max_prompt_length
     renderer = Renderer(config, tokenizer)
     too_long, bad, notes = BadRows(rows.source), BadRows(rows.source), BadRows(rows.source)
-    prompts = []
+    read: list[tuple[int, Text, Row]] = []  # number, prompt and row
+    rendered: list[str] = []
     for index, row in enumerate(rows):
         number = rows.numbers[index]
         if split == "test" and config.eval_source is not None:
@@ -64,12 +65,15 @@ def load_prompts(
             text = prompt_of(row, config, rows, number)
             if not text:
                 raise RowProblem("the prompt is empty")
-            tokens = renderer.prompt(text, read_tools(row.get("tools")))[1]
+            rendered.append(renderer.prompt_text(text, read_tools(row.get("tools"))))
         except RowProblem as problem:
             bad.add(str(problem), number + 1)
             continue
         if renderer.is_rendered(text):
             notes.add(RENDERED, number + 1)
+        read.append((number, text, row))
+    prompts = []
+    for (number, text, row), tokens in zip(read, renderer.encode_all(rendered), strict=True):
         if limit is not None and len(tokens) > limit:
             too_long.add(f"the prompt is longer than max_prompt_length={limit} tokens", number + 1)
             continue

@@ -54,7 +54,7 @@ def load_rows(config: DataConfig, split: Split = "train") -> Rows:
     else:
         base, source = open_source(config, split)
     if not len(base):
-        raise DataError("the dataset is empty", source=source)
+        raise DataError("the dataset is empty; give at least one row", source=source)
     numbers: Sequence[int] = range(len(base))
     if kind in ("file", "hub"):
         numbers = hold_out(config, split, len(base), source)
@@ -204,7 +204,9 @@ def find_files(path: str, split: str) -> list[Path]:
     }
     if len(kinds) > 1:
         raise DataError(
-            f"files of different formats ({', '.join(sorted(kinds))}) cannot be mixed", source=path
+            f"files of different formats ({', '.join(sorted(kinds))}) cannot be mixed; "
+            "keep one format in the folder",
+            source=path,
         )
     return chosen
 

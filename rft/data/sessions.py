@@ -112,7 +112,7 @@ class SessionReader:
             prompts.setdefault(line["prompt_id"], []).append((number, line))
         names = list(prompts)
         if not names:
-            raise DataError("the dataset is empty", source=self.source)
+            raise DataError("the dataset is empty; give at least one session", source=self.source)
         limit = self.config.limit if split == "train" else self.config.eval_limit
         chosen = hold_out(self.config, split, len(names), self.source)
         groups = []

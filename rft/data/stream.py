@@ -171,7 +171,7 @@ def first_raw_row(config: DataConfig) -> tuple[Any, str, int]:
     reader, source = open_reader(config, "train")
     for raw in reader:
         return raw, source, 0
-    raise DataError("the dataset is empty", source=source)
+    raise DataError("the dataset is empty; give at least one row", source=source)
 
 
 class GroupStream:

@@ -14,7 +14,7 @@ from rft.endpoint.server import Open, Server
 from rft.endpoint.types import Answer, Ask, Refused, SetReward
 
 Item = tuple[int, str, Ask | SetReward | None]
-"""(number, name of the session, what is asked); None: the client of an earlier number is gone."""
+"""(number, name of the session, the request); None: the client of an earlier number is gone."""
 Given = tuple[int, Answer | Refused | None]
 
 

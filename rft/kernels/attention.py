@@ -7,7 +7,7 @@
 checks, on a few random tokens, that the model's outputs equal those on separate sequences. If they do not
 (recurrent layers, attention that cannot be replaced), sequences run unshared and padded, with a warning;
 if not even that is exact, the model is refused with an error that names it. Without a layout the model
-works as before, so the same object can generate.
+works as usual, so the same object can generate.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _run(decoder: PreTrainedModel, tokens: Tensor, forest: Forest, route: Attent
     if route.kind == "merge" and layout.calls != route.layers:
         raise RuntimeError(
             f"{layout.calls} of {route.layers} attention layers of {type(decoder).__name__} used the packed "
-            "layout: the others attended to the wrong tokens"
+            "layout: the others attended to the wrong tokens. Set learner.self_check: fall_back"
         )
     return hidden
 
@@ -164,7 +164,7 @@ def _first_exact(decoder: PreTrainedModel, routes: list[AttentionRoute], origina
                 decoder.set_attn_implementation(wanted)
             try:
                 error = relative_error(_run(decoder, tokens, forest, route), expected)
-                if route.kind == "merge":  # without a layout, the model must behave as before
+                if route.kind == "merge":  # without a layout, the model must behave as usual
                     error = max(error, relative_error(_one_by_one(decoder, tokens, forest), expected))
             except Exception as problem:  # any failure rules this route out, and the reason is reported
                 reasons.append(f"{route.kind}: {type(problem).__name__}: {problem}")
@@ -184,7 +184,7 @@ def _first_exact(decoder: PreTrainedModel, routes: list[AttentionRoute], origina
 
 
 def _cause(decoder: PreTrainedModel, repeated: float) -> str:
-    """Explain, as far as it is known, why no route is exact, and suggest a fix. `repeated`: the difference
+    """Explain, if known, why no route is exact, and suggest a fix. `repeated`: the difference
     between two runs of the same sequences, one by one."""
     if repeated > tolerance_of(decoder):
         return (

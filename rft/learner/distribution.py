@@ -117,7 +117,7 @@ def reading(model: Any, batch: Batch, algorithm: ChangesEmbeddings, temperature:
         if output.shape[:-1] != (1, batch.num_tokens):
             raise ValueError(
                 f"{type(algorithm).__name__} changes embeddings, which this model's architecture does not "
-                "allow: its sequences cannot be packed"
+                "allow: its sequences cannot be packed; use another algorithm"
             )
         hook.remove()  # the extra forward of `expected` uses plain tokens
         return algorithm.embed(output[0], batch, lambda: expected_embeddings(model, batch, temperature))[None]

@@ -98,7 +98,8 @@ class FSDP2(Ranks):
         missing = sorted(local_state.keys() - state.keys())
         if missing:
             raise ValueError(
-                f"the saved model lacks {', '.join(missing[:3])}: it was saved from another model"
+                f"the saved model lacks {', '.join(missing[:3])}: it was saved from another model; start a "
+                f"new run"
             )
         for name, tensor in local_state.items():
             self.set_full(tensor, state[name])

@@ -311,7 +311,7 @@ class PolicyModel:
         """Copy the weights of a policy, to refresh a reference."""
         self.model.load_state_dict(policy.model.state_dict())
 
-    def own_state(self) -> nn.Module | None:
+    def unshared_state(self) -> nn.Module | None:
         """Return the module whose weights are not shared with the policy; None if all are shared."""
         module: nn.Module = self.model
         return module

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def resident(learner: TrainState) -> list[Tensor]:
     """List weights, buffers, gradients, moments and the reference, each tensor once. Two small parts are left
     out: the scales of a quantised base, and strategy state outside the optimizer."""
-    reference = None if learner.reference is None else learner.reference.own_state()
+    reference = None if learner.reference is None else learner.reference.unshared_state()
     tensors: dict[int, Tensor] = {}
     for module in (learner.policy.network, reference):
         for tensor in () if module is None else (*module.parameters(), *module.buffers()):

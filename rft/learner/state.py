@@ -179,7 +179,7 @@ class TrainState:
         part = strategy.model_state()  # of the model, if a checkpoint needs no more
         weights = parallel.model_state(model) if part is None else {}
         reference_state = (
-            reference.own_state() if reference is not None and self.algorithm.refresh_reference else None
+            reference.unshared_state() if reference is not None and self.algorithm.refresh_reference else None
         )
         rest = {
             "optimizer": parallel.optimizer_state(self.optimizer),
@@ -223,7 +223,7 @@ class TrainState:
         self.version, self.state = saved["version"], saved["state"]
         if policy.value_head is not None:
             parallel.load_model_state(policy.value_head, saved["value_head"])
-        reference_state = None if self.reference is None else self.reference.own_state()
+        reference_state = None if self.reference is None else self.reference.unshared_state()
         if reference_state is not None and saved["reference"] is not None:
             parallel.load_model_state(reference_state, saved["reference"])
         if parallel.rank < len(saved["rng"]):  # an additional rank keeps its seed

@@ -437,11 +437,11 @@ class LearnerGroup:
             return _unwrap(error)
         torn = any(_priority(e) == 2 for e in errors.values())  # a rank was interrupted in a collective
         if not dead and not busy and not torn:
-            return _noted(_unwrap(error), rank, len(waiting))
+            return _with_rank(_unwrap(error), rank, len(waiting))
         who = self.name if len(waiting) == 1 else f"learner rank {rank} of {len(waiting)}"
         self._ended = ActorDied(f"{who} {_describe(error)} in {name}; all its ranks were ended")
         self.kill()
-        return self._ended if dead else _noted(_unwrap(error), rank, len(waiting))
+        return self._ended if dead else _with_rank(_unwrap(error), rank, len(waiting))
 
 
 class _Answer(Generic[R]):
@@ -489,7 +489,7 @@ def _unwrap(error: BaseException) -> BaseException:
     return cause
 
 
-def _noted(error: BaseException, rank: int, ranks: int) -> BaseException:
+def _with_rank(error: BaseException, rank: int, ranks: int) -> BaseException:
     error.add_note(f"raised on learner rank {rank} of {ranks}")
     return error
 

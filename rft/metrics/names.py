@@ -317,7 +317,7 @@ EVENTS: dict[str, str] = {
     "checkpoint/rejected": "a resume passed over a damaged checkpoint: path, reason",
     "checkpoint/restored": "the run resumed from a checkpoint: step, path",
     "eval/done": "a held-out evaluation ended: step, accuracy (offline: loss), seconds",
-    "fault/*": "a part failed: part, what, action (what happens next), and the work it held",
+    "fault/*": "a part failed: fields part, what (the error), action (the next step), and the work it held",
     "engine/started": "an engine answers: engine, version, node, seconds",
     "engine/lost": "an engine no longer answers: engine, reason, held (work it had)",
     "engine/rebuilt": "an engine was rebuilt and holds the current version: engine, version, seconds",

@@ -139,7 +139,10 @@ def without_overlaps(rows: Sequence[Item], held_out: Mapping[str, Sequence[Promp
     overlapping_rows = overlapping(rows, held_out)
     kept = [row for index, row in enumerate(rows) if index not in overlapping_rows]
     if not kept:
-        raise DataError("`decontaminate: drop` leaves no row: all of them overlap evaluation rows")
+        raise DataError(
+            "`decontaminate: drop` leaves no row: all of them overlap evaluation rows; use other training "
+            "rows"
+        )
     return kept
 
 

@@ -27,11 +27,11 @@ _VLLM_SOCKET = "/00000000-0000-0000-0000-000000000000"
 def machine_facts(config: Config, *, samples: bool) -> Facts:
     """Return the machine's facts: devices, cores, installed packages."""
     installed = frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
-    gpu_here, wanted = torch.cuda.is_available(), config.ray.device
-    if not gpu_here:  # peft imports DeepSpeed where it is installed, which would print that it looked for one
+    has_gpu, device = torch.cuda.is_available(), config.ray.device
+    if not has_gpu:  # peft imports DeepSpeed where it is installed, which would print that it looked for one
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    on_gpu = gpu_here if wanted == "auto" else wanted == "cuda"
-    if on_gpu and not gpu_here and config.ray.address is None:
+    on_gpu = has_gpu if device == "auto" else device == "cuda"
+    if on_gpu and not has_gpu and config.ray.address is None:
         on_gpu = False  # reported by `engine_checks`
     engine = config.rollout.engine
     if engine == "auto":
@@ -65,7 +65,7 @@ def check_sync_folder(config: Config, weight_bytes: int | None) -> list[str]:
         return []
     base = SHARED_MEMORY if sync.folder is None else Path(sync.folder).expanduser()
     if not base.is_dir() or not os.access(base, os.W_OK):
-        return [f"sync.folder: {base} is not a folder that this user can write to"]
+        return [f"sync.folder: {base} is not a folder that this user can write to; name another one"]
     need = 2 * (weight_bytes or 0)  # the version in use and the one being written
     free = shutil.disk_usage(base).free
     if need <= free:

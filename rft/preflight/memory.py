@@ -55,7 +55,7 @@ class ModelShape:
         file = cache / f"shape-{fingerprint(key)}.json"
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # not there yet, or damaged
+        except (OSError, ValueError, TypeError):  # missing or damaged
             shape = cls._of(path, model)
         with suppress(OSError):  # a folder that cannot be written is reported elsewhere
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -184,15 +184,15 @@ def learner_bytes(
     if config.parallel != "single":
         held, gradients = held / config.ranks, gradients / config.ranks
     if config.gradient_checkpointing:
-        begins = max(shape.layers * between + layer, copies)
+        at_start = max(shape.layers * between + layer, copies)
     else:
-        begins = shape.layers * layer + copies
-    begins += embedding + (gradients if accumulates else 0)
-    ends = gradients + embedding + (between + layer if config.gradient_checkpointing else layer)
+        at_start = shape.layers * layer + copies
+    at_start += embedding + (gradients if accumulates else 0)
+    at_end = gradients + embedding + (between + layer if config.gradient_checkpointing else layer)
     working = _head_bytes(shape, tokens, width) + tokens * width * (3 * shape.intermediate + 2 * shape.hidden)
     if config.quantize:  # one matrix at a time is dequantised
         working += width * shape.hidden * shape.intermediate
-    return int(held + max(begins, ends) + working)
+    return int(held + max(at_start, at_end) + working)
 
 
 def saved_bytes(shape: ModelShape, config: LearnerConfig, adapter: int = 0) -> int:

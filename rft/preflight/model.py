@@ -26,7 +26,9 @@ def resolve_model(config: Config, model: str | None = None) -> str:
     name = model or config.model.path
     path = resolve_name(name, config)
     if Path(path).is_absolute() and not (Path(path) / "config.json").exists():
-        raise ModelError(f"{name!r} is not a model folder: it has no config.json")
+        raise ModelError(
+            f"{name!r} is not a model folder: it has no config.json; name the folder that holds it"
+        )
     return path
 
 

@@ -38,15 +38,17 @@ from rft.rollout.tool_calls import format_of
 from rft.samples import TURNS_MEASURED, Origin
 from rft.utils.seeds import derive_seed
 
+BUG = ": a bug in rft. The last checkpoint is sound; report this message with events.jsonl"
+
 
 class RecordMismatch(RuntimeError):
-    """The tokens to train on are not those that the engine was given and sampled: a bug in rft."""
+    """The tokens of a session differ from those that the engine received and sampled: a bug in rft."""
 
 
 @dataclass(frozen=True)
 class Played:
     """A prompt's completions, and the planned rollouts that they belong to. Samples whose environment kept
-    failing are missing. `prompt.tokens`: those with which the first prompts of all sessions begin."""
+    failing are missing. `prompt.tokens`: the common prefix of the first prompts of all sessions."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -55,8 +57,8 @@ class Played:
 
 @dataclass
 class EpisodeSampler:
-    """Sample completions in an environment. parser: the format of tool calls, if it has tools. lockstep: of
-    training sessions, whose groups are entered there under the names that `sample` is given."""
+    """Sample completions in an environment. parser: the format of tool calls, if it has tools. lockstep: the
+    schedule of training sessions, in which each group is entered under its name."""
 
     runner: EnvironmentRunner
     generate: Generate
@@ -179,16 +181,18 @@ class EpisodeSampler:
     ) -> Judged:
         """Score completions by the environment's reward plus that of the config's functions, which see the
         final message, or the transcript (`environment.transcript`)."""
-        own = [SampleReward(c.reward, c.scores) for c in played.completions]
-        if rewards is None or not rewards.config.functions or not own:
-            return Judged(played.prompt, played.completions, own)
+        from_environment = [SampleReward(c.reward, c.scores) for c in played.completions]
+        if rewards is None or not rewards.config.functions or not from_environment:
+            return Judged(played.prompt, played.completions, from_environment)
         labels = [c.label for c in self.runner.rewards]
         given = {label: [c.scores[label] for c in played.completions] for label in labels}
         texts = [list(c.messages) for c in played.completions] if self.config.transcript else None
         judged = await judge(
             played.prompt, played.completions, rewards, progress, training=training, texts=texts, given=given
         )
-        return replace(judged, rewards=[_added(a, b) for a, b in zip(judged.rewards, own, strict=True)])
+        return replace(
+            judged, rewards=[_added(a, b) for a, b in zip(judged.rewards, from_environment, strict=True)]
+        )
 
     def take_metrics(self, *, training: bool = True) -> dict[str, float]:
         """Return and reset `session/...` of the sessions since the last call, and, with those of training,
@@ -247,7 +251,7 @@ def _common_start(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """Return the tokens with which all prompts begin."""
     if not prompts:
         return ()
-    first, last = min(prompts), max(prompts)  # what these two share, those in between share
+    first, last = min(prompts), max(prompts)  # a prefix that these two share is shared by those in between
     pairs = enumerate(zip(first, last, strict=False))
     return first[: next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))]
 
@@ -257,10 +261,10 @@ def _common_start(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 def leaves(calls: Sequence[Call]) -> int:
     """Return the number of branches of a session: calls that no later one continues."""
-    whole = [call.prompt + call.sampled for call in calls]
+    sequences = [call.prompt + call.sampled for call in calls]
     return sum(
         not any(later.prompt[: len(tokens)] == tokens for later in calls[k + 1 :])
-        for k, tokens in enumerate(whole)
+        for k, tokens in enumerate(sequences)
     )
 
 
@@ -319,7 +323,7 @@ def check_versions(calls: Sequence[Call], oldest: int) -> None:
         if ends != starts or any(version < oldest for version, _, _ in call.versions):
             raise RecordMismatch(
                 f"call {k} of a session has the version spans {call.versions} over {len(call.sampled)} "
-                f"tokens; it was handed out at version {oldest}"
+                f"tokens; it was handed out at version {oldest}{BUG}"
             )
 
 
@@ -329,10 +333,14 @@ def check_layout(prompt: tuple[int, ...], calls: Sequence[Call], completion: Com
     trained = [call for call in calls if call.trained and call.sampled]
     contexts = [context for context in _contexts(prompt, completion) if context]
     if contexts != [call.prompt + call.sampled for call in trained]:
-        raise RecordMismatch("a session's tokens do not stand in the contexts in which they were sampled")
+        raise RecordMismatch(
+            "a session's tokens are not laid out in the contexts in which they were sampled" + BUG
+        )
     mask = completion.mask or (True,) * len(completion.tokens)
     if sum(mask) != sum(len(call.sampled) for call in trained):
-        raise RecordMismatch(f"a session trains {sum(mask)} tokens, which are not those that were sampled")
+        raise RecordMismatch(
+            f"a session trains {sum(mask)} tokens, which are not those that were sampled{BUG}"
+        )
 
 
 def _contexts(prompt: tuple[int, ...], completion: Completion) -> Iterator[tuple[int, ...]]:
@@ -371,7 +379,7 @@ def check_batch(groups: Sequence[Group], batch: Batch) -> None:
             if end is None or not np.array_equal(_path(end, tokens, source, segment, starts), context):
                 raise RecordMismatch(
                     f"turn {turn + 1} of sequence {n} of the batch (prompt {prompt.id}): its tokens do not "
-                    "follow the ids that the engine was given"
+                    f"follow the ids that the engine was given{BUG}"
                 )
 
 

@@ -89,7 +89,7 @@ class Arithmetic:
         chain = self._chain(split, rng)
         config = self.config
         form = config.form if config.form != "mixed" else rng.choice(("words", "expression"))
-        prompt = tell(chain, rng) if form == "words" else f"{chain.expression()}=?\n"
+        prompt = story_of(chain, rng) if form == "words" else f"{chain.expression()}=?\n"
         style = rng.choices(list(config.styles), weights=list(config.styles.values()))[0]
         results = self._results(chain, config.wrong(style), rng)
         return {
@@ -163,7 +163,7 @@ class HardArithmetic(Arithmetic):
         super().__init__(**{"variant": "hard", **options})
 
 
-def tell(chain: Chain, rng: Random) -> str:
+def story_of(chain: Chain, rng: Random) -> str:
     """Write the chain as a short story."""
     text = f"{rng.choice(NAMES)} has {chain.start} {rng.choice(ITEMS)}"
     for op, x in chain.steps:

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from rft.config.tasks import Style
-from rft.tasks.arithmetic import Arithmetic, Chain, Split, solve, tell
+from rft.tasks.arithmetic import Arithmetic, Chain, Split, solve, story_of
 
 TRIES = 1000
 
@@ -27,7 +27,7 @@ class ArithmeticPairs(Arithmetic):
     def _row(self, split: Split, rng: Random) -> dict[str, Any]:
         chain = self._chain(split, rng)
         form = self.config.form if self.config.form != "mixed" else rng.choice(("words", "expression"))
-        prompt = tell(chain, rng) if form == "words" else f"{chain.expression()}=?\n"
+        prompt = story_of(chain, rng) if form == "words" else f"{chain.expression()}=?\n"
         right = self._results(chain, 0.0, rng)
         drawn = [self._draw(chain, rng, correct) for correct in (True, False)]
         wrong = drawn[1][1]

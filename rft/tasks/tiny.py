@@ -2,7 +2,7 @@
 
 It is an ordinary Hugging Face folder, which transformers and vLLM load like any other. The tokenizer
 is byte-level BPE, so any text can be encoded; each digit is a separate token, so that the model sees
-numbers as they are written. There are two exceptions: in sums, which it only has to copy, digits come in
+numbers as written. There are two exceptions: in sums, which it only has to copy, digits come in
 pairs, and each number that is guessed is one token. Same arguments, same files.
 """
 
@@ -116,7 +116,9 @@ def build_tokenizer(
     Raises ValueError for an unknown task, and if `vocab_size` leaves no room for bytes and special tokens.
     """
     if task not in CORPORA:
-        raise ValueError(f"there is no tiny vocabulary of the task {task!r}, only of {', '.join(CORPORA)}")
+        raise ValueError(
+            f"no tiny vocabulary exists for the task {task!r}; choose one of {', '.join(CORPORA)}"
+        )
     if vocab_size < 256 + len(SPECIAL):
         raise ValueError(f"vocab_size must be at least {256 + len(SPECIAL)}, got {vocab_size}")
     number, corpus = CORPORA[task]

@@ -245,11 +245,12 @@ def init(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
+    from rft.utils.quick_imports import start_quickly
+
+    start_quickly()
     from rft.config.load import load_config
     from rft.plan import check_plan
-    from rft.utils.quick_imports import skip_generated_docstrings
 
-    skip_generated_docstrings()
     say(check_plan(load_config(args.config, args.overrides)).text, sys.stdout)
     return 0
 

@@ -157,7 +157,7 @@ def test_values_of_numpy_and_torch_are_written_as_numbers() -> None:
         (datasets.Dataset.from_list(ROWS).to_pandas(), 'pass its rows: data.to_dict("records")'),
         ([{"prompt": b"1"}], "data, row 1, column 'prompt': a bytes cannot be written as JSON"),
         ([{"prompt": "1"}, "2"], "data, row 2: must be a dict of columns, not a str"),
-        ([], "data: there are no rows"),
+        ([], "data: no rows were given"),
     ],
 )
 def test_data_that_cannot_be_saved_is_refused(data: Any, said: str) -> None:

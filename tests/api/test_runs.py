@@ -271,7 +271,7 @@ def test_an_interrupt_saves_a_checkpoint_and_is_raised(tmp_path: Path, ray_here:
         signal.signal(signal.SIGINT, before)
     run = rft.Run(tmp_path / "run")
     assert run.step == 1 and run.checkpoint is not None and run.result is None
-    assert "another run is going on in this process" in str(interrupts.second)
+    assert "another run is active in this process" in str(interrupts.second)
 
 
 @pytest.mark.timeout(120)

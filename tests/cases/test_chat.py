@@ -267,7 +267,7 @@ def test_several_thoughts_name_the_remedy(template: str, tmp_path: Path) -> None
 def test_a_thought_that_the_template_leaves_out_is_no_silent_loss(tmp_path: Path) -> None:
     row = {"messages": [*HI, said("assistant", "4", reasoning_content="add")]}
     assert trained([row], make_tokenizer(QWEN3), tmp_path)[1] == ["«<think>\nadd\n</think>\n\n4<|im_end|>»"]
-    with pytest.raises(DataError, match="drops words of assistant turn 2"):
+    with pytest.raises(DataError, match="omits a part of assistant turn 2"):
         trained([row], make_tokenizer(CHATML), tmp_path)
 
 

@@ -102,7 +102,7 @@ async def test_episodes_of_a_taskset(tmp_path: Path, ray_here: None) -> None:
                 "3",
             ]
         assert metrics["environment/workers/started"] == 2, "processes are kept"
-        with pytest.raises(EnvironmentFault, match="there is no task 3: the taskset has 3"):
+        with pytest.raises(EnvironmentFault, match="3 is not among the 3 tasks of the taskset; write 0 to 2"):
             await play(episodes, {"task": 3}, 1)
 
 

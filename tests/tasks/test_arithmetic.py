@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rft.tasks import TASKS
-from rft.tasks.arithmetic import Arithmetic, Chain, HardArithmetic, solve, style_of, tell
+from rft.tasks.arithmetic import Arithmetic, Chain, HardArithmetic, solve, story_of, style_of
 
 
 def says(completion: str) -> list[tuple[int, str, int, int]]:
@@ -116,7 +116,7 @@ def test_other_text_has_no_format(text):
 def test_a_story_names_every_number_in_order():
     from random import Random
 
-    story = tell(CHAIN, Random(0))
+    story = story_of(CHAIN, Random(0))
     assert re.findall(r"\d+", story) == ["17", "5", "3", "8"] and story.endswith("How many now?\n")
 
 

@@ -94,7 +94,7 @@ def test_the_vocabulary_has_the_words_of_the_tool(tokenizer):
         "13",
         "1",
     ]
-    with pytest.raises(ValueError, match="no tiny vocabulary of the task 'sudoku', only of arithmetic, sums"):
+    with pytest.raises(ValueError, match="for the task 'sudoku'; choose one of arithmetic, sums"):
         build_tokenizer(task="sudoku")
 
 

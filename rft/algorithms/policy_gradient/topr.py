@@ -18,7 +18,7 @@ from rft.batch import Batch
 class TOPR(PolicyGradient):
     """Le Roux et al., "Tapered off-policy REINFORCE" (2025), eq. 8.
 
-    The objective is w * A * log p with A = r - c. Completions with A >= 0 are imitated as they are (w = 1);
+    The objective is w * A * log p with A = r - c. Completions with A >= 0 are imitated unchanged (w = 1);
     for the others, w is the ratio of the whole completion to the policy that sampled it, at most 1 and a
     constant in the gradient, so a completion that the policy no longer produces is not pushed further down.
     This allows many updates per batch, and stale batches, without a KL. The baseline c sets the balance of

@@ -77,7 +77,7 @@ class DPO(ReadsDistributions, OfflinePreference):
         if self.loss_type == "exo" and not self.label_smoothing:
             raise ValueError("exo compares with smoothed labels: write label_smoothing: 0.001 or more")
         if self.divergence_type != "reverse_kl" and self.loss_type not in OF_MARGIN - {"aot"}:
-            raise ValueError(f"{self.loss_type} is defined for divergence_type: reverse_kl only")
+            raise ValueError(f"{self.loss_type} is defined for divergence_type: reverse_kl only; write that")
         if self.loss_type == "aot" and self.weighting != "none":
             raise ValueError(
                 "weighting does not apply to aot, which compares sorted scores instead of pairs; write "

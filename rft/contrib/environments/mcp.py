@@ -68,7 +68,7 @@ class Host:
         names = [tool.name for tool in listed]
         missing = next((name for name in self.wanted or () if name not in names), None)
         if not names:
-            raise SpecError(f"the MCP server {where} has no tools")
+            raise SpecError(f"the MCP server {where} has no tools; name a server that offers some")
         if missing is not None:
             raise SpecError(
                 f"the MCP server {where} has no tool {missing!r}; its tools are {', '.join(names)}"

@@ -177,13 +177,13 @@ class Tasks:
             episode = await self.env.run_episode(task, context)
         errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
         if not episode.traces:
-            return {"failure": said(errors)}
+            return {"failure": describe(errors)}
         (trace,) = episode.traces
         paths = [branch.nodes for branch in trace.branches] or [[]]
         first, nodes = paths[0], paths[-1]
         scores = {name: reward.value for name, reward in trace.rewards.items() if reward is not None}
         return {
-            "failure": "" if episode.ok else said(errors),
+            "failure": "" if episode.ok else describe(errors),
             "reward": trace.reward,
             "scores": scores | {name: value for name, value in trace.metrics.items() if value is not None},
             "messages": [message(node.message) for node in nodes],
@@ -226,7 +226,9 @@ class Environment:
                 self._rows = self.env.get_dataset()
             if not 0 <= row["task"] < len(self._rows):
                 raise PlayerProblem(
-                    f"there is no task {row['task']}: the environment has {len(self._rows)}, from 0 on"
+                    f"column `task`: {row['task']} is not among the {len(self._rows)} tasks of the "
+                    f"environment; write "
+                    f"0 to {len(self._rows) - 1}"
                 )
             return dict(self._rows[row["task"]])
         prompt = row["prompt"]
@@ -271,7 +273,10 @@ def pick(wanted: Any, known: list[Any], more: Iterator[Any], name: Callable[[Any
         known.extend(itertools.islice(more, max(0, wanted + 1 - len(known))))
         if 0 <= wanted < len(known):
             return known[wanted]
-        raise PlayerProblem(f"there is no task {wanted}: the taskset has {len(known)}, from 0 on")
+        raise PlayerProblem(
+            f"column `task`: {wanted} is not among the {len(known)} tasks of the taskset; write 0 to "
+            f"{len(known) - 1}"
+        )
     for task in known:
         if name(task) == wanted:
             return task
@@ -279,7 +284,7 @@ def pick(wanted: Any, known: list[Any], more: Iterator[Any], name: Callable[[Any
         known.append(task)
         if name(task) == wanted:
             return task
-    raise PlayerProblem(f"there is no task {wanted!r}: the taskset has {len(known)}")
+    raise PlayerProblem(f"column `task`: none of the {len(known)} tasks of the taskset is called {wanted!r}")
 
 
 def known_renderer(model: str) -> dict[str, Any]:
@@ -324,7 +329,7 @@ def arguments(text: Any) -> Any:
         return {}
 
 
-def said(errors: list[Any]) -> str:
+def describe(errors: list[Any]) -> str:
     return "verifiers: " + (
         "; ".join(f"{e.type}: {e.message}" for e in errors)[:1900] or "the episode failed"
     )
@@ -334,7 +339,7 @@ def main(fd: int, given: dict[str, Any]) -> None:
     """Load, then play what is asked for until the other end closes."""
     stream = socket.socket(fileno=fd).makefile("rw", encoding="utf-8", newline="\n")
 
-    def tell(answer: dict[str, Any]) -> None:
+    def send(answer: dict[str, Any]) -> None:
         stream.write(json.dumps(answer, default=str) + "\n")
         stream.flush()
 
@@ -343,23 +348,23 @@ def main(fd: int, given: dict[str, Any]) -> None:
     try:
         host = load(given)
     except PlayerProblem as error:
-        return tell({"problem": str(error)})
+        return send({"problem": str(error)})
     except BaseException:
-        return tell(
+        return send(
             {"problem": f"verifiers raised while it loaded {given['id']!r}: {traceback.format_exc()[-1900:]}"}
         )
-    tell({"loaded": version("verifiers")})
+    send({"loaded": version("verifiers")})
     with asyncio.Runner() as loop:
         for line in stream:
             asked = json.loads(line)
             os.environ[KEY] = asked["key"]
             random.seed(asked["seed"])
             try:
-                tell(loop.run(host.play(asked)))
+                send(loop.run(host.play(asked)))
             except PlayerProblem as error:
-                tell({"problem": str(error)})
+                send({"problem": str(error)})
             except Exception:
-                tell({"failure": traceback.format_exc()[-1900:]})
+                send({"failure": traceback.format_exc()[-1900:]})
 
 
 if __name__ == "__main__":

@@ -125,12 +125,12 @@ class Adapter(Strategy):
     def _rebase(self, originals: dict[str, Tensor]) -> None:
         """Set base = original - initial adapter, with the same numbers on every start."""
         now = self._tensors(copy=True)
-        self._put(self.initial)
+        self._set_parameters(self.initial)
         for path, layer in tuner_layers(self.base):
             weight = layer.get_base_layer().weight
             original = originals[f"{path}.weight"].to(weight.device)
             weight.data.copy_(original.float() - layer.get_delta_weight(NAME).float())
-        self._put(now)
+        self._set_parameters(now)
 
     def begin(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> bool:
         if self.peft is not None:
@@ -217,7 +217,8 @@ class Adapter(Strategy):
     def adapter(self, full_tensor: FullTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the adapter on the *original* base: tensors by peft's names, and its config as plain data.
 
-        Weights that PiSSA and the like moved from the base are given back, which doubles the adapter's rank.
+        Weights that PiSSA and the like moved from the base are returned to it, which doubles the adapter's
+        rank.
         """
         from peft import get_peft_model_state_dict
 
@@ -230,8 +231,8 @@ class Adapter(Strategy):
         settings = self.peft.peft_config[NAME]
         if self.initial:
             with self._as_initial():
-                begun = {n: t.detach().clone() for n, t in get_peft_model_state_dict(self.peft).items()}
-            return as_plain_lora(tensors, begun, settings)
+                initial = {n: t.detach().clone() for n, t in get_peft_model_state_dict(self.peft).items()}
+            return as_plain_lora(tensors, initial, settings)
         return tensors, settings.to_dict()
 
     @contextmanager
@@ -288,7 +289,7 @@ class Adapter(Strategy):
         return {n: t.detach().clone() if copy else t.detach() for n, t in self._parameters().items()}
 
     @torch.no_grad()
-    def _put(self, tensors: dict[str, Tensor]) -> None:
+    def _set_parameters(self, tensors: dict[str, Tensor]) -> None:
         parameters = self._parameters()
         for name, tensor in tensors.items():
             parameters[name].data.copy_(tensor)
@@ -322,14 +323,14 @@ class Adapter(Strategy):
         if made:
             self._wrap(self._settings(init_lora_weights=True, **state.get("eva", {})))
         parameters = self._parameters()
-        here = {
+        saved = {
             k: {n: t.to(parameters[n].device, copy=True) for n, t in state[k].items()}
             for k in ("initial", "snapshot")
         }
-        self._restore_base(here["initial"])
+        self._restore_base(saved["initial"])
         for name, tensor in model_state.items():
             set_full(parameters[name], tensor)
-        self.snapshot, self.updates = here["snapshot"], state["updates"]
+        self.snapshot, self.updates = saved["snapshot"], state["updates"]
         if self.config.method == "adalora":
             allocator = self.peft.base_model.rankallocator
             for name, value in state["allocator"].items():
@@ -380,7 +381,7 @@ class AdapterReference(PolicyModel):
     def follow(self, policy: PolicyModel) -> None:
         self.strategy.follow()
 
-    def own_state(self) -> nn.Module | None:
+    def unshared_state(self) -> nn.Module | None:
         return None  # the strategy's state contains it
 
 
@@ -416,19 +417,19 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def as_plain_lora(
-    now: dict[str, Tensor], begun: dict[str, Tensor], settings: Any
+    now: dict[str, Tensor], initial: dict[str, Tensor], settings: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return LoRA of twice the rank, with product s (B A - B0 A0): the change relative to the original base.
 
-    now, begun: peft's state dicts of the same adapter, A [r, in] and B [out, r] per layer.
+    now, initial: peft's state dicts of the same adapter, A [r, in] and B [out, r] per layer.
     Returns tensors and config as plain data.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in now.items():
         if ".lora_A." in name:
-            tensors[name] = torch.cat([tensor, begun[name]], 0)
+            tensors[name] = torch.cat([tensor, initial[name]], 0)
         elif ".lora_B." in name:
-            tensors[name] = torch.cat([tensor, -begun[name]], 1)
+            tensors[name] = torch.cat([tensor, -initial[name]], 1)
         else:
             tensors[name] = tensor
     config: dict[str, Any] = settings.to_dict()

@@ -1,4 +1,4 @@
-"""The policies of a check: replies that are given, random text and tool calls, and a tiny random model."""
+"""Policies of `rft env check`: scripted replies, random text and tool calls, and a tiny random model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rft.rollout.engine import EngineSpec, Generate, Generated, Request
 from rft.utils.seeds import derive_seed
 
 Tools = Sequence[Mapping[str, Any]]
-MODEL_TOKENS = 24  # that the random model samples in a turn: all of them are noise
+MODEL_TOKENS = 24  # per turn of the random model: more noise would test nothing new
 
 
 class Policy(Protocol):
@@ -38,19 +38,19 @@ class Policy(Protocol):
 
 @dataclass
 class Turn:
-    """The knowledge of a written policy when it answers. number: of the turn, from 0 on. text: the prompt."""
+    """The state from which a text policy answers. number: of the turn, from 0 on. text: the prompt."""
 
     prompt: Prompt
     tools: Tools
     place: int
     number: int = 0
     text: str = ""
-    dice: random.Random = field(default_factory=random.Random)
+    rng: random.Random = field(default_factory=random.Random)
 
 
-class Written:
-    """A policy that writes texts, which the tokenizer encodes. An answer is a function of the session's seed,
-    the turn and the prompt, so that two sessions of a seed with equal observations are equal."""
+class TextPolicy:
+    """A policy that answers with text, which the tokenizer encodes. An answer is a function of the session's
+    seed, the turn and the prompt, so that two sessions of a seed with equal observations are equal."""
 
     name = ""
     longest = 1 << 30
@@ -69,7 +69,7 @@ class Written:
         number = int(request.id.rpartition("-")[2])
         seed = derive_seed(request.sampling.seed or 0, "policy")
         text = self.render.tokenizer.decode(list(request.tokens), skip_special_tokens=False)
-        turn = replace(self.sessions[request.session], number=number, text=text, dice=random.Random(seed))
+        turn = replace(self.sessions[request.session], number=number, text=text, rng=random.Random(seed))
         return [encoded(self.render, self.answer(turn), request.sampling.max_tokens)]
 
     def answer(self, turn: Turn) -> str:
@@ -88,11 +88,11 @@ def encoded(render: Renderer, text: str, limit: int = 1 << 30, *, ends: bool = T
     return Generated(cut, (-1.0,) * len(cut), finish, ((0, 0, len(cut)),))
 
 
-# -- replies that are given ------------------------------------------------------------------------------
+# -- scripted replies ----------------------------------------------------------------------------------
 
 
-class Scripted(Written):
-    """Gives the replies of a file, or the solution that the data has: its demonstration, or its answer."""
+class Scripted(TextPolicy):
+    """Gives the replies of a file, or the solution in the data: the demonstration, or the answer."""
 
     name = "scripted"
 
@@ -123,14 +123,14 @@ def read_replies(path: Path) -> dict[int, list[Any]]:
         try:
             value = json.loads(line)
             row, given = value.get("row", 0), value["replies"]
-            good = type(row) is int and isinstance(given, list) and bool(given)
-            good = good and all(isinstance(r, str) or isinstance(r.get("tool"), str) for r in given)
+            valid = type(row) is int and isinstance(given, list) and bool(given)
+            valid = valid and all(isinstance(r, str) or isinstance(r.get("tool"), str) for r in given)
         except (ValueError, KeyError, AttributeError):
-            good = False
-        if not good:
+            valid = False
+        if not valid:
             raise ValueError(
                 f'{path}, line {number}: write {{"row": 1, "replies": ["text", {{"tool": "name", '
-                '"arguments": {{}}}}]}}, with at least one reply; leave row out for all rows'
+                '"arguments": {}}]}, with at least one reply; leave row out for all rows'
             )
         replies[row] = given
     return replies
@@ -150,75 +150,75 @@ ODD_TEXTS = (
 )
 
 
-class Random(Written):
+class Random(TextPolicy):
     """Writes words of the prompt, numbers and odd texts. With tools, a valid call comes first, and then calls
     with valid, with wrong and with missing arguments, unknown names and malformed calls as well."""
 
     name = "random"
 
     def answer(self, turn: Turn) -> str:
-        dice = turn.dice
-        if not turn.tools or (turn.number and dice.random() < 0.2):
+        rng = turn.rng
+        if not turn.tools or (turn.number and rng.random() < 0.2):
             return self._text(turn)
         tool = turn.tools[(turn.place + turn.number) % len(turn.tools)]
         function = tool.get("function", tool)
         name, schema = str(function["name"]), function.get("parameters") or {}
-        arguments = example({"type": "object", **schema}, turn, dice)
-        kind = dice.random() if turn.number else 0.0
+        arguments = example({"type": "object", **schema}, turn, rng)
+        kind = rng.random() if turn.number else 0.0
         if kind < 0.7:
             return self.call(name, arguments)
         if kind < 0.8:
-            return self.call(name, _spoiled(arguments, dice))
+            return self.call(name, _corrupted(arguments, rng))
         if kind < 0.9:
             return self.call(f"{name}_now", arguments)
-        return self.call(name, arguments)[: dice.randrange(5, 20)]
+        return self.call(name, arguments)[: rng.randrange(5, 20)]
 
     def _text(self, turn: Turn) -> str:
-        dice = turn.dice
-        if dice.random() < 0.3:
-            return dice.choice(ODD_TEXTS)
-        if dice.random() < 0.3:
-            return str(dice.randint(-20, 100))
-        return " ".join(_word(turn.text[-400:], dice) for _ in range(dice.randint(1, 8)))
+        rng = turn.rng
+        if rng.random() < 0.3:
+            return rng.choice(ODD_TEXTS)
+        if rng.random() < 0.3:
+            return str(rng.randint(-20, 100))
+        return " ".join(_word(turn.text[-400:], rng) for _ in range(rng.randint(1, 8)))
 
 
-def _word(text: str, dice: random.Random) -> str:
-    return dice.choice(re.findall(r"\w+", text) or ["word"])
+def _word(text: str, rng: random.Random) -> str:
+    return rng.choice(re.findall(r"\w+", text) or ["word"])
 
 
-def example(schema: Any, turn: Turn, dice: random.Random) -> Any:
+def example(schema: Any, turn: Turn, rng: random.Random) -> Any:
     """Return a random value that a JSON schema allows. Words come from the schema's descriptions, which often
     name an example, and from the end of the prompt, the last observation."""
     if not isinstance(schema, Mapping):
         return None
     for key in ("anyOf", "oneOf"):
         if schema.get(key):
-            return example(dice.choice(schema[key]), turn, dice)
+            return example(rng.choice(schema[key]), turn, rng)
     if schema.get("enum"):
-        return dice.choice(schema["enum"])
+        return rng.choice(schema["enum"])
     kind = schema.get("type", "string")
-    kind = dice.choice(kind) if isinstance(kind, list) else kind
+    kind = rng.choice(kind) if isinstance(kind, list) else kind
     if kind == "object":
-        return {name: example(part, turn, dice) for name, part in (schema.get("properties") or {}).items()}
+        return {name: example(part, turn, rng) for name, part in (schema.get("properties") or {}).items()}
     if kind == "array":
-        return [example(schema.get("items", {}), turn, dice) for _ in range(dice.randint(0, 3))]
-    simple = {"integer": dice.randint(-3, 12), "number": dice.randint(-30, 90) / 8, "null": None}
+        return [example(schema.get("items", {}), turn, rng) for _ in range(rng.randint(0, 3))]
+    simple = {"integer": rng.randint(-3, 12), "number": rng.randint(-30, 90) / 8, "null": None}
     if kind in simple:
         return simple[kind]
     if kind == "boolean":
-        return dice.random() < 0.5
-    return _word(str(schema.get("description", "")) if dice.random() < 0.5 else turn.text[-400:], dice)
+        return rng.random() < 0.5
+    return _word(str(schema.get("description", "")) if rng.random() < 0.5 else turn.text[-400:], rng)
 
 
-def _spoiled(arguments: Any, dice: random.Random) -> dict[str, Any]:
+def _corrupted(arguments: Any, rng: random.Random) -> dict[str, Any]:
     """Return arguments of which one is missing, of another type, or unknown."""
-    spoiled = dict(arguments)
-    name = dice.choice([*spoiled, "unknown"])
-    if name in spoiled and dice.random() < 0.5:
-        del spoiled[name]
+    corrupted = dict(arguments)
+    name = rng.choice([*corrupted, "unknown"])
+    if name in corrupted and rng.random() < 0.5:
+        del corrupted[name]
     else:
-        spoiled[name] = dice.choice([None, [], {"a": 1}, "x" * 3000, -1])
-    return spoiled
+        corrupted[name] = rng.choice([None, [], {"a": 1}, "x" * 3000, -1])
+    return corrupted
 
 
 def write_call(format_: str, name: str, arguments: Mapping[str, Any]) -> str:
@@ -241,8 +241,8 @@ def write_call(format_: str, name: str, arguments: Mapping[str, Any]) -> str:
 
 
 class TinyModel:
-    """A random model with the tokenizer of the config, on the engine hf: it samples any token, special ones
-    too."""
+    """A random model with the tokenizer of the config, on the hf engine: it samples any token, also special
+    ones."""
 
     name, longest = "model", MODEL_TOKENS
 
