@@ -1,4 +1,4 @@
-# `make help` lists what there is.
+# `make help` lists the targets.
 # VENV, PYTHON, DEVICE (auto, cpu, cuda), TORCH_INDEX and ARGS can be given: make demo DEVICE=cpu ARGS='seed=2'
 
 VENV   ?= .venv

@@ -36,8 +36,8 @@ SECTIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "gsm8k": (
         "Preference losses, GSM8K solutions",
         "50 steps of 16 pairs, from a model that imitated the 400 right training solutions for 120 steps; on "
-        "187 held-out pairs. It has 0.2 M parameters: it can learn what right and wrong solutions look like, "
-        "not what makes them right, and the whole log-prob mostly tells which of the two is shorter. Losses "
+        "187 held-out pairs. It has 0.2 M parameters: it can learn the look of right and wrong "
+        "solutions, not the reason, and the whole log-prob mostly shows which of the two is shorter. Losses "
         "of log-probs per token (`ipo`, `length`, `simpo`) are judged per token. `apo_zero`, `apo_down` "
         "and `kto` move each response by itself, and have a third of the others' learning rate here.",
         {

@@ -81,7 +81,7 @@ class BasePlan:
     stop_ids: tuple[int, ...]  # token ids that end a completion
     eval_sets: tuple[EvalSet, ...]  # held-out prompts for sampling
     adapter_parameters: int | None  # of learner.adapter, if they can be counted without weights
-    dtype_choice: str  # what `dtype: auto` resolved to, and why; "" if the config has none
+    dtype_choice: str  # the result of `dtype: auto`, and its reason; "" if the config has none
     step_size: StepSize
 
     def __repr__(self) -> str:

@@ -84,7 +84,7 @@ def pass_object(what: str, target: Any, workers: str) -> tuple[str, PassedReward
     except objects.NotPicklable as error:
         raise ValueError(
             f"{what} {identity.name} cannot be sent to {workers}, which are processes: it cannot be pickled: "
-            f"{error}. Create what cannot be pickled (a lock, a connection, an open file) inside the "
+            f"{error}. Create objects that cannot be pickled (a lock, a connection, an open file) inside the "
             f"function, or write {what} into a file: file.py:{identity.name}"
         ) from None
     passed = PassedReward(sha256=identity.sha256, source=identity.source, values=identity.values)

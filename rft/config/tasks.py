@@ -99,8 +99,7 @@ class ArithmeticConfig(ConfigModel):
         if "+" not in self.operators and "-" not in self.operators and self.limit < 2**self.max_operands:
             raise ValueError(
                 f"limit {self.limit} is too small for a chain of {self.max_operands} factors; raise it, or "
-                f"lower "
-                "max_operands"
+                f"lower max_operands"
             )
         if self.largest > self.limit:
             raise ValueError(f"largest ({self.largest}) must not exceed limit ({self.limit})")

@@ -448,8 +448,7 @@ def _check_complete(message: dict[str, Any], turn: int, written: str) -> None:
         if isinstance(part, str) and _without_whitespace(part) not in _without_whitespace(written):
             raise CannotTell(
                 f"the chat template omits a part of assistant turn {turn + 1}, such as its reasoning; use "
-                f"another "
-                "template, or leave that part out of the data"
+                f"another template, or leave that part out of the data"
             )
 
 

@@ -182,7 +182,7 @@ def _named_sets(axes: Axes, run: Run) -> bool:
     return bool(names)
 
 
-def _broken(axes: Axes, run: Run) -> bool:
+def _negative_flips(axes: Axes, run: Run) -> bool:
     """Draw the negative flips of every held-out set, and the positive ones of the unnamed set."""
     sets = {n: n.split("/")[1] for n in run.names() if re.fullmatch(r"eval/[\w\-]+/negative_flips", n)}
     names = {"eval/negative_flips": "broken", "eval/positive_flips": "solved"}
@@ -308,7 +308,7 @@ CHARTS: tuple[tuple[str, str, Callable[[Axes, Run], bool]], ...] = (
     ("Reward", "Mean reward of each step's completions; the band is one standard deviation.", _reward),
     ("Held-out accuracy", "On problems that are never trained on.", _accuracy),
     ("Named held-out sets", "Accuracy; of sets that are not sampled, the loss.", _named_sets),
-    ("What training broke", "Problems solved at step 0 and failed now, and the other way.", _broken),
+    ("Broken problems", "Problems solved at step 0 and failed now, and the other way.", _negative_flips),
     ("Held-out diversity", "Distinct parts as a share, within a problem's samples.", _eval_diversity),
     ("Held-out examples", "Of the dataset, never trained on.", _examples),
     ("Held-out preferences", "Share that implicit or learned rewards get right.", _preferences),
@@ -318,7 +318,7 @@ CHARTS: tuple[tuple[str, str, Callable[[Axes, Run], bool]], ...] = (
     ("Entropy", "Nats a token. Near zero, the policy no longer explores.", _entropy),
     ("Completion length", "Tokens.", _length),
     ("Output diversity", "Of each step's completions.", _diversity),
-    ("Shares", "What carries no gradient, or a bounded one.", _shares),
+    ("Shares", "Shares without a gradient, or with a bounded one.", _shares),
     ("Loss", "Of the whole batch. Around zero for policy gradients; it does not measure learning.",
      _single("train/loss", BLUE)),
     ("Gradient norm", "Before clipping.", _single("train/grad_norm", ORANGE)),

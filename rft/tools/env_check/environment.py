@@ -205,7 +205,7 @@ class Repeater:
                 f"the same row, seed and replies in another process ({where(unequal[0][0])}): "
                 f"{unequal[0][1]}",
                 "draw from `random`, NumPy or session.seed, which are seeded; not from the clock, uuid, the "
-                "order of a set, or what earlier sessions left in files",
+                "order of a set, or files of earlier sessions",
             )
         return not unequal
 
