@@ -120,9 +120,17 @@ def break_long_code(app: Sphinx, doctree: nodes.document, docname: str) -> None:
                     code += [nodes.Text(part), nodes.raw("", "<wbr>", format="html")]
 
 
+def caption_files(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Show the file name of a code block that is marked `run NAME` above it."""
+    source[0] = re.sub(
+        r"^(`{3,})(\w+) run (\S+)$", r"\1{code-block} \2\n:caption: \3", source[0], flags=re.MULTILINE
+    )
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("config-keys", ConfigKeys)
     app.connect("autodoc-process-docstring", plain_docstring)
     app.connect("autodoc-process-signature", plain_signature)
+    app.connect("source-read", caption_files)
     app.connect("doctree-resolved", break_long_code)
     return {"parallel_write_safe": True, "parallel_read_safe": True}

@@ -45,7 +45,8 @@ def _line(cls: type[Algorithm]) -> str:
     """Return the first line of the module docstring, or of the class if a module holds several algorithms."""
     alone = sum(other.__module__ == cls.__module__ for other in ALGORITHMS.values()) == 1
     doc = (sys.modules[cls.__module__].__doc__ if alone else cls.__doc__) or ""
-    return doc.strip().splitlines()[0].split(": ", 1)[-1]
+    line = doc.strip().splitlines()[0].split(": ", 1)[-1]
+    return line[0].upper() + line[1:]
 
 
 def _needs(cls: type[Algorithm]) -> str:

@@ -44,12 +44,13 @@ class Covariance(GroupRelative):
 
 @dataclass(frozen=True)
 class ClipCov(Covariance, GRPO):
-    """Cui et al., "The entropy mechanism of reinforcement learning" (2025), Clip-Cov, eq. 10 and 11.
+    """Clip-Cov: no gradient for a part of the tokens that lower the entropy most.
 
-    `grpo`, where a random `share` of all tokens has no gradient, drawn from those with a covariance between
+    Cui et al., "The entropy mechanism of reinforcement learning" (2025), eq. 10 and 11. `grpo`, where
+    a random `share` of all tokens has no gradient, drawn from those with a covariance between
     `covariance_low` and `covariance_high`: likely tokens with a high advantage, which lower the entropy most.
     They still count in averages. The covariance is taken once per step, before it; with several updates the
-    authors take it anew.
+    authors compute it again.
     """
 
     share: float = setting(2e-4, "fraction of all tokens without a gradient, at least one token", gt=0, le=1)
@@ -80,9 +81,10 @@ class ClipCov(Covariance, GRPO):
 
 @dataclass(frozen=True)
 class KLCov(Covariance):
-    """Cui et al., "The entropy mechanism of reinforcement learning" (2025), KL-Cov, eq. 12 and 13.
+    """KL-Cov: a KL penalty on the tokens that lower the entropy most.
 
-    The objective is ratio * A, and for the `share` of tokens with the highest covariance minus
+    Cui et al., "The entropy mechanism of reinforcement learning" (2025), eq. 12 and 13. The
+    objective is ratio * A, and for the `share` of tokens with the highest covariance minus
     `kl_coef` * |log-ratio to the old policy|. At ratio 1 the penalty has no gradient: it acts with several
     updates per batch (train.minibatches, train.num_iterations) or on stale data. The covariance is taken once
     per step, before it.

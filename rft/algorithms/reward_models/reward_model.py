@@ -37,7 +37,9 @@ class ScoreHead(Algorithm):
 
 @dataclass(frozen=True)
 class RewardModel(ScoreHead):
-    """loss = -log sigmoid(r(chosen) - r(rejected) - margin) + centre * (r(chosen) + r(rejected))^2; Ouyang et
+    """Bradley-Terry reward model on pairs, with margins.
+
+    loss = -log sigmoid(r(chosen) - r(rejected) - margin) + centre * (r(chosen) + r(rejected))^2; Ouyang et
     al. 2022, eq. 1; margin: Touvron et al. 2023, "Llama 2", eq. 2; centring: Eisenstein et al. 2023.
 
     Bradley-Terry rewards are defined up to a constant; centring fixes it at 0. `margin` is the strength of
@@ -162,8 +164,10 @@ class RewardRegression(ScoreHead):
 
 @dataclass(frozen=True)
 class PairwiseReward(ScoreHead):
-    """loss = -log p of the better candidate, with both candidates in the input; Jiang et al.,
-    "LLM-Blender" (2023), PairRM; Zhao et al., "SLiC-HF" (2023), sec. 3.
+    """Reward model that reads both candidates and names the better one.
+
+    loss = -log p of the better candidate; Jiang et al., "LLM-Blender" (2023), PairRM; Zhao et al., "SLiC-HF"
+    (2023), sec. 3.
 
     Unlike `reward_model`, which scores each response separately, it can compare the two directly, at the cost
     of one call per pair. Every pair is read in both orders, formatted by `rft.data.groups.PAIR_TEMPLATE`;
@@ -191,8 +195,9 @@ def _first(targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ProcessReward(ScoreHead):
-    """Cross-entropy of each step's label at the step's last token; Lightman et al., "Let's verify step by
-    step" (2023); Uesato et al. 2022.
+    """Process reward model: cross-entropy of each step's label at the step's last token.
+
+    Lightman et al., "Let's verify step by step" (2023); Uesato et al. 2022.
 
     The mask is True only at the last token of each step, and `columns["step_labels"]` [N, K] contains the
     label of step k; nan is unknown. The loss is averaged over all steps of the batch.
