@@ -289,8 +289,9 @@ def make_plan(
     # Check that they fit each other, the algorithm and this machine.
     problems += [] if evaluate else check_mixture(config, train, offline)
     if path is not None and tokenizer is not None and shape is not None:
+        ends = shape.end_tokens
         if train is not None or offline is not None:  # the data could be read, so the chat template works
-            stops = attempt("model", lambda: resolve_stops(config, path, tokenizer))
+            stops = attempt("model", lambda: resolve_stops(config, path, tokenizer, ends))
         if starts and not evaluate:
             problems += check_warm_start(config, path, tokenizer, stops, shape.max_positions)
     if offline is not None:

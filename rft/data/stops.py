@@ -12,24 +12,26 @@ from rft.errors import ModelError
 
 
 def stop_ids(
-    model: str, tokenizer: Any, turn_end: str | None = None, *, trust_remote_code: bool = False
+    model: str, tokenizer: Any, turn_end: str | None = None, *, of_config: Sequence[int]
 ) -> tuple[int, ...]:
     """Return the stop token ids of `model`, a folder or hub name.
 
     They are those of its generation config and its config, the tokenizer's end token, and the end-of-turn
     token of the chat template. turn_end: text of the template after assistant content, up to and including
-    that token; None: no chat template.
+    that token; None: no chat template. of_config: `end_tokens` of its config.
     """
-    from transformers import AutoConfig
-
     ids = {*_listed(tokenizer.eos_token_id), *_listed(_generation_eos(model))}
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     # Without an end token in config.json, transformers uses the class default, which may be any token here.
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    ids |= special & {*_listed(config.eos_token_id), *_listed(config.get_text_config().eos_token_id)}
+    ids |= special & set(of_config)
     if turn_end is not None:
         ids.add(tokenizer(turn_end, add_special_tokens=False)["input_ids"][-1])
     return tuple(sorted(ids))
+
+
+def end_tokens(config: Any) -> tuple[int, ...]:
+    """Return the end token ids of a config of transformers, and of the config of its text model."""
+    return tuple(sorted({*_listed(config.eos_token_id), *_listed(config.get_text_config().eos_token_id)}))
 
 
 def _generation_eos(model: str) -> Any:

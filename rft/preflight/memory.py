@@ -16,6 +16,7 @@ from torch import nn
 
 from rft.config.learner import LearnerConfig
 from rft.config.schema import ModelConfig
+from rft.data.stops import end_tokens
 from rft.errors import ModelError
 from rft.kernels.logprob_chunked import CHUNK_BYTES, MIN_CHUNK_ROWS
 from rft.learner.load import resolve_dtype
@@ -41,6 +42,10 @@ class ModelShape:
     normed: bool  # whether queries and keys are normalised
     linear: int  # parameters of the layers' linear maps, which quantisation applies to
     quantization: str | None = None  # method of stored quantised weights (neither trained nor synced)
+    end_tokens: tuple[int, ...] = ()  # end tokens of the model config
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "end_tokens", tuple(self.end_tokens))  # a list where it was read from JSON
 
     @classmethod
     def of(cls, path: str, model: ModelConfig, cache: Path | None = None) -> ModelShape:
@@ -82,6 +87,7 @@ class ModelShape:
             normed=any(name.endswith(("q_norm", "q_layernorm")) for name, _ in network.named_modules()),
             linear=sum(m.weight.numel() for m in maps),
             quantization=_stored_quantization(network.config),
+            end_tokens=end_tokens(network.config),
         )
 
 

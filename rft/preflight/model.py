@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,10 @@ def _tiny_folder(config: Config, cache: Path) -> Path:
     return folder.absolute()
 
 
-def resolve_stops(config: Config, path: str, tokenizer: Any) -> tuple[int, ...]:
-    """Return the stop token ids of completions."""
+def resolve_stops(config: Config, path: str, tokenizer: Any, end_tokens: Sequence[int]) -> tuple[int, ...]:
+    """Return the stop token ids of completions. end_tokens: those of the model's config."""
     turn_end = Renderer(config.data, tokenizer).turn_end
-    known = stop_ids(path, tokenizer, turn_end, trust_remote_code=config.model.trust_remote_code)
+    known = stop_ids(path, tokenizer, turn_end, of_config=end_tokens)
     return tuple(sorted({*known, *config.rollout.sampling.stop_token_ids}))
 
 

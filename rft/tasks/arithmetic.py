@@ -114,16 +114,17 @@ class Arithmetic:
 
     def _walk(self, length: int, rng: Random) -> Chain | None:
         """Draw a chain step by step; None if a drawn operator has no operand within the limits."""
-        config = self.config
-        value = start = rng.randint(1, config.largest)
+        largest, limit = self.config.largest, self.config.limit
+        value = start = rng.randint(1, largest)
         steps = []
         for _ in range(length - 1):
-            op = rng.choice(config.operators)
-            lowest, highest = {
-                "+": (1, min(config.largest, config.limit - value)),
-                "-": (1, min(config.largest, value)),
-                "*": (2, min(config.largest_factor, config.limit // max(value, 1))),
-            }[op]
+            op, lowest = rng.choice(self.config.operators), 1
+            if op == "+":
+                highest = min(largest, limit - value)
+            elif op == "-":
+                highest = min(largest, value)
+            else:
+                lowest, highest = 2, min(self.config.largest_factor, limit // max(value, 1))
             if highest < lowest:
                 return None
             steps.append((op, rng.randint(lowest, highest)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from rft.cli import main
 from rft.config.data import DataConfig
@@ -17,7 +18,7 @@ from rft.config.load import parse_config
 from rft.config.schema import Config
 from rft.data import load_groups
 from rft.data.chat import Renderer
-from rft.data.stops import stop_ids
+from rft.data.stops import end_tokens, stop_ids
 from rft.errors import ConfigError
 from rft.learner.learner import Learner
 from rft.plan import Plan, make_plan
@@ -76,7 +77,8 @@ def test_every_source_of_stop_tokens_counts(
 ) -> None:
     folder = make_model(tmp_path / "model", tokenizer, **model)
     turn_end = Renderer(DataConfig(), tokenizer).turn_end
-    assert stop_ids(str(folder), tokenizer, turn_end) == stops
+    of_config = end_tokens(AutoConfig.from_pretrained(folder))
+    assert stop_ids(str(folder), tokenizer, turn_end, of_config=of_config) == stops
 
 
 @pytest.mark.parametrize(

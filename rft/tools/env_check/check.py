@@ -63,6 +63,7 @@ class Parts:
     tokenizer: Any
     prompts: PromptSet
     positions: int
+    end_tokens: Sequence[int] = ()  # those of the model's config
 
 
 def load_parts(config: Config) -> Parts:
@@ -87,7 +88,7 @@ def load_parts(config: Config) -> Parts:
     wrong = [text for is_wrong, text in environment_checks(config, facts) if is_wrong]
     if wrong:
         raise ConfigError(wrong)
-    return Parts(config, config.environment, path, tokenizer, prompts, shape.max_positions)
+    return Parts(config, config.environment, path, tokenizer, prompts, shape.max_positions, shape.end_tokens)
 
 
 async def check(parts: Parts, options: Options) -> Report:
@@ -170,7 +171,7 @@ async def _policies(
     if "random" in options.policies:
         policies.append(Random(render, parser))
     if "model" in options.policies:
-        stops = resolve_stops(parts.config, parts.path, parts.tokenizer)
+        stops = resolve_stops(parts.config, parts.path, parts.tokenizer, parts.end_tokens)
         model = await tiny_model(parts.config, parts.tokenizer, stops, budget.context, folder)
         policies.append(model)
     return policies
