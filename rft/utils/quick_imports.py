@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module, metadata
 from typing import Any
 
@@ -33,7 +34,7 @@ def start_quickly() -> None:
 class _Distributions(dict[str, list[str]]):
     """The distributions of each top-level module; all are listed once one is not named like its module."""
 
-    def __init__(self, list_all: Any) -> None:
+    def __init__(self, list_all: Callable[[], Mapping[str, list[str]]]) -> None:
         super().__init__()
         self._list_all = list_all
 

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from rft.config.data import DataConfig
-from rft.data import DataError, load_groups, load_prompts
+from rft.data import DataError, chat, load_groups, load_prompts
 from rft.data.groups import common_text
 from tests.cases.families import (
     CHATML,
+    CLOSE,
     PLAIN_ROLES,
     PREFILL,
     PRINTS,
     QWEN3,
     R1,
+    START,
     TOOLS,
     gemma_tokenizer,
     glm_tokenizer,
@@ -293,6 +295,18 @@ def test_no_bos_comes_twice_and_none_is_lost(bos: str, tmp_path: Path) -> None:
     assert prompts([{"prompt": "q"}], gemma_tokenizer(), tmp_path) == wanted
     plain = make_tokenizer(None, bos_first=True)
     assert prompts([{"prompt": bos + "q"}], plain, tmp_path) == ["<|im_start|>q"]
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+@pytest.mark.parametrize("bos_first", [True, False])
+def test_texts_encoded_in_one_call_get_the_ids_of_each(
+    template: str | None, bos_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "TEXTS_PER_CALL", 2)
+    render = chat.Renderer(DataConfig(), make_tokenizer(template, bos_first=bos_first))
+    texts = ["What is 2+2?", f"{START}What is 2+3?", "", f"4{CLOSE}", "What is 2+2? The answer is 4."]
+    assert list(render.encode_all(texts)) == [render.encode(text) for text in texts]
+    assert list(render.encode_all([])) == []
 
 
 def test_a_prompt_that_ends_with_the_assistant_is_continued(tmp_path: Path) -> None:
