@@ -436,8 +436,7 @@ def _with_end(
         return text[start : stop + length], stop + length
     if not final:
         raise CannotTell(
-            "the chat template does not end a turn with a special token, so sampling could not stop there; "
-            "use another template, or `chat_template: never`"
+            "the chat template does not end a turn with a special token, so sampling could not stop there"
         )
     return text[start:stop] + render.end, stop
 
@@ -447,8 +446,7 @@ def _check_complete(message: dict[str, Any], turn: int, written: str) -> None:
     for part in (message["content"], message.get("reasoning_content")):
         if isinstance(part, str) and _without_whitespace(part) not in _without_whitespace(written):
             raise CannotTell(
-                f"the chat template omits a part of assistant turn {turn + 1}, such as its reasoning; use "
-                f"another template, or leave that part out of the data"
+                f"the chat template omits a part of assistant turn {turn + 1}, such as its reasoning"
             )
 
 
