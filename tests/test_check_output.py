@@ -8,15 +8,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from rft.config.schema import ModelConfig
 from rft.preflight.memory import ModelShape
-from rft.utils.quick_imports import _Distributions
 from rft.utils.quiet import ENVIRONMENT, quiet_libraries
 
 CONFIG = """
@@ -91,22 +88,6 @@ def test_a_check_imports_what_it_needs_only(tmp_path: Path) -> None:
 def test_help_and_the_list_of_keys_import_no_libraries_of_a_run() -> None:
     assert loaded_by("--help", among=(*HEAVY, "torch")) == "LOADED 0 []"
     assert loaded_by("config", "learner", among=(*HEAVY, "transformers")) == "LOADED 0 []"
-
-
-def test_quick_imports_find_the_distributions_that_the_whole_list_has() -> None:
-    whole = metadata.packages_distributions()
-    listed: list[str] = []
-
-    def list_all() -> Mapping[str, list[str]]:
-        listed.append("all")
-        return whole
-
-    quick = _Distributions(list_all)
-    assert quick.get("torch", []) == whole["torch"] and quick.get("tokenizers", []) == whole["tokenizers"]
-    assert listed == []
-    assert quick.get("yaml", []) == whole["yaml"]  # of the distribution PyYAML
-    assert quick.get("no_such_module", []) == []
-    assert listed
 
 
 def test_a_damaged_model_size_is_counted_again(tiny_folder: Path, tmp_path: Path) -> None:
