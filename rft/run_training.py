@@ -331,9 +331,7 @@ async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = N
     """
     config = plan.config
     if not plan.eval_sets:
-        raise ConfigError(
-            ["rft eval: nothing to evaluate; name rewards in the config, and set eval.every to 1 or more"]
-        )
+        raise ConfigError(["rft eval: nothing to evaluate; name rewards, and set eval.every to 1 or more"])
     with ray_cluster(config.ray.address, config.ray.object_store_gib):
         pool = make_pool(plan)
         rewards, environment = make_rewards(config), make_environment(config)

@@ -241,10 +241,7 @@ def proximal_logps(logps: Tensor, batch: Batch, *, interpolate: bool) -> Tensor:
     share = torch.ones_like(logps)
     if interpolate:
         if batch.version is None or "version" not in batch.state:
-            raise ValueError(
-                "proximal: interpolated needs the policy versions that sampled the tokens, and this batch "
-                "has none"
-            )
+            raise ValueError("proximal: interpolated needs the policy versions that sampled the tokens")
         age = (batch.state["version"] - batch.version).to(logps.dtype)
         share = torch.where(age > 0, 1 / age.clamp(min=1), 0)
     return torch.where(sampled, share * batch.sampler_logps + (1 - share) * logps, logps)
