@@ -18,23 +18,20 @@ from ray.exceptions import RayError
 
 from rft import checkpoint, run_dir
 from rft.config.schema import Config
-from rft.data.chat import Renderer
 from rft.environments.runner import EnvironmentRunner
 from rft.environments.types import EnvironmentFault
-from rft.errors import CheckpointError, ConfigError, EngineError, RunStopped, TransferError
+from rft.errors import CheckpointError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
 from rft.learner.workers import LearnerGroup, LearnerHandle
-from rft.loops.evaluate import SampledEvaluation, evaluate, evaluation_of
+from rft.loops.evaluate import SampledEvaluation
 from rft.loops.offline import train_offline
 from rft.loops.online import Controller, Parts
 from rft.loops.warm_start import WARM_START_FOLDER, warm_start
 from rft.metrics import Progress, RunLog
-from rft.metrics.evaluation import write_evaluation
 from rft.metrics.log import Observer
 from rft.plan import OfflinePlan, OnlinePlan, Plan, make_plan
 from rft.rewards import RewardError
 from rft.rewards.runner import RewardRunner
-from rft.rollout.episodes import make_episodes
 from rft.rollout.fleet import Fleet
 from rft.rollout.hooks import LoopHooks
 from rft.rollout.pool import RolloutPool
@@ -318,56 +315,6 @@ async def export(learner: LearnerHandle, folder: Path) -> None:
     """Write the final model, atomically."""
     with folder_atomic(folder) as temporary:
         await learner.export(str(temporary))
-
-
-EVALUATION_END_S = 30.0  # for ending the engines after a stop signal
-
-
-async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = None) -> dict[str, float]:
-    """Return the `eval/...` metrics of the plan's model, without a learner.
-
-    out: folder for the outcome of each problem, as in a run's folder. Raises ConfigError where there is
-    nothing to evaluate, and RunStopped on a stop signal.
-    """
-    config = plan.config
-    if not plan.eval_sets:
-        raise ConfigError(["rft eval: nothing to evaluate; name rewards, and set eval.every to 1 or more"])
-    with ray_cluster(config.ray.address, config.ray.object_store_gib):
-        pool = make_pool(plan)
-        rewards, environment = make_rewards(config), make_environment(config)
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def request(reason: str) -> float:
-            loop.call_soon_threadsafe(stop.set)
-            return EVALUATION_END_S
-
-        signals.handle(request=request)
-        try:
-            await unless_stopped(asyncio.gather(pool.start(), start_environment(environment, rewards)), stop)
-            render = Renderer(config.data, plan.tokenizer)
-            episodes = None
-            if environment is not None:
-                episodes = make_episodes(config, environment, pool.generate, render)
-            evaluating = evaluate(
-                pool.generate,
-                rewards,
-                plan.tokenizer,
-                plan.eval_sets,
-                config,
-                label="eval",
-                episodes=episodes,
-                align=config.rollout.align,
-            )
-            metrics, judged = await unless_stopped(evaluating, stop)
-            if out is not None:
-                write_evaluation(out, evaluation_of(0, judged))
-            return metrics
-        finally:
-            signals.handle(request=lambda reason: EVALUATION_END_S)
-            await rewards.close()
-            if environment is not None:
-                await environment.close()
-            await pool.close()
 
 
 # -- the parts -----------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from rft.config.schema import Config
 from rft.errors import ConfigError
 from rft.plan import Plan, check_plan, make_plan
 from rft.report.history import CONFIG_FILE
+from rft.tools.evaluate import evaluate_model
 from rft.utils.quiet import quiet_libraries
 from rft.utils.signals import StopRequests
 
@@ -150,7 +151,7 @@ def evaluate(
     def work(stops: StopRequests) -> dict[str, float]:
         with run_dir.with_files(resolved.files, keep=False):
             plan = make_plan(resolved.config, evaluate=True)
-            return asyncio.run(run_training.evaluate_model(plan, stops))
+            return asyncio.run(evaluate_model(plan, stops))
 
     with quiet_libraries():
         resolved = resolve(least if config is None else config, arguments)

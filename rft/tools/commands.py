@@ -262,7 +262,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from rft.config.load import load_config
     from rft.errors import ConfigError
     from rft.plan import make_plan
-    from rft.run_training import evaluate_model
+    from rft.tools.evaluate import evaluate_model
     from rft.tools.export import weights_of
     from rft.tools.tasks import run_tasks, task_problems
 

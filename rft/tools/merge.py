@@ -257,7 +257,7 @@ def accuracy_by(config_file: str, signals: StopRequests) -> Callable[[str], floa
     without an unnamed set, the mean accuracy of the named ones."""
     from rft.config.load import load_config
     from rft.plan import make_plan
-    from rft.run_training import evaluate_model
+    from rft.tools.evaluate import evaluate_model
 
     config = load_config(config_file)
 

@@ -1,0 +1,66 @@
+"""Evaluate a model without a learner: `rft eval`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from rft.data.chat import Renderer
+from rft.errors import ConfigError
+from rft.loops.evaluate import evaluate, evaluation_of
+from rft.metrics.evaluation import write_evaluation
+from rft.plan import Plan
+from rft.rollout.episodes import make_episodes
+from rft.run_training import make_environment, make_pool, make_rewards, start_environment
+from rft.utils.deadlines import unless_stopped
+from rft.utils.ray_cluster import ray_cluster
+from rft.utils.signals import StopRequests
+
+EVALUATION_END_S = 30.0  # for ending the engines after a stop signal
+
+
+async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = None) -> dict[str, float]:
+    """Return the `eval/...` metrics of the plan's model, without a learner.
+
+    out: folder for the outcome of each problem, as in a run's folder. Raises ConfigError where there is
+    nothing to evaluate, and RunStopped on a stop signal.
+    """
+    config = plan.config
+    if not plan.eval_sets:
+        raise ConfigError(["rft eval: nothing to evaluate; name rewards, and set eval.every to 1 or more"])
+    with ray_cluster(config.ray.address, config.ray.object_store_gib):
+        pool = make_pool(plan)
+        rewards, environment = make_rewards(config), make_environment(config)
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def request(reason: str) -> float:
+            loop.call_soon_threadsafe(stop.set)
+            return EVALUATION_END_S
+
+        signals.handle(request=request)
+        try:
+            await unless_stopped(asyncio.gather(pool.start(), start_environment(environment, rewards)), stop)
+            render = Renderer(config.data, plan.tokenizer)
+            episodes = None
+            if environment is not None:
+                episodes = make_episodes(config, environment, pool.generate, render)
+            evaluating = evaluate(
+                pool.generate,
+                rewards,
+                plan.tokenizer,
+                plan.eval_sets,
+                config,
+                label="eval",
+                episodes=episodes,
+                align=config.rollout.align,
+            )
+            metrics, judged = await unless_stopped(evaluating, stop)
+            if out is not None:
+                write_evaluation(out, evaluation_of(0, judged))
+            return metrics
+        finally:
+            signals.handle(request=lambda reason: EVALUATION_END_S)
+            await rewards.close()
+            if environment is not None:
+                await environment.close()
+            await pool.close()
