@@ -57,6 +57,8 @@ class Batch:
     sampler_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32
     old_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32, policy before the step
     ref_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32, frozen reference
+    teacher_ids: Tensor | None = field(default=None, metadata=_T)  # [T, K] int64, see `TopTokens`; -1: none
+    teacher_logps: Tensor | None = field(default=None, metadata=_T)  # [T, K] float32
     old_entropy: Tensor | None = field(default=None, metadata=_T)  # [T] float32, before the step
     values: Tensor | None = field(default=None, metadata=_T)  # [T] float32, critic before the step
     end_values: Tensor | None = field(default=None, metadata=_T)  # [T] float32, see `PolicyOutput`

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft.samples import Branch, Completion, Group, Prompt, Turn
+from rft.samples import Branch, Completion, Group, Prompt, TopTokens, Turn
 
 
 def fields_of(groups: Sequence[Group], *, share_prefix: bool) -> dict[str, Any]:
@@ -29,6 +29,20 @@ def _column(values: Sequence[float | tuple[float, ...] | None]) -> Tensor:
     return padded if any(isinstance(v, tuple) for v in values) else padded.squeeze(1)
 
 
+def _teachers(given: Sequence[tuple[Sequence[int], TopTokens]], tokens: int) -> dict[str, Tensor]:
+    """Return `teacher_ids` and `teacher_logps` of a batch of so many tokens, from those at some places; {}
+    without any."""
+    if not given:
+        return {}
+    width = max(top.ids.shape[1] for _, top in given)
+    ids = torch.full((tokens, width), -1, dtype=torch.int64)
+    logps = torch.full((tokens, width), -torch.inf)
+    for places, top in given:
+        ids[list(places), : top.ids.shape[1]] = torch.from_numpy(top.ids.astype(np.int64))
+        logps[list(places), : top.ids.shape[1]] = torch.from_numpy(top.logps)
+    return {"teacher_ids": ids, "teacher_logps": logps}
+
+
 class _Builder:
     """Collect columns of numbers for the tokens, segments and sequences of a batch."""
 
@@ -37,6 +51,7 @@ class _Builder:
         self.t: dict[str, list[Any]] = {name: [] for name in ("segment", "source", "positions", *_PROMPT)}
         self.parent: list[int] = []
         self.group: list[int] = []
+        self.teachers: list[tuple[Sequence[int], TopTokens]] = []  # places in the batch
 
     def build(self, groups: Sequence[Group]) -> dict[str, Any]:
         completions = [c for g in groups for c in g.completions]
@@ -53,6 +68,7 @@ class _Builder:
             del t["sampler_logps"], t["version"]
         if not completions or any(c.ref_logps is None for c in completions):
             del t["ref_logps"]
+        t |= _teachers(self.teachers, len(t["tokens"]))
         columns: dict[str, Sequence[float | tuple[float, ...] | None]] = {
             name: [c.values.get(name) for c in completions]
             for name in sorted({name for c in completions for name in c.values})
@@ -91,6 +107,9 @@ class _Builder:
         for part in parts:  # a tree's tokens are contiguous: those without the prompt come after it
             for branch in part.apart:
                 self._add_branch(part, *branch)
+        for part, c in zip(parts, group.completions, strict=True):
+            if c.teacher is not None:
+                self.teachers.append((part.place[len(prompt.tokens) :], c.teacher))
 
     def _add_prompt(self, prompt: Prompt, sequence: int, parts: Sequence[_Part]) -> int:
         """Start a tree with the prompt, as far as its completions read it; return where it starts."""

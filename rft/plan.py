@@ -112,7 +112,7 @@ class BasePlan:
             self.engine_spec() if c.algorithm.online or validate.samples_held_out(c) else None,
             self.step_size,
             device=self.device,
-            reference=c.algorithm.needs_reference and separate,
+            reference=c.algorithm.needs_reference and separate and c.teacher is None,
             adapter=self.adapter_parameters or 0,
             capacity=device_memory(c, self.device),
         )
@@ -157,6 +157,7 @@ class BasePlan:
             sampling=c.rollout.sampling,
             device=self.device,
             seed=c.seed,
+            teacher=c.teacher is not None,
             max_gap_mean=mean,
             max_gap=largest,
             expects_fresh=c.algorithm.online and c.rollout.staleness == 0,

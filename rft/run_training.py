@@ -48,6 +48,7 @@ from rft.utils.ray_cluster import on_head_death, ray_cluster
 from rft.utils.signals import STOPPED, StopRequests, print_stop
 from rft.utils.terminal import say
 
+TEACHER, TEACHER_OF_ROWS = "rft.contrib.teacher.hooks_of", "rft.contrib.teacher.with_teacher"
 DONE, FAILED, USER_ERROR, FAULT = 0, 1, 2, 76
 # Raised here when another process dies: a stop signal may have reached that one as well.
 _OF_ANOTHER_PROCESS = (
@@ -238,7 +239,8 @@ async def _online(
     plan: OnlinePlan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, float]:
     config = plan.config
-    pool, hooks = make_pool(plan), LoopHooks()
+    hooks = LoopHooks() if config.teacher is None else await load_dotted(TEACHER)(plan, progress, stop)
+    pool = make_pool(plan)
     rewards = make_rewards(config)
     environment = make_environment(config)
 
@@ -288,6 +290,8 @@ async def _offline(
     plan: OfflinePlan, folder: RunFolder, progress: Progress, log: RunLog, stop: asyncio.Event
 ) -> dict[str, float]:
     config = plan.config
+    if config.teacher is not None:
+        plan = await load_dotted(TEACHER_OF_ROWS)(plan, progress, stop)
     progress.stage("starting the learner")
     learner = start_learner(plan, plan.learner_spec())
     async with AsyncExitStack() as parts:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 FinishReason = Literal["stop", "length", "demonstration"]
 TURNS_MEASURED = 8  # turns of sessions that metrics report separately; the last one also has all later turns
 
@@ -42,6 +44,20 @@ class Turn(NamedTuple):
     state: str | tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """The K tokens that a teacher finds most likely in the place of each of n tokens: `ids` [n, K] int32 and
+    their log-probs `logps` [n, K] float32, in nats. An id of -1, with the log-prob -inf: there is none."""
+
+    ids: np.ndarray[Any, Any]
+    logps: np.ndarray[Any, Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TopTokens) and all(
+            np.array_equal(a, b) for a, b in ((self.ids, other.ids), (self.logps, other.logps))
+        )
+
+
 class Origin(NamedTuple):
     """A session's seed, how its episode ended, and the messages of its first call, for records only."""
 
@@ -55,9 +71,9 @@ class Completion:
     """One response to a prompt: sampled by an engine, or read from a dataset.
 
     `logps[i]` is the sampler's log-prob of `tokens[i]` (None: not sampled), `ref_logps[i]` the reference's,
-    if precomputed. `mask[i]` says whether the loss may act on `tokens[i]` (None: on all). The first
-    `demonstrated` tokens come from a demonstration instead of the policy. `versions` are (policy version,
-    start, end) spans.
+    if precomputed. `teacher`: the most likely tokens of a teacher in the place of each token. `mask[i]` says
+    whether the loss may act on `tokens[i]` (None: on all). The first `demonstrated` tokens come from a
+    demonstration instead of the policy. `versions` are (policy version, start, end) spans.
     `reward` is the combined reward; None means that it could not be judged (never a zero).
     `values` are further per-sequence numbers for the algorithm (a margin, a reward vector); nan: unknown.
     A session has `turns`, one for each of its model calls, and `branches` if one call's prompt did not extend
@@ -70,6 +86,7 @@ class Completion:
     finish: FinishReason = "stop"
     logps: tuple[float, ...] | None = None
     ref_logps: tuple[float, ...] | None = None
+    teacher: TopTokens | None = None
     mask: tuple[bool, ...] | None = None
     demonstrated: int = 0
     versions: tuple[tuple[int, int, int], ...] = ()

@@ -29,6 +29,7 @@ CONFIGS = sorted(
     if "apiVersion:" not in path.read_text()
 )
 FROM_THE_HUB = ("gsm8k_qwen", "gsm8k_qwen_7b", "gsm8k_lora", "gsm8k_qlora", "cluster/cluster")
+NEED_A_SERVER = ("online/distill_endpoint", "logit_distill_endpoint")  # tests/test_teacher.py runs them
 # One for each loop and family of online algorithms. `dpo` and `sft` also run with real actors in
 # integration/test_offline_runs.py and test_gguf.py.
 RUN_BY_DEFAULT = ("online/grpo", "online/online_dpo", "reward_model")
@@ -110,7 +111,7 @@ def runnable(name: str) -> object:
     return pytest.param(name, marks=[*slow, *(m for m in needs(name) if m is not needs_vllm)])
 
 
-@pytest.mark.parametrize("name", [runnable(n) for n in CONFIGS])
+@pytest.mark.parametrize("name", [runnable(n) for n in CONFIGS if n not in NEED_A_SERVER])
 @pytest.mark.timeout(300)
 def test_it_trains_for_two_steps(
     name: str, runs: Path, qwen: Path, tiny_folder: Path, varied: str, ray_here: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch, Completion, Group, Prompt
+from rft.cli import main
 from rft.config.schema import Config
 from rft.config.validate import problems
 from rft.learner.learner import Learner
 from rft.rollout.engine import Sampling
 from rft.rollout.hf import _draw
-from tests.specs import facts
+from tests.specs import facts, needs_vllm
 from tests.test_learner import Watched, spec
 
 SETTINGS: list[dict[str, Any]] = [
@@ -152,3 +154,44 @@ def test_what_cannot_be_exact_is_refused(config: dict[str, Any], words: str) -> 
     base = {"rollout": {"sampling": {"top_k": 20}}, "rewards": [{"function": "math"}], "algorithm": "grpo"}
     found = problems(Config(**{**base, **config}), facts(device="cuda", gpus=2))
     assert any("top_p, top_k and min_p" in problem and words in problem for problem in found)
+
+
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.timeout(550)
+def test_a_run_with_vllm(tiny_folder: Path, tmp_path: Path, ray_here: None) -> None:
+    """The engine's log-probs are the learner's, over the same tokens, in each step and after each update."""
+    reward = tmp_path / "varied.py"
+    reward.write_text("def varied(completions, **columns): return [len(c) % 2 for c in completions]\n")
+    config = {
+        "name": "run",
+        "output_dir": str(tmp_path),
+        "algorithm": {"name": "grpo", "beta": 0.05},
+        "model": {"path": str(tiny_folder)},
+        "data": {"kind": "arithmetic", "limit": 32},
+        "rewards": [{"function": "math"}, {"function": f"{reward}:varied"}],
+        "train": {"steps": 3, "batch_size": 4, "num_generations": 4, "minibatches": 2},
+        "rollout": {
+            "engine": "vllm",
+            "threads": 1,
+            "dtype": "float32",
+            "sampling": {
+                "top_p": 0.8,
+                "top_k": 40,
+                "min_p": 0.02,
+                "temperature": 0.9,
+                "max_completion_length": 24,
+            },
+        },
+        "learner": {"learning_rate": 1e-3, "threads": 1, "dtype": "float32"},
+        "eval": {"every": 0},
+        "tracking": {"display": "off"},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "train/loss" in row]
+    assert len(trained) == 3
+    # Over the whole vocabulary the log-probs would differ by -log(0.8) = 0.2 or more.
+    assert all(row["sync/logp_gap"] < 2e-3 for row in trained), [row["sync/logp_gap"] for row in trained]
+    assert trained[-1]["policy/kl_ref"] > 0

@@ -55,6 +55,7 @@ from rft.algorithms.supervised.dft import DFT
 from rft.algorithms.supervised.forgetting import Forgetting
 from rft.algorithms.supervised.ift import IFT
 from rft.algorithms.supervised.iw_sft import IWSFT
+from rft.algorithms.supervised.logit_distill import LogitDistill
 from rft.algorithms.supervised.masked_thought import MaskedThought
 from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.neft import NEFT
@@ -117,6 +118,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "ss_token": SSToken,
     "forgetting": Forgetting,
     "weak_to_strong": WeakToStrong,
+    "logit_distill": LogitDistill,
     "rwr": RWR,
     "poft": PoFT,
     "dpo": DPO,
@@ -175,6 +177,7 @@ __all__ = [
     "Forgetting",
     "IterativeDPO",
     "KLCov",
+    "LogitDistill",
     "MMLPartial",
     "MaskedThought",
     "MaxRL",

@@ -36,6 +36,12 @@ class ReadsDistributions(Algorithm):
         return None
 
     @property
+    def compares_ranks(self) -> bool:
+        """Return whether `divergence` depends on the sorted probabilities only, so that the two may have
+        different vocabularies. Its second argument may then be the largest log-probs, sorted, [..., K]."""
+        return False
+
+    @property
     def compares_distributions(self) -> bool:
         """Return whether `divergence` reads the reference's distribution, which then runs in each forward.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         WarmStartConfig,
     )
     from rft.config.sync import SyncConfig
+    from rft.config.teacher import TeacherConfig
     from rft.errors import ConfigError
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "RewardsConfig",
     "RolloutConfig",
     "SyncConfig",
+    "TeacherConfig",
     "TrackingConfig",
     "TrainConfig",
     "WarmStartConfig",
@@ -62,6 +64,7 @@ _HOMES = {
     "RewardsConfig": "rft.config.rewards",
     "RolloutConfig": "rft.config.rollout",
     "SyncConfig": "rft.config.sync",
+    "TeacherConfig": "rft.config.teacher",
     "TrackingConfig": "rft.config.metrics",
     **dict.fromkeys(("apply_overrides", "describe_fields", "load_config", "parse_config"), "rft.config.load"),
 }

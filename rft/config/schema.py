@@ -19,6 +19,7 @@ from rft.config.metrics import GuardsConfig, TrackingConfig
 from rft.config.rewards import RewardsConfig, list_as_functions
 from rft.config.rollout import RolloutConfig
 from rft.config.sync import SyncConfig
+from rft.config.teacher import TeacherConfig
 from rft.utils.did_you_mean import did_you_mean_or_list
 from rft.utils.dotted import load_dotted
 from rft.utils.paths import PathText
@@ -164,6 +165,9 @@ class Config(ConfigModel, metaclass=_RaisesConfigError):
     seed: int = Field(1, ge=0, description="random seed of model initialisation, data order and sampling")
     algorithm: SerializeAsAny[Algorithm] = Field(description="name and settings of the algorithm")
     model: ModelConfig = Field(ModelConfig(), description="policy, reference and tokenizer")
+    teacher: TeacherConfig | None = Field(
+        None, description="a reference model behind an endpoint (none: `model.reference`, in the learner)"
+    )
     warm_start: WarmStartConfig | None = Field(None, description="supervised fine-tuning before the run")
     data: DataConfig = Field(DataConfig(), description="dataset of the run")
     rewards: RewardsConfig = Field(

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from rft.algorithms import RWR
 from rft.algorithms.base import Algorithm, Rollout
+from rft.algorithms.divergence import TeacherDivergence
 from rft.algorithms.extras import ValuesSteps, compares_distributions, compares_rows, copies, score_heads
 from rft.algorithms.supervised.mft import MFT
 from rft.config.learner import (
@@ -407,10 +408,6 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     if a.online:
         return
-    yield (
-        isinstance(a, MFT) and not config.data.mixture,
-        "algorithm: mft balances the sources of data.mixture, and there is none; name them, or write sft",
-    )
     if isinstance(a, RWR):
         yield (
             not collected and "reward" not in config.data.numbers,
@@ -457,6 +454,8 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     ]
     why = next((why for wrong, why in uncached if wrong), "")
     yield c.reference_logps == "cached" and bool(why), f"learner.reference_logps: {why}; write live"
+    scored_before = next((why for wrong, why in uncached[2:] if wrong), "")
+    yield config.teacher is not None and bool(scored_before), f"teacher: {scored_before}; remove it"
     yield (
         name == "kto" and facts.held_out_rows is not None and facts.held_out_rows < 2,
         "data: kto compares responses, and there is only one held-out row; raise data.holdout",
@@ -490,9 +489,64 @@ def _truncation_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
 
 
+def _teacher_checks(config: Config, facts: Facts) -> Iterator[Check]:
+    """Check the use of a teacher behind an endpoint, whose log-probs are at temperature 1."""
+    a, s, name = config.algorithm, config.rollout.sampling, algorithm_name(config.algorithm)
+    if config.teacher is None:
+        return
+    yield not a.needs_reference, f"teacher: {name} does not use a reference, as set here; remove it"
+    yield (
+        config.model.reference is not None,
+        "teacher, model.reference: both are the reference; remove one of them",
+    )
+    yield (
+        config.learner.reference_logps == "cached",
+        "learner.reference_logps: the teacher's log-probs are cached in any case; write live",
+    )
+    yield (
+        compares_distributions(a) and not config.teacher.top_k,
+        f"teacher.top_k: {name} compares distributions, as set here; write top_k: 20",
+    )
+    yield (
+        bool(a.hooks),
+        f"teacher: {name} trains on earlier samples, or a second policy, as set here; remove it",
+    )
+    yield bool(a.refresh_reference), f"teacher: {name} updates its reference during the run; remove it"
+    by_rank = isinstance(a, TeacherDivergence) and a.by_rank
+    yield (
+        config.teacher.tokenizer is not None and not by_rank,
+        "teacher.tokenizer: the distributions of two vocabularies can only be compared by rank; write "
+        "algorithm: {name: distill, by_rank: true}, or logit_distill, or take a teacher with the policy's "
+        "tokenizer",
+    )
+    sessions = config.environment is not None or config.data.sessions is not None
+    for key in ("template", "tokenizer"):
+        yield (
+            sessions and getattr(config.teacher, key) is not None,
+            f"teacher.{key}: a session's prompts are read as the policy read them; remove it",
+        )
+    if not a.online:
+        return
+    yield (
+        s.temperature != 1,
+        f"teacher: its log-probs are at temperature 1, and rollout.sampling.temperature is "
+        f"{s.temperature:g}; write 1",
+    )
+    yield (
+        s.truncated,
+        "teacher: its log-probs are over the whole vocabulary; write top_p: 1, top_k: 0, min_p: 0",
+    )
+    yield (
+        copies(a) > 1 or any(r.mixture for r in rollouts(config, bool(facts.demonstrations))),
+        f"teacher: {name} needs its reference in the engines, or trains a second policy; name a model in "
+        "model.reference",
+    )
+
+
 def run_checks(config: Config, facts: Facts) -> Iterator[Check]:
     t, name = config.train, algorithm_name(config.algorithm)
     yield from _truncation_checks(config, facts)
+    yield from _teacher_checks(config, facts)
     yield (
         config.model.reference is not None and not config.algorithm.needs_reference,
         f"model.reference: {name} does not use a reference; remove it",

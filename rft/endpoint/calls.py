@@ -106,9 +106,10 @@ class SessionCalls:
         return self._filled(ask, reply.call, reply, content, stopped_by)
 
     async def _generate(self, ask: Ask) -> Answer:
-        if ask.echo:
+        if ask.echo or ask.prompt_top is not None:
             raise ValueError(
-                "echo: a session records what the policy samples; texts are scored by `rft serve`"
+                "echo, prompt_logprobs: a session records what the policy samples; texts are scored by "
+                "`rft serve`"
             )
         self.session.check_length(len(ask.text or ""))
         call = await self.session.generate(

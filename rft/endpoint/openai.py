@@ -106,6 +106,7 @@ class CompletionBody(OpenAIBody):
     max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = None
     echo: bool = False
+    prompt_logprobs: int | None = Field(None, ge=0)
     best_of: int | None = None
     suffix: str | None = None
 
@@ -117,8 +118,10 @@ class CompletionBody(OpenAIBody):
         ):
             if wrong:
                 raise invalid(f"{name} is not supported; leave it out", name)
-        if self.max_tokens == 0 and not self.echo:
-            raise invalid("max_tokens: 0 needs echo: true, which scores the prompt", "max_tokens")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise invalid(
+                "max_tokens: 0 needs echo: true or prompt_logprobs, which score the prompt", "max_tokens"
+            )
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
@@ -130,6 +133,7 @@ class CompletionBody(OpenAIBody):
             max_tokens=self.max_tokens,
             details=self.logprobs is not None or bool(self.return_token_ids),
             echo=self.echo,
+            prompt_top=self.prompt_logprobs,
             **self.shared(),
         )
 
@@ -236,11 +240,12 @@ class Completions(OpenAIDialect):
         }
 
     def _choice(self, body: CompletionBody, answer: Answer) -> dict[str, Any]:
-        text = "".join(token.text for token in answer.echoed) + answer.content
+        echoed = answer.echoed if body.echo else ()
+        text = "".join(token.text for token in echoed) + answer.content
         choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None}
         if body.logprobs is not None:
             sampled = zip(answer.texts, answer.logps, strict=True)
-            rows = [*answer.echoed, *(Echoed(text, logp, text, logp) for text, logp in sampled)]
+            rows = [*echoed, *(Echoed(text, logp, text, logp) for text, logp in sampled)]
             choice["logprobs"] = {
                 "tokens": [row.text for row in rows],
                 "token_logprobs": [row.logp for row in rows],
@@ -251,9 +256,20 @@ class Completions(OpenAIDialect):
                 ],
                 "text_offset": [0, *accumulate(len(row.text) for row in rows)][: len(rows)],
             }
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = [_prompt_logprobs(token) for token in answer.echoed]
         if body.return_token_ids:
             choice |= {"token_ids": list(answer.sampled), "prompt_token_ids": list(answer.prompt)}
         return {**choice, "finish_reason": answer.finish}
+
+
+def _prompt_logprobs(token: Echoed) -> dict[str, Any] | None:
+    """Return vLLM's entry of a token of the prompt: those of the most likely tokens and its own, by id."""
+    if token.logp is None:
+        return None
+    rows = {i: {"logprob": p, "rank": r, "decoded_token": t} for r, (i, t, p) in enumerate(token.top, 1)}
+    rows.setdefault(token.id, {"logprob": token.logp, "rank": None, "decoded_token": token.text})
+    return {str(i): row for i, row in rows.items()}
 
 
 # -- vLLM's form -------------------------------------------------------------------------------------------

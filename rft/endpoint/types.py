@@ -23,8 +23,9 @@ class Ask:
 
     id: of the response. details: the answer is to contain ids, log-probs and the texts of single tokens.
     echo: it is to begin with the prompt, whose tokens are scored with `details`; only `rft serve` does that,
-    and there `max_tokens` may be 0. sampling: the client's settings (temperature, top_p, seed), which only
-    `rft serve` follows: a session samples as its run does.
+    and there `max_tokens` may be 0. prompt_top: how many of the most likely tokens it is to name at each
+    place of the prompt (None: it does not score the prompt); only `rft serve` does. sampling: the client's
+    settings (temperature, top_p, seed), which only `rft serve` follows: a session samples as its run does.
     """
 
     id: str = ""
@@ -38,6 +39,7 @@ class Ask:
     trained: bool = True
     details: bool = False
     echo: bool = False
+    prompt_top: int | None = None
     sampling: Mapping[str, float | int] = field(default_factory=dict)
 
 
@@ -51,12 +53,15 @@ class SetReward:
 
 class Echoed(NamedTuple):
     """A token of the prompt as text, its log-prob given its predecessors (None: it is the first one), and
-    the most likely token in its place with that one's."""
+    the most likely token in its place with that one's. id, top: of the token, and of the most likely ones
+    (id, text, log-prob), with `Ask.prompt_top`."""
 
     text: str
     logp: float | None
     best: str
     best_logp: float | None
+    id: int = -1
+    top: tuple[tuple[int, str, float], ...] = ()
 
 
 @dataclass(frozen=True)

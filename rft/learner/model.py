@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rft.algorithms.base import Algorithm, PolicyOutput
-from rft.algorithms.extras import ChangesEmbeddings, ReadsDistributions, critic_only
+from rft.algorithms.extras import ChangesEmbeddings, critic_only
 from rft.algorithms.math.sequences import last_tokens
 from rft.batch import Batch
 from rft.config.learner import KernelsConfig
@@ -30,7 +30,7 @@ from rft.utils.quantized import evaluation_mode
 # Only a few runs change embeddings, need full distributions or sample from truncated ones.
 TRUNCATION = "rft.learner.truncation.kept_tokens"
 READING = "rft.learner.distribution.reading"
-DIVERGENCE = "rft.learner.distribution.full_divergence"
+DIVERGENCE = "rft.learner.distribution.divergence"
 
 
 @dataclass(frozen=True)
@@ -262,21 +262,8 @@ class PolicyModel:
                     (torch.searchsorted(rows, ends),), self.value_head(seen[ends])
                 )
         if "kl" in outputs:
-            if not isinstance(algorithm, ReadsDistributions):
-                raise ValueError(
-                    "kl is the divergence of an algorithm that reads distributions; none was given"
-                )
-            other = reference if algorithm.compares_distributions else None
-            backend = self.kernels.logprob
-            values["kl"] = load_dotted(DIVERGENCE)(
-                algorithm,
-                head,
-                hidden,
-                None if other is None else other.head(),
-                None if other is None else other.states(batch, rows),
-                self.temperature,
-                "auto" if backend == "triton" or backend == "liger" else backend,
-            )
+            arguments = (algorithm, batch, rows, head, hidden, reference, self.temperature)
+            values["kl"] = load_dotted(DIVERGENCE)(*arguments, self.kernels.logprob)
         return {name: _spread(value, rows, batch.num_tokens) for name, value in values.items()}
 
     def at_temperature(self, temperature: float) -> PolicyModel:

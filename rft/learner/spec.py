@@ -16,6 +16,7 @@ class LearnerSpec:
     """Everything that a learner needs, as sections of the config; plain data that can be sent to an actor.
 
     model: with `path`, `tokenizer` and `reference` as resolved for the learner's process.
+    teacher: batches have the reference's log-probs, or its most likely tokens: no reference is loaded.
     max_gap_mean, max_gap: log-prob gap allowed between engine and learner, in nats (None: any).
     expects_fresh: synchronous training, so that every batch was sampled by the current policy version.
     stop_token_ids: end a completion; written to the exported generation config.
@@ -29,6 +30,7 @@ class LearnerSpec:
     sampling: SamplingConfig
     device: str
     seed: int
+    teacher: bool = False
     max_gap_mean: float | None = None
     max_gap: float | None = None
     expects_fresh: bool = False

@@ -94,7 +94,7 @@ class TrainState:
         )
 
     def _load_reference(self) -> PolicyModel | None:
-        if not self.algorithm.needs_reference:
+        if not self.algorithm.needs_reference or self.spec.teacher:
             return None
         if self.spec.model.reference in (None, self.spec.model.path):
             shared = self.strategy.reference(self.policy)

@@ -277,7 +277,7 @@ class OfflineLoop:
             return {}
 
 
-# -- reference log-probs that are computed once ----------------------------------------------------------
+# -- log-probs of a teacher, or of the reference, that are computed once -------------------------------
 
 
 async def with_reference(

@@ -348,7 +348,7 @@ class Controller:
         name = f"train-{work.ticket}"
         group, seconds = await self.groups.sample(work.prompt, sampling, name, work.version, progress)
         self._reward_seconds = max(self._reward_seconds, seconds)
-        self._keep_or_drop(work, group)
+        self._keep_or_drop(work, await self.parts.hooks.scored(group))
 
     def _keep_or_drop(self, work: Work, group: Group) -> None:
         """Put a scored group into its slot, or drop it and hand out another prompt. Raises NoSignal after too

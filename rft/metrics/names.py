@@ -150,6 +150,7 @@ METRICS: dict[str, Metric] = {
     "policy/kl": Metric("divergence of the policy from the one that sampled, k3 estimate", "nats/token"),
     "solutions/trained": Metric("distinct solutions of a prompt that mml trains on", "solutions"),
     "policy/kl_ref": Metric("divergence of the policy from the reference, k3 estimate", "nats/token"),
+    "policy/aligned": Metric("share of tokens that begin where one of the teacher's tokenizer does", "share"),
     "policy/divergence": Metric("full divergence of the policy from the teacher", "nats/token"),
     "policy/kl_coefficient": Metric("weight of the KL term in this step, if it is adaptive (`kl_target`)"),
     "policy/entropy_coef": Metric(
@@ -277,6 +278,7 @@ METRICS: dict[str, Metric] = {
     "time/step": Metric("whole step", "s"),
     "time/rollout": Metric("waiting for completions", "s"),
     "time/reward": Metric("waiting for rewards", "s"),
+    "time/teacher": Metric("scoring a group by the teacher's server, the slowest group", "s"),
     "time/reference": Metric("scoring before the updates: reference and old log-probs, values", "s"),
     "time/train": Metric("forward, backward, optimizer", "s"),
     "time/sync": Metric("pushing weights and waiting for all engines", "s"),

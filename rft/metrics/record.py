@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rft.errors import RecordError
-from rft.samples import Branch, Completion, Group, Origin, Prompt, Turn
+from rft.samples import Branch, Completion, Group, Origin, Prompt, TopTokens, Turn
 from rft.utils.files import UNFINISHED, write_atomic
 
 FOLDER, SUPERSEDED = "record", "superseded"
@@ -30,6 +30,7 @@ FORMAT = 1
 META = "meta.json"
 _NAME = re.compile(r"step-(\d+)\.npz")
 _ARRAYS = {"tokens": np.int32, "logps": np.float32, "ref_logps": np.float32, "mask": np.bool_}
+_TEACHER = {"ids": np.int32, "logps": np.float32}  # of each token, K numbers
 _PLAIN = ("text", "finish", "demonstrated", "versions", "reward", "values", "branches", "turns", "messages")
 
 
@@ -83,6 +84,9 @@ def write(folder: Path, record: StepRecord) -> int:
     arrays = {"prompt_tokens": _flat((g.prompt.tokens for g in record.groups), np.int32)}
     for name, dtype in _ARRAYS.items():
         arrays[name] = _flat((getattr(c, name) or () for c in completions), dtype)
+    teachers = [c.teacher for c in completions if c.teacher is not None]
+    for name, dtype in _TEACHER.items() if teachers else ():
+        arrays[f"teacher_{name}"] = np.concatenate([getattr(t, name).ravel() for t in teachers], dtype=dtype)
     meta = {
         "format": FORMAT,
         "step": record.step,
@@ -126,6 +130,7 @@ def _meta_of(c: Completion) -> dict[str, Any]:
     }
     return {
         "length": len(c.tokens),
+        "teacher": 0 if c.teacher is None else c.teacher.ids.shape[1],
         "arrays": [name for name in _ARRAYS if getattr(c, name) is not None],
         **{name: getattr(c, name) for name in _PLAIN},
         "scores": scores,
@@ -169,6 +174,8 @@ def read(path: Path) -> StepRecord:
                     f"version that wrote it ({meta['versions'].get('rft', 'unknown')})"
                 )
             arrays = {name: _array(file, name) for name in ("prompt_tokens", *_ARRAYS)}
+            teacher = [f"teacher_{name}" for name in _TEACHER]
+            arrays |= {name: _array(file, name) for name in teacher if f"{name}.npy" in file.namelist()}
         return _record(meta, arrays)
     except FileNotFoundError:
         raise RecordError(f"there is no record {path}") from None
@@ -203,6 +210,12 @@ def _record(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]])
         if origin is not None:
             origin = Origin(**{**origin, "opening": tuple(origin["opening"])})
         known |= {name: take(name, plain["length"]) for name in plain["arrays"]}
+        if width := plain.get("teacher", 0):  # of records of older versions, there is none
+            parts = {}
+            for name, dtype in _TEACHER.items():
+                flat = np.array(take(f"teacher_{name}", plain["length"] * width), dtype)
+                parts[name] = flat.reshape(-1, width)
+            known["teacher"] = TopTokens(**parts)
         return Completion(
             **known,
             messages=tuple(plain["messages"]),

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -27,10 +26,10 @@ from typing import Any, ClassVar
 
 import httpx
 from aiolimiter import AsyncLimiter
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from rft.rewards.types import Outcome, RewardError, Score, Text, graded, text_of
 from rft.utils.hashing import json_digest
+from rft.utils.http import HTTPFailure, Poster
 from rft.utils.process import PR_SET_PDEATHSIG, kill_tree, prctl
 from rft.utils.python import SAFE_PYTHON
 from rft.utils.signals import restore_defaults
@@ -48,19 +47,10 @@ Judge how good the answer is, from 0 (worthless) to {scale} (perfect). Reply wit
 {{"reason": "<one sentence>", "score": <number from 0 to {scale}>}}"""
 
 REASON = 400  # characters: a longer reason would be cut off before the score
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
 class JudgeError(RuntimeError):
     """The judge could not be reached, or its reply could not be read."""
-
-
-class Unanswered(JudgeError):
-    """A request that may succeed when retried, after `pause_s` if the server gave a delay."""
-
-    def __init__(self, problem: str, pause_s: float | None = None) -> None:
-        super().__init__(problem)
-        self.pause_s = pause_s
 
 
 class Cache:
@@ -117,7 +107,8 @@ class ChatJudge:
         if self.schema:
             self.body["response_format"] = _response_format(self.scale)
         # A capacity of one request spaces the requests evenly.
-        self.limit = AsyncLimiter(1, 1 / self.per_second) if self.per_second else contextlib.nullcontext()
+        limit = AsyncLimiter(1, 1 / self.per_second) if self.per_second else contextlib.nullcontext()
+        self.poster = Poster(self.retries, self.backoff_s, limit)
         self.verdicts = Cache(self.cache)
         self.loop = asyncio.new_event_loop()
 
@@ -171,47 +162,12 @@ class ChatJudge:
         return reply
 
     async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-        """Return the reply to a request.
-
-        Raises JudgeError when all attempts have failed, or when a retry would fail too.
-        """
-        attempts = AsyncRetrying(
-            retry=retry_if_exception_type(Unanswered),
-            stop=stop_after_attempt(self.retries + 1),
-            wait=self._pause,
-            reraise=True,
-        )
-        tried = 0
+        """Return the reply to a request. Raises JudgeError when all attempts have failed, or when a retry
+        would fail too."""
         try:
-            async for attempt in attempts:
-                with attempt:
-                    tried += 1
-                    return await self._post_once(client, body)
-        except JudgeError as error:
-            problem = f"the judge at {self.url} did not answer ({tried} attempts): {error}"
-            raise JudgeError(problem) from None
-        raise AssertionError("tenacity ends with a result or an error")
-
-    async def _post_once(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-        async with self.limit:
-            pass
-        try:
-            response = await client.post(self.url, json=body)
-        except httpx.HTTPError as error:
-            raise Unanswered(f"{type(error).__name__}: {error}") from None
-        if response.status_code == 200:
-            return _content(response)
-        problem = f"status {response.status_code}: {response.text[:300]}"
-        if response.status_code not in RETRIED:
-            raise JudgeError(problem)
-        raise Unanswered(problem, _retry_after(response.headers.get("retry-after")))
-
-    def _pause(self, state: RetryCallState) -> float:
-        """Return the seconds before the next attempt."""
-        error = state.outcome.exception() if state.outcome is not None else None
-        if isinstance(error, Unanswered) and error.pause_s:
-            return error.pause_s
-        return self.backoff_s * 2 ** (state.attempt_number - 1) * (0.5 + random.random())
+            return _content(await self.poster.post(client, self.url, body))
+        except HTTPFailure as error:
+            raise JudgeError(f"the judge at {error}") from None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -253,10 +209,6 @@ def _content(response: httpx.Response) -> str:
         return str(response.json()["choices"][0]["message"]["content"])
     except (ValueError, KeyError, IndexError, TypeError):
         raise JudgeError(f"the reply is not a chat completion: {response.text[:300]}") from None
-
-
-def _retry_after(value: str | None) -> float | None:
-    return min(float(value), 60.0) if value and re.fullmatch(r"\d+(\.\d+)?", value) else None
 
 
 def read_verdict(reply: str, scale: float) -> tuple[float, str]:

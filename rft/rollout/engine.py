@@ -47,7 +47,7 @@ class Sampling:
 class Request:
     """One prompt, to be completed `sampling.n` times. session: name of requests whose prompts extend each
     other: they go to one replica, which has the keys and values of the turns before. scores_prompt: return
-    the log-probs of the prompt too."""
+    the log-probs of the prompt too. prompt_top: of so many most likely tokens at each place of it."""
 
     id: str
     tokens: tuple[int, ...]
@@ -55,15 +55,15 @@ class Request:
     copy: int = 0  # which copy of the model completes it, if there are two
     session: str = ""
     scores_prompt: bool = False
+    prompt_top: int = 1
 
 
 class ScoredToken(NamedTuple):
-    """The log-prob of a prompt's token given its predecessors, at temperature 1, and the most likely token in
-    its place with that one's log-prob."""
+    """The log-prob of a prompt's token given its predecessors, at temperature 1, and the most likely tokens
+    in its place with their log-probs, best first."""
 
     logp: float
-    best: int
-    best_logp: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)

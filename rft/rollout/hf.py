@@ -96,7 +96,8 @@ class HFEngine:
                         finish[i] = "stop"
             if all(finish) or cancelled.is_set():
                 break
-        scored = self._score_prompt(request.tokens) if request.scores_prompt else ()
+        top = request.prompt_top
+        scored = self._score_prompt(request.tokens, top) if request.scores_prompt else ()
         return [
             Generated(tuple(t), tuple(p), f or "length", ((self._version, 0, len(t)),), prompt=scored)
             for t, p, f in zip(tokens, logps, finish, strict=True)
@@ -112,18 +113,18 @@ class HFEngine:
             self._open.set()
 
     def _score(self, tokens: tuple[int, ...]) -> list[float]:
-        return [token.logp for token in self._score_prompt(tokens)]
+        return [token.logp for token in self._score_prompt(tokens, 1)]
 
     @torch.inference_mode()
-    def _score_prompt(self, tokens: tuple[int, ...]) -> tuple[ScoredToken, ...]:
+    def _score_prompt(self, tokens: tuple[int, ...], top: int) -> tuple[ScoredToken, ...]:
         ids = torch.tensor([tokens], device=self.spec.device)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         for other, weight in self.fused:
             logits = logits + weight * other(input_ids=ids, use_cache=False).logits[0, :-1].float()
         logps = logits.log_softmax(-1)
-        best, chosen = logps.max(-1), logps.gather(-1, ids[0, 1:, None])[:, 0]
-        columns = (chosen.tolist(), best.indices.tolist(), best.values.tolist())
-        return tuple(map(ScoredToken, *columns))
+        best, chosen = logps.topk(min(top, logps.shape[-1])), logps.gather(-1, ids[0, 1:, None])[:, 0]
+        rows = zip(chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+        return tuple(ScoredToken(logp, tuple(zip(i, p, strict=True))) for logp, i, p in rows)
 
     def _hits_stop_string(self, tokens: list[int], stop: Iterable[str]) -> bool:
         if not stop:

@@ -1,4 +1,5 @@
-"""Hooks of the online loop, for algorithms that need a second learner or more than the fresh groups."""
+"""Hooks of the online loop, for algorithms that need a second learner, more than the fresh groups, or a
+teacher's scores."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from rft.rollout.fleet import Fleet
 
 
 class LoopHooks:
-    """No-op hooks. `Algorithm.hooks` is the dotted path of an algorithm's hook factory.
+    """No-op hooks. `Algorithm.hooks` is the dotted path of an algorithm's hook factory; a config's
+    `teacher` has hooks too.
 
     fleets: engines besides the policy's, which the loop opens, monitors and closes too.
     """
@@ -22,6 +24,10 @@ class LoopHooks:
     def route(self, generate: Generate) -> Generate:
         """Return the function that completes training requests; `generate` uses the policy's engines."""
         return generate
+
+    async def scored(self, group: Group) -> Group:
+        """Return a group, whose rewards are known, with what else the algorithm needs of its completions."""
+        return group
 
     def select(self, groups: list[Group]) -> list[Group]:
         """Return the groups to train the policy on, given the step's fresh ones."""

@@ -42,12 +42,12 @@ def compiled_code_folder() -> str:
     return str(folder if folder.name == name else folder / name)
 
 
-def _scored(tokens: tuple[int, ...], logprobs: Any) -> tuple[ScoredToken, ...]:
-    """Read vLLM's log-probs of a prompt: for each token a dict with its entry, and the most likely one's."""
+def _scored(tokens: tuple[int, ...], logprobs: Any, top: int) -> tuple[ScoredToken, ...]:
+    """Read vLLM's log-probs of a prompt: for each token a dict with its entry, and those of the likeliest."""
     scored = []
     for token, row in zip(tokens[1:], logprobs[1:], strict=True):
-        best = max(row, key=lambda t: row[t].logprob)
-        scored.append(ScoredToken(row[token].logprob, best, row[best].logprob))
+        ordered = sorted(((t, entry.logprob) for t, entry in row.items()), key=lambda pair: -pair[1])
+        scored.append(ScoredToken(row[token].logprob, tuple(ordered[:top])))
     return tuple(scored)
 
 
@@ -119,7 +119,7 @@ class VLLMEngine:
 
         params = self._params(request.sampling)
         if request.scores_prompt:
-            params.prompt_logprobs = 1  # the token's, and that of the most likely one
+            params.prompt_logprobs = request.prompt_top  # and the token's
         start_version = self._version
         # The salt prevents sharing prefixes with requests of another version, whose keys and values differ.
         prompt = tokens_input(list(request.tokens), cache_salt=str(start_version))
@@ -133,7 +133,7 @@ class VLLMEngine:
         cached = output.num_cached_tokens or 0
         generated = [self._generated(request.id, o, cached) for o in ordered]
         if request.scores_prompt:
-            scored = _scored(request.tokens, output.prompt_logprobs)
+            scored = _scored(request.tokens, output.prompt_logprobs, request.prompt_top)
             generated = [replace(g, prompt=scored) for g in generated]
         if self._continued and self._version != start_version:
             # Its last tokens were also sampled from keys and values of the version at its start.

@@ -106,7 +106,7 @@ class Served:
         )
         budget = Budget(1, length, length)
         name = f"{NAME}-{next(self._numbers)}"
-        if ask.echo:
+        if ask.echo or ask.prompt_top is not None:
             return await self._track(self._echo(ask, name, sampling))
         nothing = Prompt(0, (), [{"role": "user", "content": ""}])
         session = Session(self._generate(ask), self.render, nothing, sampling, budget, name, self.parser)
@@ -153,7 +153,10 @@ class Served:
         wanted = 16 if ask.max_tokens is None else ask.max_tokens
         room = max(1, min(wanted, limit - len(tokens)))
         sampling = replace(sampling, max_tokens=room, stop=ask.stop, stop_token_ids=ask.stop_token_ids)
-        request = Request(name, tokens, sampling, scores_prompt=ask.details)
+        scores = ask.prompt_top is not None or ask.details
+        request = Request(
+            name, tokens, sampling, scores_prompt=scores, prompt_top=max(ask.prompt_top or 1, 1)
+        )
         (generated,) = await self.pool.generate(request)
         sampled = generated.tokens if wanted else ()
         call = Call(tokens, sampled, generated.logps[: len(sampled)], generated.finish, ())
@@ -165,14 +168,24 @@ class Served:
             prompt_length=len(tokens),
             length=len(sampled),
         )
-        if not ask.details:
+        if not scores:
             return replace(answer, echoed=(Echoed(decode([tokens], tokenizer)[0], None, "", None),))
         scored = [None, *generated.prompt]
         own = decode([[t] for t in tokens], tokenizer)
-        best = decode([[] if s is None else [s.best] for s in scored], tokenizer)
+        ids = sorted({i for s in generated.prompt for i, _ in s.top})
+        texts = dict(zip(ids, decode([[i] for i in ids], tokenizer), strict=True))
         echoed = [
-            Echoed(text, None, "", None) if s is None else Echoed(text, s.logp, top, s.best_logp)
-            for text, s, top in zip(own, scored, best, strict=True)
+            Echoed(text, None, "", None, token)
+            if s is None
+            else Echoed(
+                text,
+                s.logp,
+                texts[s.top[0][0]],
+                s.top[0][1],
+                token,
+                tuple((i, texts[i], p) for i, p in s.top[: ask.prompt_top]),
+            )
+            for token, text, s in zip(tokens, own, scored, strict=True)
         ]
         return replace(
             answer,

@@ -36,6 +36,8 @@ ROWS = [
 SETTINGS = {
     # Four steps are few: at its usual weight ORPO's likelihood term still outweighs its preference term.
     "orpo": {"beta": 5.0},
+    # The teacher is the policy's start: only the likelihood term moves it.
+    "logit_distill": {"alpha": 0.5},
 }
 TRAINABLE = [n for n, c in ALGORITHMS.items() if not c.online and "scores" not in c().outputs]
 

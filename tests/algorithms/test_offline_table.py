@@ -82,6 +82,9 @@ CASES = [
     Case("weak_to_strong", [0.7, 1.25, 1.8], {"alpha": 0.5, "warmup": 0.5}),
     Case("weak_to_strong", [0.85, 1.625, 2.4], {"alpha": 0.5, "warmup": 1.0}),
     Case("weak_to_strong", [1, 2, 3], {"alpha": 0.0}),
+    # A quarter of -log p, and three quarters of the divergences.
+    Case("logit_distill", [0.25 + 0.3, 0.5 + 0.375, 0.75 + 0.45], {"alpha": 0.75}),
+    Case("logit_distill", [1, 2, 3], {"alpha": 0.0}),
     # Rewards 1 and 1/4 at tau 1/2: weights 1 and e^-1.5.
     Case("rwr", [1, 2, 3 * exp(-1.5)]),
     Case("rwr", [1, 2, 3 * exp(-0.75)], {"tau": 1.0}),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import completion, group
 
+from rft.algorithms.divergence import jensen_shannon
 from rft.algorithms.math.policy_gradient import (
     count_degenerate,
     degenerate,
@@ -19,7 +20,6 @@ from rft.algorithms.math.policy_gradient import (
     gae,
     group_mean,
     group_std,
-    jensen_shannon,
     leave_one_out,
     rank_in_group,
     safe_exp,

@@ -170,6 +170,15 @@ CASES = [
     Case("distill", [0.4, 0.5, 0.6]),
     # -ratio (log teacher - log p) log p: -(1.5 * -0.1 * -1), -(-0.2 * -2), -(0.5 * 0.3 * -3).
     Case("distill", [-0.15, -0.4, 0.45], None, {"estimator": "sampled"}, gradcheck=False),
+    # Half the divergence - 2 ratio A log p, A = +-1/2: 0.2 + 2 * 1.5 / 2, 0.25 + 2 / 2 * 2, 0.3 - 2 * 0.5 / 2
+    # * 3.
+    Case(
+        "distill",
+        [1.7, 2.25, -1.2],
+        [0.5, 0.5, -0.5],
+        {"divergence_weight": 0.5, "reward_weight": 2.0},
+        gradcheck=False,
+    ),
     # The entropy (0.3, 0.2, 0.1) times 0.1, also where the target is above it.
     Case("grpo", [-1.2 * A - 0.03, -A - 0.02, 0.8 * A - 0.01], None, {"entropy_coef": 0.1}),
     Case(
@@ -355,6 +364,12 @@ def test_cory_shares_rewards_within_pairs() -> None:
         ("cispo", {"epsilon_high": 0.2}, [-1.2 * A, -A, 0.5 * A]),
         # -ratio * (log teacher - log p): -1.5 * -0.1, 0.2, -0.5 * 0.3.
         ("distill", {"estimator": "sampled"}, [0.15, 0.2, -0.15]),
+        # ... times 1/2, and -ratio * A with A = +-1/2.
+        (
+            "distill",
+            {"estimator": "sampled", "divergence_weight": 0.5, "reward_weight": 1.0},
+            [0.075 - 0.75, 0.1 - 0.5, -0.075 + 0.25],
+        ),
         ("vespo", {}, [-PHI_A * A, -PHI_A * A, PHI_B * A]),
         ("topr", {}, [-0.5, -0.5, 0.25]),
         ("dppo", {"ratio_cap": 1.2}, [-1.2 * A, -A, 0.5 * A]),

@@ -121,6 +121,16 @@ async def check_log_probs(url: str, folder: str, tolerance: float) -> None:
         if max_tokens:
             assert given.token_logprobs[-1] == pytest.approx(float(expected[-1].max()), abs=tolerance)
         assert out.usage is not None and out.usage.prompt_tokens == len(ids)
+    out = await client.completions.create(
+        model="m", prompt=ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 3}
+    )
+    (choice,) = out.choices
+    places = (choice.model_extra or {})["prompt_logprobs"]
+    assert choice.text and choice.logprobs is None and len(places) == len(ids) and places[0] is None
+    for token, entries, row in zip(ids[1:], places[1:], expected, strict=False):
+        assert entries[str(token)]["logprob"] == pytest.approx(float(row[token]), abs=tolerance)
+        best = sorted((entry["logprob"] for entry in entries.values()), reverse=True)[:3]
+        assert best == pytest.approx(row.topk(3).values.tolist(), abs=tolerance)
     plain = await client.completions.create(model="m", prompt="1 + 2 =", max_tokens=2, temperature=0)
     asked = {"model": "m", "prompt": "1 + 2 =", "temperature": 0, "max_tokens": 2}
     echoed = await client.completions.create(echo=True, **asked)

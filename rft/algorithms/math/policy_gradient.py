@@ -131,26 +131,6 @@ def full_kl(logps: Tensor, other: Tensor) -> Tensor:
     return (logps.exp() * (logps - other)).sum(-1)
 
 
-def jensen_shannon(logps: Tensor, other: Tensor, beta: float) -> Tensor:
-    """Return the generalised Jensen-Shannon divergence, [...], of two log-prob tensors [..., V].
-
-    logps: student; other: teacher.
-
-    Agarwal et al., "On-policy distillation" (2023), eq. 1: with M = beta * teacher + (1-beta) * student,
-
-        beta * KL(teacher || M) + (1 - beta) * KL(student || M)
-
-    By convention, beta = 0 is KL(teacher || student) and beta = 1 is KL(student || teacher).
-    """
-    if beta == 0.0:
-        return full_kl(other, logps)
-    if beta == 1.0:
-        return full_kl(logps, other)
-    weights = logps.new_tensor([beta, 1 - beta]).log()
-    mixture = torch.logsumexp(torch.stack([other + weights[0], logps + weights[1]]), dim=0)
-    return beta * full_kl(other, mixture) + (1 - beta) * full_kl(logps, mixture)
-
-
 # -- advantages ----------------------------------------------------------------------------------------
 
 
