@@ -67,7 +67,7 @@ class MixtureSource(ConfigModel):
     def _one_environment(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "environment" in value:
             raise ValueError(
-                "a source cannot have its own `environment`: all rows share the section `environment`, "
+                "a source cannot have an `environment`: all rows share the section `environment`, "
                 f"which gets the name of the source as the column {COLUMN!r}"
             )
         return value

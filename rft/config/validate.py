@@ -318,8 +318,8 @@ def eval_checks(config: Config, facts: Facts) -> Iterator[Check]:
     )
     for set_name in ("", *config.eval.sets):
         key, rerank = f"eval.sets.{set_name}" if set_name else "eval", config.eval.of_set(set_name).rerank
-        own = config.eval.sets[set_name].rewards if set_name else None
-        labels = [f.label for f in (own or config.rewards).functions]
+        of_the_set = config.eval.sets[set_name].rewards if set_name else None
+        labels = [f.label for f in (of_the_set or config.rewards).functions]
         yield (
             rerank is not None and rerank not in labels,
             f"{key}.rerank: no reward is called {rerank!r}; write one of {', '.join(labels) or 'none'}",
@@ -362,7 +362,7 @@ def privacy_checks(config: Config, facts: Facts) -> Iterator[Check]:
     if config.warm_start is not None:
         yield (
             config.warm_start.learner.privacy is not None,
-            "warm_start.learner.privacy: a warm start is not private; train it as an offline run of its own",
+            "warm_start.learner.privacy: a warm start is not private; train it in a separate offline run",
         )
     if c.privacy is None:
         return
@@ -403,7 +403,7 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     collected = config.data.sessions is not None
     yield (
         a.online and collected,
-        f"data.sessions: {name} samples its own completions; remove it, or choose an offline algorithm: sft, "
+        f"data.sessions: {name} samples completions itself; remove it, or choose an offline algorithm: sft, "
         "dpo, kto",
     )
     if a.online:

@@ -61,7 +61,7 @@ class PrivateLearner(Learner):
 
     def _accumulate(self, mini: Batch, gap: LogpGap | None) -> dict[str, float]:
         """Set the gradient to the noised sum of the rows' clipped gradients; return the mean of the rows'
-        metrics. A row's loss is averaged over its own units. Each row is run alone."""
+        metrics. A row's loss is averaged over the row's units. Rows are run one by one."""
         config = self.spec.config.privacy
         if config is None:
             return super()._accumulate(mini, gap)

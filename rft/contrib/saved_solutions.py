@@ -30,7 +30,7 @@ class SavedSolutions(LoopHooks):
         self._before: dict[int, list[Completion]] = {}
 
     def select(self, groups: list[Group]) -> list[Group]:
-        """Return the groups with the saved solutions of their prompts, and save their own."""
+        """Return the groups with the saved solutions of their prompts, and save new ones."""
         self._before = {g.prompt.id: self.solutions.get(g.prompt.id, []) for g in groups}
         result = []
         for group in groups:

@@ -89,7 +89,7 @@ class Teacher:
                 raise ConfigError(
                     [
                         f"teacher: the token {token} is {theirs!r} at {self.config.base_url}, not {ours!r}; "
-                        "use a teacher with the policy's tokenizer, or name its own in teacher.tokenizer"
+                        "use a teacher with the policy's tokenizer, or set teacher.tokenizer"
                     ]
                 )
         self._checked = True
@@ -160,9 +160,9 @@ class Teacher:
 
     def _fill(self, ids: Array, top: Array, row: Row) -> None:
         """Write the K most likely tokens of an entry into [K] ids and log-probs."""
-        found = sorted(((e["logprob"], int(i)) for i, e in row.items()), reverse=True)[: self.top_k]
-        ids[: len(found)] = [i for _, i in found]
-        top[: len(found)] = [p for p, _ in found]
+        best = sorted(((e["logprob"], int(i)) for i, e in row.items()), reverse=True)[: self.top_k]
+        ids[: len(best)] = [i for _, i in best]
+        top[: len(best)] = [p for p, _ in best]
 
     def _seen(self, prompt: Prompt) -> Prompt:
         """Return the prompt as the teacher reads it. Raises ConfigError for a column that is missing."""

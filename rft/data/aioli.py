@@ -62,7 +62,7 @@ class Aioli:
         return len(self.names) * self.config.sweeps * self.config.steps
 
     def due(self, step: int) -> bool:
-        """Return whether the losses are to be measured after `step` steps, before the next batch is drawn."""
+        """Return whether to measure the losses after `step` steps, before the next batch is drawn."""
         place = step % self.config.every
         return step > self.measured and place <= self.sweep_steps and place % self.config.steps == 0
 

@@ -264,7 +264,7 @@ class Completions(OpenAIDialect):
 
 
 def _prompt_logprobs(token: Echoed) -> dict[str, Any] | None:
-    """Return vLLM's entry of a token of the prompt: those of the most likely tokens and its own, by id."""
+    """Return vLLM's entry of a token of the prompt: the most likely tokens and the one given, by id."""
     if token.logp is None:
         return None
     rows = {i: {"logprob": p, "rank": r, "decoded_token": t} for r, (i, t, p) in enumerate(token.top, 1)}

@@ -566,22 +566,22 @@ class Session:
         self._ended = ""
         self._running: _Running | None = None
         whole = Limits(**{**vars(limits), "wall_s": 1e9})
-        self._own = own = _Descriptors()
+        self._own = descriptors = _Descriptors()
         try:
-            link, theirs = map(own.add, map(socket.socket.detach, socket.socketpair()))
-            out, out_w = own.pipe()
-            err, err_w = own.pipe()
+            link, theirs = map(descriptors.add, map(socket.socket.detach, socket.socketpair()))
+            out, out_w = descriptors.pipe()
+            err, err_w = descriptors.pipe()
             self._pipes = {out: "stdout", err: "stderr"}
-            payload = own.add(_memory_file(json.dumps({"files": _encoded(files)}).encode()))
+            payload = descriptors.add(_memory_file(json.dumps({"files": _encoded(files)}).encode()))
             fds = {"payload": payload, "link": theirs, "stdout": out_w, "stderr": err_w}
             self._running = sandbox._spawn("session", whole, fds)
-            own.close(*fds.values())
+            descriptors.close(*fds.values())
             self._link = socket.socket(fileno=link)
-            own.fds.discard(link)
+            descriptors.fds.discard(link)
         except BaseException:
             if self._running is not None:
                 self._running.abandon()
-            own.close(*own.fds)
+            descriptors.close(*descriptors.fds)
             raise
 
     def run(self, code: str) -> Result:

@@ -516,12 +516,12 @@ def _kill_descendants() -> None:
 
     Kills by process group, which no fork escapes: a fork bomb is faster than killing processes one by one.
     """
-    own = os.getpgid(0)
+    own_group = os.getpgid(0)
     while wave := [pid for pid in descendants(os.getpid()) if not _has_ended(pid)]:
         for pid in wave:
             with contextlib.suppress(OSError):
                 group = os.getpgid(pid)
-                if group == own:
+                if group == own_group:
                     os.kill(pid, signal.SIGKILL)
                 else:
                     os.killpg(group, signal.SIGKILL)

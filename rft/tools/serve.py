@@ -171,7 +171,7 @@ class Served:
         if not scores:
             return replace(answer, echoed=(Echoed(decode([tokens], tokenizer)[0], None, "", None),))
         scored = [None, *generated.prompt]
-        own = decode([[t] for t in tokens], tokenizer)
+        shown = decode([[t] for t in tokens], tokenizer)
         ids = sorted({i for s in generated.prompt for i, _ in s.top})
         texts = dict(zip(ids, decode([[i] for i in ids], tokenizer), strict=True))
         echoed = [
@@ -185,7 +185,7 @@ class Served:
                 token,
                 tuple((i, texts[i], p) for i, p in s.top[: ask.prompt_top]),
             )
-            for token, text, s in zip(tokens, own, scored, strict=True)
+            for token, text, s in zip(tokens, shown, scored, strict=True)
         ]
         return replace(
             answer,

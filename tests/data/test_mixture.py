@@ -214,7 +214,7 @@ BAD = [
     ({"add": {"rate": "much"}, "talk": {"rate": 1}}, "write a number, a schedule"),
     ({"add": {"rate": {"start": 1}}, "talk": {"rate": 1}}, "not a schedule: end: Field required"),
     ({"add": {"rate": 1}, "talk": {"rate": 1}, "mixing": "proportional"}, "leave out the rate of talk, add"),
-    ({"add": {"environment": {"kind": "class"}}}, "cannot have its own `environment`"),
+    ({"add": {"environment": {"kind": "class"}}}, "cannot have an `environment`"),
     ({"add": {"wieght": 1}}, "wieght"),
     ({"path": "x.jsonl"}, "`path` does not apply to `kind: mixture`"),
     ({"streaming": True}, "`streaming` does not apply"),

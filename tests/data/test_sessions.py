@@ -197,7 +197,7 @@ def test_the_plan_names_an_algorithm_that_samples_itself(tiny_folder: Path, tmp_
         "data": {"path": str(tmp_path / "s.jsonl"), "sessions": {}},
         "rewards": ["math"],
     }
-    with pytest.raises(ConfigError, match=r"data.sessions: grpo samples its own completions"):
+    with pytest.raises(ConfigError, match=r"data.sessions: grpo samples completions itself"):
         make_plan(parse_config(raw), starts=False)
 
 

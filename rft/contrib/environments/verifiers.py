@@ -53,7 +53,7 @@ class Host:
         }
         refuse_services(spec.path, spec.options)
         self.process: Player | None = None
-        self._start(0).end()  # each worker starts its own: forks cannot share one
+        self._start(0).end()  # each worker starts one: forks cannot share it
 
     def describe(self) -> dict[str, Any]:
         return {"tools": [], "gives_reward": True, "over_http": True}

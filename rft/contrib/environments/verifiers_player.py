@@ -288,7 +288,7 @@ def pick(wanted: Any, known: list[Any], more: Iterator[Any], name: Callable[[Any
 
 
 def known_renderer(model: str) -> dict[str, Any]:
-    """Return the config of the renderer for a model's name; that for chat templates if there is no other."""
+    """Return the config of the renderer for a model's name; by default the one for chat templates."""
     from renderers.base import MODEL_RENDERER_MAP
 
     return {"name": MODEL_RENDERER_MAP.get(model, "default")}

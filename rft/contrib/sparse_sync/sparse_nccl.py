@@ -74,12 +74,12 @@ class SparseNcclSender(SparseState):
         part: list[str] = []
         size = 0
         for name in self.indices:
-            own = self._count(name) * (_INDEX_BYTES + self.known[name].element_size())
-            if part and size + own > PART_BYTES:
+            needed = self._count(name) * (_INDEX_BYTES + self.known[name].element_size())
+            if part and size + needed > PART_BYTES:
                 yield part
                 part, size = [], 0
             part.append(name)
-            size += own
+            size += needed
         yield part
 
     def _describe(self, names: list[str]) -> Update:

@@ -30,7 +30,7 @@ from rft.learner.strategy import FullTensor, Named, SetFull, Strategy
 from rft.utils.dotted import load_dotted
 
 NAME = "default"  # peft's name of the one adapter
-_REDISTRIBUTED = ("rank_pattern", "alpha_pattern", "target_modules")  # what EVA changes for ranks of its own
+_REDISTRIBUTED = ("rank_pattern", "alpha_pattern", "target_modules")  # set by EVA, which chooses the ranks
 
 
 class Adapter(Strategy):

@@ -119,12 +119,12 @@ def check_observations(runs: Sequence[Run], tokenizer: Any, report: Report) -> N
     special |= {text for text in map(str, tokenizer.all_special_tokens) if text}
     sources: dict[str, tuple[Run, str]] = {}
     for run in runs:
-        own = "".join(str(m.get("content")) for m in run.episode.messages if m.get("role") == "assistant")
+        written = "".join(str(m.get("content")) for m in run.episode.messages if m.get("role") == "assistant")
         first = 0 if isinstance(run.prompt.text, str) else run.episode.start
         for message in list(run.episode.messages)[first:]:
             role, text = message.get("role"), str(message.get("content") or "")
             text = text.replace(str(run.prompt.text), "")
-            marks = sorted(mark for mark in special if mark in text and mark not in own)
+            marks = sorted(mark for mark in special if mark in text and mark not in written)
             if role != "assistant" and marks:  # an echo of the policy's text is not the environment's
                 name = message.get("name")
                 source = f"tool `{name}`" if role == "tool" else f"an observation of role {role!r}"
