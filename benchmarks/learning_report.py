@@ -60,7 +60,7 @@ SECTIONS = {
         "`calculator_program` the same from the same start with `examples/agents/calculator.yaml`: a program "
         "with OpenAI's client for each session. `guess` is `examples/guess.yaml`, where each guess is "
         "credited with its own reward, and `guess_no_credit` the same without `turn_returns`: "
-        "a number from 1 to 20 is to be found within 5 guesses, each answered by `higher` or `lower`. Three "
+        "the player finds a number from 1 to 20 within 5 guesses, each answered by `higher` or `lower`. Three "
         "in four guesses of the demonstrations ignore the answers: such players find the number in 33 % of "
         "games, those who guess any number that is still possible in 70 %, and halving the range always "
         "finds it. Accuracy is the share of held-out sums that "

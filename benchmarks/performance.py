@@ -295,7 +295,7 @@ def page() -> str:
     out = [
         "# Performance",
         "",
-        "What rft costs and gains, beside the best peers in the same run. Made by `python "
+        "Costs and gains of rft beside the best peers in the same run. Made by `python "
         "benchmarks/performance.py` from `benchmarks/results/`; the command under a heading measures "
         "its section, `rft bench all --peers` nearly all of them.",
         "",
