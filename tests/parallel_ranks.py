@@ -7,7 +7,6 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +193,6 @@ def masked_steps(model: Path, parallel: Parallel | None) -> list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    for library in ("deepspeed", "peft", "transformers.models.qwen3.modeling_qwen3"):
-        import_module(library)
-    multiprocessing.start_processes(single, sys.argv[1:], 1, start_method="fork")
+    multiprocessing.spawn(single, sys.argv[1:], 1)
     store = RendezvousStore("127.0.0.1", 120)
-    multiprocessing.start_processes(rank, (store.address, *sys.argv[1:]), 2, start_method="fork")
+    multiprocessing.spawn(rank, (store.address, *sys.argv[1:]), 2)

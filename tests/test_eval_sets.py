@@ -268,8 +268,8 @@ def test_the_report_shows_what_was_broken(tmp_path: Path) -> None:
         write_evaluation(run, Evaluation(step, {"": problems(texts, marks)}, {"": "same"}))
     page = write_report(run).read_text()
     assert "sums: accuracy" in page and "25.0%" in page and "broken problems" in page
-    assert "Broken problems" in page and "broken &lt;b&gt;" in page and "prompt 0" in page
+    assert "solved at step 0, failed now" in page and "broken &lt;b&gt;" in page and "prompt 0" in page
     assert all(title in page for title in ("Named held-out sets", "Broken problems", "Held-out diversity"))
     other = Evaluation(4, {"": problems(["broken", "no"], [False, False])}, {"": "other prompts"})
     write_evaluation(run, other)
-    assert "Broken problems" not in write_report(run).read_text()
+    assert "solved at step 0, failed now" not in write_report(run).read_text()

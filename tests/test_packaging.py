@@ -69,6 +69,7 @@ def test_the_metadata(wheel: zipfile.ZipFile) -> None:
         "cuda",
         "deepspeed",
         "gguf",
+        "lm-eval",
         "quant",
         "select",
         "dev",

@@ -37,6 +37,7 @@ from rft.config.schema import (
     WarmStartConfig,
 )
 from rft.config.sync import SyncConfig
+from rft.config.teacher import TeacherConfig
 from rft.errors import ConfigError
 from rft.run_dir import DATA_FOLDER
 from rft.utils.did_you_mean import did_you_mean_or_list
@@ -71,6 +72,7 @@ class Sections(TypedDict, total=False):
     tracking: TrackingConfig | Section
     guards: GuardsConfig | Section
     ray: RayConfig | Section
+    teacher: TeacherConfig | Section
     steps: int
     batch_size: int
     num_generations: int

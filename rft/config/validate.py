@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_type_hints
 
-from rft.algorithms import RWR
 from rft.algorithms.base import Algorithm, Rollout
 from rft.algorithms.divergence import TeacherDivergence
 from rft.algorithms.extras import ValuesSteps, compares_distributions, compares_rows, copies, score_heads
 from rft.algorithms.supervised.mft import MFT
+from rft.algorithms.supervised.rwr import RWR
 from rft.config.learner import (
     FROM_FIRST_BATCH,
     LIGER_REMEDY,

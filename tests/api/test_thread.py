@@ -87,7 +87,7 @@ def test_an_error_is_raised_as_it_is_and_one_run_at_a_time_is_allowed() -> None:
     def second(stops: StopRequests) -> None:
         in_thread(lambda stops: None, StopRequests(), "")
 
-    with pytest.raises(rft.ConfigError, match="another run is going on in this process"):
+    with pytest.raises(rft.ConfigError, match="another run is active in this process"):
         in_thread(second, StopRequests(), "")
     with pytest.raises(ZeroDivisionError):
         in_thread(lambda stops: 1 // 0, StopRequests(), "")

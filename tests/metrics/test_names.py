@@ -67,6 +67,7 @@ WORDS = {
     "eval/*": (
         "algorithms",
         "learner/learner.py",
+        "rollout/align.py",
         "rollout/episodes.py",
         "loops/evaluate.py",
         "metrics/evaluation.py",

@@ -53,16 +53,17 @@ class BCO(Algorithm):
         reward, good = self._reward(policy, batch).detach(), _good(batch)
         last = last_tokens(batch)
         measured = {}
-        for name, chosen in (("good", good), ("bad", ~good)):
+        for name, chosen in (("bco/reward_good", good), ("bco/reward_bad", ~good)):
             here = chosen & (last >= 0)
             values = torch.full_like(batch.to_tokens(reward), math.nan)
-            measured[f"bco/reward_{name}"] = values.index_put((last[here],), reward[here])
+            measured[name] = values.index_put((last[here],), reward[here])
         return measured
 
     def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
-        means = {name: metrics[f"bco/reward_{name}"] for name in _LABELS if f"bco/reward_{name}" in metrics}
-        old = {name: state.get(f"bco_{name}", 0.0) for name in means}  # the policy begins at the reference: 0
-        new = {f"bco_{name}": self.decay * old[name] + (1 - self.decay) * means[name] for name in means}
+        new = {}
+        for mean, average in _AVERAGES.items():
+            if mean in metrics:  # the policy begins at the reference: an average of 0
+                new[average] = self.decay * state.get(average, 0.0) + (1 - self.decay) * metrics[mean]
         return {**state, **new}
 
     def report(self, batch: Batch) -> dict[str, float]:
@@ -84,7 +85,7 @@ class BCO(Algorithm):
         }
 
 
-_LABELS = ("good", "bad")
+_AVERAGES = {"bco/reward_good": "bco_good", "bco/reward_bad": "bco_bad"}  # of which metric, in the state
 
 
 def _good(batch: Batch) -> Tensor:
@@ -92,4 +93,4 @@ def _good(batch: Batch) -> Tensor:
 
 
 def _shift(state: Mapping[str, float]) -> float:
-    return sum(state.get(f"bco_{name}", 0.0) for name in _LABELS) / 2
+    return sum(state.get(average, 0.0) for average in _AVERAGES.values()) / 2

@@ -30,6 +30,10 @@ class RWR(SFT):
     tau: float = setting(0.5, "temperature of the weights, in units of the reward", gt=0)
     first_turn: int = setting(0, "turns of a session before this one, counted from 0, are only read", ge=0)
 
+    @property
+    def compares_rows(self) -> bool:
+        return False
+
     def prepare(self, batch: Batch) -> Batch:
         if not self.first_turn:
             return batch
