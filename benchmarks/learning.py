@@ -51,6 +51,15 @@ STARTS = {
             "{styles: {lines: 0.001, chain: 0.999}, wrong_fraction: {lines: 0.01, chain: 1.0}}}",
         ),
     ),
+    # Knows sums and products well, and of the stories what the plain start knows.
+    "claims": (
+        "examples/arithmetic.yaml",
+        (
+            "warm_start.data={kind: mixture, limit: 41600, mixture: {stories: {kind: arithmetic}, products: "
+            "{kind: arithmetic, options: {form: expression, operators: ['+', '-', '*'], styles: {lines: 1}, "
+            "wrong_fraction: 0}}}}",
+        ),
+    ),
     "unsure": ("examples/arithmetic.yaml", ("warm_start.steps=800",)),
     "calculator": ("examples/calculator.yaml", ()),
     "guess": ("examples/guess.yaml", ()),
