@@ -91,7 +91,7 @@ SHORT = (
 )
 # Sixteen samples of each held-out problem, so that pass@8 is an average over many choices of eight.
 EXPLORE = ("train.steps=40", "eval={every: 10, problems: 256, samples: 16}")
-# Algorithms that are in the section `exploration` only; `grpo` and `max_rl` are in both.
+# Algorithms that are in the section `exploration` only; `grpo`, `max_rl` and `mml` are in both.
 COMPARED_AT_PASS_K = (
     "sapo",
     "vespo",
@@ -104,7 +104,7 @@ COMPARED_AT_PASS_K = (
     "luspo",
     "trajectory_balance",
 )
-EXPLORING = ("grpo", "max_rl", *COMPARED_AT_PASS_K)
+EXPLORING = ("grpo", "max_rl", "mml", *COMPARED_AT_PASS_K)
 # Settings of GRPO that keep it exploring.
 SETTINGS = {
     "entropy_bonus": "{name: grpo, entropy_coef: 0.03}",
