@@ -48,12 +48,12 @@ class Game:
 SIZE = 16  # sessions of a step
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = tmp_path_factory.mktemp("live-sessions")
+@pytest.fixture(scope="module", params=["hf", "vllm"])
+def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp(f"live-sessions-{request.param}")
     (folder / "runs").mkdir()
     (folder / "game.py").write_text(GAME)
-    run = Live(folder, "hf")
+    run = Live(folder, request.param)
     run.start(
         rewards=[],
         environment={
@@ -101,10 +101,12 @@ def test_an_environment_that_raises_in_turn_two(live: Live) -> None:
 
 
 def test_an_engine_killed_between_turns(live: Live) -> None:
-    """The session's ids are in the controller: it goes on with another replica, without a fault."""
+    """The session's ids are in the controller: it goes on with another replica (of vLLM there is one: with
+    the one that replaces it), without a fault."""
     known, faults = len(live.events("engine/rebuilt")), _faults(live)
     _pause(live)
-    live.hurt("engine killed between turns", live.child("ray::Replica").kill, "engine/lost", 30)
+    name = "ray::Replica" if live.engine == "hf" else "VLLM::EngineCore"
+    live.hurt("engine killed between turns", live.child(name).kill, "engine/lost", 30)
     live.wait("a new engine", lambda: live.events("engine/rebuilt")[known:], 120)
     live.makes_steps()
     assert _faults(live) == faults
