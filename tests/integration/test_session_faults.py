@@ -25,24 +25,27 @@ def claimed(name):
         return False
     return True
 class Game:
-    """Two turns that pay at least 1 each. Whoever finds a flag takes it away, and fails."""
+    """Two turns that pay at least 1 each. Whoever finds a flag takes it away, and fails; not those that are
+    doomed to fail, which are played more than once."""
     def reset(self, *, seed=None, options=None):
         self.turn = 0
         self.doomed = random.random() < 0.03  # follows the session's seed: the same each time it is played
         return "go on", {}
     def step(self, text):
         self.turn += 1
-        if self.turn == 1 and claimed("hang"):
+        if self.doomed:
+            if self.turn == 2:
+                raise ConnectionError("always away")
+        elif self.turn == 2:
+            if claimed("raise"):
+                raise ConnectionError("the database is away")
+        elif claimed("hang"):
             time.sleep(10_000)
-        if self.turn == 1 and claimed("kill"):
+        elif claimed("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.turn == 1 and claimed("pause"):
+        elif claimed("pause"):
             open(os.path.join(HERE, "paused"), "w").close()
             time.sleep(1)
-        if self.turn == 2 and claimed("raise"):
-            raise ConnectionError("the database is away")
-        if self.turn == 2 and self.doomed:
-            raise ConnectionError("always away")
         return "and now?", 1.0 + text.count("e"), self.turn == 2, False, {}
 '''
 SIZE = 16  # sessions of a step
