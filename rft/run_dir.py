@@ -292,6 +292,16 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     write_text_atomic(path / "result.json", json.dumps(result, indent=2) + "\n")
 
 
+def final_model(path: Path) -> Path | None:
+    """Return the folder of a run's final model. None if it has none, or if the run goes on from it: a
+    checkpoint is newer. Raises ConfigError where result.json is damaged."""
+    folder = path / "model"
+    if not (folder / "config.json").exists():
+        return None
+    result, newest = read_result(path), checkpoint.newest_step(path / "checkpoints")
+    return None if result is not None and newest is not None and newest > result["steps"] else folder
+
+
 def read_result(path: Path) -> dict[str, Any] | None:
     """Return the result of a complete run, or None. Raises ConfigError where the file is damaged."""
     file = path / "result.json"

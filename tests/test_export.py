@@ -15,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rft import checkpoint
+from rft.api.runs import Run
 from rft.cli import main
+from rft.tools.export import weights_of
 from rft.tools.model_files import ModelFiles
 from rft.tools.publish import data_of, model_card
 from rft.utils.hashing import file_digest, model_digest
@@ -77,6 +80,26 @@ def test_an_export_says_what_it_was_made_of(run: Path, tiny_folder: Path, tmp_pa
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(out).dtype is torch.bfloat16
+
+
+def test_a_run_that_goes_on_after_its_end_has_a_newer_policy(run: Path, tmp_path: Path) -> None:
+    """Its final model is older than its newest checkpoint until the next one is written."""
+
+    def policy(into: Path) -> None:
+        shutil.copytree(run / "model", into / "model")
+        (into / "model" / "mark").touch()
+
+    (run / "result.json").write_text('{"steps": 4}')
+    for step, newer in ((4, False), (6, True)):
+        checkpoint.save(run / "checkpoints", step, policy, keep=1, meta={})
+        (tmp_path / f"scratch-{step}").mkdir()
+        assert main(["export", str(run), str(tmp_path / f"out-{step}")]) == 0
+        assert (tmp_path / f"out-{step}" / "mark").exists() == newer
+        weights, _ = weights_of(str(run), tmp_path / f"scratch-{step}")
+        assert (Path(weights) / "mark").exists() == newer
+        assert (Run(run).model_path is None) == newer
+    (run / "result.json").write_text('{"steps": 6}')
+    assert weights_of(str(run), tmp_path)[0] == str(run / "model")
 
 
 def test_the_sources_of_a_mixture_are_named() -> None:

@@ -91,8 +91,7 @@ class Run:
     @property
     def model_path(self) -> Path | None:
         """The final model, a Hugging Face folder; None for a run that is not complete: see `export`."""
-        folder = self.path / "model"
-        return folder if (folder / "config.json").exists() else None
+        return run_dir.final_model(self.path)
 
     @property
     def checkpoint(self) -> Path | None:

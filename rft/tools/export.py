@@ -14,6 +14,7 @@ from rft.learner.learner import Learner
 from rft.plan import make_plan
 from rft.preflight.data import warm_start_folder
 from rft.preflight.model import resolve_model
+from rft.run_dir import final_model
 
 ADAPTER = "adapter"  # subfolder of a model whose run trained an adapter
 
@@ -26,8 +27,8 @@ def export_run(run_dir: Path, out: Path) -> Path:
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError([f"{out} is not empty: choose another folder"])
-    source = run_dir / "model"
-    if not (source / "config.json").exists():
+    source = final_model(run_dir)
+    if source is None:
         newest = checkpoint.latest(run_dir / "checkpoints")
         if newest is None:
             raise ConfigError(
@@ -52,12 +53,12 @@ def export_adapter(run_dir: Path, out: Path) -> Path:
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError([f"{out} is not empty: choose another folder"])
-    source = run_dir / "model" / ADAPTER
-    if not (run_dir / "model" / "config.json").exists():
+    source = final_model(run_dir)
+    if source is None:
         with TemporaryDirectory(prefix="rft-export-") as scratch:
             newest = export_run(run_dir, Path(scratch) / "model")
             return _copy_adapter(run_dir, Path(scratch) / "model" / ADAPTER, out) and newest
-    return _copy_adapter(run_dir, source, out)
+    return _copy_adapter(run_dir, source / ADAPTER, out)
 
 
 def _copy_adapter(run_dir: Path, source: Path, out: Path) -> Path:
@@ -76,8 +77,8 @@ def weights_of(target: str, scratch: Path) -> tuple[str, str]:
     run = Path(target)
     if not (run / "checkpoints").is_dir() and not (run / "config.yaml").exists():
         return target, target
-    if (run / "model" / "config.json").exists():
-        return str(run / "model"), str(run / "model")
+    if (final := final_model(run)) is not None:
+        return str(final), str(final)
     source = export_run(run, scratch / "model")
     return str(scratch / "model"), str(source)
 
