@@ -120,6 +120,35 @@ def test_past_the_grace_it_stops_at_once() -> None:
     assert code == 75 and "at once: SIGHUP" in told and "train.stop_grace_s" in told
 
 
+COMMAND = """
+import asyncio
+from rft.errors import RunStopped
+from rft.utils.deadlines import stop_event, unless_stopped
+
+async def work(seconds):
+    stop = stop_event(stops)
+    seconds and say('ready')
+    await unless_stopped(asyncio.sleep(seconds), stop)
+
+with StopSignals() as stops:
+    try:
+        asyncio.run(work({seconds}))
+        say('ready')
+        say(stops.asked(20))
+        time.sleep(0.2)
+    except RunStopped:
+        say('stopped')
+"""
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(20, "stopped\n"), (0, "True\n")])
+def test_a_command_is_stopped_by_an_event(seconds: int, told: str) -> None:
+    """After its event loop has ended, a signal does not end the thread that hears them."""
+    process = program(COMMAND.format(seconds=seconds))
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (0, told)
+
+
 def test_a_record_that_hangs_does_not_prevent_the_end() -> None:
     process = program(
         "signals.RECORD_S = 0.5\n"

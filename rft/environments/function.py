@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rft.environments.loop import first_messages
@@ -45,6 +46,9 @@ class Host:
         refuse_text(called, spec.path)
         self.over_http = takes_address(called, options)
         if self.over_http:
+            if find_spec("aiohttp") is None:
+                raise SpecError(f"{spec.path}: agents over HTTP need aiohttp, which is not installed: "
+                                "pip install 'rft[agents]'")  # fmt: skip
             return
         given = [n for n in inspect.signature(called).parameters if n not in options]
         if len(given) < 2:

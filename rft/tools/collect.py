@@ -35,7 +35,7 @@ from rft.rollout.sample import Judged, completions_of, judge
 from rft.run_training import make_environment, make_pool, make_rewards, start_environment
 from rft.tools.export import weights_of
 from rft.tools.out_folder import claimed
-from rft.utils.deadlines import unless_stopped
+from rft.utils.deadlines import stop_event, unless_stopped
 from rft.utils.files import write_atomic, write_text_atomic
 from rft.utils.hashing import model_digest
 from rft.utils.ray_cluster import ray_cluster
@@ -43,7 +43,6 @@ from rft.utils.seeds import derive_seed
 from rft.utils.signals import StopRequests
 
 SESSIONS, PART, SETTINGS = "sessions.jsonl", "sessions.part.jsonl", "collect.yaml"
-END_S = 30.0  # for ending the engines after a stop signal
 SAY_EVERY = 10  # times in a collection that its progress is printed
 
 Say = Callable[[str], None]
@@ -151,13 +150,7 @@ async def _play(
     say: Say,
 ) -> None:
     """Play the sessions of the prompts, and write each group when it is finished."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def request(reason: str) -> float:
-        loop.call_soon_threadsafe(stop.set)
-        return END_S
-
-    signals.handle(request=request)
+    stop = stop_event(signals)
     tokenizer, primary = tokenizer_id(plan.tokenizer), plan.config.rewards.primary
     every = max(1, len(prompts) // SAY_EVERY)
     async with _players(plan, stop) as (play, tools):

@@ -12,11 +12,9 @@ from rft.metrics.evaluation import write_evaluation
 from rft.plan import Plan
 from rft.rollout.episodes import make_episodes
 from rft.run_training import make_environment, make_pool, make_rewards, start_environment
-from rft.utils.deadlines import unless_stopped
+from rft.utils.deadlines import stop_event, unless_stopped
 from rft.utils.ray_cluster import ray_cluster
 from rft.utils.signals import StopRequests
-
-EVALUATION_END_S = 30.0  # for ending the engines after a stop signal
 
 
 async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = None) -> dict[str, float]:
@@ -31,13 +29,7 @@ async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = N
     with ray_cluster(config.ray.address, config.ray.object_store_gib):
         pool = make_pool(plan)
         rewards, environment = make_rewards(config), make_environment(config)
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def request(reason: str) -> float:
-            loop.call_soon_threadsafe(stop.set)
-            return EVALUATION_END_S
-
-        signals.handle(request=request)
+        stop = stop_event(signals)
         try:
             await unless_stopped(asyncio.gather(pool.start(), start_environment(environment, rewards)), stop)
             render = Renderer(config.data, plan.tokenizer)
@@ -59,7 +51,6 @@ async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = N
                 write_evaluation(out, evaluation_of(0, judged))
             return metrics
         finally:
-            signals.handle(request=lambda reason: EVALUATION_END_S)
             await rewards.close()
             if environment is not None:
                 await environment.close()

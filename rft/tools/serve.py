@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from ipaddress import ip_address
 from itertools import count
 from pathlib import Path
@@ -22,7 +23,7 @@ from rft.config.schema import Config
 from rft.data.chat import Renderer
 from rft.data.errors import RowProblem
 from rft.endpoint.calls import SessionCalls, cut, tokens_of
-from rft.endpoint.handle import Endpoint
+from rft.endpoint.handle import REMEDY, Endpoint
 from rft.endpoint.server import Open
 from rft.endpoint.types import Answer, Ask, Echoed, Refused, SetReward
 from rft.environments.types import EnvironmentFault, Reply
@@ -41,11 +42,11 @@ from rft.rollout.session import Budget, Session, text_of
 from rft.rollout.tool_calls import format_of
 from rft.run_training import make_pool
 from rft.tools.export import export_run
+from rft.utils.deadlines import stop_event
 from rft.utils.ray_cluster import ray_cluster
 from rft.utils.signals import StopRequests
 
 CHECK_INTERVAL_S = 5.0  # for a newer checkpoint
-END_S = 30.0  # for ending the engines after a stop signal
 CONTEXT = 8192  # tokens of prompt and answer, unless the model has fewer positions
 NAME = "serve"
 
@@ -341,6 +342,8 @@ def serve(
     signals: StopRequests, say: Say,
 ) -> None:  # fmt: skip
     """Serve until a stop is requested. key_env: the environment variable with the key of the endpoint."""
+    if find_spec("aiohttp") is None:
+        raise ConfigError([REMEDY])
     key = "" if key_env is None else os.environ.get(key_env, "")
     if key_env is not None and not key:
         raise ConfigError([f"--key-env: the environment variable {key_env} is not set"])
@@ -351,13 +354,7 @@ def serve(
         say(f"warning: everybody who reaches {host}:{port} and has the key can use the model")
 
     async def run() -> None:
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def request(reason: str) -> float:
-            loop.call_soon_threadsafe(stop.set)
-            return END_S
-
-        signals.handle(request=request)
+        stop = stop_event(signals)
         async with serving(target, overrides, address, port, key, follow, say) as url:
             say(f"serving {target} at {url}/v1")
             await stop.wait()

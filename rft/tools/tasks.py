@@ -22,8 +22,8 @@ from rft.endpoint.handle import Endpoint
 from rft.endpoint.server import Open
 from rft.errors import ConfigError
 from rft.plan import Plan
-from rft.tools.serve import END_S, NAME, Served
-from rft.utils.deadlines import unless_stopped
+from rft.tools.serve import NAME, Served
+from rft.utils.deadlines import stop_event, unless_stopped
 from rft.utils.ray_cluster import ray_cluster
 from rft.utils.signals import StopRequests
 
@@ -74,13 +74,7 @@ async def _ask(
     plan: Plan, files: Sequence[Path], results: Path, scratch: str, signals: StopRequests, python: str
 ) -> None:
     """Serve the plan's model for the length of lm-eval's run."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def request(reason: str) -> float:
-        loop.call_soon_threadsafe(stop.set)
-        return END_S
-
-    signals.handle(request=request)
+    stop = stop_event(signals)
     served = Served(plan)
     context = served.pool.spec.max_model_len
     endpoint = Endpoint("127.0.0.1", 0, Open(NAME, "", context))
@@ -115,7 +109,6 @@ async def _ask(
         if child.returncode:
             raise TasksFailed(f"lm-eval ended with code {child.returncode}: {output.decode()[-SHOWN:]}")
     finally:
-        signals.handle(request=lambda reason: END_S)
         await endpoint.close()
         await served.close()
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable
 from typing import Self, TypeVar
 
 from rft.errors import RunStopped
+from rft.utils.signals import StopRequests
 
 R = TypeVar("R")
+
+ENGINES_END_S = 30.0  # to end the engines after a stop signal; then the process exits at once
 
 
 class Overdue(RuntimeError):
@@ -37,6 +41,19 @@ async def within(seconds: float, what: str, awaitable: Awaitable[R]) -> R:
     except TimeoutError:
         key = f" ({seconds.key})" if isinstance(seconds, Deadline) else ""
         raise Overdue(f"{what} did not finish within {seconds:g} s{key}") from None
+
+
+def stop_event(signals: StopRequests) -> asyncio.Event:
+    """Return an event of the running loop that a stop request sets. The engines then have ENGINES_END_S."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def request(reason: str) -> float:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: only the cluster remains to be ended
+            loop.call_soon_threadsafe(stop.set)
+        return ENGINES_END_S
+
+    signals.handle(request=request)
+    return stop
 
 
 async def unless_stopped(work: Awaitable[R], stop: asyncio.Event) -> R:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -22,6 +23,7 @@ from rft.config.metrics import TrackingConfig
 from rft.config.rollout import SamplingConfig
 from rft.data.chat import Renderer
 from rft.endpoint.handle import Endpoint
+from rft.endpoint.types import Answer, Ask, SetReward
 from rft.environments.runner import EnvironmentRunner
 from rft.environments.types import EnvironmentFault
 from rft.metrics import RunLog
@@ -396,6 +398,20 @@ async def test_an_actor_that_hangs_is_replaced(
         played, metrics = await play(episodes, 2)
     assert [c.reward for c in played.completions] == [1.0] * 2 and endpoint._url != first
     assert metrics["session/ending/environment_error"] == 0.5, "each was played twice"
+
+
+async def test_a_busy_controller_does_not_stall_it(ray_here: None) -> None:
+    """The server answers while the event loop of the controller is blocked."""
+    endpoint = Endpoint()
+
+    async def reply(ask: Ask | SetReward) -> Answer | None:
+        return None
+
+    async with endpoint.session("s", 100, reply) as access:
+        headers = {"Authorization": f"Bearer {access.key}"}
+        answer = httpx.get(f"{access.url}/v1/models", headers=headers, timeout=20)  # blocks the loop
+        assert answer.status_code == 200 and answer.json()["data"][0]["max_model_len"] == 100
+    await endpoint.close()
 
 
 async def test_it_does_not_listen_beyond_the_machine_without_a_key() -> None:

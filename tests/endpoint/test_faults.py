@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -84,6 +85,30 @@ async def test_two_agents_with_one_key() -> None:
                 assert {r.status_code for r in await asyncio.gather(*asks)} == {200}
         assert trained(calls).num_sampled == sum(len(c.sampled) for c in calls.session.calls) > 0
         assert len(calls.session.calls) == 4
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_a_body_that_does_not_arrive(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused after its deadline."""
+    monkeypatch.setattr("rft.endpoint.server.BODY_S", 0.1)
+    async with served() as server:
+        calls, key = server.open()
+        url = httpx.URL(server.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Length: 9\r\n\r\n{{"
+        )
+        writer.write(head.encode())
+        async with asyncio.timeout(10):
+            status, *fields = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+            headers = dict(line.split(": ") for line in fields if line)
+            answer = json.loads(await reader.readexactly(int(headers["content-length"])))
+        writer.close()
+        assert status.startswith("http/1.1 408 ") and headers["connection"] == "close"
+        assert "did not arrive within 0.1 s" in answer["error"]["message"]
+        assert answer.get("type") == ("error" if path == "/v1/messages" else None)
+        await until(lambda: idle(server))
+        assert not calls.session.calls
 
 
 async def test_too_many_calls_are_told_to_come_again() -> None:

@@ -241,18 +241,21 @@ async def test_a_checkpoint_that_cannot_be_loaded_is_reported(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "host"), [(signal.SIGTERM, "127.0.0.1"), (signal.SIGHUP, "0.0.0.0")], ids=["here", "beyond"]
+)
 def test_its_process_dies_and_it_is_stopped(
-    number: signal.Signals, tiny_folder: Path, tmp_path: Path
+    number: signal.Signals, host: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Killed, the endpoint comes back at its address. A signal ends the command, and nothing is left."""
+    """Killed, the endpoint comes back at its address. A signal ends the command, and nothing is left. Beyond
+    this machine it prints a warning."""
     mark = f"served-{tmp_path.name}-{number}"
     command = [sys.executable, "-m", "rft.cli", "serve", str(tiny_folder), "--port", "0", *HF]
+    command += ["--host", host, "--key-env", "SERVE_KEY"]
+    environment = {**ENV, "RFT_TEST_MARK": mark, "SERVE_KEY": "secret"}
     with (
         (tmp_path / "said").open("w") as said,
-        subprocess.Popen(
-            command, cwd=ROOT, env={**ENV, "RFT_TEST_MARK": mark}, stderr=said, start_new_session=True
-        ) as process,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, start_new_session=True) as process,
     ):
         try:
             (url,) = await_line(tmp_path / "said", r"serving .* at (http://\S+)/v1")
@@ -263,6 +266,9 @@ def test_its_process_dies_and_it_is_stopped(
             os.kill(endpoint, signal.SIGKILL)
             (again,) = await_line(tmp_path / "said", r"process died; another serves at (http://\S+)/v1")
             assert again == url and httpx.get(f"{url}/health").status_code == 200
+            for key, status in (("secret", 200), ("secre", 401)):
+                models = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+                assert models.status_code == status
             process.send_signal(number)
             assert process.wait(60) == 0
             deadline = time.monotonic() + 20
@@ -271,7 +277,9 @@ def test_its_process_dies_and_it_is_stopped(
                 time.sleep(0.2)
         finally:
             process.kill()
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    text = (tmp_path / "said").read_text()
+    assert "Traceback" not in text
+    assert ("warning: everybody who reaches 0.0.0.0:0 and has the key" in text) == (host == "0.0.0.0")
 
 
 def await_line(file: Path, pattern: str) -> tuple[str, ...]:

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from rft.config.environment import EnvironmentConfig
 from rft.config.load import parse_config
 from rft.config.rewards import RewardsConfig
 from rft.config.schema import Config
 from rft.config.validate import problems
 from rft.data import load_prompts
+from rft.environments.runner import KINDS, EnvironmentRunner
 from rft.errors import ConfigError
 from rft.plan import make_plan
 from rft.preflight.environment import check_environment
 from rft.preflight.rewards import check_rewards
 from rft.report.plan_text import plan_lines
+from rft.rewards.load import SpecError
 from tests.specs import facts
 
 SAMPLES = str(Path(__file__).parent / "samples.py")
@@ -69,6 +72,34 @@ def config(environment: dict[str, Any], folder: Path | str = "tiny", **sections:
 def test_settings(environment: dict[str, Any], sections: dict[str, Any], message: str) -> None:
     found = problems(config(environment, **sections), facts(longest_prompt=50))
     assert len([problem for problem in found if message in problem]) == 1, found
+
+
+def test_a_missing_package_of_kind_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rft.config.validate.find_spec", lambda name: None)
+    found = problems(config({"kind": "command", "command": "true"}), facts(longest_prompt=50))
+    assert found == [
+        "environment: kind command needs aiohttp, which is not installed: pip install 'rft[agents]'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "package"),
+    [
+        ("openenv", {"options": {"url": "http://127.0.0.1:1"}}, "aiohttp"),
+        ("verifiers", {"path": "t", "python": "p"}, "aiohttp"),
+        ("mcp", {"command": "true"}, "mcp"),
+        ("function", {"path": f"{SAMPLES}:areal"}, "aiohttp"),
+    ],
+)
+def test_a_missing_package(
+    kind: str, settings: dict[str, Any], package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found when the environment is loaded, in one message with the command that installs it."""
+    monkeypatch.setattr(f"{KINDS[kind]}.find_spec", lambda name: None)
+    spec = EnvironmentRunner(EnvironmentConfig(kind=kind, **settings), ".").spec  # type: ignore[arg-type]
+    words = f"{package}, which is not installed: pip install 'rft\\[agents\\]'"
+    with pytest.raises(SpecError, match=words):
+        spec.load()
 
 
 def test_a_server_is_no_class_and_no_program_to_start() -> None:
