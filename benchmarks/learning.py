@@ -51,6 +51,15 @@ STARTS = {
             "{styles: {lines: 0.001, chain: 0.999}, wrong_fraction: {lines: 0.01, chain: 1.0}}}",
         ),
     ),
+    # Knows sums and products well, and of the stories what the plain start knows.
+    "claims": (
+        "examples/arithmetic.yaml",
+        (
+            "warm_start.data={kind: mixture, limit: 41600, mixture: {stories: {kind: arithmetic}, products: "
+            "{kind: arithmetic, options: {form: expression, operators: ['+', '-', '*'], styles: {lines: 1}, "
+            "wrong_fraction: 0}}}}",
+        ),
+    ),
     "unsure": ("examples/arithmetic.yaml", ("warm_start.steps=800",)),
     "calculator": ("examples/calculator.yaml", ()),
     "guess": ("examples/guess.yaml", ()),
@@ -82,7 +91,7 @@ SHORT = (
 )
 # Sixteen samples of each held-out problem, so that pass@8 is an average over many choices of eight.
 EXPLORE = ("train.steps=40", "eval={every: 10, problems: 256, samples: 16}")
-# Algorithms that are in the section `exploration` only; `grpo` and `max_rl` are in both.
+# Algorithms that are in the section `exploration` only; `grpo`, `max_rl` and `mml` are in both.
 COMPARED_AT_PASS_K = (
     "sapo",
     "vespo",
@@ -95,7 +104,7 @@ COMPARED_AT_PASS_K = (
     "luspo",
     "trajectory_balance",
 )
-EXPLORING = ("grpo", "max_rl", *COMPARED_AT_PASS_K)
+EXPLORING = ("grpo", "max_rl", "mml", *COMPARED_AT_PASS_K)
 # Settings of GRPO that keep it exploring.
 SETTINGS = {
     "entropy_bonus": "{name: grpo, entropy_coef: 0.03}",

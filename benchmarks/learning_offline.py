@@ -32,6 +32,7 @@ from rft.algorithms.extras import arrange
 from rft.config.data import DataConfig
 from rft.config.load import parse_config
 from rft.data.rows import load_rows
+from rft.loops.evaluate import HeldOut
 from rft.loops.offline import OfflineLoop
 from rft.loops.saver import Saver
 from rft.metrics import Progress
@@ -276,6 +277,8 @@ def _start(case: Case, runs: Path) -> str:
 def train(plan: OfflinePlan, learner: InProcessLearner) -> None:
     """The loop of an offline run, without evaluation and checkpoints."""
     config, data = plan.config, plan.data
+    share = shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden)
+    rearrange = partial(arrange, config.algorithm)
     with (
         tempfile.TemporaryDirectory() as nowhere,
         Progress(config.train.steps, config.name, display="quiet") as progress,
@@ -285,11 +288,15 @@ def train(plan: OfflinePlan, learner: InProcessLearner) -> None:
             data.source(config),
             config.train.steps,
             config.train.batch_size,
-            share_prefix=shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden),
+            share_prefix=share,
             progress=progress,
             saver=Saver(learner, Path(nowhere), config, progress, None),
-            arrange=partial(arrange, config.algorithm),
+            arrange=rearrange,
             save_last=False,
+            by_source={
+                name: HeldOut(list(rows), config.train.batch_size, share, rearrange)
+                for name, rows in data.by_source.items()
+            },
         )
         asyncio.run(loop.run())
 

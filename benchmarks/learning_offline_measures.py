@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.preference.base import preference
@@ -18,6 +18,7 @@ from rft.plan import Plan
 from rft.rewards import load_reward
 
 PROBLEMS, HELD_OUT = 256, 187
+LONGEST = 48  # tokens of a sampled solution
 
 
 @torch.no_grad()
@@ -55,21 +56,32 @@ def _base(plan: Plan) -> PolicyModel:
     return PolicyModel(model, temperature=1.0, compute_dtype=torch.float32)
 
 
-@torch.no_grad()
 def solved(plan: Plan, learner: Learner) -> float:
     """Share of held-out problems of the embedded task that one sample solves, at temperature 1."""
-    data = plan.config.data.model_copy(update={"eval_limit": PROBLEMS, "seed": 0})
-    prompts = load_prompts(data, plan.tokenizer, "test").prompts
-    longest = max(len(p.tokens) for p in prompts)
-    pad = plan.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p.tokens)) + list(p.tokens) for p in prompts])
     model = learner.policy.model.eval()
+    share = share_solved(model, plan.tokenizer, plan.config.data)
+    model.train()
+    return share
+
+
+@torch.no_grad()
+def share_solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> float:
+    """Share of held-out problems of `data` that one sample of a model solves, at temperature 1."""
+    held_out = data.model_copy(update={"eval_limit": PROBLEMS, "seed": 0})
+    prompts = load_prompts(held_out, tokenizer, "test").prompts
+    longest = max(len(p.tokens) for p in prompts)
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p.tokens)) + list(p.tokens) for p in prompts])
     torch.manual_seed(0)
     out = model.generate(
-        ids, attention_mask=(ids != pad).long(), max_new_tokens=28, do_sample=True, top_k=0, temperature=1.0
+        ids,
+        attention_mask=(ids != pad).long(),
+        max_new_tokens=LONGEST,
+        do_sample=True,
+        top_k=0,
+        temperature=1.0,
     )
-    model.train()
-    texts = plan.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     answers = [p.columns["answer"] for p in prompts]
     scores = load_reward("math")([p.text for p in prompts], texts, answer=answers)
     return sum(score == 1.0 for score in scores) / len(scores)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from learning_when import EXPLORATION, OTHERS
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -75,34 +76,6 @@ SECTIONS = {
         "Shares are of the sampled completions, in the first and in the last five steps.",
     ),
 }
-# When to use which algorithm and setting of section `exploration`.
-WHEN = """**`grpo`** is what the others are compared with, and the first to try.
-
-**`entropy_bonus`** (`entropy_coef`) is for runs whose entropy falls to near zero while accuracy no longer
-rises. The right weight depends on the vocabulary and the task; too large a weight makes the policy random.
-**`entropy_target`** finds the weight by itself, and is off while the policy is random enough: give it the
-entropy that you want to keep.
-
-**`max_rl`** maximises the log of the success rate, the likelihood of a right answer summed over all
-solutions, instead of the rate itself: hard problems count more. It is for tasks with many hard problems,
-where pass@k matters.
-
-**`clip_cov`** and **`kl_cov`** leave the objective alone and restrain the few tokens that lower the entropy
-most. They are for long runs, in which a bonus would have to be tuned again and again.
-
-**`top_entropy`** trains on the fraction of tokens where the policy is least certain, and saves nothing but
-noise: use it with long reasoning, where most tokens are certain. **`entropy_advantage`** credits uncertain
-tokens of good completions more, and is for policies that stop exploring early.
-
-**`sapo`** and **`gmpo`** are for several updates per batch, where single tokens with a large ratio make
-`grpo` unstable: a soft gate, and a geometric mean. **`dppo`** bounds the change of probabilities instead of
-ratios, so that rare tokens may still be learned.
-
-**`vespo`**, **`topr`** and **`m2po`** are for stale samples (`rollout.staleness`, replay): weights of whole
-sequences, a ratio for wrong completions only, and a mask of the few tokens that moved most.
-
-**`luspo`** is `gspo` for tasks whose completions differ much in length. **`trajectory_balance`** samples in
-proportion to the exponential of the reward, and is for tasks with many different right answers."""
 # What a reader should know about a line of the table, learnt from looking at the run.
 _OLD_PPO = "measured with lam: 1.0 and value_clip: null, before PPO's defaults were changed"
 REMARKS: dict[tuple[str, str], str] = {
@@ -235,7 +208,8 @@ def write_page(known: Sequence[tuple[str, str]]) -> None:
             parts.append(f"## {title}\n\n{text}\n\n{_table(section, cases, rows)}")
         if section == "exploration":
             parts.append("![exploration](images/learning_exploration.png)")
-            parts += [f"### When to use which\n\n{WHEN}"]
+            parts += [f"### When to use which\n\n{EXPLORATION}"]
+    parts.append(f"## When to use the others\n\n{OTHERS}")
     PAGE.write_text("\n\n".join(parts) + "\n")
 
 

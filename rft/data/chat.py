@@ -5,17 +5,34 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 from rft.config.data import DataConfig
 from rft.data.errors import DataError, RowProblem
 from rft.data.messages import Messages, Text
+from rft.utils.dotted import load_dotted
 
 Piece = tuple[str, bool]  # (text, written by the assistant)
 Span = tuple[int, int]
 _OPENED = re.compile(r"<(\w+)>\s*$")  # tag opened at the end of a generation prompt, e.g. `<think>`
 TEXTS_PER_CALL = 512
 _ASKED, _ANSWERED = "rft-asks", "rft-answers"  # message contents used to probe a template
+BRIDGE = "rft.contrib.bridge.find"  # the package `renderers`, imported only if installed
+
+
+class Bridge(Protocol):
+    """The rules of a model family for the next prompt of a conversation."""
+
+    def extension(
+        self,
+        prompt: Sequence[int],
+        sampled: Sequence[int],
+        new: Messages,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> tuple[int, ...] | None:
+        """Return the ids that follow a prompt and its sampled answer: the rest of the turn, the new
+        messages, the start of the next answer. None: the family's rules do not keep the ids."""
 
 
 class Renderer:
@@ -111,6 +128,16 @@ class Renderer:
         before, after = self._empty_prompt
         bos = self.tokenizer.bos_token
         return tuple(c for c in self.closers if (c in before or c in after) and c != bos)
+
+    @cached_property
+    def bridge(self) -> tuple[Bridge | None, str]:
+        """Return the rules of the model's family, if there are any, and which ones, or why not."""
+        if not self.chat:
+            return None, "there is no chat template"
+        if find_spec("renderers") is None:
+            return None, "the package renderers is not installed"
+        found: tuple[Bridge | None, str] = load_dotted(BRIDGE)(self)
+        return found
 
     @cached_property
     def turn_end(self) -> str | None:

@@ -1,8 +1,9 @@
 """Exact prompts for the turns of a conversation: extend the ids of the turns before, where that is proved.
 
 The template renders the whole conversation at every turn. If that text begins with the text of the turns
-before, their stored ids are kept, and the encoding of the rest is appended. Otherwise the conversation is
-encoded afresh. Sampled ids are never replaced in the context in which they were sampled.
+before, their stored ids are kept, and the encoding of the rest is appended; otherwise the rules of the
+model's family may keep them (`Renderer.bridge`). Else the conversation is encoded afresh. Sampled ids are
+never replaced in the context in which they were sampled.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class NextPrompt:
 
     opened: the tag of a thought that the template opens for the answer, "" if it opens none. follows: an
     earlier turn is part of the conversation. extends: the ids begin with those of that turn. rewritten: the
-    template would write its answer differently; the ids have it as it was sampled.
+    template would write its answer differently; the ids have it as it was sampled. bridged: the rules of the
+    model's family keep the ids, where the template does not prove it.
     """
 
     ids: tuple[int, ...]
@@ -58,6 +60,7 @@ class NextPrompt:
     follows: bool = False
     extends: bool = False
     rewritten: bool = False
+    bridged: bool = False
 
 
 def opened_thought(text: str) -> str:
@@ -99,9 +102,13 @@ class Dialogue:
         tag = "" if is_open else opened_thought(full)
         last = max(known, default=None)
         if last is not None and self.exchanges[known[last]].tools == tools:
-            extended = self._extend(guard, self.exchanges[known[last]], shown[: last + 1], full)
+            exchange = self.exchanges[known[last]]
+            extended = self._extend(guard, exchange, shown[: last + 1], full)
             if extended is not None:
                 return NextPrompt(extended[0], tag, True, True, extended[1])
+            bridged = self._bridge(guard, exchange, messages[last + 1 :], full)
+            if bridged is not None:
+                return NextPrompt(bridged, tag, True, True, bridged=True)
         return NextPrompt(tuple(guard.encode(full)[0]), tag, follows=last is not None)
 
     def _known(self, messages: Messages) -> dict[int, int]:
@@ -163,6 +170,21 @@ class Dialogue:
             return None  # stopped by another token than the one with which the template ends a turn
         rest = guard.after(full, at + len(last.end), last.sampled[-1] if last.end else None)
         return None if rest is None else ((*last.prompt, *last.sampled, *rest), rewritten)
+
+    def _bridge(self, guard: _Guard, last: Exchange, new: Messages, full: str) -> tuple[int, ...] | None:
+        """Return the ids of the last exchange and of new messages after it, as the rules of the model's
+        family extend them. None: they do not, or not by the text and the ids with which `full` ends.
+
+        A special token in the text of a message is hidden in `full`, so that rules which would encode it as
+        such do not agree with its text.
+        """
+        rules, _ = self.render.bridge
+        rest = rules.extension(last.prompt, last.sampled, new, last.tools) if rules and new else None
+        if rest is None:
+            return None
+        text = self.render.tokenizer.decode(list(rest), skip_special_tokens=False)
+        whole = full.endswith(text) and all(m["content"].strip() in text for m in new)
+        return (*last.prompt, *last.sampled, *rest) if whole and guard.encode(text)[0] == [*rest] else None
 
 
 class _Guard:

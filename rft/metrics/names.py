@@ -220,6 +220,11 @@ METRICS: dict[str, Metric] = {
         "sampled",
         "calls",
     ),
+    "session/bridged": Metric(
+        "mean number of a session's prompts that keep the tokens of earlier turns by the rules of the "
+        "model's family (the package renderers), where the chat template does not repeat those turns",
+        "calls",
+    ),
     "session/tool_calls": Metric("mean number of a session's tool calls, without malformed ones", "calls"),
     "session/turn_reward/*": Metric(
         "mean reward that the environment gave a turn, counted from 1, over the sessions that took it; the "
@@ -323,6 +328,8 @@ EVENTS: dict[str, str] = {
     "engine/started": "an engine answers: engine, version, node, seconds",
     "engine/lost": "an engine no longer answers: engine, reason, held (work it had)",
     "engine/rebuilt": "an engine was rebuilt and holds the current version: engine, version, seconds",
+    "session/prompts": "how prompts of later turns keep token ids: kept_by (chat template, renderers), what "
+    "(the family, or why there is none)",
     "engine/health": "health check: engine, version, inflight",
     "guard/*": "a guard triggered: step, value, limit, message, action (warn or stop)",
     "metric/non_finite": "metrics were NaN or infinite and were written as null: step, values",

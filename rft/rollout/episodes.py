@@ -216,6 +216,9 @@ def make_episodes(
                 raise
     budget = Budget.of(settings, config.rollout.sampling)
     lockstep = Lockstep(generate) if config.rollout.turns == "lockstep" else None
+    if log is not None:
+        rules, why = render.bridge
+        log.event("session/prompts", kept_by=["chat template", *(["renderers"] if rules else [])], what=why)
     return EpisodeSampler(runner, generate, render, settings, budget, parser, log, lockstep)
 
 
@@ -291,6 +294,7 @@ class _Tally:
             **{f"score/{name}": value for name, value in episode.scores.items()},
             "retokenised": record.retokenised,
             "rewritten": record.rewritten,
+            "bridged": record.bridged,
             "malformed": record.malformed,
             "tool_calls": record.tool_calls,
             "cached": record.cached,

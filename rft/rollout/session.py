@@ -48,6 +48,7 @@ class Record:
 
     retokenised: int = 0  # prompts that contain an earlier turn, encoded afresh
     rewritten: int = 0  # turns kept as sampled that the template would write differently
+    bridged: int = 0  # prompts that the rules of the model's family extend, and the template does not
     malformed: int = 0  # answers with a tool call that could not be parsed
     tool_calls: int = 0  # those that could be parsed
     cached: int = 0  # tokens of prompts that the engine had read before
@@ -159,6 +160,7 @@ class Session:
         call, index = await self._call(following.ids, limit, stop, (), trained)
         self.record.retokenised += following.follows and not following.extends
         self.record.rewritten += following.rewritten
+        self.record.bridged += following.bridged
         return self._reply(dialogue, given, schemas, following, call, index)
 
     def check_length(self, characters: int) -> None:

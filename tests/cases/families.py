@@ -36,6 +36,33 @@ QWEN3 = (
     "{{- '<think>\\n' + r + '\\n</think>\\n\\n' -}}{%- endif -%}"
     "{{- c + '<|im_end|>\\n' -}}{%- else -%}" + _HEAD + "{%- endif -%}{%- endfor -%}" + _GENERATE
 )
+# The same with tools: calls in tags, results as a user's message. `enable_thinking: false` writes an empty
+# thought before the answer, and not before those of earlier turns.
+QWEN3_TOOLS = (
+    "{%- set ns = namespace(last=-1) -%}"
+    "{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if tools -%}{{- '<|im_start|>system\n' ~ (tools | tojson) ~ '<|im_end|>\n' -}}{%- endif -%}"
+    "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
+    "{%- set c = m.content -%}{%- set r = m.reasoning_content or '' -%}"
+    "{%- if '</think>' in c -%}{%- set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') -%}"
+    "{%- set c = c.split('</think>')[-1].lstrip('\n') -%}{%- endif -%}"
+    "{{- '<|im_start|>assistant\n' -}}"
+    "{%- if loop.index0 > ns.last and (loop.last or r) -%}"
+    "{{- '<think>\n' + r.strip('\n') + '\n</think>\n\n' -}}{%- endif -%}{{- c -}}"
+    "{%- for call in m.tool_calls or [] -%}{%- if c or not loop.first -%}{{- '\n' -}}{%- endif -%}"
+    '{{- \'<tool_call>\n{"name": "\' ~ call.function.name ~ \'", "arguments": \' -}}'
+    "{{- (call.function.arguments | tojson) ~ '}\n</tool_call>' -}}{%- endfor -%}{{- '<|im_end|>\n' -}}"
+    "{%- elif m.role == 'tool' -%}"
+    "{%- if messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}"
+    "{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' -}}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '<|im_end|>\n' -}}{%- endif -%}"
+    "{%- else -%}" + _HEAD + "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}"
+    "{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}"
+    "{%- endif -%}"
+)
 # A BOS in the text, roles that take turns, no system message, contents trimmed.
 GEMMA = (
     "{{- bos_token -}}{%- for m in messages -%}"
@@ -81,6 +108,7 @@ TOOLS = (
     "{{- '<|im_end|>\\n' -}}{%- endfor -%}" + _GENERATE
 )
 
+QWEN3_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 GEMMA_TOKENS, GLM_TOKENS = ("<turn>", "<eot>"), ("<|user|>", "<|assistant|>", "<|system|>")
 
 

@@ -25,35 +25,38 @@ def claimed(name):
         return False
     return True
 class Game:
-    """Two turns that pay at least 1 each. Whoever finds a flag takes it away, and fails."""
+    """Two turns that pay at least 1 each. Whoever finds a flag takes it away, and fails; not those that are
+    doomed to fail, which are played more than once."""
     def reset(self, *, seed=None, options=None):
         self.turn = 0
         self.doomed = random.random() < 0.03  # follows the session's seed: the same each time it is played
         return "go on", {}
     def step(self, text):
         self.turn += 1
-        if self.turn == 1 and claimed("hang"):
+        if self.doomed:
+            if self.turn == 2:
+                raise ConnectionError("always away")
+        elif self.turn == 2:
+            if claimed("raise"):
+                raise ConnectionError("the database is away")
+        elif claimed("hang"):
             time.sleep(10_000)
-        if self.turn == 1 and claimed("kill"):
+        elif claimed("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.turn == 1 and claimed("pause"):
+        elif claimed("pause"):
             open(os.path.join(HERE, "paused"), "w").close()
             time.sleep(1)
-        if self.turn == 2 and claimed("raise"):
-            raise ConnectionError("the database is away")
-        if self.turn == 2 and self.doomed:
-            raise ConnectionError("always away")
         return "and now?", 1.0 + text.count("e"), self.turn == 2, False, {}
 '''
 SIZE = 16  # sessions of a step
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = tmp_path_factory.mktemp("live-sessions")
+@pytest.fixture(scope="module", params=["hf", "vllm"])
+def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp(f"live-sessions-{request.param}")
     (folder / "runs").mkdir()
     (folder / "game.py").write_text(GAME)
-    run = Live(folder, "hf")
+    run = Live(folder, request.param)
     run.start(
         rewards=[],
         environment={
@@ -101,10 +104,12 @@ def test_an_environment_that_raises_in_turn_two(live: Live) -> None:
 
 
 def test_an_engine_killed_between_turns(live: Live) -> None:
-    """The session's ids are in the controller: it goes on with another replica, without a fault."""
+    """The session's ids are in the controller: it goes on with another replica (of vLLM there is one: with
+    the one that replaces it), without a fault."""
     known, faults = len(live.events("engine/rebuilt")), _faults(live)
     _pause(live)
-    live.hurt("engine killed between turns", live.child("ray::Replica").kill, "engine/lost", 30)
+    name = "ray::Replica" if live.engine == "hf" else "VLLM::EngineCore"
+    live.hurt("engine killed between turns", live.child(name).kill, "engine/lost", 30)
     live.wait("a new engine", lambda: live.events("engine/rebuilt")[known:], 120)
     live.makes_steps()
     assert _faults(live) == faults
