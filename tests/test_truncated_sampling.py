@@ -117,6 +117,14 @@ def test_later_updates_and_the_reference_keep_the_sets_of_the_policy_that_sample
         )
     )
     seen: list[Tensor] = []
+    scorings: list[frozenset[str]] = []
+    score = learner.score
+
+    def counted(batch: Batch, **kwargs: Any) -> Any:
+        scorings.append(kwargs.get("outputs", frozenset()))
+        return score(batch, **kwargs)
+
+    learner.score = counted  # type: ignore[method-assign]
     run = learner.policy.run
 
     def watched(micro: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -127,6 +135,9 @@ def test_later_updates_and_the_reference_keep_the_sets_of_the_policy_that_sample
     learner.policy.run = watched  # type: ignore[method-assign]
     metrics = learner.step(batch, 0)
     assert metrics["sync/logp_gap"] < 1e-4 and metrics["policy/kl_ref"] >= 0
+    assert scorings == [{"support"}, frozenset()], (
+        "old log-probs and sets are of one forward, then the reference"
+    )
     learner.policy.run = run  # type: ignore[method-assign]
     # The last forward was the second update's: the weights had moved, the sets had not.
     assert not torch.allclose(seen[-1], seen[0], atol=1e-3)

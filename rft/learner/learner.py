@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,9 @@ from rft.packing import micro_batches
 from rft.utils.memory import return_freed_memory
 from rft.utils.quantized import evaluation_mode
 from rft.work import tree_tokens
+
+# Of an algorithm's needs, those that a forward computes.
+SCORED = frozenset({"old_logps", "ref_logps", "old_entropy", "values", "end_values"})
 
 
 class Learner(TrainState):
@@ -140,35 +142,39 @@ class Learner(TrainState):
     def prepare(self, batch: Batch, gap: objective.LogpGap) -> Batch:
         """Let the algorithm prepare a batch, and compute all inputs of its loss. Inputs that `prepare` does
         not read are computed after it, without the tokens that it masked out."""
-        before = self.algorithm.before_prepare
+        needs, before = self.algorithm.needs, self.algorithm.before_prepare
         if self.policy.truncation is not None and (self._several or self.algorithm.needs_reference):
-            batch = batch.with_(support=self.score(batch, outputs=frozenset({"support"}))["support"])
+            needs |= {"support"}
+            before |= {"support"} if before & SCORED else frozenset()
         batch = self.algorithm.prepare(self.fill(batch, before, gap))
-        return self.fill(batch, self.algorithm.needs - before, gap)
+        return self.fill(batch, needs - before, gap)
 
     @property
     def _several(self) -> bool:  # updates of a batch
         return self.spec.train.num_iterations * self.spec.train.minibatches > 1
 
     def fill(self, batch: Batch, needs: frozenset[str], gap: objective.LogpGap) -> Batch:
-        """Compute the `needs` that a forward pass yields: old and reference log-probs, values, entropy."""
-        extra = needs & {"values", "end_values"}
+        """Compute the `needs` that a forward pass yields: old and reference log-probs, values, entropy, and
+        the tokens that could be sampled (`support`), over which all log-probs are taken."""
+        extra = needs & {"values", "end_values", "support"}
         extra |= frozenset({"entropy"} if "old_entropy" in needs else ())
-        changes: dict[str, Any] = {}
         old = "old_logps" in needs and batch.old_logps is None and (self._several or self.algorithm.prescored)
         if old or extra:
             out = self.score(batch, outputs=extra)
-            changes |= {"old_logps": out["logps"], **{name: out[name] for name in extra - {"entropy"}}}
+            changes = {name: out[name] for name in extra - {"entropy"}}
+            if batch.old_logps is None:  # an algorithm may have set others
+                changes["old_logps"] = out["logps"]
             if "entropy" in extra:
                 changes["old_entropy"] = out["entropy"]
+            batch = batch.with_(**changes)
             gap.add(out["logps"], batch, self.version)
             self._check_gap(gap)
         if "old_scores" in needs:
             scores = self.score(batch, outputs=frozenset({"scores"}))["scores"]
-            changes["columns"] = {**batch.columns, "old_scores": scores[last_tokens(batch)]}
+            batch = batch.with_(columns={**batch.columns, "old_scores": scores[last_tokens(batch)]})
         if "ref_logps" in needs and self.reference is not None and batch.ref_logps is None:
-            changes["ref_logps"] = self.score(batch, model=self.reference)["logps"]
-        return batch.with_(**changes)
+            batch = batch.with_(ref_logps=self.score(batch, model=self.reference)["logps"])
+        return batch
 
     @torch.no_grad()
     def score(
@@ -214,6 +220,11 @@ class Learner(TrainState):
                 f"{type(self.algorithm).__name__} needs no reference, so there is none to score"
             )
         return self.score(batch, model=self.reference)["logps"]
+
+    def score_policy(self, batch: Batch) -> Tensor:
+        """Return the policy's log-probs, [T] float32, for a cache, without dropout. Collective."""
+        with evaluation_mode(self.policy.model):
+            return self.score(batch)["logps"]
 
     def release_reference(self) -> None:
         """Free the reference's memory: from now on, batches contain `ref_logps`."""
