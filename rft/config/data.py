@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +80,29 @@ class SessionsConfig(ConfigModel):
     )
 
 
+class DirectionsConfig(ConfigModel):
+    """Preference directions for two rewards (DPA, arXiv:2402.18571): one is drawn for each row by the seed.
+
+    The angle is uniform in `degrees`, and the direction (round(100 cos), round(100 sin)): integers that the
+    template shows and, scaled to length 1, `rewards.direction: row` multiplies the rewards with.
+    """
+
+    names: tuple[str, str] = Field(
+        description="template fields for the weights of the first and the second reward, from -100 to 100"
+    )
+    degrees: tuple[float, float] = Field(
+        (-45.0, 45.0), description="range of the angle: 0 is the first reward alone, 90 the second"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DirectionsConfig:
+        if self.names[0] == self.names[1] or not all(name.isidentifier() for name in self.names):
+            raise ValueError(f"`names` must be two different words, not {' and '.join(self.names)}")
+        if not -180 <= self.degrees[0] <= self.degrees[1] <= 180:
+            raise ValueError("`degrees` must be two angles from -180 to 180, the smaller one first")
+        return self
+
+
 class DataConfig(ConfigModel):
     """Prompts, demonstrations or preferences for training and evaluation."""
 
@@ -136,6 +161,9 @@ class DataConfig(ConfigModel):
         None,
         description="prompt template over columns, e.g. `Question: {prompt}\\nAnswer:`; of a list, each row "
         "gets one template, drawn by the seed",
+    )
+    directions: DirectionsConfig | None = Field(
+        None, description="preference directions, shown by `template` and read by `rewards.direction: row`"
     )
     system: str | None = Field(None, description="system message prepended to the prompt")
     chat_template: Literal["auto", "never", "always"] = Field(
@@ -211,6 +239,8 @@ class DataConfig(ConfigModel):
                 "`decontaminate: drop` needs all rows, and `streaming` reads them on demand; remove one of "
                 "them"
             )
+        if self.directions is not None:
+            self._check_directions(self.directions.names)
         if self.sessions is not None:
             self._check_sessions()
         if self.eval_source is not None and self.eval_source not in self.sources:
@@ -221,10 +251,21 @@ class DataConfig(ConfigModel):
         self._check_pattern()
         return self
 
+    def _check_directions(self, names: Sequence[str]) -> None:
+        """Refuse templates that do not show the policy which direction it is rewarded for."""
+        texts = [self.template] if isinstance(self.template, str) else self.template or [""]
+        for text in texts:
+            shown = [field for _, field, _, _ in string.Formatter().parse(text)]
+            for name in names:
+                if name not in shown:
+                    raise ValueError(
+                        f"`directions` needs a `template` that shows the direction: write {{{name}}} in it"
+                    )
+
     def _check_sessions(self) -> None:
         """Refuse settings that would change recorded tokens."""
-        fields = ("template", "system", "sources", "numbers", "columns", "answer_pattern", "streaming")
-        for name in fields:
+        texts = ("template", "directions", "system", "sources", "columns", "answer_pattern")
+        for name in (*texts, "numbers", "streaming"):
             if getattr(self, name):
                 raise ValueError(
                     f"`{name}` does not apply to `sessions`, whose tokens are recorded; remove it, or remove "

@@ -15,6 +15,9 @@ from rft.utils.paths import PathText, expand
 PASSED = "python:"
 """Prefix of a reward that a Python program passed as an object."""
 
+DIRECTION = "direction"
+"""Column with the preference direction of a row."""
+
 
 class MaxFraction(ConfigModel):
     """Error policy that drops failed samples up to a fraction of all scored samples."""
@@ -200,8 +203,10 @@ class RewardsConfig(ConfigModel):
         description="combination: sum (of weight * value), product or min (of the values), vector (dot "
         "product of `direction` and the values, DPA), gdpo (sum of weight * group-normalised value)",
     )
-    direction: list[float] | None = Field(
-        None, description="preference direction of `vector`, one number per function"
+    direction: list[float] | Literal["row"] | None = Field(
+        None,
+        description="preference direction of `vector`, one number per function; row: that of each row, its "
+        "column `direction` (`data.directions`)",
     )
     gate_value: float = Field(0.0, description="combined reward if a gate does not pass")
     clip: tuple[float, float] | None = Field(None, description="lower and upper bound of the combined reward")
@@ -238,7 +243,8 @@ class RewardsConfig(ConfigModel):
         if twice:
             raise ValueError(f"two rewards are called {twice[0]!r}: set a different `name` for each")
         if self.combine == "vector":
-            if self.direction is None or len(self.direction) != len(self.functions):
+            wrong = self.direction != "row" and len(self.direction or ()) != len(self.functions)
+            if self.direction is None or wrong:
                 raise ValueError("combine: vector needs `direction`, one number for each reward function")
             if not any(self.direction):
                 raise ValueError("`direction` must not be all zeros")

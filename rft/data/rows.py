@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,8 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
-from rft.config.data import SUFFIXES, DataConfig
+from rft.config.data import SUFFIXES, DataConfig, DirectionsConfig
+from rft.config.rewards import DIRECTION
 from rft.data.errors import DataError, FolderSource, missing_column
 from rft.data.files import TableRows, read_file, refuse_large
 from rft.data.formats import with_known_names
@@ -108,7 +110,24 @@ def map_columns(row: Mapping[str, Any], config: DataConfig, source: str, number:
                 column="answer",
             )
         out["answer"] = match[1].strip()
+    if config.directions is not None:
+        drawn = draw_direction(config.directions, config.seed, number)
+        for name in drawn:
+            if name in out:
+                raise DataError(
+                    f"the data has a column {name!r} already; choose other `directions.names`, or rename it",
+                    source=source,
+                    row=number + 1,
+                )
+        out |= drawn
     return out
+
+
+def draw_direction(config: DirectionsConfig, seed: int, number: int) -> Row:
+    """Return the columns of the preference direction of row `number`: its two weights, and both of them."""
+    angle = math.radians(random.Random(f"direction/{seed}/{number}").uniform(*config.degrees))
+    weights = [round(100 * math.cos(angle)), round(100 * math.sin(angle))]
+    return {**dict(zip(config.names, weights, strict=True)), DIRECTION: weights}
 
 
 def hold_out(config: DataConfig, split: Split, size: int, source: str) -> Sequence[int]:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rft.config.mixture import COLUMN
-from rft.config.rewards import PASSED, RewardConfig, RewardsConfig
+from rft.config.rewards import DIRECTION, PASSED, RewardConfig, RewardsConfig
 from rft.config.schema import Config
 from rft.data import PromptSet
 from rft.data.errors import BadRows
 from rft.preflight.data import EvalSet
+from rft.rewards.combine import direction_of
 from rft.rewards.load import (
     BUILTINS,
     ENVIRONMENTS,
@@ -60,7 +61,19 @@ def check_rewards(
         problems += check_reward(functions, Path.cwd(), rows=rows, environment=environment)
         for name, of_set in rows.items():
             problems += check_values(functions, sets[name].source, of_set.items())
+            if config.direction == "row":
+                problems += _check_directions(sets[name].source, of_set, len(config.functions))
     return list(dict.fromkeys(problems))
+
+
+def _check_directions(source: str, rows: Mapping[int, Mapping[str, Any]], count: int) -> list[str]:
+    wrong = BadRows(source)
+    for number, columns in rows.items():
+        try:
+            direction_of(columns.get(DIRECTION), count)
+        except ValueError as error:
+            wrong.add(str(error), number)
+    return [f"{source}: {line}" for line in wrong.lines()]
 
 
 def _by_rewards(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
-from rft.config.rewards import RewardConfig, RewardsConfig, Schedule
+from rft.config.rewards import DIRECTION, RewardConfig, RewardsConfig, Schedule
 from rft.rewards.types import SampleReward, Score
 
 Values = list[float | None]
@@ -36,6 +36,21 @@ def direction_product(vector: Sequence[float | None], direction: Sequence[float]
     if any(v is None for v in vector):
         return None
     return sum(d * v for d, v in zip(direction, vector, strict=True) if v is not None) / norm
+
+
+def direction_of(column: object, count: int) -> Sequence[float]:
+    """Return a row's preference direction from its column. Raises ValueError unless it is `count` numbers."""
+    if not isinstance(column, list | tuple) or len(column) != count:
+        shown = "missing" if column is None else f"{column!r:.60}"
+        raise ValueError(
+            f"rewards.direction: row needs a column {DIRECTION!r} of {count} numbers, one for each reward, "
+            f"and it is {shown}; set data.directions, or give the direction in rewards.direction"
+        )
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in column) or not any(column):
+        raise ValueError(
+            f"the column {DIRECTION!r} must be finite numbers that are not all 0, not {column!r:.60}"
+        )
+    return column
 
 
 def normalized(values: Sequence[float | None], groups: Sequence[int], epsilon: float = 1e-4) -> Values:
@@ -84,17 +99,24 @@ def combine(
     *,
     groups: Sequence[int] | None = None,
     progress: float = 0.0,
+    directions: Sequence[Sequence[float]] | None = None,
 ) -> list[SampleReward]:
     """Combine the rewards of N completions.
 
     scores: by reward name, N each, in config order. groups: the group of each completion (for `gdpo`;
-    by default all N are one group). progress: 0 to 1, for schedules.
+    by default all N are one group). progress: 0 to 1, for schedules. directions: the preference direction of
+    each completion, for `direction: row`.
     """
     names, configs = list(scores), config.functions
     n = len(scores[names[0]]) if names else 0
     rows = [[scores[name][i] for name in names] for i in range(n)]
     weights = [scheduled(c.weight, progress) for c in configs]
-    totals = _totals(config, rows, weights, groups or [0] * n)
+    if config.combine == "vector":
+        fixed = config.direction if isinstance(config.direction, list) else []
+        values = [[s.value for s in row] for row in rows]
+        totals = [direction_product(v, d) for v, d in zip(values, directions or [fixed] * n, strict=True)]
+    else:
+        totals = _totals(config, rows, weights, groups or [0] * n)
     result = []
     for row, total in zip(rows, totals, strict=True):
         failed = any(s.failed for s in row)
@@ -116,8 +138,6 @@ def _totals(
     config: RewardsConfig, rows: Sequence[Sequence[Score]], weights: Sequence[float], groups: Sequence[int]
 ) -> Values:
     kept = [i for i, c in enumerate(config.functions) if not c.gate]
-    if config.combine == "vector":
-        return [direction_product([s.value for s in row], config.direction or ()) for row in rows]
     values = [[None if any(s.failed for s in row) else row[i].value for i in kept] for row in rows]
     chosen = [weights[i] for i in kept]
     if config.combine == "gdpo":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rft.config.mixture import COLUMN
-from rft.config.rewards import SLOW, ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
+from rft.config.rewards import DIRECTION, SLOW, ErrorPolicy, MaxFraction, RewardConfig, RewardsConfig
 from rft.rewards.actors import ActorPool
-from rft.rewards.combine import combine
+from rft.rewards.combine import combine, direction_of
 from rft.rewards.load import CallError, require_columns
 from rft.rewards.pool import Logged, WorkerPool, spec_of
 from rft.rewards.types import Outcome, RewardError, SampleReward, Score, Text, TrainerState, text_of
@@ -149,7 +149,9 @@ class RewardRunner:
         )
         made = {c.label: part for c, part in zip(called, parts, strict=True)} | dict(given or {})
         scores = {c.label: made[c.label] for c in config.functions}
-        rewards = combine(config, scores, groups=groups, progress=progress)
+        rewards = combine(
+            config, scores, groups=groups, progress=progress, directions=_directions(config, merged, n)
+        )
         self._tally.add(scores, rewards, training=training)
         self._tally.enforce(scores, prompts, completions)
         return rewards
@@ -200,6 +202,19 @@ class RewardRunner:
                 metrics[f"reward/{label}/logged/{name}"] = statistics.fmean(values)
             logged.clear()
         return metrics
+
+
+def _directions(
+    config: RewardsConfig, columns: Mapping[str, Sequence[Any]], count: int
+) -> list[Sequence[float]] | None:
+    """Return the preference direction of each completion, for `direction: row`; else None."""
+    if config.direction != "row":
+        return None
+    try:
+        given = columns.get(DIRECTION) or [None] * count
+        return [direction_of(column, len(config.functions)) for column in given]
+    except ValueError as error:
+        raise RewardError(str(error)) from None
 
 
 def rewards_of(config: RewardsConfig, labels: Sequence[str]) -> RewardsConfig:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
-from rft.config.data import DataConfig
+from rft.config.data import DataConfig, DirectionsConfig
 from rft.data import DataError, first_row, load_prompts, load_rows
 
 ROWS = [{"question": f"{i}+{i}?", "answer": f"think\n#### {2 * i}"} for i in range(10)]
@@ -277,3 +279,46 @@ def test_of_several_templates_each_row_gets_one_by_the_seed(tmp_path: Path, plai
 def test_templates_are_texts(tmp_path: Path, template: Any) -> None:
     with pytest.raises(ValueError, match="write a text, or a list of at least one text"):
         DataConfig(path="x.jsonl", template=template)
+
+
+def test_each_row_gets_a_preference_direction_that_its_prompt_shows(tmp_path: Path, plain: Any) -> None:
+    directions = {"names": ["right", "brief"], "degrees": [-90, 60]}
+    c = config(
+        write(tmp_path, ROWS), template="right * {right} + brief * {brief}: {prompt}", directions=directions
+    )
+    prompts = load_prompts(c, plain).prompts
+    drawn = [p.columns["direction"] for p in prompts]
+    for prompt, (right, brief) in zip(prompts, drawn, strict=True):
+        assert prompt.text.startswith(f"right * {right} + brief * {brief}: ")
+        assert math.hypot(right, brief) == pytest.approx(100, abs=1) and right >= 0 and -100 <= brief <= 87
+    assert len(set(map(tuple, drawn))) > 5 and {brief > 0 for _, brief in drawn} == {True, False}
+    assert [p.columns["direction"] for p in load_prompts(c, plain).prompts] == drawn
+    straight = c.model_copy(
+        update={"directions": DirectionsConfig(names=("right", "brief"), degrees=(60, 60))}
+    )
+    assert load_prompts(straight, plain).prompts[0].columns["direction"] == [50, 87]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"template": "{prompt} {right}"}, r"write {brief} in it"),
+        ({"directions": {"names": ["right", "right"]}}, "two different words"),
+        ({"directions": {"names": ["a", "b"], "degrees": [40, 10]}}, "the smaller one first"),
+    ],
+)
+def test_directions_that_the_prompt_does_not_show(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        config(write(tmp_path, ROWS), **{"directions": {"names": ["right", "brief"]}, **changes})
+
+
+def test_a_column_that_a_direction_would_replace(tmp_path: Path) -> None:
+    c = config(
+        write(tmp_path, [{"question": "a", "answer": "#### 1", "brief": 1}]),
+        template="{right} {brief} {prompt}",
+        directions={"names": ["right", "brief"]},
+    )
+    with pytest.raises(DataError, match=r"row 1.*'brief' already"):
+        load_rows(c)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rft.config.rewards import RewardConfig, RewardsConfig, Schedule
 from rft.rewards import Outcome, Score
-from rft.rewards.combine import combine, gdpo, normalized, scheduled
+from rft.rewards.combine import combine, direction_of, gdpo, normalized, scheduled
 
 
 def two(**changes: Any) -> RewardsConfig:
@@ -58,6 +58,22 @@ def test_a_preference_direction() -> None:
     config = two(combine="vector", direction=[3.0, 4.0])
     assert total(config, 1.0, 0.5) == pytest.approx((3 + 2) / 5)
     assert total(config, 1.0, None) is None
+
+
+def test_a_preference_direction_of_each_row() -> None:
+    config = two(combine="vector", direction="row")
+    scores = {"math": [Score(1.0, Outcome.correct)] * 2, "format": [Score(0.5, Outcome.correct)] * 2}
+    got = [r.value for r in combine(config, scores, directions=[[3, 4], [12, -5]])]
+    assert got == pytest.approx([(3 + 2) / 5, (12 - 2.5) / 13])
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [(None, "it is missing; set data.directions"), ([1, 2, 3], "of 2 numbers"), ([0, 0], "not all 0")],
+)
+def test_a_direction_that_a_row_lacks(column: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        direction_of(column, 2)
 
 
 def test_normalisation_over_the_group() -> None:
