@@ -32,6 +32,7 @@ def run(tmp_path: Path, *overrides: str, command: str = "check") -> list[str]:
         (["train.batch_size=500"], "500 rows a step, but the data has only 64"),
         (["train.num_generations=1"], "num_generations is 1"),
         (["rollout.sampling.max_completion_length=5000"], "2048 positions"),
+        (["rollout.sampling.repetition_penalty=1.1"], "add the reward `repetition` instead"),
         (["model.options={hidden_size: 65}"], "must be a multiple of heads"),
         (["model.options={hiden_size: 64}"], "hiden_size"),
         (["algorithm=sft", "data={path: rows.jsonl, streaming: true}"], "rows.jsonl"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rft.config.base import UNLISTED, ConfigModel
 from rft.config.rewards import RewardsConfig, list_as_functions
+
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 InFlight = Literal["keep", "continue", "wait", "abort"]
 """Treatment of in-flight completions at a weight sync: paused, then resumed with a recomputed (`keep`) or the
@@ -31,6 +34,19 @@ class SamplingConfig(ConfigModel):
     )
     stop: tuple[str, ...] = Field((), description="stop strings (require detokenisation)")
     stop_token_ids: tuple[int, ...] = Field((), description="additional stop token ids")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_penalties(cls, values: Any) -> Any:
+        """Refuse what makes the sampled distribution depend on the tokens before, beyond the policy's."""
+        for name in PENALTIES:
+            if isinstance(values, Mapping) and name in values:
+                raise ValueError(
+                    f"{name} is not supported in training: it changes the probability of a token by what was "
+                    "sampled before, so that log-probs and ratios would be of another distribution than the "
+                    "policy's. Remove it, and add the reward `repetition` instead"
+                )
+        return values
 
     @property
     def truncated(self) -> bool:
