@@ -30,6 +30,7 @@ from rft.tools.merge import (
     trimmed,
 )
 from rft.tools.model_files import ModelFiles, layer_number
+from rft.tools.prune import prune, recover
 from rft.utils.hashing import model_digest
 
 T = torch.tensor
@@ -270,6 +271,63 @@ def test_a_wrong_base_is_refused_by_name(
     assert "only plain LoRA is merged by files, and it is DoRA" in refused(
         "adapter", out, tiny_folder, adapter
     )
+
+
+def test_what_was_learned_about_kept_neurons_goes_back_to_their_places() -> None:
+    kept = {"0": [1, 3]}
+    change, shape = T([[1.0, 2.0], [3.0, 4.0]]), torch.Size((4, 2))
+    rows = recover("model.layers.0.mlp.up_proj.weight", change, shape, kept)
+    assert rows.tolist() == [[0, 0], [1, 2], [0, 0], [3, 4]]
+    columns = recover("model.layers.0.mlp.down_proj.weight", change, torch.Size((2, 4)), kept)
+    assert columns.tolist() == [[0, 1, 0, 2], [0, 3, 0, 4]]
+    assert recover("model.layers.0.self_attn.q_proj.weight", change, change.shape, kept) is change
+
+
+def test_an_adapter_of_a_pruned_model_serves_the_whole_one(tiny_folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    small, out = tmp_path / "small", tmp_path / "large"
+    assert main(["prune", str(tiny_folder), "--share", "0.25", "--seed", "3", "--out", str(small)]) == 0
+    kept = json.loads((small / "pruning.json").read_text())["kept"]
+    whole = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    width = whole.config.intermediate_size
+    assert all(len(k) == round(width / 4) and k == sorted(set(k)) for k in kept.values())
+    assert len({tuple(k) for k in kept.values()}) == len(kept), "each layer keeps others"
+    before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    for number, layer in enumerate(whole.model.layers):
+        dropped = sorted(set(range(width)) - set(kept[str(number)]))
+        layer.mlp.down_proj.weight.data[:, dropped] = 0
+    pruned, tokens = AutoModelForCausalLM.from_pretrained(small), torch.arange(8)[None]
+    assert torch.allclose(pruned(tokens).logits, whole(tokens).logits, atol=1e-5)
+
+    torch.manual_seed(0)
+    targets = ["q_proj", "up_proj", "down_proj"]
+    tuned = get_peft_model(pruned, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "lora")
+    after = merged("loram", out, tiny_folder, small, tmp_path / "lora")
+    start, changed = ModelFiles(small), tuned.merge_and_unload().state_dict()
+    for name, weight in after.items():
+        change = weight - before[name]
+        expected = changed[name] - start.read(name)
+        assert torch.allclose(change.abs().sum(), expected.abs().sum(), rtol=1e-3, atol=1e-4), name
+        if "down_proj" in name:
+            columns = kept[name.split(".")[2]]
+            assert torch.allclose(change[:, columns], expected, atol=1e-6) and expected.abs().max() > 0.01
+    assert ModelFiles(out).config()["intermediate_size"] == width
+
+
+def test_what_cannot_be_pruned_or_recovered(
+    tiny_folder: Path, adapter: Path, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="only models of dense MLPs with gate_proj"):
+        prune(str(make("other")), "other", tmp_path / "x", 0.5, 0)
+    with pytest.raises(ConfigError, match=r"--share: 1 is not a share"):
+        prune(str(tiny_folder), "tiny", tmp_path / "x", 1.0, 0)
+    assert "it has no pruning.json" in refused("loram", tmp_path / "y", tiny_folder, make("third"), adapter)
+    prune(str(tiny_folder), "tiny", tmp_path / "small", 0.5, 0)
+    told = refused("loram", tmp_path / "z", make("fourth"), tmp_path / "small", adapter)
+    assert "small: wrong base: it was pruned from tiny" in told
 
 
 def test_the_command_names_mistakes(

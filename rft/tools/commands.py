@@ -132,8 +132,10 @@ def register(command: AddCommand) -> None:
     add("--gguf", metavar="FILE", type=path_argument, help="also convert to GGUF, with --converter")
     add("--converter", metavar="PATH", type=path_argument, help="llama.cpp's convert_hf_to_gguf.py")
     add = command(merge, "merge", "combine models of one shape in weight space", stoppable=True)
-    methods = "soup, greedy, wise-ft, lines, ties, dare, stock, breadcrumbs, arithmetic, difference, adapter"
-    add("method", metavar="METHOD", help=methods)
+    methods = (
+        "soup, greedy, wise-ft, lines, ties, dare, stock, breadcrumbs, arithmetic, difference, adapter, "
+    )
+    add("method", metavar="METHOD", help=f"{methods}loram")
     add(
         "models", nargs="+", metavar="MODEL", type=path_argument, help="model folders, run folders, hub names"
     )
@@ -146,6 +148,11 @@ def register(command: AddCommand) -> None:
     add("--gamma", type=float, help="breadcrumbs: share of the largest changes that is left out (0.01)")
     add("--seed", type=int, default=0, help="dare: seed of the masks (0)")
     add("--config", type=path_argument, help="greedy: config whose evaluation gives the accuracy of a model")
+    add = command(prune, "prune", "a model without a part of its MLP neurons, to train an adapter on (LoRAM)")
+    add("model", metavar="MODEL", type=path_argument, help="model folder, run folder, or hub name")
+    add("--out", required=True, type=path_argument, help="folder to write")
+    add("--share", type=float, default=0.5, help="part of each layer's MLP neurons that is kept (0.5)")
+    add("--seed", type=int, default=0, help="seed of the choice (0)")
     add = command(
         compare, "compare", "two models or runs: weights, problems solved and broken, texts, settings"
     )
@@ -403,6 +410,18 @@ def merge(args: argparse.Namespace) -> int:
         folders = {name: local_folder(name, Path(scratch) / str(i)) for i, name in enumerate(args.models)}
         lines = merge(args.method, folders, Path(args.out), options, score)
     say("\n".join(lines), sys.stdout)
+    return 0
+
+
+def prune(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from rft.tools.model_files import local_folder
+    from rft.tools.prune import prune
+
+    with tempfile.TemporaryDirectory(prefix="rft-prune-") as scratch:
+        folder = local_folder(args.model, Path(scratch))
+        say(prune(folder, args.model, Path(args.out), args.share, args.seed), sys.stdout)
     return 0
 
 

@@ -17,6 +17,7 @@ breadcrumbs  base + sum_i w_i * t_i without the share gamma of the largest value
 arithmetic   base + sum_i w_i * t_i; a negative weight removes what was learned (Ilharco et al. 2023)
 difference   onto + alpha * (to - from), models in the order FROM TO ONTO (PortLLM, Khan et al. 2024)
 adapter      base + scale * B A, models in the order BASE ADAPTER (LoRA)
+loram        base + R(scale * B A), models in the order BASE PRUNED ADAPTER (LoRAM, see `rft.tools.prune`)
 """
 
 from __future__ import annotations
@@ -42,16 +43,22 @@ from rft.tools.model_files import (
     tokenizer_problems,
     write_like,
 )
+from rft.tools.prune import Kept, read_kept, recover
 from rft.utils.files import folder_atomic
 from rft.utils.hashing import hash64, model_digest
 from rft.utils.signals import StopRequests
 
 METHODS = (
     "soup", "greedy", "wise-ft", "lines", "ties", "dare", "stock", "breadcrumbs", "arithmetic", "difference",
-    "adapter",
+    "adapter", "loram",
 )  # fmt: skip
 MERGE_FILE = "merge.json"  # in the merged folder: method, options, and digests of the models' weights
-_NUMBER = {"wise-ft": (2, "START TUNED"), "difference": (3, "FROM TO ONTO"), "adapter": (2, "BASE ADAPTER")}
+_NUMBER = {
+    "wise-ft": (2, "START TUNED"),
+    "difference": (3, "FROM TO ONTO"),
+    "adapter": (2, "BASE ADAPTER"),
+    "loram": (3, "BASE PRUNED ADAPTER"),
+}
 
 
 @dataclass(frozen=True)
@@ -163,15 +170,19 @@ def merge(
         problems.append(f"{out} is not empty: choose another folder")
     if problems:
         raise ConfigError(problems)
-    if method == "adapter":
+    if method in ("adapter", "loram"):
         base = ModelFiles(folders[names[0]], names[0])
-        adapter = Adapter(Path(folders[names[1]]), names[1])
-        if problems := adapter.problems(base):
+        adapter = Adapter(Path(folders[names[-1]]), names[-1])
+        trained_on, kept = base, None
+        if method == "loram":
+            kept = read_kept(folders[names[1]], names[1], base)
+            trained_on = ModelFiles(folders[names[1]], names[1])
+        if problems := adapter.problems(trained_on):
             raise ConfigError(problems)
         with folder_atomic(out) as temporary:
-            write_like(base, temporary, lambda name: adapter.merged(name, base.read(name)))
+            write_like(base, temporary, lambda name: adapter.merged(name, base.read(name), kept))
             _write_lineage(temporary, method, folders, options, names)
-        return [f"merged {len(adapter.modules)} matrices of {names[1]} into {names[0]}"]
+        return [f"merged {len(adapter.modules)} matrices of {names[-1]} into {names[0]}"]
     models = [ModelFiles(folder, name) for name, folder in folders.items()]
     if problems := shape_problems(models) or tokenizer_problems(models):
         raise ConfigError(problems)
@@ -376,8 +387,11 @@ class Adapter:
     def _info(self, stem: str, part: str) -> tuple[int, ...]:
         return self.files.tensors[self._key(stem, part)].shape
 
-    def merged(self, name: str, weight: Tensor) -> Tensor:
-        """Return a weight of the base with the adapter's change, in the base's dtype."""
+    def merged(self, name: str, weight: Tensor, kept: Kept | None = None) -> Tensor:
+        """Return a weight of the base with the adapter's change, in the base's dtype.
+
+        kept: the neurons of the pruned model that the adapter was trained on; None: that was the base.
+        """
         stem = self.modules.get(name)
         if stem is None:
             return weight
@@ -386,4 +400,6 @@ class Adapter:
         alpha = float(self.config.get("alpha_pattern", {}).get(stem, self.config["lora_alpha"]))
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         delta = lora_delta(a, b, scale, bool(self.config.get("fan_in_fan_out")))
+        if kept is not None:
+            delta = recover(name, delta, weight.shape, kept)
         return (weight.float() + delta).to(weight.dtype)

@@ -19,7 +19,8 @@ from rft.preflight.gguf import PACKAGED, packaged_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # config, tokenizer and chat template of a model
-_ALL_BUT = ("model.safetensors.index.json", "merge.json", "lineage.json")
+PRUNING = "pruning.json"  # of `rft prune`: the base, and the neurons that are kept
+_ALL_BUT = ("model.safetensors.index.json", "merge.json", "lineage.json", PRUNING)
 
 
 @dataclass(frozen=True)
