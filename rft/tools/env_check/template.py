@@ -171,9 +171,10 @@ async def _remedy(probe: Probe, thought: str) -> str:
         if not left:
             ((name, value),) = option.items()
             return f"set data.chat_template_options: {{{name}: {str(value).lower()}}}"
+    _, why = probe.render.bridge
     return (
         "give a chat template that repeats earlier turns unchanged (model.tokenizer: a folder whose "
-        "tokenizer has one)"
+        f"tokenizer has one); the rules of the model's family do not help: {why}"
     )
 
 
