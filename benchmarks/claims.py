@@ -63,7 +63,7 @@ LONG = {
     "options": {"min_operands": 5, "max_operands": 5, "styles": {"lines": 1}, "wrong_fraction": 0},
 }
 # Rows of each source: their shares of a proportional mixture are 80, 15 and 5 %.
-SOURCES = {"stories": (CHAINS, 6400), "products": (PRODUCTS, 1200), "long": (LONG, 400)}
+SOURCES = {"stories": (CLEAN, 6400), "products": (PRODUCTS, 1200), "long": (LONG, 400)}
 
 
 # -- models --------------------------------------------------------------------------------------------
@@ -231,12 +231,8 @@ def forgetting(seed: int, runs: Path) -> list[Row]:
 def weights(seed: int, runs: Path) -> list[Row]:
     """Share of changed weights, and the overlap of the changes of two seeds."""
     begin, other = ModelFiles(str(base(runs)), "start"), seed % 3 + 1
-    arms = {
-        **{name: FORGETTING[name] for name in ("sft", "grpo", "grpo-kl")},
-        "ppo": lambda s, r: reinforced("ppo", s, r),
-    }
     rows: list[Row] = []
-    for name, make in arms.items():
+    for name, make in FORGETTING.items():
         here, there = (ModelFiles(str(make(s, runs)), f"seed {s}") for s in (seed, other))
         changes, overlap = weight_changes(begin, here), mask_overlap(begin, here, there)
         rows.append(
