@@ -108,10 +108,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 1.0},
     "cpo": {},
     "kto": {},
+    "bco": {},
 }
 # These move each response by itself; at the others' rate they lose their way on long responses.
 GENTLE = ("dpo-apo_zero", "dpo-apo_down")
-STEADY = tuple(name for name in VARIANTS if name not in (*GENTLE, "kto"))
+STEADY = tuple(name for name in VARIANTS if name not in (*GENTLE, "kto", "bco"))
 
 
 def _preferences(section: str, names: Sequence[str], *setting: Any) -> list[Case]:
@@ -131,6 +132,7 @@ CASES = [
             ("dft", {}),
             ("asft", {"lam": 0.1}),
             ("asft-forward", {"lam": 0.1, "direction": "forward"}),
+            ("token_cleaning", {"better": "policy", "warmup": 0.2}),
         )
     ),
     Case("sft", "sources", {"name": "sft"}, MIXED, 600, 32, 5e-3, fresh=True),

@@ -123,10 +123,14 @@ none` is plain `sft` with the anchor, and `refresh_reference` lets the anchor fo
 The first is for labels, with the threshold of the paper; the second for texts.
 
 **`token_cleaning`** is for demonstrations with wrong or empty parts. `better: reference` needs a model
-trained on clean data. `better: policy` needs no second model, and improves its choice as it goes on.
+trained on clean data; with `base: start` the choice of tokens is fixed before the run, and training cannot
+drift away from it. `better: policy` needs no second model, and improves its choice as it goes on.
 
 **`bco`** is for single answers that were labelled good or bad, where good and bad ones are to different
 prompts; `kto` for the same data where losses and gains should count differently.
+
+**Directions in the prompt** (`data.directions`, DPA) are for rewards whose balance users choose when they
+ask: one policy for every balance, in place of one for each.
 
 **`mft`** is for mixtures of tasks of very different sizes that should be learned equally well.
 
@@ -141,6 +145,9 @@ model.
 
 **COLA** (`restart_every`) is for LoRA runs whose rank is too small for the task, and which are long enough
 for several adapters in a row.
+
+**LoRAM** (`rft prune`, `rft merge loram`) is for models that do not fit beside their training state even
+when quantised. It trains an adapter on a part of the model; the whole one has to be served.
 
 **EVA with ranks redistributed** (`eva_config: {rho: 2.0}`) is for a fixed budget of adapter parameters:
 layers that see more varied inputs get more of it. **`bone`** trains a block for each matrix, without a low

@@ -81,6 +81,12 @@ def local(name: str, runs: Path, qwen: Path, tiny_folder: Path) -> list[str]:
         overrides += [f"model.path={qwen}", *data]
     if name == "agents/verifiers":
         overrides.append(f"environment.python={python_with('RFT_VERIFIERS_PYTHON', *VERIFIERS)}")
+    if name == "self_training/stage":  # the file that `rft sample` writes
+        rows = (EXAMPLES / "data" / "gsm8k" / "train.jsonl").read_text().splitlines()[:32]
+        more = {"prompt": "with a hint", "reward": 1.0}
+        samples = [{**row, **more, "completion": row["answer"]} for row in map(json.loads, rows)]
+        (runs / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+        overrides.append(f"data.path={runs / 'samples.jsonl'}")
     if name == "online/distill":
         overrides.append(f"model.reference={tiny_folder}")  # the model of another example's run
     return overrides

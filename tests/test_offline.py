@@ -16,6 +16,7 @@ from rft.batch import Batch
 from rft.config.load import parse_config
 from rft.errors import LearnerError, RunStopped
 from rft.learner.learner import Learner
+from rft.learner.objective import LogpGap
 from rft.loops.offline import train_offline
 from rft.metrics import Progress, RunLog
 from rft.metrics.names import is_documented
@@ -283,6 +284,33 @@ def test_cached_reference_log_probs_are_those_of_the_live_reference(
     again.learner._load_reference = lambda: pytest.fail("the cache was not read")  # type: ignore[assignment]
     again.carry_out()
     assert again.lines[-1]["train/loss"] == cached.lines[-1]["train/loss"]
+
+
+def test_fixed_cleaning_keeps_the_tokens_that_the_start_and_the_reference_choose(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    from rft.loops.offline import scored
+    from rft.tasks.tiny import build_tiny
+
+    build_tiny(tmp_path / "other", seed=8, hidden_size=32, layers=1, heads=1, intermediate_size=64)
+    algorithm = {"name": "token_cleaning", "base": "start", "share": 0.5}
+    columns = {"prompt": "prompt", "completion": "chosen"}
+    changes: dict[str, Any] = {
+        "model": {"path": str(tiny_folder), "reference": str(tmp_path / "other")},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "chat_template": "never", "columns": columns},
+        "eval": {"every": 0},
+    }
+    plan = plan_of(tiny_folder, tmp_path, algorithm=algorithm, **changes)
+    run = Run(plan, "run")
+    start = run.learner.score(Batch.build(plan.data.sample))["logps"]
+    run.carry_out()
+    run.learner.score_policy = lambda batch: pytest.fail("computed again")  # type: ignore[assignment]
+    batch = Batch.build(asyncio.run(scored(plan, run.handle, plan.data.sample, False)))
+    assert (run.learner.score(batch)["logps"] - start).abs().max() > 0.1, "the policy has moved"
+    score = (run.learner.score_reference(batch) - start)[batch.mask]
+    kept = run.learner.prepare(run.learner.at_step(batch, 5), LogpGap()).mask[batch.mask]
+    assert kept.sum() == round(len(score) / 2)
+    assert score[kept].min() >= score[~kept].max()
 
 
 def test_the_cache_is_keyed_by_model_and_data(tiny_folder: Path, tmp_path: Path) -> None:

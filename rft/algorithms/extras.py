@@ -148,6 +148,24 @@ def compares_rows(algorithm: Algorithm) -> bool:
     return kind.prepare is not Algorithm.prepare or kind.next_state is not Algorithm.next_state
 
 
+@runtime_checkable
+class ReadsStart(Protocol):
+    """Algorithm that reads log-probs of the model that the run starts from, besides those of the reference.
+
+    The offline loop computes them before the first step: `columns["start_logps"]` [N, L], the log-probs of
+    the masked-in tokens of each sequence in order, padded with nan.
+    """
+
+    @property
+    def reads_start(self) -> bool:
+        """Return whether it does, with these settings."""
+
+
+def reads_start(algorithm: Algorithm) -> bool:
+    """Return whether the algorithm reads log-probs of the model that the run starts from."""
+    return isinstance(algorithm, ReadsStart) and algorithm.reads_start
+
+
 @dataclass(frozen=True)
 class Steps:
     """Split of completions into individually valued steps.

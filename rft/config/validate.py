@@ -13,7 +13,14 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from rft.algorithms.base import Algorithm, Rollout
 from rft.algorithms.divergence import TeacherDivergence
-from rft.algorithms.extras import ValuesSteps, compares_distributions, compares_rows, copies, score_heads
+from rft.algorithms.extras import (
+    ValuesSteps,
+    compares_distributions,
+    compares_rows,
+    copies,
+    reads_start,
+    score_heads,
+)
 from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.rwr import RWR
 from rft.config.learner import (
@@ -454,6 +461,11 @@ def offline_checks(config: Config, facts: Facts) -> Iterator[Check]:
     ]
     why = next((why for wrong, why in uncached if wrong), "")
     yield c.reference_logps == "cached" and bool(why), f"learner.reference_logps: {why}; write live"
+    yield (
+        reads_start(a) and config.data.streaming,
+        "algorithm.base: start scores every row before training, and a streamed dataset is read on demand; "
+        "write base: policy, or data.streaming: false",
+    )
     scored_before = next((why for wrong, why in uncached[2:] if wrong), "")
     yield config.teacher is not None and bool(scored_before), f"teacher: {scored_before}; remove it"
     yield (

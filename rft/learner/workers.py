@@ -70,6 +70,9 @@ class LearnerHandle(WeightSource, Protocol):
     def score_reference(self, batch: Batch) -> Awaitable[Tensor]:
         """Return the reference's log-probs [T] float32."""
 
+    def score_policy(self, batch: Batch) -> Awaitable[Tensor]:
+        """Return the policy's log-probs [T] float32, without dropout."""
+
     def release_reference(self) -> Awaitable[None]:
         """Free the reference's memory: from now on, batches contain `ref_logps`."""
 
@@ -155,6 +158,9 @@ class LearnerActor:
 
     def score_reference(self, batch: Batch) -> Tensor:
         return self.learner.score_reference(batch)
+
+    def score_policy(self, batch: Batch) -> Tensor:
+        return self.learner.score_policy(batch)
 
     def release_reference(self) -> None:
         self.learner.release_reference()
@@ -353,6 +359,7 @@ class LearnerGroup:
     preview = _remote(LearnerActor.preview)
     evaluate = _remote(LearnerActor.evaluate)
     score_reference = _remote(LearnerActor.score_reference)
+    score_policy = _remote(LearnerActor.score_policy)
     release_reference = _remote(LearnerActor.release_reference)
     pop_messages = _remote(LearnerActor.pop_messages)
     begin_save = _remote(LearnerActor.begin_save)

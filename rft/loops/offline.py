@@ -14,15 +14,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from rft.algorithms.extras import arrange
+from rft.algorithms.extras import arrange, reads_start
 from rft.batch import Batch, Completion, Group
 from rft.checkpoint import Checkpoint
 from rft.data import GroupSampler, GroupSource
@@ -64,12 +65,14 @@ async def train_offline(
     of_sources = {f"mixture/{name}": list(rows) for name, rows in data.by_source.items()}
     tests = {} if data.held_out is None else {"": list(data.held_out)}
     tests |= {name: list(rows) for name, rows in data.sets.items()} | of_sources
-    if config.learner.reference_logps == "cached":
+    cached = config.learner.reference_logps == "cached"
+    if cached or reads_start(config.algorithm):
         progress.stage("reference log-probs")
-        train = await unless_stopped(with_reference(plan, learner, data.sample, share), stop)
+        train = await unless_stopped(scored(plan, learner, data.sample, share), stop)
         for name, groups in tests.items():
-            tests[name] = await unless_stopped(with_reference(plan, learner, groups, share), stop)
-        await learner.release_reference()
+            tests[name] = await unless_stopped(scored(plan, learner, groups, share), stop)
+        if cached:
+            await learner.release_reference()
         source = data.source(config, train)
     rearrange = partial(arrange, config.algorithm)
     held_out = {n: HeldOut(rows, config.train.batch_size, share, rearrange) for n, rows in tests.items()}
@@ -280,24 +283,35 @@ class OfflineLoop:
 # -- log-probs of a teacher, or of the reference, that are computed once -------------------------------
 
 
-async def with_reference(
+async def scored(
     plan: OfflinePlan, learner: LearnerHandle, groups: Sequence[Group], share_prefix: bool
 ) -> list[Group]:
-    """The groups with the reference's log-probs, read from the cache or computed into it."""
+    """The groups with the log-probs that the config wants before training: the reference's, the start's."""
     config = plan.config
     dtype = str(resolve_dtype(config.learner.dtype, plan.device))
-    cache = Path(config.output_dir) / ".cache"
-    file = cache_file(cache, groups, plan.reference_path or plan.model, dtype)
-    if not file.exists():
-        parts = []
-        for start in range(0, len(groups), config.train.batch_size):
-            some = groups[start : start + config.train.batch_size]
-            batch = Batch.build(some, share_prefix=share_prefix)
-            parts.append((await learner.score_reference(batch))[batch.mask])
-        cache.mkdir(parents=True, exist_ok=True)
-        with write_atomic(file) as temporary:
-            save_file({"logps": torch.cat(parts)}, temporary)
-    return attach(groups, file)
+
+    async def logps(score: Callable[[Batch], Awaitable[torch.Tensor]], model: str, how: str) -> Path:
+        file = cache_file(Path(config.output_dir) / ".cache", groups, model, how)
+        if not file.exists():
+            parts = []
+            for start in range(0, len(groups), config.train.batch_size):
+                some = groups[start : start + config.train.batch_size]
+                batch = Batch.build(some, share_prefix=share_prefix)
+                parts.append((await score(batch))[batch.mask])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomic(file) as temporary:
+                save_file({"logps": torch.cat(parts)}, temporary)
+        return file
+
+    result = list(groups)
+    if config.learner.reference_logps == "cached":
+        file = await logps(learner.score_reference, plan.reference_path or plan.model, dtype)
+        result = attach(result, file)
+    if reads_start(config.algorithm):  # a quantised base has other log-probs than its file
+        how = f"{dtype} {config.learner.adapter!r} {config.learner.strategy!r}"
+        file = await logps(learner.score_policy, plan.model, how)
+        result = attach(result, file, start=True)
+    return result
 
 
 def cache_file(folder: Path, groups: Sequence[Group], model: str, dtype: str) -> Path:
@@ -309,8 +323,9 @@ def cache_file(folder: Path, groups: Sequence[Group], model: str, dtype: str) ->
     return folder / f"reference-{digest.hexdigest()[:16]}.safetensors"
 
 
-def attach(groups: Sequence[Group], file: Path) -> list[Group]:
-    """The groups with `ref_logps` at each completion. Raises ValueError where the file does not fit."""
+def attach(groups: Sequence[Group], file: Path, *, start: bool = False) -> list[Group]:
+    """The groups with the log-probs of a file at each completion: as `ref_logps`, or those of the start as
+    `values["start_logps"]`. Raises ValueError where the file does not fit."""
     logps = load_file(file)["logps"].tolist()
     values = iter(logps)
     wanted = sum(sum(_mask(c)) for g in groups for c in g.completions)
@@ -319,7 +334,8 @@ def attach(groups: Sequence[Group], file: Path) -> list[Group]:
             f"{file} contains {len(logps)} reference log-probs, but the data has {wanted} tokens: "
             "delete the file, and they are computed again"
         )
-    return [replace(g, completions=tuple(_filled(c, values) for c in g.completions)) for g in groups]
+    fill = _with_start if start else _filled
+    return [replace(g, completions=tuple(fill(c, values) for c in g.completions)) for g in groups]
 
 
 def _mask(c: Completion) -> tuple[bool, ...]:
@@ -328,3 +344,7 @@ def _mask(c: Completion) -> tuple[bool, ...]:
 
 def _filled(c: Completion, values: Iterator[float]) -> Completion:
     return replace(c, ref_logps=tuple(next(values) if trained else 0.0 for trained in _mask(c)))
+
+
+def _with_start(c: Completion, values: Iterator[float]) -> Completion:
+    return replace(c, values={**c.values, "start_logps": tuple(islice(values, sum(_mask(c))))})

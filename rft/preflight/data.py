@@ -11,7 +11,7 @@ import torch
 
 from rft.algorithms import Algorithm, PolicyOutput
 from rft.algorithms.base import DataKind
-from rft.algorithms.extras import arrange, score_heads
+from rft.algorithms.extras import arrange, reads_start, score_heads
 from rft.batch import Batch, Group, Prompt
 from rft.config.data import DataConfig
 from rft.config.evaluation import EvalConfig
@@ -335,7 +335,10 @@ def check_batch(algorithm: Algorithm, groups: list[Group]) -> list[str]:
         zeros = torch.zeros(batch.num_tokens)
         scores = torch.zeros(batch.num_tokens, max(score_heads(algorithm), 1))
         columns = {**batch.columns, "old_scores": scores[: batch.num_sequences]}
-        batch = batch.with_(old_logps=zeros, ref_logps=zeros, columns=columns, state={"progress": 0.0})
+        if reads_start(algorithm):
+            columns["start_logps"] = torch.zeros(batch.num_sequences, batch.num_tokens)
+        filled = {"old_logps": zeros, "ref_logps": zeros, "old_entropy": zeros}
+        batch = batch.with_(**filled, columns=columns, state={"progress": 0.0})
         batch = algorithm.prepare(batch)
         policy = PolicyOutput(logps=zeros, entropy=zeros, values=zeros, kl=zeros, scores=scores)
         algorithm.loss(policy, batch)

@@ -29,6 +29,7 @@ def hand_batch(progress: float = 0.5) -> Batch:
         "reward": 1.0,
         "targets": (1.0, NAN),
         "step_labels": (1.0, 0.0),
+        "start_logps": (-1.0, -3.0),
     }
     b = {
         "weight": 2.0,
@@ -38,9 +39,11 @@ def hand_batch(progress: float = 0.5) -> Batch:
         "task": 1.0,
         "targets": (0.5, 0.2),
         "step_labels": (NAN,),
+        "start_logps": (-2.5,),
     }
     groups = [group(0, completion((10, 11), 1.0, values=a), completion((12,), 0.0, values=b))]
     tables = {"old_logps": LOGPS, "ref_logps": {t: x - OVER_REFERENCE[t] for t, x in LOGPS.items()}}
+    tables["old_entropy"] = KL
     return fill(Batch.build(groups), tables).with_(state={"progress": progress})
 
 
@@ -75,6 +78,7 @@ def random_groups(data: str, seed: int, groups: int = 5) -> list[Group]:
                 "reward": numbers[0],
                 "targets": (numbers[2], numbers[3]),
                 "step_labels": tuple(float((number + i) % 2) for i in range(n // 2)),
+                "start_logps": tuple(-0.5 - 0.3 * ((7 * i + number) % 5) for i in range(n)),
             }
             tokens = tuple(range(token, token + n))
             responses.append(Completion(tokens, mask=mask, reward=reward, values=values))
@@ -91,6 +95,7 @@ def random_tables(seed: int) -> dict[str, Tensor]:
         "logps": logps,
         "old_logps": logps,
         "ref_logps": logps + 0.3 * noise[:, 0],
+        "old_entropy": noise[:, 0].abs(),
         "scores": noise[:, 1:],
     }
 

@@ -69,6 +69,8 @@ CASES = [
     # log ref - log policy = -0.1, -0.2, 0.3: the second is left out of the mask.
     Case("token_cleaning", [1, 3], {"share": 2 / 3}),
     Case("token_cleaning", [1, 2, 3], {"share": 1.0}),
+    # log ref - log start = -1.1 + 1, -2.2 + 3, -2.7 + 2.5: the third is left out.
+    Case("token_cleaning", [1, 2], {"share": 2 / 3, "base": "start"}),
     # The policy as the better model: the other way round. At half of the run, after and in a warm-up.
     Case("token_cleaning", [1, 2], {"share": 2 / 3, "better": "policy", "warmup": 0.5}),
     Case("token_cleaning", [1, 2, 3], {"share": 2 / 3, "better": "policy", "warmup": 0.51}),

@@ -23,6 +23,13 @@ def token_index(batch: Batch) -> Tensor:
     return torch.zeros_like(batch.tokens).masked_scatter(batch.mask, rank)
 
 
+def masked_in(values: Tensor, batch: Batch) -> Tensor:
+    """Spread `values` [N, L], of the masked-in tokens of each sequence in order, over the batch, [T]."""
+    spread = values.new_zeros(batch.num_tokens)
+    spread[batch.mask] = values[batch.sequence[batch.mask], token_index(batch)[batch.mask]]
+    return spread
+
+
 def last_tokens(batch: Batch) -> Tensor:
     """Return the index of each sequence's last masked-in token, [N] int64; -1 if it has none."""
     where = batch.mask.nonzero()[:, 0]

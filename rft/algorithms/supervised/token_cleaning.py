@@ -6,10 +6,11 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from rft.algorithms.base import required, setting
-from rft.algorithms.math.sequences import top_share
+from rft.algorithms.base import column, required, setting
+from rft.algorithms.math.sequences import masked_in, top_share
 from rft.algorithms.supervised.sft import SFT
 from rft.batch import Batch
 
@@ -50,6 +51,10 @@ class TokenCleaning(SelectedTokens):
     does not; low for noise, which neither predicts, and for tokens already learned. The reference is a model
     trained on a clean part of the data. `share: 1` is `sft`.
 
+    `base: start` is the fixed-model cleaning of Pang et al.: the worse model is the one that the run starts
+    from, score = log ref - log start (the negative of their influence), so that training does not change the
+    scores.
+
     `better: policy` is self-evolving cleaning (Pang et al., algorithm 1): the better model is the policy, as
     trained on the earlier rows; the worse one is the initial model. score = log policy - log initial. A round
     is a step: all of its rows are scored before its first update, and `train.minibatches` updates follow. The
@@ -59,13 +64,39 @@ class TokenCleaning(SelectedTokens):
     better: Literal["reference", "policy"] = setting(
         "reference", "the better model: the reference (Rho-1), or the policy (self-evolving)"
     )
+    base: Literal["policy", "start"] = setting(
+        "policy",
+        "the worse model of `better: reference`: the policy before each step, or the model that the run "
+        "starts from",
+    )
     warmup: float = setting(0.0, "initial fraction of the run that trains on all tokens", ge=0, lt=1)
 
+    @property
+    def reads_start(self) -> bool:
+        return self.base == "start"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"ref_logps"}) if self.base == "start" else super().needs
+
+    @property
+    def prescored(self) -> bool:
+        return self.base == "policy"
+
     def score(self, batch: Batch) -> Tensor:
+        if self.base == "start":
+            start = masked_in(column(batch, "start_logps"), batch)
+            return required(batch.ref_logps, "ref_logps") - start.to(torch.float32)
         return progress_of_policy(batch) if self.better == "policy" else -progress_of_policy(batch)
 
     def prepare(self, batch: Batch) -> Batch:
         return batch if batch.state.get("progress", 1.0) < self.warmup else super().prepare(batch)
+
+    def conflicts(self, num_generations: int) -> list[str]:
+        problems = super().conflicts(num_generations)
+        if self.base == "start" and self.better == "policy":
+            problems.append("better: policy has the start as its worse model already; leave base out")
+        return problems
 
 
 @dataclass(frozen=True)
