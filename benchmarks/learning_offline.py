@@ -133,6 +133,7 @@ CASES = [
             ("asft", {"lam": 0.1}),
             ("asft-forward", {"lam": 0.1, "direction": "forward"}),
             ("token_cleaning", {"better": "policy", "warmup": 0.2}),
+            ("q_tuning", {}),
         )
     ),
     Case("sft", "sources", {"name": "sft"}, MIXED, 600, 32, 5e-3, fresh=True),

@@ -126,6 +126,9 @@ The first is for labels, with the threshold of the paper; the second for texts.
 trained on clean data; with `base: start` the choice of tokens is fixed before the run, and training cannot
 drift away from it. `better: policy` needs no second model, and improves its choice as it goes on.
 
+**`q_tuning`** is for more demonstrations than the run has time for: of each step it leaves out the rows
+that the model knows or finds hopeless, and trains on a part of the tokens where it is confidently wrong.
+
 **`bco`** is for single answers that were labelled good or bad, where good and bad ones are to different
 prompts; `kto` for the same data where losses and gains should count differently.
 

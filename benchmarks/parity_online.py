@@ -16,9 +16,11 @@ from parity import Comparison, Tensors
 from torch import Tensor
 
 from rft.algorithms import ALGORITHMS, Algorithm, PolicyOutput
+from rft.algorithms.policy_gradient.base import PolicyGradient
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.learner.objective import reduce_loss, weigh
 
+STATE = {"entropy": 0.45, "entropy_coef": 0.03}  # of an adaptive entropy bonus, before the step
 GROUPS, SIZE, LENGTH, VOCABULARY = 3, 4, 7, 11
 KINDS = ("near", "same", "spread", "edge", "far", "equal", "short", "ragged", "tiny", "huge")
 
@@ -102,10 +104,11 @@ def _flat(x: Tensor, place: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 def loss_of(
-    algorithm: Algorithm, *, sampler: bool = False, count_all: bool = False
+    algorithm: Algorithm, *, sampler: bool = False, count_all: bool = False, bonus: bool = False
 ) -> Callable[[Tensors, torch.dtype], dict[str, Tensor]]:
     """rft's loss and its gradient by log-prob, reduced by the learner over two micro-batches. `count_all`
-    multiplies both by the completions with a token over all: the value of a mean over all."""
+    multiplies both by the completions with a token over all: the value of a mean over all. `bonus`: also the
+    gradient by entropy, and the weight of an adaptive bonus after the step."""
 
     def ours(x: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
         batch, place = to_batch(x, dtype)
@@ -114,24 +117,36 @@ def loss_of(
         batch, scale = weigh(algorithm, algorithm.prepare(batch), max_completion_length=LENGTH)
         if batch.weight is not None:
             batch = batch.with_(weight=batch.weight.to(dtype))
+        batch = batch.with_(state=STATE if bonus else batch.state)
         leaf = x["logps"].to(dtype, copy=True).requires_grad_()
+        entropy = x["entropy"].to(dtype, copy=True).requires_grad_()
         trees, size = list(range(len(leaf))), x["size"]
         total = torch.zeros((), dtype=dtype)
         for part in (trees[:size], trees[size:]):
             rows = place[part[0] : part[-1] + 1]
             micro = batch.select(part)
-            flat = torch.zeros(micro.num_tokens, dtype=dtype)
-            flat = flat.index_put(
-                ((rows - rows.min() + 1).flatten(),), leaf[part[0] : part[-1] + 1].flatten()
+            where = ((rows - rows.min() + 1).flatten(),)
+            logps, entropies = (
+                torch.zeros(micro.num_tokens, dtype=dtype)
+                .index_put(where, values[part[0] : part[-1] + 1].flatten())
+                .masked_fill(~micro.mask, 0)
+                for values in (leaf, entropy)
             )
-            total = total + reduce_loss(
-                algorithm, PolicyOutput(flat.masked_fill(~micro.mask, 0)), micro, scale
-            )
+            total = total + reduce_loss(algorithm, PolicyOutput(logps, entropy=entropies), micro, scale)
         if count_all:
             total = total * x["mask"].any(1).double().mean().to(dtype)
         total.backward()
         assert leaf.grad is not None
-        return {"loss": total.detach(), "gradient": leaf.grad * x["mask"]}
+        answers = {"loss": total.detach(), "gradient": leaf.grad * x["mask"]}
+        if not bonus:
+            return answers
+        assert isinstance(algorithm, PolicyGradient)
+        by_entropy = torch.zeros_like(entropy) if entropy.grad is None else entropy.grad
+        mean = float(x["entropy"].to(dtype)[x["mask"]].mean())
+        after = algorithm.next_state(STATE, {"policy/entropy": mean}).get(
+            "entropy_coef", algorithm.entropy_coef
+        )
+        return {**answers, "by_entropy": by_entropy * x["mask"], "weight": torch.tensor(after, dtype=dtype)}
 
     return ours
 
@@ -258,6 +273,14 @@ def comparisons(count: int) -> list[Comparison]:
     top = loss_of(ALGORITHMS["grpo"](top_entropy=0.2))
     settings = {"loss_type": "bnpo", "top_entropy": 0.2}
     found.append(Comparison("grpo, top entropy", "loss", top, padded, settings, BOUNDARY))
+    for row, ours, theirs in (
+        ("entropy bonus", {"entropy_coef": 0.03}, {"entropy_coef": 0.03}),
+        ("entropy below its target", {"entropy_target": 0.5}, {"entropy_target": 0.5}),
+        ("entropy above its target", {"entropy_target": 0.4}, {"entropy_target": 0.4}),
+    ):
+        with_bonus = loss_of(ALGORITHMS["grpo"](**ours), bonus=True)
+        settings = {"loss_type": "bnpo", **STATE, **theirs}
+        found.append(Comparison(f"grpo, {row}", "entropy_bonus", with_bonus, padded, settings))
     rloo_loss = loss_of(ALGORITHMS["rloo"](), count_all=True)
     found.append(
         Comparison("rloo, no tokens, all counted", "loss", rloo_loss, ragged, {"loss_type": "rloo"}, EMPTY)

@@ -118,5 +118,5 @@ def test_what_is_not_private_is_refused(tmp_path: Path, capsys, overrides: list[
 
 def test_losses_that_compare_rows_are_known() -> None:
     compare = {name for name, a in ALGORITHMS.items() if not a.online and compares_rows(a())}
-    assert compare == {"token_cleaning", "ss_token", "forgetting", "kto", "bco", "mft"}
+    assert compare == {"token_cleaning", "ss_token", "forgetting", "kto", "bco", "mft", "q_tuning"}
     assert compares_rows(ALGORITHMS["dpo"](loss_type="aot"))

@@ -63,6 +63,7 @@ class Accelerator:
     """One process."""
 
     num_processes = 1
+    sync_gradients = True
 
     def reduce(self, x: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
         return x
@@ -130,7 +131,7 @@ def correct(x: Inputs, mode: str, cap: float, floor: float | None = None) -> tor
 
 def stand_in(x: Inputs, leaf: torch.Tensor, s: Inputs) -> SimpleNamespace:
     """All of a trainer that `_compute_loss` reads."""
-    entropies = x["entropy"]
+    entropies = s.get("entropies", x["entropy"])
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (leaf, entropies, None),
         accelerator=Accelerator(),
@@ -144,6 +145,10 @@ def stand_in(x: Inputs, leaf: torch.Tensor, s: Inputs) -> SimpleNamespace:
             vespo_lambda_pos=3.0,
             vespo_k_neg=3.0,
             vespo_lambda_neg=2.0,
+            entropy_target=s.get("entropy_target"),
+            entropy_coef_delta=0.005,
+            entropy_coef_max=1.0,
+            entropy_coef_min=0.0,
         ),
         get_gamma_weights=grpo_trainer.GRPOTrainer.get_gamma_weights,
         get_high_entropy_mask=lambda *a: grpo_trainer.GRPOTrainer.get_high_entropy_mask(trainer, *a),
@@ -161,12 +166,28 @@ def stand_in(x: Inputs, leaf: torch.Tensor, s: Inputs) -> SimpleNamespace:
         top_entropy_quantile=s.get("top_entropy", 1.0),
         use_vllm="mode" in s,
         vllm_importance_sampling_correction=True,
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled="entropy_coef" in s,
+        entropy_coef=s.get("entropy_coef", 0.0),
+        use_adaptive_entropy="entropy_target" in s,
+        _last_world_entropy=s.get("entropy", 0.0),
+        _entropy_window_stats=None,
     )
     return trainer
 
 
 def loss(x: Inputs, **s: Any) -> dict[str, torch.Tensor]:
+    return compute_loss(x, s)[0]
+
+
+def entropy_bonus(x: Inputs, **s: Any) -> dict[str, torch.Tensor]:
+    """The loss with its gradient by entropy, and the weight of the bonus after the step."""
+    entropies = x["entropy"].clone().requires_grad_()
+    answers, trainer = compute_loss(x, {**s, "entropies": entropies})
+    by_entropy = torch.zeros_like(entropies) if entropies.grad is None else entropies.grad
+    return {**answers, "by_entropy": by_entropy * x["mask"], "weight": torch.tensor(trainer.entropy_coef)}
+
+
+def compute_loss(x: Inputs, s: Inputs) -> tuple[dict[str, torch.Tensor], SimpleNamespace]:
     leaf = x["logps"].clone().requires_grad_()
     mask = x["mask"].long()
     empty = torch.zeros(len(mask), 0, dtype=torch.long)
@@ -189,7 +210,7 @@ def loss(x: Inputs, **s: Any) -> dict[str, torch.Tensor]:
             inputs["importance_sampling_ratio"] = correct(x, s["mode"], s["cap"])
         value = inspect.unwrap(grpo_trainer.GRPOTrainer._compute_loss)(trainer, None, inputs)
     value.backward()
-    return {"loss": value.detach(), "gradient": leaf.grad * x["mask"]}
+    return {"loss": value.detach(), "gradient": leaf.grad * x["mask"]}, trainer
 
 
 def advantages(x: Inputs, scale_rewards: str) -> dict[str, torch.Tensor]:
@@ -237,7 +258,9 @@ def distill(x: Inputs, beta: float) -> dict[str, torch.Tensor]:
     return {"loss": value.detach(), "gradient": leaf.grad}
 
 
-FUNCTIONS = {f.__name__: f for f in (loss, advantages, rloo_advantages, correction, online_dpo, distill)}
+FUNCTIONS = {
+    f.__name__: f for f in (loss, entropy_bonus, advantages, rloo_advantages, correction, online_dpo, distill)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -60,6 +60,7 @@ from rft.algorithms.supervised.masked_thought import MaskedThought
 from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.neft import NEFT
 from rft.algorithms.supervised.poft import PoFT
+from rft.algorithms.supervised.q_tuning import QTuning
 from rft.algorithms.supervised.rwr import RWR
 from rft.algorithms.supervised.sft import SFT
 from rft.algorithms.supervised.token_cleaning import SSToken, TokenCleaning
@@ -116,6 +117,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "masked_thought": MaskedThought,
     "token_cleaning": TokenCleaning,
     "ss_token": SSToken,
+    "q_tuning": QTuning,
     "forgetting": Forgetting,
     "weak_to_strong": WeakToStrong,
     "logit_distill": LogitDistill,
@@ -190,6 +192,7 @@ __all__ = [
     "PrefixDPO",
     "PrefixRFT",
     "ProcessReward",
+    "QTuning",
     "RAFTPlusPlus",
     "ReMax",
     "ReinforcePP",

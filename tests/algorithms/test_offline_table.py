@@ -76,6 +76,10 @@ CASES = [
     Case("token_cleaning", [1, 2, 3], {"share": 2 / 3, "better": "policy", "warmup": 0.51}),
     # The other way round: the third is left out.
     Case("ss_token", [1, 2], {"share": 2 / 3}),
+    # Perplexities e^1.5 < e^3 and entropies 0.45 < 0.6: both rows are as surprising as they are unsure; the
+    # one of higher perplexity is kept as a whole, or both.
+    Case("q_tuning", [3]),
+    Case("q_tuning", [1, 2, 3], {"rows": 1.0}),
     # Positive: tokens 1 and 3, each 3/2; negative: token 2, -(1/2 of lam, at half of the run) * 3, of its
     # loss 2, then of the bound 1.5.
     Case("forgetting", [1.5, -1.5, 4.5], {"share": 2 / 3, "lam": 0.5}),
@@ -326,6 +330,28 @@ def test_confident_predictions_of_half_the_batch_are_hardened() -> None:
     mixed = [0.75 * w + 0.25 * h for w, h in zip(weak, (1, 1, 0, 0), strict=True)]
     expected = [y * L(x) + (1 - y) * L(-x) for x, y in zip(scores, mixed, strict=True)]
     torch.testing.assert_close(loss.tolist(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_q_tuning_drops_noise_and_known_rows_and_prunes_misconceptions() -> None:
+    """Four rows, by perplexity and entropy: lowest in both, highest in both, (3rd, 2nd) and (2nd, 3rd).
+    The third is a misconception, of whose tokens with perplexities 2, 8, 1, 3 three stay: with lambda 1/2 the
+    scores are half of 2 + 8, 8 + 2 + 1, 1 + 8 + 3, 3 + 1, without neighbours the perplexities."""
+    from worlds import completion, group
+
+    nll = {10: 0.1, 11: 9.0, 12: log(2), 13: log(8), 14: 0.0, 15: log(3), 16: 0.2, 17: 0.3}
+    entropy = {10: 0.1, 11: 0.9, 12: 0.2, 13: 0.2, 14: 0.2, 15: 0.2, 16: 0.3, 17: 0.3}
+    rows = [(10,), (11,), (12, 13, 14, 15), (16, 17)]
+    batch = Batch.build([group(i, completion(tokens, 1.0)) for i, tokens in enumerate(rows)])
+    batch = fill(batch, {"old_logps": {t: -x for t, x in nll.items()}, "old_entropy": entropy})
+    for settings, expected in (
+        ({}, [12, 13, 14, 16, 17]),
+        ({"neighbours": 0.0}, [12, 13, 15, 16, 17]),
+        ({"share": 0.25}, [14, 16, 17]),
+        ({"rows": 1.0}, [10, 11, 12, 13, 14, 16, 17]),
+        ({"rows": 0.25, "share": 1.0}, [12, 13, 14, 15]),
+    ):
+        kept = ALGORITHMS["q_tuning"](**{"share": 0.75, **settings}).prepare(batch)
+        assert kept.tokens[kept.mask].tolist() == expected, settings
 
 
 def test_shared_first_steps_of_a_pair_cancel() -> None:

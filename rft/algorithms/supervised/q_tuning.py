@@ -1,0 +1,93 @@
+"""Supervised fine-tuning on the rows and tokens that perplexity and entropy select."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rft.algorithms.base import required, setting
+from rft.algorithms.math.policy_gradient import safe_exp
+from rft.algorithms.math.sequences import to_grid
+from rft.algorithms.supervised.sft import SFT
+from rft.batch import Batch
+
+
+@dataclass(frozen=True)
+class QTuning(SFT):
+    """`sft` on rows that the model gets wrong for sure or right unsurely, and on part of the former's tokens.
+
+    Wang et al., "Winning the pruning gamble" (Q-Tuning, 2025, arXiv:2509.23873). For each row of a step,
+    before it, error is the perplexity exp(mean of -log p), and uncertainty the mean entropy of the
+    predictions. With the quantiles Q of both over the rows,
+
+        misconceptions: error > Q_(1-a), uncertainty <= Q_a
+        calibration:    error <= Q_a,    uncertainty > Q_(1-a)
+
+    and other rows are left out: noise, high in both, and known ones, low in both. a is such that the fraction
+    `rows` remains; the paper bisects it, and here rows are sorted by the a from which on each one remains, at
+    equal a by their error.
+    Calibration rows are trained on as a whole, and a misconception on the fraction `share` of its tokens with
+    the highest
+
+        s_i = (1 - lambda) PPL_i + lambda (PPL_(i-1) + PPL_(i+1)),    PPL_i = 1 / p_i.
+
+    Unlike `token_cleaning` it needs no second model. `rows: 1` leaves out tokens only.
+    """
+
+    rows: float = setting(0.5, "fraction of a step's rows that are trained on; 1: all of them", gt=0, le=1)
+    share: float = setting(0.7, "fraction of a misconception's tokens that are trained on", gt=0, le=1)
+    neighbours: float = setting(
+        0.5, "lambda: weight of the perplexities of the token before and the one after", ge=0, le=1
+    )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"old_logps", "old_entropy"})
+
+    @property
+    def prescored(self) -> bool:
+        return True
+
+    @property
+    def reads_order(self) -> bool:
+        return True
+
+    def prepare(self, batch: Batch) -> Batch:
+        grid, real = to_grid(batch)
+        count = real.sum(1).clamp(min=1)
+        logps = required(batch.old_logps, "old_logps")[grid].masked_fill(~real, 0.0)
+        entropy = required(batch.old_entropy, "old_entropy")[grid].masked_fill(~real, 0.0)
+        error, uncertainty = _quantile(-logps.sum(1) / count), _quantile(entropy.sum(1) / count)
+        wrong = torch.maximum(1 - error, uncertainty)  # the a from which on a row is a misconception
+        unsure = torch.maximum(error, 1 - uncertainty)
+        kept = torch.zeros_like(real[:, 0])
+        order = torch.argsort(error, descending=True)  # of rows that remain from the same a on
+        order = order[torch.argsort(torch.minimum(wrong, unsure)[order], stable=True)]
+        kept[order[: max(1, round(self.rows * len(order)))]] = True
+        perplexity = safe_exp(-logps).masked_fill(~real, 0.0)
+        around = torch.nn.functional.pad(perplexity, (1, 1))
+        around = around[:, :-2] + around[:, 2:]
+        score = (1 - self.neighbours) * perplexity + self.neighbours * around
+        tokens = _smallest(-score, self.share, real)
+        tokens = torch.where((wrong < unsure)[:, None], tokens, real) & kept[:, None]
+        return batch.with_(mask=torch.zeros_like(batch.mask).index_fill(0, grid[tokens], True))
+
+
+def _quantile(x: Tensor) -> Tensor:
+    """Return the position of each element in the sorted `x` [N], in (0, 1); ties by order."""
+    order = torch.argsort(x, stable=True)
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(x), device=x.device))
+    return (place + 0.5) / len(x)
+
+
+def _smallest(x: Tensor, share: float, real: Tensor) -> Tensor:
+    """Return the fraction `share` of the real entries of each row of `x` [N, L] with the smallest values, at
+    least one, [N, L] bool; ties by order."""
+    order = torch.argsort(x.masked_fill(~real, torch.inf), dim=1, stable=True)
+    place = torch.empty_like(order).scatter(
+        1, order, torch.arange(x.shape[1], device=x.device).expand_as(order)
+    )
+    keep = (share * real.sum(1, keepdim=True)).round().clamp(min=1)
+    return (place < keep) & real
