@@ -184,9 +184,11 @@ def real_step(d: dict[str, Any]) -> str:
         "Share of the bound that follows from the rate of products and of memory in the same round:\n\n"
         + table(["rft", "learner", "rollout", "first step over the median"], shares)
     )
-    for dtype, profile in d["profiles"].items():
-        where = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in profile.items())
-        text += f"\n\nWhere the learner's step goes in {dtype}: {where}."
+    names = {"learner": "a training step", "engine": "a rollout"}
+    for dtype, parts in d["profiles"].items():
+        for part, seconds_by_kind in parts.items():
+            where = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in seconds_by_kind.items())
+            text += f"\n\nWhere {names[part]} in {dtype} goes (all completions at full length): {where}."
     return text
 
 

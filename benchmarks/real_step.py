@@ -11,15 +11,16 @@ step is reported by itself.
 Every round also measures the rate of matrix products and of reading memory. From them follow the bounds:
 training needs 6 x parameters x tokens and the products of attention, a rollout the larger of reading all
 weights once for each token and the products of prompt and completions. "Share of the bound" is the bound
-over the time. `--profile` adds where the learner's step goes, by kind of operation. Written to
-benchmarks/results/real-step-cpu.json; `--only` and `--dtypes` replace these runs in it and keep the others,
-if they are of the same processor.
+over the time. `--profile` adds where the learner's step and the engine's rollout go, by kind of operation.
+Written to benchmarks/results/real-step-cpu.json; `--only` and `--dtypes` replace these runs in it and keep
+the others, if they are of the same processor.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,14 +205,76 @@ def time_trl(s: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
     return {"first": first, "seconds": others, "completion_length": done["completion_length"]}
 
 
-# -- where the learner's time goes -----------------------------------------------------------------
+# -- where the time goes ---------------------------------------------------------------------------
 
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::baddbmm"),
-    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::baddbmm", "_C::onednn_mm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "_C::cpu_att", "vllm::unified"),
+    "sampling": ("_C::fused_gumbel", "aten::_log_softmax", "aten::topk", "## Call Compiled"),
     "optimizer": ("aten::_fused_adamw", "Optimizer", "aten::_foreach", "aten::linalg_vector_norm"),
     "copies and casts": ("aten::copy_", "aten::fill_", "aten::cat", "aten::index", "aten::clone"),
 }
+
+
+def by_kind(work: Callable[[], object]) -> dict[str, float]:
+    """Return the seconds of `work` by kind of operation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        begin = time.perf_counter()
+        work()
+        whole = time.perf_counter() - begin
+    seconds: Counter[str] = Counter()
+    for event in recorded.key_averages():
+        kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "elementwise")
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    seconds["Python"] = whole - sum(seconds.values())
+    return {kind: round(value, 3) for kind, value in seconds.most_common()}
+
+
+def profile_engine(s: dict[str, Any], prompt: int, completion: int) -> dict[str, float]:
+    """Return the seconds of one rollout by kind of operation: vLLM in this process, with the settings that
+    rft gives it. All completions have `completion` tokens."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_NUM_THREADS=str(s["threads"]),
+        VLLM_LOGGING_LEVEL="WARNING",
+    )
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    engine = LLM(
+        model=s["model"],
+        dtype=s["dtype"],
+        max_model_len=512,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        logprobs_mode="processed_logprobs",
+        enable_chunked_prefill=False,
+        block_size=32,
+        max_num_batched_tokens=8192,
+        distributed_executor_backend=UniProcExecutor,
+        disable_log_stats=True,
+    )
+    dice = random.Random(0)
+    prompts = [tokens_input([dice.randrange(1000, 20000) for _ in range(prompt)]) for _ in range(PROMPTS)]
+
+    def generate(seed: int) -> None:
+        params = SamplingParams(
+            n=GENERATIONS,
+            max_tokens=completion,
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            ignore_eos=True,
+        )
+        engine.generate(prompts, params, use_tqdm=False)
+
+    generate(1)
+    engine.reset_prefix_cache()
+    return by_kind(lambda: generate(2))
 
 
 def profile(s: dict[str, Any], prompt: int, completion: int) -> dict[str, float]:
@@ -241,15 +305,7 @@ def profile(s: dict[str, Any], prompt: int, completion: int) -> dict[str, float]
     )
     batch = Batch.build(groups, share_prefix=True)
     learner.step(batch, 0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        learner.step(batch, 1)
-    seconds: Counter[str] = Counter()
-    for event in recorded.key_averages():
-        kind = next(
-            (k for k, names in KINDS.items() if event.key.startswith(names)), "elementwise and the rest"
-        )
-        seconds[kind] += event.self_cpu_time_total / 1e6
-    return {kind: round(value, 3) for kind, value in seconds.most_common()}
+    return by_kind(lambda: learner.step(batch, 1))
 
 
 # -- the result ------------------------------------------------------------------------------------
@@ -311,7 +367,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["rft", "trl"], default=["rft", "trl"])
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES, "bfloat16 weights"], default=list(DTYPES))
     parser.add_argument("--model", default="smollm2", help="as model.path")
-    parser.add_argument("--profile", action="store_true", help="also profile the learner's step")
+    parser.add_argument("--profile", action="store_true", help="also profile learner and engine")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     load = round(os.getloadavg()[0], 2)
@@ -341,8 +397,11 @@ def main() -> None:
                         runs.append(measure({**base, "dtype": dtype}, who, work, name, sizes))
         if arguments.profile:
             for dtype in (d for d in arguments.dtypes if d in DTYPES):
-                profiles[dtype] = profile({**base, "dtype": dtype}, 99, LENGTH)
-                print(f"learner {dtype}: {profiles[dtype]}")
+                for part, measured in (("learner", profile), ("engine", profile_engine)):
+                    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                        seconds = fresh.apply(measured, ({**base, "dtype": dtype}, 99, LENGTH))
+                    profiles.setdefault(dtype, {})[part] = seconds
+                    print(f"{part} {dtype}: {seconds}")
     new = {(r["who"], r["dtype"]) for r in runs}
     runs = [r for r in old.get("runs", []) if (r["who"], r["dtype"]) not in new] + runs
     settings = {k: v for k, v in base.items() if k not in ("model", "prompts")}

@@ -4,7 +4,8 @@
 
 Reads run folders: the seeds of `rft train examples/smollm2.yaml seed=...`, variants (LoRA, DPO, ...), and
 `rft train examples/smollm2_gsm8k.yaml`. Writes benchmarks/results/smollm2.json, and docs/images/smollm2.png,
-smollm2_variants.png and smollm2_gsm8k.png. Runs of earlier settings stay in the JSON as `earlier`.
+smollm2_variants.png and smollm2_gsm8k.png. Runs of earlier settings stay in the JSON as `earlier`;
+variants that are not given stay as they were.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def main() -> None:
         "note": arguments.note,
         "runs": [run | gates(run) for run in runs],
         "earlier": old.get("earlier", []),
-        "variants": [describe(run) for run in arguments.variants],
-        "gsm8k": describe(arguments.gsm8k) if arguments.gsm8k else None,
+        "variants": [describe(run) for run in arguments.variants] or old.get("variants", []),
+        "gsm8k": describe(arguments.gsm8k) if arguments.gsm8k else old.get("gsm8k"),
         "text": completions(arguments.runs[0]),
     }
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
