@@ -41,7 +41,7 @@ from rft.preflight.data import (
     load_train_prompts,
 )
 from rft.preflight.dtype import resolve_dtypes
-from rft.preflight.environment import check_environment
+from rft.preflight.environment import check_environment, longest_prompts
 from rft.preflight.machine import check_folders, check_sockets, check_sync_folder, machine_facts, sync_folder
 from rft.preflight.memory import ModelShape, meta_network
 from rft.preflight.model import (
@@ -137,7 +137,7 @@ class BasePlan:
             transport=self.transport,
             stop_token_ids=self.stop_ids,
             trust_remote_code=self.config.model.trust_remote_code,
-            stop_strings=self.config.environment is not None,
+            stop_strings=bool(self.config.environments),
             fusion=self.fusion,
             reference=(self.reference_path or self.model) if validate.mixes_reference(self.config) else None,
             sleeps=self.channel_spec().colocated,
@@ -277,7 +277,7 @@ def make_plan(
             sets = attempt("data (held-out)", lambda: load_eval_sets(config, tokenizer, evaluate=evaluate))
     if train is not None:
         shown = attempt("data", lambda: has_demonstrations(train, config.algorithm))
-        longest = max(len(prompt.tokens) for prompt in train.prompts)
+        longest = longest_prompts(config, train)
         facts = replace(facts, rows=len(train), demonstrations=shown, longest_prompt=longest)
     if offline is not None:
         streamed, others = isinstance(offline.train, GroupStream), offline.held_out

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from rft import checkpoint, run_dir
 from rft.config.schema import Config
-from rft.environments.runner import EnvironmentRunner
+from rft.environments.sources import Environments
 from rft.environments.types import EnvironmentFault
 from rft.errors import CheckpointError, EngineError, RunStopped, TransferError
 from rft.learner.spec import LearnerSpec
@@ -242,7 +242,7 @@ async def _online(
     hooks = LoopHooks() if config.teacher is None else await load_dotted(TEACHER)(plan, progress, stop)
     pool = make_pool(plan)
     rewards = make_rewards(config)
-    environment = make_environment(config)
+    environments = make_environments(config)
 
     async def start_policy(name: str) -> tuple[LearnerHandle, Fleet]:
         """Start a further learner with engines, for hooks that train one."""
@@ -264,14 +264,14 @@ async def _online(
             start_engines(channel, pool),
             rewards.start(),
             learner.describe(),
-            start_environment(environment, rewards),
+            start_environments(environments, rewards),
         )
         _, _, info, _ = await unless_stopped(starting, stop)
         progress.note(f"learner: {info.parameters:,} parameters on {info.device}")
         await learner.require_folder(str(folder.path))
         if config.algorithm.hooks:
             hooks = await load_dotted(config.algorithm.hooks)(config, folder.path, start_policy)
-        parts = Parts(learner, pool, channel, rewards, log, progress, hooks, environment)
+        parts = Parts(learner, pool, channel, rewards, log, progress, hooks, environments)
         result = await Controller(plan, parts, folder.checkpoints, stop=stop).run(folder.resume)
         await channel.before_step()
         await unless_stopped(export(learner, folder.path / "model"), stop)
@@ -280,8 +280,8 @@ async def _online(
         return result
     finally:
         await rewards.close()
-        if environment is not None:
-            await environment.close()
+        if environments is not None:
+            await environments.close()
         await pool.close()
         await hooks.close()
 
@@ -336,20 +336,20 @@ def start_learner(plan: Plan, spec: LearnerSpec, name: str = "the learner") -> L
 
 def make_rewards(config: Config) -> RewardRunner:
     """The reward functions, not started yet; without any, the environment or the held-out sets have some."""
-    optional, sources = bool(config.environment or config.eval.sets), config.data.rewards_by_source
+    optional, sources = bool(config.environments or config.eval.sets), config.data.rewards_by_source
     return RewardRunner(config.rewards, Path.cwd(), config.train.steps, optional=optional, by_source=sources)
 
 
-def make_environment(config: Config) -> EnvironmentRunner | None:
-    """The environment, not started yet."""
-    return None if config.environment is None else EnvironmentRunner(config.environment, Path.cwd())
+def make_environments(config: Config) -> Environments | None:
+    """The environments, not started yet."""
+    return Environments(config.environments, Path.cwd()) if config.environments else None
 
 
-async def start_environment(environment: EnvironmentRunner | None, rewards: RewardRunner) -> None:
-    """Load the environment, if there is one, and hand over the rewards that read it."""
-    if environment is not None:
-        await asyncio.gather(environment.start(), rewards.start())
-        environment.rewards = rewards.in_environment
+async def start_environments(environments: Environments | None, rewards: RewardRunner) -> None:
+    """Load the environments, if there are some, and hand over the rewards that read them."""
+    if environments is not None:
+        await asyncio.gather(environments.start(), rewards.start())
+        environments.call_rewards(rewards.in_environment)
 
 
 def make_pool(plan: Plan) -> RolloutPool:

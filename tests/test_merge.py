@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from rft.cli import main
 from rft.errors import ConfigError
+from rft.tasks.tiny import build_tiny
 from rft.tools import merge as merging
 from rft.tools.merge import (
     Options,
@@ -32,6 +36,7 @@ from rft.tools.merge import (
 from rft.tools.model_files import ModelFiles, layer_number
 from rft.tools.prune import prune, recover
 from rft.utils.hashing import model_digest
+from tests.venvs import folder_with
 
 T = torch.tensor
 CONFIG = {"model_type": "qwen3", "hidden_size": 2}
@@ -339,3 +344,85 @@ def test_the_command_names_mistakes(
     assert main(["merge", "soup", str(tiny_folder), "./missing", "--out", out]) == 2
     assert "./missing: no such folder" in capsys.readouterr().err
     assert merging.METHODS
+
+
+MERGEKIT = ("mergekit==0.1.5", "immutables==0.21")
+RUN_MERGEKIT = """
+import json, sys
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+
+for name, config in json.load(open(sys.argv[1])).items():
+    run_merge(MergeConfiguration.model_validate(config), name, MergeOptions(copy_tokenizer=False))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_merges_equal_those_of_mergekit(tmp_path: Path) -> None:
+    """On a tiny model and two that moved the same way from it, with other noise. DARE is left out: its masks
+    are random."""
+    packages = str(folder_with("RFT_MERGEKIT_PATH", *MERGEKIT))
+    build_tiny(tmp_path / "base", seed=1)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    noise = torch.Generator().manual_seed(3)
+    common = {n: 0.02 * torch.randn(t.shape, generator=noise) for n, t in weights.items()}
+    for name in ("one", "two"):
+        shutil.copytree(tmp_path / "base", tmp_path / name)
+        moved = {n: t + common[n] + 0.01 * torch.randn(t.shape, generator=noise) for n, t in weights.items()}
+        save_file(moved, tmp_path / name / "model.safetensors", {"format": "pt"})
+    cases: dict[str, tuple[str, list[str], dict[str, Any], str, dict[str, float], dict[str, Any]]] = {
+        "soup": ("soup", ["one", "two"], {"weights": [1, 3]}, "linear", {}, {"weight": [1, 3]}),
+        "ties": ("ties", ["base", "one", "two"], {"density": 0.5}, "ties", {"density": 0.5}, {}),
+        "crumbs": (
+            "breadcrumbs",
+            ["base", "one", "two"],
+            {"density": 0.5, "gamma": 0.25},
+            "breadcrumbs",
+            {"density": 0.5, "gamma": 0.25},
+            {},
+        ),
+        "arithmetic": (
+            "arithmetic",
+            ["base", "one", "two"],
+            {"weights": [0.75, -0.5]},
+            "task_arithmetic",
+            {},
+            {"weight": [0.75, -0.5]},
+        ),
+        "stock": ("stock", ["base", "one", "two"], {}, "model_stock", {}, {}),
+    }
+    theirs = {}
+    for name, (_, _, _, method, parameters, each) in cases.items():
+        weight = each.get("weight", [1, 1])
+        tuned = [
+            {"model": str(tmp_path / m), "parameters": {"weight": w, **parameters}}
+            for m, w in zip(("one", "two"), weight, strict=True)
+        ]
+        based = {} if method == "linear" else {"base_model": str(tmp_path / "base")}
+        if method == "model_stock":
+            tuned = [{"model": m["model"]} for m in tuned]
+        theirs[str(tmp_path / f"theirs-{name}")] = {
+            "models": tuned,
+            "merge_method": method,
+            "dtype": "float32",
+            **based,
+        }
+    (tmp_path / "cases.json").write_text(json.dumps(theirs))
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_MERGEKIT, str(tmp_path / "cases.json")],
+        env={**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (method, models, options, *_) in cases.items():
+        ours = merged(method, tmp_path / f"ours-{name}", *(tmp_path / m for m in models), **options)
+        of_mergekit = ModelFiles(tmp_path / f"theirs-{name}")
+        assert ours.keys() == of_mergekit.tensors.keys()
+        moves = max(float((t - weights[n]).abs().max()) for n, t in ours.items())
+        for tensor, value in ours.items():
+            torch.testing.assert_close(
+                value, of_mergekit.read(tensor), rtol=1e-5, atol=1e-6, msg=f"{name} {tensor}"
+            )
+        assert moves > 0.01, name

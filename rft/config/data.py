@@ -305,7 +305,9 @@ class DataConfig(ConfigModel):
     def _part(self, name: str) -> DataConfig:
         """Return the config of one source, with the keys of `data` that it does not set."""
         source = self.mixture[name]
-        given = {k: v for k, v in source if k not in ("rewards", "rate", "epochs") and v is not None}
+        given = {
+            k: v for k, v in source if k not in ("rewards", "rate", "epochs", "environment") and v is not None
+        }
         shared = {k: v for k, v in self if k not in MIXTURE_KEYS}
         return DataConfig.model_validate({**shared, **given})
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from rft.config.base import ConfigModel
+from rft.config.environment import EnvironmentConfig
 from rft.config.rewards import Schedule
 from rft.utils.paths import PathText
 
@@ -62,13 +63,19 @@ class MixtureSource(ConfigModel):
         None, gt=0, description="passes over the rows after which the source is left out (none: no limit)"
     )
 
-    @model_validator(mode="before")
+    environment: EnvironmentConfig | None = Field(
+        None,
+        description="the multi-turn environment of this source (none: the section `environment`; without "
+        "one, a row has one completion)",
+    )
+
+    @field_validator("environment")
     @classmethod
-    def _one_environment(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and "environment" in value:
+    def _named(cls, value: EnvironmentConfig | None) -> EnvironmentConfig | None:
+        if value is not None and value.passed:
             raise ValueError(
-                "a source cannot have an `environment`: all rows share the section `environment`, "
-                f"which gets the name of the source as the column {COLUMN!r}"
+                f"{next(iter(value.passed))} was passed as an object, and a source names its environment; "
+                "write `file.py:name` or `package.module:name`"
             )
         return value
 

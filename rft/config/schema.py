@@ -221,6 +221,23 @@ class Config(ConfigModel, metaclass=_RaisesConfigError):
         """The run's folder."""
         return Path(self.output_dir) / self.name
 
+    @property
+    def environments(self) -> dict[str, EnvironmentConfig]:
+        """Return the environments of the run: "" is the section `environment`, a name one of a source of
+        `data.mixture`."""
+        section = {} if self.environment is None else {"": self.environment}
+        sources = self.data.mixture.items()
+        return section | {name: s.environment for name, s in sources if s.environment is not None}
+
+    @property
+    def single_turn(self) -> list[str]:
+        """Return the sources whose rows have one completion each, without an environment; "" for all rows."""
+        if self.environment is not None:
+            return []
+        return [name for name, s in self.data.mixture.items() if s.environment is None] or (
+            [] if self.data.mixture else [""]
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-serialisable data."""
         return self.model_dump(mode="json")

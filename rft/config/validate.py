@@ -6,7 +6,7 @@ model's layers are in `rft/preflight/`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_type_hints
@@ -23,6 +23,7 @@ from rft.algorithms.extras import (
 )
 from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.rwr import RWR
+from rft.config.environment import EnvironmentConfig
 from rft.config.learner import (
     FROM_FIRST_BATCH,
     LIGER_REMEDY,
@@ -71,7 +72,7 @@ class Facts:
     largest_token: int | None = None  # largest token id of the tokenizer
     stored_quantization: str | None = None  # quantisation method of the model's stored weights
     rows: int | None = None
-    longest_prompt: int | None = None  # of the training prompts, in tokens
+    longest_prompt: Mapping[str, int] | None = None  # of the training rows, in tokens, by source ("": all)
     held_out_rows: int | None = None  # of an offline run
     demonstrations: bool | None = None  # whether any training prompt has one
 
@@ -92,10 +93,21 @@ def rollouts(config: Config, demonstration: bool = False) -> Sequence[Rollout]:
 def longest_sequence(config: Config) -> int:
     """Return the maximum sequence length of the engines, in tokens; an observer reads two turns."""
     s = config.rollout.sampling
-    if config.environment is not None and config.environment.max_episode_tokens is not None:
-        return config.environment.max_episode_tokens
     turns = 2 if any(r.role for r in rollouts(config)) else 1
-    return turns * (s.max_prompt_length + s.max_completion_length)
+    lengths = [longest_session(config, e) for e in config.environments.values()]
+    lengths += [turns * (s.max_prompt_length + s.max_completion_length)] if config.single_turn else []
+    return max(lengths)
+
+
+def longest_session(config: Config, environment: EnvironmentConfig) -> int:
+    """Return the maximum length of a session's context, in tokens."""
+    s = config.rollout.sampling
+    return environment.max_episode_tokens or s.max_prompt_length + s.max_completion_length
+
+
+def environment_key(source: str) -> str:
+    """Return the config key of an environment of `Config.environments`."""
+    return f"data.mixture.{source}.environment" if source else "environment"
 
 
 def samples_held_out(config: Config) -> bool:
@@ -121,7 +133,7 @@ def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"{key}: {name} needs demonstrations, and the data has none; name their column under data.columns",
     )
     yield (
-        "rewards" in a.needs and not config.rewards.functions and config.environment is None,
+        "rewards" in a.needs and not config.rewards.functions and bool(config.single_turn),
         f"{key}: {name} needs a reward; name at least one under rewards",
     )
     yield (
@@ -143,8 +155,8 @@ def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
         "several updates per step (train.minibatches, train.num_iterations)",
     )
     yield (
-        getattr(a, "turn_returns", "none") != "none" and config.environment is None,
-        f"{key}: turn_returns credits the turns of sessions, and the config has no environment; remove it, "
+        getattr(a, "turn_returns", "none") != "none" and bool(config.single_turn),
+        f"{key}: turn_returns credits the turns of sessions, and {_without_environment(config)}; remove it, "
         "or add the section environment",
     )
     for conflict in a.conflicts(t.num_generations):
@@ -153,6 +165,11 @@ def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
 
 STEP_JUDGES = ("process", "process_reward_model")  # rewards that score every step
 _SEPARATOR = "\n\n"  # default separator of STEP_JUDGES
+
+
+def _without_environment(config: Config) -> str:
+    """Say which rows have no environment."""
+    return f"{', '.join(config.single_turn) or 'the config'} has no environment"
 
 
 def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
@@ -165,7 +182,7 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"{key}: pioneers and observers must alternate and fill the whole group",
     )
     yield (
-        not config.rewards.functions and config.environment is None and "rewards" not in a.needs,
+        not config.rewards.functions and bool(config.single_turn) and "rewards" not in a.needs,
         f"{key}: no reward is given; evaluation needs one: `rewards: [{{function: math}}]`",
     )
     if isinstance(a, ValuesSteps) and not a.steps.branches:
@@ -200,10 +217,9 @@ GIVE_NO_PATH = ("tools", "reasoning_gym", "command", "mcp", "openenv")
 
 def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
     """Check the section `environment`; `rft/preflight/environment.py` checks the parts that are loaded."""
-    e, a = config.environment, config.algorithm
     lockstep = config.rollout.turns == "lockstep"
     yield (
-        lockstep and e is None,
+        lockstep and not config.environments,
         "rollout.turns: lockstep orders the model calls of sessions, and the config has no environment; "
         "remove it, or add the section environment",
     )
@@ -212,9 +228,20 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"rollout.turns: lockstep needs rollout.staleness 0, not {config.rollout.staleness}: otherwise the "
         "time of a weight sync decides which calls run together; write rollout.turns: free",
     )
-    if e is None:
-        return
-    key, sampling = "environment", config.rollout.sampling
+    of_sources = [name for name in config.environments if name]
+    yield (
+        lockstep and bool(of_sources),
+        "rollout.turns: lockstep orders the sessions of one environment, and "
+        f"{', '.join(map(environment_key, of_sources))} is another one; write turns: free",
+    )
+    for source, e in config.environments.items():
+        yield from _environment_checks(config, facts, source, e)
+
+
+def _environment_checks(config: Config, facts: Facts, source: str, e: EnvironmentConfig) -> Iterator[Check]:
+    """Check one environment. source: whose it is; "" for the section `environment`."""
+    a, lockstep = config.algorithm, config.rollout.turns == "lockstep"
+    key, sampling = environment_key(source), config.rollout.sampling
     yield (
         not a.online,
         f"{key}: {algorithm_name(a)} trains on rows of a dataset, without sampling; remove it, or "
@@ -296,12 +323,12 @@ def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"{key}: {algorithm_name(a)} trains on {cannot}, which sessions do not support; choose another "
         "algorithm, or remove environment",
     )
-    budget, per_turn = longest_sequence(config), e.max_tokens_per_turn or sampling.max_completion_length
+    budget, per_turn = longest_session(config, e), e.max_tokens_per_turn or sampling.max_completion_length
+    longest = (facts.longest_prompt or {}).get(source)
     origin = "" if e.max_episode_tokens else " (sampling.max_prompt_length + max_completion_length)"
     yield (
-        facts.longest_prompt is not None and facts.longest_prompt >= budget,
-        f"{key}.max_episode_tokens: {budget}{origin}, but the longest prompt has {facts.longest_prompt} "
-        "tokens; raise it",
+        longest is not None and longest >= budget,
+        f"{key}.max_episode_tokens: {budget}{origin}, but the longest prompt has {longest} tokens; raise it",
     )
     yield (
         e.max_tokens_per_turn is not None and per_turn >= budget,
@@ -531,7 +558,7 @@ def _teacher_checks(config: Config, facts: Facts) -> Iterator[Check]:
         "algorithm: {name: distill, by_rank: true}, or logit_distill, or take a teacher with the policy's "
         "tokenizer",
     )
-    sessions = config.environment is not None or config.data.sessions is not None
+    sessions = bool(config.environments) or config.data.sessions is not None
     for key in ("template", "tokenizer"):
         yield (
             sessions and getattr(config.teacher, key) is not None,
@@ -989,6 +1016,8 @@ def mixture_checks(config: Config, facts: Facts) -> Iterator[Check]:
     """Check `data.mixture` against the rewards and the loop."""
     sources, functions = config.data.mixture, config.rewards.functions
     labels = {f.label: f for f in functions}
+    demonstrated = bool(facts.demonstrations) and config.algorithm.online
+    demonstrated = demonstrated and any(r.prefix_share for r in rollouts(config, True))
     for name, source in sources.items():
         key = f"data.mixture.{name}"
         yield (
@@ -996,9 +1025,9 @@ def mixture_checks(config: Config, facts: Facts) -> Iterator[Check]:
             f"{key}: a reward has this name too, and both write reward/{name}/mean; rename one of them",
         )
         yield (
-            source.system is not None and (config.environment is not None or bool(facts.demonstrations)),
-            f"{key}.system: sessions and demonstrations of all sources share one system message; write "
-            "data.system, or put the message into the source's prompts",
+            source.system is not None and demonstrated,
+            f"{key}.system: demonstrations of all sources share one system message; write data.system, or "
+            "put the message into the source's prompts",
         )
         if source.rewards is None:
             continue
@@ -1034,7 +1063,17 @@ def mixture_checks(config: Config, facts: Facts) -> Iterator[Check]:
         "data.mixing: aioli learns rates by held-out losses, which an online run does not measure; choose "
         "fixed, proportional or temperature",
     )
+    others = {f"eval.sets.{name}.data": s.data for name, s in config.eval.sets.items()}
     stage = config.warm_start
+    if stage is not None and stage.data is not None:
+        others["warm_start.data"] = stage.data
+    for key, data in others.items():
+        played = [name for name, source in data.mixture.items() if source.environment is not None]
+        yield (
+            bool(played),
+            f"{key}.mixture.{', '.join(played)}.environment: only rows of `data` are played in an "
+            "environment; remove it",
+        )
     yield (
         stage is not None and stage.data is not None and stage.data.mixing == "aioli",
         "warm_start.data.mixing: aioli learns rates in offline runs, not in a warm start; choose another",
@@ -1062,7 +1101,7 @@ def warnings(config: Config) -> list[str]:
 
 
 def _order_warnings(config: Config) -> list[str]:
-    if config.environment is None or not config.algorithm.reads_order:
+    if not config.environments or not config.algorithm.reads_order:
         return []
     return [
         f"environment: {algorithm_name(config.algorithm)} reads the order of a session's tokens, so the run "

@@ -34,7 +34,7 @@ from rft.rewards.runner import RewardRunner
 from rft.rewards.types import Outcome, SampleReward, Score, text_of
 from rft.rollout.align import Aligner
 from rft.rollout.engine import Generate, Request, Sampling
-from rft.rollout.episodes import EpisodeSampler
+from rft.rollout.episodes import Episodes
 from rft.rollout.sample import Judged, completions_of, judge
 from rft.sync.channel import WeightChannel
 from rft.utils.seeds import derive_seed
@@ -68,7 +68,7 @@ async def evaluate(
     *,
     label: str,
     progress: float = 0.0,
-    episodes: EpisodeSampler | None = None,
+    episodes: Episodes | None = None,
     align: AlignConfig | None = None,
 ) -> tuple[dict[str, float], list[JudgedSet]]:
     """Sample and score every set; return the metrics (`eval/...`, `eval/NAME/...`) and the judged
@@ -76,7 +76,7 @@ async def evaluate(
 
     The seeds depend only on the run's seed, the set and the prompt: two policies are evaluated with the same
     seeds. label: distinguishes the requests from others in flight. progress: share of the run that is done,
-    for the rewards. episodes: samples in an environment instead, where a set has no rewards. align: samples
+    for the rewards. episodes: samples in environments instead, where a set has no rewards. align: samples
     completions, except greedy ones, that its rewards favour.
     """
     parts = (generate, rewards, tokenizer)
@@ -193,7 +193,7 @@ async def _sample_set(
     config: Config,
     label: str,
     progress: float,
-    episodes: EpisodeSampler | None,
+    episodes: Episodes | None,
     aligner: Aligner | None,
 ) -> JudgedSet:
     """Sample and score one set."""
@@ -205,10 +205,10 @@ async def _sample_set(
 
     async def one(kind: str, prompt: Prompt, sampling: Sampling) -> Judged:
         name = "-".join([label, *where, kind, str(prompt.id)])
-        if episodes is not None:
+        if episodes is not None and (own := episodes.of(prompt)) is not None:
             plan = [Rollout()] * sampling.n
-            played = await episodes.sample(name, prompt, plan, sampling, training=False)
-            return await episodes.judge(played, rewards, progress, training=False)
+            played = await own.sample(name, prompt, plan, sampling, training=False)
+            return await own.judge(played, rewards, progress, training=False)
         request = Request(name, prompt.tokens, sampling)
         if aligner is None or sampling.temperature == 0:
             generated = await generate(request)
@@ -243,7 +243,7 @@ class SampledEvaluation:
     config: Config
     log: RunLog
     channel: WeightChannel | None = None
-    episodes: EpisodeSampler | None = None
+    episodes: Episodes | None = None
 
     async def run(self, step: int) -> dict[str, float]:
         """Evaluate the policy after `step` steps; write its problems, and keep some samples in the log."""

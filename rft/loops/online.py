@@ -51,7 +51,7 @@ from typing import Any
 from rft.batch import Batch, Group
 from rft.checkpoint import Checkpoint
 from rft.data.chat import Renderer
-from rft.environments.runner import EnvironmentRunner
+from rft.environments.sources import Environments
 from rft.errors import NoSignal, RunStopped
 from rft.learner.workers import LearnerHandle
 from rft.loops import step_metrics
@@ -65,7 +65,7 @@ from rft.preflight.data import prompt_sampler
 from rft.rewards.runner import RewardRunner
 from rft.rollout.buffer import SlotBuffer, State, Work
 from rft.rollout.engine import Sampling
-from rft.rollout.episodes import EpisodeGroupSampler, EpisodeSampler, check_batch, make_episodes
+from rft.rollout.episodes import EpisodeGroupSampler, Episodes, check_batch, make_episodes
 from rft.rollout.fleet import Fleet
 from rft.rollout.hooks import LoopHooks
 from rft.rollout.pool import RolloutPool
@@ -89,7 +89,7 @@ class Parts:
     log: RunLog
     progress: Progress
     hooks: LoopHooks = field(default_factory=LoopHooks)
-    environment: EnvironmentRunner | None = None
+    environments: Environments | None = None
 
 
 @dataclass
@@ -115,9 +115,9 @@ class Controller:
         render = Renderer(config.data, plan.tokenizer)
         sampler = (config.algorithm, generate, parts.rewards, render)
         self.groups = GroupSampler(*sampler)
-        self.episodes: EpisodeSampler | None = None
-        if parts.environment is not None:
-            self.episodes = make_episodes(config, parts.environment, generate, render, parts.log)
+        self.episodes: Episodes | None = None
+        if parts.environments is not None:
+            self.episodes = make_episodes(config, parts.environments, generate, plan.tokenizer, parts.log)
             self.groups = EpisodeGroupSampler(*sampler, self.episodes)
         self.lockstep = None if self.episodes is None else self.episodes.lockstep
         self.evaluation: SampledEvaluation | None = None

@@ -329,7 +329,7 @@ EVENTS: dict[str, str] = {
     "engine/lost": "an engine no longer answers: engine, reason, held (work it had)",
     "engine/rebuilt": "an engine was rebuilt and holds the current version: engine, version, seconds",
     "session/prompts": "how prompts of later turns keep token ids: kept_by (chat template, renderers), what "
-    "(the family, or why there is none)",
+    "(the family, or why there is none), source (of a mixture)",
     "engine/health": "health check: engine, version, inflight",
     "guard/*": "a guard triggered: step, value, limit, message, action (warn or stop)",
     "metric/non_finite": "metrics were NaN or infinite and were written as null: step, values",

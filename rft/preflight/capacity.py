@@ -40,7 +40,7 @@ def online_step(config: Config, longest: int, hidden: int) -> StepSize:
     """Bound the tokens of an online step by the length limits. longest: tokens of the longest sequence."""
     train, limits = config.train, config.rollout.sampling
     n, prompt = train.num_generations, min(limits.max_prompt_length, longest)
-    completion = longest if config.environment else longest - prompt  # a session bounds only their sum
+    completion = longest if config.environments else longest - prompt  # a session bounds only their sum
     mode = config.learner.prefix_sharing
     shared = worth_sharing([(prompt, [completion] * n)], hidden) if mode == "auto" else mode == "on"
     group = prompt + n * completion if shared else n * longest

@@ -72,7 +72,7 @@ def load_eval_sets(config: Config, tokenizer: Any, *, evaluate: bool = False) ->
     named sets, data without held-out rows has no unnamed set. Raises DataError.
     """
     held, online, sampling = config.eval, config.algorithm.online, config.rollout.sampling
-    rewarded = bool(config.rewards.functions) or config.environment is not None
+    rewarded = bool(config.rewards.functions or config.environments)
     sets = []
     wanted = rewarded and (online or held.generate or evaluate)
     if wanted and (not held.sets or has_held_out(config.data)):

@@ -43,22 +43,24 @@ Rows = Mapping[int, Collection[str]]
 def check_rewards(
     config: RewardsConfig,
     sets: Mapping[str, PromptSet],
-    environment: str | None = None,
+    environments: Mapping[str, str] | None = None,
     by_source: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """Check the reward functions, and the columns that they need in each dataset, including their values.
 
-    environment: kind of the environment, if there is one. by_source: names of the rewards that score rows of
-    a source of a mixture; of other rows, all.
+    environments: kinds of the environments, by source of a mixture; "" is that of all other rows.
+    by_source: names of the rewards that score rows of a source of a mixture; of other rows, all.
     """
     problems: list[str] = []
+    kinds = environments or {}
     for sources, functions in _by_rewards(config, sets, by_source or {}):
         rows = {
             name: {p.id + 1: p.columns for p in prompts.prompts if p.columns.get(COLUMN) in sources}
             for name, prompts in sets.items()
         }
         rows = {name: of_set for name, of_set in rows.items() if of_set}
-        problems += check_reward(functions, Path.cwd(), rows=rows, environment=environment)
+        for kind in sorted({kinds.get(source or "", kinds.get("")) for source in sources or {None}}, key=str):
+            problems += check_reward(functions, Path.cwd(), rows=rows, environment=kind)
         for name, of_set in rows.items():
             problems += check_values(functions, sets[name].source, of_set.items())
             if config.direction == "row":
@@ -90,13 +92,13 @@ def _by_rewards(
 def check_run_rewards(config: Config, train: PromptSet | None, sets: Sequence[EvalSet]) -> list[str]:
     """Check the rewards of a run on its training and held-out prompts, and those of named held-out sets."""
     problems = []
-    kind = None if config.environment is None else config.environment.kind
+    kinds = {source: environment.kind for source, environment in config.environments.items()}
     if config.rewards.functions:
         shared = {
             f"the set {s.name}" if s.name else "the held-out data": s.prompts for s in sets if not s.rewards
         }
         shared |= {"the training data": train} if train else {}
-        problems += check_rewards(config.rewards, shared, kind, config.data.rewards_by_source)
+        problems += check_rewards(config.rewards, shared, kinds, config.data.rewards_by_source)
     for s in sets:
         if s.rewards is not None:
             of_set = check_rewards(s.rewards, {f"the set {s.name}": s.prompts})
@@ -114,7 +116,7 @@ def check_align(config: Config, sets: Sequence[EvalSet], *, trains: bool) -> lis
             "rollout.align: a run trains on completions of its policy alone; remove it, and use it in "
             "`rft eval` and `rft serve`"
         ]
-    if config.environment is not None:
+    if config.environments:
         return ["rollout.align: sessions in an environment are not aligned; remove one of the two"]
     prompts = {f"the set {s.name}" if s.name else "the held-out data": s.prompts for s in sets}
     return [f"rollout.align.rewards: {problem}" for problem in check_rewards(align.rewards, prompts)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from rft.config.environment import EnvironmentConfig
 from rft.config.schema import Config
+from rft.config.validate import environment_key
 from rft.preflight.memory import ModelShape
 from rft.rollout.engine import EngineSpec
 
@@ -96,19 +98,20 @@ def plan_sessions(
     capacity: bytes of the engine's device; None: unknown. Layers that keep no keys and values for all tokens
     (sliding windows, linear attention) need less than is planned.
     """
-    e, train, rollout = config.environment, config.train, config.rollout
-    if e is None:
+    train, rollout = config.train, config.rollout
+    if not config.environments:
         return None
+    played = list(config.environments.values())
     narrow = str(spec.engine_args.get("kv_cache_dtype", "")).startswith("fp8")
     width = 1 if narrow else torch.finfo(getattr(torch, spec.dtype)).bits // 8
     plan = config.algorithm.rollouts(train.num_generations, progress=0.0, demonstration=False)
     samples = train.batch_size * len(plan)
-    running, limit = _running(e, samples * (rollout.staleness + 1))
+    running, limit = _running(config.environments, samples * (rollout.staleness + 1))
     cache, key = _cache(spec, shape, capacity)
     return SessionPlan(
         context=spec.max_model_len,
-        per_turn=e.max_tokens_per_turn or rollout.sampling.max_completion_length,
-        turns=e.max_turns,
+        per_turn=max(e.max_tokens_per_turn or rollout.sampling.max_completion_length for e in played),
+        turns=max(e.max_turns for e in played),
         samples=samples,
         running=running,
         limit=limit,
@@ -120,10 +123,12 @@ def plan_sessions(
     )
 
 
-def _running(e: EnvironmentConfig, wanted: int) -> tuple[int, str]:
-    if e.concurrency < wanted:
-        return e.concurrency, f"environment.concurrency; {wanted:,} may be in flight"
-    return wanted, f"all that may be in flight; environment.concurrency allows {e.concurrency:,}"
+def _running(environments: Mapping[str, EnvironmentConfig], wanted: int) -> tuple[int, str]:
+    allowed = sum(e.concurrency for e in environments.values())
+    keys = " + ".join(f"{environment_key(source)}.concurrency" for source in environments)
+    if allowed < wanted:
+        return allowed, f"{keys}; {wanted:,} may be in flight"
+    return wanted, f"all that may be in flight; {keys} allows {allowed:,}"
 
 
 def _cache(spec: EngineSpec, shape: ModelShape, capacity: int | None) -> tuple[int | None, str]:

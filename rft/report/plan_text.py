@@ -137,15 +137,16 @@ def _sessions(plan: Plan) -> SessionPlan | None:
 
 def _environment_lines(plan: OnlinePlan) -> list[str]:
     config, sessions = plan.config, _sessions(plan)
-    e = config.environment
-    if e is None or sessions is None:
+    if sessions is None:
         return []
-    what = ", ".join([*([e.path] if e.path else []), *e.tools]) or e.kind
-    return [
-        f"environment  {e.kind}: {what}; up to {e.max_turns} turns of {sessions.per_turn} tokens in a "
-        f"context of {sessions.context}",
-        *sessions.lines(),
-    ]
+    lines, longest = [], config.rollout.sampling.max_completion_length
+    for source, e in config.environments.items():
+        what = ", ".join([*([e.path] if e.path else []), *e.tools]) or e.kind
+        lines.append(
+            f"environment  {f'{source}: ' if source else ''}{e.kind}: {what}; up to {e.max_turns} turns of "
+            f"{e.max_tokens_per_turn or longest} tokens in a context of {validate.longest_session(config, e)}"
+        )
+    return [*lines, *sessions.lines()]
 
 
 def describe_ranks(config: Config, device: str) -> str:

@@ -9,9 +9,10 @@ import asyncio
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,13 @@ from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_ex
 from rft.algorithms.base import Rollout
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.environment import EnvironmentConfig
+from rft.config.mixture import COLUMN
 from rft.config.rewards import ENVIRONMENT
 from rft.config.schema import Config
 from rft.data.chat import Renderer
 from rft.data.errors import RowProblem
 from rft.environments.runner import EnvironmentRunner
+from rft.environments.sources import Environments
 from rft.environments.types import Ending, Episode
 from rft.metrics import RunLog
 from rft.rewards.runner import RewardRunner
@@ -68,7 +71,7 @@ class EpisodeSampler:
     parser: str | None = None
     log: RunLog | None = None
     lockstep: Lockstep | None = None
-    _tallies: dict[bool, _Tally] = field(default_factory=lambda: {True: _Tally(), False: _Tally()})
+    tallies: Tallies = field(default_factory=lambda: {True: _Tally(), False: _Tally()})
 
     async def sample(
         self,
@@ -120,7 +123,7 @@ class EpisodeSampler:
             finally:
                 session.close("the episode has ended")
             # `take_metrics` may have begun another tally since this session began.
-            self._tallies[training].add(session, episode, time.perf_counter() - begin)
+            self.tallies[training].add(session, episode, time.perf_counter() - begin)
             self._report(label, prompt, episode, number)
             return session, episode
 
@@ -133,7 +136,7 @@ class EpisodeSampler:
         result: tuple[Session, Episode] = await tries(once)
         session, episode = result
         if episode.failed or not any(call.trained and call.sampled for call in session.calls):
-            self._tallies[training].lost += 1
+            self.tallies[training].lost += 1
             return None
         return session, episode
 
@@ -197,45 +200,85 @@ class EpisodeSampler:
     def take_metrics(self, *, training: bool = True) -> dict[str, float]:
         """Return and reset `session/...` of the sessions since the last call, and, with those of training,
         `environment/...` of all."""
-        metrics, self._tallies[training] = self._tallies[training].metrics(), _Tally()
-        return metrics | (self.runner.take_metrics() if training else {})
+        return take(self.tallies, training) | (self.runner.take_metrics() if training else {})
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """The samplers of a run with environments, by source of a mixture; "" is that of all other rows."""
+
+    by_source: Mapping[str, EpisodeSampler]
+    environments: Environments
+    tallies: Tallies
+    lockstep: Lockstep | None
+
+    def of(self, prompt: Prompt) -> EpisodeSampler | None:
+        """Return the sampler of a row; None: it has one completion, without an environment."""
+        return self.by_source.get(prompt.columns.get(COLUMN, ""), self.by_source.get(""))
+
+    def take_metrics(self, *, training: bool = True) -> dict[str, float]:
+        """As `EpisodeSampler.take_metrics`, of all environments together."""
+        return take(self.tallies, training) | (self.environments.take_metrics() if training else {})
 
 
 def make_episodes(
-    config: Config, runner: EnvironmentRunner, generate: Generate, render: Renderer, log: RunLog | None = None
-) -> EpisodeSampler:
-    """Return the sampler of a config's environment, which has been started."""
-    settings = config.environment
-    assert settings is not None
-    parser: str | None = None if settings.tool_parser == "auto" else settings.tool_parser
-    if parser is None:
-        try:
-            parser = format_of(render)
-        except RowProblem:
-            if runner.tools:
-                raise
-    budget = Budget.of(settings, config.rollout.sampling)
+    config: Config, environments: Environments, generate: Generate, tokenizer: Any, log: RunLog | None = None
+) -> Episodes:
+    """Return the samplers of a config's environments, which have been started. The messages of a source are
+    rendered with its system message."""
     lockstep = Lockstep(generate) if config.rollout.turns == "lockstep" else None
-    if log is not None:
-        rules, why = render.bridge
-        log.event("session/prompts", kept_by=["chat template", *(["renderers"] if rules else [])], what=why)
-    return EpisodeSampler(runner, generate, render, settings, budget, parser, log, lockstep)
+    tallies: Tallies = {True: _Tally(), False: _Tally()}
+    by_source = {}
+    for source, data in {"": config.data, **config.data.parts()}.items():
+        runner = environments.runners.get(source) or environments.runners.get("")
+        if runner is None:
+            continue
+        render, budget = Renderer(data, tokenizer), Budget.of(runner.config, config.rollout.sampling)
+        parser = _parser(runner, render)
+        if log is not None:
+            rules, why = render.bridge
+            of = {"source": source} if source else {}
+            log.event(
+                "session/prompts",
+                kept_by=["chat template", *(["renderers"] if rules else [])],
+                what=why,
+                **of,
+            )
+        by_source[source] = EpisodeSampler(
+            runner, generate, render, runner.config, budget, parser, log, lockstep, tallies
+        )
+    return Episodes(by_source, environments, tallies, lockstep)
+
+
+def _parser(runner: EnvironmentRunner, render: Renderer) -> str | None:
+    """Return the format of tool calls. Raises RowProblem if it is not known, and there are tools."""
+    if runner.config.tool_parser != "auto":
+        return runner.config.tool_parser
+    try:
+        return format_of(render)
+    except RowProblem:
+        if runner.tools:
+            raise
+        return None
 
 
 @dataclass(frozen=True)
 class EpisodeGroupSampler(GroupSampler):
-    """Sample and score groups in an environment."""
+    """Sample and score groups in an environment, and single completions of rows that have none."""
 
-    episodes: EpisodeSampler
+    episodes: Episodes
 
     async def sample(
         self, prompt: Prompt, sampling: Sampling, name: str, step: int, progress: float
     ) -> tuple[Group, float]:
         """Return the prompt's scored group, a session for each completion, and the seconds of scoring."""
+        episodes = self.episodes.of(prompt)
+        if episodes is None:
+            return await super().sample(prompt, sampling, name, step, progress)
         plan = self.algorithm.rollouts(sampling.n, progress=progress, demonstration=False)
-        played = await self.episodes.sample(name, prompt, plan, sampling, version=step)
+        played = await episodes.sample(name, prompt, plan, sampling, version=step)
         begin = time.perf_counter()
-        judged = await self.episodes.judge(played, self.rewards, progress)
+        judged = await episodes.judge(played, self.rewards, progress)
         seconds = time.perf_counter() - begin
         return scored_group(judged, [rollout.train for rollout in played.plan]), seconds
 
@@ -314,6 +357,16 @@ class _Tally:
             **{f"session/ending/{name}": count / total for name, count in sorted(self.endings.items())},
             "session/lost": float(self.lost),
         }
+
+
+Tallies: TypeAlias = dict[bool, _Tally]
+"""Counts of the sessions of training (True) and of held-out prompts."""
+
+
+def take(tallies: Tallies, training: bool) -> dict[str, float]:
+    """Return and reset one of the counts, as metrics."""
+    metrics, tallies[training] = tallies[training].metrics(), _Tally()
+    return metrics
 
 
 # -- the check of every call -----------------------------------------------------------------------------

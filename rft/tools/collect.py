@@ -22,7 +22,6 @@ from rft.algorithms.base import Rollout
 from rft.batch import Prompt
 from rft.config.schema import Config
 from rft.data import load_prompts
-from rft.data.chat import Renderer
 from rft.data.sessions import line_of, tokenizer_id
 from rft.errors import ConfigError
 from rft.loops.evaluate import is_correct
@@ -32,7 +31,7 @@ from rft.preflight.data import is_finished, warm_start_folder
 from rft.rollout.engine import Request, Sampling
 from rft.rollout.episodes import make_episodes
 from rft.rollout.sample import Judged, completions_of, judge
-from rft.run_training import make_environment, make_pool, make_rewards, start_environment
+from rft.run_training import make_environments, make_pool, make_rewards, start_environments
 from rft.tools.export import weights_of
 from rft.tools.out_folder import claimed
 from rft.utils.deadlines import stop_event, unless_stopped
@@ -47,6 +46,7 @@ SAY_EVERY = 10  # times in a collection that its progress is printed
 
 Say = Callable[[str], None]
 Play = Callable[[Prompt, int], Awaitable[Judged]]
+ToolsOf = Callable[[Prompt], list[dict[str, Any]]]  # their JSON schemas
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ async def _play(
     stop = stop_event(signals)
     tokenizer, primary = tokenizer_id(plan.tokenizer), plan.config.rewards.primary
     every = max(1, len(prompts) // SAY_EVERY)
-    async with _players(plan, stop) as (play, tools):
+    async with _players(plan, stop) as (play, tools_of):
         waiting, played = iter(prompts), 0
 
         async def worker() -> None:
@@ -161,7 +161,7 @@ async def _play(
             for prompt in waiting:
                 judged = await play(prompt, samples)
                 pairs = list(zip(judged.completions, judged.rewards, strict=True))
-                shown = tools or prompt.columns.get("tools")
+                shown = tools_of(prompt) or prompt.columns.get("tools")
                 more = {"model": model, "group_size": len(pairs), **({"tools": shown} if shown else {})}
                 file.append(
                     [
@@ -192,34 +192,37 @@ async def _play(
 
 
 @asynccontextmanager
-async def _players(plan: OnlinePlan, stop: asyncio.Event) -> AsyncIterator[tuple[Play, list[dict[str, Any]]]]:
-    """Start engines, rewards and environment for the length of a block; yield the function that plays a
-    prompt's sessions and scores them, and the schemas of the environment's tools."""
+async def _players(plan: OnlinePlan, stop: asyncio.Event) -> AsyncIterator[tuple[Play, ToolsOf]]:
+    """Start engines, rewards and environments for the length of a block; yield the function that plays a
+    prompt's sessions and scores them, and the one that returns the tools of the prompt's environment."""
     config = plan.config
-    pool, rewards, environment = make_pool(plan), make_rewards(config), make_environment(config)
-    scoring = rewards.start() if environment is None else start_environment(environment, rewards)
+    pool, rewards, environments = make_pool(plan), make_rewards(config), make_environments(config)
+    scoring = rewards.start() if environments is None else start_environments(environments, rewards)
     try:
         await unless_stopped(asyncio.gather(pool.start(), scoring), stop)
-        render = Renderer(config.data, plan.tokenizer)
         episodes = None
-        if environment is not None:
-            episodes = make_episodes(config, environment, pool.generate, render)
+        if environments is not None:
+            episodes = make_episodes(config, environments, pool.generate, plan.tokenizer)
 
         async def play(prompt: Prompt, samples: int) -> Judged:
             name, seed = f"collect-{prompt.id}", derive_seed(config.seed, "collect", prompt.id)
             sampling = Sampling.of(config.rollout.sampling, samples, seed)
-            if episodes is not None:
-                played = await episodes.sample(name, prompt, [Rollout()] * samples, sampling, training=False)
-                return await episodes.judge(played, rewards, training=False)
+            if episodes is not None and (own := episodes.of(prompt)) is not None:
+                played = await own.sample(name, prompt, [Rollout()] * samples, sampling, training=False)
+                return await own.judge(played, rewards, training=False)
             generated = await pool.generate(Request(name, prompt.tokens, sampling))
             completions = completions_of(generated, plan.tokenizer)
             return await judge(prompt, completions, rewards, training=False)
 
-        yield play, [] if environment is None else environment.tools
+        def tools_of(prompt: Prompt) -> list[dict[str, Any]]:
+            own = None if episodes is None else episodes.of(prompt)
+            return [] if own is None else own.runner.tools
+
+        yield play, tools_of
     finally:
         await rewards.close()
-        if environment is not None:
-            await environment.close()
+        if environments is not None:
+            await environments.close()
         await pool.close()
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from rft.data.chat import Renderer
 from rft.errors import ConfigError
 from rft.loops.evaluate import evaluate, evaluation_of
 from rft.metrics.evaluation import write_evaluation
 from rft.plan import Plan
 from rft.rollout.episodes import make_episodes
-from rft.run_training import make_environment, make_pool, make_rewards, start_environment
+from rft.run_training import make_environments, make_pool, make_rewards, start_environments
 from rft.utils.deadlines import stop_event, unless_stopped
 from rft.utils.ray_cluster import ray_cluster
 from rft.utils.signals import StopRequests
@@ -28,14 +27,14 @@ async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = N
         raise ConfigError(["rft eval: nothing to evaluate; name rewards, and set eval.every to 1 or more"])
     with ray_cluster(config.ray.address, config.ray.object_store_gib):
         pool = make_pool(plan)
-        rewards, environment = make_rewards(config), make_environment(config)
+        rewards, environments = make_rewards(config), make_environments(config)
         stop = stop_event(signals)
         try:
-            await unless_stopped(asyncio.gather(pool.start(), start_environment(environment, rewards)), stop)
-            render = Renderer(config.data, plan.tokenizer)
+            starting = asyncio.gather(pool.start(), start_environments(environments, rewards))
+            await unless_stopped(starting, stop)
             episodes = None
-            if environment is not None:
-                episodes = make_episodes(config, environment, pool.generate, render)
+            if environments is not None:
+                episodes = make_episodes(config, environments, pool.generate, plan.tokenizer)
             evaluating = evaluate(
                 pool.generate,
                 rewards,
@@ -52,6 +51,6 @@ async def evaluate_model(plan: Plan, signals: StopRequests, out: Path | None = N
             return metrics
         finally:
             await rewards.close()
-            if environment is not None:
-                await environment.close()
+            if environments is not None:
+                await environments.close()
             await pool.close()

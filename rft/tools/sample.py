@@ -51,7 +51,7 @@ def sample(
     (rejection sampling: all that the rewards judge correct), or all. at_least: lowest reward that is kept.
     Raises ConfigError, and RunStopped on a stop signal, as `collect`.
     """
-    if config.environment is not None:
+    if config.environments:
         raise ConfigError(
             ["rft sample: sessions in an environment are not single completions; use rft collect, and train "
              "on them by data.sessions"]

@@ -205,6 +205,10 @@ def test_held_out_rows_of_the_sources_alternate(files: dict[str, str], plain: An
     assert len(load_prompts(few, plain)) == 6
 
 
+async def play(row: dict[str, Any], session: Any) -> float:
+    return 0.0
+
+
 BAD = [
     ({"add": {"rate": 0}, "talk": {"rate": 0}}, r"rates of all sources are 0 at progress 0"),
     ({"add": {"rate": [[0, 1], [0.5, 0]]}, "talk": {"rate": 0}}, r"are 0 at progress 0\.5"),
@@ -214,7 +218,8 @@ BAD = [
     ({"add": {"rate": "much"}, "talk": {"rate": 1}}, "write a number, a schedule"),
     ({"add": {"rate": {"start": 1}}, "talk": {"rate": 1}}, "not a schedule: end: Field required"),
     ({"add": {"rate": 1}, "talk": {"rate": 1}, "mixing": "proportional"}, "leave out the rate of talk, add"),
-    ({"add": {"environment": {"kind": "class"}}}, "cannot have an `environment`"),
+    ({"add": {"environment": {"kind": "klass"}}}, "input should be|Input should be"),
+    ({"add": {"environment": {"kind": "function", "path": play}}}, "play was passed as an object"),
     ({"add": {"wieght": 1}}, "wieght"),
     ({"path": "x.jsonl"}, "`path` does not apply to `kind: mixture`"),
     ({"streaming": True}, "`streaming` does not apply"),
@@ -261,7 +266,10 @@ TWO = [{"function": "math"}, {"function": "length"}]
         ({"data": {"add": {"rewards": ["math"]}, "talk": {"rewards": ["math"]}}}, "length scores no"),
         ({"rewards": [{"function": "math", "name": "add"}]}, r"data.mixture.add: a reward has this name too"),
         ({"train": {"curriculum": {}}}, "train.curriculum"),
-        ({"environment": {"kind": "tools", "tools": ["calculator"]}}, r"data.mixture.add.system: sessions"),
+        (
+            {"warm_start": {"data": {"mixture": {"a": {"path": "a", "environment": {"kind": "tools"}}}}}},
+            r"warm_start.data.mixture.a.environment: only rows of `data` are played",
+        ),
         (
             {"rewards": {"functions": TWO, "combine": "vector", "direction": [1, 1]},
              "data": {"add": {"rewards": ["math"]}}},

@@ -70,13 +70,13 @@ def config(environment: dict[str, Any], folder: Path | str = "tiny", **sections:
     ],
 )
 def test_settings(environment: dict[str, Any], sections: dict[str, Any], message: str) -> None:
-    found = problems(config(environment, **sections), facts(longest_prompt=50))
+    found = problems(config(environment, **sections), facts(longest_prompt={"": 50}))
     assert len([problem for problem in found if message in problem]) == 1, found
 
 
 def test_a_missing_package_of_kind_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rft.config.validate.find_spec", lambda name: None)
-    found = problems(config({"kind": "command", "command": "true"}), facts(longest_prompt=50))
+    found = problems(config({"kind": "command", "command": "true"}), facts(longest_prompt={"": 50}))
     assert found == [
         "environment: kind command needs aiohttp, which is not installed: pip install 'rft[agents]'"
     ]
@@ -193,7 +193,7 @@ def test_a_template_without_tools(tokenizer: Any) -> None:
 )
 def test_a_reward_that_reads_environments_needs_a_class(kind: str | None, message: str) -> None:
     rewards = RewardsConfig.model_validate({"functions": [{"function": f"{SAMPLES}:solved"}]})
-    found = check_rewards(rewards, {}, kind)
+    found = check_rewards(rewards, {}, {} if kind is None else {"": kind})
     assert len(found) == bool(message) and message in "".join(found)
 
 

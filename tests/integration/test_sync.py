@@ -10,9 +10,12 @@ import pytest
 
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.metrics import TrackingConfig
+from rft.config.rollout import AlignConfig
 from rft.errors import LogpGapError
 from rft.metrics import Progress, RunLog
-from rft.rollout.engine import Request, Sampling
+from rft.rewards.runner import RewardRunner
+from rft.rollout.align import Aligner
+from rft.rollout.engine import Generated, Request, Sampling
 from rft.rollout.fleet import Fleet
 from rft.sync.channel import PushReport
 from rft.sync.proof import PROOF_TOKENS
@@ -226,6 +229,28 @@ def test_truncation_is_flagged(vllm_stage) -> None:
         ended = generated.tokens[-1] in vllm_stage.plan.stop_ids
         assert generated.finish == ("stop" if ended else "length")
         assert len(generated.tokens) <= 3
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "qalign"])
+def test_completions_are_aligned(vllm_stage, tmp_path: Path, method: str) -> None:
+    """Decoding-time alignment asks any engine: with a reward for short completions they are shorter."""
+    push(vllm_stage)
+    (tmp_path / "short.py").write_text(
+        "def short(completions, completion_ids, **columns):\n"
+        "    return [-float(len(ids)) for ids in completion_ids]\n"
+    )
+    align = AlignConfig.model_validate({"method": method, "n": 8, "rewards": [f"{tmp_path}/short.py:short"]})
+    request = Request(method, (7, 8, 9, 10), Sampling(8, 40, seed=2))
+
+    async def body() -> tuple[list[Generated], list[Generated]]:
+        async with RewardRunner(align.rewards) as rewards:
+            aligner = Aligner(align, vllm_stage.pool.generate, rewards, vllm_stage.plan.tokenizer)
+            return await aligner.sample(request, Prompt(0, request.tokens, "p")), await aligner.generate(
+                request
+            )
+
+    aligned, plain = ([len(g.tokens) for g in part] for part in vllm_stage.run(body()))
+    assert len(aligned) == 8 and sum(aligned) < sum(plain)
 
 
 @pytest.mark.slow

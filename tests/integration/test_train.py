@@ -179,7 +179,8 @@ def test_a_complete_run_is_left_alone(
 CURRICULUM = ("train.curriculum={rest: 2}",)  # the state that is hardest to bring back
 MIXTURE = (
     "data={mixture: {add: {kind: arithmetic, rate: [[0, 0.75], [0.002, 0.25]]}, "
-    "long: {kind: arithmetic_hard, rate: {start: 0.25, end: 1}, epochs: 2, rewards: [score]}}, limit: 16}",
+    "long: {kind: arithmetic_hard, rate: {start: 0.25, end: 1}, epochs: 2, rewards: [score], environment: "
+    "{kind: function, path: 'FOLDER/digits.py:play', max_episode_tokens: 256}}}, limit: 16}",
 )
 
 
@@ -191,7 +192,14 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path, order: t
     (tmp_path / "digits.py").write_text(
         "def score(prompts, completions, **columns):\n"
         "    return [sum(c.isdigit() for c in text) / (1 + len(text)) for text in completions]\n"
+        "async def play(row, session):\n"
+        "    messages = [{'role': 'user', 'content': row['prompt']}]\n"
+        "    for _ in range(2):\n"
+        "        reply = await session.chat(messages)\n"
+        "        messages += [reply.message(), {'role': 'user', 'content': 'again'}]\n"
+        "    return 0.0\n"
     )
+    order = tuple(override.replace("FOLDER", str(tmp_path)) for override in order)
     reward = f"rewards=[{{function: '{tmp_path}/digits.py:score'}}]"
     common = [*SMALL, "warm_start=null", "rollout.engine=hf", "learner.threads=1", reward]
     config, *overrides = command(tmp_path, *common, "train.steps=1000", *order)[1:]  # a part of a long run

@@ -18,7 +18,7 @@ from rft.config.load import parse_config
 from rft.config.metrics import TrackingConfig
 from rft.contrib.bridge import FamilyBridge, hub_names
 from rft.data.chat import Renderer
-from rft.environments.runner import EnvironmentRunner
+from rft.environments.sources import Environments
 from rft.metrics import RunLog
 from rft.metrics.log import read_jsonl
 from rft.rollout.calls import lay_out
@@ -212,12 +212,11 @@ def test_the_log_says_once_which_way_is_used(tmp_path: Path, package: None) -> N
     config = parse_config(
         {"algorithm": "grpo", "environment": {"kind": "function", "path": f"{tmp_path}/env.py:play"}}
     )
-    assert config.environment is not None
     log = RunLog(tmp_path, 1, TrackingConfig(trackers=()))
     for name in (NAME, "me/my-model"):
         render = renderer(name=name)
-        runner = EnvironmentRunner(config.environment, tmp_path)
-        make_episodes(config, runner, Policy(render.tokenizer, []), render, log)
+        environments = Environments(config.environments, tmp_path)
+        make_episodes(config, environments, Policy(render.tokenizer, []), render.tokenizer, log)
     log.close()
     events = [e for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"] == "session/prompts"]
     assert [e["kept_by"] for e in events] == [["chat template", "renderers"], ["chat template"]]

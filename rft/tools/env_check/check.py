@@ -21,7 +21,7 @@ from rft.data.errors import RowProblem
 from rft.environments.types import EnvironmentFault
 from rft.errors import ConfigError, ModelError
 from rft.learner.load import load_tokenizer
-from rft.preflight.environment import loaded_problems
+from rft.preflight.environment import loaded_problems, longest_prompts
 from rft.preflight.machine import machine_facts
 from rft.preflight.memory import ModelShape
 from rft.preflight.model import resolve_model, resolve_optional, resolve_stops
@@ -70,7 +70,7 @@ def load_parts(config: Config) -> Parts:
     """Load tokenizer, data and the model's sizes. Raises ConfigError with all problems."""
     if config.environment is None:
         raise ConfigError(
-            ["the config has no environment: add the section, or give `file.py:name --kind KIND`"]
+            ["the config has no section `environment`: add it, or give `file.py:name --kind KIND`"]
         )
     try:
         path = resolve_model(config)
@@ -83,7 +83,7 @@ def load_parts(config: Config) -> Parts:
         prompts = load_prompts(config.data, tokenizer, "train", config.rollout.sampling.max_prompt_length)
     except DataError as error:
         raise ConfigError([f"data: {error}"]) from None
-    longest = max(len(prompt.tokens) for prompt in prompts.prompts)
+    longest = longest_prompts(config, prompts)
     facts = replace(machine_facts(config, samples=True), rows=len(prompts), longest_prompt=longest)
     wrong = [text for is_wrong, text in environment_checks(config, facts) if is_wrong]
     if wrong:
@@ -111,7 +111,7 @@ async def check(parts: Parts, options: Options) -> Report:
         tools = ", ".join(str(t["function"]["name"]) for t in runner.tools)
         what = f"{e.kind}: {e.path or e.kind}" + (f", tools {tools}" if tools else "")
         report.line("environment", f"{what}; loaded twice in {loaded:.1f} s", kind=e.kind, load_s=loaded / 2)
-        wrong = loaded_problems(config, runner, parts.tokenizer, parts.prompts)
+        wrong = loaded_problems(config, "", runner, parts.tokenizer, parts.prompts)
         for problem in wrong:
             report.problem("load", problem, "correct this first")
         if wrong:
