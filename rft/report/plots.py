@@ -62,11 +62,12 @@ def smoothing(length: int) -> int:
 
 
 def curve(axes: Axes, steps: Sequence[float], values: Sequence[float], color: str, label: str = "") -> None:
-    """Draw a noisy series: pale values, with their running mean on top."""
+    """Draw a noisy series: pale values, with their running mean on top; a single value as a dot."""
     weight = smoothing(len(values))
     if weight > 1:
         axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
-    axes.plot(steps, smooth(values, weight), color=color, label=label or None)
+    marker = "o" if len(values) == 1 else ""
+    axes.plot(steps, smooth(values, weight), color=color, label=label or None, marker=marker, markersize=3.5)
 
 
 def plot_learning_curve(run_dirs: Sequence[Path | str], out_png: Path | str) -> Path:

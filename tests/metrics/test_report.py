@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from fake_run import make_run
 from matplotlib import image
+from matplotlib.figure import Figure
 
 from rft.config.metrics import TrackingConfig
 from rft.metrics import RunLog
 from rft.report.charts import POINTS, Chart, draw_all, thin
 from rft.report.events import as_text, notable_events, outcome_of
 from rft.report.history import NoRun, Run
-from rft.report.plots import plot_learning_curve, smooth
+from rft.report.plots import curve, plot_learning_curve, smooth
 from rft.report.report import before_and_after, facts, write_report
 
 CHROMIUM = next(
@@ -158,6 +159,14 @@ def test_long_runs_are_thinned_without_bias() -> None:
     steps, values = thin(range(10_007), [float(i % 2) for i in range(10_007)])
     assert len(steps) == len(values) == POINTS
     assert abs(values.mean() - 0.5) < 0.01 and 0 < steps[0] < 13 and steps[-1] > 9990
+
+
+@pytest.mark.parametrize(("values", "dots"), [([0.5], 1), ([0.5, 0.6], 0)])
+def test_a_single_value_is_drawn_as_a_dot(values: list[float], dots: int) -> None:
+    """A line through one point would be invisible, as of a run with one evaluation after its start."""
+    axes = Figure().subplots()
+    curve(axes, list(range(len(values))), values, "black")
+    assert sum(line.get_marker() == "o" for line in axes.lines) == dots
 
 
 def test_learning_curve_of_several_seeds(tmp_path: Path) -> None:
