@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = {
     "Callback": ["on_evaluate", "on_save", "on_step_end", "on_train_begin", "on_train_end"],
     "CallbackError": [],
-    "Config": ["load", "replace", "run_dir", "to_dict"],
+    "Config": ["environments", "load", "replace", "run_dir", "single_turn", "to_dict"],
     "ConfigError": [],
     "Run": [
         "checkpoint", "config", "events", "export", "metrics", "model_path", "name", "report", "result",
