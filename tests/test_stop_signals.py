@@ -104,6 +104,28 @@ def test_signals_within_some_seconds_are_one_request() -> None:
     assert code == 0 and told.count("request") == 1 and "tidy SIG" in told and "at once" not in told
 
 
+def test_a_thread_that_was_started_before_may_receive_it_while_ray_runs() -> None:
+    """Ray's own handler of SIGTERM would abort the process three seconds later."""
+    process = program(
+        """
+import threading
+from rft.utils.ray_cluster import ray_cluster
+early = threading.Thread(target=time.sleep, args=(90,), daemon=True)
+early.start()
+say("ready")
+with StopSignals() as stops:
+    stops.handle(request=lambda reason: 60.0)
+    with ray_cluster(None, 0.1):
+        signal.pthread_kill(early.ident, signal.SIGTERM)
+        assert stops.asked(within=20)
+        time.sleep(4)
+    say("stopped by", stops.reason)
+"""
+    )
+    code, told = ended(process, 100)
+    assert code == 0 and told.endswith("stopped by SIGTERM\n"), told
+
+
 def test_a_later_signal_stops_at_once() -> None:
     process = program(RUNNING.format(same=0.2, grace=60, body="stuck()"))
     process.send_signal(signal.SIGTERM)

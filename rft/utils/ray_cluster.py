@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,6 +15,7 @@ import psutil
 
 from rft.utils.process import PR_SET_CHILD_SUBREAPER, Guardian, prctl
 from rft.utils.python import safe_workers
+from rft.utils.signals import STOP_SIGNALS
 
 
 @contextmanager
@@ -31,20 +34,22 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
         yield
         return
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **safe_workers())
+        with _signal_handlers_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **safe_workers())
         try:
             yield
         finally:
             ray.shutdown()
         return
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=int(object_store_gib * 2**30),
-        **safe_workers(),
-    )
+    with _signal_handlers_kept():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=int(object_store_gib * 2**30),
+            **safe_workers(),
+        )
     guardian, watched = Guardian(), _family()  # Ray's agents survive a killed driver for about a minute
     for process in watched:
         guardian.watch(process.pid)
@@ -61,6 +66,19 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
         for process in watched:
             guardian.forget(process.pid)
         guardian.close()
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Install this program's handlers of the stop signals again at the end of the block. `ray.init` sets two
+    for SIGTERM: one exits, and one aborts the process three seconds later, if a thread receives the signal
+    that does not block it."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS} if in_main else {}
+    yield
+    for number, handler in handlers.items():
+        if handler is not None:  # None: set by other code than Python's
+            signal.signal(number, handler)
 
 
 def on_head_death(act: Callable[[str], None]) -> None:

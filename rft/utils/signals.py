@@ -94,7 +94,11 @@ class StopRequests:
     def asked(self, within: float = 0.0) -> bool:
         """Whether a stop was requested; waits up to `within` seconds, since the processes of a job step get
         one signal each, in any order."""
-        return self._asked.wait(within)
+        deadline = time.monotonic() + within
+        while not self._asked.wait(min(0.1, max(within, 0.0))):  # `_pass_on` runs between two waits
+            if time.monotonic() >= deadline:
+                return False
+        return True
 
     def stop(self, reason: str) -> None:
         """Request an orderly end; a repetition does nothing."""
