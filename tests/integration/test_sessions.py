@@ -44,6 +44,17 @@ async def play(row, session, turns=3, rewrite=False, gate=None):
             while not os.path.exists(f"{gate}/open"):
                 await asyncio.sleep(0.02)
     return float(len(reply.content) % 3)
+
+async def over_http(data, base_url, api_key, http_client):
+    "Ask four times through the endpoint."
+    messages = [{"role": "user", "content": data["prompt"]}]
+    for turn in range(4):
+        headers, body = {"Authorization": f"Bearer {api_key}"}, {"messages": messages}
+        answer = await http_client.post(f"{base_url}/chat/completions", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        message = answer.json()["choices"][0]["message"]
+        messages += [message, {"role": "user", "content": f"again {turn} {data['prompt']}"}]
+    return float(len(message["content"]) % 3)
 '''
 BLOCK = 32  # tokens that vLLM caches as one
 QUESTION = "what is the sum of three and four and five? " * 2
@@ -51,10 +62,10 @@ QUESTION = "what is the sum of three and four and five? " * 2
 
 @asynccontextmanager
 async def sampler(
-    stage: Stage, folder: Path, generate: Generate, **options: Any
+    stage: Stage, folder: Path, generate: Generate, function: str = "play", **options: Any
 ) -> AsyncIterator[EpisodeSampler]:
     (folder / "env.py").write_text(PLAY)
-    config = EnvironmentConfig(kind="function", path=f"{folder}/env.py:play", options=options)
+    config = EnvironmentConfig(kind="function", path=f"{folder}/env.py:{function}", options=options)
     render = Renderer(DataConfig(), stage.plan.tokenizer)
     budget = Budget.of(config, SamplingConfig(max_prompt_length=400, max_completion_length=48))
     async with EnvironmentRunner(config, folder) as runner:
@@ -111,9 +122,15 @@ def test_every_turn_is_trained_in_its_context(vllm_stage: Stage, tmp_path: Path,
         group = vllm_stage.run(body())[0]
 
 
-@pytest.mark.parametrize("in_flight", ["keep", "continue", "wait", "abort"])
-def test_a_push_between_and_within_turns(vllm_stage: Stage, tmp_path: Path, in_flight: InFlight) -> None:
-    """It acts on the calls in flight; a session goes on with the next version in its next call."""
+@pytest.mark.parametrize(
+    ("in_flight", "function"),
+    [(way, "play") for way in ("keep", "continue", "wait", "abort")] + [("keep", "over_http")],
+)
+def test_a_push_between_and_within_turns(
+    vllm_stage: Stage, tmp_path: Path, in_flight: InFlight, function: str
+) -> None:
+    """It acts on the calls in flight; a session goes on with the next version in its next call. Those that
+    come by HTTP wait, and none fails."""
     log = RunLog(tmp_path, 1, TrackingConfig(trackers=()))
     channel, before = vllm_stage.channel, vllm_stage.pool.members[0].version
     fleet = Fleet(
@@ -122,7 +139,8 @@ def test_a_push_between_and_within_turns(vllm_stage: Stage, tmp_path: Path, in_f
     fleet.version = fleet.held = before
 
     async def body() -> Group:
-        async with sampler(vllm_stage, tmp_path, fleet.generate, turns=4) as episodes:
+        options = {"turns": 4} if function == "play" else {}
+        async with sampler(vllm_stage, tmp_path, fleet.generate, function, **options) as episodes:
             running = asyncio.ensure_future(play(episodes, 8))
             for version in (before + 1, before + 2):
                 await asyncio.sleep(0.1)
