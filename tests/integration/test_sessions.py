@@ -52,6 +52,7 @@ async def over_http(data, base_url, api_key, http_client):
         headers, body = {"Authorization": f"Bearer {api_key}"}, {"messages": messages}
         answer = await http_client.post(f"{base_url}/chat/completions", json=body, headers=headers)
         assert answer.status_code == 200, answer.text
+        open(f"{os.path.dirname(__file__)}/begun", "w").close()
         message = answer.json()["choices"][0]["message"]
         messages += [message, {"role": "user", "content": f"again {turn} {data['prompt']}"}]
     return float(len(message["content"]) % 3)
@@ -142,6 +143,8 @@ def test_a_push_between_and_within_turns(
         options = {"turns": 4} if function == "play" else {}
         async with sampler(vllm_stage, tmp_path, fleet.generate, function, **options) as episodes:
             running = asyncio.ensure_future(play(episodes, 8))
+            while function == "over_http" and not (tmp_path / "begun").exists():  # its endpoint starts
+                await asyncio.sleep(0.02)
             for version in (before + 1, before + 2):
                 await asyncio.sleep(0.1)
                 async with fleet.gate:
