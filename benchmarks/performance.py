@@ -186,9 +186,12 @@ def real_step(d: dict[str, Any]) -> str:
     )
     names = {"learner": "a training step", "engine": "a rollout"}
     for dtype, parts in d["profiles"].items():
-        for part, seconds_by_kind in parts.items():
-            where = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in seconds_by_kind.items())
-            text += f"\n\nWhere {names[part]} in {dtype} goes (all completions at full length): {where}."
+        for part, name in names.items():
+            where = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in parts[part].items())
+            text += (
+                f"\n\nWhere {name} in {dtype} goes, in another run (all completions at full length, products "
+                f"at {parts['gflops']:,} GFLOP/s): {where}."
+            )
     return text
 
 
