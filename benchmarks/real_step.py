@@ -401,8 +401,8 @@ def main() -> None:
                     with multiprocessing.get_context("spawn").Pool(1) as fresh:
                         seconds = fresh.apply(measured, ({**base, "dtype": dtype}, 99, LENGTH))
                     profiles.setdefault(dtype, {})[part] = seconds
-                profiles[dtype]["gflops"] = round(product_rate(DTYPES[dtype]) / 1e9)
                     print(f"{part} {dtype}: {seconds}")
+                profiles[dtype]["gflops"] = round(product_rate(DTYPES[dtype]) / 1e9)
     new = {(r["who"], r["dtype"]) for r in runs}
     runs = [r for r in old.get("runs", []) if (r["who"], r["dtype"]) not in new] + runs
     settings = {k: v for k, v in base.items() if k not in ("model", "prompts")}
