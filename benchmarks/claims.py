@@ -25,7 +25,7 @@ import torch
 from claims_report import CLAIMS, RESULTS, Row, load, write_page
 from common import merge_rows, write_result
 from learning import ROOT, rft, start
-from learning_offline import train
+from learning_offline import run_sections, train
 from learning_offline_measures import HELD_OUT, drift, share_solved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,16 +91,7 @@ def tuned(
                 "model": {"path": str(begin or base(runs))},
                 "data": {"seed": seed, **data},
                 "train": {"steps": steps, "batch_size": BATCH},
-                "learner": {
-                    "learning_rate": learning_rate,
-                    "betas": [0.9, 0.95],
-                    "warmup_steps": max(steps // 20, 3),
-                    "schedule": "cosine",
-                    "threads": 1,
-                    "entropy": False,
-                },
-                "eval": {"every": 0},
-                "checkpoint": {"every": 0},
+                **run_sections(steps, learning_rate),
             }
         )
         plan = make_plan(config)

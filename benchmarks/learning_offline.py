@@ -186,6 +186,22 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def run_sections(steps: int, learning_rate: float) -> dict[str, Any]:
+    """Return the sections that the offline runs of the benchmarks share."""
+    return {
+        "learner": {
+            "learning_rate": learning_rate,
+            "betas": [0.9, 0.95],
+            "warmup_steps": max(steps // 20, 3),
+            "schedule": "cosine",
+            "threads": 1,
+            "entropy": False,
+        },
+        "eval": {"every": 0},
+        "checkpoint": {"every": 0},
+    }
+
+
 def carry_out(case: Case, seed: int, runs: Path) -> Row:
     """Train one case; return its section's measure before and after."""
     data = {**case.data, **({"seed": seed} if "kind" in case.data else {})}
@@ -200,16 +216,7 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
             "model": {"path": _start(case, runs)},
             "data": data,
             "train": {"steps": case.steps, "batch_size": case.batch_size},
-            "learner": {
-                "learning_rate": case.learning_rate,
-                "betas": [0.9, 0.95],
-                "warmup_steps": max(case.steps // 20, 3),
-                "schedule": "cosine",
-                "threads": 1,
-                "entropy": False,
-            },
-            "eval": {"every": 0},
-            "checkpoint": {"every": 0},
+            **run_sections(case.steps, case.learning_rate),
             **case.more,
         }
     )

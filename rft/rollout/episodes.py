@@ -217,7 +217,8 @@ class Episodes:
         return self.by_source.get(prompt.columns.get(COLUMN, ""), self.by_source.get(""))
 
     def take_metrics(self, *, training: bool = True) -> dict[str, float]:
-        """As `EpisodeSampler.take_metrics`, of all environments together."""
+        """Return and reset `session/...` of all environments' sessions since the last call, and, with those
+        of training, `environment/...` of all calls."""
         return take(self.tallies, training) | (self.environments.take_metrics() if training else {})
 
 

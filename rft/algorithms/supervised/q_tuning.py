@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rft.algorithms.base import required, setting
 from rft.algorithms.math.policy_gradient import safe_exp
-from rft.algorithms.math.sequences import to_grid
+from rft.algorithms.math.sequences import to_grid, top_share
 from rft.algorithms.supervised.sft import SFT
 from rft.batch import Batch
 
@@ -70,7 +70,7 @@ class QTuning(SFT):
         around = torch.nn.functional.pad(perplexity, (1, 1))
         around = around[:, :-2] + around[:, 2:]
         score = (1 - self.neighbours) * perplexity + self.neighbours * around
-        tokens = _smallest(-score, self.share, real)
+        tokens = torch.stack([top_share(*row, self.share) for row in zip(score, real, strict=True)])
         tokens = torch.where((wrong < unsure)[:, None], tokens, real) & kept[:, None]
         return batch.with_(mask=torch.zeros_like(batch.mask).index_fill(0, grid[tokens], True))
 
@@ -80,14 +80,3 @@ def _quantile(x: Tensor) -> Tensor:
     order = torch.argsort(x, stable=True)
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(x), device=x.device))
     return (place + 0.5) / len(x)
-
-
-def _smallest(x: Tensor, share: float, real: Tensor) -> Tensor:
-    """Return the fraction `share` of the real entries of each row of `x` [N, L] with the smallest values, at
-    least one, [N, L] bool; ties by order."""
-    order = torch.argsort(x.masked_fill(~real, torch.inf), dim=1, stable=True)
-    place = torch.empty_like(order).scatter(
-        1, order, torch.arange(x.shape[1], device=x.device).expand_as(order)
-    )
-    keep = (share * real.sum(1, keepdim=True)).round().clamp(min=1)
-    return (place < keep) & real
