@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ SESSIONS, PART, SETTINGS = "sessions.jsonl", "sessions.part.jsonl", "collect.yam
 SAY_EVERY = 10  # times in a collection that its progress is printed
 
 Say = Callable[[str], None]
-Play = Callable[[Prompt, int], Awaitable[Judged]]
+Play = Callable[[Prompt, int, int], Awaitable[Judged]]  # prompt, number of its first session, sessions
 ToolsOf = Callable[[Prompt], list[dict[str, Any]]]  # their JSON schemas
 
 
@@ -54,23 +54,28 @@ class Arguments:
     """The arguments of a collection.
 
     model: a folder or hub name, or a run's folder (None: the config's). samples: sessions of a prompt (None:
-    train.num_generations). prompts: the first so many rows of the split (None: all).
+    train.num_generations). prompts: the first so many rows of the split (None: all). up_to: sessions that a
+    prompt without a success may have, out of what the others leave of `samples` each (None: all have
+    `samples`).
     """
 
     model: str | None = None
     samples: int | None = None
     prompts: int | None = None
     split: Literal["train", "test"] = "train"
+    up_to: int | None = None
 
 
 @dataclass(frozen=True)
 class Collected:
-    """A finished collection. lost: sessions that could not be played or whose prompt gave none."""
+    """A finished collection. lost: sessions that could not be played or whose prompt gave none. solved:
+    prompts with a success."""
 
     file: Path
     sessions: int
     successes: int
     lost: int
+    solved: int
 
     def __str__(self) -> str:
         lost = f", {self.lost} lost to faults" if self.lost else ""
@@ -90,7 +95,12 @@ def collect(config: Config, out: Path, arguments: Arguments, signals: StopReques
         if not isinstance(plan, OnlinePlan):
             raise ConfigError(["rft collect: the config's algorithm samples nothing; write algorithm: grpo"])
         samples = arguments.samples or config.train.num_generations
-        prompts = _prompts(plan, arguments)
+        prompts, up_to = _prompts(plan, arguments), arguments.up_to
+        if up_to is not None and up_to < samples:
+            raise ConfigError(
+                [f"--up-to: {up_to} is below --samples {samples}, what a prompt has on average; write "
+                 f"--up-to {4 * samples}"]
+            )  # fmt: skip
         settings = {
             "config": config.to_dict(),
             "model": name,
@@ -98,20 +108,22 @@ def collect(config: Config, out: Path, arguments: Arguments, signals: StopReques
             "split": arguments.split,
             "samples": samples,
             "prompts": len(prompts),
+            **({} if up_to is None else {"up_to": up_to}),
         }
+        planned = len(prompts) * samples if up_to is None else None
         files, holds = (SESSIONS, PART), "sessions of other settings"
         with claimed(out, "rft collect", SETTINGS, files, settings, holds):
             file = _File(out)
             if (out / SESSIONS).exists():
                 say(f"{out} is complete")
-                return _summary(out, len(prompts) * samples)
-            if file.prompts:
-                say(f"going on: {len(file.prompts)} of {len(prompts)} prompts were played before")
-            left = [prompt for prompt in prompts if prompt.id not in file.prompts]
+                return _summary(out, planned)
+            if file.successes:
+                say(f"going on: {len(file.successes)} of {len(prompts)} prompts were played before")
+            rounds = _rounds(prompts, samples, up_to, file)
             with ray_cluster(config.ray.address, config.ray.object_store_gib):
-                asyncio.run(_play(plan, name, left, samples, file, signals, say))
+                asyncio.run(_play(plan, name, rounds, file, signals, say))
             file.finish()
-        return _summary(out, len(prompts) * samples)
+        return _summary(out, planned)
 
 
 def _start(config: Config, given: str | None, scratch: Path) -> tuple[str | None, str]:
@@ -140,55 +152,89 @@ def _prompts(plan: OnlinePlan, arguments: Arguments) -> Sequence[Prompt]:
 # -- playing -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Round:
+    """Prompts that are played at once, `samples` sessions each."""
+
+    prompts: Sequence[Prompt]
+    samples: int
+
+
+def _rounds(prompts: Sequence[Prompt], samples: int, up_to: int | None, file: _File) -> Iterator[_Round]:
+    """Yield the rounds of a collection that `file` does not hold yet: one, with `samples` of each prompt.
+
+    With `up_to`, `samples` x prompts sessions in all are spent where they are needed: every round has one
+    session of each prompt without a success, in order, until the sessions are used or each such prompt has
+    `up_to` (elimination: Zuo and Zhu, "Strategic scaling of test-time compute", 2025, arXiv:2506.12721, with
+    all active queries served in turn). Which prompts a round has follows from the rounds before alone, so
+    that a collection that was stopped goes on as it would have.
+    """
+    if up_to is None:
+        yield _Round([prompt for prompt in prompts if prompt.id not in file.successes], samples)
+        return
+    for number in range(up_to):
+        before = {prompt.id: file.successes.get(prompt.id, [])[:number] for prompt in prompts}
+        left = samples * len(prompts) - sum(map(len, before.values()))
+        active = [prompt for prompt in prompts if not any(before[prompt.id])][:left]
+        if not active:
+            return
+        if todo := [prompt for prompt in active if len(file.successes.get(prompt.id, [])) <= number]:
+            yield _Round(todo, 1)
+
+
 async def _play(
-    plan: OnlinePlan,
-    model: str,
-    prompts: Sequence[Prompt],
-    samples: int,
-    file: _File,
-    signals: StopRequests,
-    say: Say,
+    plan: OnlinePlan, model: str, rounds: Iterator[_Round], file: _File, signals: StopRequests, say: Say
 ) -> None:
-    """Play the sessions of the prompts, and write each group when it is finished."""
+    """Play the sessions of the rounds, and write each prompt's when they are finished."""
     stop = stop_event(signals)
     tokenizer, primary = tokenizer_id(plan.tokenizer), plan.config.rewards.primary
-    every = max(1, len(prompts) // SAY_EVERY)
+    rollout = plan.config.rollout
     async with _players(plan, stop) as (play, tools_of):
-        waiting, played = iter(prompts), 0
 
-        async def worker() -> None:
-            nonlocal played
-            for prompt in waiting:
-                judged = await play(prompt, samples)
-                pairs = list(zip(judged.completions, judged.rewards, strict=True))
-                shown = tools_of(prompt) or prompt.columns.get("tools")
-                more = {"model": model, "group_size": len(pairs), **({"tools": shown} if shown else {})}
-                file.append(
-                    [
-                        more
-                        | line_of(
-                            judged.prompt,
-                            k,
-                            replace(c, reward=reward.value, scores=reward.scores),
-                            is_correct(reward, primary),
-                            tokenizer,
-                        )
-                        for k, (c, reward) in enumerate(pairs)
-                    ]
-                )
-                played += 1
-                if played % every == 0:
-                    say(f"{played} of {len(prompts)} prompts")
+        async def play_one(prompt: Prompt, samples: int) -> None:
+            first = len(file.successes.get(prompt.id, []))
+            judged = await play(prompt, first, samples)
+            pairs = list(zip(judged.completions, judged.rewards, strict=True))
+            shown = tools_of(prompt) or prompt.columns.get("tools")
+            more = {"model": model, "group_size": len(pairs), **({"tools": shown} if shown else {})}
+            file.append(
+                [
+                    more
+                    | line_of(
+                        judged.prompt,
+                        first + k,
+                        replace(c, reward=reward.value, scores=reward.scores),
+                        is_correct(reward, primary),
+                        tokenizer,
+                    )
+                    for k, (c, reward) in enumerate(pairs)
+                ]
+            )
 
-        rollout = plan.config.rollout
-        at_once = max(1, 2 * rollout.replicas * rollout.max_num_seqs // samples)  # groups in flight
-        working = [asyncio.create_task(worker()) for _ in range(min(at_once, len(prompts)))]
-        try:
-            await unless_stopped(asyncio.gather(*working), stop)
-        finally:
-            for task in working:
-                task.cancel()
-            await asyncio.gather(*working, return_exceptions=True)
+        async def play_all(prompts: Sequence[Prompt], samples: int) -> None:
+            waiting, played, every = iter(prompts), 0, max(1, len(prompts) // SAY_EVERY)
+
+            async def worker() -> None:
+                nonlocal played
+                for prompt in waiting:
+                    await play_one(prompt, samples)
+                    played += 1
+                    if played % every == 0:
+                        say(f"{played} of {len(prompts)} prompts")
+
+            at_once = max(1, 2 * rollout.replicas * rollout.max_num_seqs // samples)  # groups in flight
+            working = [asyncio.create_task(worker()) for _ in range(min(at_once, len(prompts)))]
+            try:
+                await unless_stopped(asyncio.gather(*working), stop)
+            finally:
+                for task in working:
+                    task.cancel()
+                await asyncio.gather(*working, return_exceptions=True)
+
+        for number, each in enumerate(rounds, 1):
+            if number > 1:
+                say(f"one more session for {len(each.prompts)} prompts without a success")
+            await play_all(each.prompts, each.samples)
 
 
 @asynccontextmanager
@@ -204,8 +250,10 @@ async def _players(plan: OnlinePlan, stop: asyncio.Event) -> AsyncIterator[tuple
         if environments is not None:
             episodes = make_episodes(config, environments, pool.generate, plan.tokenizer)
 
-        async def play(prompt: Prompt, samples: int) -> Judged:
-            name, seed = f"collect-{prompt.id}", derive_seed(config.seed, "collect", prompt.id)
+        async def play(prompt: Prompt, first: int, samples: int) -> Judged:
+            part = (first,) if first else ()  # later sessions of a prompt have a seed of their own
+            name = "-".join(map(str, ("collect", prompt.id, *part)))
+            seed = derive_seed(config.seed, "collect", prompt.id, *part)
             sampling = Sampling.of(config.rollout.sampling, samples, seed)
             if episodes is not None and (own := episodes.of(prompt)) is not None:
                 played = await own.sample(name, prompt, [Rollout()] * samples, sampling, training=False)
@@ -230,24 +278,31 @@ async def _players(plan: OnlinePlan, stop: asyncio.Event) -> AsyncIterator[tuple
 
 
 class _File:
-    """The lines of an unfinished collection. prompts: those whose group is complete in the file."""
+    """The lines of an unfinished collection. successes: of each prompt, whether its sessions were one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / PART
+        self.successes: dict[int, list[bool]] = {}
         rows = read_jsonl(self.path)
         lines = Counter(row["prompt_id"] for row in rows)
-        self.prompts = {row["prompt_id"] for row in rows if lines[row["prompt_id"]] == row["group_size"]}
-        whole = "".join(_as_text(row) for row in rows if row["prompt_id"] in self.prompts)
-        if self.path.exists() and self.path.read_text(encoding="utf-8", errors="replace") != whole:
-            write_text_atomic(self.path, whole)  # without the group that a killed process was writing
+        whole = [row for row in rows if lines[row["prompt_id"]] >= row["group_size"]]
+        self._count(whole)
+        text = "".join(map(_as_text, whole))
+        if self.path.exists() and self.path.read_text(encoding="utf-8", errors="replace") != text:
+            write_text_atomic(self.path, text)  # without the group that a killed process was writing
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Add the sessions of a prompt, on disk when this returns."""
+        """Add sessions of a prompt, on disk when this returns."""
         text = "".join(map(_as_text, lines))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        self._count(lines)
+
+    def _count(self, lines: Sequence[dict[str, Any]]) -> None:
+        for line in lines:
+            self.successes.setdefault(line["prompt_id"], []).append(line["success"] is True)
 
     def finish(self) -> None:
         """Write all sessions in the order of the prompts, and remove the unfinished file."""
@@ -261,10 +316,14 @@ def _as_text(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-def _summary(out: Path, planned: int) -> Collected:
-    counts: Counter[str] = Counter()
+def _summary(out: Path, planned: int | None) -> Collected:
+    """Count the sessions of a finished collection. planned: how many there should be, if that is known."""
+    sessions, successes, solved = 0, 0, set[int]()
     with (out / SESSIONS).open(encoding="utf-8") as file:
-        for line in file:
-            counts["sessions"] += 1
-            counts["successes"] += json.loads(line)["success"] is True
-    return Collected(out / SESSIONS, counts["sessions"], counts["successes"], planned - counts["sessions"])
+        for line in map(json.loads, file):
+            sessions += 1
+            if line["success"] is True:
+                successes += 1
+                solved.add(line["prompt_id"])
+    lost = 0 if planned is None else planned - sessions
+    return Collected(out / SESSIONS, sessions, successes, lost, len(solved))

@@ -72,6 +72,9 @@ def register(command: AddCommand) -> None:
     add("--model", metavar="MODEL|RUN", type=path_argument, help="as for rft collect")
     add("--prompts", type=_positive, metavar="N", help="the first N rows (default: all)")
     add("--samples", type=_positive, metavar="K", help="completions a row (default: train.num_generations)")
+    add("--up-to", type=_positive, metavar="N",
+        help="spend K completions a row on average: rows without a right one get up to N, the others no more"
+        )  # fmt: skip
     add("--split", choices=["train", "test"], default="train", help="rows to sample (default: train)")
     add("--keep", choices=["best", "success", "all"], default="best",
         help="best of each prompt (default), all that the rewards judge correct, or all"
@@ -309,7 +312,8 @@ def _sampled(args: argparse.Namespace, what: str, command: Callable[..., object]
 
     config = load_config(args.config, args.overrides)
     out = Path(args.out or f"{config.run_dir}-{what}")
-    arguments = Arguments(args.model, args.samples, args.prompts, args.split)
+    up_to = getattr(args, "up_to", None)  # of rft sample
+    arguments = Arguments(args.model, args.samples, args.prompts, args.split, up_to)
     try:
         note(str(command(config, out, arguments, signals=args.signals, say=note)))
     except RunStopped:

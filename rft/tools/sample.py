@@ -30,10 +30,12 @@ class Sampled:
 
     file: Path
     prompts: int
+    solved: int  # prompts with a completion that the rewards judge correct
     kept: int
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.kept} completions of {self.prompts} prompts kept"
+        kept = f"{self.kept} completions of {self.prompts} prompts kept"
+        return f"{self.file}: {kept}, {self.solved} prompts solved"
 
 
 def sample(
@@ -58,7 +60,7 @@ def sample(
         )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     sessions = out / "sessions"
-    collect(config, sessions, arguments, signals, say)
+    solved = collect(config, sessions, arguments, signals, say).solved
     prompts, kept = 0, 0
     with write_atomic(out / SAMPLES) as temporary, temporary.open("w", encoding="utf-8") as file:
         lines = read_jsonl(sessions / SESSIONS)
@@ -67,7 +69,7 @@ def sample(
             for row in kept_rows(list(group), keep, at_least):
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 kept += 1
-    return Sampled(out / SAMPLES, prompts, kept)
+    return Sampled(out / SAMPLES, prompts, solved, kept)
 
 
 def kept_rows(sessions: list[dict[str, Any]], keep: Keep, at_least: float | None) -> Iterator[dict[str, Any]]:

@@ -262,3 +262,78 @@ def test_a_warm_start_must_have_been_trained(config: Path, tmp_path: Path, capsy
     assert main(["collect", str(config), "--out", str(tmp_path / "out"), stage]) == 2
     assert "the config's warm start was not trained yet" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+SOLVABLE = """
+import zlib
+
+def solvable(prompts, completions):
+    # The first prompts are solved at once, the last one never, the others by some completions.
+    numbers = [zlib.crc32(prompt.encode()) % 4 for prompt in prompts]
+    return [float(n == 0 or (n < 3 and zlib.crc32(text.encode()) % 4 == 0))
+            for n, text in zip(numbers, completions)]
+"""
+
+
+def test_a_budget_goes_to_prompts_without_a_right_completion(
+    tiny_folder: Path,
+    tmp_path: Path,
+    shared_pool: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "reward.py").write_text(SOLVABLE)
+    lines = CONFIG.format(here=tmp_path, model=tiny_folder).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("environment:"))
+    lines[start : start + 3] = [f'rewards: [{{function: "{tmp_path}/reward.py:solvable"}}]']
+    lines = [
+        line.replace("max_num_seqs: 4", "max_num_seqs: 4, sampling: {max_completion_length: 4}")
+        for line in lines
+    ]
+    config = tmp_path / "solvable.yaml"
+    config.write_text("\n".join(lines).replace("limit: 6", "limit: 8"))
+    command = ["sample", str(config), "--samples", "3", "--up-to", "9", "--keep", "success"]
+
+    # Stopped in the second round; the same command ends as one that was not stopped.
+    append, written, signals = collecting._File.append, list[int](), StopRequests()
+
+    def stops(file: Any, lines: Any) -> None:
+        append(file, lines)
+        written.append(lines[0]["prompt_id"])
+        if len(written) == 10:
+            signals.stop("asked")
+
+    arguments = collecting.Arguments(samples=3, up_to=9)
+    monkeypatch.setattr(collecting._File, "append", stops)
+    with pytest.raises(RunStopped):
+        collecting.collect(load_config(config), tmp_path / "out" / "sessions", arguments, signals, print)
+    monkeypatch.setattr(collecting._File, "append", append)
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    rows = sessions(tmp_path / "out" / "sessions")
+    assert rows == sessions(tmp_path / "whole" / "sessions")
+
+    # Prompts that are solved stop at their first success, the others share what is left of 3 x 8.
+    tries = {p: [r["success"] for r in rows if r["prompt_id"] == p] for p in range(8)}
+    solved = {p for p, t in tries.items() if any(t)}
+    assert len(rows) == 24 and 0 < len(solved) < 8
+    assert all(tries[p].index(True) == len(tries[p]) - 1 for p in solved)
+    unsolved = [len(tries[p]) for p in range(8) if p not in solved]
+    assert unsolved == sorted(unsolved, reverse=True) and max(unsolved) - min(unsolved) <= 1
+    assert max(unsolved) > 3 and [r["sample"] for r in rows if r["prompt_id"] == 0] == list(
+        range(len(tries[0]))
+    )
+    written_down = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(written_down) == len(solved)
+    assert f"{len(solved)} prompts solved" in capsys.readouterr().err
+
+    # Nobody gets more than --up-to, and a budget that nobody needs is left.
+    assert (
+        main(["sample", str(config), "--samples", "6", "--up-to", "7", "--out", str(tmp_path / "few")]) == 0
+    )
+    assert max(r["sample"] for r in sessions(tmp_path / "few" / "sessions")) == 6
+    assert main(["sample", str(config), "--samples", "6", "--up-to", "5", "--out", str(tmp_path / "no")]) == 2
+    assert (
+        "--up-to: 5 is below --samples 6, what a prompt has on average; write --up-to 24"
+        in capsys.readouterr().err
+    )
