@@ -177,6 +177,17 @@ def test_sets_with_vllm(tiny_folder: Path, tmp_path: Path) -> None:
     }
 
 
+def test_a_pattern_of_refusals_is_checked_and_inherited() -> None:
+    base = {"algorithm": "grpo", "data": {"kind": "arithmetic"}, "rewards": ["math"]}
+    with pytest.raises(ConfigError, match=r"eval.decline: '\(' is not a valid regular expression"):
+        parse_config({**base, "eval": {"decline": "("}})
+    sets = {"a": {"data": {"kind": "arithmetic"}}, "b": {"data": {"kind": "arithmetic"}, "decline": "no"}}
+    with pytest.raises(ConfigError, match=r"eval.sets.a.decline: '\*' is not a valid"):
+        parse_config({**base, "eval": {"sets": {"a": {**sets["a"], "decline": "*"}}}})
+    settings = parse_config({**base, "eval": {"decline": "unsure", "sets": sets}}).eval
+    assert [settings.of_set(name).decline for name in ("", "a", "b")] == ["unsure", "unsure", "no"]
+
+
 class Scripted:
     """An engine that answers every prompt of arithmetic with the given texts, sample by sample."""
 
@@ -198,6 +209,7 @@ def test_metrics_flips_and_rows_of_two_evaluations(tiny_folder: Path, tmp_path: 
     rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(4)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     section = {"data": {"path": str(tmp_path / "sums.jsonl"), "chat_template": "never"}, "rewards": ["math"]}
+    section |= {"decline": "^6$"}  # any text may be the one of a refusal
     plan = plan_of(
         tiny_folder,
         tmp_path,
@@ -223,6 +235,8 @@ def test_metrics_flips_and_rows_of_two_evaluations(tiny_folder: Path, tmp_path: 
     assert before["eval/sums/accuracy"] == pytest.approx((2 / 3 + 1 / 3) / 4)
     assert before["eval/sums/maj@3"] == 0.25 and before["eval/sums/greedy_accuracy"] == 0.25
     assert before["eval/sums/distinct_answers"] == 2.0 and "eval/sums/negative_flips" not in before
+    assert before["eval/sums/declined"] == pytest.approx(1 / 3) and after["eval/sums/declined"] == 2 / 3
+    assert before["eval/sums/accuracy_answered"] == 2 / 8 and after["eval/sums/accuracy_answered"] == 1 / 4
     # now 6, 6, 0, greedily 6: row 2 is broken, row 3 solved, row 0 right in one sample
     assert after["eval/sums/negative_flips"] == after["eval/sums/positive_flips"] == 0.25
     assert after["eval/sums/forgetting"] == pytest.approx((2 / 3 + 1 / 3) / 4 - (2 / 3 + 1 / 3) / 4)

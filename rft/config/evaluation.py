@@ -15,6 +15,16 @@ _NAME = re.compile(r"[A-Za-z][\w\-]*")
 TAKEN = ("outcome", "session")  # second parts of metrics of the unnamed set: `eval/outcome/correct`
 
 
+def _regular_expression(value: str | None) -> str | None:
+    """Return the value. Raises ValueError if it is not a regular expression."""
+    if value is not None:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a valid regular expression: {error}") from None
+    return value
+
+
 class EvalSetConfig(ConfigModel):
     """A named held-out set. Settings that are none are those of `eval`."""
 
@@ -34,9 +44,15 @@ class EvalSetConfig(ConfigModel):
     top_p: float | None = Field(None, gt=0, le=1, description="nucleus sampling (top-p)")
     greedy: bool | None = Field(None, description="also measure greedy decoding")
     rerank: str | None = Field(None, description="reward function that chooses the best of the samples")
+    decline: str | None = Field(None, description="regular expression of completions that decline to answer")
     max_completion_length: int | None = Field(
         None, ge=1, description="maximum completion length, in tokens (none: that of rollout.sampling)"
     )
+
+    @field_validator("decline")
+    @classmethod
+    def _decline(cls, value: str | None) -> str | None:
+        return _regular_expression(value)
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -59,12 +75,22 @@ class EvalConfig(ConfigModel):
         None,
         description="name of the reward function that chooses the best of the samples, for `eval/best@n`",
     )
+    decline: str | None = Field(
+        None,
+        description="regular expression found in completions that decline to answer, such as "
+        "`(?i)i (do not|don't) know`, for `eval/declined` and `eval/accuracy_answered`",
+    )
     generate: bool = Field(
         False, description="offline: also sample completions of held-out prompts and score them by `rewards`"
     )
     sets: dict[str, EvalSetConfig] = Field(
         {}, description="further held-out sets by name, each with metrics `eval/NAME/...`"
     )
+
+    @field_validator("decline")
+    @classmethod
+    def _decline(cls, value: str | None) -> str | None:
+        return _regular_expression(value)
 
     @model_validator(mode="after")
     def _names(self) -> EvalConfig:
@@ -81,7 +107,7 @@ class EvalConfig(ConfigModel):
         inherit `rerank`, the name of one of the run's."""
         if not name:
             return self
-        fields = ("problems", "samples", "temperature", "top_p", "greedy", "rerank")
+        fields = ("problems", "samples", "temperature", "top_p", "greedy", "rerank", "decline")
         given = {key: getattr(self.sets[name], key) for key in fields}
         settings = {key: value for key, value in given.items() if value is not None}
         if self.sets[name].rewards is not None:

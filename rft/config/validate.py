@@ -375,7 +375,9 @@ def eval_checks(config: Config, facts: Facts) -> Iterator[Check]:
             "loss on the rows is measured",
         )
         given = [
-            f for f in ("samples", "temperature", "top_p", "greedy", "rerank") if getattr(s, f) is not None
+            f
+            for f in ("samples", "temperature", "top_p", "greedy", "rerank", "decline")
+            if getattr(s, f) is not None
         ]
         given += ["max_completion_length"] if s.max_completion_length is not None else []
         yield (

@@ -14,6 +14,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,35 @@ def read_json(file: Path) -> list[Any]:
 
     Blank lines are skipped. Raises DataError with the malformed line.
     """
-    source, number = str(file), 0
+    source = str(file)
     rows: list[Any] = []
+    for number, line in _json_lines(file):
+        if not rows and _may_be_one_value(line, file):
+            return _parse_all(line, number, source)
+        rows.append(parse_line(decode(line, number, source), number, source))
+    return rows
+
+
+def has_json_lines(file: Path) -> bool:
+    """Whether a file is named .jsonl and does not begin with an array. Raises DataError."""
+    if ".jsonl" not in file.name:
+        return False
+    first = next(_json_lines(file, together=False), None)
+    return first is None or not _may_be_one_value(first[1], file)
+
+
+def _may_be_one_value(line: bytes, file: Path) -> bool:
+    """Whether a file with this first line has its rows in one JSON value, over any number of lines."""
+    return line.lstrip().startswith(b"[") or ".jsonl" not in file.name
+
+
+def _json_lines(file: Path, *, together: bool = True) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file that are not blank, decompressed, with their numbers from 1 on.
+
+    together: where the rows are in one JSON value, yield the rest of the file with its first line. Raises
+    DataError for a file that cannot be read.
+    """
+    source, number, first, beginning = str(file), 0, True, b""
     try:
         with file.open("rb") as raw:
             beginning = raw.read(32)
@@ -61,16 +89,54 @@ def read_json(file: Path) -> list[Any]:
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
-                if not rows and (line.lstrip().startswith(b"[") or ".jsonl" not in file.name):
-                    return _parse_all(line + stream.read(), number, source)
-                rows.append(parse_line(decode(line, number, source), number, source))
+                if first and together and _may_be_one_value(line, file):
+                    yield number, line + stream.read()
+                    return
+                first = False
+                yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged(error, number, source) from None
     except OSError as error:
         if not error.errno and beginning.startswith(_ZSTD):  # pyarrow's error, not the system's
             raise _damaged(error, number, source) from None
         raise unreadable(file, error) from None
-    return rows
+
+
+class LineRows(Sequence[Any]):
+    """Rows of files of JSON lines, plain or compressed, of which one is in memory at a time.
+
+    They are meant to be read in order: to go back, the files are read again from the start. Raises DataError
+    with the file and line when a malformed one is read.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        counts = (sum(1 for _ in _json_lines(file, together=False)) for file in files)
+        self.file_ends = list(accumulate(counts))  # cumulative number of rows by file
+        self._lines, self._next = iter(self._all_lines()), 0
+
+    def _all_lines(self) -> Iterator[tuple[str, int, bytes]]:
+        for file in self.files:
+            for number, line in _json_lines(file, together=False):
+                yield str(file), number, line
+
+    def __len__(self) -> int:
+        return self.file_ends[-1] if self.file_ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        if index < self._next:
+            self._lines, self._next = iter(self._all_lines()), 0
+        item = next(islice(self._lines, index - self._next, None), None)
+        if item is None:
+            raise DataError("the file became shorter while it was read", source=str(self.files[-1]))
+        self._next = index + 1
+        source, number, line = item
+        return parse_line(decode(line, number, source), number, source)
 
 
 def _refuse_other_formats(beginning: bytes, source: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rft.config.data import SUFFIXES, DataConfig, DirectionsConfig
 from rft.config.rewards import DIRECTION
 from rft.data.errors import DataError, FolderSource, missing_column
-from rft.data.files import TableRows, read_file, refuse_large
+from rft.data.files import LineRows, TableRows, has_json_lines, read_file, refuse_large
 from rft.data.formats import with_known_names
 
 Split = Literal["train", "test"]
@@ -43,8 +43,11 @@ class Rows(Sequence[Row]):
         return (self[i] for i in range(len(self)))
 
 
-def load_rows(config: DataConfig, split: Split = "train") -> Rows:
+def load_rows(config: DataConfig, split: Split = "train", *, in_order: bool = False) -> Rows:
     """Load the rows of a split, lazily if the format allows.
+
+    in_order: the rows will be read in order, so that JSON lines need not be in memory; a malformed line is
+    then found when it is read.
 
     Raises DataError for a missing file, folder or hub dataset, a malformed line (with its number), an empty
     dataset, or a mapped column that does not exist.
@@ -54,7 +57,7 @@ def load_rows(config: DataConfig, split: Split = "train") -> Rows:
     if kind not in ("file", "hub"):
         base, source = _generate(config, split, limit or GENERATED[split]), config.task or kind
     else:
-        base, source = open_source(config, split)
+        base, source = open_source(config, split, in_order=in_order)
     if not len(base):
         raise DataError("the dataset is empty; give at least one row", source=source)
     numbers: Sequence[int] = range(len(base))
@@ -175,17 +178,18 @@ def _of_split(file: Path, split: str, root: Path) -> bool:
     return re.match(rf"{re.escape(split)}([-_.]|$)", first) is not None
 
 
-def open_source(config: DataConfig, split: Split) -> tuple[Sequence[Any], str]:
+def open_source(config: DataConfig, split: Split, *, in_order: bool = False) -> tuple[Sequence[Any], str]:
     path, name = data_source(config, split)
     if config.resolved_kind == "hub":
         return load_hub(config, path, name), f"{path} ({name})"
     files = find_files(path, name)
+    lines = in_order and all(map(has_json_lines, files))
     if len(files) == 1:
-        return read_file(files[0]), str(files[0])
+        return LineRows(files) if lines else read_file(files[0]), str(files[0])
     names = [str(file) for file in files]
-    if files[0].name.endswith((".parquet", ".arrow")):
-        table = TableRows(files)
-        return table, FolderSource(f"{path} ({name})", names, table.file_ends)
+    if lines or files[0].name.endswith((".parquet", ".arrow")):
+        rows = LineRows(files) if lines else TableRows(files)
+        return rows, FolderSource(f"{path} ({name})", names, rows.file_ends)
     parts = [read_file(file) for file in files]
     ends = list(accumulate(map(len, parts)))
     return list(chain.from_iterable(parts)), FolderSource(f"{path} ({name})", names, ends)

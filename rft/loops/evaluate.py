@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -129,7 +130,7 @@ class JudgedSet:
         )
 
     def _sampled(self, completion: Completion, reward: SampleReward) -> Sampled:
-        rerank = self.of.settings.rerank
+        rerank, decline = self.of.settings.rerank, self.of.settings.decline
         scores = reward.scores.values()
         return Sampled(
             is_correct(reward, self.primary),
@@ -137,6 +138,7 @@ class JudgedSet:
             None if rerank is None or rerank not in reward.scores else reward.scores[rerank].value,
             next((s.answer for s in scores if s.answer), ""),
             next((s.confidence for s in scores if s.confidence is not None), None),
+            None if decline is None else re.search(decline, completion.text) is not None,
             completion.tokens,
             completion.num_sampled,
             completion.finish == "length",

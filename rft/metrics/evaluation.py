@@ -29,7 +29,8 @@ class Sampled:
     correct: the primary reward's judgement; None: it could not judge, or abstained. reward: the combined
     reward. rank: the reward by which the best of a problem's completions is chosen; None: none is. answer:
     the answer that a reward extracted ("" for none); equal answers have equal text. confidence: the
-    probability of being correct that the completion states, 0 to 1.
+    probability of being correct that the completion states, 0 to 1. declined: whether it declines to answer;
+    None: not measured.
     """
 
     correct: bool | None
@@ -37,6 +38,7 @@ class Sampled:
     rank: float | None = None
     answer: str = ""
     confidence: float | None = None
+    declined: bool | None = None
     tokens: tuple[int, ...] = ()
     length: int = 0
     truncated: bool = False
@@ -82,7 +84,7 @@ def evaluation_metrics(problems: Sequence[Problem], seed: int = 0) -> dict[str, 
     if any(p.greedy is not None for p in problems):
         metrics["greedy_accuracy"] = sum(greedy) / len(greedy) if greedy else math.nan
     metrics |= vote_metrics(problems) | rank_metrics(problems) | diversity_metrics(problems)
-    metrics |= calibration_metrics(samples)
+    metrics |= calibration_metrics(samples) | abstention_metrics(samples)
     count = max(len(samples), 1)  # none if an environment failed in every episode
     metrics["length_mean"] = sum(s.length for s in samples) / count
     metrics["truncated"] = sum(s.truncated for s in samples) / count
@@ -230,6 +232,19 @@ def calibration_error(pairs: Sequence[tuple[float, bool]], bins: int = BINS) -> 
         parts.setdefault(min(int(confidence * bins), bins - 1), []).append((confidence, correct))
     gaps = (abs(sum(c for c, _ in part) - sum(ok for _, ok in part)) for part in parts.values())
     return sum(gaps) / len(pairs)
+
+
+def abstention_metrics(samples: Sequence[Sampled]) -> dict[str, float]:
+    """Return `declined`, the share of samples that decline to answer, and `accuracy_answered`, the accuracy
+    of the judged ones among the others (nan without one); {} where it is not measured."""
+    measured = [s for s in samples if s.declined is not None]
+    if not measured:
+        return {}
+    answered = [s.correct for s in measured if not s.declined and s.correct is not None]
+    return {
+        "declined": sum(bool(s.declined) for s in measured) / len(measured),
+        "accuracy_answered": sum(answered) / len(answered) if answered else math.nan,
+    }
 
 
 # -- changes against an earlier evaluation ---------------------------------------------------------------

@@ -14,7 +14,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -323,10 +323,17 @@ def parse_line(line: str) -> dict[str, Any] | None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a file; [] if it does not exist. A torn line is left out."""
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of `read_jsonl`, one in memory at a time."""
     if not path.exists():
-        return []
+        return
     with path.open(encoding="utf-8", errors="replace") as file:
-        return [row for line in file if (row := parse_line(line)) is not None]
+        for line in file:
+            if (row := parse_line(line)) is not None:
+                yield row
 
 
 def set_aside(path: Path, after: int) -> dict[str, Any] | None:

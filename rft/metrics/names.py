@@ -107,6 +107,13 @@ METRICS: dict[str, Metric] = {
         "over ten equal bins, weighed by their completions",
         "share",
     ),
+    "eval/declined": Metric(
+        "share of held-out completions that decline to answer (`eval.decline`), sampled", "share"
+    ),
+    "eval/accuracy_answered": Metric(
+        "share of correct completions among the held-out ones that do not decline and could be judged",
+        "share",
+    ),
     "eval/stated": Metric("share of held-out completions that state a confidence", "share"),
     "eval/negative_flips": Metric(
         "share of problems solved at step 0 and failed now, by greedy decoding or else the first sample",

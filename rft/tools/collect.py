@@ -25,7 +25,7 @@ from rft.data import load_prompts
 from rft.data.sessions import line_of, tokenizer_id
 from rft.errors import ConfigError
 from rft.loops.evaluate import is_correct
-from rft.metrics.log import read_jsonl
+from rft.metrics.log import iterate_jsonl
 from rft.plan import OnlinePlan, make_plan
 from rft.preflight.data import is_finished, warm_start_folder
 from rft.rollout.engine import Request, Sampling
@@ -35,7 +35,7 @@ from rft.run_training import make_environments, make_pool, make_rewards, start_e
 from rft.tools.export import weights_of
 from rft.tools.out_folder import claimed
 from rft.utils.deadlines import stop_event, unless_stopped
-from rft.utils.files import write_atomic, write_text_atomic
+from rft.utils.files import write_atomic
 from rft.utils.hashing import model_digest
 from rft.utils.ray_cluster import ray_cluster
 from rft.utils.seeds import derive_seed
@@ -283,13 +283,14 @@ class _File:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / PART
         self.successes: dict[int, list[bool]] = {}
-        rows = read_jsonl(self.path)
-        lines = Counter(row["prompt_id"] for row in rows)
-        whole = [row for row in rows if lines[row["prompt_id"]] >= row["group_size"]]
-        self._count(whole)
-        text = "".join(map(_as_text, whole))
-        if self.path.exists() and self.path.read_text(encoding="utf-8", errors="replace") != text:
-            write_text_atomic(self.path, text)  # without the group that a killed process was writing
+        if not self.path.exists():
+            return
+        lines = Counter(row["prompt_id"] for row in iterate_jsonl(self.path))
+        with write_atomic(self.path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for row in iterate_jsonl(self.path):
+                if lines[row["prompt_id"]] >= row["group_size"]:  # not cut off by a kill
+                    self._count([row])
+                    file.write(_as_text(row))
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Add sessions of a prompt, on disk when this returns."""
@@ -306,9 +307,17 @@ class _File:
 
     def finish(self) -> None:
         """Write all sessions in the order of the prompts, and remove the unfinished file."""
-        rows = sorted(read_jsonl(self.path), key=lambda row: (row["prompt_id"], row["sample"]))
-        with write_atomic(self.folder / SESSIONS) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(map(_as_text, rows))
+        self.path.touch()  # missing if no group could be played
+        places, start = [], 0
+        with self.path.open("rb") as part:
+            for line in part:
+                row = json.loads(line)
+                places.append((row["prompt_id"], row["sample"], start))
+                start += len(line)
+            with write_atomic(self.folder / SESSIONS) as temporary, temporary.open("wb") as file:
+                for _, _, place in sorted(places):
+                    part.seek(place)
+                    file.write(part.readline())
         self.path.unlink(missing_ok=True)
 
 

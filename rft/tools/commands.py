@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def register(command: AddCommand) -> None:
     add = command(select, "select", text)
     add("data", metavar="DATA", type=path_argument, help="file or folder of rows")
     add("--method", required=True, metavar="METHOD",
-        help="length, exact, minhash, perplexity, grape, el2n, learnability, uds or pass_rate"
+        help="length, exact, minhash, perplexity, grape, el2n, learnability, lobass, uds, q_tuning, pass_rate"
         )  # fmt: skip
     add("--out", required=True, metavar="FOLDER", type=path_argument,
         help="folder for selected.jsonl, scores.jsonl and report.html; the same command goes on there"
@@ -94,13 +95,21 @@ def register(command: AddCommand) -> None:
         type=path_argument,
         help="model folder or hub name, for the methods that read rows with one",
     )
-    add("--tuned", type=path_argument, help="learnability: the model after training, --model being its start")
+    add("--tuned", type=path_argument,
+        help="learnability, lobass: the model after training, --model being its start"
+        )  # fmt: skip
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="keep rows with scores in this range")
     add("--quantiles", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the same, as shares of the rows")
     add("--fraction", type=float, metavar="F", help="keep this share of the rows, with the highest scores")
     add("--lowest", action="store_true", help="--fraction: keep the lowest scores instead")
     add("--threshold", type=float, default=0.8, metavar="S",
         help="minhash: similarity from which a row is a duplicate (default: 0.8)"
+        )  # fmt: skip
+    add("--token-share", type=float, default=0.7, metavar="S",
+        help="q_tuning: share of the tokens of a misconception that is marked to train on (default: 0.7)"
+        )  # fmt: skip
+    add("--diversity", type=float, default=10.0, metavar="W",
+        help="uds: weight of the distance from rows kept before (default: 10; 0: the nuclear norm alone)"
         )  # fmt: skip
     add("--sessions", type=path_argument, metavar="FILE", help="pass_rate: sessions.jsonl of rft collect")
     add("--column", action="append", default=[], metavar="NAME=COLUMN", help="rename a column")
@@ -344,9 +353,25 @@ def select(args: argparse.Namespace) -> int:
         limit=args.limit,
         max_length=args.max_length,
         tuned=args.tuned,
+        token_share=args.token_share,
+        diversity=args.diversity,
     )
-    note(str(select(arguments, Path(args.out), note)))
+    with _wrong_data("--column"):
+        note(str(select(arguments, Path(args.out), note)))
     return 0
+
+
+@contextmanager
+def _wrong_data(columns: str = "") -> Iterator[None]:
+    """Report unusable data as a mistake of the command line. columns: the option that renames a column."""
+    from rft.data import DataError
+    from rft.errors import ConfigError
+
+    try:
+        yield
+    except DataError as error:
+        here = f"; here: {columns} {error.column}=NAME_IN_YOUR_DATA" if columns and error.column else ""
+        raise ConfigError([f"{error}{here}"]) from None
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rft.config.schema import Config
 from rft.errors import ConfigError
-from rft.metrics.log import read_jsonl
+from rft.metrics.log import iterate_jsonl
 from rft.tools.collect import SESSIONS, Arguments, Say, collect
 from rft.utils.files import write_atomic
 from rft.utils.signals import StopRequests
@@ -63,7 +63,7 @@ def sample(
     solved = collect(config, sessions, arguments, signals, say).solved
     prompts, kept = 0, 0
     with write_atomic(out / SAMPLES) as temporary, temporary.open("w", encoding="utf-8") as file:
-        lines = read_jsonl(sessions / SESSIONS)
+        lines = iterate_jsonl(sessions / SESSIONS)
         for _, group in groupby(lines, key=lambda line: line["prompt_id"]):
             prompts += 1
             for row in kept_rows(list(group), keep, at_least):

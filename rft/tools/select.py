@@ -2,6 +2,7 @@
 
 OUT/select.yaml      the data and the arguments
     scores.jsonl     one line for each row, in order; the same command goes on after its last line
+    tokens.jsonl     q_tuning: one line for each row of selected.jsonl, with the tokens to train on
     selected.jsonl   the rows that are kept, with rft column names; it appears when all were scored
     report.html      one page: how many were kept, and a histogram of the scores
 """
@@ -13,44 +14,55 @@ import html
 import io
 import json
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rft.config.data import DataConfig
-from rft.config.schema import Config
 from rft.data import DataError
-from rft.data.groups import CONVERSATIONS, GroupMaker
-from rft.data.messages import read_text
-from rft.data.overlap import plain_text
 from rft.data.rows import Row, Rows, load_rows
 from rft.errors import ConfigError
-from rft.metrics.log import read_jsonl
+from rft.metrics.log import iterate_jsonl
 from rft.tools.out_folder import claimed
+from rft.tools.row_scores import (
+    Arguments,
+    Diverse,
+    Scored,
+    Scorer,
+    best_of_batches,
+    scorer_of,
+    text_key,
+    texts_of,
+)
 from rft.utils.files import write_atomic, write_text_atomic
 
 SCORES, SELECTED, REPORT, SETTINGS = "scores.jsonl", "selected.jsonl", "report.html", "select.yaml"
-SHINGLE, PERMUTATIONS = 5, 128  # words of a shingle, and hash functions of a MinHash
+TOKENS = "tokens.jsonl"
 SAY_EVERY = 10  # times in a selection that its progress is printed
 
 Say = Callable[[str], None]
-Score = float | None  # None: the row has no score, and is not kept
-Scorer = Callable[[int, Row], Score]
+Floats = NDArray[np.float64]
 
 
 class Method(NamedTuple):
     """A method of selection: the meaning of its score, and which options choose the rows by it.
 
-    by: the options that choose rows; without any, the method itself does. model: whether it reads the rows
-    with a model. state: whether a score depends on the rows before.
+    by: the options that choose rows; without any, the method itself does. model, tuned: whether it reads the
+    rows with a model, and with a second one. state: whether all scores are computed again after a stop, since
+    they depend on the rows before. highest: whether it can only keep the highest scores.
     """
 
     score: str
     by: tuple[str, ...]
     model: bool = False
+    tuned: bool = False
     state: bool = False
+    highest: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -66,36 +78,23 @@ METHODS: dict[str, Method] = {
         "mean log p of the response's tokens by --tuned, minus that by --model",
         ("fraction", "quantiles", "range"),
         model=True,
+        tuned=True,
     ),
-    "uds": Method("nuclear norm of the row's logits", ("fraction", "quantiles"), model=True),
+    "lobass": Method(
+        "relative fall of the loss from --model to --tuned",
+        ("fraction", "quantiles", "range"),
+        model=True,
+        tuned=True,
+    ),
+    "uds": Method(
+        "nuclear norm of the row's logits, plus the distance from rows kept before",
+        ("fraction",),
+        model=True,
+        highest=True,
+    ),
+    "q_tuning": Method("perplexity of the response", ("fraction",), model=True, highest=True),
     "pass_rate": Method("share of the row's sessions that succeeded", ("range",)),
 }
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The arguments of a selection.
-
-    range: lowest and highest score kept. quantiles: likewise, as shares of the rows by score. fraction: share
-    of rows with the highest scores (lowest: with the lowest). threshold: similarity from which a row is a
-    duplicate. sessions: file of `rft collect`, for pass_rate. columns: as `data.columns`. tuned: the model
-    after training, for learnability.
-    """
-
-    data: str
-    method: str
-    model: str | None = None
-    range: tuple[float, float] | None = None
-    quantiles: tuple[float, float] | None = None
-    fraction: float | None = None
-    lowest: bool = False
-    threshold: float = 0.8
-    sessions: str | None = None
-    columns: Mapping[str, str] | None = None
-    split: str = "train"
-    limit: int | None = None
-    max_length: int = 2048
-    tuned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ def select(arguments: Arguments, out: Path, say: Say) -> Selected:
         max_length=arguments.max_length,
         overlong="truncate",
     )
-    rows = load_rows(config)
-    score = _scorer(arguments, config, rows.source)
+    rows = load_rows(config, in_order=True)
+    score = scorer_of(arguments, config, rows)
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
@@ -135,14 +134,16 @@ def select(arguments: Arguments, out: Path, say: Say) -> Selected:
         "rows": len(rows),
         "sha256": digest.hexdigest(),
     }
-    files = (SCORES, SELECTED, REPORT)
+    files = (SCORES, SELECTED, REPORT, TOKENS)
     with claimed(out, "rft select", SETTINGS, files, settings, "scores of other arguments"):
         scores = _score(rows, score, out / SCORES, method, say)
         kept = chosen(arguments, scores, rows)
         with write_atomic(out / SELECTED) as temporary, temporary.open("w", encoding="utf-8") as file:
             for index in kept:
                 file.write(json.dumps(rows[index], ensure_ascii=False, default=str) + "\n")
-        write_text_atomic(out / REPORT, report(arguments, scores, kept))
+        if arguments.method == "q_tuning":
+            _write_tokens(out, scores, kept)
+        write_text_atomic(out / REPORT, report(arguments, scores.score, kept))
     return Selected(out / SELECTED, len(rows), len(kept))
 
 
@@ -162,10 +163,13 @@ def checked(a: Arguments) -> Method:
         problems.append(f"--{' and --'.join(given)}: give one of them")
     if method.model and a.model is None:
         problems.append(f"--method {a.method}: it reads the rows with a model; name one by --model")
-    if a.method == "learnability" and a.tuned is None:
-        problems.append("--method learnability: name the model after training by --tuned")
-    if a.tuned is not None and a.method != "learnability":
-        problems.append(f"--tuned: {a.method} reads one model; leave it out")
+    if method.tuned and a.tuned is None:
+        problems.append(f"--method {a.method}: name the model after training by --tuned")
+    if a.tuned is not None and not method.tuned:
+        problems.append(f"--tuned: {a.method} does not read a second model; leave it out")
+    if a.lowest and (method.highest or a.fraction is None):
+        why = f"{a.method} keeps no lowest scores" if method.highest else "it goes with --fraction"
+        problems.append(f"--lowest: {why}; leave it out")
     if a.method == "pass_rate" and a.sessions is None:
         problems.append("--method pass_rate: name the sessions.jsonl of `rft collect` by --sessions")
     if a.quantiles is not None and not 0 <= a.quantiles[0] < a.quantiles[1] <= 1:
@@ -174,237 +178,163 @@ def checked(a: Arguments) -> Method:
         problems.append("--range: the lowest score must not be above the highest")
     if a.fraction is not None and not 0 < a.fraction <= 1:
         problems.append("--fraction: write a number above 0 and up to 1")
-    if not 0 < a.threshold <= 1:
-        problems.append("--threshold: write a number above 0 and up to 1")
+    for name in ("threshold", "token_share"):
+        if not 0 < getattr(a, name) <= 1:
+            problems.append(f"--{name.replace('_', '-')}: write a number above 0 and up to 1")
+    if not 0 <= a.diversity < math.inf:
+        problems.append("--diversity: write a number from 0 on")
     if problems:
         raise ConfigError(problems)
     return method
 
 
-def _score(rows: Rows, score: Scorer, file: Path, method: Method, say: Say) -> list[Score]:
+@dataclass(frozen=True)
+class Scores:
+    """The scores of all rows, nan for none, and for q_tuning the entropies; the rest of a line is on disk."""
+
+    score: Floats
+    entropy: Floats
+
+
+def _score(rows: Rows, score: Scorer, file: Path, method: Method, say: Say) -> Scores:
     """Return the score of every row; those in the file are not computed again."""
-    done = [] if method.state else [line["score"] for line in read_jsonl(file)]
+    done, entropies = array("d"), array("d")
+
+    def add(line: dict[str, Any]) -> str:
+        done.append(math.nan if line["score"] is None else line["score"])
+        entropies.append(line.get("entropy", math.nan))
+        return json.dumps(line) + "\n"
+
+    before = iter(()) if method.state else iterate_jsonl(file)
+    # written again without the line that a killed process was writing
+    with write_atomic(file) as temporary, temporary.open("w", encoding="utf-8") as out:
+        out.writelines(map(add, before))
     if done and len(done) < len(rows):
         say(f"going on: {len(done)} of {len(rows)} rows were scored before")
-    lines = [_line(rows.numbers[index], value) for index, value in enumerate(done)]
-    write_text_atomic(file, "".join(lines))  # without the line that a killed process was writing
+        if isinstance(score, Diverse):
+            score.restore(done, _Numbered(rows))
     every = max(1, len(rows) // SAY_EVERY)
     with file.open("a", encoding="utf-8") as out:
         for index in range(len(done), len(rows)):
-            done.append(score(rows.numbers[index], rows[index]))
-            out.write(_line(rows.numbers[index], done[-1]))
+            number = rows.numbers[index]
+            out.write(add(_line(number, score(number, rows[index]))))
             out.flush()
             if method.model and (index + 1) % every == 0:
                 say(f"{index + 1} of {len(rows)} rows")
-    return done
+    return Scores(np.frombuffer(done, dtype=np.float64), np.frombuffer(entropies, dtype=np.float64))
 
 
-def _line(number: int, score: Score) -> str:
-    return json.dumps({"row": number + 1, "score": score}) + "\n"
+def _line(number: int, scored: Scored) -> dict[str, Any]:
+    score = None if scored.score is None or math.isnan(scored.score) else scored.score
+    return {"row": number + 1, "score": score, **scored.more}
 
 
-# -- scores ------------------------------------------------------------------------------------------------
+class _Numbered(Sequence[tuple[int, Row]]):
+    """Rows with their numbers in the data."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows.numbers[index], self.rows[index]
 
 
-def _scorer(a: Arguments, config: DataConfig, source: str) -> Scorer:
-    if a.method == "length":
-        return lambda number, row: float(len(" ".join(texts_of(row)).split()))
-    if a.method == "exact":
-        return _exact()
-    if a.method == "minhash":
-        return _minhash(a.threshold)
-    if a.method == "pass_rate":
-        rates = pass_rates(Path(str(a.sessions)))
-        return lambda number, row: rates.get(number)
-    return _by_model(a, config, source)
+# -- the choice ----------------------------------------------------------------------------------------------
 
 
-def texts_of(row: Row) -> tuple[str, str]:
-    """Return the text of a row's prompt (or its whole conversation) and of its responses; "" if missing."""
-    prompt = row.get("prompt") or next((row[name] for name in CONVERSATIONS if name in row), "")
-    responses = [row[name] for name in ("completion", "chosen", "rejected") if row.get(name)]
-    return _plain(prompt), "\n".join(map(_plain, responses))
-
-
-def _plain(value: Any) -> str:
-    return plain_text(read_text(value, "prompt")) if value else ""
-
-
-def _exact() -> Scorer:
-    seen: dict[bytes, int] = {}
-
-    def score(number: int, row: Row) -> float:
-        key = hashlib.sha256("\0".join(texts_of(row)).encode("utf-8", "surrogatepass")).digest()
-        seen[key] = seen.get(key, -1) + 1
-        return float(seen[key])
-
-    return score
-
-
-def _minhash(threshold: float) -> Scorer:
-    """Score by the similarity of shingles of five words with the most similar row below the threshold."""
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        raise ConfigError(["--method minhash: install datasketch (the extra `select`)"]) from None
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
-    kept: dict[int, Any] = {}
-
-    def score(number: int, row: Row) -> float:
-        words = " ".join(texts_of(row)).casefold().split()
-        shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-        sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
-        sketch.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in sorted(shingles)])
-        nearest = max((float(sketch.jaccard(kept[key])) for key in index.query(sketch)), default=0.0)
-        if nearest < threshold:
-            kept[number] = sketch
-            index.insert(number, sketch)
-        return nearest
-
-    return score
-
-
-REMEDY = "; name a sessions.jsonl of `rft collect`"
-
-
-def pass_rates(file: Path) -> dict[int, float]:
-    """Return the share of successes of each row in a file of `rft collect`, by row number from 0 on.
-
-    Sessions that could not be judged do not count. Raises ConfigError.
-    """
-    counts: dict[int, list[bool]] = {}
-    try:
-        for line in read_jsonl(file):
-            if line["success"] is not None:
-                counts.setdefault(line["prompt_id"], []).append(line["success"])
-    except KeyError as error:
-        raise ConfigError([f"--sessions: {file} has a line without {error}{REMEDY}"]) from None
-    if not counts:
-        raise ConfigError([f"--sessions: {file} has no judged session{REMEDY}"])
-    return {row: sum(results) / len(results) for row, results in counts.items()}
-
-
-def _by_model(a: Arguments, config: DataConfig, source: str) -> Scorer:
-    """Score demonstrations by a model's distributions at the tokens of their responses."""
-    import torch
-
-    from rft.learner.load import load_causal_lm, load_tokenizer, resolve_dtype
-    from rft.preflight.model import resolve_model
-
-    names = [str(a.model), *([a.tuned] if a.tuned else [])]
-    paths = [resolve_model(Config(algorithm="sft", model={"path": name})) for name in names]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = [load_causal_lm(path, resolve_dtype("auto", device), device).eval() for path in paths]
-    maker = GroupMaker(config, load_tokenizer(paths[0]), "sft", source)
-    if len(models) > 1 and (sizes := {model.config.get_text_config().vocab_size for model in models}) != {
-        models[0].config.get_text_config().vocab_size
-    }:
-        raise ConfigError([f"--tuned: its vocabulary differs from that of --model ({sorted(sizes)})"])
-
-    @torch.inference_mode()
-    def score(number: int, row: Row) -> Score:
-        group = maker.make(row, number)
-        maker.check()  # raises for a row that cannot be read
-        if group is None:
-            return None
-        (c,) = group.completions
-        start = len(group.prompt.tokens)
-        ids = torch.tensor([[*group.prompt.tokens, *c.tokens]], device=device)
-        rows = [model(input_ids=ids, use_cache=False).logits[0].float() for model in models]
-        if a.method == "uds":
-            return nuclear_norm(rows[0])
-        trained = torch.tensor(c.mask or [True] * len(c.tokens), device=device)
-        kind = "grape" if a.method == "learnability" else a.method
-        targets = ids[0, start:][trained]
-        of_model, *of_tuned = [token_score(kind, r[start - 1 : -1][trained], targets) for r in rows]
-        return of_tuned[0] - of_model if of_tuned else of_model
-
-    return score
-
-
-def token_score(method: str, logits: Any, targets: Any) -> float:
-    """Return a row's score from its response. logits: [tokens, vocabulary]; targets: [tokens].
-
-    perplexity: exp(-mean log p). grape: mean log p, the likelihood by which GRAPE (arXiv:2502.04194) chooses
-    among responses to one prompt, per token so that short ones are not preferred. el2n: the mean norm of
-    softmax(logits) - onehot(target), the error vector of arXiv:2107.07075 at each token.
-    """
-    logps = logits.log_softmax(-1)
-    chosen_logps = logps.gather(-1, targets[:, None])[:, 0]
-    if method == "el2n":
-        p = logps.exp()
-        # ||p - y||^2 = ||p||^2 - 2 p_y + 1, without a second matrix
-        squares = (p * p).sum(-1) - 2 * chosen_logps.exp() + 1
-        return float(squares.clamp(min=0).sqrt().mean())
-    mean = float(chosen_logps.mean())
-    return mean if method == "grape" else math.exp(min(-mean, 700.0))  # float64 ends at exp(709)
-
-
-def nuclear_norm(logits: Any) -> float:
-    """Return the sum of the singular values of a row's logits [tokens, vocabulary].
-
-    UDS (arXiv:2510.16882) takes it as utility and diversity within a row, of the whole row with its prompt.
-    Its second term, the distance from rows that were trained on before, belongs to batches of a run.
-    """
-    import torch
-
-    return float(torch.linalg.svdvals(logits).sum())
-
-
-# -- the choice --------------------------------------------------------------------------------------------
-
-
-def chosen(a: Arguments, scores: Sequence[Score], rows: Sequence[Row]) -> list[int]:
+def chosen(a: Arguments, scores: Scores, rows: Rows) -> Sequence[int]:
     """Return the indices of the rows that are kept, in order. Raises DataError if none is."""
-    given = {i: s for i, s in enumerate(scores) if s is not None}
+    score = scores.score
+    given = np.flatnonzero(~np.isnan(score))
     if a.method == "exact":
-        kept = [i for i, s in given.items() if s == 0]
+        kept = given[score[given] == 0]
     elif a.method == "minhash":
-        kept = [i for i, s in given.items() if s < a.threshold]
+        kept = given[score[given] < a.threshold]
     elif a.method == "grape":
-        kept = _best_of_prompt(given, rows)
+        kept = _best_of_prompt(given, score, rows)
+    elif a.method == "uds":
+        kept = np.array(best_of_batches(score, float(a.fraction or 0)), dtype=int)
+    elif a.method == "q_tuning":
+        kept = given[_quadrants(scores, given, float(a.fraction or 0))[0]] if len(given) else given
     elif a.fraction is not None:
-        order = sorted(given, key=lambda i: (given[i] if a.lowest else -given[i], i))
-        kept = sorted(order[: max(1, round(a.fraction * len(order)))])
+        order = given[np.argsort(score[given] if a.lowest else -score[given], kind="stable")]
+        kept = np.sort(order[: max(1, round(a.fraction * len(order)))])
     else:
-        low, high = bounds(a, sorted(given.values()))
-        kept = [i for i, s in given.items() if low <= s <= high]
-    if not kept:
+        low, high = bounds(a, np.sort(score[given]))
+        kept = given[(low <= score[given]) & (score[given] <= high)]
+    if not len(kept):
         raise DataError("no row is left: change --range, or the data", source=a.data)
-    return kept
+    indices: list[int] = kept.tolist()
+    return indices
 
 
-def bounds(a: Arguments, ordered: Sequence[float]) -> tuple[float, float]:
+def bounds(a: Arguments, ordered: Sequence[float] | Floats) -> tuple[float, float]:
     """Return the lowest and highest score that are kept. ordered: all scores, ascending."""
-    if a.range is not None:
-        return a.range
+    if a.range is not None or not len(ordered):
+        return a.range or (0.0, 0.0)
     assert a.quantiles is not None  # ensured by `checked`
     last = len(ordered) - 1
     low, high = (q * last for q in a.quantiles)
-    return ordered[math.ceil(low)], ordered[math.floor(high)]
+    return float(ordered[math.ceil(low)]), float(ordered[math.floor(high)])
 
 
-def _best_of_prompt(scores: Mapping[int, float], rows: Sequence[Row]) -> list[int]:
-    best: dict[str, int] = {}
-    for i, value in scores.items():
-        prompt = texts_of(rows[i])[0]
-        if prompt not in best or value > scores[best[prompt]]:
+def _best_of_prompt(given: NDArray[np.intp], score: Floats, rows: Rows) -> NDArray[np.intp]:
+    best: dict[bytes, int] = {}
+    for i in given.tolist():
+        prompt = text_key(texts_of(rows[i])[0])
+        if prompt not in best or score[i] > score[best[prompt]]:
             best[prompt] = i
-    return sorted(best.values())
+    return np.array(sorted(best.values()), dtype=np.intp)
+
+
+def _quadrants(
+    scores: Scores, given: NDArray[np.intp], fraction: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which of the rows with a score Q-Tuning keeps, and which are misconceptions."""
+    import torch
+
+    from rft.algorithms.supervised.q_tuning import quadrants
+
+    error, uncertainty = (torch.from_numpy(values[given]) for values in (scores.score, scores.entropy))
+    kept, misconception = quadrants(error, uncertainty, fraction)
+    return kept.numpy(), misconception.numpy()
+
+
+def _write_tokens(out: Path, scores: Scores, kept: Sequence[int]) -> None:
+    """Write for each kept row of q_tuning its quadrant, and 1 for each response token to train on, else 0."""
+    given = np.flatnonzero(~np.isnan(scores.score))
+    misconceptions = set(given[_quadrants(scores, given, 1.0)[1]].tolist())
+    left = iter(kept)
+    following = next(left, None)
+
+    def lines() -> Iterator[str]:
+        nonlocal following
+        for index, line in enumerate(iterate_jsonl(out / SCORES)):
+            if index != following:
+                continue
+            following, wrong = next(left, None), index in misconceptions
+            tokens = line["tokens"] if wrong else [1] * len(line["tokens"])
+            quadrant = "misconception" if wrong else "calibration"
+            yield json.dumps({"row": line["row"], "quadrant": quadrant, "tokens": tokens}) + "\n"
+
+    with write_atomic(out / TOKENS) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines())
 
 
 # -- the page ------------------------------------------------------------------------------------------
 
 
-def report(a: Arguments, scores: Sequence[Score], kept: Sequence[int]) -> str:
+def report(a: Arguments, scores: Floats, kept: Sequence[int]) -> str:
     """Return the page of a selection: counts, quantiles and a histogram, without external parts."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     from rft.report.plots import BLUE, GREY, STYLE
 
-    values = [s for s in scores if s is not None]
-    chosen_values = [s for i in kept if (s := scores[i]) is not None]
+    values, chosen_values = scores[~np.isnan(scores)], scores[kept]
     with rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.2), layout="constrained")
         axes = figure.add_subplot(1, 1, 1)
@@ -433,5 +363,5 @@ def report(a: Arguments, scores: Sequence[Score], kept: Sequence[int]) -> str:
     )
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"lowest {min(values):.4g}, median {statistics.median(values):.4g}, highest {max(values):.4g}"
+def _spread(values: Floats) -> str:
+    return f"lowest {values.min():.4g}, median {np.median(values):.4g}, highest {values.max():.4g}"

@@ -97,6 +97,25 @@ def test_calibration_error_by_hand() -> None:
     assert metrics["ece"] == 0.5 and metrics["confidence"] == 1.0 and metrics["stated"] == 0.5
 
 
+def test_length_and_truncation_by_hand() -> None:
+    samples = [sample(True, length=n, truncated=n == 8) for n in (1, 3, 8, 8)]
+    metrics = evaluation_metrics([Problem(0, samples[:3]), Problem(1, samples[3:])])
+    assert metrics["length_mean"] == 5.0 and metrics["truncated"] == 0.5, "means over samples"
+
+
+def test_abstention_by_hand() -> None:
+    """Of eight completions two decline; of the other six, one was not judged, and three of five are right."""
+    answers = [sample(c, declined=False) for c in (True, True, False, None)]
+    more = [sample(True, declined=False), sample(False, declined=False)]
+    declines = [sample(False, declined=True), sample(None, declined=True)]
+    metrics = evaluation_metrics([Problem(0, answers), Problem(1, more + declines)])
+    assert metrics["declined"] == 0.25 and metrics["accuracy_answered"] == pytest.approx(3 / 5)
+    assert metrics["accuracy"] == pytest.approx((2 / 3 + 1 / 3) / 2), "a refusal counts as its reward judges"
+    none = evaluation_metrics([Problem(0, declines)])
+    assert none["declined"] == 1.0 and math.isnan(none["accuracy_answered"])
+    assert "declined" not in evaluation_metrics([problem(0, True)]), "not asked for"
+
+
 def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
     rng, covered = np.random.default_rng(0), 0
     for trial in range(200):

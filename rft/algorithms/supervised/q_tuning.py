@@ -59,20 +59,37 @@ class QTuning(SFT):
         count = real.sum(1).clamp(min=1)
         logps = required(batch.old_logps, "old_logps")[grid].masked_fill(~real, 0.0)
         entropy = required(batch.old_entropy, "old_entropy")[grid].masked_fill(~real, 0.0)
-        error, uncertainty = _quantile(-logps.sum(1) / count), _quantile(entropy.sum(1) / count)
-        wrong = torch.maximum(1 - error, uncertainty)  # the a from which on a row is a misconception
-        unsure = torch.maximum(error, 1 - uncertainty)
-        kept = torch.zeros_like(real[:, 0])
-        order = torch.argsort(error, descending=True)  # of rows that remain from the same a on
-        order = order[torch.argsort(torch.minimum(wrong, unsure)[order], stable=True)]
-        kept[order[: max(1, round(self.rows * len(order)))]] = True
-        perplexity = safe_exp(-logps).masked_fill(~real, 0.0)
-        around = torch.nn.functional.pad(perplexity, (1, 1))
-        around = around[:, :-2] + around[:, 2:]
-        score = (1 - self.neighbours) * perplexity + self.neighbours * around
+        kept, misconception = quadrants(-logps.sum(1) / count, entropy.sum(1) / count, self.rows)
+        score = token_scores(logps, real, self.neighbours)
         tokens = torch.stack([top_share(*row, self.share) for row in zip(score, real, strict=True)])
-        tokens = torch.where((wrong < unsure)[:, None], tokens, real) & kept[:, None]
+        tokens = torch.where(misconception[:, None], tokens, real) & kept[:, None]
         return batch.with_(mask=torch.zeros_like(batch.mask).index_fill(0, grid[tokens], True))
+
+
+def quadrants(error: Tensor, uncertainty: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Select the fraction `share` of rows that Q-Tuning keeps, at least one.
+
+    error: perplexity of each row, or a value that rises with it, [N]. uncertainty: mean entropy, [N]. Returns
+    which rows are kept, and which are misconceptions rather than calibration data, [N] bool each.
+    """
+    ranked, entropy = _quantile(error), _quantile(uncertainty)
+    wrong = torch.maximum(1 - ranked, entropy)  # the a from which on a row is a misconception
+    unsure = torch.maximum(ranked, 1 - entropy)
+    order = torch.argsort(ranked, descending=True)  # of rows that remain from the same a on
+    order = order[torch.argsort(torch.minimum(wrong, unsure)[order], stable=True)]
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    kept[order[: max(1, round(share * len(order)))]] = True
+    return kept, wrong < unsure
+
+
+def token_scores(logps: Tensor, real: Tensor, neighbours: float) -> Tensor:
+    """Return the score s_i of each token, [N, L], of which a misconception keeps the highest.
+
+    logps, real: log-probs of the rows' tokens, padded, and the mask of real ones, [N, L]. neighbours: lambda.
+    """
+    perplexity = safe_exp(-logps).masked_fill(~real, 0.0)
+    around = torch.nn.functional.pad(perplexity, (1, 1))
+    return (1 - neighbours) * perplexity + neighbours * (around[:, :-2] + around[:, 2:])
 
 
 def _quantile(x: Tensor) -> Tensor:
