@@ -21,7 +21,7 @@ def _regular_expression(value: str | None) -> str | None:
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"{value!r} is not a valid regular expression: {error}") from None
+            raise ValueError(f"not a valid regular expression: {error}") from None
     return value
 
 
