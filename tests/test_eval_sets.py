@@ -179,10 +179,10 @@ def test_sets_with_vllm(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_a_pattern_of_refusals_is_checked_and_inherited() -> None:
     base = {"algorithm": "grpo", "data": {"kind": "arithmetic"}, "rewards": ["math"]}
-    with pytest.raises(ConfigError, match="eval.decline: not a valid regular expression: missing"):
+    with pytest.raises(ConfigError, match=r"eval\.decline: not a valid regular expression: missing"):
         parse_config({**base, "eval": {"decline": "("}})
     sets = {"a": {"data": {"kind": "arithmetic"}}, "b": {"data": {"kind": "arithmetic"}, "decline": "no"}}
-    with pytest.raises(ConfigError, match="eval.sets.a.decline: not a valid"):
+    with pytest.raises(ConfigError, match=r"eval\.sets\.a\.decline: not a valid"):
         parse_config({**base, "eval": {"sets": {"a": {**sets["a"], "decline": "*"}}}})
     settings = parse_config({**base, "eval": {"decline": "unsure", "sets": sets}}).eval
     assert [settings.of_set(name).decline for name in ("", "a", "b")] == ["unsure", "unsure", "no"]
