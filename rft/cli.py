@@ -128,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from rft.utils.quick_imports import start_quickly
+
+    start_quickly()  # this process runs no model
     from rft import run_training
     from rft.config.load import load_config
 

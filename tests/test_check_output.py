@@ -56,7 +56,8 @@ def test_libraries_print_errors_only(capsys: pytest.CaptureFixture[str]) -> None
 
 HEAVY = (
     *("ray", "vllm", "deepspeed", "transformers.models", "transformers.modeling_utils"),
-    *("torch._dynamo", "peft", "bitsandbytes"),
+    *("torch._dynamo", "torch.distributed.tensor", "peft", "bitsandbytes"),
+    *("scipy", "sympy", "pandas", "pyarrow", "datasets", "matplotlib", "sklearn"),
 )
 CHECK = """
 import json, sys
@@ -88,6 +89,38 @@ def test_a_check_imports_what_it_needs_only(tmp_path: Path) -> None:
 def test_help_and_the_list_of_keys_import_no_libraries_of_a_run() -> None:
     assert loaded_by("--help", among=(*HEAVY, "torch")) == "LOADED 0 []"
     assert loaded_by("config", "learner", among=(*HEAVY, "transformers")) == "LOADED 0 []"
+
+
+def test_init_imports_what_it_needs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = [loaded_by("init", f"{number}.yaml") for number in range(2)]
+    assert "transformers.modeling_utils" in loaded[0]
+    assert loaded[1] == "LOADED 0 []"
+
+
+SCANS = """
+import importlib.metadata, importlib.util
+from rft.utils.quick_imports import Distributions, start_quickly
+start_quickly()
+import transformers
+import transformers.utils.import_utils as quick
+spec = importlib.util.spec_from_file_location("transformers.utils.plain", quick.__file__)
+plain = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plain)
+assert isinstance(quick.PACKAGE_DISTRIBUTION_MAPPING, Distributions), "the quick scans are not used"
+assert not quick.PACKAGE_DISTRIBUTION_MAPPING, "the full table was made"
+models = [m.define_import_structure(transformers.__path__[0] + "/models") for m in (plain, quick)]
+assert models[0] == models[1] and len(models[0]) > 1
+for name in importlib.metadata.packages_distributions():
+    versions = [m._is_package_available(name, return_version=True) for m in (plain, quick)]
+    assert versions[0] == versions[1], (name, versions)
+print("equal")
+"""
+
+
+def test_quick_scans_give_the_results_of_the_plain_ones() -> None:
+    done = subprocess.run([sys.executable, "-c", SCANS], capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr
 
 
 def test_a_damaged_model_size_is_counted_again(tiny_folder: Path, tmp_path: Path) -> None:

@@ -226,10 +226,9 @@ class Renderer:
 
     def check_written(self, messages: Messages, rendered: str) -> None:
         """Raise RowProblem if the template omits the content of a system or user message."""
-        text = "".join(rendered.split())
         for number, message in enumerate(messages, 1):
-            given = message["role"] in ("system", "developer", "user")
-            if given and "".join(message["content"].split()) not in text:
+            given = message["role"] in ("system", "developer", "user") and message["content"] not in rendered
+            if given and "".join(message["content"].split()) not in "".join(rendered.split()):
                 raise RowProblem(
                     f"the chat template leaves out message {number} ({message['role']}); move its text into "
                     "a message of another role"

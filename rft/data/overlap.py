@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from rft.batch import Group, Prompt
 from rft.config.mixture import COLUMN
@@ -59,7 +60,7 @@ def find_overlaps(train: Sequence[Item], held_out: Mapping[str, Sequence[Item]])
     """
     names = {name: "" for name in (_source(row) for row in train)}
     sources = {name: [i for i, row in enumerate(train) if _source(row) == name] for name in names}
-    texts = [_words(_whole_text(row)) for row in train]
+    words = cache(lambda i: _words(_whole_text(train[i])))  # split only where there are n-grams to find
     keys = [_key(plain_text(_prompt(row).text)) for row in train]
     out = []
     for set_name, rows in held_out.items():
@@ -68,7 +69,7 @@ def find_overlaps(train: Sequence[Item], held_out: Mapping[str, Sequence[Item]])
             chosen = [row for row in rows if _source(row) == source]
             index = _Index([plain_text(_prompt(row).text) for row in chosen])
             for name, numbers in sources.items():
-                overlapping_rows = index.find({i: (keys[i], texts[i]) for i in numbers})
+                overlapping_rows = index.find({i: keys[i] for i in numbers}, words)
                 shown = [
                     f"row {_prompt(train[i]).id + 1} and evaluation row {_prompt(chosen[j]).id + 1}: "
                     f"{_excerpt(plain_text(_prompt(train[i]).text))}"
@@ -99,17 +100,19 @@ class _Index:
             for gram in _grams(_words(text)):
                 self.grams.setdefault(gram, set()).add(number)
 
-    def find(self, rows: Mapping[int, tuple[str, Sequence[str]]]) -> dict[int, tuple[set[int], bool]]:
+    def find(
+        self, keys: Mapping[int, str], words: Callable[[int], Sequence[str]]
+    ) -> dict[int, tuple[set[int], bool]]:
         """Return (evaluation rows, whether one of them has an equal prompt) of the rows that overlap.
 
-        rows: key of the prompt, and words of the whole text.
+        keys: of the prompts by row. words: returns the words of a row's whole text.
         """
-        shared = {i: [g for g in set(_grams(text)) if g in self.grams] for i, (_, text) in rows.items()}
+        shared = {i: self.grams.keys() & _grams(words(i)) for i in keys} if self.grams else {}
         counts = Counter(gram for grams in shared.values() for gram in grams)
         overlapping_rows = {}
-        for i, (key, _) in rows.items():
+        for i, key in keys.items():
             same = self.whole.get(key, set())
-            near = {j for gram in shared[i] if counts[gram] <= COMMON for j in self.grams[gram]}
+            near = {j for gram in shared.get(i, ()) if counts[gram] <= COMMON for j in self.grams[gram]}
             if same or near:
                 overlapping_rows[i] = (same or near, bool(same))
         return overlapping_rows

@@ -256,6 +256,9 @@ def replay(args: argparse.Namespace) -> int:
 
 
 def init(args: argparse.Namespace) -> int:
+    from rft.utils.quick_imports import start_quickly
+
+    start_quickly()
     from rft.tools.init import init
 
     written = init(Path(args.out), args.model, args.data, args.reward, args.algorithm, note)

@@ -257,7 +257,8 @@ def _text(name: str, model: str, draft: Draft) -> str:
         }
     )
     path = resolve_model(config)
-    shape, tokenizer = ModelShape.of(path, config.model), load_tokenizer(path)
+    shape = ModelShape.of(path, config.model, Path(config.output_dir) / ".cache")
+    tokenizer = load_tokenizer(path)
     online, rows = config.algorithm.online, load_rows(config.data)
     longest = _longest(rows, tokenizer)
     batch = min(32, len(rows))

@@ -3,23 +3,82 @@
 from __future__ import annotations
 
 import gc
-from importlib import import_module
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
 from typing import Any
 
 OBJECTS = 100_000  # new objects before a collection; the default is 700, and imports make over a million
+SCANS = "transformers.utils.import_utils"  # it lists installed distributions, and reads every file of models
 
 
 def start_quickly() -> None:
     """Import transformers without the parts that only the use of models needs; call it before other imports.
 
     In this process transformers generates no docstrings of its classes: the generator imports the modules of
-    all model classes, and torch's compiler with them, which takes over a second.
+    all model classes, and torch's compiler with them, which takes over a second. It looks for a package's
+    distribution only when it asks for one, and splits only the end of a file to find its exported names.
     """
     gc.set_threshold(OBJECTS, 50, 50)
-    module: Any = import_module("transformers.utils.auto_docstring")
+    sys.meta_path.insert(0, _QuickScans())
+    try:
+        module: Any = import_module("transformers.utils.auto_docstring")
+    finally:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _QuickScans)]
     if hasattr(module, "auto_class_docstring"):
         module.auto_class_docstring = _unchanged
 
 
 def _unchanged(decorated: Any, *_: Any, **__: Any) -> Any:
     return decorated
+
+
+class _QuickScans(MetaPathFinder):
+    """Finds the module SCANS alone, as Python does, for a loader that makes its two scans quick."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == SCANS else None
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    """Executes the module SCANS with distributions that are looked up one by one."""
+
+    def exec_module(self, module: Any) -> None:
+        full = metadata.packages_distributions
+        metadata.packages_distributions = Distributions
+        try:
+            super().exec_module(module)
+        finally:
+            metadata.packages_distributions = full
+        if hasattr(module, "fetch__all__"):
+            module.fetch__all__ = _of_the_end(module.fetch__all__)
+
+
+class Distributions(dict[str, list[str]]):
+    """`metadata.packages_distributions()`, whose table is made once a package is asked for that needs it.
+
+    A package whose distribution has the same name does not: its version is found under that name.
+    """
+
+    def get(self, package: str, default: Any = None) -> Any:
+        if not self:
+            try:
+                metadata.distribution(package)
+            except metadata.PackageNotFoundError:
+                self.update(metadata.packages_distributions())
+            else:
+                return [package]
+        return super().get(package, default)
+
+
+def _of_the_end(exported_names: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
+    """Return a parser of `__all__` that reads a file from its last line that starts with it."""
+    return lambda text: exported_names(text[text.rfind("\n__all__") + 1 :])
