@@ -182,3 +182,34 @@ def test_refreshing_the_reference_may_reset_the_optimizer(tiny_folder: Path, mak
             assert (kl == pytest.approx(0, abs=1e-9)) == (step in (0, 2))
             counts[reset].append({int(s["step"]) for s in learner.optimizer.state.values()})
     assert counts == {False: [{1}, {2}, {3}], True: [{1}, set(), {1}]}
+
+
+def test_moments_made_at_the_start_change_no_result(tiny_folder, make_groups, tmp_path: Path) -> None:
+    """Nor do they stay when a checkpoint is loaded."""
+    batch = Batch.build(make_groups(groups=3, size=4))
+    plain, early = (Learner(spec(tiny_folder, config={"weight_decay": 0.1})) for _ in range(2))
+    before = [p.detach().clone() for p in early.policy.trained()]
+    early.make_moments()
+    assert len(early.optimizer.state) == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(before, early.policy.trained(), strict=True))
+    assert all(p.grad is None for p in early.policy.trained())
+    for state in early.optimizer.state.values():
+        assert not any(bool(value.any()) for value in state.values())
+    for step in range(2):
+        norms = [learner.step(batch, step)["train/grad_norm"] for learner in (plain, early)]
+        assert norms[0] == norms[1] > 0
+    same_state(plain, early)
+    early.capture_state()(tmp_path)
+    resumed = Learner(spec(tiny_folder, config={"weight_decay": 0.1}))
+    resumed.make_moments()
+    resumed.read_state(tmp_path)
+    same_state(resumed, early)
+
+
+def same_state(one: Learner, other: Learner) -> None:
+    """Assert that two learners have the same weights and moments, to the bit."""
+    for a, b in zip(one.policy.trained(), other.policy.trained(), strict=True):
+        assert torch.equal(a, b)
+        states = one.optimizer.state[a], other.optimizer.state[b]
+        assert states[0].keys() == states[1].keys() > {"step", "exp_avg"}
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from rft.algorithms.base import PolicyOutput
 from rft.algorithms.extras import ChangesEmbeddings, critic_only, score_heads
@@ -27,6 +28,7 @@ from rft.learner.parallel import Parallel
 from rft.learner.schedule import learning_rate
 from rft.learner.spec import LearnerSpec
 from rft.learner.state import TrainState
+from rft.learner.strategy import Strategy, make_moments
 from rft.packing import micro_batches
 from rft.utils.memory import return_freed_memory
 from rft.utils.quantized import evaluation_mode
@@ -46,12 +48,21 @@ class Learner(TrainState):
         self.messages: list[str] = []
         self.previewed: list[Batch] = []
         self.self_checked = spec.config.self_check == "off"
+        self.moments_made = False  # before any activation
 
     def pop_messages(self) -> list[str]:
         """Return the messages for the user since the last call: kernels that this rank chose by timing them,
         and steps without an update."""
         messages, self.messages = self.messages, []
         return logprob_common.pop_messages() + messages
+
+    def make_moments(self) -> None:
+        """Make the optimizer's moments before the first step, where that takes long: on CPU, AdamW of all
+        parameters in one process. It changes no result."""
+        plain = type(self.optimizer) is AdamW and type(self.strategy) is Strategy
+        if self.spec.device == "cpu" and self.parallel.ranks == 1 and plain:
+            make_moments(self.optimizer)
+            self.moments_made = True
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -344,7 +355,7 @@ class Learner(TrainState):
                 f"the gradient norm is {norm} at policy version {self.version}; {kept}. "
                 "Lower learner.learning_rate, or set learner.on_nonfinite: skip to drop such updates."
             )
-        if self.version == 0:  # the moments that it has made lie among freed memory
+        if self.version == 0 and not self.moments_made:  # the moments that it has made lie among freed memory
             self._return_freed_memory()
         measured = {"train/grad_norm": norm} if finite else {}
         return {**measured, "train/skipped": float(not finite)}

@@ -129,6 +129,7 @@ class Parallel:
 
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
         """Load the result of `optimizer_state`, on any number of ranks. Collective."""
+        optimizer.state.clear()  # not two sets of moments at a time
         optimizer.load_state_dict(state)
 
     def keep(self, tensor: Tensor) -> Tensor:

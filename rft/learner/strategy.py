@@ -142,6 +142,23 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def make_moments(optimizer: torch.optim.AdamW) -> None:
+    """Make the moments of all parameters, which AdamW otherwise makes in its first step, and page in their
+    memory and that of the gradients. Weights, moments (0) and step counts (0) are those before that step."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # nothing is changed, by weight decay neither
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter in parameters:
+        optimizer.state[parameter]["step"].zero_()
+
+
 def make_optimizer(config: LearnerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Make `config.optimizer` over parameter groups. Raises ModelError if bitsandbytes is not installed."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}

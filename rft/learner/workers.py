@@ -135,6 +135,8 @@ class LearnerActor:
 
         kind: type[Learner] = Learner if spec.config.privacy is None else load_dotted(PRIVATE)
         self._learner = kind(spec, parallel)
+        if spec.algorithm.online:
+            self._learner.make_moments()  # while the engines start
 
     def require_folder(self, path: str) -> None:
         require_here(path, "the run folder (output_dir)")

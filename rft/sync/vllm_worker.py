@@ -13,6 +13,7 @@ import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.sample import sampler
 
 from rft.sync.adapter import load_adapter
 from rft.sync.gloo import Receiver
@@ -84,6 +85,15 @@ def _repack_heads(model: torch.nn.Module) -> None:
         if type(module).__name__ == "ParallelLMHead" and next(module.parameters()).numel():
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
+
+def _no_ranks(logprobs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return zeros for the ranks of sampled tokens, which no part of rft reads. vLLM compares them with the
+    whole vocabulary for each token, by code that it compiles during the first request, for a second."""
+    return torch.zeros(len(logprobs), dtype=torch.int64, device=logprobs.device)
+
+
+assert hasattr(sampler, "batched_count_greater_than"), "vLLM counts the ranks of tokens elsewhere"
+sampler.batched_count_greater_than = _no_ranks
 
 for _transport in ("gloo", "sparse", "file", "adapter"):
     WeightTransferEngineFactory.register_engine(_transport, ChannelEngine)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from rft.rollout.vllm import compiled_code_folder
+from tests.specs import needs_vllm
 
 # The graph is that of vLLM's `batched_count_greater_than`, with the columns of the tiny model.
 PROGRAM = """
@@ -65,3 +67,21 @@ def test_code_for_avx512_is_not_used_without_it(tmp_path: Path, capability: str)
     wrong = compile_in(tmp_path / "shared", "shared", ATEN_CPU_CAPABILITY=capability)
     assert wrong.returncode != 0
     assert {"default": "vec_reduce_all", "avx2": "AssertionError"}[capability] in wrong.stderr
+
+
+@needs_vllm
+def test_log_probs_of_samples_compile_no_code() -> None:
+    """vLLM would compile a count of each token's rank. The worker module replaces it; log-probs stay."""
+    import_module("rft.sync.vllm_worker")
+    from torch._dynamo.utils import counters
+    from vllm.v1.sample.sampler import Sampler
+
+    before = counters["stats"]["unique_graphs"]
+    logps = torch.randn(3, 368, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    tokens = torch.tensor([5, 0, 367])
+    gathered = Sampler.gather_logprobs(logps, 2, tokens)
+    assert gathered.logprob_token_ids[:, 0].tolist() == tokens.tolist()
+    assert torch.equal(gathered.logprobs[:, 0], logps[torch.arange(3), tokens])
+    assert torch.equal(gathered.logprobs[:, 1:], logps.topk(2).values)
+    assert gathered.selected_token_ranks.shape == (3,)
+    assert counters["stats"]["unique_graphs"] == before
