@@ -45,6 +45,11 @@ sys.path.insert(0, str(ROOT))
 from tests.in_process import InProcessLearner  # noqa: E402
 
 PAIRS = {"kind": "arithmetic_pairs", "limit": 4096}
+REWARDED = {
+    **PAIRS,
+    "columns": {"reward": "label"},
+    "numbers": ["reward"],
+}  # single responses of reward 0 or 1
 GSM8K = {
     "path": str(ROOT.parent / "shared/data/gsm8k/preferences.jsonl"),
     "holdout": HELD_OUT,
@@ -79,6 +84,7 @@ class Case:
     batch_size: int
     learning_rate: float
     fresh: bool = False  # from the untrained model instead of the start
+    taught: bool = False  # with the model of `_teacher` as the reference
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,6 +128,7 @@ def _preferences(section: str, names: Sequence[str], *setting: Any) -> list[Case
 
 CASES = [
     *_preferences("pairs", tuple(VARIANTS), PAIRS, 30, 32, 3e-4),
+    Case("rwr", "pairs", {"name": "rwr", "tau": 0.5}, REWARDED, 30, 32, 3e-4),
     *_preferences("gsm8k", STEADY, GSM8K, 50, 16, 1e-3),
     *_preferences("gsm8k", GENTLE, GSM8K, 50, 16, 3e-4),
     *_preferences("gsm8k", ("kto",), LABELLED, 50, 32, 3e-4),
@@ -134,6 +141,16 @@ CASES = [
             ("asft-forward", {"lam": 0.1, "direction": "forward"}),
             ("token_cleaning", {"better": "policy", "warmup": 0.2}),
             ("q_tuning", {}),
+            ("weak_to_strong", {}),
+        )
+    ),
+    *(
+        Case(name, "slips", {"name": name.split("-")[0], **settings}, SLIPS, 150, 32, 1e-3, taught=True)
+        for name, settings in (
+            ("token_cleaning-taught", {}),
+            ("logit_distill", {}),
+            ("logit_distill-reverse", {"beta": 1.0}),
+            ("logit_distill-half", {"alpha": 0.5}),
         )
     ),
     Case("sft", "sources", {"name": "sft"}, MIXED, 600, 32, 5e-3, fresh=True),
@@ -213,7 +230,7 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
             "output_dir": str(runs),
             "seed": seed,
             "algorithm": case.algorithm,
-            "model": {"path": _start(case, runs)},
+            "model": {"path": _start(case, runs), **({"reference": _teacher(runs)} if case.taught else {})},
             "data": data,
             "train": {"steps": case.steps, "batch_size": case.batch_size},
             **run_sections(case.steps, case.learning_rate),
@@ -264,15 +281,38 @@ def _start(case: Case, runs: Path) -> str:
         return "tiny"
     if case.section != "gsm8k":
         return str(start(1, runs))
-    folder = runs / "start-gsm8k"
+    imitated = {**GSM8K, "columns": {"prompt": "prompt", "completion": "chosen"}}
+    return _imitating(imitated, 120, 16, 5e-3, "tiny", runs / "start-gsm8k")
+
+
+def _teacher(runs: Path) -> str:
+    """A model that has imitated clean solutions of the embedded task, from the start."""
+    clean = {
+        "kind": "arithmetic",
+        "limit": 8192,
+        "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.0},
+    }
+    return _imitating(clean, 150, 32, 1e-3, str(start(1, runs)), runs / "teacher")
+
+
+def _imitating(
+    data: dict[str, Any], steps: int, batch_size: int, learning_rate: float, model: str, folder: Path
+) -> str:
+    """The folder of `model` after supervised tuning, which is done once."""
     if not (folder / "config.json").exists():
         config = parse_config(
             {
-                "output_dir": str(runs),
+                "output_dir": str(folder.parent),
                 "algorithm": "sft",
-                "data": {**GSM8K, "columns": {"prompt": "prompt", "completion": "chosen"}},
-                "train": {"steps": 120, "batch_size": 16},
-                "learner": {"learning_rate": 5e-3, "schedule": "cosine", "threads": 1, "entropy": False},
+                "model": {"path": model},
+                "data": data,
+                "train": {"steps": steps, "batch_size": batch_size},
+                "learner": {
+                    "learning_rate": learning_rate,
+                    "schedule": "cosine",
+                    "threads": 1,
+                    "entropy": False,
+                },
                 "eval": {"every": 0},
                 "checkpoint": {"every": 0},
             }

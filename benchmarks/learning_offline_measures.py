@@ -46,8 +46,10 @@ def preferences(plan: Plan, learner: Learner, pairs: DataConfig) -> dict[str, fl
 
 
 def embedded_pairs(plan: Plan, learner: Learner) -> dict[str, float]:
-    """The preferences of the embedded pairs, and accuracy on their task."""
-    return {**preferences(plan, learner, plan.config.data), **task(plan, learner)}
+    """The preferences of the embedded pairs, and accuracy on their task. A run that reads them as single
+    responses is measured on the pairs as well."""
+    pairs = plan.config.data.model_copy(update={"columns": {}, "numbers": []})
+    return {**preferences(plan, learner, pairs), **task(plan, learner)}
 
 
 def _base(plan: Plan) -> PolicyModel:

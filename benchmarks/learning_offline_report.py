@@ -50,7 +50,9 @@ SECTIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "slips": (
         "Demonstrations of which a share is wrong",
         "150 steps of 32 demonstrations, three of ten steps wrong. KL over the vocabulary, mean over the "
-        "tokens of clean solutions, in nats: of the policy to the start, and of the start to the policy.",
+        "tokens of clean solutions, in nats: of the policy to the start, and of the start to the policy. "
+        "`logit_distill` and `token_cleaning-taught` have a teacher (`model.reference`): the start after 150 "
+        "steps on clean demonstrations. `mft` against `sft` on two sources: [claims](claims.md).",
         {"task": "problems solved", "kl": "KL(policy, start)", "kl_forward": "KL(start, policy)"},
     ),
     "sources": (
