@@ -90,7 +90,7 @@ SHORT = (
     "eval={every: 40, problems: 128, samples: 2}",
 )
 # Sixteen samples of each held-out problem, so that pass@8 is an average over many choices of eight.
-EXPLORE = ("train.steps=40", "eval={every: 10, problems: 256, samples: 16}")
+EXPLORE = ("train.steps=40", "eval={every: 20, problems: 256, samples: 16}")
 # Algorithms that are in the section `exploration` only; `grpo`, `max_rl` and `mml` are in both.
 COMPARED_AT_PASS_K = (
     "sapo",
