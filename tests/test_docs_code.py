@@ -111,12 +111,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         capture_output=True,
         text=True,
         env=env,
-        timeout=280,  # below the limit of a test (pyproject.toml): a busy machine takes minutes for the runs
+        timeout=580,  # a busy machine takes minutes for the runs
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.timeout(600)  # the first of them runs the blocks of all pages
 @marked("run", "python", "bash")
 def test_a_block_runs_and_prints_what_it_says(block: Block, results: dict[str, dict[str, str]]) -> None:
     if block.argument:
@@ -130,6 +131,7 @@ def test_a_block_runs_and_prints_what_it_says(block: Block, results: dict[str, d
         assert result["stdout"].splitlines() == re.findall(r"^# (.*)$", block.text, re.MULTILINE)
 
 
+@pytest.mark.timeout(600)
 @marked("run", "text")
 def test_shown_output_is_what_the_command_above_prints(
     block: Block, results: dict[str, dict[str, str]]

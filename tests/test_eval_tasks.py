@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,17 @@ from rft.utils.signals import StopRequests
 from tests.venvs import python_with
 
 LM_EVAL = ("lm-eval[api]==0.4.13", "transformers>=5,<6")  # of these, the API's models need no torch
-# Worked sums in the style of GSM8K: the answer is behind `####`.
-TASK = """
-task: sums
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}\\n"
-doc_to_target: "{{{{answer.split('####')[-1].strip()}}}}"
-generation_kwargs: {{until: ["\\n\\n"], do_sample: false, max_gen_toks: 12}}
-filter_list:
-  - name: last-number
-    filter: [{{function: regex, regex_pattern: "(\\\\d+)", group_select: -1}}, {{function: take_first}}]
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 1.0}}
-"""
 
 
 def task_file(folder: Path) -> Path:
+    """Write the task file of the docs, on two rows."""
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    (text,) = re.findall(r"```yaml shown\n(task: .*?)```", page, re.DOTALL)
     sums = ((1, 2), (3, 5))
     rows = [{"question": f"{a}+{b}=?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"} for a, b in sums]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    file = folder / "sums.yaml"
-    file.write_text(TASK.format(folder=folder))
+    file = folder / "my_gsm8k.yaml"
+    file.write_text(text.replace("gsm8k-test.jsonl", str(folder / "rows.jsonl")))
     return file
 
 
@@ -103,4 +91,4 @@ def test_a_task_file_runs_on_the_engine(tiny_folder: Path, tmp_path: Path) -> No
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [line["target"] for line in lines] == ["3", "8"]
     right = [line["filtered_resps"][0] == line["target"] for line in lines]
-    assert metrics["eval/sums/exact_match/last-number"] == sum(right) / 2
+    assert metrics["eval/my_gsm8k/exact_match/last-number"] == sum(right) / 2
