@@ -219,6 +219,16 @@ CLAIMS: dict[str, Claim] = {
 # -- the page ------------------------------------------------------------------------------------------
 
 
+def summary() -> str:
+    """The verdicts of all claims, as a list for another page."""
+    rows = load()
+    lines = []
+    for name, claim in CLAIMS.items():
+        judged = claim.judge([r for r in rows if r["section"] == name])
+        lines.append(f"- {claim.title}: {' '.join(line for line in judged if line[0] == '`')}")
+    return "\n".join(lines)
+
+
 def write_page() -> None:
     """Write the tables and verdicts of all sections, run or not."""
     rows = load()

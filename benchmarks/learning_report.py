@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from claims_report import summary
 from learning_when import EXPLORATION, OTHERS
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -211,6 +212,10 @@ def write_page(known: Sequence[tuple[str, str]]) -> None:
         if section == "exploration":
             parts.append("![exploration](images/learning_exploration.png)")
             parts += [f"### When to use which\n\n{EXPLORATION}"]
+    parts.append(
+        "## Claims of papers\n\nChecked on the embedded tasks; experiments, tables and sources are in "
+        f"[claims](claims.md).\n\n{summary()}"
+    )
     parts.append(f"## When to use the others\n\n{OTHERS}")
     PAGE.write_text("\n\n".join(parts) + "\n")
 
