@@ -34,8 +34,7 @@ class Sampled:
     kept: int
 
     def __str__(self) -> str:
-        kept = f"{self.kept} completions of {self.prompts} prompts kept"
-        return f"{self.file}: {kept}, {self.solved} prompts solved"
+        return f"{self.file}: completions kept: {self.kept}; {self.solved} of {self.prompts} prompts solved"
 
 
 def sample(

@@ -325,7 +325,7 @@ def test_a_budget_goes_to_prompts_without_a_right_completion(
     )
     written_down = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(written_down) == len(solved)
-    assert f"{len(solved)} prompts solved" in capsys.readouterr().err
+    assert f"{len(solved)} of 8 prompts solved" in capsys.readouterr().err
 
     # Nobody gets more than --up-to, and a budget that nobody needs is left.
     assert (
