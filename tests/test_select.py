@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from rft.cli import main
+from rft.config.data import DataConfig
 from rft.data import DataError
+from rft.data.rows import Rows
 from rft.errors import ConfigError
 from rft.tasks.tiny import build_tiny
 from rft.tools import row_scores
@@ -249,9 +251,10 @@ def test_uds_restores_its_buffer_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> 
     of[17] = []
     whole, _ = diverse(of, 0.25)
     expected = [whole(i, {}).score for i in range(30)]
+    rows = Rows([{}] * 30, range(30), DataConfig(path="rows.jsonl"), "rows.jsonl")
     for done in (0, 3, 8, 18, 29):
         again, readings = diverse(of, 0.25)
-        again.restore([math.nan if s is None else s for s in expected[:done]], [(i, {}) for i in range(30)])
+        again.restore([math.nan if s is None else s for s in expected[:done]], rows)
         assert len(readings.read_rows) <= 3 + done % 8, "only the buffer and the open batch are read again"
         assert readings.read_rows == sorted(readings.read_rows), "in order"
         assert [again(i, {}).score for i in range(done, 30)] == expected[done:]

@@ -12,6 +12,7 @@ from rft.config.data import DataConfig
 from rft.config.rewards import RewardsConfig, list_as_functions
 
 _NAME = re.compile(r"[A-Za-z][\w\-]*")
+OF_SAMPLES = ("samples", "temperature", "top_p", "greedy", "rerank", "decline")  # settings of a sampled set
 TAKEN = ("outcome", "session")  # second parts of metrics of the unnamed set: `eval/outcome/correct`
 
 
@@ -49,10 +50,7 @@ class EvalSetConfig(ConfigModel):
         None, ge=1, description="maximum completion length, in tokens (none: that of rollout.sampling)"
     )
 
-    @field_validator("decline")
-    @classmethod
-    def _decline(cls, value: str | None) -> str | None:
-        return _regular_expression(value)
+    _decline = field_validator("decline")(_regular_expression)
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -87,10 +85,7 @@ class EvalConfig(ConfigModel):
         {}, description="further held-out sets by name, each with metrics `eval/NAME/...`"
     )
 
-    @field_validator("decline")
-    @classmethod
-    def _decline(cls, value: str | None) -> str | None:
-        return _regular_expression(value)
+    _decline = field_validator("decline")(_regular_expression)
 
     @model_validator(mode="after")
     def _names(self) -> EvalConfig:
@@ -107,8 +102,7 @@ class EvalConfig(ConfigModel):
         inherit `rerank`, the name of one of the run's."""
         if not name:
             return self
-        fields = ("problems", "samples", "temperature", "top_p", "greedy", "rerank", "decline")
-        given = {key: getattr(self.sets[name], key) for key in fields}
+        given = {key: getattr(self.sets[name], key) for key in ("problems", *OF_SAMPLES)}
         settings = {key: value for key, value in given.items() if value is not None}
         if self.sets[name].rewards is not None:
             settings["rerank"] = given["rerank"]

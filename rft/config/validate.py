@@ -24,6 +24,7 @@ from rft.algorithms.extras import (
 from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.rwr import RWR
 from rft.config.environment import EnvironmentConfig
+from rft.config.evaluation import OF_SAMPLES
 from rft.config.learner import (
     FROM_FIRST_BATCH,
     LIGER_REMEDY,
@@ -374,12 +375,7 @@ def eval_checks(config: Config, facts: Facts) -> Iterator[Check]:
             f"{key}.rewards: {name} trains a reward model, which generates nothing; remove them, and its "
             "loss on the rows is measured",
         )
-        given = [
-            f
-            for f in ("samples", "temperature", "top_p", "greedy", "rerank", "decline")
-            if getattr(s, f) is not None
-        ]
-        given += ["max_completion_length"] if s.max_completion_length is not None else []
+        given = [f for f in (*OF_SAMPLES, "max_completion_length") if getattr(s, f) is not None]
         yield (
             not sampled and bool(given),
             f"{key}.{given[0] if given else ''}: {name} measures the loss on the rows of a set without "

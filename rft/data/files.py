@@ -13,6 +13,7 @@ import io
 import json
 import re
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
@@ -102,23 +103,10 @@ def _json_lines(file: Path, *, together: bool = True) -> Iterator[tuple[int, byt
         raise unreadable(file, error) from None
 
 
-class LineRows(Sequence[Any]):
-    """Rows of files of JSON lines, plain or compressed, of which one is in memory at a time.
+class FileRows(Sequence[Any]):
+    """Base of the rows of files that are read when they are asked for."""
 
-    They are meant to be read in order: to go back, the files are read again from the start. Raises DataError
-    with the file and line when a malformed one is read.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-        counts = (sum(1 for _ in _json_lines(file, together=False)) for file in files)
-        self.file_ends = list(accumulate(counts))  # cumulative number of rows by file
-        self._lines, self._next = iter(self._all_lines()), 0
-
-    def _all_lines(self) -> Iterator[tuple[str, int, bytes]]:
-        for file in self.files:
-            for number, line in _json_lines(file, together=False):
-                yield str(file), number, line
+    file_ends: list[int]  # cumulative number of rows by file
 
     def __len__(self) -> int:
         return self.file_ends[-1] if self.file_ends else 0
@@ -128,7 +116,32 @@ class LineRows(Sequence[Any]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        index %= len(self)
+        return self.row(index % len(self))
+
+    @abstractmethod
+    def row(self, index: int) -> Any:
+        """Read the row with this number, from 0 on."""
+
+
+class LineRows(FileRows):
+    """Rows of files of JSON lines, plain or compressed, of which one is in memory at a time.
+
+    They are meant to be read in order: to go back, the files are read again from the start. Raises DataError
+    with the file and line when a malformed one is read.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        counts = (sum(1 for _ in _json_lines(file, together=False)) for file in files)
+        self.file_ends = list(accumulate(counts))
+        self._lines, self._next = iter(self._all_lines()), 0
+
+    def _all_lines(self) -> Iterator[tuple[str, int, bytes]]:
+        for file in self.files:
+            for number, line in _json_lines(file, together=False):
+                yield str(file), number, line
+
+    def row(self, index: int) -> Any:
         if index < self._next:
             self._lines, self._next = iter(self._all_lines()), 0
         item = next(islice(self._lines, index - self._next, None), None)
@@ -357,7 +370,7 @@ def _refuse_surrogates(value: Any, number: int, source: str) -> None:
         ) from None
 
 
-class TableRows(Sequence[Any]):
+class TableRows(FileRows):
     """Rows of Parquet and Arrow files as plain dicts, read lazily, one part at a time.
 
     Raises DataError with the file and row when a damaged part is read.
@@ -365,28 +378,22 @@ class TableRows(Sequence[Any]):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._parts: list[tuple[Path, int, int]] = []  # (file, row group or record batch, rows before it)
-        self._ends: list[int] = []
-        self.file_ends: list[int] = []  # cumulative number of rows by file
+        self._ends: list[int] = []  # cumulative number of rows by part
+        self.file_ends = []
+        total = 0
         for file in files:
             before = 0
             for index, rows in enumerate(_guarded(file, 1, lambda f=file: _Table(f).sizes())):
                 self._parts.append((file, index, before))
-                self._ends.append(len(self) + rows)
                 before += rows
-            self.file_ends.append(len(self))
+                total += rows
+                self._ends.append(total)
+            self.file_ends.append(total)
         self._opened: tuple[Path | None, Any] = (None, None)
         self._loaded: tuple[int, Any] = (-1, None)
         self._block: tuple[int, list[Any]] = (-1, [])
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def row(self, index: int) -> Any:
         part = bisect.bisect_right(self._ends, index)
         begin = self._ends[part - 1] if part else 0
         block = begin + (index - begin) // _BLOCK * _BLOCK

@@ -251,9 +251,8 @@ async def _players(plan: OnlinePlan, stop: asyncio.Event) -> AsyncIterator[tuple
             episodes = make_episodes(config, environments, pool.generate, plan.tokenizer)
 
         async def play(prompt: Prompt, first: int, samples: int) -> Judged:
-            part = (first,) if first else ()  # later sessions of a prompt have a seed of their own
-            name = "-".join(map(str, ("collect", prompt.id, *part)))
-            seed = derive_seed(config.seed, "collect", prompt.id, *part)
+            key = ("collect", prompt.id, first) if first else ("collect", prompt.id)  # another for each round
+            name, seed = "-".join(map(str, key)), derive_seed(config.seed, *key)
             sampling = Sampling.of(config.rollout.sampling, samples, seed)
             if episodes is not None and (own := episodes.of(prompt)) is not None:
                 played = await own.sample(name, prompt, [Rollout()] * samples, sampling, training=False)

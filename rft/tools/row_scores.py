@@ -314,19 +314,19 @@ class Diverse:
         self._add(score, z)
         return Scored(score)
 
-    def restore(self, scores: Sequence[float], rows: Sequence[tuple[int, Row]]) -> None:
+    def restore(self, scores: Sequence[float], rows: Rows) -> None:
         """Go on after rows that were scored before, with nan for none: read those in the buffer again.
 
-        rows: all rows with their numbers; they are read in order.
+        rows: all rows; they are read in order.
         """
         whole = len(scores) // BATCH * BATCH
         entered = best_of_batches(scores[:whole], self.fraction)
         self.entered = max(0, len(entered) - BUFFER)
         for index in entered[self.entered :]:
-            self._enter(self._read_again(*rows[index]))
+            self._enter(self._read_again(rows.numbers[index], rows[index]))
         for index in range(whole, len(scores)):
             missing = math.isnan(scores[index])
-            z = self.of_positions[:0] if missing else self._read_again(*rows[index])
+            z = self.of_positions[:0] if missing else self._read_again(rows.numbers[index], rows[index])
             self.batch.append((scores[index], z))
 
     def _read_again(self, number: int, row: Row) -> Tensor:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from rft.config.data import DataConfig
 from rft.data import DataError
-from rft.data.rows import Row, Rows, load_rows
+from rft.data.rows import Rows, load_rows
 from rft.errors import ConfigError
 from rft.metrics.log import iterate_jsonl
 from rft.tools.out_folder import claimed
@@ -212,7 +212,7 @@ def _score(rows: Rows, score: Scorer, file: Path, method: Method, say: Say) -> S
     if done and len(done) < len(rows):
         say(f"going on: {len(done)} of {len(rows)} rows were scored before")
         if isinstance(score, Diverse):
-            score.restore(done, _Numbered(rows))
+            score.restore(done, rows)
     every = max(1, len(rows) // SAY_EVERY)
     with file.open("a", encoding="utf-8") as out:
         for index in range(len(done), len(rows)):
@@ -227,19 +227,6 @@ def _score(rows: Rows, score: Scorer, file: Path, method: Method, say: Say) -> S
 def _line(number: int, scored: Scored) -> dict[str, Any]:
     score = None if scored.score is None or math.isnan(scored.score) else scored.score
     return {"row": number + 1, "score": score, **scored.more}
-
-
-class _Numbered(Sequence[tuple[int, Row]]):
-    """Rows with their numbers in the data."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.rows.numbers[index], self.rows[index]
 
 
 # -- the choice ----------------------------------------------------------------------------------------------

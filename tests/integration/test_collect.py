@@ -90,6 +90,22 @@ def shared_pool(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     asyncio.run(RolloutPool.close(pools[0]))
 
 
+def stopped_after(count: int, config: Path, out: Path, arguments: collecting.Arguments) -> list[int]:
+    """Collect until a stop that is asked for when `count` groups are written; return the prompts of all."""
+    append, written, signals = collecting._File.append, list[int](), StopRequests()
+
+    def stops(file: Any, lines: Any) -> None:
+        append(file, lines)
+        written.append(lines[0]["prompt_id"])
+        if len(written) == count:
+            signals.stop("asked")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunStopped):
+        patch.setattr(collecting._File, "append", stops)
+        collecting.collect(load_config(config), out, arguments, signals, print)
+    return written
+
+
 def sessions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "sessions.jsonl").read_text().splitlines()]
 
@@ -113,31 +129,19 @@ def test_sessions_are_collected(
     tiny_folder: Path,
     tmp_path: Path,
     shared_pool: None,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     seen = SharedPool.seen
     seen.clear()
 
     # Stopped after two groups or a few more; the same command goes on, and nothing is played twice.
-    append, written, signals = collecting._File.append, list[int](), StopRequests()
-
-    def stops(file: Any, lines: Any) -> None:
-        append(file, lines)
-        written.append(lines[0]["prompt_id"])
-        if len(written) == 2:
-            signals.stop("asked")
-
     command = ["collect", str(config), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(collecting._File, "append", stops)
-    with pytest.raises(RunStopped):
-        collecting.collect(load_config(config), tmp_path / "out", collecting.Arguments(), signals, print)
+    written = stopped_after(2, config, tmp_path / "out", collecting.Arguments())
     assert 2 <= len(written) < 6
     part = tmp_path / "out" / "sessions.part.jsonl"
     with part.open("a") as file:  # a killed process leaves a part of a group
         file.write(part.read_text().splitlines()[0].replace(f'"prompt_id": {written[0]}', '"prompt_id": 99'))
     seen.clear()
-    monkeypatch.setattr(collecting._File, "append", append)
     assert main(command) == 0
     rows = sessions(tmp_path / "out")
     assert [(row["prompt_id"], row["sample"]) for row in rows] == [(p, k) for p in range(6) for k in range(4)]
@@ -279,7 +283,6 @@ def test_a_budget_goes_to_prompts_without_a_right_completion(
     tiny_folder: Path,
     tmp_path: Path,
     shared_pool: None,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "reward.py").write_text(SOLVABLE)
@@ -295,19 +298,7 @@ def test_a_budget_goes_to_prompts_without_a_right_completion(
     command = ["sample", str(config), "--samples", "3", "--up-to", "9", "--keep", "success"]
 
     # Stopped in the second round; the same command ends as one that was not stopped.
-    append, written, signals = collecting._File.append, list[int](), StopRequests()
-
-    def stops(file: Any, lines: Any) -> None:
-        append(file, lines)
-        written.append(lines[0]["prompt_id"])
-        if len(written) == 10:
-            signals.stop("asked")
-
-    arguments = collecting.Arguments(samples=3, up_to=9)
-    monkeypatch.setattr(collecting._File, "append", stops)
-    with pytest.raises(RunStopped):
-        collecting.collect(load_config(config), tmp_path / "out" / "sessions", arguments, signals, print)
-    monkeypatch.setattr(collecting._File, "append", append)
+    stopped_after(10, config, tmp_path / "out" / "sessions", collecting.Arguments(samples=3, up_to=9))
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     rows = sessions(tmp_path / "out" / "sessions")
