@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,21 +19,15 @@ from rft.tasks.tiny import build_tiny
 from rft.tools import merge as merging
 from rft.tools.merge import (
     Options,
-    breadcrumbs,
-    dare,
     layer_scale,
     lora_delta,
     merge,
     soup,
-    stock,
     sum_of,
-    ties,
-    trimmed,
 )
 from rft.tools.model_files import ModelFiles, layer_number
 from rft.tools.prune import prune, recover
 from rft.utils.hashing import model_digest
-from tests.venvs import folder_with
 
 T = torch.tensor
 CONFIG = {"model_type": "qwen3", "hidden_size": 2}
@@ -83,42 +74,8 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 def test_soup_and_sums_by_hand() -> None:
     a, b = T([1.0, 3.0]), T([3.0, -1.0])
-    assert soup([a, b], [1.0, 1.0]).tolist() == [2.0, 1.0]
-    assert soup([a, b], [3.0, 1.0]).tolist() == [1.5, 2.0]
+    assert soup([a, b]).tolist() == [2.0, 1.0]
     assert sum_of([a, b], [1.0, -0.5]).tolist() == [-0.5, 3.5]
-
-
-def test_ties_trims_elects_and_averages_what_agrees() -> None:
-    assert trimmed(T([5.0, -1.0, 3.0, 0.5]), 0.5).tolist() == [5.0, 0.0, 3.0, 0.0]
-    assert trimmed(T([1.0, 1.0, 1.0]), 0.34).count_nonzero() == 2, "ties at the threshold do not keep more"
-    a, b = T([4.0, -3.0, 0.5, 2.0]), T([2.0, 5.0, -0.2, -1.0])
-    # density 0.5: a -> [4, -3, 0, 0], b -> [2, 5, 0, 0]; signs of the sums [+, +]; means [3, 5]
-    assert ties([a, b], 0.5, [1.0, 1.0]).tolist() == [3.0, 5.0, 0.0, 0.0]
-    # density 1: sums [6, 2, 0.3, 1]: values that agree [4, 2], [5], [0.5], [2]
-    assert ties([a, b], 1.0, [1.0, 1.0]).tolist() == [3.0, 5.0, 0.5, 2.0]
-
-
-def test_dare_keeps_a_share_and_the_expectation() -> None:
-    vector = torch.ones(10_000)
-    kept = dare(vector, 0.25, seed=3)
-    assert set(kept.unique().tolist()) == {0.0, 4.0}, "1 / density"
-    assert abs(float(kept.mean()) - 1) < 5 * (3 / 10_000) ** 0.5, "five standard errors: variance 1/d - 1"
-    assert torch.equal(kept, dare(vector, 0.25, seed=3)) and not torch.equal(kept, dare(vector, 0.25, seed=4))
-
-
-def test_stock_shortens_the_mean_by_the_angle() -> None:
-    a, b = T([2.0, 0.0]), T([1.0, 1.0])  # 45 degrees: ratio 2 c / (1 + c)
-    c = 0.5**0.5
-    assert stock([a, b]).tolist() == pytest.approx([1.5 * 2 * c / (1 + c), 0.5 * 2 * c / (1 + c)])
-    assert stock([a, a]).tolist() == pytest.approx([2.0, 0.0]), "one direction: the mean"
-    assert stock([a, T([0.0, 3.0])]).tolist() == [0.0, 0.0], "a right angle: the base"
-    assert stock([a, -a]).tolist() == [0.0, 0.0]
-
-
-def test_breadcrumbs_leave_out_the_largest_and_the_smallest() -> None:
-    vector = T([[9.0, -8.0, 3.0, -2.0], [1.0, 0.5, 0.2, -0.1]])
-    assert breadcrumbs(vector, 0.5, 0.125).tolist() == [[0.0, -8.0, 3.0, -2.0], [1.0, 0.0, 0.0, 0.0]]
-    assert torch.equal(breadcrumbs(vector, 1.0, 0.0), vector)
 
 
 def test_lines_grows_with_the_layer() -> None:
@@ -153,8 +110,6 @@ def test_folders_are_merged_shard_by_shard(make: Callable[..., Path], tmp_path: 
     lineage = json.loads((out / "merge.json").read_text())
     assert lineage["method"] == "wise-ft" and lineage["options"]["alpha"] == 0.25
     assert [m["weights"] for m in lineage["models"]] == [model_digest(str(f)) for f in (base, tuned)]
-    away = merged("arithmetic", tmp_path / "away", base, tuned, weights=[-1.0])
-    assert away[name].abs().sum() == 0, "base - (2 base - base)"
     layered = merged("lines", tmp_path / "lines", base, tuned, alpha=0.0, beta=1.0)
     assert torch.equal(layered[name], load_file(base / "model-1-of-2.safetensors")[name]), "first layer: 0"
     assert layered["model.layers.1.mlp.weight"].tolist() == [[16.0, 0.0, -2.0]], "last layer: 1"
@@ -163,15 +118,6 @@ def test_folders_are_merged_shard_by_shard(make: Callable[..., Path], tmp_path: 
     third = make("third", -1.0)
     moved = merged("difference", tmp_path / "moved", base, tuned, third)
     assert moved[name].abs().sum() == 0, "third + (tuned - base) = -1 + 1"
-    elected = merged("ties", tmp_path / "ties", base, tuned, third, density=1.0)
-    # t = +base, -2 base: the greater total is the second one's sign, so base - 2 base
-    assert elected[name].tolist() == [[-1.0, 2.0, -4.0]]
-    angle = merged("stock", tmp_path / "stock", base, tuned, make("twice", 3.0))
-    assert angle[name].tolist() == [[pytest.approx(2.5), pytest.approx(-5.0), pytest.approx(10.0)]], "c = 1"
-    crumbs = merged("breadcrumbs", tmp_path / "crumbs", base, tuned, density=0.34, gamma=0.34)
-    assert crumbs[name].tolist() == [[1.0, -4.0, 4.0]], "neither the largest change nor the smallest"
-    kept = merged("dare", tmp_path / "dare", base, tuned, density=1.0)
-    assert kept[name].tolist() == [[2.0, -4.0, 8.0]]
 
 
 def test_the_result_has_the_dtype_of_the_first_model(make: Callable[..., Path], tmp_path: Path) -> None:
@@ -212,6 +158,9 @@ def test_what_does_not_fit_is_refused_by_name(make: Callable[..., Path], tmp_pat
     assert "the tokenizers of base and other differ in 2 entries: 'b' has the id 1 and none" in told
     twin = make("twin")
     assert "wise-ft: it takes START TUNED, not 1 model" in refused("wise-ft", out, base)
+    assert "--weights: soup does not use it, only linear, lines" in refused(
+        "soup", out, base, twin, weights=[1.0, 1.0]
+    )
     assert "--beta: soup does not use it, only lines" in refused("soup", out, base, twin, beta=1.0)
     assert "--weights: 1 numbers, but ties of 3 models needs 2" in refused(
         "ties", out, base, twin, other, weights=[1.0]
@@ -335,6 +284,149 @@ def test_what_cannot_be_pruned_or_recovered(
     assert "small: wrong base: it was pruned from tiny" in told
 
 
+# -- mergekit ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny model `base`, and two that moved the same way from it, with other noise: `one`, `two`."""
+    folder = tmp_path_factory.mktemp("moved")
+    build_tiny(folder / "base", seed=1)
+    weights = load_file(folder / "base" / "model.safetensors")
+    noise = torch.Generator().manual_seed(3)
+    common = {n: 0.02 * torch.randn(t.shape, generator=noise) for n, t in weights.items()}
+    for name in ("one", "two"):
+        shutil.copytree(folder / "base", folder / name)
+        changed = {
+            n: t + common[n] + 0.01 * torch.randn(t.shape, generator=noise) for n, t in weights.items()
+        }
+        save_file(changed, folder / name / "model.safetensors", {"format": "pt"})
+    return folder.joinpath
+
+
+def largest(vector: Tensor, density: float, gamma: float = 0.0) -> Tensor:
+    """The vector with the share `density` of its values that follows the largest share `gamma`."""
+    size = vector.numel()
+    first = int(gamma * size)
+    kept = vector.abs().flatten().sort(descending=True).indices[first : first + int(density * size)]
+    mask = torch.zeros(size)
+    mask[kept] = 1
+    return vector * mask.view_as(vector)
+
+
+def elected(a: Tensor, b: Tensor, density: float, weights: tuple[float, float]) -> Tensor:
+    """TIES by its text: trim, elect the sign of the greater total, average the values that have it."""
+    a, b = largest(a, density), largest(b, density)
+    sign = torch.where(weights[0] * a + weights[1] * b >= 0, 1.0, -1.0)
+    total, shares = torch.zeros_like(a), torch.zeros_like(a)
+    for vector, weight in ((a, weights[0]), (b, weights[1])):
+        agrees = vector.sign() == sign
+        total += weight * vector * agrees
+        shares += weight * agrees
+    return total / torch.where(shares == 0, 1.0, shares)
+
+
+def shortened(a: Tensor, b: Tensor) -> Tensor:
+    """Model Stock of two vectors."""
+    c = float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    return 2 * c / (1 + c) * (a + b) / 2
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "of_vectors"),
+    [
+        ("arithmetic", {"weights": [0.75, -0.5]}, lambda a, b: 0.75 * a - 0.5 * b),
+        ("ties", {"density": 0.5}, lambda a, b: elected(a, b, 0.5, (1, 1))),
+        ("ties", {}, lambda a, b: elected(a, b, 0.2, (1, 1))),
+        (
+            "ties",
+            {"weights": [3, 1], "density": 0.5, "alpha": 0.5},
+            lambda a, b: elected(a, b, 0.5, (3, 1)) / 2,
+        ),
+        (
+            "breadcrumbs",
+            {"density": 0.5, "gamma": 0.25},
+            lambda a, b: largest(a, 0.5, 0.25) + largest(b, 0.5, 0.25),
+        ),
+        ("breadcrumbs", {"weights": [2, -1]}, lambda a, b: 2 * largest(a, 0.9, 0.01) - largest(b, 0.9, 0.01)),
+        ("stock", {}, shortened),
+        ("dare", {"density": 1.0, "weights": [0.5, 2]}, lambda a, b: 0.5 * a + 2 * b),
+    ],
+)
+def test_mergekit_does_what_the_papers_say(
+    moved: Callable[[str], Path],
+    tmp_path: Path,
+    method: str,
+    options: dict[str, Any],
+    of_vectors: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    base, one, two = (load_file(moved(n) / "model.safetensors") for n in ("base", "one", "two"))
+    out = tmp_path / "out"
+    done = merged(method, out, moved("base"), moved("one"), moved("two"), **options)
+    assert done.keys() == base.keys()
+    for name, value in done.items():
+        expected = base[name] + of_vectors(one[name] - base[name], two[name] - base[name])
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=f"{method} {name}")
+    assert max(float((t - base[n]).abs().max()) for n, t in done.items()) > 0.005
+    assert json.loads((out / "merge.json").read_text())["method"] == method
+    assert {f.name for f in out.iterdir()} == {f.name for f in moved("base").iterdir()} | {"merge.json"}
+    assert not list(tmp_path.glob("rft-merge-*")), "mergekit's own folder is gone"
+
+
+def test_a_mean_that_is_weighed(moved: Callable[[str], Path], tmp_path: Path) -> None:
+    one, two = (load_file(moved(n) / "model.safetensors") for n in ("one", "two"))
+    done = merged("linear", tmp_path / "out", moved("one"), moved("two"), weights=[3, 1])
+    for name, value in done.items():
+        torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_dare_keeps_a_share_and_the_sum_of_magnitudes(moved: Callable[[str], Path], tmp_path: Path) -> None:
+    base, one = (load_file(moved(n) / "model.safetensors") for n in ("base", "one"))
+    runs = [
+        merged("dare", tmp_path / str(i), moved("base"), moved("one"), density=0.25, seed=seed)
+        for i, seed in enumerate((3, 3, 4))
+    ]
+    name = max(base, key=lambda n: base[n].numel())
+    first, again, other = (run[name] for run in runs)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    change, whole = first - base[name], one[name] - base[name]
+    kept = change.abs() > 1e-7
+    share, error = float(kept.float().mean()), (0.25 * 0.75 / kept.numel()) ** 0.5
+    assert abs(share - 0.25) < 5 * error, "five standard errors"
+    torch.testing.assert_close(change.abs().sum(), whole.abs().sum(), rtol=1e-3, atol=0)
+
+
+def test_mergekits_result_keeps_dtypes_and_answers(moved: Callable[[str], Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(moved("base"), dtype=torch.bfloat16).save_pretrained(half)
+    for file in moved("base").glob("tokenizer*"):
+        shutil.copy(file, half / file.name)
+    out = tmp_path / "out"
+    done = merged("ties", out, half, moved("one"), moved("two"))
+    assert {t.dtype for t in done.values()} == {torch.bfloat16}
+    assert (
+        AutoModelForCausalLM.from_pretrained(out).generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape[1]
+        > 2
+    )
+
+
+def test_without_mergekit_its_methods_name_the_extra(
+    moved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "find_spec", lambda name: None)
+    told = refused("ties", tmp_path / "out", moved("base"), moved("one"))
+    assert told == "ties: mergekit does it, and it is not installed: pip install 'rft[mergekit]'"
+    merged("lines", tmp_path / "lines", moved("base"), moved("one"))
+
+
+def test_what_mergekit_cannot_merge_is_said(make: Callable[..., Path], tmp_path: Path) -> None:
+    told = refused("ties", tmp_path / "out", make("base"), make("other", 2.0))
+    assert told.startswith("ties: mergekit ")
+    assert not list(tmp_path.glob("rft-merge-*"))
+
+
 def test_the_command_names_mistakes(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,86 +435,9 @@ def test_the_command_names_mistakes(
     assert "unknown method 'tise' (did you mean 'ties'?)" in capsys.readouterr().err
     assert main(["merge", "soup", str(tiny_folder), "./missing", "--out", out]) == 2
     assert "./missing: no such folder" in capsys.readouterr().err
+    assert main(["merge", "soup", "smollm2", "smollm2", "--out", out]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == ["  - smollm2: it is named twice"], "and not converted"
+    Path(out).write_text("a file")
+    assert main(["merge", "soup", str(tiny_folder), "other", "--out", out]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
     assert merging.METHODS
-
-
-MERGEKIT = ("mergekit==0.1.5", "immutables==0.21")
-RUN_MERGEKIT = """
-import json, sys
-from mergekit.config import MergeConfiguration
-from mergekit.merge import MergeOptions, run_merge
-
-for name, config in json.load(open(sys.argv[1])).items():
-    run_merge(MergeConfiguration.model_validate(config), name, MergeOptions(copy_tokenizer=False))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_merges_equal_those_of_mergekit(tmp_path: Path) -> None:
-    """On a tiny model and two that moved the same way from it, with other noise. DARE is left out: its masks
-    are random."""
-    packages = str(folder_with("RFT_MERGEKIT_PATH", *MERGEKIT))
-    build_tiny(tmp_path / "base", seed=1)
-    weights = load_file(tmp_path / "base" / "model.safetensors")
-    noise = torch.Generator().manual_seed(3)
-    common = {n: 0.02 * torch.randn(t.shape, generator=noise) for n, t in weights.items()}
-    for name in ("one", "two"):
-        shutil.copytree(tmp_path / "base", tmp_path / name)
-        moved = {n: t + common[n] + 0.01 * torch.randn(t.shape, generator=noise) for n, t in weights.items()}
-        save_file(moved, tmp_path / name / "model.safetensors", {"format": "pt"})
-    cases: dict[str, tuple[str, list[str], dict[str, Any], str, dict[str, float], dict[str, Any]]] = {
-        "soup": ("soup", ["one", "two"], {"weights": [1, 3]}, "linear", {}, {"weight": [1, 3]}),
-        "ties": ("ties", ["base", "one", "two"], {"density": 0.5}, "ties", {"density": 0.5}, {}),
-        "crumbs": (
-            "breadcrumbs",
-            ["base", "one", "two"],
-            {"density": 0.5, "gamma": 0.25},
-            "breadcrumbs",
-            {"density": 0.5, "gamma": 0.25},
-            {},
-        ),
-        "arithmetic": (
-            "arithmetic",
-            ["base", "one", "two"],
-            {"weights": [0.75, -0.5]},
-            "task_arithmetic",
-            {},
-            {"weight": [0.75, -0.5]},
-        ),
-        "stock": ("stock", ["base", "one", "two"], {}, "model_stock", {}, {}),
-    }
-    theirs = {}
-    for name, (_, _, _, method, parameters, each) in cases.items():
-        weight = each.get("weight", [1, 1])
-        tuned = [
-            {"model": str(tmp_path / m), "parameters": {"weight": w, **parameters}}
-            for m, w in zip(("one", "two"), weight, strict=True)
-        ]
-        based = {} if method == "linear" else {"base_model": str(tmp_path / "base")}
-        if method == "model_stock":
-            tuned = [{"model": m["model"]} for m in tuned]
-        theirs[str(tmp_path / f"theirs-{name}")] = {
-            "models": tuned,
-            "merge_method": method,
-            "dtype": "float32",
-            **based,
-        }
-    (tmp_path / "cases.json").write_text(json.dumps(theirs))
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_MERGEKIT, str(tmp_path / "cases.json")],
-        env={**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, (method, models, options, *_) in cases.items():
-        ours = merged(method, tmp_path / f"ours-{name}", *(tmp_path / m for m in models), **options)
-        of_mergekit = ModelFiles(tmp_path / f"theirs-{name}")
-        assert ours.keys() == of_mergekit.tensors.keys()
-        moves = max(float((t - weights[n]).abs().max()) for n, t in ours.items())
-        for tensor, value in ours.items():
-            torch.testing.assert_close(
-                value, of_mergekit.read(tensor), rtol=1e-5, atol=1e-6, msg=f"{name} {tensor}"
-            )
-        assert moves > 0.01, name

@@ -70,6 +70,7 @@ def test_the_metadata(wheel: zipfile.ZipFile) -> None:
         "deepspeed",
         "gguf",
         "lm-eval",
+        "mergekit",
         "quant",
         "select",
         "dev",
@@ -114,6 +115,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     }
     optional = {"vllm", "deepspeed", "bitsandbytes", "liger_kernel", "wandb", "mlflow", "aiohttp", "mcp"}
     optional |= {"datasketch"}  # rft select --method minhash
+    optional |= {"mergekit"}  # rft merge ties
     optional |= {"omegaconf"}  # comes with SkyRL-Gym
     optional |= {"verifiers", "renderers"}  # of the Python that environment.python names
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -145,14 +145,15 @@ def register(command: AddCommand) -> None:
     add("--converter", metavar="PATH", type=path_argument, help="llama.cpp's convert_hf_to_gguf.py")
     add = command(merge, "merge", "combine models of one shape in weight space", stoppable=True)
     methods = (
-        "soup, greedy, wise-ft, lines, ties, dare, stock, breadcrumbs, arithmetic, difference, adapter, "
+        "soup, greedy, wise-ft, lines, difference, adapter, loram; with the extra mergekit also linear, "
+        "arithmetic, ties, dare, breadcrumbs, stock"
     )
-    add("method", metavar="METHOD", help=f"{methods}loram")
+    add("method", metavar="METHOD", help=methods)
     add(
         "models", nargs="+", metavar="MODEL", type=path_argument, help="model folders, run folders, hub names"
     )
     add("--out", required=True, type=path_argument, help="folder to write")
-    add("--weights", type=_numbers, metavar="W,W", help="weight of each model (soup), or of each task vector")
+    add("--weights", type=_numbers, metavar="W,W", help="weight of each model (linear) or task vector")
     text = "wise-ft: share of the tuned model (0.5); lines: first scale (0); ties, difference: scale (1)"
     add("--alpha", type=float, help=text)
     add("--beta", type=float, help="lines: increase of the scale up to the last layer (1)")
@@ -428,19 +429,18 @@ def compare(args: argparse.Namespace) -> int:
 def merge(args: argparse.Namespace) -> int:
     import tempfile
 
-    from rft.errors import ConfigError
-    from rft.tools.merge import METHODS, Options, accuracy_by, merge
+    from rft.tools.merge import Options, accuracy_by, check_request, merge
     from rft.tools.model_files import local_folder
-    from rft.utils.did_you_mean import did_you_mean_or_list
 
-    if args.method not in METHODS:
-        hint = did_you_mean_or_list(args.method, METHODS)
-        raise ConfigError([f"merge: unknown method {args.method!r}{hint}"])
-    options = Options(args.weights, args.alpha, args.beta, args.density, args.gamma, args.seed)
+    options, out = (
+        Options(args.weights, args.alpha, args.beta, args.density, args.gamma, args.seed),
+        Path(args.out),
+    )
+    check_request(args.method, args.models, out, options, args.config is not None)
     score = None if args.config is None else accuracy_by(args.config, args.signals)
     with tempfile.TemporaryDirectory(prefix="rft-merge-") as scratch:
         folders = {name: local_folder(name, Path(scratch) / str(i)) for i, name in enumerate(args.models)}
-        lines = merge(args.method, folders, Path(args.out), options, score)
+        lines = merge(args.method, folders, out, options, score)
     say("\n".join(lines), sys.stdout)
     return 0
 

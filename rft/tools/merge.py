@@ -3,21 +3,26 @@
 The first model gives config, tokenizer and dtype; arithmetic is done in float32. With task vectors
 t_i = model_i - base, where the first model is the base:
 
-soup         mean of all models, weighed (Wortsman et al. 2022)
+soup         mean of all models (Wortsman et al. 2022)
 greedy       mean of the models that, in order of their accuracy, do not lower the mean's (there, recipe 1)
 wise-ft      (1 - alpha) * start + alpha * tuned (Wortsman et al. 2022b)
 lines        base + sum_i w_i * (alpha + beta * l / (L - 1)) * t_i in layer l = 0 ... L - 1; with alpha before
              the layers, with alpha + beta behind them (LiNeS, Wang et al. 2024)
-ties         base + alpha * mean of the trimmed t_i that have the elected sign (TIES, Yadav et al. 2023)
-dare         base + sum_i w_i * mask_i * t_i / density, random masks (DARE, Yu et al. 2023)
-stock        base + r * mean of the N vectors t_i, r = N c / (1 + (N - 1) c) in each tensor, c the mean cosine
-             between two of them (Model Stock, Jang et al. 2024)
-breadcrumbs  base + sum_i w_i * t_i without the share gamma of the largest values and with the next share
-             density of them only (Davari and Belilovsky 2023)
-arithmetic   base + sum_i w_i * t_i; a negative weight removes what was learned (Ilharco et al. 2023)
 difference   onto + alpha * (to - from), models in the order FROM TO ONTO (PortLLM, Khan et al. 2024)
 adapter      base + scale * B A, models in the order BASE ADAPTER (LoRA)
 loram        base + R(scale * B A), models in the order BASE PRUNED ADAPTER (LoRAM, see `rft.tools.prune`)
+
+mergekit (the extra `mergekit`) does the others:
+
+linear       sum_i w_i * model_i / sum_i w_i
+arithmetic   base + sum_i w_i * t_i; a negative weight removes what was learned (Ilharco et al. 2023)
+ties         base + alpha * weighed mean of the trimmed t_i with the elected sign (TIES, Yadav et al. 2023)
+dare         base + sum_i w_i * mask_i * t_i with random masks, each scaled to its former sum of magnitudes
+             (DARE, Yu et al. 2023, who divide by the density: equal in expectation)
+breadcrumbs  base + sum_i w_i * t_i without the share gamma of the largest values and with the next share
+             density of them only (Davari and Belilovsky 2023)
+stock        base + r * mean of the N vectors t_i, r = N c / (1 + (N - 1) c) in each tensor, c the mean cosine
+             between two of them (Model Stock, Jang et al. 2024)
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +50,23 @@ from rft.tools.model_files import (
     write_like,
 )
 from rft.tools.prune import Kept, read_kept, recover
+from rft.utils.did_you_mean import did_you_mean_or_list
 from rft.utils.files import folder_atomic
-from rft.utils.hashing import hash64, model_digest
+from rft.utils.hashing import model_digest
 from rft.utils.signals import StopRequests
 
-METHODS = (
-    "soup", "greedy", "wise-ft", "lines", "ties", "dare", "stock", "breadcrumbs", "arithmetic", "difference",
-    "adapter", "loram",
-)  # fmt: skip
+MERGEKIT = {  # method to mergekit's name of it
+    "linear": "linear",
+    "arithmetic": "task_arithmetic",
+    "ties": "ties",
+    "dare": "dare_linear",
+    "breadcrumbs": "breadcrumbs",
+    "stock": "model_stock",
+}
+METHODS = ("soup", "greedy", "wise-ft", "lines", "difference", "adapter", "loram", *MERGEKIT)
 MERGE_FILE = "merge.json"  # in the merged folder: method, options, and digests of the models' weights
+DENSITY = {"ties": 0.2, "dare": 0.1, "breadcrumbs": 0.9}  # share of each task vector that is kept
+SHARD = 2**28  # parameters that mergekit holds before it writes them: 1 GiB
 _NUMBER = {
     "wise-ft": (2, "START TUNED"),
     "difference": (3, "FROM TO ONTO"),
@@ -76,9 +90,9 @@ class Options:
 # -- the equations, for one tensor --------------------------------------------------------------------------
 
 
-def soup(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return the mean, weighed."""
-    return sum_of(tensors, [w / sum(weights) for w in weights])
+def soup(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the mean, float32."""
+    return sum_of(tensors, [1 / len(tensors)] * len(tensors))
 
 
 def sum_of(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -87,55 +101,6 @@ def sum_of(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor.float(), alpha=weight)
     return total
-
-
-def trimmed(vector: Tensor, density: float) -> Tensor:
-    """Return the vector with all but the share `density` of its largest values, by magnitude, set to 0."""
-    keep = math.ceil(density * vector.numel())
-    if keep >= vector.numel():
-        return vector
-    magnitudes = vector.abs().reshape(-1)
-    chosen = torch.topk(magnitudes, keep).indices
-    mask = torch.zeros_like(magnitudes, dtype=torch.bool)
-    mask[chosen] = True
-    return vector * mask.view_as(vector)
-
-
-def ties(vectors: Sequence[Tensor], density: float, weights: Sequence[float]) -> Tensor:
-    """Return the merged task vector of TIES: trim each, elect the sign of the greater total, average the
-    values of that sign. Trimming is by tensor, not over the whole model."""
-    parts = torch.stack([trimmed(v, density) * w for v, w in zip(vectors, weights, strict=True)])
-    sign = torch.sign(parts.sum(dim=0))
-    agrees = (torch.sign(parts) == sign) & (sign != 0)
-    return (parts * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
-
-
-def dare(vector: Tensor, density: float, seed: int) -> Tensor:
-    """Return the vector with a random share 1 - density of its values set to 0, and the rest divided by
-    density."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(vector.shape, generator=generator) < density
-    return vector * mask / density
-
-
-def stock(vectors: Sequence[Tensor]) -> Tensor:
-    """Return the merged task vector of Model Stock: the mean of the vectors, shortened by their angle. Where
-    they point apart on average (a negative cosine), it is 0."""
-    flat = torch.stack([v.reshape(-1) for v in vectors])
-    units, n = torch.nn.functional.normalize(flat, dim=1), len(vectors)
-    cosine = float(((units @ units.T).sum() - (units * units).sum()) / (n * (n - 1)))
-    ratio = max(n * cosine / (1 + (n - 1) * cosine), 0.0) if cosine > 0 else 0.0
-    return ratio * flat.mean(dim=0).view_as(vectors[0])
-
-
-def breadcrumbs(vector: Tensor, density: float, gamma: float) -> Tensor:
-    """Return the vector without the share `gamma` of its largest values, by magnitude, and with the next
-    share `density` of them only."""
-    order = vector.abs().reshape(-1).argsort(descending=True)
-    first, last = round(gamma * len(order)), round((gamma + density) * len(order))
-    mask = torch.zeros(len(order), dtype=torch.bool)
-    mask[order[first:last]] = True
-    return vector * mask.view_as(vector)
 
 
 def layer_scale(layer: int | None, layers: int, alpha: float, beta: float, behind: bool) -> float:
@@ -165,11 +130,7 @@ def merge(
     greedy. Raises ConfigError with all problems before anything is written.
     """
     names = list(folders)
-    problems = _option_problems(method, names, options, score is not None)
-    if out.exists() and any(out.iterdir()):
-        problems.append(f"{out} is not empty: choose another folder")
-    if problems:
-        raise ConfigError(problems)
+    check_request(method, names, out, options, score is not None)
     if method in ("adapter", "loram"):
         base = ModelFiles(folders[names[0]], names[0])
         adapter = Adapter(Path(folders[names[-1]]), names[-1])
@@ -188,6 +149,11 @@ def merge(
         raise ConfigError(problems)
     lines: list[str] = []
     used = names
+    if method in MERGEKIT:
+        with folder_atomic(out) as temporary:
+            _merge_with_mergekit(method, models, options, temporary)
+            _write_lineage(temporary, method, folders, options, names)
+        return [f"{method}, by mergekit: {len(models[0].tensors)} tensors of {', '.join(names)}"]
     if method == "greedy":
         assert score is not None
         models, lines = _greedy(models, out, score)
@@ -205,7 +171,7 @@ def _merged(method: str, models: Sequence[ModelFiles], o: Options, like: ModelFi
     dtype = tensors[models.index(like)].dtype
     base, *others = [t.float() for t in tensors]
     if method in ("soup", "greedy"):
-        merged = soup(tensors, o.weights or [1.0] * len(tensors))
+        merged = soup(tensors)
     elif method == "wise-ft":
         alpha = 0.5 if o.alpha is None else o.alpha
         merged = sum_of(tensors, [1 - alpha, alpha])
@@ -214,34 +180,17 @@ def _merged(method: str, models: Sequence[ModelFiles], o: Options, like: ModelFi
         merged = tensors[2].float() + alpha * (others[0] - base)
     else:
         vectors = [t - base for t in others]
-        weights = o.weights or [1.0] * len(vectors)
-        merged = base + _task_vector(method, vectors, weights, name, o, models[0])
+        total = sum_of(vectors, o.weights or [1.0] * len(vectors))
+        merged = base + _lines_scale(name, models[0], o) * total
     return merged.to(dtype)
 
 
-def _task_vector(
-    method: str, vectors: Sequence[Tensor], weights: Sequence[float], name: str, o: Options, base: ModelFiles
-) -> Tensor:
-    alpha, density = o.alpha, o.density
-    if method == "ties":
-        return (1.0 if alpha is None else alpha) * ties(vectors, 0.2 if density is None else density, weights)
-    if method == "dare":
-        seeds = [hash64(f"{o.seed}/{i}/{name}") % 2**63 for i in range(len(vectors))]
-        kept = 0.1 if density is None else density
-        return sum_of([dare(v, kept, s) for v, s in zip(vectors, seeds, strict=True)], weights)
-    if method == "stock":
-        return stock(vectors)
-    if method == "breadcrumbs":
-        kept, gamma = 0.9 if density is None else density, 0.01 if o.gamma is None else o.gamma
-        return sum_of([breadcrumbs(v, kept, gamma) for v in vectors], weights)
-    total = sum_of(vectors, weights)
-    if method == "arithmetic":
-        return total
+def _lines_scale(name: str, base: ModelFiles, o: Options) -> float:
     numbers = [n for tensor in base.tensors if (n := layer_number(tensor)) is not None]
     layers, layer = max(numbers, default=-1) + 1, layer_number(name)
     behind = not any(word in name for word in ("embed", "wte", "wpe"))
-    alpha, beta = 0.0 if alpha is None else alpha, 1.0 if o.beta is None else o.beta
-    return layer_scale(layer, layers, alpha, beta, behind) * total
+    alpha, beta = 0.0 if o.alpha is None else o.alpha, 1.0 if o.beta is None else o.beta
+    return layer_scale(layer, layers, alpha, beta, behind)
 
 
 def _greedy(
@@ -295,20 +244,29 @@ def _write_lineage(
     (out / MERGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
 
 
-def _option_problems(method: str, names: Sequence[str], o: Options, scores: bool) -> list[str]:
+def check_request(method: str, names: Sequence[str], out: Path, o: Options, scores: bool) -> None:
+    """Raise ConfigError with all that is wrong with a merge before a model is read.
+
+    scores: there is a config that measures accuracy.
+    """
+    if method not in METHODS:
+        raise ConfigError([f"merge: unknown method {method!r}{did_you_mean_or_list(method, METHODS)}"])
     least, shape = _NUMBER.get(method, (2, "MODEL MODEL..."))
     count, problems = len(names), []
+    problems += [f"{name}: it is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        problems.append(f"{out} is not an empty folder: choose another one")
     if count < least or (method in _NUMBER and count > least):
         problems.append(f"{method}: it takes {shape}, not {count} model{'s' if count != 1 else ''}")
     weighed = {
-        "soup": count,
+        "linear": count,
         **dict.fromkeys(("lines", "ties", "dare", "breadcrumbs", "arithmetic"), count - 1),
     }
     takes = {
         "weights": tuple(weighed),
         "alpha": ("wise-ft", "lines", "ties", "difference"),
         "beta": ("lines",),
-        "density": ("ties", "dare", "breadcrumbs"),
+        "density": tuple(DENSITY),
         "gamma": ("breadcrumbs",),
     }
     for option, methods in takes.items():
@@ -317,8 +275,8 @@ def _option_problems(method: str, names: Sequence[str], o: Options, scores: bool
     if o.weights is not None and method in weighed and len(o.weights) != weighed[method]:
         given, needed = len(o.weights), weighed[method]
         problems.append(f"--weights: {given} numbers, but {method} of {count} models needs {needed}")
-    elif o.weights is not None and method == "soup" and not sum(o.weights):
-        problems.append("--weights: they sum to 0; soup divides by their sum")
+    elif o.weights is not None and method == "linear" and not sum(o.weights):
+        problems.append("--weights: they sum to 0; linear divides by their sum")
     if o.density is not None and not 0 < o.density <= 1:
         problems.append(f"--density: {o.density:g} is not a share above 0, up to 1")
     if o.gamma is not None and not 0 <= o.gamma < 1:
@@ -329,7 +287,61 @@ def _option_problems(method: str, names: Sequence[str], o: Options, scores: bool
         )
     if method == "greedy" and not scores:
         problems.append("greedy: name a config that measures accuracy (rewards, held-out rows): `--config`")
-    return problems
+    if method in MERGEKIT and find_spec("mergekit") is None:
+        problems.append(f"{method}: mergekit does it, and it is not installed: pip install 'rft[mergekit]'")
+    if problems:
+        raise ConfigError(problems)
+
+
+# -- mergekit ----------------------------------------------------------------------------------------------
+
+
+def mergekit_config(method: str, folders: Sequence[str], o: Options) -> dict[str, Any]:
+    """Return the merge as mergekit's configuration; its defaults are not relied on."""
+    base, tuned = (None, folders) if method == "linear" else (folders[0], folders[1:])
+    shared: dict[str, bool | float] = {}
+    each: dict[str, float] = {}
+    if method == "linear":
+        shared = {"normalize": True}
+    elif method == "stock":
+        shared = {"filter_wise": False}
+    else:  # dare scales what is kept, ties divides by the weights that agree
+        alpha = 1.0 if o.alpha is None else o.alpha
+        shared = {"normalize": method == "ties", "rescale": method == "dare", "lambda": alpha}
+    if method in DENSITY:
+        each["density"] = DENSITY[method] if o.density is None else o.density
+    if method == "breadcrumbs":
+        each["gamma"] = 0.01 if o.gamma is None else o.gamma
+    weights = (
+        [{}] * len(tuned) if method == "stock" else [{"weight": w} for w in o.weights or [1.0] * len(tuned)]
+    )
+    parts = [{"model": f, "parameters": {**each, **weight}} for f, weight in zip(tuned, weights, strict=True)]
+    config = {"merge_method": MERGEKIT[method], "models": parts, "parameters": shared, "dtype": "float32"}
+    return config if base is None else {**config, "base_model": base}
+
+
+def _merge_with_mergekit(method: str, models: Sequence[ModelFiles], o: Options, out: Path) -> None:
+    """Write mergekit's result in the shards and dtypes of the first model."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    config = MergeConfiguration.model_validate(mergekit_config(method, [str(m.folder) for m in models], o))
+    options = MergeOptions(
+        out_shard_size=SHARD,
+        copy_tokenizer=False,
+        write_model_card=False,
+        quiet=True,
+        random_seed=o.seed if method == "dare" else None,
+    )
+    with tempfile.TemporaryDirectory(prefix="rft-merge-", dir=_existing(out)) as scratch:
+        try:
+            run_merge(config, scratch, options)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError([f"{method}: mergekit cannot merge these models: {error}"]) from error
+        merged, first = ModelFiles(scratch, "mergekit's result"), models[0]
+        if lacking := [name for name in first.tensors if name not in merged.tensors]:
+            raise ConfigError([f"{method}: mergekit does not know the tensor {lacking[0]} of {first.name}"])
+        write_like(first, out, lambda name: merged.read(name).to(first.read(name).dtype))
 
 
 # -- adapters ----------------------------------------------------------------------------------------------
