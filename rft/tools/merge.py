@@ -299,23 +299,22 @@ def check_request(method: str, names: Sequence[str], out: Path, o: Options, scor
 def mergekit_config(method: str, folders: Sequence[str], o: Options) -> dict[str, Any]:
     """Return the merge as mergekit's configuration; its defaults are not relied on."""
     base, tuned = (None, folders) if method == "linear" else (folders[0], folders[1:])
-    shared: dict[str, bool | float] = {}
-    each: dict[str, float] = {}
     if method == "linear":
-        shared = {"normalize": True}
+        shared: dict[str, bool | float] = {"normalize": True}
     elif method == "stock":
         shared = {"filter_wise": False}
     else:  # dare scales what is kept, ties divides by the weights that agree
         alpha = 1.0 if o.alpha is None else o.alpha
         shared = {"normalize": method == "ties", "rescale": method == "dare", "lambda": alpha}
+    each: dict[str, float] = {}
     if method in DENSITY:
         each["density"] = DENSITY[method] if o.density is None else o.density
     if method == "breadcrumbs":
         each["gamma"] = 0.01 if o.gamma is None else o.gamma
-    weights = (
-        [{}] * len(tuned) if method == "stock" else [{"weight": w} for w in o.weights or [1.0] * len(tuned)]
-    )
-    parts = [{"model": f, "parameters": {**each, **weight}} for f, weight in zip(tuned, weights, strict=True)]
+    parts = []
+    for folder, weight in zip(tuned, o.weights or [1.0] * len(tuned), strict=True):
+        weighed = each if method == "stock" else {**each, "weight": weight}
+        parts.append({"model": folder, "parameters": weighed})
     config = {"merge_method": MERGEKIT[method], "models": parts, "parameters": shared, "dtype": "float32"}
     return config if base is None else {**config, "base_model": base}
 
