@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from learning_report import SECONDS, merge, summarise, write_page
+from learning_report import AGAIN, SECONDS, merge, summarise, write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLINE = ROOT / "examples" / "online"
@@ -38,6 +38,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     teacher: str = ""  # a case of the same section and seed whose final model is the reference
     start: str = ""  # of STARTS
+    shift: int = 0  # added to the seed of the run, not to that of its start
 
 
 # The example that provides the warm start, and its overrides. `hasty`: chains in which every step is
@@ -123,9 +124,9 @@ STYLES = (
 )
 
 
-def online(name: str, section: str, *overrides: str, case: str = "", start: str = "") -> Case:
+def online(name: str, section: str, *overrides: str, case: str = "", start: str = "", shift: int = 0) -> Case:
     """A case made of an example of examples/online."""
-    return Case(case or name, section, f"examples/online/{name}.yaml", overrides, start=start)
+    return Case(case or name, section, f"examples/online/{name}.yaml", overrides, start=start, shift=shift)
 
 
 CASES: list[Case] = [
@@ -136,6 +137,7 @@ CASES: list[Case] = [
     ),
     online("ppo", "online", *VALUE_HEAD, case="ppo_head"),
     *(online(name, "exploration", *EXPLORE, start="unsure") for name in EXPLORING),
+    online("grpo", "exploration", *EXPLORE, case=AGAIN, start="unsure", shift=100),
     *(
         online("grpo", "exploration", *EXPLORE, f"algorithm={settings}", case=name, start="unsure")
         for name, settings in SETTINGS.items()
@@ -198,7 +200,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def carry_out(case: Case, seed: int, run: Path, runs: Path, minutes: float) -> int:
     """Train one case from the start of its seed; returns rft's exit code (75: cut short, resumable)."""
-    overrides = [*case.overrides, f"seed={seed}", f"output_dir={runs}", f"name={run.name}", "warm_start=null"]
+    overrides = [*case.overrides, f"seed={seed + case.shift}", f"output_dir={runs}", f"name={run.name}"]
+    overrides += ["warm_start=null"]
     overrides += [f"model.path={start(seed, runs, case.start)}", "model.options={}"]
     if case.teacher:
         teacher = runs / f"{case.section}-{case.teacher}-{seed}" / "model"

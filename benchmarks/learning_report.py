@@ -14,7 +14,7 @@ from learning_when import EXPLORATION, OTHERS
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from rft.report.plots import BLUE, COLORS, GREY, INK, STYLE
+from rft.report.plots import BLUE, COLORS, GREY, INK, ORANGE, STYLE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
@@ -23,6 +23,7 @@ PLOT = ROOT / "docs" / "images" / "learning.png"
 EXPLORATION_PLOT = ROOT / "docs" / "images" / "learning_exploration.png"
 SECONDS = "seconds"  # a file of a start: how long it took to train
 DIVERSITY = ("pass@8", "distinct_answers", "distinct")  # held-out metrics of section `exploration`
+AGAIN = "grpo_again"  # GRPO from the same starts, with other samples: how far runs differ by chance
 BIN = 5  # steps that a point of a reward curve is the mean of
 
 SECTIONS = {
@@ -348,32 +349,43 @@ def plot(rows: Sequence[Row]) -> None:
 
 
 def plot_exploration(rows: Sequence[Row]) -> None:
-    """pass@8 against accuracy over the steps of each run of section `exploration`."""
+    """Runs of several seeds over their course, and what each algorithm has over GRPO at equal accuracy."""
     runs = [r for r in rows if r["section"] == "exploration"]
-    if not runs:
+    usual = {r["seed"]: r for r in runs if r["case"] == "grpo"}
+    gains: dict[str, list[float]] = {}
+    for run in runs:
+        gain = over(run, usual.get(run["seed"]), "pass@8")
+        if run["case"] != "grpo" and gain is not None:
+            gains.setdefault(run["case"], []).append(gain)
+    if not gains:
         return
+    names = sorted(gains, key=lambda name: statistics.fmean(gains[name]))
+    several = [
+        n for n in ("grpo", "mml", "max_rl", "entropy_bonus", "entropy_target") if n in {*gains, "grpo"}
+    ]
     with rc_context(STYLE):
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        axes = figure.subplots()
-        names = sorted({r["case"] for r in runs}, key=lambda n: -sum(r["case"] == n for r in runs))
-        for index, name in enumerate(names):
-            for run in (r for r in runs if r["case"] == name):
+        figure = Figure(figsize=(10.5, max(3.6, 0.24 * len(names) + 1)), layout="constrained")
+        curves, dots = figure.subplots(1, 2)
+        for name, color in zip(several, COLORS, strict=False):
+            for i, run in enumerate(r for r in runs if r["case"] == name):
                 x, y = [a for _, a in run["curve"]], [v for _, v in run["diversity"]["pass@8"]]
-                several = index < len(COLORS) and sum(r["case"] == name for r in runs) > 1
-                color = COLORS[index] if several else GREY
-                axes.plot(x, y, color=color, marker="o", markersize=3, linewidth=1.4 if several else 0.8)
-                if not several:
-                    axes.annotate(name, (x[-1], y[-1]), fontsize=7, color=GREY)
-            if sum(r["case"] == name for r in runs) > 1 and index < len(COLORS):
-                axes.plot([], [], color=COLORS[index], label=name)
-        axes.set_xlabel("held-out accuracy")
-        axes.set_title(
-            "pass@8 over the course of a run, one line per seed", loc="left", color=INK, fontsize=11
+                label = name if i == 0 else None
+                curves.plot(x, y, color=color, marker="o", markersize=3, linewidth=1.2, label=label)
+        curves.set_xlabel("held-out accuracy")
+        curves.set_title(
+            "pass@8 in the course of runs", loc="left", color=INK, fontsize=11, fontweight="bold"
         )
-        axes.xaxis.set_major_formatter("{x:.0%}")
-        axes.yaxis.set_major_formatter("{x:.1%}")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best", labelcolor=INK)
+        curves.xaxis.set_major_formatter("{x:.0%}")
+        curves.yaxis.set_major_formatter("{x:.0%}")
+        curves.legend(loc="lower right", labelcolor=INK)
+        dots.axvline(0, color=GREY, linestyle="--", linewidth=1)
+        for y, name in enumerate(names):
+            color = ORANGE if name == AGAIN else BLUE
+            dots.plot(gains[name], [y] * len(gains[name]), "o", color=color, markersize=4, alpha=0.7)
+            dots.plot(statistics.fmean(gains[name]), y, "|", color=INK, markersize=11)
+        dots.set_yticks(range(len(names)), names, fontsize=7)
+        dots.xaxis.set_major_formatter(lambda share, _: f"{100 * share:+.1f}")
+        dots.set_xlabel("points of pass@8 over grpo at equal accuracy (dot: a seed, line: mean)")
         figure.savefig(EXPLORATION_PLOT, dpi=150, facecolor="white")
 
 
