@@ -122,7 +122,7 @@ class EpisodeSampler:
                 episode = await self.runner.run(row, session)
             finally:
                 session.close("the episode has ended")
-            # `take_metrics` may have begun another tally since this session began.
+            # `Episodes.take_metrics` may have begun another tally since this session began.
             self.tallies[training].add(session, episode, time.perf_counter() - begin)
             self._report(label, prompt, episode, number)
             return session, episode
@@ -196,11 +196,6 @@ class EpisodeSampler:
         return replace(
             judged, rewards=[_added(a, b) for a, b in zip(judged.rewards, from_environment, strict=True)]
         )
-
-    def take_metrics(self, *, training: bool = True) -> dict[str, float]:
-        """Return and reset `session/...` of the sessions since the last call, and, with those of training,
-        `environment/...` of all."""
-        return take(self.tallies, training) | (self.runner.take_metrics() if training else {})
 
 
 @dataclass(frozen=True)
