@@ -48,6 +48,7 @@ from rft.preflight.model import (
     check_adapter,
     check_fusion,
     check_reference,
+    check_vllm_heads,
     count_adapter_parameters,
     resolve_fusion,
     resolve_model,
@@ -311,6 +312,8 @@ def make_plan(
     problems += check_environment(config, tokenizer, train) if starts else []
     problems += check_run_rewards(config, train, sets or ()) if starts else []
     problems += check_align(config, sets or (), trains=not evaluate)
+    if path is not None and facts.engine == "vllm" and facts.samples:
+        problems += check_vllm_heads(path, config.rollout.engine_args)
     if starts:
         problems += check_sockets(config, vllm=facts.engine == "vllm")
         problems += [] if evaluate else check_folders(config)

@@ -228,60 +228,208 @@ def test_a_wrong_base_is_refused_by_name(
 
 
 def test_what_was_learned_about_kept_neurons_goes_back_to_their_places() -> None:
-    kept = {"0": [1, 3]}
+    kept = {"neurons": {"0": [1, 3]}, "heads": {}}
     change, shape = T([[1.0, 2.0], [3.0, 4.0]]), torch.Size((4, 2))
     rows = recover("model.layers.0.mlp.up_proj.weight", change, shape, kept)
     assert rows.tolist() == [[0, 0], [1, 2], [0, 0], [3, 4]]
     columns = recover("model.layers.0.mlp.down_proj.weight", change, torch.Size((2, 4)), kept)
     assert columns.tolist() == [[0, 1, 0, 2], [0, 3, 0, 4]]
-    assert recover("model.layers.0.self_attn.q_proj.weight", change, change.shape, kept) is change
+    for same in ("self_attn.q_proj.weight", "mlp.down_proj.bias", "self_attn.q_norm.weight"):
+        assert recover(f"model.layers.0.{same}", change, change.shape, kept) is change
 
 
-def test_an_adapter_of_a_pruned_model_serves_the_whole_one(tiny_folder: Path, tmp_path: Path) -> None:
+def test_what_was_learned_about_kept_heads_goes_back_to_their_places() -> None:
+    """Three key/value heads of size 2 with one or two query heads each; the last one is kept."""
+    kept, layer = {"neurons": {}, "heads": {"1": [2]}}, "model.layers.1.self_attn"
+    keys = recover(f"{layer}.k_proj.weight", T([[1.0], [2.0]]), torch.Size((6, 1)), kept)
+    assert keys.flatten().tolist() == [0, 0, 0, 0, 1, 2]
+    bias = recover(f"{layer}.v_proj.bias", T([1.0, 2.0]), torch.Size((6,)), kept)
+    assert bias.tolist() == [0, 0, 0, 0, 1, 2]
+    queries = recover(f"{layer}.q_proj.weight", T([[1.0], [2.0], [3.0], [4.0]]), torch.Size((12, 1)), kept)
+    assert queries.flatten().tolist() == [0] * 8 + [1, 2, 3, 4]
+    output = recover(f"{layer}.o_proj.weight", T([[1.0, 2.0, 3.0, 4.0]]), torch.Size((1, 12)), kept)
+    assert output.tolist() == [[0] * 8 + [1, 2, 3, 4]]
+    two = {"neurons": {}, "heads": {"1": [0, 2]}}
+    change = torch.arange(1.0, 9.0)[:, None]
+    spread = recover(f"{layer}.q_proj.weight", change, torch.Size((12, 1)), two)
+    assert spread.flatten().tolist() == [1, 2, 3, 4, 0, 0, 0, 0, 5, 6, 7, 8]
+
+
+SIZES = {  # nine query heads and three key/value heads, as SmolLM2 has them
+    "vocab_size": 64,
+    "hidden_size": 72,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def built(folder: Path, kind: str, **sizes: Any) -> Path:
+    """A random model of transformers, whose biases and norms are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | sizes))
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_an_adapter_of_a_pruned_model_serves_the_whole_one(kind: str, tmp_path: Path) -> None:
+    """The pruned model computes what the whole one does without the pruned neurons and heads, and the merged
+    one differs from the whole one by the adapter's change where something was kept, and nowhere else."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    small, out = tmp_path / "small", tmp_path / "large"
-    assert main(["prune", str(tiny_folder), "--share", "0.25", "--seed", "3", "--out", str(small)]) == 0
-    kept = json.loads((small / "pruning.json").read_text())["kept"]
-    whole = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    width = whole.config.intermediate_size
-    assert all(len(k) == round(width / 4) and k == sorted(set(k)) for k in kept.values())
-    assert len({tuple(k) for k in kept.values()}) == len(kept), "each layer keeps others"
+    base, small, out = built(tmp_path / "base", kind), tmp_path / "small", tmp_path / "large"
+    options = ["--share", "0.25", "--heads", "0.6", "--seed", "3", "--out", str(small)]
+    assert main(["prune", str(base), *options]) == 0
+    facts = json.loads((small / "pruning.json").read_text())
+    neurons, heads = facts["kept"], facts["kept_heads"]
+    assert all(len(k) == 12 and k == sorted(set(k)) for k in neurons.values())
+    assert all(len(k) == 2 and k == sorted(set(k)) for k in heads.values()) and set(heads) == {"0", "1"}
+    assert neurons["0"] != neurons["1"], "each layer keeps others"
+    whole = AutoModelForCausalLM.from_pretrained(base)
     before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    size = before["model.layers.0.self_attn.k_proj.weight"].shape[0] // 3
+    where: dict[str, list[int]] = {}  # of each pruned matrix: rows or columns that are kept
     for number, layer in enumerate(whole.model.layers):
-        dropped = sorted(set(range(width)) - set(kept[str(number)]))
-        layer.mlp.down_proj.weight.data[:, dropped] = 0
+        groups = heads[str(number)]
+        keys = [g * size + i for g in groups for i in range(size)]
+        queries = [(3 * g + h) * size + i for g in groups for h in range(3) for i in range(size)]
+        places = dict.fromkeys(("q", "o"), queries) | dict.fromkeys(("k", "v"), keys)
+        where |= {f"model.layers.{number}.self_attn.{p}_proj.weight": at for p, at in places.items()}
+        names = (f"model.layers.{number}.mlp.{p}_proj.weight" for p in ("gate", "up", "down"))
+        where |= dict.fromkeys(names, neurons[str(number)])
+        dropped = [
+            sorted(set(range(n)) - set(at)) for n, at in ((9 * size, queries), (48, neurons[str(number)]))
+        ]
+        layer.self_attn.o_proj.weight.data[:, dropped[0]] = 0
+        layer.mlp.down_proj.weight.data[:, dropped[1]] = 0
     pruned, tokens = AutoModelForCausalLM.from_pretrained(small), torch.arange(8)[None]
+    config = pruned.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (6, 2, size)
     assert torch.allclose(pruned(tokens).logits, whole(tokens).logits, atol=1e-5)
 
     torch.manual_seed(0)
-    targets = ["q_proj", "up_proj", "down_proj"]
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     tuned = get_peft_model(pruned, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "lora")
-    after = merged("loram", out, tiny_folder, small, tmp_path / "lora")
+    after = merged("loram", out, base, small, tmp_path / "lora")
     start, changed = ModelFiles(small), tuned.merge_and_unload().state_dict()
+    assert set(where) < set(after) and len(where) == 14
     for name, weight in after.items():
-        change = weight - before[name]
-        expected = changed[name] - start.read(name)
-        assert torch.allclose(change.abs().sum(), expected.abs().sum(), rtol=1e-3, atol=1e-4), name
-        if "down_proj" in name:
-            columns = kept[name.split(".")[2]]
-            assert torch.allclose(change[:, columns], expected, atol=1e-6) and expected.abs().max() > 0.01
-    assert ModelFiles(out).config()["intermediate_size"] == width
+        expected = torch.zeros_like(weight)
+        if name in where:
+            dim = int("down_proj" in name or "o_proj" in name)
+            change = changed[name] - start.read(name)
+            assert change.abs().max() > 0.01
+            expected.index_copy_(dim, T(where[name]), change)
+        assert torch.allclose(weight - before[name], expected, atol=1e-6), name
+        assert torch.equal((weight - before[name])[expected == 0], expected[expected == 0]), name
+    assert ModelFiles(out).config() == ModelFiles(base).config()
+
+
+def test_old_prunings_and_those_of_one_part_are_recovered(
+    tiny_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neurons alone, heads alone, and a pruning.json that was written before heads were pruned."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    small = tmp_path / "neurons"
+    assert main(["prune", str(tiny_folder), "--heads", "1", "--out", str(small)]) == 0
+    assert capsys.readouterr().out == f"{tiny_folder}: 64 of 128 MLP neurons in each of 2 layers kept\n"
+    facts = json.loads((small / "pruning.json").read_text())
+    assert facts.pop("kept_heads") == {} and facts.pop("heads") == 1
+    (small / "pruning.json").write_text(json.dumps(facts))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    network = AutoModelForCausalLM.from_pretrained(small)
+    assert network.config.num_attention_heads == 2
+    get_peft_model(network, lora).save_pretrained(tmp_path / "lora")
+    after, name = (
+        merged("loram", tmp_path / "large", tiny_folder, small, tmp_path / "lora"),
+        "model.layers.1.mlp.up_proj.weight",
+    )
+    moved = (after[name] - ModelFiles(tiny_folder).read(name)).abs().sum(1)
+    assert moved.nonzero().flatten().tolist() == facts["kept"]["1"]
+
+    assert (
+        main(["prune", str(tiny_folder), "--share", "1", "--heads", "0.1", "--out", str(tmp_path / "h")]) == 0
+    )
+    line = f"{tiny_folder}: 1 of 2 key/value heads, with their query heads, in each of 2 layers kept\n"
+    assert capsys.readouterr().out == line, "at least one is kept"
+    assert ModelFiles(tmp_path / "h").config()["intermediate_size"] == 128
+
+
+def test_the_number_of_heads_is_one_that_transformers_accepts(tmp_path: Path) -> None:
+    """Llama wants hidden_size to be a multiple of the number of heads: of 8 groups of 2 with a hidden size of
+    96, 5 and 7 cannot be kept."""
+    sizes = {"hidden_size": 96, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8}
+    base = built(tmp_path / "base", "llama", **sizes)
+    for share, heads in ((0.5, 8), (0.65, 12), (0.3, 4), (0.9, 16)):
+        line = prune(str(base), "base", tmp_path / str(share), 1, 0, share)
+        assert ModelFiles(tmp_path / str(share)).config()["num_attention_heads"] == heads
+        assert f"{heads // 2} of 8 key/value heads" in line
 
 
 def test_what_cannot_be_pruned_or_recovered(
     tiny_folder: Path, adapter: Path, make: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="only models of dense MLPs with gate_proj"):
-        prune(str(make("other")), "other", tmp_path / "x", 0.5, 0)
-    with pytest.raises(ConfigError, match=r"--share: 1 is not a share"):
-        prune(str(tiny_folder), "tiny", tmp_path / "x", 1.0, 0)
+    def refusal(folder: Path, share: float = 0.5, heads: float | None = None) -> str:
+        with pytest.raises(ConfigError) as caught:
+            prune(str(folder), folder.name, tmp_path / "x", share, 0, heads)
+        assert not (tmp_path / "x").exists()
+        return str(caught.value)
+
+    assert "neurons are pruned only where MLPs are dense" in refusal(make("other"))
+    assert "other: its config.json has no num_attention_heads; keep all heads" in refusal(tmp_path / "other")
+    assert "--share: 1 keeps all neurons, and all heads" in refusal(tiny_folder, 1.0)
+    assert "--share: 0 is not a share above 0, up to 1" in refusal(tiny_folder, 0.0)
+    assert "--heads: 1.5 is not a share above 0, up to 1" in refusal(tiny_folder, 0.5, 1.5)
     assert "it has no pruning.json" in refused("loram", tmp_path / "y", tiny_folder, make("third"), adapter)
     prune(str(tiny_folder), "tiny", tmp_path / "small", 0.5, 0)
     told = refused("loram", tmp_path / "z", make("fourth"), tmp_path / "small", adapter)
     assert "small: wrong base: it was pruned from tiny" in told
+    (tmp_path / "file").write_text("")
+    for taken in ("small", "file"):
+        with pytest.raises(ConfigError, match=f"{taken} is not an empty folder: choose another one"):
+            prune(str(tiny_folder), "tiny", tmp_path / taken, 0.5, 0)
+    fused = built(tmp_path / "phi3", "phi3")
+    assert "phi3: layer 0 has no up_proj, which is pruned; keep all neurons" in refusal(fused, 0.5, 1)
+    assert "phi3: layer 0 has no q_proj, which is pruned; keep all heads (`--heads 1`)" in refusal(
+        fused, 1, 0.5
+    )
+    narrow = built(tmp_path / "stablelm", "stablelm")
+    assert "builds model.layers.0.self_attn.q_proj.weight of stablelm with shape [72, 72], and the " in (
+        refusal(narrow)
+    )
+    assert "of olmo2 with shape" in refusal(built(tmp_path / "olmo2", "olmo2")), "q_norm is of all heads"
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"head_dim": 16}
+    shutil.copytree(tiny_folder, tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    assert "_proj.weight has shape [64, 64], and by config.json it has 32 rows" in refusal(tmp_path / "odd")
+    quantised = {"model.layers.1.mlp.up_proj.weight": torch.ones(2, 2, dtype=torch.uint8)}
+    assert "stored as U8; quantised weights cannot be pruned" in refusal(make("packed", **quantised))
+
+
+def test_heads_that_vllm_would_build_otherwise_are_named(tmp_path: Path) -> None:
+    from rft.preflight.model import check_vllm_heads
+
+    lines = prune(str(built(tmp_path / "base", "qwen2")), "base", tmp_path / "small", 0.5, 0)
+    assert "base: vLLM cannot run qwen2 with fewer heads: train with rollout.engine: hf" in lines
+    assert check_vllm_heads(str(tmp_path / "base"), {}) == []
+    assert check_vllm_heads(str(tmp_path / "small"), {"model_impl": "transformers"}) == []
+    problem = check_vllm_heads(str(tmp_path / "small"), {})[0]
+    assert "ignores the head_dim 8" in problem and "set rollout.engine to hf" in problem
 
 
 # -- mergekit ----------------------------------------------------------------------------------------------

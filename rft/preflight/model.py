@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,33 @@ def count_adapter_parameters(network: nn.Module, adapter: AdapterConfig) -> int 
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None
     return sum(p.numel() for p in made.parameters() if p.requires_grad)
+
+
+def vllm_ignores_head_dim(config: Mapping[str, Any]) -> bool:
+    """Return whether vLLM would build other attention heads than a config.json says.
+
+    Its classes of these types compute the size of a head as hidden_size / num_attention_heads. transformers
+    reads head_dim, which `rft prune` sets.
+    """
+    size = config.get("head_dim")
+    if config.get("model_type") not in ("qwen2", "qwen2_moe", "granitemoe") or size is None:
+        return False
+    return bool(size != config["hidden_size"] // config["num_attention_heads"])
+
+
+def check_vllm_heads(path: str, engine_args: Mapping[str, Any]) -> list[str]:
+    """Check that vLLM's class of a model in a folder builds the attention heads of its config.json."""
+    file = Path(path) / "config.json"
+    if "model_impl" in engine_args or not file.is_file():
+        return []
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if not vllm_ignores_head_dim(config):
+        return []
+    return [
+        f"model.path: vLLM computes the size of an attention head of {config['model_type']} from "
+        f"hidden_size, and ignores the head_dim {config['head_dim']} in {file}; set rollout.engine to hf, or "
+        "prune the model with `--heads 1`"
+    ]
 
 
 def resolve_fusion(config: Config) -> tuple[tuple[str, float], ...]:

@@ -161,10 +161,14 @@ def register(command: AddCommand) -> None:
     add("--gamma", type=float, help="breadcrumbs: share of the largest changes that is left out (0.01)")
     add("--seed", type=int, default=0, help="dare: seed of the masks (0)")
     add("--config", type=path_argument, help="greedy: config whose evaluation gives the accuracy of a model")
-    add = command(prune, "prune", "a model without a part of its MLP neurons, to train an adapter on (LoRAM)")
+    add = command(
+        prune, "prune", "a model without a part of its neurons and heads, to train an adapter on (LoRAM)"
+    )
     add("model", metavar="MODEL", type=path_argument, help="model folder, run folder, or hub name")
     add("--out", required=True, type=path_argument, help="folder to write")
     add("--share", type=float, default=0.5, help="part of each layer's MLP neurons that is kept (0.5)")
+    text = "part of its attention heads that is kept, in groups of one key/value head (default: as --share)"
+    add("--heads", type=float, metavar="SHARE", help=text)
     add("--seed", type=int, default=0, help="seed of the choice (0)")
     add = command(
         compare, "compare", "two models or runs: weights, problems solved and broken, texts, settings"
@@ -449,11 +453,12 @@ def prune(args: argparse.Namespace) -> int:
     import tempfile
 
     from rft.tools.model_files import local_folder
-    from rft.tools.prune import prune
+    from rft.tools.prune import check_request, prune
 
+    check_request(Path(args.out), args.share, args.heads)
     with tempfile.TemporaryDirectory(prefix="rft-prune-") as scratch:
         folder = local_folder(args.model, Path(scratch))
-        say(prune(folder, args.model, Path(args.out), args.share, args.seed), sys.stdout)
+        say(prune(folder, args.model, Path(args.out), args.share, args.seed, args.heads), sys.stdout)
     return 0
 
 

@@ -44,6 +44,7 @@ from torch import Tensor
 from rft.errors import ConfigError
 from rft.tools.model_files import (
     ModelFiles,
+    folder_problems,
     layer_number,
     shape_problems,
     tokenizer_problems,
@@ -254,8 +255,7 @@ def check_request(method: str, names: Sequence[str], out: Path, o: Options, scor
     least, shape = _NUMBER.get(method, (2, "MODEL MODEL..."))
     count, problems = len(names), []
     problems += [f"{name}: it is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        problems.append(f"{out} is not an empty folder: choose another one")
+    problems += folder_problems(out)
     if count < least or (method in _NUMBER and count > least):
         problems.append(f"{method}: it takes {shape}, not {count} model{'s' if count != 1 else ''}")
     weighed = {
@@ -401,7 +401,7 @@ class Adapter:
     def merged(self, name: str, weight: Tensor, kept: Kept | None = None) -> Tensor:
         """Return a weight of the base with the adapter's change, in the base's dtype.
 
-        kept: the neurons of the pruned model that the adapter was trained on; None: that was the base.
+        kept: the parts of the pruned model that the adapter was trained on; None: that was the base.
         """
         stem = self.modules.get(name)
         if stem is None:

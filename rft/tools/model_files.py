@@ -19,7 +19,7 @@ from rft.preflight.gguf import PACKAGED, packaged_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # config, tokenizer and chat template of a model
-PRUNING = "pruning.json"  # of `rft prune`: the base, and the neurons that are kept
+PRUNING = "pruning.json"  # of `rft prune`: the base, and the neurons and heads that are kept
 _ALL_BUT = ("model.safetensors.index.json", "merge.json", "lineage.json", PRUNING)
 
 
@@ -97,6 +97,13 @@ def write_like(base: ModelFiles, out: Path, tensor: Callable[[str], Tensor]) -> 
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def folder_problems(out: Path) -> list[str]:
+    """Return why a new model cannot be written to `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return [f"{out} is not an empty folder: choose another one"]
+    return []
+
+
 # -- do models fit each other? --------------------------------------------------------------------------
 
 
@@ -104,13 +111,7 @@ def shape_problems(models: Sequence[ModelFiles]) -> list[str]:
     """Return the reasons why the models cannot be combined tensor by tensor: other names, shapes or quantised
     weights."""
     first, *others = models
-    problems = [
-        f"{m.name}: {name} is stored as {info.dtype}; quantised weights cannot be combined: give the model "
-        "in bfloat16, float16 or float32"
-        for m in models
-        for name, info in m.tensors.items()
-        if info.dtype not in ("BF16", "F16", "F32", "F64")
-    ][:1]
+    problems = [problem for m in models for problem in quantised_problems(m, "combined")][:1]
     for other in others:
         for one, two in ((first, other), (other, first)):
             lacking = [name for name in one.tensors if name not in two.tensors]
@@ -128,6 +129,16 @@ def shape_problems(models: Sequence[ModelFiles]) -> list[str]:
                 )
                 break
     return problems
+
+
+def quantised_problems(model: ModelFiles, done: str) -> list[str]:
+    """Return the first tensor of a model that is quantised. done: "combined", "pruned"."""
+    return [
+        f"{model.name}: {name} is stored as {info.dtype}; quantised weights cannot be {done}: give the model "
+        "in bfloat16, float16 or float32"
+        for name, info in model.tensors.items()
+        if info.dtype not in ("BF16", "F16", "F32", "F64")
+    ][:1]
 
 
 def tokenizer_problems(models: Sequence[ModelFiles]) -> list[str]:
