@@ -62,6 +62,7 @@ STARTS = {
         ),
     ),
     "unsure": ("examples/arithmetic.yaml", ("warm_start.steps=800",)),
+    "directions": ("examples/dpa.yaml", ()),
     "calculator": ("examples/calculator.yaml", ()),
     "guess": ("examples/guess.yaml", ()),
 }
@@ -73,6 +74,12 @@ SUPERVISED = (
     "train={steps: 100, batch_size: 32}",
     "learner.learning_rate=1.0e-3",
     "eval={every: 50, problems: 256, generate: true}",
+)
+# The budget of examples/online, for an example that is elsewhere.
+LIKE_ONLINE = (
+    "train.steps=60",
+    "eval={every: 60, problems: 256, samples: 4}",
+    "checkpoint={every: 0}",
 )
 # A critic on the policy's trunk, at the policy's learning rate, against the example's separate model.
 VALUE_HEAD = (
@@ -136,6 +143,7 @@ CASES: list[Case] = [
         if p.stem not in ("base", "distill_endpoint", *COMPARED_AT_PASS_K)  # one needs a server
     ),
     online("ppo", "online", *VALUE_HEAD, case="ppo_head"),
+    Case("dpa", "online", "examples/dpa.yaml", LIKE_ONLINE, start="directions"),
     *(online(name, "exploration", *EXPLORE, start="unsure") for name in EXPLORING),
     online("grpo", "exploration", *EXPLORE, case=AGAIN, start="unsure", shift=100),
     *(

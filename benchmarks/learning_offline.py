@@ -2,6 +2,7 @@
 
     python benchmarks/learning_offline.py                            # what is missing
     python benchmarks/learning_offline.py --only dpo,simpo --section pairs --seeds 1,2,3
+    python benchmarks/learning_offline.py --section rates --seeds 100  # learning rates of section `learner`
     python benchmarks/learning_offline.py --list                     # the cases
     python benchmarks/learning_offline.py --collect                  # only the page anew
 
@@ -18,25 +19,39 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from learning import rft, start
-from learning_offline_measures import HELD_OUT, demonstrations, embedded_pairs, held_out, preferences, task
+from learning_offline_measures import (
+    HELD_OUT,
+    demonstrations,
+    embedded_pairs,
+    held_out,
+    learned_and_moved,
+    memory,
+    preferences,
+    task,
+)
 from learning_offline_report import RESULTS, Row, load, merge, write_page
 
 from rft.algorithms.extras import arrange
 from rft.config.data import DataConfig
 from rft.config.load import parse_config
 from rft.data.rows import load_rows
+from rft.learner.adapters.methods import previewed_sequences
 from rft.loops.evaluate import HeldOut
 from rft.loops.offline import OfflineLoop
 from rft.loops.saver import Saver
 from rft.metrics import Progress
 from rft.plan import OfflinePlan, make_plan
+from rft.tools.merge import Options
+from rft.tools.merge import merge as merge_models
+from rft.tools.prune import prune
 from rft.work import shares_prefix
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +87,16 @@ CLASSES = {
 }
 
 
+# Right solutions in the format in which the start has seen half of the steps wrong.
+CHAINS = {
+    "kind": "arithmetic",
+    "limit": 8192,
+    "options": {"styles": {"chain": 1.0}, "wrong_fraction": 0.0},
+}
+PRUNED = {"loram": 0.5, "loram-0.9": 0.9}  # shares of the MLP neurons that are kept
+EPSILON = "privacy/epsilon"
+
+
 @dataclass(frozen=True)
 class Case:
     """One line of the table."""
@@ -85,7 +110,8 @@ class Case:
     learning_rate: float
     fresh: bool = False  # from the untrained model instead of the start
     taught: bool = False  # with the model of `_teacher` as the reference
-    more: dict[str, Any] = field(default_factory=dict)
+    learner: dict[str, Any] = field(default_factory=dict)  # more keys of the config's section `learner`
+    pruned: float = 0.0  # share of the MLP neurons that is trained on (LoRAM); 0: the whole model
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -119,6 +145,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # These move each response by itself; at the others' rate they lose their way on long responses.
 GENTLE = ("dpo-apo_zero", "dpo-apo_down")
 STEADY = tuple(name for name in VARIANTS if name not in (*GENTLE, "kto", "bco"))
+
+
+LORA = {"method": "lora", "r": 4}
+# Keys of the config's section `learner` by method, with the learning rates that were tried, the best first.
+METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "adamw": ({}, (3e-3, 1e-3)),
+    "muon": ({"optimizer": "muon"}, (3e-3, 1e-3)),
+    "lift": ({"strategy": {"name": "lift", "share": 0.05, "rank": 8, "every": 25}}, (1e-2, 3e-3)),
+    "saft": ({"strategy": {"name": "saft", "share": 0.01}}, (1e-2, 3e-3)),
+    "lora": ({"adapter": LORA}, (1e-2, 3e-3)),
+    "cola": ({"adapter": {**LORA, "restart_every": 34}}, (1e-2, 3e-3)),
+    "eva-rho": (
+        {"adapter": {"method": "eva", "r": 4, "options": {"eva_config": {"rho": 2.0}}}},
+        (1e-2, 3e-3),
+    ),
+    "bone": ({"adapter": {"method": "bone", "r": 8}}, (1e-2, 3e-3)),
+    "loram": ({"adapter": LORA}, (1e-2, 3e-3)),
+    "loram-0.9": ({"adapter": LORA}, (1e-2, 3e-3)),
+    "private": ({"adapter": LORA, "privacy": {"clip": 0.5, "noise": 0.8}}, (1e-2, 3e-3)),
+}
+
+
+def _method(name: str, section: str, rate: float) -> Case:
+    """A case of METHODS; in the section `rates` it is named after its learning rate as well."""
+    settings, pruned = METHODS[name][0], PRUNED.get(name, 0.0)
+    case = f"{name}-{rate:g}" if section == "rates" else name
+    data = (section, {"name": "sft"}, CHAINS, 100, 32)
+    return Case(case, *data, rate, learner=settings, pruned=pruned)
 
 
 def _preferences(section: str, names: Sequence[str], *setting: Any) -> list[Case]:
@@ -165,6 +219,8 @@ CASES = [
         )
     ),
     Case("reward_model", "loop", {"name": "reward_model", "centre": 0.01}, PAIRS, 150, 32, 1e-3),
+    *(_method(name, "learner", rates[0]) for name, (_, rates) in METHODS.items()),
+    *(_method(name, "rates", rate) for name, (_, rates) in METHODS.items() for rate in sorted(rates)),
 ]
 
 
@@ -173,7 +229,8 @@ def main(argv: Sequence[str]) -> int:
     wanted = [
         c
         for c in CASES
-        if (not args.only or c.name in args.only.split(",")) and args.section in ("", c.section)
+        if (not args.only or c.name in args.only.split(","))
+        and (args.section == c.section or (not args.section and c.section != "rates"))
     ]
     if args.list:
         print("\n".join(f"{c.section:8} {c.name:16} {c.algorithm}" for c in CASES))
@@ -224,22 +281,35 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
     data = {**case.data, **({"seed": seed} if "kind" in case.data else {})}
     if case.data is LABELLED:
         data["path"] = str(_write_labelled(Path(data["path"].format(runs=runs))))
+    sections = run_sections(case.steps, case.learning_rate)
+    sections["learner"] |= case.learner
+    begin = _start(case, runs)
     config = parse_config(
         {
             "name": case.name,
             "output_dir": str(runs),
             "seed": seed,
             "algorithm": case.algorithm,
-            "model": {"path": _start(case, runs), **({"reference": _teacher(runs)} if case.taught else {})},
+            "model": {
+                "path": _pruned(case, begin, seed, runs),
+                **({"reference": _teacher(runs)} if case.taught else {}),
+            },
             "data": data,
             "train": {"steps": case.steps, "batch_size": case.batch_size},
-            **run_sections(case.steps, case.learning_rate),
-            **case.more,
+            **sections,
         }
     )
     plan = make_plan(config)
     learner = InProcessLearner(plan.learner_spec(), plan.channel_spec())
-    if case.section == "loop":
+    if case.section in ("learner", "rates"):
+        drifts = case.section == "learner"
+        before = learned_and_moved(plan, begin, begin, drifts)
+        last = train(plan, learner)
+        with _trained(case, begin, plan, learner) as trained:
+            after = learned_and_moved(plan, trained, begin, drifts)
+        after |= memory(learner.actor.learner, begin)
+        after |= {"epsilon": last[EPSILON]} if EPSILON in last else {}
+    elif case.section == "loop":
         train(plan, learner)
         before, after = online(Path(learner.actor.export(str(runs / f"reward-model-{seed}"))), seed, runs)
     else:
@@ -247,6 +317,9 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
         train(plan, learner)
         after = MEASURES[case.section](plan, learner.actor.learner)
     settings = {k: v for k, v in case.algorithm.items() if k != "name"}
+    if case.section in ("learner", "rates"):
+        settings |= {"learning_rate": case.learning_rate, **case.learner}
+        settings |= {"share": case.pruned} if case.pruned else {}
     return {
         "section": case.section,
         "case": case.name,
@@ -256,6 +329,28 @@ def carry_out(case: Case, seed: int, runs: Path) -> Row:
         "before": before,
         "after": after,
     }
+
+
+def _pruned(case: Case, begin: str, seed: int, runs: Path) -> str:
+    """The model that is trained: the start, or a part of it."""
+    if not case.pruned:
+        return begin
+    folder = runs / f"pruned-{case.pruned:g}-{seed}"
+    if not folder.exists():
+        prune(begin, "start", folder, case.pruned, seed)
+    return str(folder)
+
+
+@contextmanager
+def _trained(case: Case, begin: str, plan: OfflinePlan, learner: InProcessLearner) -> Iterator[str]:
+    """Yield the folder of the trained model: as exported, or the start with the adapter of its part."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = learner.actor.export(f"{scratch}/model")
+        if case.pruned:
+            models = {"start": begin, "pruned": plan.model, "adapter": f"{folder}/adapter"}
+            folder = f"{scratch}/whole"
+            merge_models("loram", models, Path(folder), Options(), None)
+        yield folder
 
 
 def gsm8k_pairs() -> DataConfig:
@@ -324,8 +419,8 @@ def _imitating(
     return str(folder)
 
 
-def train(plan: OfflinePlan, learner: InProcessLearner) -> None:
-    """The loop of an offline run, without evaluation and checkpoints."""
+def train(plan: OfflinePlan, learner: InProcessLearner) -> dict[str, float]:
+    """The loop of an offline run, without evaluation and checkpoints; return the last step's metrics."""
     config, data = plan.config, plan.data
     share = shares_prefix(data.sample, config.learner.prefix_sharing, plan.shape.hidden)
     rearrange = partial(arrange, config.algorithm)
@@ -343,12 +438,13 @@ def train(plan: OfflinePlan, learner: InProcessLearner) -> None:
             saver=Saver(learner, Path(nowhere), config, progress, None),
             arrange=rearrange,
             save_last=False,
+            preview=previewed_sequences(config.learner),
             by_source={
                 name: HeldOut(list(rows), config.train.batch_size, share, rearrange)
                 for name, rows in data.by_source.items()
             },
         )
-        asyncio.run(loop.run())
+        return asyncio.run(loop.run())
 
 
 def online(reward_model: Path, seed: int, runs: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rft.algorithms import ALGORITHMS
 from rft.algorithms.preference.base import preference
@@ -13,12 +15,14 @@ from rft.config.data import DataConfig
 from rft.config.load import parse_config
 from rft.data import load_groups, load_prompts
 from rft.learner.learner import Learner
+from rft.learner.load import count_parameters
 from rft.learner.model import PolicyModel
 from rft.plan import Plan
 from rft.rewards import load_reward
 
 PROBLEMS, HELD_OUT = 256, 187
 LONGEST = 48  # tokens of a sampled solution
+CLEAN = {"kind": "arithmetic", "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.0}}
 
 
 @torch.no_grad()
@@ -54,7 +58,11 @@ def embedded_pairs(plan: Plan, learner: Learner) -> dict[str, float]:
 
 def _base(plan: Plan) -> PolicyModel:
     """The model that the run started from."""
-    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
+    return _policy(plan.model)
+
+
+def _policy(folder: str) -> PolicyModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return PolicyModel(model, temperature=1.0, compute_dtype=torch.float32)
 
 
@@ -92,14 +100,42 @@ def share_solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dat
 def demonstrations(plan: Plan, learner: Learner) -> dict[str, float]:
     """Accuracy on the task, and how far the policy is from the start: KL(policy || start) and its reverse
     over the vocabulary, mean over the tokens of clean held-out solutions, in nats."""
-    clean = {"kind": "arithmetic", "options": {"styles": {"lines": 1.0}, "wrong_fraction": 0.0}}
-    data = parse_config({"algorithm": "sft", "data": {**clean, "eval_limit": HELD_OUT}}).data
+    return {"task": solved(plan, learner), **_drifts(plan, learner.policy, _base(plan))}
+
+
+def _drifts(plan: Plan, policy: PolicyModel, base: PolicyModel) -> dict[str, float]:
+    data = parse_config({"algorithm": "sft", "data": {**CLEAN, "eval_limit": HELD_OUT}}).data
     groups = load_groups(data, plan.tokenizer, "sft", "test").groups
-    base = _base(plan)
     return {
-        "task": solved(plan, learner),
-        "kl": drift(learner.policy, base, groups, ASFT(direction="reverse")),
-        "kl_forward": drift(learner.policy, base, groups, ASFT(direction="forward")),
+        "kl": drift(policy, base, groups, ASFT(direction="reverse")),
+        "kl_forward": drift(policy, base, groups, ASFT(direction="forward")),
+    }
+
+
+@cache
+def _solved(folder: str) -> float:
+    """`share_solved` of a model folder, on the stories of the embedded task."""
+    stories = parse_config({"algorithm": "sft", "data": CLEAN}).data
+    return share_solved(_policy(folder).model, AutoTokenizer.from_pretrained(folder), stories)
+
+
+def learned_and_moved(plan: Plan, folder: str, start: str, drifts: bool) -> dict[str, float]:
+    """Accuracy of a trained model on the task and, with `drifts`, how far it is from the start, as in
+    `demonstrations`."""
+    measured = {"task": _solved(folder)}
+    return measured | (_drifts(plan, _policy(folder), _policy(start)) if drifts else {})
+
+
+def memory(learner: Learner, start: str) -> dict[str, float]:
+    """Trained numbers as a share of the start's parameters, and the megabytes of weights, gradients and
+    optimizer state after the last step; activations are not counted."""
+    trained = {id(p): p for p in learner.strategy.trained(learner.policy)}
+    weights = {id(p): p for p in learner.policy.model.parameters()} | trained
+    moments = [t for state in learner.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    sizes = [t.nbytes for t in (*weights.values(), *trained.values(), *moments)]
+    return {
+        "trained": sum(p.numel() for p in trained.values()) / count_parameters(_policy(start).model),
+        "megabytes": sum(sizes) / 1e6,
     }
 
 

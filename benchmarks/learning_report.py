@@ -108,6 +108,8 @@ REMARKS: dict[tuple[str, str], str] = {
     "after: without credit for turns seed 2 gained 12 points, seed 3 one",
     ("online", "prefix_rft"): "the data come with clean demonstrations; its held-out problems are others",
     ("online", "luffy"): "the data come with clean demonstrations; its held-out problems are others",
+    ("online", "dpa"): "judged over all directions: accuracy is half of its aim, and its start has seen the "
+    "directions; see *Directions in the prompt* below",
     ("online", "nash_md"): "half the prompts per step: the plain engine samples",
     ("online", "cory"): "the first of the two copies, answering alone",
     ("online", "distill"): "the teacher is the model that `grpo` made of the same start",

@@ -139,22 +139,27 @@ ask: one policy for every balance, in place of one for each.
 
 ### Learner
 
+Numbers are of [one table](learning_offline.md#methods-of-the-learner), two seeds at one budget on a model of
+0.2 M parameters: problems solved, from 54.7 % at the start, and KL to the start on what was not trained.
+
 **`optimizer: muon`** is for training all weights, and is worth trying wherever AdamW is limited by its
-learning rate.
+learning rate. Here it solved 81.1 %, AdamW 83.2 %, with less optimizer state.
 
 **`lift`** trains few entries of each matrix, in its paper at the quality of all: for fine-tuning that must
 not forget. **`saft`** chooses by the gradient of the first batch instead, for data that touch little of the
-model.
+model. LIFT solved 77.7 % with 4.5 % of the weights at half of AdamW's KL, SAFT 68.0 % with 1 % at a third.
 
 **COLA** (`restart_every`) is for LoRA runs whose rank is too small for the task, and which are long enough
-for several adapters in a row.
+for several adapters in a row. In 100 steps three adapters (79.1 %) were not better than one LoRA (82.2 %).
 
 **LoRAM** (`rft prune`, `rft merge loram`) is for models that do not fit beside their training state even
 when quantised. It trains an adapter on a part of the model; the whole one has to be served.
+Without training the pruned model first it only harmed the small model (23.6 % with half of the neurons).
 
 **EVA with ranks redistributed** (`eva_config: {rho: 2.0}`) is for a fixed budget of adapter parameters:
 layers that see more varied inputs get more of it. **`bone`** trains a block for each matrix, without a low
-rank: for changes that are not of low rank.
+rank: for changes that are not of low rank. EVA solved 83.0 % and Bone 81.1 %, as much as LoRA,
+at 1.7 and 2.4 times LoRA's KL.
 
 **`learner.privacy`** (DP-SGD) is for data about people. It needs large batches and costs accuracy: compare
-with a run without it first."""
+with a run without it first. LoRA under it solved 57.6 % at an epsilon of 1.5, without it 82.2 %."""
