@@ -100,9 +100,9 @@ SECTIONS: dict[str, tuple[str, str, dict[str, str]]] = {
 REMARKS = {
     "dpo-apo_down": "lowers both responses by design, the rejected one more",
     "dpo-discopop": "with its own tau of 0.05 the slope is positive at a margin of 0, where all start",
-    "loram": "the paper trains the pruned model on general text first, which is left out: without half of its "
-    "neurons the start of seed 1 solves 11 % (without a tenth 48 %), the adapter learns to repair that, and "
-    "the repair harms the whole model",
+    "loram": "the paper trains the pruned model on general text first, which is left out. With half of the "
+    "neurons the start solves 11 % (with nine tenths 48 %, seed 1): the adapter probably learns to make up "
+    "for that, which the whole model does not need",
     "token_cleaning": "selects the tokens whose log-prob it has raised itself, and the others drift; with a "
     "teacher that has seen clean data (`token_cleaning-taught`) the same loss learns",
 }
