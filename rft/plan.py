@@ -49,6 +49,7 @@ from rft.preflight.model import (
     check_fusion,
     check_reference,
     check_vllm_heads,
+    check_weights,
     count_adapter_parameters,
     resolve_fusion,
     resolve_model,
@@ -289,6 +290,12 @@ def make_plan(
         )
 
     # Check that they fit each other, the algorithm and this machine.
+    named = [
+        ("model.path", path),
+        ("model.reference", reference),
+        *(("rollout.fusion", p) for p, _ in fusion),
+    ]
+    problems += [problem for key, p in named if p is not None for problem in check_weights(key, p)]
     problems += [] if evaluate else check_mixture(config, train, offline)
     if path is not None and tokenizer is not None and shape is not None:
         ends = shape.end_tokens
@@ -312,7 +319,7 @@ def make_plan(
     problems += check_environment(config, tokenizer, train) if starts else []
     problems += check_run_rewards(config, train, sets or ()) if starts else []
     problems += check_align(config, sets or (), trains=not evaluate)
-    if path is not None and facts.engine == "vllm" and facts.samples:
+    if path is not None and shape is not None and facts.engine == "vllm" and facts.samples:
         problems += check_vllm_heads(path, config.rollout.engine_args)
     if starts:
         problems += check_sockets(config, vllm=facts.engine == "vllm")

@@ -20,7 +20,7 @@ def stop_ids(
     token of the chat template. turn_end: text of the template after assistant content, up to and including
     that token; None: no chat template. of_config: `end_tokens` of its config.
     """
-    ids = {*_listed(tokenizer.eos_token_id), *_listed(_generation_eos(model))}
+    ids = {*_listed(tokenizer.eos_token_id), *_generation_eos(model)}
     # Without an end token in config.json, transformers uses the class default, which may be any token here.
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids |= special & set(of_config)
@@ -34,8 +34,8 @@ def end_tokens(config: Any) -> tuple[int, ...]:
     return tuple(sorted({*_listed(config.eos_token_id), *_listed(config.get_text_config().eos_token_id)}))
 
 
-def _generation_eos(model: str) -> Any:
-    """Return `eos_token_id` of the model's generation config; None if it does not have one."""
+def _generation_eos(model: str) -> list[int]:
+    """Return the end token ids of the model's generation config. Raises ModelError naming the file."""
     from transformers.utils import cached_file
 
     file = cached_file(
@@ -45,10 +45,11 @@ def _generation_eos(model: str) -> Any:
         _raise_exceptions_for_connection_errors=False,
     )
     if file is None:
-        return None
+        return []
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
+        ids = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+        return _listed(ids)
+    except (ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {error}") from None
 
 

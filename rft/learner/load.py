@@ -67,12 +67,18 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
             # AutoTokenizer would import transformers' models first, which takes over a second.
             from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast.from_pretrained(path)
-        from transformers import AutoTokenizer
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        else:
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"tokenizer of {path!r} cannot be loaded: {error}") from error
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files raise errors of any kind, tokenizers' own are plain Exceptions
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ModelError(f"tokenizer of {path!r} cannot be loaded: {kind}{error}") from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        limit = tokenizer.model_max_length
+        raise ModelError(f"tokenizer of {path!r}: its model_max_length is {limit!r}, not a number of tokens")
+    return tokenizer
 
 
 def _is_plain_fast(folder: Path) -> bool:

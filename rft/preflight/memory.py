@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import version
@@ -56,7 +57,11 @@ class ModelShape:
         config = Path(path) / "config.json"
         if cache is None or model.trust_remote_code or not config.is_file():
             return cls._of(path, model)
-        key = {"config": config.read_text(encoding="utf-8"), "fields": _FIELDS, "by": version("transformers")}
+        try:
+            text = config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path!r}: its config.json cannot be read: {error}") from None
+        key = {"config": text, "fields": _FIELDS, "by": version("transformers")}
         file = cache / f"shape-{fingerprint(key)}.json"
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
@@ -109,24 +114,46 @@ _UNREACHABLE = re.compile(r"couldn't connect|offline mode|[Oo]ffline|cannot reac
 @lru_cache(maxsize=4)
 def meta_network(path: str, trust_remote_code: bool) -> Any:
     """Build a model on the meta device from its config. Raises ModelError with the path."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_model_config(path, trust_remote_code)
+    with _model_errors(path), torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        network.tie_weights()
+    return network
+
+
+def read_model_config(path: str, trust_remote_code: bool) -> Any:
+    """Return transformers' config of a model. Raises ModelError with the path."""
+    from transformers import AutoConfig
+
+    with _model_errors(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _model_errors(path: str) -> Iterator[None]:
+    """Raise ModelError for an error of transformers. Wrong values in a config raise errors of any kind."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        why, near = str(error).splitlines()[0], closest_match(path, ("tiny", *PACKAGED))
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        if (Path(path) / "config.json").is_file():
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            raise ModelError(
+                f"{path!r}: transformers makes no model of its config.json: {kind}{why[:400]}"
+            ) from error
+        if not isinstance(error, OSError | ValueError | KeyError):
+            raise
+        near = closest_match(path, ("tiny", *PACKAGED))
         hint = f" (did you mean the built-in model {near!r}?)" if near else ""
-        if _UNREACHABLE.search(str(error)):
+        if _UNREACHABLE.search(why):
             raise ModelError(
                 f"{path!r} is neither a local folder nor in the local Hugging Face cache, and the hub cannot "
                 f"be reached{hint}. Run `hf download {path}` where there is a network, with the same "
                 "HF_HOME, or give a folder"
             ) from error
-        raise ModelError(f"{path!r} is neither a model folder nor a hub model{hint}: {why}") from error
-    network.tie_weights()
-    return network
+        raise ModelError(f"{path!r} is neither a model folder nor a hub model{hint}: {why[:400]}") from error
 
 
 MOMENTS = {

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rft.config.learner import AdapterConfig
 from rft.config.schema import Config
@@ -18,6 +20,7 @@ from rft.data.stops import stop_ids
 from rft.errors import ModelError
 from rft.learner.adapters.methods import check_layers, check_targets, peft_config
 from rft.preflight.gguf import PACKAGED, converted_folder, packaged_folder
+from rft.preflight.memory import read_model_config
 from rft.tasks import REVISION
 from rft.utils.hashing import fingerprint
 from rft.utils.paths import absolute_if_local, expand
@@ -125,6 +128,34 @@ def check_vllm_heads(path: str, engine_args: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_weights(key: str, path: str) -> list[str]:
+    """Check that the weights of a model in a folder are complete. Of safetensors files the headers are read,
+    which tell how long the files must be."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        return []  # a hub name
+    files, index = [folder / SAFE_WEIGHTS_NAME], folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        if not files[0].is_file() and index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [folder / shard for shard in sorted(shards)]
+        elif not files[0].is_file():
+            there = any(folder.glob("pytorch_model*.bin"))
+            lacking = f"{key}: {path} has no weights ({SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME})"
+            return [] if there else [f"{lacking}; copy the whole folder"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"{key}: {index} is damaged ({error}); copy it again"]
+    for file in files:
+        if not file.is_file():
+            return [f"{key}: {path} lacks {file.name}, which {index.name} lists; copy it there"]
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            return [f"{key}: {file} is damaged ({error}); copy it again"]
+    return []
+
+
 def resolve_fusion(config: Config) -> tuple[tuple[str, float], ...]:
     """Return the folders or hub names of the fused models with their weights. Raises ModelError."""
     return tuple((resolve_name(name, config), weight) for name, weight in config.rollout.fusion.items())
@@ -148,13 +179,10 @@ def check_fusion(
 
 def check_reference(reference: str, vocabulary: int, trust_remote_code: bool) -> list[str]:
     """Check that a reference model has the vocabulary size of the policy."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(reference, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        return [f"model.reference: {reference!r} is neither a model folder nor a hub model: {why}"]
+        config = read_model_config(reference, trust_remote_code)
+    except ModelError as error:
+        return [f"model.reference: {error}"]
     size = config.get_text_config().vocab_size
     if size == vocabulary:
         return []

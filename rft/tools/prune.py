@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft.errors import ConfigError
+from rft.errors import ConfigError, ModelError
 from rft.tools.model_files import PRUNING, ModelFiles, folder_problems, quantised_problems, write_like
 from rft.utils.files import folder_atomic
 from rft.utils.hashing import hash64, model_digest
@@ -229,15 +229,14 @@ def _with_fewer_heads(config: Mapping[str, Any], share: float, name: str) -> tup
 
 def _model_config(config: Mapping[str, Any]) -> Any:
     """Return transformers' object of a config. Raises ValueError with the reason."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from rft.preflight.memory import read_model_config
 
     with tempfile.TemporaryDirectory(prefix="rft-prune-") as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
-            return AutoConfig.from_pretrained(scratch, trust_remote_code=False)
-        except (OSError, KeyError, StrictDataclassError) as error:
-            raise ValueError(" ".join(str(error).split())) from error
+            return read_model_config(scratch, trust_remote_code=False)
+        except ModelError as error:  # it names the scratch folder
+            raise ValueError(" ".join(str(error.__cause__).split())) from error
 
 
 def _check_shapes(
