@@ -166,6 +166,9 @@ def test_what_does_not_fit_is_refused_by_name(make: Callable[..., Path], tmp_pat
         "ties", out, base, twin, other, weights=[1.0]
     )
     assert "--density: 0 is not a share" in refused("dare", out, base, twin, density=0.0)
+    assert "ties: it takes BASE MODEL..., not 1 model" in refused("ties", out, base)
+    assert "--weights: [nan] is not finite" in refused("dare", out, base, twin, weights=[float("nan")])
+    assert "--alpha: inf is not finite" in refused("wise-ft", out, base, twin, alpha=float("inf"))
     assert "stock: it takes BASE MODEL MODEL" in refused("stock", out, base, twin)
     assert "--gamma: ties does not use it" in refused("ties", out, base, twin, gamma=0.1)
     assert "greedy: name a config" in refused("greedy", out, base, twin)

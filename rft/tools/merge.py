@@ -252,7 +252,8 @@ def check_request(method: str, names: Sequence[str], out: Path, o: Options, scor
     """
     if method not in METHODS:
         raise ConfigError([f"merge: unknown method {method!r}{did_you_mean_or_list(method, METHODS)}"])
-    least, shape = _NUMBER.get(method, (2, "MODEL MODEL..."))
+    averages = method in ("soup", "greedy", "linear")
+    least, shape = _NUMBER.get(method, (2, "MODEL MODEL..." if averages else "BASE MODEL..."))
     count, problems = len(names), []
     problems += [f"{name}: it is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     problems += folder_problems(out)
@@ -277,6 +278,10 @@ def check_request(method: str, names: Sequence[str], out: Path, o: Options, scor
         problems.append(f"--weights: {given} numbers, but {method} of {count} models needs {needed}")
     elif o.weights is not None and method == "linear" and not sum(o.weights):
         problems.append("--weights: they sum to 0; linear divides by their sum")
+    for option in ("weights", "alpha", "beta"):
+        given = getattr(o, option)
+        if not all(map(math.isfinite, given if isinstance(given, Sequence) else [given or 0.0])):
+            problems.append(f"--{option}: {given} is not finite")
     if o.density is not None and not 0 < o.density <= 1:
         problems.append(f"--density: {o.density:g} is not a share above 0, up to 1")
     if o.gamma is not None and not 0 <= o.gamma < 1:
