@@ -54,8 +54,8 @@ SECTIONS = {
         "are chance. No other algorithm has more: `mml` 1.2 points in the mean of three seeds, the fixed "
         "entropy bonus -1.2, the adaptive one -0.3, the rest 1.6 or less with one or two seeds. That entropy "
         "control or MML raises pass@8 over GRPO's at equal accuracy is **not shown** on this task. What "
-        "differs beyond chance is that `strong_entropy_bonus` keeps 64 % of completions distinct, against about "
-        "40 %, and ends eight points of accuracy lower (one seed).",
+        "differs beyond chance is that `strong_entropy_bonus` keeps 64 % of completions distinct, against "
+        "about 40 %, and ends eight points of accuracy lower (one seed).",
     ),
     "agents": (
         "Agents",
