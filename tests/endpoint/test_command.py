@@ -35,6 +35,7 @@ from rft.rollout.sample import scored_group
 from rft.rollout.session import Budget
 from tests.cases.families import HERMES, make_tokenizer
 from tests.endpoint.served import END, Policy
+from tests.specs import session_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = sys.executable
@@ -75,7 +76,7 @@ async def play(episodes: EpisodeSampler, size: int = 2) -> tuple[Played, dict[st
     tokens = tuple(episodes.render.prompt("hi")[1])
     prompt = Prompt(0, tokens, "hi", {"answer": "4"})
     played = await episodes.sample("t", prompt, [Rollout()] * size, SAMPLING)
-    return played, episodes.take_metrics()
+    return played, session_metrics(episodes)
 
 
 async def group(episodes: EpisodeSampler, played: Played) -> Batch:

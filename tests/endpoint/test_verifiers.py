@@ -18,6 +18,7 @@ from rft.environments.types import EnvironmentFault
 from rft.metrics.log import read_jsonl
 from tests.endpoint.served import END
 from tests.endpoint.test_command import SAMPLING, Played, Prompt, Rollout, group, sampler
+from tests.specs import session_metrics
 from tests.venvs import VERIFIERS, VERIFIERS_V0, python_with
 
 HERE = Path(__file__).parent
@@ -75,7 +76,7 @@ async def test_wrong_tasksets_and_options() -> None:
 async def play(episodes: Any, row: dict[str, Any], size: int = 2) -> tuple[Played, dict[str, float]]:
     prompt = Prompt(0, tuple(episodes.render.prompt("hi")[1]), "what is 2+3?", row)
     played = await episodes.sample("t", prompt, [Rollout()] * size, SAMPLING)
-    return played, episodes.take_metrics()
+    return played, session_metrics(episodes)
 
 
 def taskset(**more: Any) -> dict[str, Any]:

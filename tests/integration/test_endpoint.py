@@ -27,6 +27,7 @@ from rft.rollout.fleet import Fleet
 from rft.rollout.sample import scored_group
 from rft.rollout.session import Budget
 from tests.integration.conftest import Stage, raise_stage
+from tests.specs import session_metrics
 
 AGENT = """
 import json, os, time
@@ -91,7 +92,7 @@ def test_every_sampled_token_is_trained_once(stage: Stage, tmp_path: Path) -> No
 
     async def body() -> tuple[Group, dict[str, float]]:
         async with sampler(stage, tmp_path, stage.pool.generate) as episodes:
-            return await play(episodes, 3), episodes.take_metrics()
+            return await play(episodes, 3), session_metrics(episodes)
 
     group, metrics = stage.run(body())
     faults = [e for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"] == "fault/environment"]
@@ -122,7 +123,7 @@ def test_a_push_pauses_calls_and_fails_none(stage: Stage, tmp_path: Path) -> Non
                 version += 1
                 async with fleet.gate:
                     await fleet.push(version)
-            return await running, episodes.take_metrics()
+            return await running, session_metrics(episodes)
 
     group, metrics = stage.run(body())
     log.close()

@@ -29,6 +29,7 @@ from rft.rollout.fleet import Fleet
 from rft.rollout.sample import scored_group
 from rft.rollout.session import Budget
 from tests.integration.conftest import Stage, raise_stage, rft
+from tests.specs import session_metrics
 
 PLAY = '''
 import asyncio, os
@@ -101,7 +102,7 @@ def test_every_turn_is_trained_in_its_context(vllm_stage: Stage, tmp_path: Path,
     async def body() -> tuple[Group, dict[str, float]]:
         async with sampler(vllm_stage, tmp_path, generate, rewrite=rewrite) as episodes:
             group = await group_of(episodes, await play(episodes))
-            return group, episodes.take_metrics()
+            return group, session_metrics(episodes)
 
     group, metrics = vllm_stage.run(body())
     assert metrics["session/turns"] == 3 and metrics["session/branches"] == (3 if rewrite else 1)

@@ -25,7 +25,7 @@ from rft.rollout.episodes import EpisodeSampler, Played, check_batch
 from rft.rollout.sample import scored_group
 from rft.rollout.session import Budget
 from tests.integration.conftest import Stage, raise_stage
-from tests.specs import needs_smollm2
+from tests.specs import needs_smollm2, session_metrics
 from tests.venvs import VERIFIERS, python_with
 
 TASKSET = Path(__file__).parents[1] / "endpoint" / "countdown.py"
@@ -80,7 +80,7 @@ async def three_episodes(stage: Stage, folder: Path, temperature: float) -> tupl
         prompt = Prompt(0, tuple(episodes.render.prompt("-")[1]), "-", {"task": 1})
         sampling = Sampling(1, LENGTH, temperature=temperature, seed=3)
         played = await episodes.sample("t", prompt, [Rollout()] * 3, sampling)
-        metrics = episodes.take_metrics()
+        metrics = session_metrics(episodes)
         faults = [e for e in read_jsonl(folder / "events.jsonl") if e["kind"].startswith("fault")]
         assert len(played.completions) == 3, faults
         assert metrics["session/ending/finished"] == 1 and metrics["session/turns"] == TURNS

@@ -38,11 +38,11 @@ from rft.rollout.episodes import (
     check_layout,
     check_versions,
     leaves,
-    take,
 )
 from rft.rollout.sample import scored_group
 from rft.rollout.session import Budget
 from tests.cases.families import make_tokenizer
+from tests.specs import session_metrics
 
 END = "<|im_end|>"
 PLAY = '''
@@ -137,13 +137,13 @@ async def test_one_session_per_planned_completion(tmp_path: Path) -> None:
     ]
     assert completion.scores["environment/length"].value == 6.0
     assert completion.num_sampled == sum(turn.end - turn.start for turn in completion.turns)
-    metrics = take(episodes.tallies, True)
+    metrics = session_metrics(episodes)
     assert metrics["session/turns"] == 2 and metrics["session/branches"] == 1 and metrics["session/lost"] == 0
     assert metrics["session/ending/finished"] == 1 and metrics["session/score/length"] == 5.5
     assert metrics["session/turn_reward/1"] == 0.25 and "session/turn_reward/2" not in metrics
     assert metrics["session/tool_calls"] == 0
     assert all(is_documented(name) for name in metrics)
-    assert "session/turns" not in take(episodes.tallies, True)
+    assert "session/turns" not in session_metrics(episodes)
 
 
 async def test_a_session_counts_in_the_step_in_which_it_ends(tmp_path: Path) -> None:
@@ -153,27 +153,27 @@ async def test_a_session_counts_in_the_step_in_which_it_ends(tmp_path: Path) -> 
 
         async def generate(request: Request) -> list[Generated]:
             if request.id.endswith("-1"):  # the second turn
-                take(episodes.tallies, True)
+                session_metrics(episodes)
             return await policy(request)
 
         episodes.generate = generate
         await play(episodes, tmp_path, [Rollout()])
-        assert take(episodes.tallies, True)["session/turns"] == 2
-        take(episodes.tallies, True)
+        assert session_metrics(episodes)["session/turns"] == 2
+        session_metrics(episodes)
         prompt = prompt_of(episodes, tmp_path)
         lost = asyncio.ensure_future(
             episodes.sample("t", prompt, [Rollout(), Rollout()], SAMPLING, version=4)
         )
         await asyncio.sleep(0.1)
-        take(episodes.tallies, True)
+        session_metrics(episodes)
         assert len((await lost).completions) == 1
-        assert take(episodes.tallies, True)["session/lost"] == 1
+        assert session_metrics(episodes)["session/lost"] == 1
 
 
 async def test_a_fault_is_repeated_and_counts_for_nothing(tmp_path: Path) -> None:
     async with sampler(tmp_path, "once") as episodes:
         played = await play(episodes, tmp_path)
-        metrics = take(episodes.tallies, True)
+        metrics = session_metrics(episodes)
     assert len(played.completions) == 4 and all(len(c.turns) == 2 for c in played.completions)
     assert metrics["session/ending/environment_error"] > 0 and metrics["session/lost"] == 0
     events = [e for e in read_jsonl(tmp_path / "events.jsonl") if e["kind"] == "fault/environment"]
@@ -189,7 +189,7 @@ async def test_a_sample_whose_environment_keeps_failing_leaves_its_group(
     async with sampler(tmp_path, mode, step_timeout_s=1.0, setup_timeout_s=20) as episodes:
         played = await play(episodes, tmp_path)
         judged = await episodes.judge(played, None)
-        metrics = take(episodes.tallies, True)
+        metrics = session_metrics(episodes)
     assert [c.text for c in played.completions] == ["even 1", "even 1"] and played.plan == [Rollout()] * 2
     assert [c.reward for c in scored_group(judged, [True] * 2).completions] == [7.0, 7.0]
     assert metrics["session/lost"] == 2 and metrics[f"session/ending/{ending}"] == 4 / 6
@@ -201,13 +201,13 @@ async def test_a_sample_whose_environment_keeps_failing_leaves_its_group(
 async def test_limits_are_results_of_the_policy(tmp_path: Path) -> None:
     async with sampler(tmp_path, "forever", max_turns=3) as episodes:
         played = await play(episodes, tmp_path)
-        metrics = take(episodes.tallies, True)
+        metrics = session_metrics(episodes)
     assert [(c.finish, c.reward, len(c.turns)) for c in played.completions] == [("length", 0.25, 3)] * 4
     assert metrics["session/ending/turn_limit"] == 1
     length = len(prompt_of(episodes, tmp_path).tokens)
     async with sampler(tmp_path, "forever", max_episode_tokens=length + 30) as episodes:
         played = await play(episodes, tmp_path)
-        metrics = take(episodes.tallies, True)
+        metrics = session_metrics(episodes)
     assert {c.finish for c in played.completions} == {"length"} and metrics[
         "session/ending/context_full"
     ] == 1
