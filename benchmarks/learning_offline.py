@@ -337,7 +337,7 @@ def _pruned(case: Case, begin: str, seed: int, runs: Path) -> str:
         return begin
     folder = runs / f"pruned-{case.pruned:g}-{seed}"
     if not folder.exists():
-        prune(begin, "start", folder, case.pruned, seed)
+        prune(begin, "start", folder, case.pruned, seed, heads=1.0)
     return str(folder)
 
 

@@ -51,7 +51,7 @@ SECTIONS = {
         "*pass@8 over `grpo`* compares runs of one seed at the highest accuracy that both reach, on the "
         "lines between their evaluations. `grpo_again` is GRPO itself from the same starts with other "
         "samples: it has 1.8, 0.4 and 2.5 points more than `grpo` in the three seeds, so such differences "
-        "are chance. No other algorithm has more: `mml` 1.2 points in the mean of three seeds, the fixed "
+        "are chance. None has clearly more: `mml` 1.2 points in the mean of three seeds, the fixed "
         "entropy bonus -1.2, the adaptive one -0.3, the rest 1.6 or less with one or two seeds. That entropy "
         "control or MML raises pass@8 over GRPO's at equal accuracy is **not shown** on this task. What "
         "differs beyond chance is that `strong_entropy_bonus` keeps 64 % of completions distinct, against "

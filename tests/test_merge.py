@@ -169,6 +169,9 @@ def test_what_does_not_fit_is_refused_by_name(make: Callable[..., Path], tmp_pat
     assert "ties: it takes BASE MODEL..., not 1 model" in refused("ties", out, base)
     assert "--weights: [nan] is not finite" in refused("dare", out, base, twin, weights=[float("nan")])
     assert "--alpha: inf is not finite" in refused("wise-ft", out, base, twin, alpha=float("inf"))
+    assert "--density 0.9 and --gamma 0.5 sum to more than 1" in refused(
+        "breadcrumbs", out, base, twin, gamma=0.5
+    )
     assert "stock: it takes BASE MODEL MODEL" in refused("stock", out, base, twin)
     assert "--gamma: ties does not use it" in refused("ties", out, base, twin, gamma=0.1)
     assert "greedy: name a config" in refused("greedy", out, base, twin)
@@ -531,6 +534,22 @@ def test_a_mean_that_is_weighed(moved: Callable[[str], Path], tmp_path: Path) ->
         torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["one@v2", "one+two", "a@b@c"])
+def test_folders_whose_names_mean_more_to_mergekit(
+    moved: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """mergekit reads a string as PATH@REVISION and PATH+ADAPTER."""
+    for copied in ("one", name):
+        shutil.copytree(moved("one"), tmp_path / copied)
+    weights = load_file(moved("one") / "model.safetensors")
+    save_file({n: 5 * t for n, t in weights.items()}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    two = load_file(moved("two") / "model.safetensors")
+    for tensor, value in merged("linear", tmp_path / "out", tmp_path / name, moved("two")).items():
+        torch.testing.assert_close(value, (5 * weights[tensor] + two[tensor]) / 2, rtol=1e-5, atol=1e-6)
+    done = merged("arithmetic", tmp_path / "base", tmp_path / name, moved("two"), weights=[0.0])
+    torch.testing.assert_close(done["model.norm.weight"], 5 * weights["model.norm.weight"])
+
+
 def test_dare_keeps_a_share_and_the_sum_of_magnitudes(moved: Callable[[str], Path], tmp_path: Path) -> None:
     base, one = (load_file(moved(n) / "model.safetensors") for n in ("base", "one"))
     runs = [
@@ -591,4 +610,3 @@ def test_the_command_names_mistakes(
     Path(out).write_text("a file")
     assert main(["merge", "soup", str(tiny_folder), "other", "--out", out]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
-    assert merging.METHODS

@@ -213,7 +213,7 @@ class Renderer:
                     **self.config.chat_template_options,
                 )
             )
-        except Exception as error:  # a template is a program of its own
+        except Exception as error:  # a template may raise errors of any kind
             roles = ", ".join(m["role"] for m in messages)
             raise RowProblem(f"the chat template rejects these messages (roles: {roles}): {error}") from None
 

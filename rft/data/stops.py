@@ -54,7 +54,12 @@ def _generation_eos(model: str) -> list[int]:
 
 
 def _listed(ids: int | Sequence[int] | None) -> list[int]:
-    return [] if ids is None else [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
+    if ids is None:
+        return []
+    listed = [ids] if isinstance(ids, int) else ids
+    if not isinstance(listed, Sequence) or not all(isinstance(i, int) for i in listed):
+        raise ValueError(f"eos_token_id is {ids!r}, not a token id or a list of them")
+    return list(listed)
 
 
 def unstopped_turns(

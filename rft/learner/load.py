@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rft.data.reward_texts import TEXTS
@@ -33,7 +34,9 @@ def load_causal_lm(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {path!r} cannot be loaded: {error}") from error
     keep_row_major(model)
     return model if quantize is not None else model.to(device)
@@ -75,8 +78,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # damaged files raise errors of any kind, tokenizers' own are plain Exceptions
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise ModelError(f"tokenizer of {path!r} cannot be loaded: {kind}{error}") from error
-    if not isinstance(tokenizer.model_max_length, int | float):
-        limit = tokenizer.model_max_length
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, int | float) or limit <= 0:
         raise ModelError(f"tokenizer of {path!r}: its model_max_length is {limit!r}, not a number of tokens")
     return tokenizer
 

@@ -141,7 +141,7 @@ def _model_errors(path: str) -> Iterator[None]:
         if (Path(path) / "config.json").is_file():
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
             raise ModelError(
-                f"{path!r}: transformers makes no model of its config.json: {kind}{why[:400]}"
+                f"{path!r}: transformers cannot build a model from its config.json: {kind}{why[:400]}"
             ) from error
         if not isinstance(error, OSError | ValueError | KeyError):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,17 @@ def count_adapter_parameters(network: nn.Module, adapter: AdapterConfig) -> int 
     return sum(p.numel() for p in made.parameters() if p.requires_grad)
 
 
+_WITHOUT_HEAD_DIM = ("qwen2", "qwen2_moe", "granitemoe", "granitemoeshared", "granitemoehybrid", "jamba")
+
+
 def vllm_ignores_head_dim(config: Mapping[str, Any]) -> bool:
     """Return whether vLLM would build other attention heads than a config.json says.
 
-    Its classes of these types compute the size of a head as hidden_size / num_attention_heads. transformers
-    reads head_dim, which `rft prune` sets.
+    Its classes of these types (vLLM 0.32) compute the size of a head as hidden_size / num_attention_heads.
+    transformers reads head_dim, which `rft prune` sets.
     """
     size = config.get("head_dim")
-    if config.get("model_type") not in ("qwen2", "qwen2_moe", "granitemoe") or size is None:
+    if config.get("model_type") not in _WITHOUT_HEAD_DIM or size is None:
         return False
     return bool(size != config["hidden_size"] // config["num_attention_heads"])
 
@@ -116,7 +120,7 @@ def vllm_ignores_head_dim(config: Mapping[str, Any]) -> bool:
 def check_vllm_heads(path: str, engine_args: Mapping[str, Any]) -> list[str]:
     """Check that vLLM's class of a model in a folder builds the attention heads of its config.json."""
     file = Path(path) / "config.json"
-    if "model_impl" in engine_args or not file.is_file():
+    if engine_args.get("model_impl") == "transformers" or not file.is_file():
         return []
     config = json.loads(file.read_text(encoding="utf-8"))
     if not vllm_ignores_head_dim(config):
@@ -124,13 +128,13 @@ def check_vllm_heads(path: str, engine_args: Mapping[str, Any]) -> list[str]:
     return [
         f"model.path: vLLM computes the size of an attention head of {config['model_type']} from "
         f"hidden_size, and ignores the head_dim {config['head_dim']} in {file}; set rollout.engine to hf, or "
-        "prune the model with `--heads 1`"
+        "prune the original model with `--heads 1`"
     ]
 
 
 def check_weights(key: str, path: str) -> list[str]:
-    """Check that the weights of a model in a folder are complete. Of safetensors files the headers are read,
-    which tell how long the files must be."""
+    """Check that the weights of a model in a folder are there, whole, and of as many layers as its config
+    says. Of safetensors files only the headers are read."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         return []  # a hub name
@@ -139,21 +143,43 @@ def check_weights(key: str, path: str) -> list[str]:
         if not files[0].is_file() and index.is_file():
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             files = [folder / shard for shard in sorted(shards)]
+            if not files:
+                return [f"{key}: {index} lists no weights; copy it again"]
         elif not files[0].is_file():
             there = any(folder.glob("pytorch_model*.bin"))
             lacking = f"{key}: {path} has no weights ({SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME})"
             return [] if there else [f"{lacking}; copy the whole folder"]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"{key}: {index} is damaged ({error}); copy it again"]
+    stored: set[int] = set()
     for file in files:
         if not file.is_file():
             return [f"{key}: {path} lacks {file.name}, which {index.name} lists; copy it there"]
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as tensors:
+                stored |= {int(match[1]) for name in tensors.keys() if (match := _LAYER.search(name))}  # noqa: SIM118
         except SafetensorError as error:
             return [f"{key}: {file} is damaged ({error}); copy it again"]
+    layers = _layers_by_config(folder)
+    if stored and layers is not None and not stored.issuperset(range(layers)):
+        return [
+            f"{key}: {path} has the weights of {len(stored)} layers, and its config.json says {layers}: the "
+            "others would be random; copy the whole folder, or correct num_hidden_layers"
+        ]
     return []
+
+
+_LAYER = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
+
+
+def _layers_by_config(folder: Path) -> int | None:
+    """Return the number of layers that config.json gives; None if it gives none, or cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        layers = config.get("text_config", config).get("num_hidden_layers")
+    except (ValueError, AttributeError):
+        return None  # reported where the config is read
+    return layers if isinstance(layers, int) else None
 
 
 def resolve_fusion(config: Config) -> tuple[tuple[str, float], ...]:

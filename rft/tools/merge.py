@@ -67,7 +67,7 @@ MERGEKIT = {  # method to mergekit's name of it
 METHODS = ("soup", "greedy", "wise-ft", "lines", "difference", "adapter", "loram", *MERGEKIT)
 MERGE_FILE = "merge.json"  # in the merged folder: method, options, and digests of the models' weights
 DENSITY = {"ties": 0.2, "dare": 0.1, "breadcrumbs": 0.9}  # share of each task vector that is kept
-SHARD = 2**28  # parameters that mergekit holds before it writes them: 1 GiB
+SHARD = 2**30  # bytes that mergekit holds before it writes them
 _NUMBER = {
     "wise-ft": (2, "START TUNED"),
     "difference": (3, "FROM TO ONTO"),
@@ -286,6 +286,10 @@ def check_request(method: str, names: Sequence[str], out: Path, o: Options, scor
         problems.append(f"--density: {o.density:g} is not a share above 0, up to 1")
     if o.gamma is not None and not 0 <= o.gamma < 1:
         problems.append(f"--gamma: {o.gamma:g} is not a share below 1")
+    if method == "breadcrumbs":
+        density, gamma = DENSITY[method] if o.density is None else o.density, o.gamma or 0.0
+        if density + gamma > 1:
+            problems.append(f"breadcrumbs: --density {density:g} and --gamma {gamma:g} sum to more than 1")
     if method == "stock" and count == 2:
         problems.append(
             "stock: it takes BASE MODEL MODEL..., since it needs the angle between two tuned models"
@@ -319,9 +323,14 @@ def mergekit_config(method: str, folders: Sequence[str], o: Options) -> dict[str
     parts = []
     for folder, weight in zip(tuned, o.weights or [1.0] * len(tuned), strict=True):
         weighed = each if method == "stock" else {**each, "weight": weight}
-        parts.append({"model": folder, "parameters": weighed})
+        parts.append({"model": _path(folder), "parameters": weighed})
     config = {"merge_method": MERGEKIT[method], "models": parts, "parameters": shared, "dtype": "float32"}
-    return config if base is None else {**config, "base_model": base}
+    return config if base is None else {**config, "base_model": _path(base)}
+
+
+def _path(folder: str) -> dict[str, dict[str, str]]:
+    """Return mergekit's reference to a folder; of a string, `@` and `+` would begin a revision or adapter."""
+    return {"model": {"path": folder}}
 
 
 def _merge_with_mergekit(method: str, models: Sequence[ModelFiles], o: Options, out: Path) -> None:
@@ -329,7 +338,7 @@ def _merge_with_mergekit(method: str, models: Sequence[ModelFiles], o: Options, 
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
-    config = MergeConfiguration.model_validate(mergekit_config(method, [str(m.folder) for m in models], o))
+    config = mergekit_config(method, [str(m.folder) for m in models], o)
     options = MergeOptions(
         out_shard_size=SHARD,
         copy_tokenizer=False,
@@ -339,8 +348,8 @@ def _merge_with_mergekit(method: str, models: Sequence[ModelFiles], o: Options, 
     )
     with tempfile.TemporaryDirectory(prefix="rft-merge-", dir=_existing(out)) as scratch:
         try:
-            run_merge(config, scratch, options)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            run_merge(MergeConfiguration.model_validate(config), scratch, options)
+        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             raise ConfigError([f"{method}: mergekit cannot merge these models: {error}"]) from error
         merged, first = ModelFiles(scratch, "mergekit's result"), models[0]
         if lacking := [name for name in first.tensors if name not in merged.tensors]:

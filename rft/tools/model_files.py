@@ -74,9 +74,17 @@ class ModelFiles:
         return [name for name, info in self.tensors.items() if info.file == shard]
 
     def config(self) -> dict[str, Any]:
-        """Return the model's config.json; {} if it has none."""
+        """Return the model's config.json; {} if it has none. Raises ConfigError for a damaged one."""
         file = self.folder / "config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not file.exists():
+            return {}
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError([f"{self.name}: {file} cannot be read: {error}"]) from None
+        if not isinstance(config, dict):
+            raise ConfigError([f"{self.name}: {file} is not an object; copy it again"])
+        return config
 
 
 def write_like(base: ModelFiles, out: Path, tensor: Callable[[str], Tensor]) -> None:

@@ -224,7 +224,7 @@ def _with_fewer_heads(config: Mapping[str, Any], share: float, name: str) -> tup
             first = first or str(error)
         else:
             return {**config, **fewer}, count
-    raise ConfigError([f"{name}: transformers accepts it with no number of heads: {first}"])
+    raise ConfigError([f"{name}: transformers rejects it with fewer heads: {first}"])
 
 
 def _model_config(config: Mapping[str, Any]) -> Any:

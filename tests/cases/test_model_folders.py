@@ -57,7 +57,12 @@ def bad_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("[1]")
 
 
-NO_MODEL, NO_TOKENIZER = "transformers makes no model of its config.json", "cannot be loaded"
+def empty_index(folder: Path) -> None:
+    bad_index(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
+NO_MODEL, NO_TOKENIZER = "transformers cannot build a model from its config.json", "cannot be loaded"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,7 @@ NO_MODEL, NO_TOKENIZER = "transformers makes no model of its config.json", "cann
         (config_is({}), NO_MODEL),
         (config_is(None), NO_MODEL),
         (config_is(3), NO_MODEL),
-        (text("config.json", b"\xff\xfe\x00"), "config.json"),
+        (text("config.json", b"\xff\xfe\x00"), "its config.json cannot be read"),
         (entry("config.json", model_type="nope"), NO_MODEL),
         (entry("config.json", hidden_size="wide"), "hidden_size"),
         (entry("config.json", hidden_size=-4), NO_MODEL),
@@ -92,6 +97,13 @@ NO_MODEL, NO_TOKENIZER = "transformers makes no model of its config.json", "cann
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights (model.safetensors"),
         (shards, "lacks model-2-of-2.safetensors, which model.safetensors.index.json lists"),
         (bad_index, "model.safetensors.index.json is damaged"),
+        (empty_index, "model.safetensors.index.json lists no weights"),
+        (
+            entry("config.json", num_hidden_layers=9, layer_types=["full_attention"] * 9),
+            "has the weights of 2 layers, and its config.json says 9",
+        ),
+        (entry("tokenizer_config.json", model_max_length=-3), "its model_max_length is -3"),
+        (entry("generation_config.json", eos_token_id=1.5), "eos_token_id is 1.5, not a token id"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_refused_by_name(
