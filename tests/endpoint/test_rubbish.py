@@ -236,6 +236,8 @@ def test_rubbish_in_a_session(template: str, requests: int) -> None:
                 assert status in (200, 400, 401, 404, 405), (status, answer)
                 assert b"server_error" not in answer and b"internal_error" not in answer, answer
 
+            right = {"messages": [{"role": "user", "content": "hi"}]}  # by chance no other call may be
+            assert (await post("/v1/chat/completions", json.dumps(right).encode()))[0] == 200
             await asyncio.to_thread(rubbish)
             made = calls.session.calls
             assert server.server.counts["errors"] == 0 and not other.session.calls
