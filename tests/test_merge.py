@@ -233,6 +233,24 @@ def test_a_wrong_base_is_refused_by_name(
     )
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_damaged_files_are_named(
+    tiny_folder: Path, adapter: Path, make: Callable[..., Path], tmp_path: Path, text: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    (broken / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"broken: .*config\.json"):
+        prune(str(broken), "broken", tmp_path / "x", 0.5, 0)
+    prune(str(tiny_folder), "tiny", tmp_path / "small", 0.5, 0)
+    (tmp_path / "small" / "pruning.json").write_text(text)
+    told = refused("loram", tmp_path / "y", tiny_folder, tmp_path / "small", adapter)
+    assert "pruning.json is damaged" in told
+    (adapter / "adapter_config.json").write_text(text)
+    told = refused("adapter", tmp_path / "z", tiny_folder, adapter)
+    assert "lora: " in told and ("damaged" in told or "it is None" in told)
+
+
 def test_what_was_learned_about_kept_neurons_goes_back_to_their_places() -> None:
     kept = {"neurons": {"0": [1, 3]}, "heads": {}}
     change, shape = T([[1.0, 2.0], [3.0, 4.0]]), torch.Size((4, 2))

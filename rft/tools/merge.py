@@ -46,6 +46,7 @@ from rft.tools.model_files import (
     ModelFiles,
     folder_problems,
     layer_number,
+    read_object,
     shape_problems,
     tokenizer_problems,
     write_like,
@@ -368,7 +369,8 @@ class Adapter:
         file = folder / "adapter_config.json"
         if not file.exists():
             raise ConfigError([f"{name}: it has no adapter_config.json; give the folder of an adapter"])
-        self.config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        plain = read_object(file, name).get("peft_type") == "LORA"
+        self.config = read_object(file, name, *(("r", "lora_alpha") if plain else ()))
         self.files = ModelFiles(folder, name, "adapter_model.safetensors")
         stems = {
             key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
@@ -377,7 +379,7 @@ class Adapter:
         }
         self.modules = {f"{stem}.weight": stem for stem in stems}
         lineage = folder / "lineage.json"
-        self.base = json.loads(lineage.read_text(encoding="utf-8")).get("base") if lineage.exists() else None
+        self.base = read_object(lineage, name).get("base") if lineage.exists() else None
 
     def problems(self, base: ModelFiles) -> list[str]:
         """Return the reasons why the adapter cannot be merged into a base."""

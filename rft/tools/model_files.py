@@ -76,15 +76,20 @@ class ModelFiles:
     def config(self) -> dict[str, Any]:
         """Return the model's config.json; {} if it has none. Raises ConfigError for a damaged one."""
         file = self.folder / "config.json"
-        if not file.exists():
-            return {}
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError([f"{self.name}: {file} cannot be read: {error}"]) from None
-        if not isinstance(config, dict):
-            raise ConfigError([f"{self.name}: {file} is not an object; copy it again"])
-        return config
+        return read_object(file, self.name) if file.exists() else {}
+
+
+def read_object(file: Path, name: str, *needed: str) -> dict[str, Any]:
+    """Return the JSON object of a model's file. Raises ConfigError if it is damaged, or lacks a needed key."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError([f"{name}: {file} is damaged: {error}"]) from None
+    lacking = [key for key in needed if not isinstance(value, dict) or key not in value]
+    if not isinstance(value, dict) or lacking:
+        what = f"it has no {', '.join(lacking)}" if lacking else "it is not an object"
+        raise ConfigError([f"{name}: {file} is damaged: {what}"])
+    return value
 
 
 def write_like(base: ModelFiles, out: Path, tensor: Callable[[str], Tensor]) -> None:

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from rft.errors import ConfigError, ModelError
-from rft.tools.model_files import PRUNING, ModelFiles, folder_problems, quantised_problems, write_like
+from rft.tools.model_files import (
+    PRUNING,
+    ModelFiles,
+    folder_problems,
+    quantised_problems,
+    read_object,
+    write_like,
+)
 from rft.utils.files import folder_atomic
 from rft.utils.hashing import hash64, model_digest
 
@@ -108,7 +115,7 @@ def read_kept(folder: str, name: str, base: ModelFiles) -> Kept:
     file = Path(folder) / PRUNING
     if not file.exists():
         raise ConfigError([f"{name}: it has no {PRUNING}; give the folder that `rft prune` wrote"])
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts = read_object(file, name, "base", "kept")
     if (digest := model_digest(str(base.folder))) != facts["base"]["weights"]:
         raise ConfigError(
             [
