@@ -80,7 +80,7 @@ class ModelFiles:
 
 
 def read_object(file: Path, name: str, *needed: str) -> dict[str, Any]:
-    """Return the JSON object of a model's file. Raises ConfigError if it is damaged, or lacks a needed key."""
+    """Return the JSON object of a model's file. Raises ConfigError if it is damaged or lacks a key."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
