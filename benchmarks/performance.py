@@ -148,10 +148,9 @@ def real_step(d: dict[str, Any]) -> str:
 def _real_step(d: dict[str, Any]) -> str:
     machine, settings, aims = d["machine"], d["settings"], d["aims"]
     native = "with" if machine["bfloat16_arithmetic"] else "without"
-    runs = {(r["who"], r["dtype"]): r for r in d["runs"]}
     rows = []
-    for (who, dtype), run in sorted(runs.items()):
-        parts = run.get("parts", {})
+    for run in sorted(d["runs"], key=lambda r: (r["who"], r["dtype"])):
+        who, dtype, parts = run["who"], run["dtype"], run.get("parts", {})
         rates = run["gflops"]["float32" if dtype == "float32" else "bfloat16"]
         rows.append(
             [
@@ -187,8 +186,8 @@ def _real_step(d: dict[str, Any]) -> str:
         verdict, ratio, aim = "met" if d["passed"] else "**missed**", d["ratio"], aims["ratio"]
         text += f"In their better dtypes rft is {ratio:.2f}x as fast as TRL; aim {aim:g}: {verdict}. "
     text += (
-        "Share of the bound that follows from the rate of products and of memory in the same round:\n\n"
-        + table(["rft", "learner", "rollout", "first step over the median"], shares)
+        "Share of the bound that follows from the rate of products and of memory in the same round, the median "
+        "over runs:\n\n" + table(["rft", "learner", "rollout", "first step over the median"], shares)
     )
     names = {"learner": "a training step", "engine": "a rollout"}
     for dtype, parts in d["profiles"].items():
