@@ -186,8 +186,8 @@ def _real_step(d: dict[str, Any]) -> str:
         verdict, ratio, aim = "met" if d["passed"] else "**missed**", d["ratio"], aims["ratio"]
         text += f"In their better dtypes rft is {ratio:.2f}x as fast as TRL; aim {aim:g}: {verdict}. "
     text += (
-        "Share of the bound that follows from the rate of products and of memory in the same round, median of "
-        "the runs:\n\n" + table(["rft", "learner", "rollout", "first step over the median"], shares)
+        "Share of the bound that follows from the rate of products and of memory in the same round, median "
+        "of the runs:\n\n" + table(["rft", "learner", "rollout", "first step over the median"], shares)
     )
     names = {"learner": "a training step", "engine": "a rollout"}
     for dtype, parts in d["profiles"].items():
