@@ -25,9 +25,10 @@ from rft.tools.merge import (
     soup,
     sum_of,
 )
-from rft.tools.model_files import ModelFiles, layer_number
+from rft.tools.model_files import ModelFiles
 from rft.tools.prune import prune, recover
 from rft.utils.hashing import model_digest
+from rft.utils.tensor_names import layer_number
 
 T = torch.tensor
 CONFIG = {"model_type": "qwen3", "hidden_size": 2}

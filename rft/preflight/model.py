@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from rft.preflight.memory import read_model_config
 from rft.tasks import REVISION
 from rft.utils.hashing import fingerprint
 from rft.utils.paths import absolute_if_local, expand
+from rft.utils.tensor_names import layer_number
 
 
 def resolve_model(config: Config, model: str | None = None) -> str:
@@ -157,7 +157,8 @@ def check_weights(key: str, path: str) -> list[str]:
             return [f"{key}: {path} lacks {file.name}, which {index.name} lists; copy it there"]
         try:
             with safe_open(file, framework="pt") as tensors:
-                stored |= {int(match[1]) for name in tensors.keys() if (match := _LAYER.search(name))}  # noqa: SIM118
+                numbers = map(layer_number, tensors.keys())
+                stored |= {number for number in numbers if number is not None}
         except SafetensorError as error:
             return [f"{key}: {file} is damaged ({error}); copy it again"]
     layers = _layers_by_config(folder)
@@ -167,9 +168,6 @@ def check_weights(key: str, path: str) -> list[str]:
             "others would be random; copy the whole folder, or correct num_hidden_layers"
         ]
     return []
-
-
-_LAYER = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
 
 
 def _layers_by_config(folder: Path) -> int | None:

@@ -436,10 +436,8 @@ def merge(args: argparse.Namespace) -> int:
     from rft.tools.merge import Options, accuracy_by, check_request, merge
     from rft.tools.model_files import local_folder
 
-    options, out = (
-        Options(args.weights, args.alpha, args.beta, args.density, args.gamma, args.seed),
-        Path(args.out),
-    )
+    options = Options(args.weights, args.alpha, args.beta, args.density, args.gamma, args.seed)
+    out = Path(args.out)
     check_request(args.method, args.models, out, options, args.config is not None)
     score = None if args.config is None else accuracy_by(args.config, args.signals)
     with tempfile.TemporaryDirectory(prefix="rft-merge-") as scratch:

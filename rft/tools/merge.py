@@ -45,7 +45,6 @@ from rft.errors import ConfigError
 from rft.tools.model_files import (
     ModelFiles,
     folder_problems,
-    layer_number,
     read_object,
     shape_problems,
     tokenizer_problems,
@@ -56,6 +55,7 @@ from rft.utils.did_you_mean import did_you_mean_or_list
 from rft.utils.files import folder_atomic
 from rft.utils.hashing import model_digest
 from rft.utils.signals import StopRequests
+from rft.utils.tensor_names import layer_number
 
 MERGEKIT = {  # method to mergekit's name of it
     "linear": "linear",
@@ -151,20 +151,19 @@ def merge(
         raise ConfigError(problems)
     lines: list[str] = []
     used = names
-    if method in MERGEKIT:
-        with folder_atomic(out) as temporary:
-            _merge_with_mergekit(method, models, options, temporary)
-            _write_lineage(temporary, method, folders, options, names)
-        return [f"{method}, by mergekit: {len(models[0].tensors)} tensors of {', '.join(names)}"]
     if method == "greedy":
         assert score is not None
         models, lines = _greedy(models, out, score)
         used = [m.name for m in models]
     like = models[2] if method == "difference" else models[0]
     with folder_atomic(out) as temporary:
-        write_like(like, temporary, partial(_merged, method, models, options, like))
+        if method in MERGEKIT:
+            _merge_with_mergekit(method, models, options, temporary)
+        else:
+            write_like(like, temporary, partial(_merged, method, models, options, like))
         _write_lineage(temporary, method, folders, options, used)
-    return [*lines, f"{method}: {len(like.tensors)} tensors of {', '.join(used)}"]
+    by = ", by mergekit" if method in MERGEKIT else ""
+    return [*lines, f"{method}{by}: {len(like.tensors)} tensors of {', '.join(used)}"]
 
 
 def _merged(method: str, models: Sequence[ModelFiles], o: Options, like: ModelFiles, name: str) -> Tensor:

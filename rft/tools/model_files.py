@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,16 +191,6 @@ def _vocabulary(folder: Path) -> Mapping[str, Any]:
 
 def _pair(merge: Any) -> str:
     return merge if isinstance(merge, str) else " ".join(merge)
-
-
-def layer_number(name: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to (`model.layers.3.mlp...`: 3); None for
-    others."""
-    parts = name.split(".")
-    for before, part in pairwise(parts):
-        if part.isdecimal() and before in ("layers", "h", "blocks", "block", "layer"):
-            return int(part)
-    return None
 
 
 def local_folder(target: str, scratch: Path) -> str:

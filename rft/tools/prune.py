@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from rft.errors import ConfigError, ModelError
+from rft.preflight.memory import read_model_config
+from rft.preflight.model import vllm_ignores_head_dim
 from rft.tools.model_files import (
     PRUNING,
     ModelFiles,
@@ -40,9 +42,8 @@ _PARTS = {  # part of a layer to the tensors that are pruned, and the one of the
     "heads": (re.compile(r"\.layers\.(\d+)\.self_attn\.(q|k|v|o)_proj\.(weight|bias)$"), "o"),
 }
 _ALL_HEADS = "keep all heads (`--heads 1`)"
-Kept = Mapping[
-    str, Mapping[str, list[int]]
-]  # "neurons", "heads" (key/value heads): layer to those kept, sorted
+# Part ("neurons", "heads": key/value heads) to layer to those that are kept, sorted.
+Kept = Mapping[str, Mapping[str, list[int]]]
 
 
 def prune(folder: str, name: str, out: Path, share: float, seed: int, heads: float | None = None) -> str:
@@ -236,8 +237,6 @@ def _with_fewer_heads(config: Mapping[str, Any], share: float, name: str) -> tup
 
 def _model_config(config: Mapping[str, Any]) -> Any:
     """Return transformers' object of a config. Raises ValueError with the reason."""
-    from rft.preflight.memory import read_model_config
-
     with tempfile.TemporaryDirectory(prefix="rft-prune-") as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
@@ -280,8 +279,6 @@ def _check_shapes(
 
 
 def _lines(name: str, config: Mapping[str, Any], totals: Mapping[str, int], kept: Kept) -> list[str]:
-    from rft.preflight.model import vllm_ignores_head_dim
-
     words = {"neurons": "MLP neurons", "heads": "key/value heads, with their query heads,"}
     lines = []
     for part, layers in kept.items():
