@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rft.layout import fields_of
 from rft.samples import Branch, Completion, FinishReason, Group, Prompt, Turn
@@ -41,33 +40,33 @@ class Batch:
     log-prob of `tokens[t]`; they are 0 where the mask is False.
     """
 
-    tokens: Tensor = field(metadata=_T)  # [T] int64
-    positions: Tensor = field(metadata=_T)  # [T] int64
-    segment: Tensor = field(metadata=_T)  # [T] int64, contiguous, ascending from 0
-    source: Tensor = field(metadata=_T)  # [T] int64, -1 for the first token of a tree
-    mask: Tensor = field(metadata=_T)  # [T] bool, True where the loss may act
-    sequence: Tensor = field(metadata=_T)  # [T] int64 in -1..N-1
-    parent: Tensor = field(metadata=_S)  # [S] int64, -1 for a root; a parent precedes its children
-    group: Tensor = field(metadata=_N)  # [N] int64, contiguous, ascending from 0
-    rewards: Tensor | None = field(default=None, metadata=_N)  # [N] float32
-    truncated: Tensor | None = field(default=None, metadata=_N)  # [N] bool, ran into the length limit
-    version: Tensor | None = field(default=None, metadata=_T)  # [T] int64, -1 where not sampled
-    turn: Tensor | None = field(default=None, metadata=_T)  # [T] int64, of the session; -1 where not sampled
-    demonstrated: Tensor | None = field(default=None, metadata=_T)  # [T] bool, from a demonstration
-    sampler_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32
-    old_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32, policy before the step
-    ref_logps: Tensor | None = field(default=None, metadata=_T)  # [T] float32, frozen reference
-    teacher_ids: Tensor | None = field(default=None, metadata=_T)  # [T, K] int64, see `TopTokens`; -1: none
-    teacher_logps: Tensor | None = field(default=None, metadata=_T)  # [T, K] float32
-    old_entropy: Tensor | None = field(default=None, metadata=_T)  # [T] float32, before the step
-    values: Tensor | None = field(default=None, metadata=_T)  # [T] float32, critic before the step
-    end_values: Tensor | None = field(default=None, metadata=_T)  # [T] float32, see `PolicyOutput`
-    returns: Tensor | None = field(default=None, metadata=_T)  # [T] float32
-    advantages: Tensor | None = field(default=None, metadata=_T)  # [T] float32
-    labels: Tensor | None = field(default=None, metadata=_T)  # [T] float32, right (1) or wrong (0) steps
-    support: Tensor | None = field(default=None, metadata=_T)  # [T, V/8] uint8, see `kept_tokens`
-    weight: Tensor | None = field(default=None, metadata=_T)  # [T] float32, share of the step's objective
-    columns: Mapping[str, Tensor] = field(default_factory=dict)  # each [N, ...]
+    tokens: torch.Tensor = field(metadata=_T)  # [T] int64
+    positions: torch.Tensor = field(metadata=_T)  # [T] int64
+    segment: torch.Tensor = field(metadata=_T)  # [T] int64, contiguous, ascending from 0
+    source: torch.Tensor = field(metadata=_T)  # [T] int64, -1 for the first token of a tree
+    mask: torch.Tensor = field(metadata=_T)  # [T] bool, True where the loss may act
+    sequence: torch.Tensor = field(metadata=_T)  # [T] int64 in -1..N-1
+    parent: torch.Tensor = field(metadata=_S)  # [S] int64, -1 for a root; a parent precedes its children
+    group: torch.Tensor = field(metadata=_N)  # [N] int64, contiguous, ascending from 0
+    rewards: torch.Tensor | None = field(default=None, metadata=_N)  # [N] float32
+    truncated: torch.Tensor | None = field(default=None, metadata=_N)  # [N] bool, ran into the length limit
+    version: torch.Tensor | None = field(default=None, metadata=_T)  # [T] int64, -1 where not sampled
+    turn: torch.Tensor | None = field(default=None, metadata=_T)  # [T] int64, -1 where not sampled
+    demonstrated: torch.Tensor | None = field(default=None, metadata=_T)  # [T] bool, from a demonstration
+    sampler_logps: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32
+    old_logps: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32, policy before the step
+    ref_logps: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32, frozen reference
+    teacher_ids: torch.Tensor | None = field(default=None, metadata=_T)  # [T, K] int64, -1: none
+    teacher_logps: torch.Tensor | None = field(default=None, metadata=_T)  # [T, K] float32
+    old_entropy: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32, before the step
+    values: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32, critic before the step
+    end_values: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32, see `PolicyOutput`
+    returns: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32
+    advantages: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32
+    labels: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32, steps: right 1, wrong 0
+    support: torch.Tensor | None = field(default=None, metadata=_T)  # [T, V/8] uint8, see `kept_tokens`
+    weight: torch.Tensor | None = field(default=None, metadata=_T)  # [T] float32, share of the objective
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)  # each [N, ...]
     state: Mapping[str, float] = field(default_factory=dict)  # `progress` in [0, 1], algorithm state
 
     # -- sizes -------------------------------------------------------------------------------------
@@ -85,37 +84,37 @@ class Batch:
         return int(self.group[-1]) + 1 if self.group.numel() else 0
 
     @property
-    def tree(self) -> Tensor:
+    def tree(self) -> torch.Tensor:
         """[S] int64: the tree that each segment belongs to, counted from 0."""
         return (self.parent < 0).cumsum(0) - 1
 
     @property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> torch.Tensor:
         """[N] float32: the number of masked-in tokens of each sequence."""
         return self.sum_by_sequence(torch.ones_like(self.tokens, dtype=torch.float32))
 
     # -- between tokens and sequences --------------------------------------------------------------
 
-    def sum_by_sequence(self, x: Tensor) -> Tensor:
+    def sum_by_sequence(self, x: torch.Tensor) -> torch.Tensor:
         """Sum a per-token tensor [T] over each sequence's masked-in tokens: [N]."""
         index = self.sequence[self.mask]
         return x.new_zeros(self.num_sequences).index_add(0, index, x[self.mask])
 
-    def mean_by_sequence(self, x: Tensor) -> Tensor:
+    def mean_by_sequence(self, x: torch.Tensor) -> torch.Tensor:
         """Mean of a per-token tensor [T] over each sequence's masked-in tokens: [N]; 0 if it has none."""
         return self.sum_by_sequence(x) / self.lengths.clamp(min=1)
 
-    def to_tokens(self, x: Tensor) -> Tensor:
+    def to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Spread a per-sequence tensor [N] over the sequences' masked-in tokens: [T], 0 elsewhere."""
         out = x.new_zeros(self.num_tokens)
         return out.masked_scatter(self.mask, x[self.sequence[self.mask]])
 
-    def old_logps_or(self, logps: Tensor) -> Tensor:
+    def old_logps_or(self, logps: torch.Tensor) -> torch.Tensor:
         """Return the behaviour policy's log-probs [T]: `old_logps`, or `logps`, detached, if the batch is
         used for a single update and the two are equal."""
         return logps.detach() if self.old_logps is None else self.old_logps
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return sequence indices ([P], [P]) of (preferred, other): within each group, sequences ordered by
         reward, each with the next lower one. Equal rewards do not form a pair. Raises ValueError if the batch
         has no rewards."""
@@ -138,7 +137,7 @@ class Batch:
         changes: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         return replace(self, **changes, columns={k: v.to(device) for k, v in self.columns.items()})
 
@@ -148,7 +147,7 @@ class Batch:
         wanted[torch.as_tensor(list(trees), dtype=torch.int64)] = True
         return self._of_segments(wanted.to(self.tokens.device)[self.tree])
 
-    def pruned(self, keep: Tensor) -> tuple[Batch, Tensor]:
+    def pruned(self, keep: torch.Tensor) -> tuple[Batch, torch.Tensor]:
         """Drop segments that neither contain a token of `keep` [T] bool nor are ancestors of such a segment.
         Returns the batch and [T'] int64, the indices of its tokens in this one. Kept tokens never attend to
         dropped ones."""
@@ -161,7 +160,7 @@ class Batch:
             above = above[above >= 0]
         return self._of_segments(keep_s), keep_s[self.segment].nonzero()[:, 0]
 
-    def _of_segments(self, keep_s: Tensor) -> Batch:
+    def _of_segments(self, keep_s: torch.Tensor) -> Batch:
         """Return the batch of the segments [S] bool; the parent of each one must be selected too."""
         keep_t = keep_s[self.segment]
         kept = self.sequence[keep_t & (self.sequence >= 0)]
@@ -171,14 +170,14 @@ class Batch:
         changes: dict[str, Any] = {
             f.name: value[keep[f.metadata["axis"]]]
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         for name, mask in (("segment", keep_s), ("parent", keep_s), ("source", keep_t), ("sequence", keep_n)):
             changes[name] = _renumber(changes[name], mask)
         changes["group"] = torch.unique(changes["group"], return_inverse=True)[1]
         return replace(self, **changes, columns={k: v[keep_n] for k, v in self.columns.items()})
 
-    def select_groups(self, groups: Tensor) -> Batch:
+    def select_groups(self, groups: torch.Tensor) -> Batch:
         """Return the batch of the given groups (indices [K]), with the trees that contain them."""
         token_group = torch.where(self.sequence >= 0, self.group[self.sequence.clamp(min=0)], -1)
         chosen = torch.isin(token_group, groups.to(token_group.device))
@@ -197,7 +196,7 @@ class Batch:
         return Batch(**fields_of(groups, share_prefix=share_prefix))
 
 
-def _renumber(ids: Tensor, keep: Tensor) -> Tensor:
+def _renumber(ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Renumber ids over the kept entries; negative ids are unchanged."""
     new = keep.to(torch.int64).cumsum(0) - 1
     return torch.where(ids >= 0, new[ids.clamp(min=0)], ids)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from rft import __version__
 from rft.tools.commands import list_keys, register
 from rft.utils.paths import path_argument
+from rft.utils.quick_imports import load_torch_late
 from rft.utils.quiet import quiet_libraries
 from rft.utils.terminal import say
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape the characters that the locale's encoding lacks
             stream.reconfigure(errors="backslashreplace")
+    load_torch_late()
     quiet_libraries()
     os.environ["PYTHONUTF8"] = "1"  # engines, learner and reward workers use UTF-8 whatever the locale is
     args = _arguments(argv)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rft.samples import Branch, Completion, Group, Prompt, TopTokens, Turn
 
@@ -20,7 +19,7 @@ def fields_of(groups: Sequence[Group], *, share_prefix: bool) -> dict[str, Any]:
     return _Builder(share_prefix).build(groups)
 
 
-def _column(values: Sequence[float | tuple[float, ...] | None]) -> Tensor:
+def _column(values: Sequence[float | tuple[float, ...] | None]) -> torch.Tensor:
     """[N] float32, or [N, K] if the values are tuples; nan for missing values and at the end of shorter
     tuples."""
     rows = [v if isinstance(v, tuple) else (float("nan") if v is None else v,) for v in values]
@@ -29,7 +28,7 @@ def _column(values: Sequence[float | tuple[float, ...] | None]) -> Tensor:
     return padded if any(isinstance(v, tuple) for v in values) else padded.squeeze(1)
 
 
-def _teachers(given: Sequence[tuple[Sequence[int], TopTokens]], tokens: int) -> dict[str, Tensor]:
+def _teachers(given: Sequence[tuple[Sequence[int], TopTokens]], tokens: int) -> dict[str, torch.Tensor]:
     """Return `teacher_ids` and `teacher_logps` of a batch of so many tokens, from those at some places; {}
     without any."""
     if not given:

@@ -19,7 +19,7 @@ from rft.config.schema import Config
 from rft.config.validate import Device, Engine, longest_sequence
 from rft.data import DataError, GroupStream, PromptSet
 from rft.errors import ConfigError, ModelError
-from rft.learner.load import load_tokenizer, resolve_dtype
+from rft.learner.load import load_tokenizer
 from rft.learner.spec import LearnerSpec
 from rft.preflight.capacity import (
     MemoryPlan,
@@ -62,6 +62,7 @@ from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.proof import ProofSpec, fixed_tokens
 from rft.sync.spec import ChannelSpec
 from rft.utils.dotted import load_dotted
+from rft.utils.dtypes import item_bytes
 
 T = TypeVar("T")
 
@@ -324,7 +325,7 @@ def make_plan(
     if starts:
         problems += check_sockets(config, vllm=facts.engine == "vllm")
         problems += [] if evaluate else check_folders(config)
-    width = resolve_dtype(config.rollout.dtype, facts.device).itemsize
+    width = item_bytes(config.rollout.dtype, facts.device)
     problems += check_sync_folder(config, shape.parameters * width if shape else None)
 
     if not problems and path and shape and stops is not None:

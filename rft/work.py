@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.batch import Batch, Completion, Group
 
@@ -20,12 +19,12 @@ MERGE_COST = 0.05  # of a token's matrix products, for merging a completion's to
 Sharing = Literal["auto", "on", "off"]
 
 
-def tree_tokens(batch: Batch) -> Tensor:
+def tree_tokens(batch: Batch) -> torch.Tensor:
     """[trees] int64: the number of tokens of each tree."""
     return torch.bincount(batch.tree[batch.segment], minlength=int((batch.parent < 0).sum()))
 
 
-def tree_costs(batch: Batch, hidden_size: int) -> Tensor:
+def tree_costs(batch: Batch, hidden_size: int) -> torch.Tensor:
     """[trees] float64: the work of each tree, in units of one token's matrix products."""
     tokens = tree_tokens(batch)
     pairs = torch.zeros(tokens.numel(), dtype=torch.float64)
@@ -98,7 +97,7 @@ def _work(before: int, tokens: int, hidden_size: int) -> float:
     return tokens + (tokens * before + tokens * (tokens + 1) / 2) / (6 * hidden_size)
 
 
-def segment_pairs(segment: Tensor, parent: Tensor) -> Tensor:
+def segment_pairs(segment: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
     """[S] int64: the number of (query, key) pairs in the attention of each segment's tokens."""
     length = torch.bincount(segment, minlength=parent.numel()).cpu()
     before = [0] * parent.numel()

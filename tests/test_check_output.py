@@ -56,7 +56,7 @@ def test_libraries_print_errors_only(capsys: pytest.CaptureFixture[str]) -> None
 
 HEAVY = (
     *("ray", "vllm", "deepspeed", "transformers.models", "transformers.modeling_utils"),
-    *("torch._dynamo", "torch.distributed.tensor", "peft", "bitsandbytes"),
+    *("torch.nn", "peft", "bitsandbytes"),  # torch is there, but not loaded
     *("scipy", "sympy", "pandas", "pyarrow", "datasets", "matplotlib", "sklearn"),
 )
 CHECK = """
@@ -87,8 +87,32 @@ def test_a_check_imports_what_it_needs_only(tmp_path: Path) -> None:
 
 
 def test_help_and_the_list_of_keys_import_no_libraries_of_a_run() -> None:
-    assert loaded_by("--help", among=(*HEAVY, "torch")) == "LOADED 0 []"
+    assert loaded_by("--help", among=(*HEAVY, "transformers", "numpy")) == "LOADED 0 []"
     assert loaded_by("config", "learner", among=(*HEAVY, "transformers")) == "LOADED 0 []"
+
+
+LATE = """
+import pickle, sys, threading
+from rft.utils.quick_imports import load_torch_late
+load_torch_late()
+import cloudpickle, torch
+assert "torch.nn" not in sys.modules
+assert pickle.loads(cloudpickle.dumps(lambda: torch))() is torch and "torch.nn" not in sys.modules
+sums = []
+threads = [threading.Thread(target=lambda: sums.append(torch.ones(3).sum().item())) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+from torch import Tensor
+import torch.nn.functional
+print(sums, torch is sys.modules["torch"], isinstance(torch.ones(1), Tensor), hasattr(torch, "nothing"))
+"""
+
+
+def test_torch_is_loaded_at_its_first_use_whatever_the_thread() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert done.stdout == "[3.0, 3.0, 3.0, 3.0] True True False\n", done.stderr
 
 
 def test_init_imports_what_it_needs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

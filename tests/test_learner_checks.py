@@ -17,6 +17,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from rft.algorithms import ALGORITHMS
 from rft.batch import Batch
 from rft.kernels import logprob_chunked as chunked
+from rft.kernels import logprob_common as common
 from rft.kernels.attention import ROUTE
 from rft.kernels.attention_route import AttentionRoute, decoder_of
 from rft.learner import objective
@@ -97,8 +98,8 @@ def test_a_loss_of_separate_tokens_takes_its_gradient_in_the_forward(
     algorithm, predicted, tiny_folder, make_groups, monkeypatch
 ) -> None:
     """The head is not computed again for it, and its update is the one of a head that is."""
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(common, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr(common, "CHUNK_BYTES", 1 << 12)
     recomputed, calls = chunked.recomputed, []
     monkeypatch.setattr(chunked, "recomputed", lambda *args: (calls.append(1), recomputed(*args))[1])
     batch = Batch.build(make_groups(size=2 if algorithm.unit == "pair" else 4), share_prefix=True)

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from torch import Tensor
+import torch
 
 from rft.batch import Batch
 
@@ -38,13 +38,13 @@ class PolicyOutput:
         before it); present if listed in `outputs`, for reward models.
     """
 
-    logps: Tensor
-    entropy: Tensor | None = None
-    values: Tensor | None = None
-    kl: Tensor | None = None
-    scores: Tensor | None = None
-    end_values: Tensor | None = None
-    support: Tensor | None = None
+    logps: torch.Tensor
+    entropy: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    end_values: torch.Tensor | None = None
+    support: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -186,16 +186,16 @@ class Algorithm(ABC):
         return batch
 
     @abstractmethod
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the unreduced loss of a (micro-)batch: [T], [N] or [P], by `unit`."""
 
-    def acts_on(self, batch: Batch) -> Tensor:
+    def acts_on(self, batch: Batch) -> torch.Tensor:
         """Return the masked-in tokens of a prepared batch whose loss may have a gradient, [T] bool. Sequences
         without such tokens are not trained on, and at most used for metrics. They must not contribute to the
         loss, nor may the loss of other sequences depend on them."""
         return batch.mask
 
-    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pairs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sequence indices of the pairs of a loss of unit `pair`: ([P], [P]). Both sequences of a
         pair are in the same group, so splits that keep groups whole preserve pairs."""
         return batch.pairs()
@@ -205,11 +205,11 @@ class Algorithm(ABC):
         step and part of checkpoints. metrics: the step's mean metrics."""
         return dict(state)
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return unreduced metrics [T], averaged over masked-in tokens of the batch; NaN: not measured."""
         return {}
 
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return held-out metrics of offline training besides the loss, logged as `eval/NAME`. Each is a
         vector whose elements (tokens, sequences, pairs or steps) are averaged."""
         return {"nll": -policy.logps[batch.mask]}
@@ -257,7 +257,7 @@ def default_of(f: Any) -> Any:
     return f.default if f.default is not MISSING else f.default_factory()
 
 
-def required(x: Tensor | None, name: str) -> Tensor:
+def required(x: torch.Tensor | None, name: str) -> torch.Tensor:
     """Return `x`. Raises ValueError with the name of the missing field if it is None."""
     if x is None:
         raise ValueError(
@@ -267,6 +267,6 @@ def required(x: Tensor | None, name: str) -> Tensor:
     return x
 
 
-def column(batch: Batch, name: str) -> Tensor:
+def column(batch: Batch, name: str) -> torch.Tensor:
     """Return a column of the batch. Raises ValueError with its name if it is missing."""
     return required(batch.columns.get(name), f'columns["{name}"]')

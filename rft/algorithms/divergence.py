@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import setting
 from rft.algorithms.extras import ReadsDistributions
@@ -33,7 +32,7 @@ class TeacherDivergence(ReadsDistributions):
     def compares_ranks(self) -> bool:
         return self.by_rank
 
-    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+    def divergence(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         if self.by_rank:
             return rank_distance(logps, reference.sort(-1, descending=True).values)
         if self.skew and self.beta == 0:
@@ -61,14 +60,14 @@ class TeacherDivergence(ReadsDistributions):
             problems.append("skew is defined for KL divergences, and by_rank is another one; write skew: 0")
         return problems
 
-    def aligned(self, batch: Batch) -> dict[str, Tensor]:
+    def aligned(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return policy/aligned: 1 for tokens in whose place a teacher with another tokenizer was asked."""
         if not self.by_rank or batch.teacher_logps is None:
             return {}
         return {"policy/aligned": (batch.teacher_logps[:, 0] > -torch.inf).float()}
 
 
-def jensen_shannon(logps: Tensor, other: Tensor, beta: float) -> Tensor:
+def jensen_shannon(logps: torch.Tensor, other: torch.Tensor, beta: float) -> torch.Tensor:
     """Return the generalised Jensen-Shannon divergence, [...], of two log-prob tensors [..., V].
 
     logps: student; other: teacher.
@@ -88,7 +87,7 @@ def jensen_shannon(logps: Tensor, other: Tensor, beta: float) -> Tensor:
     return beta * full_kl(other, mixture) + (1 - beta) * full_kl(logps, mixture)
 
 
-def rank_distance(logps: Tensor, other: Tensor) -> Tensor:
+def rank_distance(logps: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return sum_i |p_(i) - q_(i)|, [...], of the sorted probabilities of two log-prob tensors.
 
     Boizard et al., "Towards cross-tokenizer distillation: the universal logit distillation loss" (2024,
@@ -106,7 +105,7 @@ def rank_distance(logps: Tensor, other: Tensor) -> Tensor:
     return (distance + rest.abs()).where(other[..., 0] > -torch.inf, 0.0)
 
 
-def skewed_kl(first: Tensor, second: Tensor, skew: float) -> Tensor:
+def skewed_kl(first: torch.Tensor, second: torch.Tensor, skew: float) -> torch.Tensor:
     """Return KL(first || skew * first + (1 - skew) * second), [...], of two log-prob tensors [..., V].
 
     Ko et al., "DistiLLM" (2024), section 3.1: with the teacher first it is the skew KL, with the student

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import Algorithm
 from rft.batch import Batch, Group
@@ -24,7 +24,7 @@ class ReadsDistributions(Algorithm):
     """Algorithm whose `kl` output is a function of full next-token distributions."""
 
     @abstractmethod
-    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+    def divergence(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Return `PolicyOutput.kl`, [...], from log-probs over the vocabulary, [..., V] each."""
 
     @property
@@ -63,7 +63,9 @@ def compares_distributions(algorithm: Algorithm) -> bool:
 class ChangesEmbeddings(Protocol):
     """Algorithm that modifies the input embeddings during training."""
 
-    def embed(self, embeddings: Tensor, batch: Batch, expected: Callable[[], Tensor]) -> Tensor:
+    def embed(
+        self, embeddings: torch.Tensor, batch: Batch, expected: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         """Return the input embeddings [T, H] to use instead of `embeddings` [T, H].
 
         expected: returns [T, H] without gradient, at the cost of a forward: the mean embedding under the

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rft.kernels.logprob_common import LogitMap, RowGradient, accumulate_dtype, spread
+from rft.kernels.logprob_common import LogitMap, RowGradient, accumulate_dtype, chunk_rows, spread
 from rft.kernels.logprob_linear import HeadProducts, WeightGrad
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
-CHUNK_BYTES = 1 << 25  # logits of one chunk
-MIN_CHUNK_ROWS = 64  # fewer rows make matrix products slow
 TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}  # the cache size on CPU; enough to fill a GPU
 
 LOWEST = -1e4  # replaces -inf in p * log p: its exponential is 0 as well
@@ -61,8 +59,7 @@ class Chunks:
         count, vocab = hidden.shape[0], head.vocab
         itemsize = head.dtype.itemsize
         # a widened head's chunk is float32: half the bytes leave room for the widened blocks
-        limit = CHUNK_BYTES // 2 if head.widens else CHUNK_BYTES
-        self.size = max(1, min(count, max(MIN_CHUNK_ROWS, limit // (vocab * itemsize))))
+        self.size = chunk_rows(count, vocab, itemsize * 2 if head.widens else itemsize)
         self.number = -(-count // self.size)
         tile_bytes = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cuda"])
         self.tile_rows = max(1, min(self.size, tile_bytes // (vocab * self.acc.itemsize)))

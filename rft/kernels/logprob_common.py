@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+
+CHUNK_BYTES = 1 << 25  # logits of one chunk
+MIN_CHUNK_ROWS = 64  # fewer rows make matrix products slow
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class LogitMap:
         """dz/dx without the cap's factor 1 - tanh^2."""
         return self.logit_scale / self.temperature
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the logits of products, out of place and differentiable."""
         if self.softcap is None:
             return x * self.slope
         return torch.tanh(x * (self.logit_scale / self.softcap)) * (self.softcap / self.temperature)
 
-    def apply_(self, x: Tensor, cap_slope: Tensor | None = None) -> Tensor:
+    def apply_(self, x: torch.Tensor, cap_slope: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the logits of products in place; with a cap, write 1 - tanh^2 to `cap_slope` if given."""
         if self.softcap is None:
             return x if self.slope == 1 else x.mul_(self.slope)
@@ -57,11 +59,11 @@ class RowGradient:
     rows: [n] int64, the elements that are meant, in order; None: all.
     """
 
-    function: Callable[[Tensor], Tensor]
-    used: Tensor
-    rows: Tensor | None = None
+    function: Callable[[torch.Tensor], torch.Tensor]
+    used: torch.Tensor
+    rows: torch.Tensor | None = None
 
-    def __getitem__(self, index: Tensor) -> RowGradient:
+    def __getitem__(self, index: torch.Tensor) -> RowGradient:
         return replace(self, rows=index if self.rows is None else self.rows[index])
 
     def to(self, device: torch.device) -> RowGradient:
@@ -70,11 +72,11 @@ class RowGradient:
         )
 
     @property
-    def pulled(self) -> Tensor:
+    def pulled(self) -> torch.Tensor:
         """[n] bool: the rows whose gradient can differ from 0."""
         return self.used if self.rows is None else self.used[self.rows]
 
-    def __call__(self, part: slice, logps: Tensor) -> Tensor:
+    def __call__(self, part: slice, logps: torch.Tensor) -> torch.Tensor:
         """Return the gradients of the rows `part`, given their log-probs: [len(part)] each."""
         rows = torch.arange(len(self.used), device=logps.device) if self.rows is None else self.rows
         full = logps.new_zeros(len(self.used))
@@ -102,17 +104,25 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:
+def chunk_rows(count: int, vocab: int, itemsize: int) -> int:
+    """Return how many of `count` rows, of `vocab` logits with `itemsize` bytes, are computed at a time."""
+    return max(1, min(count, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (vocab * itemsize))))
+
+
+def spread(x: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
     """Scatter x [n, ...] to the indices `rows` of a zero tensor [size, ...]."""
     return x.new_zeros((size, *x.shape[1:])).index_copy(0, rows, x)
 
 
-def shape(x: Tensor) -> str:
+def shape(x: torch.Tensor) -> str:
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, names: Sequence[str] = ("hidden", "weight")
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    names: Sequence[str] = ("hidden", "weight"),
 ) -> None:
     """Raise ValueError unless hidden is [T, H], weight [V, H], bias [V], all of one dtype and device."""
     h, w = names
@@ -135,7 +145,7 @@ def check_head(
         raise ValueError(f"bias must be [{weight.shape[0]}] like the rows of {w}, got {shape(bias)}")
 
 
-def check_targets(targets: Tensor, rows: int, vocab: int) -> None:
+def check_targets(targets: torch.Tensor, rows: int, vocab: int) -> None:
     """Raise ValueError unless targets is [T] int64 with values in 0..V-1.
 
     On CUDA the range is asserted on the device, to avoid a synchronisation.

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from rft.data.reward_texts import TEXTS
 from rft.errors import ModelError
+from rft.utils.dtypes import dtype_name
 from rft.utils.quantized import keep_row_major
 
 
@@ -133,28 +133,26 @@ def load_scoring_model(
     return model.to(device)
 
 
-def score_layer(model: Any) -> nn.Linear | None:
+def score_layer(model: Any) -> torch.nn.Linear | None:
     """Return the linear layer that computes the scores; None for a language model. Raises ModelError if a
     classification model stores its head elsewhere."""
     if "Classification" not in type(model).__name__:
         return None
     layer = getattr(model, "score", None) or getattr(model, "classifier", None)
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, torch.nn.Linear):
         raise ModelError(
             f"{type(model).__name__} has no linear layer named score or classifier; choose a model with one"
         )
     return layer
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(model: torch.nn.Module) -> int:
     """Count parameters, shared ones once."""
     shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in model.parameters())
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """Resolve a dtype name. A plan has none that is `auto`; without a plan, it is float32 on CPU."""
-    if name == "auto":
-        name = "bfloat16" if device == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, name)
+    """Return the dtype of a config's name, which may be `auto`."""
+    dtype: torch.dtype = getattr(torch, dtype_name(name, device))
     return dtype

@@ -11,6 +11,7 @@ from rft.algorithms.extras import copies, separate_critic
 from rft.batch import Group
 from rft.config.learner import DEFAULT_MICRO_BATCH, LearnerConfig
 from rft.config.schema import Config
+from rft.preflight.machine import count_gpus
 from rft.preflight.memory import PROCESS_BYTES, ModelShape, learner_bytes, replica_bytes, saved_bytes
 from rft.rollout.engine import EngineSpec
 from rft.utils.memory import machine_memory
@@ -103,7 +104,7 @@ def device_memory(config: Config, device: str) -> int | None:
     if config.ray.address is not None:
         return None
     if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+        return int(torch.cuda.get_device_properties(0).total_memory) if count_gpus() else None
     return machine_memory()
 
 

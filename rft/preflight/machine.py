@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -27,11 +28,11 @@ _VLLM_SOCKET = "/00000000-0000-0000-0000-000000000000"
 def machine_facts(config: Config, *, samples: bool) -> Facts:
     """Return the machine's facts: devices, cores, installed packages."""
     installed = frozenset(name for name in PACKAGES if importlib.util.find_spec(name) is not None)
-    has_gpu, device = torch.cuda.is_available(), config.ray.device
-    if not has_gpu:  # peft imports DeepSpeed where it is installed, which would print that it looked for one
+    gpus, device = count_gpus(), config.ray.device
+    if not gpus:  # peft imports DeepSpeed where it is installed, which would print that it looked for one
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    on_gpu = has_gpu if device == "auto" else device == "cuda"
-    if on_gpu and not has_gpu and config.ray.address is None:
+    on_gpu = gpus > 0 if device == "auto" else device == "cuda"
+    if on_gpu and not gpus and config.ray.address is None:
         on_gpu = False  # reported by `engine_checks`
     engine = config.rollout.engine
     if engine == "auto":
@@ -41,10 +42,20 @@ def machine_facts(config: Config, *, samples: bool) -> Facts:
         engine=engine if samples else "hf",
         samples=samples,
         installed=installed,
-        gpus=torch.cuda.device_count(),
+        gpus=gpus,
         cores=frozenset(os.sched_getaffinity(0)),
         usable_cores=usable_cores(),
     )
+
+
+def count_gpus() -> int:
+    """Count the GPUs that torch can use. Without a driver there is none, and torch need not be loaded."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        if not Path("/dev/kfd").exists():  # AMD's
+            return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def sync_folder(config: Config, transport: str) -> Path | None:

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rft.config.learner import LearnerConfig
 from rft.config.schema import ModelConfig
 from rft.data.stops import end_tokens
 from rft.errors import ModelError
-from rft.kernels.logprob_chunked import CHUNK_BYTES, MIN_CHUNK_ROWS
-from rft.learner.load import resolve_dtype
+from rft.kernels.logprob_common import chunk_rows
 from rft.preflight.gguf import PACKAGED
 from rft.rollout.engine import EngineSpec
 from rft.utils.did_you_mean import closest_match
+from rft.utils.dtypes import item_bytes
 from rft.utils.files import write_text_atomic
 from rft.utils.hashing import fingerprint
 
@@ -77,7 +76,7 @@ class ModelShape:
         network = meta_network(path, model.trust_remote_code)
         text = network.config.get_text_config()
         head = network.get_output_embeddings()
-        maps = (m for m in network.modules() if isinstance(m, nn.Linear) and m is not head)
+        maps = (m for m in network.modules() if isinstance(m, torch.nn.Linear) and m is not head)
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         return cls(
@@ -201,7 +200,7 @@ def learner_bytes(
     With several ranks, persistent memory and gradients are sharded. Not counted: CPU offload, a critic's
     activations, mixtures of experts, and the memory of a process besides tensors (`PROCESS_BYTES`).
     """
-    width = resolve_dtype(config.dtype, device).itemsize
+    width = item_bytes(config.dtype, device)
     full = config.adapter is None
     trained = shape.parameters if full else adapter
     held = float(trained * (4 + MOMENTS[config.optimizer]) + (shape.parameters * width if reference else 0))
@@ -254,7 +253,7 @@ def _kept(shape: ModelShape, width: int, full: bool) -> float:
 
 def _head_bytes(shape: ModelShape, count: int, width: int) -> int:
     """Return the bytes of the final hidden states and of a chunk of logits with its gradient."""
-    rows = min(count, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (shape.vocab * width)))
+    rows = chunk_rows(count, shape.vocab, width)
     return 4 * 3 * count * shape.hidden + 2 * rows * shape.vocab * width
 
 
@@ -266,7 +265,7 @@ def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
     since the embeddings read it. Sampling keeps several float32 copies of a step's logits. Not counted: the
     cache of keys and values of the engine hf, which grows with the lengths of one request.
     """
-    width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
+    width = item_bytes(spec.dtype)
     weights = shape.parameters * width
     if spec.kind == "hf":
         return PROCESS_BYTES + weights

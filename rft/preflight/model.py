@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rft.config.learner import AdapterConfig
@@ -77,7 +76,7 @@ def resolve_stops(config: Config, path: str, tokenizer: Any, end_tokens: Sequenc
     return tuple(sorted({*known, *config.rollout.sampling.stop_token_ids}))
 
 
-def check_adapter(key: str, adapter: AdapterConfig, network: nn.Module | None) -> list[str]:
+def check_adapter(key: str, adapter: AdapterConfig, network: torch.nn.Module | None) -> list[str]:
     """Check an adapter's method, options and, given a model on the meta device, its target modules."""
     try:
         peft_config(adapter)
@@ -89,7 +88,7 @@ def check_adapter(key: str, adapter: AdapterConfig, network: nn.Module | None) -
     return []
 
 
-def count_adapter_parameters(network: nn.Module, adapter: AdapterConfig) -> int | None:
+def count_adapter_parameters(network: torch.nn.Module, adapter: AdapterConfig) -> int | None:
     """Count an adapter's parameters on the meta device; None if the method needs the weights."""
     from peft import get_peft_model
 
@@ -156,7 +155,7 @@ def check_weights(key: str, path: str) -> list[str]:
         if not file.is_file():
             return [f"{key}: {path} lacks {file.name}, which {index.name} lists; copy it there"]
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with safe_open(file, framework="np") as tensors:  # of which no tensor is read
                 numbers = map(layer_number, tensors.keys())
                 stored |= {number for number in numbers if number is not None}
         except SafetensorError as error:

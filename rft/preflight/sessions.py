@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from rft.config.environment import EnvironmentConfig
 from rft.config.schema import Config
 from rft.config.validate import environment_key
 from rft.preflight.memory import ModelShape
 from rft.rollout.engine import EngineSpec
+from rft.utils.dtypes import item_bytes
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def plan_sessions(
         return None
     played = list(config.environments.values())
     narrow = str(spec.engine_args.get("kv_cache_dtype", "")).startswith("fp8")
-    width = 1 if narrow else torch.finfo(getattr(torch, spec.dtype)).bits // 8
+    width = 1 if narrow else item_bytes(spec.dtype)
     plan = config.algorithm.rollouts(train.num_generations, progress=0.0, demonstration=False)
     samples = train.batch_size * len(plan)
     running, limit = _running(config.environments, samples * (rollout.staleness + 1))
@@ -141,7 +140,7 @@ def _cache(spec: EngineSpec, shape: ModelShape, capacity: int | None) -> tuple[i
     key = f"rollout.gpu_memory_utilization: {config.gpu_memory_utilization:g}"
     if capacity is None:
         return None, key
-    weights = shape.parameters * torch.finfo(getattr(torch, spec.dtype)).bits // 8
+    weights = shape.parameters * item_bytes(spec.dtype)
     usable = config.gpu_memory_utilization * capacity * config.tensor_parallel
     return max(0, int(usable - weights)), key
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rft.config.learner import AdapterConfig
 
@@ -18,7 +17,9 @@ def engine_args(adapter: AdapterConfig) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 
-def load_adapter(manager: Any, version: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def load_adapter(
+    manager: Any, version: int, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
+) -> None:
     """Replace the adapter in a vLLM worker's LoRA manager.
 
     tensors: by peft's names. settings: peft's config of it. Raises ValueError for adapters that vLLM rejects.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypeAlias, TypedDict
 
-from torch import Tensor
+import torch
 
 from rft.config.sync import SyncConfig
 
 GRACE_S = 30.0  # for the other engines to end their part of a push after one failed
 
-Named = Iterable[tuple[str, Tensor]]
+Named: TypeAlias = "Iterable[tuple[str, torch.Tensor]]"
 Manifest = list[tuple[str, str, tuple[int, ...]]]  # (name, dtype without "torch.", shape)
 
 

@@ -8,33 +8,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 
-def is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: torch.nn.Module) -> bool:
     """Whether a layer's weight is held in 4 or 8 bits by bitsandbytes."""
     return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
-def full_weight(module: Any) -> Tensor:
+def full_weight(module: Any) -> torch.Tensor:
     """Return a layer's weight, dequantised if it is quantised. The layer is not changed.
 
     Every reader of a quantised weight (merge, push, export, comparison) uses this function.
     """
     weight: Any = module.weight
     if not is_quantized(module):
-        plain: Tensor = weight.detach()
+        plain: torch.Tensor = weight.detach()
         return plain
     if hasattr(weight, "SCB"):  # int8: one scale a row, of which 127 is the largest; in the state once it ran
         scale = weight.SCB if weight.SCB is not None else module.state.SCB
         return weight.data.float() * (scale.float() / 127)[:, None]
     from bitsandbytes.functional import dequantize_4bit
 
-    numbers: Tensor = dequantize_4bit(*_row_major(weight.data, weight.quant_state))
+    numbers: torch.Tensor = dequantize_4bit(*_row_major(weight.data, weight.quant_state))
     return numbers
 
 
-def keep_row_major(model: nn.Module) -> None:
+def keep_row_major(model: torch.nn.Module) -> None:
     """Prevent bitsandbytes from repacking the 4-bit weights of a model, and undo a repacking.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks the weights in place at the first forward in evaluation
@@ -53,7 +52,7 @@ def keep_row_major(model: nn.Module) -> None:
             layer.quant_state = layer.weight.quant_state
 
 
-def _row_major(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+def _row_major(data: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
     """Return a 4-bit weight and its state in row-major order, as quantised; copies if the weight is packed.
 
     Packing rounds the scales to bfloat16; that rounding remains.
@@ -70,7 +69,7 @@ def _row_major(data: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Disable dropout in the block. Quantised layers keep their mode, which selects their arithmetic:
     in 8 bits on a CPU, activations are quantised in evaluation mode only."""
     before = {module: module.training for module in model.modules()}
@@ -85,7 +84,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def rounding(model: nn.Module) -> float:
+def rounding(model: torch.nn.Module) -> float:
     """Return the largest machine epsilon in a model's arithmetic: parameter dtypes, the autocast dtype, and
     the compute dtype of its quantised layers."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}

@@ -1,11 +1,12 @@
-"""Make commands that run no model start quickly: import less of transformers, and collect garbage rarely."""
+"""Make commands start quickly: load torch when it is used, import less of transformers, collect less garbage."""
 
 from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from importlib import import_module, metadata
+from importlib import import_module, metadata, util
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
@@ -13,6 +14,37 @@ from typing import Any
 
 OBJECTS = 100_000  # new objects before a collection; the default is 700, and imports make over a million
 SCANS = "transformers.utils.import_utils"  # it lists installed distributions, and reads every file of models
+
+
+def load_torch_late() -> None:
+    """Make `import torch` find the package only; it is loaded, for 2 seconds, once a part of it is used.
+
+    Modules that a command imports without running a model take nothing from torch while they are imported:
+    they write `torch.Tensor` instead of `from torch import Tensor`.
+    """
+    spec = None if "torch" in sys.modules else util.find_spec("torch")
+    if spec is not None:
+        sys.modules["torch"] = module = util.module_from_spec(spec)
+        del module.__path__  # so that the import of a submodule loads torch first
+        module.__class__ = _UnloadedTorch
+
+
+class _UnloadedTorch(ModuleType):
+    """The module torch before it is loaded, in place: modules that have imported it hold this object."""
+
+    loading = threading.RLock()  # other threads wait for the one that loads; its own imports of torch do not
+
+    def __getattr__(self, name: str) -> Any:
+        with self.loading:
+            spec = self.__spec__
+            if spec is not None and spec.loader is not None and "__path__" not in self.__dict__:
+                self.__path__ = spec.submodule_search_locations or []
+                spec.loader.exec_module(self)
+                self.__class__ = ModuleType  # type: ignore[assignment] # now it is an ordinary module
+            return ModuleType.__getattribute__(self, name)
+
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+        return import_module, (self.__name__,)  # as modules are pickled, with a reward that imports torch
 
 
 def start_quickly() -> None:

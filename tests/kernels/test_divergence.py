@@ -15,6 +15,7 @@ from rft.algorithms.preference.dpo import DPO
 from rft.algorithms.supervised.asft import ASFT
 from rft.algorithms.supervised.weak_to_strong import WeakToStrong
 from rft.kernels import logprob_chunked as chunked
+from rft.kernels import logprob_common as common
 from rft.kernels import logprob_linear as linear
 from rft.kernels.divergence import head_divergence
 from rft.kernels.logprob import token_logps
@@ -37,8 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 400)
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr(common, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(common, "MIN_CHUNK_ROWS", 4)
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 300, "cuda": 300})
     monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 40)
 

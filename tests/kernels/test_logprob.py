@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rft.kernels import logprob_chunked as chunked
+from rft.kernels import logprob_common as common
 from rft.kernels import logprob_linear as linear
 from rft.kernels.logprob import Backend, token_logps
 from rft.kernels.logprob_common import RowGradient
@@ -37,8 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and tiles with odd remainders even at the sizes of a test."""
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 400)
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 5)
+    monkeypatch.setattr(common, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(common, "MIN_CHUNK_ROWS", 5)
     monkeypatch.setattr(chunked, "TILE_BYTES", {"cpu": 600, "cuda": 600})
     monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 50)
 

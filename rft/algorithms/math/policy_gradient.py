@@ -9,7 +9,6 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.math.sequences import to_grid
 from rft.batch import Batch
@@ -25,54 +24,54 @@ MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: larger ratios carry no information, and 
 # -- groups --------------------------------------------------------------------------------------------
 
 
-def group_size(group: Tensor) -> Tensor:
+def group_size(group: torch.Tensor) -> torch.Tensor:
     """Return the size of each sequence's group, [N] int64."""
     return torch.bincount(group)[group]
 
 
-def group_sum(x: Tensor, group: Tensor) -> Tensor:
+def group_sum(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """Return the sum over each sequence's group, shape of `x`."""
     groups = int(group.max()) + 1 if group.numel() else 0
     return x.new_zeros(groups, *x.shape[1:]).index_add(0, group, x)[group]
 
 
-def group_mean(x: Tensor, group: Tensor) -> Tensor:
+def group_mean(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """Return the mean over each sequence's group, shape of `x`."""
     return group_sum(x, group) / _like(group_size(group), x)
 
 
-def group_std(x: Tensor, group: Tensor) -> Tensor:
+def group_std(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """Return the sample standard deviation over each sequence's group (n - 1; 0 for a group of one)."""
     squares = group_sum((x - group_mean(x, group)).square(), group)
     return (squares / _like(group_size(group) - 1, x).clamp(min=1)).sqrt()
 
 
-def group_max(x: Tensor, group: Tensor) -> Tensor:
+def group_max(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """Return the maximum over each sequence's group, for `x` [N]."""
     groups = int(group.max()) + 1 if group.numel() else 0
     return x.new_full((groups,), -torch.inf).scatter_reduce(0, group, x, "amax")[group]
 
 
-def leave_one_out(x: Tensor, group: Tensor) -> Tensor:
+def leave_one_out(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """Return the mean over the other sequences of the group; in a group of one, `x` itself."""
     size = _like(group_size(group), x)
     others = (group_sum(x, group) - x) / (size - 1).clamp(min=1)
     return torch.where(size > 1, others, x)
 
 
-def degenerate(x: Tensor, group: Tensor) -> Tensor:
+def degenerate(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """Return whether all values `x` [N] of each sequence's group are equal, [N] bool. Compares extremes
     instead of the standard deviation, which for three values of 0.1 is a rounding error that a division would
     turn into an advantage."""
     return group_max(x, group) == -group_max(-x, group)
 
 
-def count_degenerate(rewards: Tensor, group: Tensor) -> int:
+def count_degenerate(rewards: torch.Tensor, group: torch.Tensor) -> int:
     """Count the groups whose rewards are all equal, so that their advantages are 0."""
     return int(torch.unique(group[degenerate(rewards, group)]).numel())
 
 
-def rank_in_group(x: Tensor, group: Tensor) -> Tensor:
+def rank_in_group(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """Return ranks within groups, [N] int64: 0 for the highest `x`; ties in order of appearance."""
     order = torch.argsort(x, descending=True, stable=True)
     order = order[torch.argsort(group[order], stable=True)]
@@ -81,7 +80,7 @@ def rank_in_group(x: Tensor, group: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device) - starts)
 
 
-def certain_tokens(entropy: Tensor, mask: Tensor, top: float) -> Tensor:
+def certain_tokens(entropy: torch.Tensor, mask: torch.Tensor, top: float) -> torch.Tensor:
     """Return the indices of the masked-in tokens that are not in the fraction `top` with the highest entropy
     (rounded up), [K] int64."""
     index = mask.nonzero()[:, 0]
@@ -89,19 +88,19 @@ def certain_tokens(entropy: Tensor, mask: Tensor, top: float) -> Tensor:
     return index[torch.argsort(entropy[index], stable=True)[:left_out]]
 
 
-def _like(n: Tensor, x: Tensor) -> Tensor:
+def _like(n: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return n.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
 # -- KL ------------------------------------------------------------------------------------------------
 
 
-def safe_exp(log_ratio: Tensor) -> Tensor:
+def safe_exp(log_ratio: torch.Tensor) -> torch.Tensor:
     """Return exp with the exponent clamped to [-20, 20], so that value and gradient are finite."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def sampled_kl(logps: Tensor, other: Tensor, estimator: KLEstimator = "k3") -> Tensor:
+def sampled_kl(logps: torch.Tensor, other: torch.Tensor, estimator: KLEstimator = "k3") -> torch.Tensor:
     """Estimate KL(policy || other) at each sampled token, in nats, shape of `logps`.
 
     Schulman, "Approximating KL divergence" (2020). With x sampled from the policy p and r = q(x) / p(x) for
@@ -126,7 +125,7 @@ def sampled_kl(logps: Tensor, other: Tensor, estimator: KLEstimator = "k3") -> T
     raise ValueError("a full KL needs distributions over the vocabulary; use full_kl")
 
 
-def full_kl(logps: Tensor, other: Tensor) -> Tensor:
+def full_kl(logps: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return KL(policy || other), [...], from log-probs over the vocabulary, [..., V] each."""
     return (logps.exp() * (logps - other)).sum(-1)
 
@@ -134,7 +133,7 @@ def full_kl(logps: Tensor, other: Tensor) -> Tensor:
 # -- advantages ----------------------------------------------------------------------------------------
 
 
-def discounted(rewards: Tensor, batch: Batch, discount: float | Tensor) -> Tensor:
+def discounted(rewards: torch.Tensor, batch: Batch, discount: float | torch.Tensor) -> torch.Tensor:
     """Return discounted returns [T] of `rewards` [T] within each sequence.
 
     discount: factor per token, a number or [N].
@@ -148,7 +147,7 @@ def discounted(rewards: Tensor, batch: Batch, discount: float | Tensor) -> Tenso
     return rewards.new_zeros(batch.num_tokens).index_put((grid[real],), out[real])
 
 
-def next_values(values: Tensor, batch: Batch) -> Tensor:
+def next_values(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return the value at the sequence's next masked-in token, [T]; 0 at the last, a terminal state."""
     grid, real = to_grid(batch)
     x = values[grid].masked_fill(~real, 0)
@@ -157,13 +156,13 @@ def next_values(values: Tensor, batch: Batch) -> Tensor:
 
 
 def gae(
-    rewards: Tensor,
-    values: Tensor,
+    rewards: torch.Tensor,
+    values: torch.Tensor,
     batch: Batch,
     gamma: float,
-    lam: float | Tensor,
-    ends: Tensor | float = 0.0,
-) -> Tensor:
+    lam: float | torch.Tensor,
+    ends: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
     """Return generalised advantage estimates [T] (Schulman et al. 2016, eq. 16).
 
     rewards, values: [T] float32; values[t] is the critic's value of the state before tokens[t].
@@ -175,7 +174,7 @@ def gae(
     return discounted(delta.masked_fill(~batch.mask, 0), batch, gamma * lam)
 
 
-def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+def whiten(x: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
     """Normalise `x` [T] to standard deviation 1, and optionally mean 0, over masked-in tokens; 0 elsewhere.
     Fewer than two tokens are left unchanged."""
     chosen = x[mask]
@@ -186,7 +185,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     return (scaled if shift_mean else scaled + mean).masked_fill(~mask, 0)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     """Return 1 - Var(returns - values) / Var(returns) over masked-in tokens; nan for constant returns.
 
     1: perfect critic; 0: no better than a constant; negative: worse than a constant.
@@ -206,7 +205,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 # or equal to the `sampler` (not decoupled).
 
 
-def proximal_logps(logps: Tensor, batch: Batch, *, interpolate: bool) -> Tensor:
+def proximal_logps(logps: torch.Tensor, batch: Batch, *, interpolate: bool) -> torch.Tensor:
     """Return the proximal policy's log-probs [T], detached, without a forward.
 
     Without `interpolate`, those of the sampler; with it, log-linear between sampler and current policy,
@@ -228,8 +227,8 @@ def proximal_logps(logps: Tensor, batch: Batch, *, interpolate: bool) -> Tensor:
 
 
 def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None = None
-) -> Tensor:
+    ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float, dual: float | None = None
+) -> torch.Tensor:
     """Return the PPO objective, to be maximised, shape of `ratio`:
     min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), Schulman et al. 2017, eq. 7. dual: bound c > 1 + high
     of dual-clip PPO (Ye et al. 2020, eq. 5): for A < 0 the objective is at least c * A."""
@@ -239,20 +238,22 @@ def clipped_surrogate(
     return torch.minimum(ratio * advantages, near * advantages)
 
 
-def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+def clipped(ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """Return 1.0 where the clip of `clipped_surrogate` is active (no gradient), else 0.0."""
     above, below = (ratio > 1 + high) & (advantages > 0), (ratio < 1 - low) & (advantages < 0)
     return (above | below).to(ratio.dtype)
 
 
-def sequence_ratio(log_ratio: Tensor, batch: Batch, *, geometric: bool) -> Tensor:
+def sequence_ratio(log_ratio: torch.Tensor, batch: Batch, *, geometric: bool) -> torch.Tensor:
     """Return each masked-in token's sequence ratio, [T]; 1 elsewhere. It is the product of the sequence's
     token ratios or, with `geometric`, their geometric mean (GSPO, eq. 7)."""
     over = batch.mean_by_sequence if geometric else batch.sum_by_sequence
     return safe_exp(batch.to_tokens(over(log_ratio)))
 
 
-def correction_weights(old: Tensor, batch: Batch, mode: Correction, cap: float, floor: float = 0.0) -> Tensor:
+def correction_weights(
+    old: torch.Tensor, batch: Batch, mode: Correction, cap: float, floor: float = 0.0
+) -> torch.Tensor:
     """Return importance weights old / sampler of the off-policy correction, [T], detached.
 
     token_truncate      min(w_t, cap)                  (TIS, Yao et al. 2025)

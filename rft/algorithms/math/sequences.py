@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from rft.batch import Batch
 
@@ -13,7 +12,7 @@ BRANCHES = (
 )
 
 
-def token_index(batch: Batch) -> Tensor:
+def token_index(batch: Batch) -> torch.Tensor:
     """Return the index of each masked-in token among those of its sequence, [T] int64; 0 elsewhere."""
     index = batch.sequence[batch.mask]
     order = torch.argsort(index, stable=True)
@@ -23,21 +22,21 @@ def token_index(batch: Batch) -> Tensor:
     return torch.zeros_like(batch.tokens).masked_scatter(batch.mask, rank)
 
 
-def masked_in(values: Tensor, batch: Batch) -> Tensor:
+def masked_in(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Spread `values` [N, L], of the masked-in tokens of each sequence in order, over the batch, [T]."""
     spread = values.new_zeros(batch.num_tokens)
     spread[batch.mask] = values[batch.sequence[batch.mask], token_index(batch)[batch.mask]]
     return spread
 
 
-def last_tokens(batch: Batch) -> Tensor:
+def last_tokens(batch: Batch) -> torch.Tensor:
     """Return the index of each sequence's last masked-in token, [N] int64; -1 if it has none."""
     where = batch.mask.nonzero()[:, 0]
     last = torch.full((batch.num_sequences,), -1, dtype=torch.int64, device=where.device)
     return last.scatter_reduce(0, batch.sequence[where], where, "amax")
 
 
-def top_share(score: Tensor, mask: Tensor, share: float) -> Tensor:
+def top_share(score: torch.Tensor, mask: torch.Tensor, share: float) -> torch.Tensor:
     """Select the fraction `share` of masked-in tokens with the highest scores, [T] bool.
 
     At least one token is selected; ties by order.
@@ -48,7 +47,7 @@ def top_share(score: Tensor, mask: Tensor, share: float) -> Tensor:
     return torch.zeros_like(mask).index_fill(0, where[best], True)
 
 
-def branching(batch: Batch) -> Tensor:
+def branching(batch: Batch) -> torch.Tensor:
     """Return whether the tokens of each sequence have no single order, because a call of its session did not
     extend the one before, [N] bool."""
     index = (batch.sequence >= 0).nonzero()[:, 0]
@@ -60,7 +59,7 @@ def branching(batch: Batch) -> Tensor:
     return out
 
 
-def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
+def to_grid(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each sequence's masked-in token indices, padded, [N, L] int64, and their mask, [N, L] bool.
 
     L is the largest number of masked-in tokens, at least 1. The mask is True at real entries. Tokens outside
@@ -82,7 +81,7 @@ def to_grid(batch: Batch) -> tuple[Tensor, Tensor]:
     return grid, real
 
 
-def at_last_token(x: Tensor, batch: Batch) -> Tensor:
+def at_last_token(x: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Place per-sequence values `x` [N] at the last masked-in token of each sequence, [T]; 0 elsewhere."""
     grid, real = to_grid(batch)
     has = real.any(1)

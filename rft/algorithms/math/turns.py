@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import column, required
 from rft.batch import Batch
@@ -13,7 +12,7 @@ from rft.batch import Batch
 TurnGroups = Literal["turn", "group", "state"]
 
 
-def turn_returns(batch: Batch, rewards: Tensor, discount: float) -> Tensor:
+def turn_returns(batch: Batch, rewards: torch.Tensor, discount: float) -> torch.Tensor:
     """Return the discounted sum of each turn's rewards and all later ones, [N, K]; 0 beyond the last turn.
 
     rewards: [N], the sessions' whole rewards. `columns["turn_rewards"]` gives parts of them to turns; the
@@ -32,7 +31,7 @@ def turn_returns(batch: Batch, rewards: Tensor, discount: float) -> Tensor:
     return returns.masked_fill(~real, 0)
 
 
-def as_sequences(batch: Batch, returns: Tensor, groups: TurnGroups) -> Batch:
+def as_sequences(batch: Batch, returns: torch.Tensor, groups: TurnGroups) -> Batch:
     """Return the batch with each trained turn as a sequence, its return [N, K] as the reward.
 
     A turn's group are the turns of the same number, all turns of its session's group, or those of them in

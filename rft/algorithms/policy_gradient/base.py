@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import Normalization, PolicyOutput, required, setting
 from rft.algorithms.extras import ReadsDistributions
@@ -65,11 +64,11 @@ class PolicyGradient(Exploration, ReadsDistributions):
     turn_weight: float = setting(1.0, "weight of the advantage among equal states (GiGPO's omega)", ge=0)
 
     @abstractmethod
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         """Return the advantages of a whole batch, [T] float32."""
 
     @abstractmethod
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the objective to maximise, [T].
 
         It must be a multiple of the advantage, with objective and gradient 0 at advantage 0; otherwise
@@ -101,7 +100,7 @@ class PolicyGradient(Exploration, ReadsDistributions):
     def compares_distributions(self) -> bool:
         return self._full_kl
 
-    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+    def divergence(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         return full_kl(logps, reference)
 
     @property
@@ -116,7 +115,7 @@ class PolicyGradient(Exploration, ReadsDistributions):
     def prepare(self, batch: Batch) -> Batch:
         return self.explore(batch.with_(advantages=self.credit(batch), mask=self.trained(batch)))
 
-    def credit(self, batch: Batch) -> Tensor:
+    def credit(self, batch: Batch) -> torch.Tensor:
         """Return the advantages of sessions, or of their turns if `turn_returns` asks for it, [T].
 
         With `state` they are A(session) + turn_weight * A(turn), each in the algorithm's normalisation: GiGPO
@@ -127,7 +126,7 @@ class PolicyGradient(Exploration, ReadsDistributions):
         turns = self.advantages(as_sequences(batch, returns, self.turn_returns))
         return self.advantages(batch) + self.turn_weight * turns if self.turn_returns == "state" else turns
 
-    def trained(self, batch: Batch) -> Tensor:
+    def trained(self, batch: Batch) -> torch.Tensor:
         """Return the tokens that stay in the mask, [T] bool.
 
         Token statistics (whitening) use only these; reward statistics use all completions, each of which is a
@@ -137,7 +136,7 @@ class PolicyGradient(Exploration, ReadsDistributions):
             return batch.mask
         return batch.mask & ~batch.to_tokens(batch.truncated)
 
-    def acts_on(self, batch: Batch) -> Tensor:
+    def acts_on(self, batch: Batch) -> torch.Tensor:
         if self.has_bonus or (self.beta and self.kl_in == "loss"):
             return batch.mask
         return batch.mask & (required(batch.advantages, "advantages") != 0)
@@ -151,7 +150,7 @@ class PolicyGradient(Exploration, ReadsDistributions):
             old_logps=proximal_logps(logps, batch, interpolate=self.proximal == "interpolated")
         )
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         batch = self.around(policy, batch)
         loss = -self.weights(policy, batch) * self.objective(policy, batch)
         if self.beta and self.kl_in == "loss":
@@ -179,7 +178,7 @@ class PolicyGradient(Exploration, ReadsDistributions):
             problems.append("turn_weight weighs turn_returns: state only; remove it")
         return problems
 
-    def weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def weights(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the correction weights of old policy to sampler, [T], detached."""
         old = batch.old_logps_or(policy.logps)
         return correction_weights(old, batch, self.correction, self.correction_cap, self.correction_floor)
@@ -188,20 +187,20 @@ class PolicyGradient(Exploration, ReadsDistributions):
         """Return the weight of the KL: `beta`, unless an algorithm adapts it."""
         return self.beta
 
-    def kl(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def kl(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return KL(policy || reference), [T]."""
         if self.kl_estimator == "full":
             return required(policy.kl, "policy.kl")
         return sampled_kl(policy.logps, required(batch.ref_logps, "ref_logps"), self.kl_estimator)
 
-    def kl_penalty(self, batch: Batch) -> Tensor:
+    def kl_penalty(self, batch: Batch) -> torch.Tensor:
         """Return the KL penalty of each token's reward, [T]: k1 at the sampling policy."""
         if not self.beta or self.kl_in == "loss":
             return torch.zeros(batch.num_tokens, device=batch.tokens.device)
         kl = behaviour_logps(batch) - required(batch.ref_logps, "ref_logps")
         return self.kl_weight(batch.state) * kl.masked_fill(~batch.mask, 0)
 
-    def task_rewards(self, batch: Batch) -> Tensor:
+    def task_rewards(self, batch: Batch) -> torch.Tensor:
         """Return the rewards before any KL, [N].
 
         Groups whose task rewards are all equal count as degenerate: differences in their KL are sampling
@@ -209,11 +208,11 @@ class PolicyGradient(Exploration, ReadsDistributions):
         """
         return required(batch.rewards, "rewards")
 
-    def sequence_rewards(self, batch: Batch) -> Tensor:
+    def sequence_rewards(self, batch: Batch) -> torch.Tensor:
         """Return `task_rewards` minus, for `kl_in: reward`, the KL penalty of the sequence, [N]."""
         return self.task_rewards(batch) - batch.sum_by_sequence(self.kl_penalty(batch))
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return token metrics [T].
 
         policy/kl: k3 to the sampling policy (NaN on demonstrations). policy/kl_ref: k3 to the reference,
@@ -272,17 +271,17 @@ class ClippedPolicyGradient(PolicyGradient):
     def high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
-    def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def ratio(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the probability ratio of current to old policy, [T]."""
         return safe_exp(log_ratio(policy, batch))
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         advantages = required(batch.advantages, "advantages")
         return clipped_surrogate(
             self.ratio(policy, batch), advantages, self.epsilon, self.high, self.dual_clip
         )
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         metrics = super().metrics(policy, batch)
         with torch.no_grad():
             batch = self.around(policy, batch)
@@ -300,23 +299,23 @@ class Reinforce(PolicyGradient):
 
     on_policy: ClassVar[bool] = True
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return required(batch.advantages, "advantages") * policy.logps
 
 
-def behaviour_logps(batch: Batch) -> Tensor:
+def behaviour_logps(batch: Batch) -> torch.Tensor:
     """Return log-probs of the sampling policy, [T]: the learner's if computed, else the sampler's."""
     return required(
         batch.sampler_logps if batch.old_logps is None else batch.old_logps, "old_logps or sampler_logps"
     )
 
 
-def log_ratio(policy: PolicyOutput, batch: Batch) -> Tensor:
+def log_ratio(policy: PolicyOutput, batch: Batch) -> torch.Tensor:
     """Return the log-ratio of current to old policy, [T], with gradient; 0 where the mask is False."""
     return torch.where(batch.mask, policy.logps - batch.old_logps_or(policy.logps), 0)
 
 
-def log_ratio_to_sampler(policy: PolicyOutput, batch: Batch) -> Tensor:
+def log_ratio_to_sampler(policy: PolicyOutput, batch: Batch) -> torch.Tensor:
     """Return the log-ratio of the current policy to the one that sampled, [T]; 0 on demonstrated tokens and
     where the mask is False."""
     if batch.sampler_logps is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.policy_gradient.grpo import GRPO
@@ -24,6 +24,6 @@ class CISPO(GRPO):
     epsilon: float = setting(1.0, "clip range of the ratio below 1", ge=0, le=1)
     epsilon_high: float | None = setting(4.0, "clip range above 1; null: the same as epsilon", ge=0)
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         weight = self.ratio(policy, batch).detach().clamp(1 - self.epsilon, 1 + self.high)
         return weight * required(batch.advantages, "advantages") * policy.logps

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import Rollout, column, setting
 from rft.algorithms.math.policy_gradient import group_sum
@@ -41,19 +41,19 @@ class CORY(GRPO):
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         return (Rollout(role="pioneer"), Rollout(role="observer")) * (num_generations // 2)
 
-    def task_rewards(self, batch: Batch) -> Tensor:
+    def task_rewards(self, batch: Batch) -> torch.Tensor:
         return self._shared(super().task_rewards(batch), batch)
 
-    def sequence_rewards(self, batch: Batch) -> Tensor:
+    def sequence_rewards(self, batch: Batch) -> torch.Tensor:
         kl = batch.sum_by_sequence(self.kl_penalty(batch))
         return self.task_rewards(batch) - self._shared(kl, batch)
 
-    def _shared(self, x: Tensor, batch: Batch) -> Tensor:
+    def _shared(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the sum of `x` [N] over each pair of pioneer and observer, [N]."""
         pair = column(batch, "pair").long()
         return group_sum(x, pair + batch.group * (int(pair.max()) + 1 if pair.numel() else 1))
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         """Return GRPO's advantages, with each role of a group as a separate group."""
         role = 2 * batch.group + column(batch, "observer").long()
         return batch.to_tokens(self.relative(self.sequence_rewards(batch), self.task_rewards(batch), role))

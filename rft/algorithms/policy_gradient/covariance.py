@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import safe_exp
@@ -35,7 +34,7 @@ class Covariance(GroupRelative):
         }
         return batch.with_(state={**batch.state, **means})
 
-    def covariance(self, batch: Batch) -> Tensor:
+    def covariance(self, batch: Batch) -> torch.Tensor:
         """Return (log p - mean) * (A - mean) of each token of a prepared batch, with the means over the whole
         step, [T]."""
         logps, advantages = required(batch.old_logps, "old_logps"), required(batch.advantages, "advantages")
@@ -103,13 +102,13 @@ class KLCov(Covariance):
             state={**batch.state, "least_covariance": float(covariance.topk(count).values[-1])}
         )
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         moved = log_ratio(policy, batch)
         penalised = self.covariance(batch) >= batch.state.get("least_covariance", torch.inf)
         objective = safe_exp(moved) * required(batch.advantages, "advantages")
         return objective - self.kl_coef * penalised * moved.abs()
 
-    def acts_on(self, batch: Batch) -> Tensor:
+    def acts_on(self, batch: Batch) -> torch.Tensor:
         return batch.mask  # a token without an advantage may be penalised
 
     def conflicts(self, num_generations: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import setting
 from rft.algorithms.policy_gradient.grpo import GRPO
@@ -33,7 +33,7 @@ class DAPO(GRPO):
     def keep_group(self, rewards: Sequence[float]) -> bool:
         return not self.dynamic_sampling or len(set(rewards)) > 1
 
-    def task_rewards(self, batch: Batch) -> Tensor:
+    def task_rewards(self, batch: Batch) -> torch.Tensor:
         rewards = super().task_rewards(batch)
         if not self.overlong_buffer:
             return rewards

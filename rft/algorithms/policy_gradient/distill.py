@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Rollout, required, setting
 from rft.algorithms.divergence import TeacherDivergence
@@ -75,7 +74,7 @@ class Distill(TeacherDivergence):
             advantages = advantages.masked_fill(batch.demonstrated, 0)
         return batch.with_(advantages=advantages)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         reward = torch.zeros_like(policy.logps)
         if self.reward_weight:
             reward = self.reward_weight * required(batch.advantages, "advantages")
@@ -98,7 +97,7 @@ class Distill(TeacherDivergence):
             problems.append("reward_weight compares completions; write num_generations: 2 or more")
         return problems
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return policy/divergence, the minimised divergence (full), and policy/kl_ref.
 
         policy/kl_ref is k3 to the teacher (sampled), or the divergence if that is the reverse KL.

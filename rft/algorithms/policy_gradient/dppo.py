@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import Proximal, safe_exp
@@ -39,7 +38,7 @@ class DPPO(GroupRelative):
         "sampler", "centre of the trust region: recomputed, interpolated or sampler log-probs"
     )
 
-    def _kept(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def _kept(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the tokens whose update stays in the trust region, [T] bool."""
         logps = policy.logps.detach()
         p, q = logps.exp(), (logps - log_ratio(policy, batch).detach()).exp()
@@ -51,12 +50,12 @@ class DPPO(GroupRelative):
         away = (p - q) * required(batch.advantages, "advantages") > 0
         return ~away | (divergence <= self.delta)
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         ratio = safe_exp(log_ratio(policy, batch))
         gradient = ratio * (self.ratio_cap / ratio.detach()).clamp(max=1)
         return gradient * self._kept(policy, batch) * required(batch.advantages, "advantages")
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         metrics = super().metrics(policy, batch)
         with torch.no_grad():
             metrics["policy/clip_fraction"] = (~self._kept(policy, self.around(policy, batch))).float()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import Algorithm, PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import certain_tokens
@@ -74,7 +73,7 @@ class Exploration(Algorithm):
             advantages = advantages.index_fill(0, certain_tokens(entropy, batch.mask, self.top_entropy), 0.0)
         return batch.with_(advantages=advantages)
 
-    def entropy_bonus(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def entropy_bonus(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the weighted entropy of each token, [T]; 0 on demonstrated tokens."""
         entropy = required(policy.entropy, "policy.entropy")
         if batch.demonstrated is not None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import Normalization, PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import safe_exp
@@ -33,17 +32,17 @@ class GMPO(GroupRelative):
         "sequence", "average the loss over tokens, sequences or a constant length"
     )
 
-    def _clipped(self, policy: PolicyOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _clipped(self, policy: PolicyOutput, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token log-ratios before and after the clip, each [T]."""
         moved, sign = log_ratio(policy, batch), required(batch.advantages, "advantages").sign()
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         return moved, sign * torch.minimum(sign * moved, sign * moved.clamp(-self.epsilon, high))
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         mean = batch.mean_by_sequence(self._clipped(policy, batch)[1])
         return batch.to_tokens(safe_exp(mean)) * required(batch.advantages, "advantages")
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         metrics = super().metrics(policy, batch)
         with torch.no_grad():
             moved, kept = self._clipped(policy, self.around(policy, batch))

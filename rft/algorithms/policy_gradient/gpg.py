@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import setting
 from rft.algorithms.math.policy_gradient import count_degenerate, degenerate, group_mean, group_std
@@ -27,7 +27,7 @@ class GPG(Reinforce):
 
     scale_rewards: bool = setting(False, "divide advantages by the standard deviation of the group")
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         rewards = self.sequence_rewards(batch)
         centred = rewards - group_mean(rewards, batch.group)
         if self.scale_rewards:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import setting
 from rft.algorithms.math.policy_gradient import degenerate, group_mean, group_std
@@ -24,12 +24,12 @@ class GroupRelative(PolicyGradient):
         "group", "divide advantages by the standard deviation of the group, of the batch, or not"
     )
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         return batch.to_tokens(
             self.relative(self.sequence_rewards(batch), self.task_rewards(batch), batch.group)
         )
 
-    def relative(self, rewards: Tensor, task: Tensor, group: Tensor) -> Tensor:
+    def relative(self, rewards: torch.Tensor, task: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         """Return rewards relative to their group, [N]; 0 in groups whose `task` rewards are all equal."""
         centred = rewards - group_mean(rewards, group)
         if self.scale_rewards == "group":

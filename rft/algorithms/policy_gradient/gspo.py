@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import Normalization, PolicyOutput, setting
 from rft.algorithms.math.policy_gradient import sequence_ratio
@@ -29,5 +29,5 @@ class GSPO(GRPO):
         "sequence", "average the loss over tokens, sequences or a constant length"
     )
 
-    def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def ratio(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return sequence_ratio(log_ratio(policy, batch), batch, geometric=True)

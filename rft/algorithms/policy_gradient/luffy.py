@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Rollout, required, setting
 from rft.algorithms.policy_gradient.dr_grpo import DrGRPO
@@ -37,7 +36,7 @@ class LUFFY(DrGRPO):
         given = min(self.demonstrations, num_generations) if demonstration else 0
         return (*[Rollout(prefix_share=1.0)] * given, *[Rollout()] * (num_generations - given))
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         clipped = super().objective(policy, batch)
         if batch.demonstrated is None:
             return clipped

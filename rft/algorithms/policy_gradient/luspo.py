@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput
 from rft.algorithms.policy_gradient.gspo import GSPO
@@ -20,5 +20,5 @@ class LUSPO(GSPO):
     factor every token counts the same.
     """
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return super().objective(policy, batch) * batch.to_tokens(batch.lengths)

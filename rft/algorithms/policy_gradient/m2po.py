@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import Proximal, safe_exp
@@ -52,5 +51,5 @@ class M2PO(GroupRelative):
         advantages = required(batch.advantages, "advantages")
         return batch.with_(advantages=advantages.index_fill(0, index[order[kept:]], 0.0))
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return safe_exp(log_ratio(policy, batch)) * required(batch.advantages, "advantages")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.math.policy_gradient import degenerate, group_mean
 from rft.algorithms.policy_gradient.base import ClippedPolicyGradient
@@ -26,7 +25,7 @@ class MaxRL(ClippedPolicyGradient):
     min_generations: ClassVar[int] = 2
     turn_level: ClassVar[bool] = True
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         rewards = self.sequence_rewards(batch)
         mean = group_mean(rewards, batch.group)
         usable = (mean > 0) & ~degenerate(self.task_rewards(batch), batch.group)

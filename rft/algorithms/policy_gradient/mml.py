@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import Algorithm, PolicyOutput, column, required, setting
 from rft.algorithms.extras import Steps
@@ -58,7 +57,7 @@ class MML(Algorithm):
     def keep_group(self, rewards: Sequence[float]) -> bool:
         return bool(self.saved) or any(r > self.threshold for r in rewards)
 
-    def kept(self, batch: Batch) -> Tensor:
+    def kept(self, batch: Batch) -> torch.Tensor:
         """Return the number of first tokens of each sequence that are (part of) a solution, [N] int64."""
         right = required(batch.rewards, "rewards") > self.threshold
         return torch.where(right, to_grid(batch)[1].sum(1), 0)
@@ -82,10 +81,10 @@ class MML(Algorithm):
         weights = _softmax(self.beta * likelihood, batch.group, distinct)
         return batch.with_(advantages=batch.to_tokens(weights))
 
-    def acts_on(self, batch: Batch) -> Tensor:
+    def acts_on(self, batch: Batch) -> torch.Tensor:
         return batch.mask & (required(batch.advantages, "advantages") != 0)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         weights = required(batch.advantages, "advantages")
         return -(weights * policy.logps).masked_fill(~batch.mask, 0)
 
@@ -116,7 +115,7 @@ class MMLPartial(MML):
     def keep_group(self, rewards: Sequence[float]) -> bool:
         return True
 
-    def kept(self, batch: Batch) -> Tensor:
+    def kept(self, batch: Batch) -> torch.Tensor:
         """Read `columns["step_ends"]` and `columns["step_values"]`, see `Steps`; padded with nan."""
         ends, values = column(batch, "step_ends"), column(batch, "step_values")
         boundary = ends[:, :-1].nan_to_num(nan=0.0)  # before each step but the first
@@ -125,7 +124,7 @@ class MMLPartial(MML):
         return torch.maximum(super().kept(batch), longest.to(torch.int64))
 
 
-def _softmax(x: Tensor, group: Tensor, counted: Tensor) -> Tensor:
+def _softmax(x: torch.Tensor, group: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """Return the softmax [N] of `x` [N] over the counted sequences of each group; 0 for the others."""
     groups = int(group.max()) + 1 if group.numel() else 0
     x = x.masked_fill(~counted, -torch.inf)

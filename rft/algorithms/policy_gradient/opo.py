@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.math.policy_gradient import degenerate, group_sum
 from rft.algorithms.policy_gradient.base import Reinforce
@@ -24,7 +24,7 @@ class OPO(Reinforce):
     min_generations: ClassVar[int] = 2
     turn_level: ClassVar[bool] = True
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         rewards, lengths = self.sequence_rewards(batch), batch.lengths
         total = group_sum(lengths, batch.group).clamp(min=1)
         baseline = group_sum(lengths * rewards, batch.group) / total

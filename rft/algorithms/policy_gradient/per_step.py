@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import column, setting
 from rft.algorithms.extras import Steps
@@ -46,7 +45,7 @@ class PerStep(ClippedPolicyGradient):
     def steps(self) -> Steps:
         return Steps(self.separator, self.branches if self.source == "continuations" else 0)
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         ends = column(batch, "step_ends")
         real = ~ends.isnan()
         if self.source == "continuations":
@@ -60,7 +59,7 @@ class PerStep(ClippedPolicyGradient):
         spread = per_step.gather(1, torch.minimum(step, last))
         return spread.new_zeros(batch.num_tokens).index_put((grid[cells],), spread[cells])
 
-    def _from_values(self, values: Tensor, real: Tensor, batch: Batch) -> Tensor:
+    def _from_values(self, values: torch.Tensor, real: torch.Tensor, batch: Batch) -> torch.Tensor:
         rewards = self.sequence_rewards(batch)
         values = values.clone()
         first = values[:, 0].isnan()
@@ -69,7 +68,7 @@ class PerStep(ClippedPolicyGradient):
         is_last = real & (torch.arange(real.shape[1], device=real.device) == real.sum(1, keepdim=True) - 1)
         return torch.where(is_last, rewards[:, None], after).sub(values).masked_fill(~real, 0)
 
-    def _from_scores(self, scores: Tensor, real: Tensor, batch: Batch) -> Tensor:
+    def _from_scores(self, scores: torch.Tensor, real: torch.Tensor, batch: Batch) -> torch.Tensor:
         group = batch.group[:, None].expand_as(scores)[real]
         x = scores[real]
         count = torch.bincount(group, minlength=batch.num_groups)

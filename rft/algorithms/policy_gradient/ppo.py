@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import explained_variance, gae, whiten
@@ -83,17 +82,17 @@ class PPO(ClippedPolicyGradient):
     def reads_order(self) -> bool:
         return True
 
-    def acts_on(self, batch: Batch) -> Tensor:
+    def acts_on(self, batch: Batch) -> torch.Tensor:
         return batch.mask  # the critic is trained on every token
 
-    def token_rewards(self, batch: Batch) -> Tensor:
+    def token_rewards(self, batch: Batch) -> torch.Tensor:
         """Return token rewards, [T]: the completion's reward at its last token, minus the KL penalty."""
         return at_last_token(required(batch.rewards, "rewards"), batch) - self.kl_penalty(batch)
 
     def critic_only(self, state: Mapping[str, float]) -> bool:
         return state.get("steps", 0) < self.critic_warmup
 
-    def _gae(self, batch: Batch, lam: float | Tensor) -> Tensor:
+    def _gae(self, batch: Batch, lam: float | torch.Tensor) -> torch.Tensor:
         """Return generalised advantage estimates over the critic's values, [T]."""
         values = required(batch.values, "values")
         ends = required(batch.end_values, "end_values") if self.bootstrap_truncated else 0.0
@@ -105,18 +104,18 @@ class PPO(ClippedPolicyGradient):
         returns = (self._gae(batch, lam) + values).masked_fill(~batch.mask, 0)
         return super().prepare(batch.with_(returns=returns))
 
-    def advantages(self, batch: Batch) -> Tensor:
-        lam: float | Tensor = self.lam
+    def advantages(self, batch: Batch) -> torch.Tensor:
+        lam: float | torch.Tensor = self.lam
         if self.lam_length is not None:
             lam = (1 - 1 / (self.lam_length * batch.lengths.clamp(min=1))).clamp(min=0)
         advantages = self._gae(batch, lam)
         return whiten(advantages, self.trained(batch)) if self.whiten else advantages
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         loss = super().loss(policy, batch) * float(not self.critic_only(batch.state))
         return loss + self.value_coef * self.critic_loss(policy, batch)
 
-    def critic_loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def critic_loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return half the squared error, [T]: the larger of those of the value and the clipped value."""
         values, returns = required(policy.values, "policy.values"), required(batch.returns, "returns")
         error = (values - returns).square()
@@ -137,7 +136,7 @@ class PPO(ClippedPolicyGradient):
             state["kl_weight"] = self.kl_weight(state) * (1 + 0.1 * error)
         return state
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         return {**super().metrics(policy, batch), "critic/loss": self.critic_loss(policy, batch).detach()}
 
     def report(self, batch: Batch) -> dict[str, float]:

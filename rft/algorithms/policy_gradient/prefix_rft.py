@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Rollout, required, setting
 from rft.algorithms.math.policy_gradient import certain_tokens, clipped, clipped_surrogate
@@ -82,7 +81,7 @@ class PrefixRFT(DrGRPO):
         same = self.high if self.prefix_epsilon is None else self.prefix_epsilon
         return low, same if self.prefix_epsilon_high is None else self.prefix_epsilon_high
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         clipped = super().objective(policy, batch)
         if batch.demonstrated is None:
             return clipped
@@ -92,7 +91,7 @@ class PrefixRFT(DrGRPO):
             prefix = clipped_surrogate(ratio, advantages, *self._prefix_range(), self.dual_clip)
         return torch.where(batch.demonstrated, prefix, clipped)
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         metrics = super().metrics(policy, batch)
         if batch.demonstrated is None:
             return metrics
@@ -131,7 +130,7 @@ def demonstration_report(batch: Batch) -> dict[str, float]:
         return {}
     given = torch.zeros(batch.num_sequences, dtype=torch.bool, device=batch.tokens.device)
     given[batch.sequence[batch.demonstrated]] = True
-    metrics: dict[str, Tensor] = {
+    metrics: dict[str, torch.Tensor] = {
         "reward/demonstrated": batch.rewards[given],
         "reward/own": batch.rewards[~given],
     }

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import required, setting
 from rft.algorithms.math.policy_gradient import Correction, degenerate, group_size, rank_in_group
@@ -28,7 +27,7 @@ class Chosen(PolicyGradient):
     )
     threshold: float | None = setting(0.0, "discard completions with rewards at or below; null: no threshold")
 
-    def chosen(self, batch: Batch) -> Tensor:
+    def chosen(self, batch: Batch) -> torch.Tensor:
         """Return the selected completions, [N] bool.
 
         Ties within a group go to the first in order; ties within the batch to the one with the better rank in
@@ -51,10 +50,10 @@ class Chosen(PolicyGradient):
             problems.append("rank: batch chooses a share of all completions; write top_share: 0.2, for one")
         return problems
 
-    def trained(self, batch: Batch) -> Tensor:
+    def trained(self, batch: Batch) -> torch.Tensor:
         return super().trained(batch) & batch.to_tokens(self.chosen(batch))
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         return batch.to_tokens(self.chosen(batch).float())
 
     def keep_group(self, rewards: Sequence[float]) -> bool:
@@ -111,14 +110,14 @@ class ReinforceRej(ClippedPolicyGradient):
 
     threshold: float = setting(0.0, "rewards above it count as correct, others as wrong")
 
-    def right(self, batch: Batch) -> Tensor:
+    def right(self, batch: Batch) -> torch.Tensor:
         """Return 1 for correct and 0 for wrong completions, [N] float32."""
         return (self.task_rewards(batch) > self.threshold).float()
 
-    def trained(self, batch: Batch) -> Tensor:
+    def trained(self, batch: Batch) -> torch.Tensor:
         return super().trained(batch) & batch.to_tokens(~degenerate(self.right(batch), batch.group))
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         kl = self.task_rewards(batch) - self.sequence_rewards(batch)
         return batch.to_tokens(2 * self.right(batch) - 1 - kl)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import required, setting
 from rft.algorithms.math.policy_gradient import discounted, group_mean, whiten
@@ -37,7 +37,7 @@ class ReinforcePP(ClippedPolicyGradient):
     def reads_order(self) -> bool:
         return self.gamma != 1 or bool(self.beta and self.kl_in == "reward")
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         rewards = required(batch.rewards, "rewards")
         if self.baseline == "group":
             rewards = rewards - group_mean(rewards, batch.group)

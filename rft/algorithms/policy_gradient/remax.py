@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import Normalization, Rollout, column, setting
 from rft.algorithms.policy_gradient.base import Reinforce
@@ -30,5 +30,5 @@ class ReMax(Reinforce):
     def rollouts(self, num_generations: int, *, progress: float, demonstration: bool) -> Sequence[Rollout]:
         return (*[Rollout()] * num_generations, Rollout(greedy=True, train=False))
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         return batch.to_tokens(self.sequence_rewards(batch) - column(batch, "baseline"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import Normalization, PolicyOutput, setting
 from rft.algorithms.math.policy_gradient import degenerate, leave_one_out, sequence_ratio
@@ -31,10 +31,10 @@ class RLOO(ClippedPolicyGradient):
         "sequence", "average the loss over tokens, sequences or a constant length"
     )
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         rewards = self.sequence_rewards(batch)
         centred = rewards - leave_one_out(rewards, batch.group)
         return batch.to_tokens(centred.masked_fill(degenerate(self.task_rewards(batch), batch.group), 0))
 
-    def ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def ratio(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return sequence_ratio(log_ratio(policy, batch), batch, geometric=False)

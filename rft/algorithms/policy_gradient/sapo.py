@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import Normalization, PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import safe_exp
@@ -29,7 +28,7 @@ class SAPO(GroupRelative):
         "sequence", "average the loss over tokens, sequences or a constant length"
     )
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         advantages = required(batch.advantages, "advantages")
         positive, negative = (advantages.new_tensor(t) for t in (self.tau_positive, self.tau_negative))
         tau = torch.where(advantages > 0, positive, negative)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import Normalization, PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import Correction, group_mean, safe_exp
@@ -33,12 +32,12 @@ class TOPR(PolicyGradient):
         "constant", "average the loss over tokens, sequences or a constant length"
     )
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         rewards = self.sequence_rewards(batch)
         baseline = group_mean(rewards, batch.group) if self.baseline is None else self.baseline
         return batch.to_tokens(rewards - baseline)
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         advantages = required(batch.advantages, "advantages")
         with torch.no_grad():
             ratio = safe_exp(batch.sum_by_sequence(log_ratio_to_sampler(policy, batch))).clamp(max=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import MAX_LOG_RATIO, Correction
@@ -31,7 +30,7 @@ class VESPO(GroupRelative):
     lambda_negative: float = setting(2.0, "rate of the exponential where A is negative", gt=0)
     correction: Correction = setting("none", "importance weights of learner to sampler log-probs")
 
-    def objective(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def objective(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         advantages = required(batch.advantages, "advantages")
         with torch.no_grad():
             log_w = batch.sum_by_sequence(log_ratio_to_sampler(policy, batch))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, column, required
 from rft.algorithms.math.policy_gradient import count_degenerate, sampled_kl
@@ -25,11 +24,11 @@ class OnlinePreference(Algorithm):
     def needs(self) -> frozenset[str]:
         return frozenset({"rewards", "ref_logps"})
 
-    def log_ratio(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def log_ratio(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the log-ratio of policy to reference, [N]."""
         return sequence_log_ratio(policy.logps, required(batch.ref_logps, "ref_logps"), batch)
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         logps = policy.logps.detach()
         metrics = {"policy/kl_ref": sampled_kl(logps, required(batch.ref_logps, "ref_logps"))}
         if batch.sampler_logps is not None:
@@ -55,7 +54,7 @@ def without_unknown(batch: Batch, name: str) -> Batch:
     return batch.with_(mask=batch.mask & ~batch.to_tokens(unknown), columns=known)
 
 
-def preference(margin: Tensor) -> dict[str, Tensor]:
+def preference(margin: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return held-out accuracy and margin of pairs, from their reward margins [P]."""
     right = ((margin > 0).to(margin) + (margin >= 0).to(margin)) / 2
     return {"preference_accuracy": right, "preference_margin": margin}
@@ -70,10 +69,10 @@ class OfflinePreference(Algorithm):
     data: ClassVar[DataKind] = "preference"
 
     @abstractmethod
-    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the implicit reward of each sequence, [N], up to a constant per prompt."""
 
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return preference_accuracy and preference_margin of implicit rewards, and nll.
 
         The first two are by pair (ties count 1/2), nll is by token of the preferred responses.
@@ -86,7 +85,7 @@ class OfflinePreference(Algorithm):
             "nll": -policy.logps[batch.to_tokens(preferred) > 0],
         }
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return token metrics of pairs.
 
         preference/accuracy: pairs whose chosen response has the higher implicit reward (ties count 1/2).
@@ -101,7 +100,7 @@ class OfflinePreference(Algorithm):
         margin = reward[first] - reward[second]
         mean = batch.mean_by_sequence(policy.logps.detach())
 
-        def spread(of_pair: Tensor) -> Tensor:
+        def spread(of_pair: torch.Tensor) -> torch.Tensor:
             both = torch.zeros_like(mean).index_add(0, first, of_pair).index_add(0, second, of_pair)
             count = torch.bincount(torch.cat([first, second]), minlength=len(mean)).clamp(min=1)
             return batch.to_tokens(both / count)

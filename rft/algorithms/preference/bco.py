@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, required, setting
+from rft.algorithms.math.preferences import log_sigmoid
 from rft.algorithms.math.sequences import last_tokens
 from rft.batch import Batch
 
@@ -41,14 +40,14 @@ class BCO(Algorithm):
     def needs(self) -> frozenset[str]:
         return frozenset({"ref_logps"})
 
-    def _reward(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def _reward(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return self.beta * batch.sum_by_sequence(policy.logps - required(batch.ref_logps, "ref_logps"))
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         sign = torch.where(_good(batch), 1.0, -1.0)
-        return -F.logsigmoid(sign * (self._reward(policy, batch) - _shift(batch.state)))
+        return -log_sigmoid(sign * (self._reward(policy, batch) - _shift(batch.state)))
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return bco/reward_good and bco/reward_bad: mean implicit reward of good and of bad responses."""
         reward, good = self._reward(policy, batch).detach(), _good(batch)
         last = last_tokens(batch)
@@ -70,7 +69,7 @@ class BCO(Algorithm):
         """Return bco/shift, the shift d of the step."""
         return {"bco/shift": _shift(batch.state)}
 
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return held-out metrics.
 
         reward_good, reward_bad: implicit rewards. label_accuracy: responses on the right side of the shift.
@@ -88,7 +87,7 @@ class BCO(Algorithm):
 _AVERAGES = {"bco/reward_good": "bco_good", "bco/reward_bad": "bco_bad"}  # of which metric, in the state
 
 
-def _good(batch: Batch) -> Tensor:
+def _good(batch: Batch) -> torch.Tensor:
     return required(batch.rewards, "rewards") > 0.5
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, setting
 from rft.algorithms.math.preferences import PAIR_LOSSES, LossParams
@@ -28,10 +28,10 @@ class CPO(OfflinePreference):
     loss_type: Literal["sigmoid", "hinge", "ipo"] = setting("sigmoid", "loss function of the margin")
     label_smoothing: float = setting(0.0, "assumed fraction of flipped labels", ge=0, lt=0.5)
 
-    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return self.beta * batch.sum_by_sequence(policy.logps)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         first, second = self.pairs(batch)
         mean = batch.mean_by_sequence(policy.logps)
         logp = mean if self.loss_type == "ipo" else batch.sum_by_sequence(policy.logps)

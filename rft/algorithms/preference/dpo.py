@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, column, required, setting
 from rft.algorithms.extras import ReadsDistributions
@@ -109,7 +108,7 @@ class DPO(ReadsDistributions, OfflinePreference):
     def compares_distributions(self) -> bool:
         return False
 
-    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+    def divergence(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Return log sum p^2, the log mean probability of a sampled token, for `weighting: aligned`."""
         return torch.logsumexp(2 * logps, -1)
 
@@ -126,12 +125,12 @@ class DPO(ReadsDistributions, OfflinePreference):
         target = torch.zeros_like(old).index_put((first,), target)
         return batch.with_(columns={**batch.columns, "aot_target": target})
 
-    def _reference(self, batch: Batch) -> Tensor:
+    def _reference(self, batch: Batch) -> torch.Tensor:
         if self.reference_free:
             return torch.zeros(batch.num_tokens, device=batch.tokens.device)
         return required(batch.ref_logps, "ref_logps")
 
-    def scores(self, policy: PolicyOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    def scores(self, policy: PolicyOutput, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return s of the chosen and rejected responses, ([P], [P])."""
         chosen, rejected = paired_sums(
             policy.logps - self._reference(batch), batch, *self.pairs(batch), self.tail
@@ -144,12 +143,12 @@ class DPO(ReadsDistributions, OfflinePreference):
             return chosen / lengths[first], rejected / lengths[second]
         return chosen, rejected
 
-    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return self.beta * batch.sum_by_sequence(policy.logps - self._reference(batch))
 
     # -- the loss ----------------------------------------------------------------------------------
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         first, _ = self.pairs(batch)
         params = LossParams(self.beta, self.label_smoothing, self.tau)
         if self.loss_type == "aot":
@@ -164,7 +163,7 @@ class DPO(ReadsDistributions, OfflinePreference):
             loss = loss - self.nll * batch.mean_by_sequence(policy.logps)[first]
         return loss
 
-    def _weights(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def _weights(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         """Return the product of both responses' geometric mean probability, [P], without gradient."""
         logps = policy.logps.detach()
         if self.weighting == "aligned":

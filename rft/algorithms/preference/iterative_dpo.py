@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, setting
 from rft.algorithms.preference.online_dpo import OnlineDPO
@@ -25,6 +25,6 @@ class IterativeDPO(OnlineDPO):
         20, "steps per round, after which the policy is copied to the reference; 0: never", ge=0
     )
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         best, _ = self.pairs(batch)
         return super().loss(policy, batch) - self.nll * batch.mean_by_sequence(policy.logps)[best]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, column, required, setting
 from rft.batch import Batch, Group
@@ -78,16 +77,16 @@ class KTO(Algorithm):
         columns = {"kto_z": z.expand(batch.num_sequences), "kto_weight": weight}
         return batch.with_(columns={**batch.columns, **columns})
 
-    def acts_on(self, batch: Batch) -> Tensor:
+    def acts_on(self, batch: Batch) -> torch.Tensor:
         return batch.to_tokens(column(batch, "kto_weight") != 0)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         score = batch.sum_by_sequence(policy.logps - required(batch.ref_logps, "ref_logps"))
         sign = torch.where(required(batch.rewards, "rewards") > 0.5, 1.0, -1.0)
         value = torch.sigmoid(sign * self.beta * (score - column(batch, "kto_z")))
         return column(batch, "kto_weight") * (1 - value)
 
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return held-out metrics.
 
         reward_good, reward_bad: implicit reward beta * s of good and bad responses. label_accuracy: responses

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import Rollout, column, required, setting
 from rft.algorithms.math.policy_gradient import KLEstimator
@@ -38,7 +38,7 @@ class NashMD(Reinforce):
     def prepare(self, batch: Batch) -> Batch:
         return super().prepare(without_unknown(batch, "win_rate") if "win_rate" in batch.columns else batch)
 
-    def advantages(self, batch: Batch) -> Tensor:
+    def advantages(self, batch: Batch) -> torch.Tensor:
         if "win_rate" in batch.columns:
             return batch.to_tokens(batch.columns["win_rate"] - 0.5)
         rewards = required(batch.rewards, "rewards")

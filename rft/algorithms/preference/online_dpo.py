@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Unit, required, setting
 from rft.algorithms.math.preferences import PAIR_LOSSES, LossParams, best_and_worst
@@ -28,10 +27,10 @@ class OnlineDPO(OnlinePreference):
     beta: float = setting(0.1, "strength of the regularisation towards the reference, in 1 / nats", gt=0)
     loss_type: Literal["sigmoid", "ipo"] = setting("sigmoid", "loss function: sigmoid (DPO) or ipo")
 
-    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pairs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return best_and_worst(required(batch.rewards, "rewards"), batch.group)
 
-    def acts_on(self, batch: Batch) -> Tensor:
+    def acts_on(self, batch: Batch) -> torch.Tensor:
         """Return the tokens of each group's best and worst completion, [T] bool.
 
         Without the other completions, the best and the worst are the same.
@@ -40,7 +39,7 @@ class OnlineDPO(OnlinePreference):
         paired[torch.cat(self.pairs(batch))] = True
         return batch.to_tokens(paired)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         best, worst = self.pairs(batch)
         log_ratio = self.log_ratio(policy, batch)
         return PAIR_LOSSES[self.loss_type](log_ratio[best], log_ratio[worst], LossParams(self.beta))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, setting
-from rft.algorithms.math.preferences import log1mexp
+from rft.algorithms.math.preferences import log1mexp, log_sigmoid
 from rft.algorithms.preference.base import OfflinePreference
 from rft.batch import Batch
 
@@ -24,12 +23,12 @@ class ORPO(OfflinePreference):
 
     beta: float = setting(0.1, "weight of the odds-ratio term", ge=0)
 
-    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         mean = batch.mean_by_sequence(policy.logps).clamp(max=-1e-6)
         return mean - log1mexp(mean)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         first, second = self.pairs(batch)
         log_odds = self.implicit_rewards(policy, batch)
         nll = -batch.mean_by_sequence(policy.logps)[first]
-        return nll - self.beta * F.logsigmoid(log_odds[first] - log_odds[second])
+        return nll - self.beta * log_sigmoid(log_odds[first] - log_odds[second])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import required, setting
 from rft.algorithms.extras import Steps
@@ -32,7 +31,7 @@ class PrefixDPO(IterativeDPO):
     def steps(self) -> Steps:
         return Steps(self.separator, self.branches, pairs=True)
 
-    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pairs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Pair the best and the worst of each beginning. Read `columns["prefix"]`, see `Steps`."""
         rewards = required(batch.rewards, "rewards")
         prefix = batch.columns.get("prefix")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Unit, required, setting
 from rft.algorithms.math.preferences import all_pairs, sequence_log_ratio
@@ -42,10 +41,10 @@ class RewardDifference(OnlinePreference):
     def needs(self) -> frozenset[str]:
         return super().needs | {"old_logps"}
 
-    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pairs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return all_pairs(batch.group)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         i, j = self.pairs(batch)
         rewards, log_ratio = required(batch.rewards, "rewards"), self.log_ratio(policy, batch)
         target = rewards[i] - rewards[j]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, setting
 from rft.algorithms.math.preferences import LossParams, sigmoid
@@ -28,13 +27,13 @@ class SimPO(OfflinePreference):
     alpha: float = setting(0.0, "AlphaPO: shape of the reward; 0: log-likelihood")
     label_smoothing: float = setting(0.0, "assumed fraction of flipped labels", ge=0, lt=0.5)
 
-    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def implicit_rewards(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         mean = batch.mean_by_sequence(policy.logps)
         if self.alpha:
             mean = -torch.expm1((-self.alpha * mean).clamp(max=80.0)) / self.alpha
         return self.beta * mean
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         first, second = self.pairs(batch)
         reward = self.implicit_rewards(policy, batch)
         return sigmoid(reward[first] - self.gamma, reward[second], LossParams(1.0, self.label_smoothing))

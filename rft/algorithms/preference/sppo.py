@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, Unit, column, required, setting
 from rft.algorithms.math.preferences import Preference, win_rate
@@ -43,6 +42,6 @@ class SPPO(OnlinePreference):
         wins = win_rate(required(batch.rewards, "rewards"), batch.group, self.preference)
         return batch.with_(columns={**batch.columns, "win_rate": wins})
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         target = self.eta * (column(batch, "win_rate") - 0.5)
         return torch.where(batch.lengths > 0, (self.log_ratio(policy, batch) - target).square(), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, Unit, column, required, setting
 from rft.algorithms.math.policy_gradient import group_mean
@@ -41,7 +41,7 @@ class TrajectoryBalance(OnlinePreference):
     def prescored(self) -> bool:
         return True
 
-    def _target(self, batch: Batch) -> Tensor:
+    def _target(self, batch: Batch) -> torch.Tensor:
         """Return r / beta, [N]."""
         return required(batch.rewards, "rewards") / self.beta
 
@@ -51,5 +51,5 @@ class TrajectoryBalance(OnlinePreference):
         log_z = group_mean(self._target(batch) - moved, batch.group)
         return batch.with_(columns={**batch.columns, "log_z": log_z})
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return (column(batch, "log_z") + self.log_ratio(policy, batch) - self._target(batch)).square()

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from rft.algorithms.base import Algorithm, DataKind, PolicyOutput, Unit, column, required, setting
+from rft.algorithms.math.preferences import log_sigmoid
 from rft.algorithms.math.sequences import last_tokens, token_index
 from rft.algorithms.preference.base import preference
 from rft.batch import Batch
 
 
-def response_scores(policy: PolicyOutput, batch: Batch) -> Tensor:
+def response_scores(policy: PolicyOutput, batch: Batch) -> torch.Tensor:
     """Return the head's outputs at each response's last token, [N, K], like sequence classifiers."""
     return required(policy.scores, "scores")[last_tokens(batch)]
 
@@ -52,21 +51,21 @@ class RewardModel(ScoreHead):
     centre: float = setting(0.0, "weight of the centring term, the squared sum of the two rewards", ge=0)
     margin: bool = setting(False, "subtract the column `margin` from the reward difference")
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         first, second = self.pairs(batch)
         reward = response_scores(policy, batch)[:, 0]
         difference = reward[first] - reward[second]
         if self.margin:
             difference = difference - column(batch, "margin")[first]
-        return -F.logsigmoid(difference) + self.centre * (reward[first] + reward[second]).square()
+        return -log_sigmoid(difference) + self.centre * (reward[first] + reward[second]).square()
 
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return preference_accuracy, preference_margin (by pair; ties count 1/2) and score (all rewards)."""
         first, second = self.pairs(batch)
         reward = response_scores(policy, batch)[:, 0]
         return {**preference(reward[first] - reward[second]), "score": reward}
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return preference/reward, the reward of each response at its tokens."""
         return {"preference/reward": batch.to_tokens(response_scores(policy, batch)[:, 0].detach())}
 
@@ -131,7 +130,7 @@ class RewardRegression(ScoreHead):
         hardened = (rank < known.sum(0) // 2).to(scores)
         return batch.with_(columns={**batch.columns, "hardened": hardened})
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         predicted, target = response_scores(policy, batch), column(batch, "targets")
         if target.shape != predicted.shape:
             raise ValueError(
@@ -143,10 +142,10 @@ class RewardRegression(ScoreHead):
         if self.objective == "mse":
             loss = (predicted - target).square()
         else:
-            loss = F.binary_cross_entropy_with_logits(predicted, self._mixed(target, batch), reduction="none")
+            loss = _cross_entropy(predicted, self._mixed(target, batch))
         return loss.masked_fill(~known, 0).sum(-1) / known.sum(-1).clamp(min=1)
 
-    def _mixed(self, target: Tensor, batch: Batch) -> Tensor:
+    def _mixed(self, target: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the targets mixed with the hardened predictions, [N, heads]: the loss is linear in them."""
         if not self.confidence:
             return target
@@ -154,7 +153,7 @@ class RewardRegression(ScoreHead):
         a = self.confidence * (min(1.0, progress / self.warmup) if self.warmup else 1.0)
         return (1 - a) * target + a * column(batch, "hardened").to(target)
 
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return score_error, the absolute error of known targets (with `bce`, of the probability)."""
         predicted, target = response_scores(policy, batch), column(batch, "targets")
         if self.objective == "bce":
@@ -178,17 +177,22 @@ class PairwiseReward(ScoreHead):
     unit: ClassVar[Unit] = "sequence"
     data: ClassVar[DataKind] = "pairwise"
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         score, target = response_scores(policy, batch)[:, 0], _first(column(batch, "targets"))
-        return F.binary_cross_entropy_with_logits(score, target.to(score.dtype), reduction="none")
+        return _cross_entropy(score, target.to(score.dtype))
 
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return preference_accuracy and preference_margin of the better candidate (ties count 1/2)."""
         score, target = response_scores(policy, batch)[:, 0], _first(column(batch, "targets"))
         return preference(torch.where(target > 0.5, score, -score))
 
 
-def _first(targets: Tensor) -> Tensor:
+def _cross_entropy(score: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the binary cross-entropy of each logit `score` and the probability `target`, of one shape."""
+    return torch.nn.functional.binary_cross_entropy_with_logits(score, target, reduction="none")
+
+
+def _first(targets: torch.Tensor) -> torch.Tensor:
     """Return the first column, [N], of [N] or [N, K]."""
     return targets.reshape(len(targets), -1)[:, 0]
 
@@ -214,18 +218,18 @@ class ProcessReward(ScoreHead):
         labels = self.labels(batch)
         return batch.with_(mask=batch.mask & ~labels.isnan(), labels=labels)
 
-    def labels(self, batch: Batch) -> Tensor:
+    def labels(self, batch: Batch) -> torch.Tensor:
         """Return the label of each step at its last token, [T]; values at other tokens are unused."""
         sequence = batch.sequence.clamp(min=0)
         return column(batch, "step_labels")[sequence, token_index(batch)]
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         scores = required(policy.scores, "scores")[:, 0]
         label = required(batch.labels, "labels").masked_fill(~batch.mask, 0).to(scores.dtype)
-        loss = F.binary_cross_entropy_with_logits(scores, label, reduction="none")
+        loss = _cross_entropy(scores, label)
         return loss.masked_fill(~batch.mask, 0)
 
-    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def held_out(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return step_accuracy, the fraction of labelled steps classified correctly at threshold 1/2."""
         scores = required(policy.scores, "scores")[batch.mask, 0]
         label = required(batch.labels, "labels")[batch.mask]

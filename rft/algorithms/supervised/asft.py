@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.extras import ReadsDistributions
@@ -40,14 +40,14 @@ class ASFT(ReadsDistributions, DFT):
     def outputs(self) -> frozenset[str]:
         return frozenset({"kl"} if self.lam else ())
 
-    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+    def divergence(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         return full_kl(logps, reference) if self.direction == "reverse" else full_kl(reference, logps)
 
     @property
     def known_divergence(self) -> tuple[Literal["reverse", "forward", "js"], float] | None:
         return self.direction, 0.5
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         loss = super().loss(policy, batch)
         if self.weight == "none":
             loss = -policy.logps.masked_fill(~batch.mask, 0)
@@ -55,6 +55,6 @@ class ASFT(ReadsDistributions, DFT):
             return loss
         return loss + self.lam * required(policy.kl, "kl").masked_fill(~batch.mask, 0)
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return policy/kl_ref, the divergence to the reference, in nats per token."""
         return {} if policy.kl is None else {"policy/kl_ref": policy.kl.detach()}

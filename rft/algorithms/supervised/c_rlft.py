@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, column
 from rft.algorithms.supervised.sft import SFT
@@ -21,5 +21,5 @@ class CRLFT(SFT):
     weight 1 it is `sft`. Reads `columns["weight"]` [N].
     """
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return super().loss(policy, batch) * batch.to_tokens(column(batch, "weight").to(policy.logps.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput
 from rft.algorithms.supervised.sft import SFT
@@ -20,5 +20,5 @@ class DFT(SFT):
     with wrong demonstrations but prevents learning new knowledge.
     """
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return super().loss(policy, batch) * policy.logps.detach().exp()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.sequences import top_share
@@ -42,7 +41,7 @@ class Forgetting(TokenCleaning):
         weight = weight.masked_fill(negative, -lam * float(tokens / negative.sum().clamp(min=1)))
         return batch.with_(advantages=weight)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         weight = required(batch.advantages, "advantages")
         nll = -policy.logps.masked_fill(~batch.mask, 0)
         return weight * torch.where(weight < 0, nll.clamp(max=self.bound), nll)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.math.policy_gradient import safe_exp
@@ -30,10 +30,10 @@ class IWSFT(SFT):
     def needs(self) -> frozenset[str]:
         return frozenset({"ref_logps"})
 
-    def weights(self, logps: Tensor, batch: Batch) -> Tensor:
+    def weights(self, logps: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the importance weight of each response, [N]."""
         ratio = (logps.detach() - required(batch.ref_logps, "ref_logps")).clamp(-self.clip, self.clip)
         return safe_exp(batch.sum_by_sequence(ratio)).clamp(max=self.cap)
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return super().loss(policy, batch) * batch.to_tokens(self.weights(policy.logps, batch))

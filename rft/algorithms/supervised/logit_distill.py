@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.divergence import TeacherDivergence
@@ -33,12 +33,12 @@ class LogitDistill(TeacherDivergence, SFT):
     def outputs(self) -> frozenset[str]:
         return frozenset({"kl"} if self.alpha else ())
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         loss = (1 - self.alpha) * super().loss(policy, batch)
         if not self.alpha:
             return loss
         return loss + self.alpha * required(policy.kl, "policy.kl").masked_fill(~batch.mask, 0)
 
-    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, policy: PolicyOutput, batch: Batch) -> dict[str, torch.Tensor]:
         """Return policy/divergence, the minimised divergence, in nats per token, and policy/aligned."""
         return {} if policy.kl is None else {"policy/divergence": policy.kl.detach(), **self.aligned(batch)}

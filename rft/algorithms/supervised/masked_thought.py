@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import setting
 from rft.algorithms.supervised.sft import SFT
@@ -38,7 +37,9 @@ class MaskedThought(SFT):
         progress = batch.state.get("progress", 1.0)
         return self.share * min(1.0, progress / self.warmup) if self.warmup else self.share
 
-    def embed(self, embeddings: Tensor, batch: Batch, expected: Callable[[], Tensor]) -> Tensor:
+    def embed(
+        self, embeddings: torch.Tensor, batch: Batch, expected: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         chance = torch.rand(batch.num_tokens, device=embeddings.device)
         hidden = batch.mask & (chance < self.current_share(batch))
         if self.replace == "zero":

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import PolicyOutput, column
 from rft.algorithms.supervised.sft import SFT
@@ -46,5 +45,5 @@ class MFT(SFT):
         weight = tokens.sum() / (tokens.count_nonzero().clamp(min=1) * tokens.clamp(min=1))
         return batch.with_(columns={**batch.columns, "task_weight": weight[task].float()})
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return super().loss(policy, batch) * batch.to_tokens(column(batch, "task_weight"))

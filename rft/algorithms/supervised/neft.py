@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import setting
 from rft.algorithms.supervised.sft import SFT
@@ -23,7 +22,9 @@ class NEFT(SFT):
 
     alpha: float = setting(5.0, "scale of the noise", ge=0)
 
-    def embed(self, embeddings: Tensor, batch: Batch, expected: Callable[[], Tensor]) -> Tensor:
+    def embed(
+        self, embeddings: torch.Tensor, batch: Batch, expected: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
         # The maximum position in a tree gives the length of its longest sequence, without padding.
         tree = batch.tree[batch.segment]
         longest = torch.zeros_like(batch.parent).scatter_reduce(0, tree, batch.positions + 1, "amax")

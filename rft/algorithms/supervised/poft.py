@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import Algorithm, PolicyOutput, Unit, required, setting
+from rft.algorithms.math.preferences import log_sigmoid
 from rft.batch import Batch
 
 
@@ -38,10 +38,10 @@ class PoFT(Algorithm):
     def needs(self) -> frozenset[str]:
         return frozenset() if self.from_column else frozenset({"ref_logps"})
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         over = batch.mean_by_sequence if self.length_normalized else batch.sum_by_sequence
         if self.from_column:
             aligned = required(batch.columns.get("aligned_logps"), "the column aligned_logps")
         else:
             aligned = over(required(batch.ref_logps, "ref_logps"))
-        return -F.logsigmoid(self.beta * (over(policy.logps) - aligned))
+        return -log_sigmoid(self.beta * (over(policy.logps) - aligned))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import required, setting
 from rft.algorithms.math.policy_gradient import safe_exp
@@ -66,7 +65,9 @@ class QTuning(SFT):
         return batch.with_(mask=torch.zeros_like(batch.mask).index_fill(0, grid[tokens], True))
 
 
-def quadrants(error: Tensor, uncertainty: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def quadrants(
+    error: torch.Tensor, uncertainty: torch.Tensor, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Select the fraction `share` of rows that Q-Tuning keeps, at least one.
 
     error: perplexity of each row, or a value that rises with it, [N]. uncertainty: mean entropy, [N]. Returns
@@ -82,7 +83,7 @@ def quadrants(error: Tensor, uncertainty: Tensor, share: float) -> tuple[Tensor,
     return kept, wrong < unsure
 
 
-def token_scores(logps: Tensor, real: Tensor, neighbours: float) -> Tensor:
+def token_scores(logps: torch.Tensor, real: torch.Tensor, neighbours: float) -> torch.Tensor:
     """Return the score s_i of each token, [N, L], of which a misconception keeps the highest.
 
     logps, real: log-probs of the rows' tokens, padded, and the mask of real ones, [N, L]. neighbours: lambda.
@@ -92,7 +93,7 @@ def token_scores(logps: Tensor, real: Tensor, neighbours: float) -> Tensor:
     return (1 - neighbours) * perplexity + neighbours * (around[:, :-2] + around[:, 2:])
 
 
-def _quantile(x: Tensor) -> Tensor:
+def _quantile(x: torch.Tensor) -> torch.Tensor:
     """Return the position of each element in the sorted `x` [N], in (0, 1); ties by order."""
     order = torch.argsort(x, stable=True)
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(x), device=x.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, column, required, setting
 from rft.algorithms.math.policy_gradient import safe_exp
@@ -39,6 +39,6 @@ class RWR(SFT):
             return batch
         return batch.with_(mask=batch.mask & (required(batch.turn, "turn") >= self.first_turn))
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         weights = safe_exp((column(batch, "reward") - 1) / self.tau)
         return super().loss(policy, batch) * batch.to_tokens(weights.to(policy.logps.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import Algorithm, PolicyOutput
 from rft.batch import Batch
@@ -18,5 +18,5 @@ class SFT(Algorithm):
     online: ClassVar[bool] = False
     needs_demonstrations: ClassVar[bool] = True
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         return -policy.logps.masked_fill(~batch.mask, 0)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from rft.algorithms.base import column, required, setting
 from rft.algorithms.math.sequences import masked_in, top_share
@@ -30,14 +29,14 @@ class SelectedTokens(SFT):
         return True
 
     @abstractmethod
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> torch.Tensor:
         """Return the selection score of each token before the step, [T]."""
 
     def prepare(self, batch: Batch) -> Batch:
         return batch.with_(mask=top_share(self.score(batch), batch.mask, self.share))
 
 
-def progress_of_policy(batch: Batch) -> Tensor:
+def progress_of_policy(batch: Batch) -> torch.Tensor:
     """Return log policy - log reference before the step, [T]."""
     return required(batch.old_logps, "old_logps") - required(batch.ref_logps, "ref_logps")
 
@@ -83,7 +82,7 @@ class TokenCleaning(SelectedTokens):
     def prescored(self) -> bool:
         return self.base == "policy"
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> torch.Tensor:
         if self.base == "start":
             start = masked_in(column(batch, "start_logps"), batch)
             return required(batch.ref_logps, "ref_logps") - start.to(torch.float32)
@@ -112,5 +111,5 @@ class SSToken(SelectedTokens):
         0, "interval, in steps, of copying the policy to the history; 0: never", ge=0
     )
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> torch.Tensor:
         return progress_of_policy(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from rft.algorithms.base import PolicyOutput, required, setting
 from rft.algorithms.extras import ReadsDistributions
@@ -33,11 +33,11 @@ class WeakToStrong(ReadsDistributions, SFT):
     def compares_distributions(self) -> bool:
         return False
 
-    def divergence(self, logps: Tensor, reference: Tensor) -> Tensor:
+    def divergence(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Return -log max p, the cross-entropy to the policy's most likely token; without reference."""
         return -logps.max(-1).values
 
-    def loss(self, policy: PolicyOutput, batch: Batch) -> Tensor:
+    def loss(self, policy: PolicyOutput, batch: Batch) -> torch.Tensor:
         nll = super().loss(policy, batch)
         if not self.alpha:
             return nll

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
+import torch
 
 from rft.config.learner import AdapterConfig, LearnerConfig
 from rft.errors import ModelError
@@ -154,7 +154,7 @@ def rewrites_base(settings: Any) -> bool:
     return moves
 
 
-def check_targets(config: AdapterConfig, model: nn.Module) -> None:
+def check_targets(config: AdapterConfig, model: torch.nn.Module) -> None:
     """Raise ModelError if a target does not match any layer of the model; the message lists the layers."""
     targets = config.target_modules
     if targets == "all-linear":
@@ -205,5 +205,5 @@ def check_layers(model: Any, config: AdapterConfig) -> None:
             )
 
 
-def has_weight(module: nn.Module) -> bool:
+def has_weight(module: torch.nn.Module) -> bool:
     return getattr(getattr(module, "weight", None), "ndim", 0) >= 2
