@@ -1,4 +1,7 @@
-"""Make commands start quickly: load torch when it is used, import less of transformers, collect less garbage."""
+"""Make commands start quickly.
+
+They load torch when it is used, import less of transformers, and collect garbage rarely.
+"""
 
 from __future__ import annotations
 
