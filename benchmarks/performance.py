@@ -189,6 +189,12 @@ def _real_step(d: dict[str, Any]) -> str:
         "Share of the bound that follows from the rate of products and of memory in the same round, median "
         "of the runs:\n\n" + table(["rft", "learner", "rollout", "first step over the median"], shares)
     )
+    for dtype, s in d["shares"].items():
+        if share := s.get("rollout_products_alone"):
+            text += (
+                f"\n\nA rollout in {dtype} that did nothing but its products would reach {share:.0%}: "
+                "they have few rows and read their weights from memory (timed in the same round, by vLLM)."
+            )
     names = {"learner": "a training step", "engine": "a rollout"}
     for dtype, parts in d["profiles"].items():
         for part, name in names.items():
@@ -249,6 +255,23 @@ def endpoint(d: dict[str, Any]) -> str:
     )
 
 
+def startup(d: dict[str, Any]) -> str:
+    return "\n\n".join(_startup(entry) for entry in d["machines"])
+
+
+def _startup(d: dict[str, Any]) -> str:
+    machine, verdict = d["machine"], "met" if d["passed"] else "**missed**"
+    peer = f", TRL {d['peer']['trl']}" if d["peer"] else ""
+    rows = [
+        [f"`{name}`", f"{t['wall']:.2f} s", f"{t['processor']:.2f} s"] for name, t in d["commands"].items()
+    ]
+    return (
+        f"{machine['cpu']}, {machine['capability']}, load average before: {machine['load']}{peer}; medians "
+        f"of {d['rounds']} rounds. `rft check` is that of the embedded config, with 8,704 prompts encoded; aim "
+        f"{d['aim']:g} s: {verdict}.\n\n{table(['', 'wall time', 'processor time'], rows)}"
+    )
+
+
 SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("The demo", "demo", "python benchmarks/demo.py RUN...", demo),
     ("A pretrained model", "smollm2", "make demo-llm; python benchmarks/smollm2.py RUN...", smollm2),
@@ -270,6 +293,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("Packing", "packing-cpu", "rft bench packing", kernels.packing),
     ("Pushing weights", "sync-cpu", "rft bench sync", kernels.sync),
     ("Math rewards", "rewards", "python benchmarks/rewards.py", rewards),
+    ("The start of a command", "startup-cpu", "python benchmarks/startup.py", startup),
     ("The whole run", "bench-all", "rft bench all --peers", kernels.whole),
     ("Parity with TRL's losses", "parity-trl", "python benchmarks/parity_trl.py", parity),
 ]

@@ -11,7 +11,11 @@ step is reported by itself.
 Every round also measures the rate of matrix products and of reading memory. From them follow the bounds:
 training needs 6 x parameters x tokens and the products of attention, a rollout the larger of reading all
 weights once for each token and the products of prompt and completions. "Share of the bound" is the bound
-over the time. `--profile` adds where the learner's step and the engine's rollout go, by kind of operation.
+over the time. The rate is that of a large product with operands in the cache. Those of a rollout have few
+rows and read their weights from memory: they are timed as well, by vLLM's own function, as the *floor* of a
+rollout, its products alone. `--profile` adds where the learner's step and the engine's rollout go, by kind of
+operation.
+
 Written to benchmarks/results/real-step-cpu.json, one entry for each kind of processor; `--only` and
 `--dtypes` replace these runs of this processor and keep the others.
 """
@@ -97,6 +101,9 @@ class Sizes:
     embedding: int
     layers: int
     width: int  # of a token's queries, over all heads
+    keys: int  # of a token's keys, over all heads
+    hidden: int
+    intermediate: int
 
     @classmethod
     def of(cls, model: str) -> Sizes:
@@ -108,11 +115,10 @@ class Sizes:
         )
         head = config.get("head_dim") or hidden // heads
         queries, keys = heads * head, config["num_key_value_heads"] * head
-        layer = (
-            2 * hidden * queries + 2 * hidden * keys + 3 * hidden * config["intermediate_size"] + 2 * hidden
-        )
+        wide = config["intermediate_size"]
+        layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * wide + 2 * hidden
         embedding = config["vocab_size"] * hidden
-        return cls(layers * layer + hidden + embedding, embedding, layers, queries)
+        return cls(layers * layer + hidden + embedding, embedding, layers, queries, keys, hidden, wide)
 
 
 def train_work(sizes: Sizes, prompt: float, completion: float) -> float:
@@ -135,6 +141,37 @@ def rollout_bound(
     )
     reading = sizes.parameters * DTYPES[dtype].itemsize * completion
     return max(products / rate, reading / read)
+
+
+def decode_products(sizes: Sizes, dtype: str, rows: int) -> float:
+    """Return the seconds of the products for one token of each of `rows` completions, by vLLM's function for
+    CPUs. Every layer has weights of its own, so that no cache holds them."""
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    hidden, wide = sizes.hidden, sizes.intermediate
+    maps = [(hidden, sizes.width + 2 * sizes.keys), (sizes.width, hidden), (hidden, 2 * wide), (wide, hidden)]
+    weights = [*maps * sizes.layers, (hidden, sizes.embedding // hidden)]
+    kind = DTYPES[dtype]
+    packed = [ops.create_onednn_mm(torch.ones(o, i, dtype=kind).t(), 32) for i, o in weights]
+    inputs = {i: torch.ones(rows, i, dtype=kind) for i, _ in weights}
+
+    def run() -> None:
+        for (i, _), weight in zip(weights, packed, strict=True):
+            ops.onednn_mm(weight, inputs[i], None)
+
+    return _best(run, 1.0)
+
+
+def rollout_floor(sizes: Sizes, prompt: float, completion: float, dtype: str, rate: float) -> float:
+    """Return the seconds of a rollout's products alone: those of the prompts at `rate`, then a pass for each
+    token of the longest completion, timed with all and with a quarter of the completions running."""
+    prompts = 2 * (sizes.parameters - sizes.embedding) * PROMPTS * prompt
+    count = PROMPTS * GENERATIONS
+    all_rows, few_rows = (decode_products(sizes, dtype, rows) for rows in (count, count // 4))
+    per_row = (all_rows - few_rows) / (count - count // 4)
+    return prompts / rate + LENGTH * (all_rows - per_row * count) + per_row * count * completion
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -327,6 +364,7 @@ def measure(s: dict[str, Any], who: str, work: Path, name: str, sizes: Sizes) ->
             "rollout": rollout_bound(sizes, *lengths, dtype, rates[dtype], read),
         }
         run["shares"] = {part: bound / run["parts"][part] for part, bound in run["bounds"].items()}
+        run["rollout_floor"] = rollout_floor(sizes, *lengths, dtype, rates[dtype])
         run["gigabytes_per_second"] = round(read / 1e9, 1)
     print(f"{who} {s['dtype']}: {run['median']:.2f} s a step, first {run['first']:.2f} s", flush=True)
     return run
@@ -350,11 +388,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         if mine:
             learner, rollout = (statistics.median(r["shares"][p] for r in mine) for p in ("train", "rollout"))
             first = statistics.median(r["first"] / r["median"] for r in mine)
+            floors = [r["bounds"]["rollout"] / r["rollout_floor"] for r in mine if "rollout_floor" in r]
             checks[dtype] = {
                 "learner": learner,
                 "learner_passed": learner >= AIMS[f"learner {dtype}"],
                 "rollout": rollout,
                 "rollout_passed": rollout >= AIMS["rollout"],
+                "rollout_products_alone": statistics.median(floors) if floors else None,
                 "first_step": first,
                 "first_step_passed": first <= AIMS["first step"],
             }
