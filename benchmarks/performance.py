@@ -267,7 +267,7 @@ def _startup(d: dict[str, Any]) -> str:
     ]
     return (
         f"{machine['cpu']}, {machine['capability']}, load average before: {machine['load']}{peer}; medians "
-        f"of {d['rounds']} rounds. `rft check` is that of the embedded config, with 8,704 prompts encoded; aim "
+        f"of {d['rounds']} rounds. `rft check` of the embedded config, with 8,704 prompts encoded; aim "
         f"{d['aim']:g} s: {verdict}.\n\n{table(['', 'wall time', 'processor time'], rows)}"
     )
 
