@@ -115,6 +115,24 @@ def test_torch_is_loaded_at_its_first_use_whatever_the_thread() -> None:
     assert done.stdout == "[3.0, 3.0, 3.0, 3.0] True True False\n", done.stderr
 
 
+ENGINE = """
+import sys, multiprocessing
+from rft.rollout.vllm import _quick_processes
+main = sys.modules["__main__"]
+with _quick_processes(), multiprocessing.get_context("spawn").Pool(1) as pool:
+    print(pool.apply(eval, ("__import__('gc').get_threshold()[0]",)))
+    print(pool.apply(eval, ("'ray' in __import__('sys').modules",)))
+    print(pool.apply(eval, ("'scipy.signal._peak_finding' in __import__('sys').modules",)))
+    print(pool.apply(eval, ("__import__('scipy.signal').signal.find_peaks([0, 1, 0])[0].tolist()",)))
+print(sys.modules["__main__"] is main)
+"""
+
+
+def test_processes_of_an_engine_import_what_text_needs_only() -> None:
+    done = subprocess.run([sys.executable, "-c", ENGINE], capture_output=True, text=True)
+    assert done.stdout.split() == ["100000", "False", "False", "[1]", "True"], done.stderr
+
+
 def test_init_imports_what_it_needs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     loaded = [loaded_by("init", f"{number}.yaml") for number in range(2)]

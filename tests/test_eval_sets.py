@@ -154,7 +154,12 @@ def test_sets_with_vllm(tiny_folder: Path, tmp_path: Path) -> None:
         tmp_path,
         name="vllm",
         train={"steps": 1, "batch_size": 4, "num_generations": 4},
-        rollout={"engine": "vllm", "threads": 1, "sampling": {"max_completion_length": 8}},
+        rollout={
+            "engine": "vllm",
+            "threads": 1,
+            "kv_cache_gib": 0.1,
+            "sampling": {"max_completion_length": 8},
+        },
         learner={"threads": 1},
     )
     file = tmp_path / "run.yaml"

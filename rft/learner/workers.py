@@ -38,6 +38,7 @@ from rft.utils.actors import ActorDied, require_here
 from rft.utils.allocator import allocator_environment
 from rft.utils.deadlines import Deadline, within
 from rft.utils.dotted import load_dotted
+from rft.utils.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from rft.learner.learner import Learner
@@ -131,7 +132,8 @@ class LearnerActor:
         require_here(self.spec.model.path, "the policy that model.path names")
         spec = self.spec
         parallel = make_parallel(spec.config, spec.device, address, self.rank, self._store)
-        from rft.learner.learner import Learner  # imports transformers' models: seconds, which drivers save
+        with quick_imports():
+            from rft.learner.learner import Learner  # transformers' models: seconds, which drivers save
 
         kind: type[Learner] = Learner if spec.config.privacy is None else load_dotted(PRIVATE)
         self._learner = kind(spec, parallel)

@@ -270,6 +270,5 @@ def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
     if spec.kind == "hf":
         return PROCESS_BYTES + weights
     head = shape.vocab * shape.hidden * width
-    cache = max(1, round(spec.config.kv_cache_gib)) << 30  # vLLM takes whole GiB
     logits = LOGIT_COPIES * spec.config.max_num_seqs * shape.vocab * 4
-    return 2 * PROCESS_BYTES + 2 * weights + head + cache + logits
+    return 2 * PROCESS_BYTES + 2 * weights + head + spec.cpu_cache_bytes + logits

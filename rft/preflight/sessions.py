@@ -135,8 +135,8 @@ def _cache(spec: EngineSpec, shape: ModelShape, capacity: int | None) -> tuple[i
     config = spec.config
     if spec.kind == "hf":
         return None, ""
-    if spec.device == "cpu":  # vLLM takes whole GiB
-        return max(1, round(config.kv_cache_gib)) << 30, "rollout.kv_cache_gib"
+    if spec.device == "cpu":
+        return spec.cpu_cache_bytes, "rollout.kv_cache_gib"
     key = f"rollout.gpu_memory_utilization: {config.gpu_memory_utilization:g}"
     if capacity is None:
         return None, key

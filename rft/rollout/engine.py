@@ -113,6 +113,11 @@ class EngineSpec:
     sleeps: bool = False  # while the learner uses their shared device (vLLM only)
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM's, in addition to the derived ones
 
+    @property
+    def cpu_cache_bytes(self) -> int:
+        """The bytes for keys and values of vLLM on CPU, which reserves them at its start."""
+        return round(self.config.kv_cache_gib * 2**30)
+
 
 class RolloutEngine(Protocol):
     """One engine. Its weights are replaced between `begin_update` and `finish_update`; it does not sample

@@ -16,6 +16,7 @@ from rft.rollout.engine import EngineSpec, Generated, Request, Sampling, ScoredT
 from rft.sync.gloo import Receiver, load_into
 from rft.sync.spec import Link, Update
 from rft.utils.cores import threads_for
+from rft.utils.quick_imports import quick_imports
 
 
 class HFEngine:
@@ -30,7 +31,8 @@ class HFEngine:
         self._open.set()
 
     async def start(self) -> None:
-        from transformers import AutoModelForCausalLM
+        with quick_imports():
+            from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads_for(self.spec.config.threads, self.spec.config.cores))
         dtype = "auto" if self.spec.dtype == "auto" else getattr(torch, self.spec.dtype)

@@ -4,10 +4,15 @@ with the policy as a LoRA adapter, and colocated with the learner on one device.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import util
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from rft.sync.spec import Link, Update
 from rft.utils.allocator import allocator_environment
 from rft.utils.cores import threads_for
 from rft.utils.deadlines import Deadline, within
+from rft.utils.quick_imports import quick_imports
 
 _INITIAL_VERSION = -1  # weights as loaded from disk: no push has arrived yet
 
@@ -40,6 +46,18 @@ def compiled_code_folder() -> str:
     folder = Path(used or Path(tempfile.gettempdir(), f"torchinductor-{os.getuid()}"))
     name = torch.backends.cpu.get_cpu_capability().lower()
     return str(folder if folder.name == name else folder / name)
+
+
+@contextmanager
+def _quick_processes() -> Iterator[None]:
+    """Let processes spawned in the block import `rft.rollout.engine_process` as their main module."""
+    main, other = sys.modules["__main__"], ModuleType("__main__")
+    other.__spec__ = util.find_spec("rft.rollout.engine_process")
+    sys.modules["__main__"] = other
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _scored(tokens: tuple[int, ...], logprobs: Any, top: int) -> tuple[ScoredToken, ...]:
@@ -66,15 +84,16 @@ class VLLMEngine:
         config, on_cpu = self.spec.config, self.spec.device == "cpu"
         if on_cpu:
             os.environ.update(allocator_environment())
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would replace `kv_cache_memory_bytes`
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = config.cores or "nobind"
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_code_folder()
         os.environ["OMP_NUM_THREADS"] = str(threads_for(config.threads, config.cores))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with quick_imports():
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         args: dict[str, Any] = {
             "model": self.spec.model,
@@ -98,6 +117,7 @@ class VLLMEngine:
             "enable_log_requests": False,
         }
         if on_cpu:
+            args["kv_cache_memory_bytes"] = self.spec.cpu_cache_bytes
             # A prompt split over two engine steps rewinds its random generator, but a CPU generator cannot be
             # rewound: seeded requests would kill the engine. So prompts are never split.
             args |= {"enable_chunked_prefill": False}
@@ -111,7 +131,8 @@ class VLLMEngine:
                 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
                 args["distributed_executor_backend"] = UniProcExecutor
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**args, **self.spec.engine_args}))
+        with _quick_processes():
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**args, **self.spec.engine_args}))
 
     async def generate(self, request: Request) -> list[Generated]:
         """Sample `request.sampling.n` completions, in sample order."""

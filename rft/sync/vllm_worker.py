@@ -18,6 +18,9 @@ from vllm.v1.sample import sampler
 from rft.sync.adapter import load_adapter
 from rft.sync.gloo import Receiver
 from rft.sync.spec import Link, Update
+from rft.utils.quick_imports import collect_as_usual
+
+collect_as_usual()  # after vLLM's imports: see rft.rollout.engine_process
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""Make commands start quickly.
+"""Make commands, learners and engines start quickly.
 
-They load torch when it is used, import less of transformers, and collect garbage rarely.
+Libraries are loaded when they are used, less of transformers is imported, and garbage is collected rarely
+during imports.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module, metadata, util
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
+USUAL = gc.get_threshold()
 OBJECTS = 100_000  # new objects before a collection; the default is 700, and imports make over a million
 SCANS = "transformers.utils.import_utils"  # it lists installed distributions, and reads every file of models
 
@@ -25,17 +28,26 @@ def load_torch_late() -> None:
     Modules that a command imports without running a model take nothing from torch while they are imported:
     they write `torch.Tensor` instead of `from torch import Tensor`.
     """
-    spec = None if "torch" in sys.modules else util.find_spec("torch")
+    load_late("torch")
+
+
+def load_late(name: str) -> None:
+    """Make the import of a package find it only; it is loaded once a part of it is used. No effect on one
+    that is loaded, or not installed."""
+    try:
+        spec = None if name in sys.modules else util.find_spec(name)
+    except ModuleNotFoundError:  # the package that it is a part of
+        return
     if spec is not None:
-        sys.modules["torch"] = module = util.module_from_spec(spec)
-        del module.__path__  # so that the import of a submodule loads torch first
-        module.__class__ = _UnloadedTorch
+        sys.modules[name] = module = util.module_from_spec(spec)
+        del module.__path__  # so that the import of a submodule loads the package first
+        module.__class__ = _Unloaded
 
 
-class _UnloadedTorch(ModuleType):
-    """The module torch before it is loaded, in place: modules that have imported it hold this object."""
+class _Unloaded(ModuleType):
+    """A package before it is loaded, in place: modules that have imported it hold this object."""
 
-    loading = threading.RLock()  # other threads wait for the one that loads; its own imports of torch do not
+    loading = threading.RLock()  # other threads wait for the one that loads; its own imports do not
 
     def __getattr__(self, name: str) -> Any:
         with self.loading:
@@ -50,8 +62,31 @@ class _UnloadedTorch(ModuleType):
         return import_module, (self.__name__,)  # as modules are pickled, with a reward that imports torch
 
 
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Make the imports of transformers and vLLM in the block quick, in a process that goes on to run a model:
+    after the block, garbage is collected as before, since it may hold tensors."""
+    thresholds = gc.get_threshold()
+    start_engine_quickly()
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+def start_engine_quickly() -> None:
+    """Import transformers and vLLM without the parts that generating text does not need: `start_quickly`."""
+    start_quickly()
+    load_late("scipy.signal")  # vLLM imports it to resample audio
+
+
+def collect_as_usual() -> None:
+    """Collect garbage as often as Python does by default, once a process has imported its libraries."""
+    gc.set_threshold(*USUAL)
+
+
 def start_quickly() -> None:
-    """Import transformers without the parts that only the use of models needs; call it before other imports.
+    """Import transformers without the parts that only its documentation needs; call it before other imports.
 
     In this process transformers generates no docstrings of its classes: the generator imports the modules of
     all model classes, and torch's compiler with them, which takes over a second. It looks for a package's

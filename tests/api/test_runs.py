@@ -87,7 +87,12 @@ def test_a_run_with_the_real_engine_is_stopped_and_resumed(
     """Also checks all that reaches the terminal, child processes included: no line of another library."""
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    here = {**SMALL, "rollout": {"engine": "vllm"}, "output_dir": str(tmp_path), "name": "x"}
+    here = {
+        **SMALL,
+        "rollout": {"engine": "vllm", "kv_cache_gib": 0.1},
+        "output_dir": str(tmp_path),
+        "name": "x",
+    }
     follower = Follower(stop_after=2)
     run = rft.train(rewards=[short(6), {"function": "math", "weight": 0.5}], callbacks=[follower], **here)
     assert follower.seen == [

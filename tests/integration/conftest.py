@@ -62,6 +62,7 @@ def raise_stage(
                     "replicas": replicas,
                     "update": update,
                     "threads": 1,
+                    "kv_cache_gib": 0.1,
                     "sampling": {"max_prompt_length": 400, "max_completion_length": 48},
                 },
                 "learner": {"learning_rate": 1e-2, "threads": 1},

@@ -21,7 +21,13 @@ pytestmark = pytest.mark.timeout(400)
 @pytest.fixture(scope="module")
 def in_turn(ray_here: None, tiny_folder: Path) -> Iterator[Stage]:
     sampling = {"max_prompt_length": 400, "max_completion_length": 48}
-    rollout = {"engine": "vllm", "threads": 1, "control_timeout_s": 20, "sampling": sampling}
+    rollout = {
+        "engine": "vllm",
+        "threads": 1,
+        "kv_cache_gib": 0.1,
+        "control_timeout_s": 20,
+        "sampling": sampling,
+    }
     stage = raise_stage(tiny_folder, "vllm", more={"rollout": rollout}, in_turn=True)
     yield stage
     stage.run(stage.pool.close())

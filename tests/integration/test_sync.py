@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import ray
 
 from rft.batch import Batch, Completion, Group, Prompt
 from rft.config.metrics import TrackingConfig
@@ -74,6 +75,15 @@ def test_engine_and_learner_agree_after_every_push(vllm_stage, share: bool) -> N
         assert metrics["sync/logp_gap"] < 1e-3
         push(vllm_stage)
         assert_proven(vllm_stage, vllm_stage.pool.members[0].version)
+
+
+def test_the_kv_cache_has_the_size_of_the_config(vllm_stage) -> None:
+    actor = vllm_stage.pool.members[0].actor
+    blocks = ray.get(
+        actor.__ray_call__.remote(lambda r: r.engine._engine.vllm_config.cache_config.num_gpu_blocks)
+    )
+    token = 2 * 2 * 64 * 4  # keys and values of two layers, float32
+    assert blocks == int(0.1 * 2**30) // (32 * token)
 
 
 def test_every_completion_carries_the_version_that_sampled_it(vllm_stage) -> None:

@@ -47,6 +47,7 @@ LEARN = [
     "eval.problems=128",
     "data.options.min_operands=3",
     "data.options.max_operands=3",
+    "rollout.kv_cache_gib=0.1",
     "name=learn",
 ]
 
