@@ -299,9 +299,8 @@ def make_plan(
     problems += [problem for key, p in named if p is not None for problem in check_weights(key, p)]
     problems += [] if evaluate else check_mixture(config, train, offline)
     if path is not None and tokenizer is not None and shape is not None:
-        ends = shape.end_tokens
         if train is not None or offline is not None:  # the data could be read, so the chat template works
-            stops = attempt("model", lambda: resolve_stops(config, path, tokenizer, ends))
+            stops = attempt("model", lambda: resolve_stops(config, path, tokenizer, shape))
         if starts and not evaluate:
             problems += check_warm_start(config, path, tokenizer, stops, shape.max_positions)
     if offline is not None:

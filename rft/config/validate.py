@@ -603,6 +603,12 @@ def run_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"model.tokenizer: it produces token ids up to {facts.largest_token}, but the model's vocabulary has "
         f"{facts.vocabulary} entries; use the model's own tokenizer",
     )
+    for token in config.rollout.sampling.stop_token_ids:
+        yield (
+            facts.vocabulary is not None and not 0 <= token < facts.vocabulary,
+            f"rollout.sampling.stop_token_ids: {token} is not in the model's vocabulary, whose ids are 0 to "
+            f"{(facts.vocabulary or 0) - 1}; write the id of a token, or remove it",
+        )
     for key, cores in (("rollout.cores", config.rollout.cores), ("learner.cores", config.learner.cores)):
         yield from _core_checks(key, cores, facts)
 

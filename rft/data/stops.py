@@ -12,16 +12,18 @@ from rft.errors import ModelError
 
 
 def stop_ids(
-    model: str, tokenizer: Any, turn_end: str | None = None, *, of_config: Sequence[int]
+    model: str, tokenizer: Any, turn_end: str | None = None, *, of_config: Sequence[int], vocabulary: int
 ) -> tuple[int, ...]:
     """Return the stop token ids of `model`, a folder or hub name.
 
     They are those of its generation config and its config, the tokenizer's end token, and the end-of-turn
     token of the chat template. turn_end: text of the template after assistant content, up to and including
-    that token; None: no chat template. of_config: `end_tokens` of its config.
+    that token; None: no chat template. of_config: `end_tokens` of its config. vocabulary: size of the model's
+    vocabulary. Raises ModelError for a damaged generation config.
     """
-    ids = {*_listed(tokenizer.eos_token_id), *_generation_eos(model)}
-    # Without an end token in config.json, transformers uses the class default, which may be any token here.
+    ids = {*_listed(tokenizer.eos_token_id), *_generation_eos(model, vocabulary)}
+    # Without an end token in config.json, transformers uses the class default, which may be any token here,
+    # or none: it is 50256 for StarCoder2, whose class has 49,152 tokens.
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids |= special & set(of_config)
     if turn_end is not None:
@@ -34,7 +36,7 @@ def end_tokens(config: Any) -> tuple[int, ...]:
     return tuple(sorted({*_listed(config.eos_token_id), *_listed(config.get_text_config().eos_token_id)}))
 
 
-def _generation_eos(model: str) -> list[int]:
+def _generation_eos(model: str, vocabulary: int) -> list[int]:
     """Return the end token ids of the model's generation config. Raises ModelError naming the file."""
     from transformers.utils import cached_file
 
@@ -47,18 +49,27 @@ def _generation_eos(model: str) -> list[int]:
     if file is None:
         return []
     try:
-        ids = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
-        return _listed(ids)
+        ids = _listed(json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id"))
     except (ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {error}") from None
+    outside = [i for i in ids if not 0 <= i < vocabulary]
+    if outside:
+        raise ModelError(
+            f"{file}: eos_token_id {outside[0]} is not in the model's vocabulary, whose ids are 0 to "
+            f"{vocabulary - 1}; write the id of the model's end token, or a list of ids"
+        )
+    return ids
 
 
 def _listed(ids: int | Sequence[int] | None) -> list[int]:
     if ids is None:
         return []
     listed = [ids] if isinstance(ids, int) else ids
-    if not isinstance(listed, Sequence) or not all(isinstance(i, int) for i in listed):
-        raise ValueError(f"eos_token_id is {ids!r}, not a token id or a list of them")
+    if not isinstance(listed, Sequence) or not all(type(i) is int for i in listed):  # a bool is not an id
+        raise ValueError(
+            f"eos_token_id is {ids!r}, not a token id or a list of them; write the id of the model's end "
+            "token"
+        )
     return list(listed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -79,13 +79,14 @@ class ModelShape:
         maps = (m for m in network.modules() if isinstance(m, torch.nn.Linear) and m is not head)
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        positions = getattr(text, "max_position_embeddings", None)  # none: of any length
         return cls(
             parameters=sum(p.numel() for p in {id(p): p for p in network.parameters()}.values()),
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             layers=text.num_hidden_layers,
             vocab=text.vocab_size,
-            max_positions=getattr(text, "max_position_embeddings", None) or 2**31,
+            max_positions=2**31 if positions is None else positions,
             query=heads * width,
             key=(getattr(text, "num_key_value_heads", None) or heads) * width,
             normed=any(name.endswith(("q_norm", "q_layernorm")) for name, _ in network.named_modules()),
@@ -117,17 +118,53 @@ def meta_network(path: str, trust_remote_code: bool) -> Any:
 
     config = read_model_config(path, trust_remote_code)
     with _model_errors(path), torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except AssertionError as error:
+            if "Padding_idx" not in str(error):
+                raise
+            text = config.get_text_config()
+            raise ValueError(
+                f"pad_token_id is {text.pad_token_id}, and the vocabulary has {text.vocab_size} tokens; "
+                "write the id of a token, or null"
+            ) from error
         network.tie_weights()
     return network
 
 
 def read_model_config(path: str, trust_remote_code: bool) -> Any:
     """Return transformers' config of a model. Raises ModelError with the path."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     with _model_errors(path):
+        raw, _ = PreTrainedConfig.get_config_dict(path)
+        wrong = _wrong_size(raw)
+    if wrong is not None:
+        raise ModelError(f"{path!r}: in its config.json, {wrong}; correct it, or copy the file again")
+    with _model_errors(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+# Sizes in a config.json, by the names that transformers' classes give them.
+_SIZES = (
+    *("vocab_size", "hidden_size", "n_embd", "d_model", "head_dim"),
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"),
+    *("max_position_embeddings", "n_positions", "max_seq_len", "context_length"),
+)
+
+
+def _wrong_size(raw: Mapping[str, Any]) -> str | None:
+    """Return the first size in a config.json that no model can have; transformers accepts some of them."""
+    text = raw.get("text_config") or raw
+    for name in _SIZES:
+        size = text.get(name)
+        if isinstance(size, int) and size < 1:
+            return f"{name} is {size}, and must be at least 1"
+    heads, groups = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        return f"num_attention_heads is {heads}, and must be a multiple of num_key_value_heads, {groups}"
+    return None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rft.data.stops import stop_ids
 from rft.errors import ModelError
 from rft.learner.adapters.methods import check_layers, check_targets, peft_config
 from rft.preflight.gguf import PACKAGED, converted_folder, packaged_folder
-from rft.preflight.memory import read_model_config
+from rft.preflight.memory import ModelShape, read_model_config
 from rft.tasks import REVISION
 from rft.utils.hashing import fingerprint
 from rft.utils.paths import absolute_if_local, expand
@@ -69,10 +69,10 @@ def _tiny_folder(config: Config, cache: Path) -> Path:
     return folder.absolute()
 
 
-def resolve_stops(config: Config, path: str, tokenizer: Any, end_tokens: Sequence[int]) -> tuple[int, ...]:
-    """Return the stop token ids of completions. end_tokens: those of the model's config."""
+def resolve_stops(config: Config, path: str, tokenizer: Any, shape: ModelShape) -> tuple[int, ...]:
+    """Return the stop token ids of completions. Raises ModelError for a damaged generation config."""
     turn_end = Renderer(config.data, tokenizer).turn_end
-    known = stop_ids(path, tokenizer, turn_end, of_config=end_tokens)
+    known = stop_ids(path, tokenizer, turn_end, of_config=shape.end_tokens, vocabulary=shape.vocab)
     return tuple(sorted({*known, *config.rollout.sampling.stop_token_ids}))
 
 

@@ -220,7 +220,7 @@ def config_of(target: str, overrides: list[str]) -> Config:
     }
     plain = parse_config(raw)
     try:
-        positions = ModelShape.of(resolve_model(plain), plain.model).max_positions or CONTEXT
+        positions = ModelShape.of(resolve_model(plain), plain.model).max_positions
     except ModelError as error:
         raise ConfigError([f"{target}: {error}"]) from None
     half = min(CONTEXT, positions) // 2

@@ -66,6 +66,7 @@ def plan_of(tmp_path: Path, tokenizer: Any, rows: list[Any] | None = None, **mod
         (make_tokenizer(None, eos=END), {"generation_eos": [0, 2]}, (0, 2)),
         (make_tokenizer(None, eos=END), {"config_eos": [0, 2]}, (0, 2)),
         (make_tokenizer(None, eos=END), {"config_eos": 40}, (0,)),  # an ordinary word: a class's default
+        (make_tokenizer(None, eos=END), {"config_eos": 50256}, (0,)),  # the same, outside the vocabulary
         (make_tokenizer(QWEN3), {}, (2,)),
         (make_tokenizer(R1), {}, (2,)),
         (gemma_tokenizer(), {}, (0, 4)),  # <eot>
@@ -77,8 +78,8 @@ def test_every_source_of_stop_tokens_counts(
 ) -> None:
     folder = make_model(tmp_path / "model", tokenizer, **model)
     turn_end = Renderer(DataConfig(), tokenizer).turn_end
-    of_config = end_tokens(AutoConfig.from_pretrained(folder))
-    assert stop_ids(str(folder), tokenizer, turn_end, of_config=of_config) == stops
+    of_config, size = end_tokens(AutoConfig.from_pretrained(folder)), len(tokenizer)
+    assert stop_ids(str(folder), tokenizer, turn_end, of_config=of_config, vocabulary=size) == stops
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rft.data import load_prompts
 from rft.data.chat import Renderer
 from rft.data.errors import RowProblem
 from rft.learner.load import load_tokenizer
+from rft.preflight.memory import ModelShape
 from rft.rollout.tool_calls import format_of
 from rft.tools.env_check.check import Options, Parts, check
 from rft.tools.env_check.environment import user_part
@@ -45,7 +46,8 @@ def parts_of(raw: dict[str, Any], folder: Path) -> Parts:
     assert config.environment is not None
     tokenizer = load_tokenizer(str(folder))
     prompts = load_prompts(config.data, tokenizer, "train", 512)
-    return Parts(config, config.environment, str(folder), tokenizer, prompts, 2048)
+    shape = ModelShape.of(str(folder), config.model)
+    return Parts(config, config.environment, str(folder), tokenizer, prompts, shape)
 
 
 async def checked(environment: dict[str, Any], folder: Path, options: Options = QUICK, **more: Any) -> Report:

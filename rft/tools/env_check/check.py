@@ -62,8 +62,7 @@ class Parts:
     path: str
     tokenizer: Any
     prompts: PromptSet
-    positions: int
-    end_tokens: Sequence[int] = ()  # those of the model's config
+    shape: ModelShape
 
 
 def load_parts(config: Config) -> Parts:
@@ -88,7 +87,7 @@ def load_parts(config: Config) -> Parts:
     wrong = [text for is_wrong, text in environment_checks(config, facts) if is_wrong]
     if wrong:
         raise ConfigError(wrong)
-    return Parts(config, config.environment, path, tokenizer, prompts, shape.max_positions, shape.end_tokens)
+    return Parts(config, config.environment, path, tokenizer, prompts, shape)
 
 
 async def check(parts: Parts, options: Options) -> Report:
@@ -142,7 +141,7 @@ async def check(parts: Parts, options: Options) -> Report:
             repeater = probes.Repeater(player, runner, second, parts.tokenizer, report)
             await repeater.check(written, rows[0], rows[-1], derive_seed(config.seed, "repeat"))
         probes.check_rewards(runs, options.reward_range, bool(options.replies), report)
-        probes.check_tokens(runs, budget.context, e.max_turns, parts.positions, report)
+        probes.check_tokens(runs, budget.context, e.max_turns, parts.shape.max_positions, report)
         probes.report_costs(runs, e.step_timeout_s, report)
     return report
 
@@ -171,7 +170,7 @@ async def _policies(
     if "random" in options.policies:
         policies.append(Random(render, parser))
     if "model" in options.policies:
-        stops = resolve_stops(parts.config, parts.path, parts.tokenizer, parts.end_tokens)
+        stops = resolve_stops(parts.config, parts.path, parts.tokenizer, parts.shape)
         model = await tiny_model(parts.config, parts.tokenizer, stops, budget.context, folder)
         policies.append(model)
     return policies
