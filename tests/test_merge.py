@@ -180,6 +180,28 @@ def test_what_does_not_fit_is_refused_by_name(make: Callable[..., Path], tmp_pat
     assert "empty: it has no model.safetensors" in refused("soup", out, base, tmp_path / "empty")
 
 
+def test_damaged_weights_are_refused_by_name(make: Callable[..., Path], tmp_path: Path) -> None:
+    base, damaged = make("base"), make("damaged")
+    shard, index = damaged / "model-2-of-2.safetensors", damaged / "model.safetensors.index.json"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"damaged: {shard} is damaged (" in refused("soup", tmp_path / "out", base, damaged)
+    shard.unlink()
+    lacks = f"damaged: {damaged} lacks {shard.name}, which {index.name} lists; copy it there"
+    assert lacks in refused("soup", tmp_path / "out", base, damaged)
+    damages = {"{": "is damaged (", "[]": "is damaged (", '{"weight_map": {}}': "lists no weights"}
+    for text, reason in damages.items():
+        index.write_text(text)
+        assert f"damaged: {index} {reason}" in refused("soup", tmp_path / "out", base, damaged)
+
+
+def test_a_single_file_comes_before_an_index(make: Callable[..., Path]) -> None:
+    """As in transformers: the index of a folder that was sharded before is left over."""
+    folder = make("both")
+    save_file({"lm_head.weight": T([[7.0]])}, folder / "model.safetensors")
+    assert ModelFiles(folder).read("lm_head.weight").tolist() == [[7.0]]
+    assert set(ModelFiles(folder).tensors) == {"lm_head.weight"}
+
+
 # -- adapters ----------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rft.config.learner import AdapterConfig
 from rft.config.schema import Config
@@ -24,6 +22,7 @@ from rft.tasks import REVISION
 from rft.utils.hashing import fingerprint
 from rft.utils.paths import absolute_if_local, expand
 from rft.utils.tensor_names import layer_number
+from rft.utils.weight_files import INDEX, SINGLE, stored_tensors, weight_files
 
 
 def resolve_model(config: Config, model: str | None = None) -> str:
@@ -137,29 +136,14 @@ def check_weights(key: str, path: str) -> list[str]:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         return []  # a hub name
-    files, index = [folder / SAFE_WEIGHTS_NAME], folder / SAFE_WEIGHTS_INDEX_NAME
     try:
-        if not files[0].is_file() and index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [folder / shard for shard in sorted(shards)]
-            if not files:
-                return [f"{key}: {index} lists no weights; copy it again"]
-        elif not files[0].is_file():
-            there = any(folder.glob("pytorch_model*.bin"))
-            lacking = f"{key}: {path} has no weights ({SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME})"
-            return [] if there else [f"{lacking}; copy the whole folder"]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return [f"{key}: {index} is damaged ({error}); copy it again"]
-    stored: set[int] = set()
-    for file in files:
-        if not file.is_file():
-            return [f"{key}: {path} lacks {file.name}, which {index.name} lists; copy it there"]
-        try:
-            with safe_open(file, framework="np") as tensors:  # of which no tensor is read
-                numbers = map(layer_number, tensors.keys())
-                stored |= {number for number in numbers if number is not None}
-        except SafetensorError as error:
-            return [f"{key}: {file} is damaged ({error}); copy it again"]
+        files = weight_files(folder)
+        names = [name for file in files for name in stored_tensors(folder, file)]
+    except ModelError as error:
+        return [f"{key}: {error}"]
+    if not files and not any(folder.glob("pytorch_model*.bin")):
+        return [f"{key}: {path} has no weights ({SINGLE}, or {INDEX}); copy the whole folder"]
+    stored = {number for number in map(layer_number, names) if number is not None}
     layers = _layers_by_config(folder)
     if stored and layers is not None and not stored.issuperset(range(layers)):
         return [

@@ -5,30 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rft.errors import ConfigError
+from rft.errors import ConfigError, ModelError
 from rft.preflight.gguf import PACKAGED, packaged_folder
+from rft.utils.weight_files import INDEX, SINGLE, TensorInfo, stored_tensors, weight_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # config, tokenizer and chat template of a model
 PRUNING = "pruning.json"  # of `rft prune`: the base, and the neurons and heads that are kept
-_ALL_BUT = ("model.safetensors.index.json", "merge.json", "lineage.json", PRUNING)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Place, shape and dtype (safetensors' name, `F32`) of a stored tensor."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
+_ALL_BUT = (INDEX, "merge.json", "lineage.json", PRUNING)
 
 
 class ModelFiles:
@@ -40,31 +30,21 @@ class ModelFiles:
 
     def __init__(self, folder: Path | str, name: str = "", single: str = SINGLE) -> None:
         self.folder, self.name = Path(folder), name or str(folder)
-        if (self.folder / INDEX).exists():
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            self.shards = sorted(set(index["weight_map"].values()))
-        elif (self.folder / single).exists():
-            self.shards = [single]
-        else:
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            self.shards = weight_files(self.folder, single)
+            for shard in self.shards:
+                self.tensors |= stored_tensors(self.folder, shard)
+        except ModelError as error:
+            raise ConfigError([f"{self.name}: {error}"]) from None
+        if not self.shards:
             raise ConfigError(
                 [f"{self.name}: it has no {single}; give a model folder with weights in safetensors files"]
             )
-        self.tensors: dict[str, TensorInfo] = {}
-        for shard in self.shards:
-            with self._open(shard) as file:
-                for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    part = file.get_slice(key)
-                    self.tensors[key] = TensorInfo(shard, tuple(part.get_shape()), part.get_dtype())
-
-    def _open(self, shard: str) -> Any:
-        try:
-            return safe_open(self.folder / shard, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise ConfigError([f"{self.name}: {shard} cannot be read: {error}"]) from None
 
     def read(self, name: str) -> Tensor:
         """Return a stored tensor, unconverted."""
-        with self._open(self.tensors[name].file) as file:
+        with safe_open(self.folder / self.tensors[name].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
