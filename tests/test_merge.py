@@ -194,6 +194,19 @@ def test_damaged_weights_are_refused_by_name(make: Callable[..., Path], tmp_path
         assert f"damaged: {index} {reason}" in refused("soup", tmp_path / "out", base, damaged)
 
 
+def test_one_shard_with_an_index_is_written_with_one(make: Callable[..., Path], tmp_path: Path) -> None:
+    """Such folders are on the hub; a model is not found in them without the index."""
+    base, shard = make("base"), "model-00001-of-00001.safetensors"
+    files = ModelFiles(base)
+    save_file({name: files.read(name) for name in files.tensors}, base / shard)
+    for name in files.shards:
+        (base / name).unlink()
+    index = {"weight_map": dict.fromkeys(files.tensors, shard)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert merged("soup", tmp_path / "out", base, make("other")).keys() == files.tensors.keys()
+    assert ModelFiles(tmp_path / "out").shards == [shard]
+
+
 def test_a_single_file_comes_before_an_index(make: Callable[..., Path]) -> None:
     """As in transformers: the index of a folder that was sharded before is left over."""
     folder = make("both")

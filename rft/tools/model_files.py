@@ -83,7 +83,7 @@ def write_like(base: ModelFiles, out: Path, tensor: Callable[[str], Tensor]) -> 
         values = {name: tensor(name).contiguous() for name in base.of_shard(shard)}
         save_file(values, out / shard, {"format": "pt"})
         del values
-    if len(base.shards) > 1:
+    if base.shards != [SINGLE]:
         sizes = sum(info.file in base.shards for info in base.tensors.values())
         index = {"metadata": {"tensors": sizes}, "weight_map": {n: i.file for n, i in base.tensors.items()}}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
