@@ -16,6 +16,7 @@ from rft.utils.terminal import say
 
 T = TypeVar("T")
 _BUSY = threading.Lock()
+POLL_S = 0.5  # a signal that arrives just before a wait does not end it, and is handled after it
 
 
 def in_thread(work: Callable[[StopRequests], T], stops: StopRequests, stopped: str) -> T:
@@ -84,7 +85,7 @@ def _wait(begin: threading.Event, done: threading.Event, stops: StopRequests) ->
                     say("rft: interrupted again: the run is ended at once")
                     stops.stop_at_once()
                 passed_on += 1
-            done.wait()
+            done.wait(POLL_S)
         except KeyboardInterrupt as interrupt:
             first = first or interrupt
             received += 1
