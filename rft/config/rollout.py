@@ -156,6 +156,11 @@ class RolloutConfig(ConfigModel):
     )
     engine_args: dict[str, Any] = Field({}, description="additional arguments of vLLM's AsyncEngineArgs")
 
+    @property
+    def kv_cache_bytes(self) -> int:
+        """The bytes for keys and values of vLLM on CPU, which reserves them at its start."""
+        return round(self.kv_cache_gib * 2**30)
+
     @model_validator(mode="after")
     def _late_groups_need_staleness(self) -> RolloutConfig:
         if self.late == "drop" and self.staleness == 0:

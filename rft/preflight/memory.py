@@ -308,4 +308,4 @@ def replica_bytes(shape: ModelShape, spec: EngineSpec) -> int:
         return PROCESS_BYTES + weights
     head = shape.vocab * shape.hidden * width
     logits = LOGIT_COPIES * spec.config.max_num_seqs * shape.vocab * 4
-    return 2 * PROCESS_BYTES + 2 * weights + head + spec.cpu_cache_bytes + logits
+    return 2 * PROCESS_BYTES + 2 * weights + head + spec.config.kv_cache_bytes + logits

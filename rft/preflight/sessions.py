@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rft.config.environment import EnvironmentConfig
 from rft.config.schema import Config
-from rft.config.validate import environment_key
+from rft.config.validate import environment_key, longest_sequence
 from rft.preflight.memory import ModelShape
-from rft.rollout.engine import EngineSpec
+from rft.rollout.engine import CPU_BLOCK, EngineSpec
 from rft.utils.dtypes import item_bytes
 
 
@@ -101,8 +103,6 @@ def plan_sessions(
     if not config.environments:
         return None
     played = list(config.environments.values())
-    narrow = str(spec.engine_args.get("kv_cache_dtype", "")).startswith("fp8")
-    width = 1 if narrow else item_bytes(spec.dtype)
     plan = config.algorithm.rollouts(train.num_generations, progress=0.0, demonstration=False)
     samples = train.batch_size * len(plan)
     running, limit = _running(config.environments, samples * (rollout.staleness + 1))
@@ -114,12 +114,33 @@ def plan_sessions(
         samples=samples,
         running=running,
         limit=limit,
-        token_bytes=2 * shape.layers * shape.key * width,
+        token_bytes=_token_bytes(shape, spec.dtype, spec.engine_args),
         cache=cache,
         cache_key=key,
         replicas=rollout.replicas,
         staleness=rollout.staleness,
     )
+
+
+def check_cache(config: Config, shape: ModelShape) -> list[str]:
+    """Check that vLLM on CPU can keep the keys and values of one sequence: without, it does not start."""
+    rollout, tokens = config.rollout, longest_sequence(config)
+    blocks = -(-tokens // CPU_BLOCK) + 1  # vLLM leaves one unused
+    needed = blocks * CPU_BLOCK * _token_bytes(shape, rollout.dtype, rollout.engine_args)
+    if needed <= rollout.kv_cache_bytes or "kv_cache_memory_bytes" in rollout.engine_args:
+        return []
+    enough = math.ceil(needed / 2**30 * 1000) / 1000
+    return [
+        f"rollout.kv_cache_gib: {rollout.kv_cache_gib:g} GiB do not hold the longest sequence, whose "
+        f"{tokens:,} tokens need {_mib(needed)}; set rollout.kv_cache_gib: {enough:g} or more, or lower the "
+        "lengths"
+    ]
+
+
+def _token_bytes(shape: ModelShape, dtype: str, engine_args: Mapping[str, Any]) -> int:
+    """Return the bytes of a token's keys and values in all layers."""
+    narrow = str(engine_args.get("kv_cache_dtype", "")).startswith("fp8")
+    return 2 * shape.layers * shape.key * (1 if narrow else item_bytes(dtype))
 
 
 def _running(environments: Mapping[str, EnvironmentConfig], wanted: int) -> tuple[int, str]:
@@ -136,7 +157,7 @@ def _cache(spec: EngineSpec, shape: ModelShape, capacity: int | None) -> tuple[i
     if spec.kind == "hf":
         return None, ""
     if spec.device == "cpu":
-        return spec.cpu_cache_bytes, "rollout.kv_cache_gib"
+        return config.kv_cache_bytes, "rollout.kv_cache_gib"
     key = f"rollout.gpu_memory_utilization: {config.gpu_memory_utilization:g}"
     if capacity is None:
         return None, key

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 from rft.config.rollout import InFlight, RolloutConfig, SamplingConfig
 from rft.sync.spec import Link, Update
 
+CPU_BLOCK = 32  # tokens of a block of vLLM's KV cache on CPU
+
 
 class Aborted(Exception):
     """A weight push aborted a request (`rollout.update: abort`), which must be sent again."""
@@ -112,11 +114,6 @@ class EngineSpec:
     ] = ()  # further models whose logits are added, with weights (hf only)
     sleeps: bool = False  # while the learner uses their shared device (vLLM only)
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM's, in addition to the derived ones
-
-    @property
-    def cpu_cache_bytes(self) -> int:
-        """The bytes for keys and values of vLLM on CPU, which reserves them at its start."""
-        return round(self.config.kv_cache_gib * 2**30)
 
 
 class RolloutEngine(Protocol):

@@ -19,7 +19,7 @@ import torch
 
 from rft.config.rollout import InFlight
 from rft.errors import EngineError
-from rft.rollout.engine import Aborted, EngineSpec, Generated, Request, Sampling, ScoredToken
+from rft.rollout.engine import CPU_BLOCK, Aborted, EngineSpec, Generated, Request, Sampling, ScoredToken
 from rft.sync import nccl
 from rft.sync.spec import Link, Update
 from rft.utils.allocator import allocator_environment
@@ -117,13 +117,13 @@ class VLLMEngine:
             "enable_log_requests": False,
         }
         if on_cpu:
-            args["kv_cache_memory_bytes"] = self.spec.cpu_cache_bytes
+            args["kv_cache_memory_bytes"] = config.kv_cache_bytes
             # A prompt split over two engine steps rewinds its random generator, but a CPU generator cannot be
             # rewound: seeded requests would kill the engine. So prompts are never split.
             args |= {"enable_chunked_prefill": False}
             # Only whole blocks of a prompt are shared by its completions. vLLM's default on CPU, 128 tokens,
             # computes a prompt of 99 tokens once for each of them.
-            args["block_size"] = 32
+            args["block_size"] = CPU_BLOCK
             args["max_num_batched_tokens"] = max(8192, self.spec.max_model_len)
             if config.tensor_parallel == 1:
                 # vLLM's default on CPU is a separate worker process, for which the engine busy-waits on a
