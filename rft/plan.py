@@ -14,9 +14,9 @@ from typing import Any, Self, TypeVar
 
 from rft import run_dir
 from rft.config import validate
+from rft.config.facts import Device, Engine, longest_sequence, mixes_reference, samples_held_out
 from rft.config.learner import LearnerConfig
 from rft.config.schema import Config
-from rft.config.validate import Device, Engine, longest_sequence
 from rft.data import DataError, GroupStream, PromptSet
 from rft.errors import ConfigError, ModelError
 from rft.learner.load import load_tokenizer
@@ -113,7 +113,7 @@ class BasePlan:
             c,
             chosen,
             self.shape,
-            self.engine_spec() if c.algorithm.online or validate.samples_held_out(c) else None,
+            self.engine_spec() if c.algorithm.online or samples_held_out(c) else None,
             self.step_size,
             device=self.device,
             reference=c.algorithm.needs_reference and separate and c.teacher is None,
@@ -143,7 +143,7 @@ class BasePlan:
             trust_remote_code=self.config.model.trust_remote_code,
             stop_strings=bool(self.config.environments),
             fusion=self.fusion,
-            reference=(self.reference_path or self.model) if validate.mixes_reference(self.config) else None,
+            reference=(self.reference_path or self.model) if mixes_reference(self.config) else None,
             sleeps=self.channel_spec().colocated,
             engine_args=lora | c.engine_args,
         )
@@ -246,7 +246,7 @@ def make_plan(
     all problems."""
     problems = _Problems()
     attempt, online, trusted = problems.attempt, config.algorithm.online, config.model.trust_remote_code
-    samples = online or validate.samples_held_out(config) or evaluate
+    samples = online or samples_held_out(config) or evaluate
     facts = machine_facts(config, samples=samples)
 
     # Resolve the model (only from its config) and the data.

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from rft.algorithms import ALGORITHMS, Algorithm
+from rft.config.facts import PACKAGES, Facts
 from rft.config.learner import LearnerConfig
 from rft.config.rollout import RolloutConfig, SamplingConfig
 from rft.config.schema import Config, ModelConfig, TrainConfig
-from rft.config.validate import PACKAGES, Facts, problems
+from rft.config.validate import problems
 from rft.learner.spec import LearnerSpec
 from rft.preflight.gguf import PACKAGED
 from rft.rollout.engine import EngineSpec

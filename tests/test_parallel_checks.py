@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from rft.config.facts import PACKAGES
 from rft.config.load import parse_config
 from rft.config.schema import Config
-from rft.config.validate import PACKAGES, problems
+from rft.config.validate import problems
 from rft.learner.parallel import local_share
 from rft.report.plan_text import describe_ranks
 from tests.specs import facts

@@ -36,6 +36,7 @@ def config_of(algorithm: str, options: dict[str, Any], environment: dict[str, An
         ("per_step", {}, ENVIRONMENT, "values the steps of one completion, and a session has turns"),
         ("luffy", {}, ENVIRONMENT, "continue a demonstration or another completion"),
         ("prefix_rft", {}, ENVIRONMENT, "continue a demonstration or another completion"),
+        ("mml", {}, ENVIRONMENT, "trains on past groups, or on a second copy of the model"),
         ("cory", {}, ENVIRONMENT, "continue a demonstration or another completion"),
         ("dapo", {"overlong_buffer": 4}, ENVIRONMENT, "overlong_buffer of dapo measures whole sessions"),
     ],
@@ -44,7 +45,7 @@ def test_what_sessions_cannot_train_is_refused_before_a_run(
     algorithm: str, options: dict[str, Any], environment: dict[str, Any] | None, message: str
 ) -> None:
     found = problems(config_of(algorithm, options, environment), facts(demonstrations=True))
-    assert len([problem for problem in found if message in problem]) == 1
+    assert len(found) == 1 and message in found[0]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from rft.config.facts import longest_sequence
 from rft.config.load import parse_config
-from rft.config.validate import longest_sequence
 from rft.preflight.sessions import SessionPlan, check_cache, plan_sessions
 from tests.specs import engine_spec
 from tests.test_capacity import MIDDLE, SMALL

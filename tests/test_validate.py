@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from rft.config import validate
+from rft.config import validate, validate_environment
 from rft.config.learner import FROM_FIRST_BATCH, PLAIN_LORA
 from rft.config.load import parse_config
 from tests.specs import facts
@@ -14,9 +14,12 @@ def test_every_check_of_the_module_is_in_the_list() -> None:
     assert named == {checks.__name__ for checks in validate.CHECKS}
 
 
-def test_it_imports_the_config_and_algorithms_alone() -> None:
-    tree = ast.parse(Path(validate.__file__).read_text(encoding="utf-8"))
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+def test_they_import_the_config_and_algorithms_alone() -> None:
+    trees = [
+        ast.parse(Path(m.__file__).read_text(encoding="utf-8")) for m in (validate, validate_environment)
+    ]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     ours = {module for module in modules if module.startswith("rft.")}
     assert all(module.startswith(("rft.config.", "rft.algorithms.", "rft.utils.")) for module in ours), ours
 

@@ -1,15 +1,13 @@
 """Consistency checks of a config, internally and against resolved facts, as pairs of (condition, message).
 
-`problems` evaluates all checks, so that all errors are reported at once. Checks that need files, data or the
-model's layers are in `rft/preflight/`.
+`problems` evaluates all checks, so that all errors are reported at once. Those of environments are in
+`validate_environment`, and those that need files, data or the model's layers in `rft/preflight/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
 
 from rft.algorithms.base import Algorithm, Rollout
 from rft.algorithms.divergence import TeacherDivergence
@@ -23,8 +21,8 @@ from rft.algorithms.extras import (
 )
 from rft.algorithms.supervised.mft import MFT
 from rft.algorithms.supervised.rwr import RWR
-from rft.config.environment import EnvironmentConfig
 from rft.config.evaluation import OF_SAMPLES
+from rft.config.facts import Check, Facts, longest_sequence, rollouts
 from rft.config.learner import (
     FROM_FIRST_BATCH,
     LIGER_REMEDY,
@@ -37,45 +35,8 @@ from rft.config.learner import (
     SaftConfig,
 )
 from rft.config.schema import Config, algorithm_name
+from rft.config.validate_environment import environment_checks
 from rft.utils.cores import parse_cores
-
-Device = Literal["cpu", "cuda"]
-Engine = Literal["vllm", "hf"]
-Check = tuple[bool, str]  # (condition of an invalid config, error message)
-
-PACKAGES = (
-    "vllm",
-    "bitsandbytes",
-    "deepspeed",
-    "liger_kernel",
-)  # optional packages that a config may require
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Facts resolved from the machine, the model and the data. None: unknown, so not checked.
-
-    device: device of learner and engines. engine: resolved rollout engine. samples: whether the run samples
-    completions. gpus, cores: of this machine; `usable_cores` respects a container's CPU quota. rows: number
-    of training rows; None for a stream.
-    """
-
-    device: Device
-    engine: Engine
-    samples: bool
-    installed: frozenset[str]  # of PACKAGES
-    gpus: int
-    cores: frozenset[int]
-    usable_cores: int
-    layers: int | None = None
-    positions: int | None = None
-    vocabulary: int | None = None
-    largest_token: int | None = None  # largest token id of the tokenizer
-    stored_quantization: str | None = None  # quantisation method of the model's stored weights
-    rows: int | None = None
-    longest_prompt: Mapping[str, int] | None = None  # of the training rows, in tokens, by source ("": all)
-    held_out_rows: int | None = None  # of an offline run
-    demonstrations: bool | None = None  # whether any training prompt has one
 
 
 def problems(config: Config, facts: Facts) -> list[str]:
@@ -84,41 +45,6 @@ def problems(config: Config, facts: Facts) -> list[str]:
 
 
 # -- the algorithm and its data ------------------------------------------------------------------------
-
-
-def rollouts(config: Config, demonstration: bool = False) -> Sequence[Rollout]:
-    """Return the algorithm's rollouts of one group at the start of the run."""
-    return config.algorithm.rollouts(config.train.num_generations, progress=0.0, demonstration=demonstration)
-
-
-def longest_sequence(config: Config) -> int:
-    """Return the maximum sequence length of the engines, in tokens; an observer reads two turns."""
-    s = config.rollout.sampling
-    turns = 2 if any(r.role for r in rollouts(config)) else 1
-    lengths = [longest_session(config, e) for e in config.environments.values()]
-    lengths += [turns * (s.max_prompt_length + s.max_completion_length)] if config.single_turn else []
-    return max(lengths)
-
-
-def longest_session(config: Config, environment: EnvironmentConfig) -> int:
-    """Return the maximum length of a session's context, in tokens."""
-    s = config.rollout.sampling
-    return environment.max_episode_tokens or s.max_prompt_length + s.max_completion_length
-
-
-def environment_key(source: str) -> str:
-    """Return the config key of an environment of `Config.environments`."""
-    return f"data.mixture.{source}.environment" if source else "environment"
-
-
-def samples_held_out(config: Config) -> bool:
-    """Return whether an offline run samples completions of held-out prompts."""
-    return bool(config.eval.every) and (config.eval.generate or bool(config.eval.sampled_sets(online=False)))
-
-
-def mixes_reference(config: Config) -> bool:
-    """Return whether engines sample from a mixture of policy and reference."""
-    return config.algorithm.online and any(r.mixture for r in rollouts(config))
 
 
 def algorithm_checks(config: Config, facts: Facts) -> Iterator[Check]:
@@ -210,138 +136,6 @@ def online_checks(config: Config, facts: Facts) -> Iterator[Check]:
         f"rollout.sampling: max_prompt_length and max_completion_length allow sequences of {length} tokens, "
         f"but the model has {facts.positions} positions; lower one of them",
     )
-
-
-GIVE_NO_PATH = ("tools", "reasoning_gym", "command", "mcp", "openenv")
-"""Kinds of environment that load no class or function."""
-
-
-def environment_checks(config: Config, facts: Facts) -> Iterator[Check]:
-    """Check the section `environment`; `rft/preflight/environment.py` checks the parts that are loaded."""
-    lockstep = config.rollout.turns == "lockstep"
-    yield (
-        lockstep and not config.environments,
-        "rollout.turns: lockstep orders the model calls of sessions, and the config has no environment; "
-        "remove it, or add the section environment",
-    )
-    yield (
-        lockstep and config.rollout.staleness > 0,
-        f"rollout.turns: lockstep needs rollout.staleness 0, not {config.rollout.staleness}: otherwise the "
-        "time of a weight sync decides which calls run together; write rollout.turns: free",
-    )
-    of_sources = [name for name in config.environments if name]
-    yield (
-        lockstep and bool(of_sources),
-        "rollout.turns: lockstep orders the sessions of one environment, and "
-        f"{', '.join(map(environment_key, of_sources))} is another one; write turns: free",
-    )
-    for source, e in config.environments.items():
-        yield from _environment_checks(config, facts, source, e)
-
-
-def _environment_checks(config: Config, facts: Facts, source: str, e: EnvironmentConfig) -> Iterator[Check]:
-    """Check one environment. source: whose it is; "" for the section `environment`."""
-    a, lockstep = config.algorithm, config.rollout.turns == "lockstep"
-    key, sampling = environment_key(source), config.rollout.sampling
-    yield (
-        not a.online,
-        f"{key}: {algorithm_name(a)} trains on rows of a dataset, without sampling; remove it, or "
-        "choose an online algorithm",
-    )
-    yield (
-        isinstance(a, ValuesSteps),
-        f"{key}: {algorithm_name(a)} values the steps of one completion, and a session has turns; choose "
-        "grpo with turn_returns: turn",
-    )
-    yield (
-        a.online and any(r.role or r.prefix_share or r.mixture for r in rollouts(config, True)),
-        f"{key}: the completions of {algorithm_name(a)} continue a demonstration or another completion, or "
-        "are sampled from a mixture with the reference; sessions do not; choose another algorithm: grpo",
-    )
-    yield (
-        bool(getattr(a, "overlong_buffer", 0)),
-        f"{key}: overlong_buffer of {algorithm_name(a)} measures whole sessions against the limit of one "
-        "call (sampling.max_completion_length); write overlong_buffer: 0",
-    )
-    yield (
-        e.kind in GIVE_NO_PATH and e.path is not None,
-        f"{key}.path: kind {e.kind} loads no class or function; remove it",
-    )
-    yield (
-        e.kind not in GIVE_NO_PATH and e.path is None,
-        f"{key}.path: kind {e.kind} needs "
-        + (
-            "a taskset; write its name, or its file or folder"
-            if e.kind == "verifiers"
-            else "the class or function; write `file.py:name` or `package.module:name`"
-        ),
-    )
-    yield (
-        (e.kind == "verifiers") != (e.python is not None),
-        f"{key}.python: "
-        + (
-            "kind verifiers needs the Python that has verifiers; write the path of FOLDER/bin/python, made "
-            "by python3 -m venv FOLDER && FOLDER/bin/pip install 'verifiers>=0.4,<0.5'"
-            if e.python is None
-            else f"kind {e.kind} runs in the Python of rft; remove python, or write kind: verifiers"
-        ),
-    )
-    yield (
-        e.kind not in ("mcp", "openenv") and (e.kind == "command") != bool(e.command),
-        f"{key}.command: "
-        + (
-            "kind command needs a program; write `command: python agent.py`"
-            if e.kind == "command"
-            else f"kind {e.kind} does not start a program; remove command, or write kind: command"
-        ),
-    )
-    yield (
-        e.kind == "command" and find_spec("aiohttp") is None,
-        f"{key}: kind command needs aiohttp, which is not installed: pip install 'rft[agents]'",
-    )
-    yield (
-        e.kind == "tools" and not e.tools,
-        f"{key}.tools: kind tools needs at least one; name `python`, `calculator` or `file.py:function`",
-    )
-    yield (
-        e.kind not in ("tools", "class") and bool(e.tools),
-        f"{key}.tools: kind {e.kind} takes no tools; remove them, or write kind: tools",
-    )
-    plan = a.rollouts(config.train.num_generations, progress=0.0, demonstration=True)
-    sessions = config.train.batch_size * len(plan)
-    yield (
-        lockstep and sessions > e.concurrency,
-        f"{key}.concurrency: {e.concurrency}, but with rollout.turns: lockstep the {sessions} sessions of a "
-        f"step (batch_size x num_generations) wait for each other; write {sessions} or more, or turns: free",
-    )
-    cannot = "demonstrations" if any(r.prefix_share for r in plan) else ""
-    cannot = "pairs of completions" if any(r.role for r in plan) else cannot
-    cannot = "a mixture of two models" if any(r.mixture for r in plan) else cannot
-    cannot = "rewards of single steps" if isinstance(a, ValuesSteps) else cannot
-    cannot = "past groups, or a second copy of the model" if a.hooks else cannot
-    yield (
-        bool(cannot),
-        f"{key}: {algorithm_name(a)} trains on {cannot}, which sessions do not support; choose another "
-        "algorithm, or remove environment",
-    )
-    budget, per_turn = longest_session(config, e), e.max_tokens_per_turn or sampling.max_completion_length
-    longest = (facts.longest_prompt or {}).get(source)
-    origin = "" if e.max_episode_tokens else " (sampling.max_prompt_length + max_completion_length)"
-    yield (
-        longest is not None and longest >= budget,
-        f"{key}.max_episode_tokens: {budget}{origin}, but the longest prompt has {longest} tokens; raise it",
-    )
-    yield (
-        e.max_tokens_per_turn is not None and per_turn >= budget,
-        f"{key}.max_tokens_per_turn: {per_turn} tokens do not fit into an episode of {budget}{origin}; "
-        "lower it, or raise max_episode_tokens",
-    )
-    for name in ("setup_timeout_s", "step_timeout_s"):
-        yield (
-            getattr(e, name) > e.episode_timeout_s,
-            f"{key}.{name}: {getattr(e, name):g} s exceed the episode's {e.episode_timeout_s:g} s; lower it, "
-            "or raise episode_timeout_s",
-        )
 
 
 def eval_checks(config: Config, facts: Facts) -> Iterator[Check]:

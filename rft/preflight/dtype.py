@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 
 from rft.config.dtypes import auto_sections, fill_in_dtypes
+from rft.config.facts import Device
 from rft.config.schema import Config
-from rft.config.validate import Device
 
 FASTER = 1.5  # speed-up of bfloat16 products that pays for its rounding
 LARGE = 20_000_000  # parameters; below, a step on CPU spends its time outside of matrix products

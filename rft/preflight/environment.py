@@ -10,10 +10,10 @@ from typing import Any
 
 from rft.batch import Prompt
 from rft.config.environment import EnvironmentConfig
+from rft.config.facts import environment_key, longest_session
 from rft.config.mixture import COLUMN
 from rft.config.rewards import PASSED
 from rft.config.schema import Config
-from rft.config.validate import environment_key, longest_session
 from rft.data import PromptSet
 from rft.data.chat import Renderer
 from rft.data.errors import DataError, RowProblem
@@ -149,7 +149,7 @@ def _template_problems(
     except RowProblem as problem:
         return [f"{key}: row {longest.id + 1} of {prompts.source} cannot be rendered: {problem}"]
     budget = longest_session(config, settings)
-    if tools and len(longest.tokens) < budget <= count:  # without tools: `validate.environment_checks`
+    if tools and len(longest.tokens) < budget <= count:  # without tools: `validate_environment`
         return [
             f"{key}.max_episode_tokens: {budget}, but the prompt of row {longest.id + 1} has {count} "
             "tokens with the schemas of the tools; raise it"

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from rft.algorithms.extras import copies
+from rft.config.facts import PACKAGES, Facts
 from rft.config.schema import Config
-from rft.config.validate import PACKAGES, Facts
 from rft.utils.cores import usable_cores
 from rft.utils.hashing import short_digest
 from rft.utils.paths import not_writable

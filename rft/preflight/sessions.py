@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rft.config.environment import EnvironmentConfig
+from rft.config.facts import environment_key, longest_sequence
 from rft.config.schema import Config
-from rft.config.validate import environment_key, longest_sequence
 from rft.preflight.memory import ModelShape
 from rft.rollout.engine import CPU_BLOCK, EngineSpec
 from rft.utils.dtypes import item_bytes

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rft.batch import Group, Prompt
 from rft.config import validate
+from rft.config.facts import longest_session
 from rft.config.mixture import COLUMN
 from rft.config.schema import Config, algorithm_name
 from rft.data import first_row
@@ -144,7 +145,7 @@ def _environment_lines(plan: OnlinePlan) -> list[str]:
         what = ", ".join([*([e.path] if e.path else []), *e.tools]) or e.kind
         lines.append(
             f"environment  {f'{source}: ' if source else ''}{e.kind}: {what}; up to {e.max_turns} turns of "
-            f"{e.max_tokens_per_turn or longest} tokens in a context of {validate.longest_session(config, e)}"
+            f"{e.max_tokens_per_turn or longest} tokens in a context of {longest_session(config, e)}"
         )
     return [*lines, *sessions.lines()]
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from rft.config.data import DataConfig
+from rft.config.facts import Facts
 from rft.config.load import parse_config
 from rft.config.mixture import AioliConfig
-from rft.config.validate import Facts, mixture_checks
+from rft.config.validate import mixture_checks
 from rft.data import DataError
 from rft.data.aioli import Aioli, gain_matrix, updated
 from rft.errors import ConfigError, RunStopped

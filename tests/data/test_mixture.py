@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from rft.config.data import DataConfig
+from rft.config.facts import Facts
 from rft.config.load import load_config, parse_config
 from rft.config.mixture import COLUMN, rate_at
 from rft.config.schema import Config
-from rft.config.validate import Facts, mixture_checks
+from rft.config.validate import mixture_checks
 from rft.data import DataError, GroupSampler, has_held_out, load_groups, load_prompts
 from rft.data.errors import locate
 from rft.data.mixture import MixtureSampler, mixture_lines, mixture_sampler

@@ -75,7 +75,7 @@ def test_settings(environment: dict[str, Any], sections: dict[str, Any], message
 
 
 def test_a_missing_package_of_kind_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rft.config.validate.find_spec", lambda name: None)
+    monkeypatch.setattr("rft.config.validate_environment.find_spec", lambda name: None)
     found = problems(config({"kind": "command", "command": "true"}), facts(longest_prompt={"": 50}))
     assert found == [
         "environment: kind command needs aiohttp, which is not installed: pip install 'rft[agents]'"

@@ -14,7 +14,7 @@ from typing import Any
 from rft.batch import Prompt
 from rft.config.environment import EnvironmentConfig
 from rft.config.schema import Config
-from rft.config.validate import environment_checks
+from rft.config.validate_environment import environment_checks
 from rft.data import DataError, PromptSet, load_prompts
 from rft.data.chat import Renderer
 from rft.data.errors import RowProblem
