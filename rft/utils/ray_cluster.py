@@ -41,7 +41,7 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    with _signal_handlers_kept(), _without_services():
+    with _signal_handlers_kept():
         ray.init(
             address="local",
             include_dashboard=False,
@@ -79,30 +79,6 @@ def _signal_handlers_kept() -> Iterator[None]:
     for number, handler in handlers.items():
         if handler is not None:  # None: set by other code than Python's
             signal.signal(number, handler)
-
-
-@contextmanager
-def _without_services() -> Iterator[None]:
-    """Start no autoscaler, log monitor and dashboard with a cluster in the block.
-
-    No option of `ray.init` leaves them out. They serve other machines, logs on the terminal and usage reports,
-    and cost 2.5 of a small run's 33 processor seconds.
-    """
-    from ray._private.node import Node
-
-    def none(node: Any, **_: Any) -> None:
-        if node._webui_url is None:
-            node._webui_url = ""
-
-    names = ("start_monitor", "start_log_monitor", "start_api_server")
-    kept = {name: getattr(Node, name) for name in names}
-    for name in names:
-        setattr(Node, name, none)
-    try:
-        yield
-    finally:
-        for name, method in kept.items():
-            setattr(Node, name, method)
 
 
 def on_head_death(act: Callable[[str], None]) -> None:
