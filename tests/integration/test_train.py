@@ -20,6 +20,7 @@ from tests.integration.conftest import ENV, ROOT, processes_of, rft
 
 SUMS = ["data.options.min_operands=2", "data.options.max_operands=2", "data.options.largest=9"]
 SMALL = [
+    "data.limit=512",
     "train.steps=4",
     "train.batch_size=4",
     "train.num_generations=4",
@@ -41,9 +42,11 @@ def command(tmp: Path, *args: str) -> list[str]:
 
 
 LEARN = [
-    "warm_start.steps=700",
-    "train.steps=24",
-    "eval.every=24",
+    "warm_start.steps=500",
+    "warm_start.data.limit=16000",  # as many as it draws: a run makes all of them
+    "data.limit=1024",
+    "train.steps=16",
+    "eval.every=16",
     "eval.problems=128",
     "data.options.min_operands=3",
     "data.options.max_operands=3",
@@ -70,7 +73,7 @@ class Stopped:
 
 @pytest.fixture(scope="module")
 def stopped(home: Path) -> Stopped:
-    """The demo with a short warm start, asked to stop after a few of its 24 steps."""
+    """The demo with a short warm start, asked to stop after a few of its 16 steps."""
     run, marker = home / "learn", home.name
     with (home / "stderr").open("w+") as told:
         process = subprocess.Popen(
@@ -119,12 +122,12 @@ def test_a_short_run_learns_and_a_stop_on_its_way_does_not_show(
 ) -> None:
     """Held-out accuracy rises; steps and versions go on where they stopped."""
     run, reached = home / "learn", stopped.rows[-1]["step"]
-    assert 0 < reached < 24 and f"resumed at step {reached}" in learnt.stderr
+    assert 0 < reached < 16 and f"resumed at step {reached}" in learnt.stderr
     metrics = rows(run)
     assert metrics[: reached + 1] == stopped.rows
-    assert [r["step"] for r in metrics] == list(range(25))
+    assert [r["step"] for r in metrics] == list(range(17))
     first, last = metrics[0], metrics[-1]
-    assert last["sync/version"] == 24
+    assert last["sync/version"] == 16
     assert last["eval/accuracy"] >= first["eval/accuracy"] + 0.08, (first, last)
     assert max(r["sync/logp_gap"] for r in metrics[1:]) < 1e-3
     undocumented = {name for r in metrics for name in r if not is_documented(name)}
