@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -146,8 +146,11 @@ def run_jobs() -> None:
     import traceback
 
     from rft.cli import main
+    from rft.utils.ray_cluster import ray_cluster
 
     results = {}
+    cluster = ExitStack()
+    cluster.enter_context(ray_cluster(None, 0.3))  # one for all runs
     for job in json.loads(sys.stdin.read()):
         stdout, error = io.StringIO(), ""
         os.chdir(job["folder"])
@@ -163,6 +166,7 @@ def run_jobs() -> None:
         except BaseException:
             error = traceback.format_exc()
         results[job["id"]] = {"stdout": stdout.getvalue(), "error": error}
+    cluster.close()
     print(json.dumps(results))
 
 
