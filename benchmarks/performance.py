@@ -189,12 +189,6 @@ def _real_step(d: dict[str, Any]) -> str:
         "Share of the bound that follows from the rate of products and of memory in the same round, median "
         "of the runs:\n\n" + table(["rft", "learner", "rollout", "first step over the median"], shares)
     )
-    for dtype, s in d["shares"].items():
-        if share := s.get("rollout_products_alone"):
-            text += (
-                f"\n\nA rollout in {dtype} that did nothing but its products would reach {share:.0%}: "
-                "they have few rows and read their weights from memory (timed in the same round, by vLLM)."
-            )
     names = {"learner": "a training step", "engine": "a rollout"}
     for dtype, parts in d["profiles"].items():
         for part, name in names.items():
@@ -202,6 +196,11 @@ def _real_step(d: dict[str, Any]) -> str:
             text += (
                 f"\n\nWhere {name} in {dtype} goes, in another run (all completions at full length, products "
                 f"at {parts['gflops']:,} GFLOP/s): {where}."
+            )
+        if share := parts.get("products_alone"):
+            text += (
+                f" A rollout of its products alone would reach {share:.0%} of the bound: they have few rows "
+                "and read their weights from memory."
             )
     return text
 

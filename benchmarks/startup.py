@@ -39,7 +39,7 @@ def commands() -> dict[str, list[str]]:
         "python -c 'import torch'": [sys.executable, "-c", "import torch"],
     }
     if "RFT_PEER_TRL" in os.environ or (ENVIRONMENTS / "trl" / "made-from").is_file():
-        found["trl --help"] = [str(peer_python("trl")), "-m", "trl.cli", "--help"]
+        found["trl --help"] = [str(peer_python("trl").with_name("trl")), "--help"]
     return found
 
 

@@ -157,16 +157,18 @@ def test_the_work_of_a_step_by_hand(real_step: ModuleType, monkeypatch: pytest.M
     assert real_step.rollout_bound(sizes, 10, 2, "bfloat16", rate=200, read=10) == 40
 
 
-def test_the_floor_of_a_rollout_by_hand(real_step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass takes 0.1 s and 0.05 s for each row: ten passes, and 8 completions of 4 tokens."""
+def test_the_share_of_products_alone_by_hand(real_step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of 8 rows takes 0.5 s."""
     monkeypatch.setattr(real_step, "PROMPTS", 2)
     monkeypatch.setattr(real_step, "GENERATIONS", 4)
     monkeypatch.setattr(real_step, "LENGTH", 10)
-    monkeypatch.setattr(real_step, "decode_products", lambda sizes, dtype, rows: 0.1 + 0.05 * rows)
+    monkeypatch.setattr(real_step, "product_rate", lambda dtype: 100.0)
+    monkeypatch.setattr(real_step, "read_rate", lambda: 1e9)
+    monkeypatch.setattr(real_step, "decode_products", lambda sizes, dtype, rows: rows / 16)
     sizes = real_step.Sizes(100, 40, layers=2, width=3, keys=3, hidden=4, intermediate=5)
-    prompts = 2 * 60 * 2 * 10 / 100
-    floor = real_step.rollout_floor(sizes, 10, 4, "float32", rate=100)
-    assert floor == pytest.approx(prompts + 10 * 0.1 + 8 * 4 * 0.05) == pytest.approx(26.6)
+    prompts, completions = 2 * 60 * 2 * 10 / 100, 2 * 100 * 8 * 10 / 100
+    share = real_step.products_alone(sizes, 10, "float32")
+    assert share == pytest.approx((prompts + completions) / (prompts + 10 * 0.5))
 
 
 def run(who: str, dtype: str, seconds: list[float], **more: Any) -> dict[str, Any]:
@@ -176,9 +178,8 @@ def run(who: str, dtype: str, seconds: list[float], **more: Any) -> dict[str, An
 def test_the_summary_compares_the_better_dtypes(real_step: ModuleType) -> None:
     aims = real_step.AIMS
     learner = aims["learner float32"]
-    floor = {"bounds": {"rollout": 3.0}, "rollout_floor": 4.0}
     runs = [
-        run("rft", "float32", [2.0, 9.0], first=2.0, shares={"train": learner, "rollout": 0.2}, **floor),
+        run("rft", "float32", [2.0, 9.0], first=2.0, shares={"train": learner, "rollout": 0.2}),
         run("rft", "float32", [4.0], first=6.0, shares={"train": learner, "rollout": 0.4}),
         run("rft", "bfloat16", [1.0, 3.0], first=2.0, shares={"train": 0.0, "rollout": 1.0}),
         run("trl", "float32", [30.0]),
@@ -197,7 +198,6 @@ def test_the_summary_compares_the_better_dtypes(real_step: ModuleType) -> None:
     assert single["learner"] == learner and single["learner_passed"]
     assert single["rollout"] == pytest.approx(0.3) and single["rollout_passed"] == (aims["rollout"] <= 0.3)
     assert single["first_step"] == 2.0 and single["first_step_passed"] == (aims["first step"] >= 2.0)
-    assert (single["rollout_products_alone"], half["rollout_products_alone"]) == (0.75, None)
     assert not half["learner_passed"] and half["rollout_passed"] and half["first_step"] == 1.0
 
 
