@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from rft import __version__
 from rft.tools.commands import list_keys, register
 from rft.utils.paths import path_argument
-from rft.utils.quick_imports import load_torch_late
 from rft.utils.quiet import quiet_libraries
 from rft.utils.terminal import say
 
@@ -27,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape the characters that the locale's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    load_torch_late()
     quiet_libraries()
     os.environ["PYTHONUTF8"] = "1"  # engines, learner and reward workers use UTF-8 whatever the locale is
     args = _arguments(argv)
@@ -130,8 +128,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from rft.utils.quick_imports import start_quickly
+    from rft.utils.quick_imports import load_torch_late, start_quickly
 
+    load_torch_late()
     start_quickly()  # this process runs no model
     from rft import run_training
     from rft.config.load import load_config

@@ -57,7 +57,6 @@ from rft.preflight.model import (
     resolve_stops,
 )
 from rft.preflight.rewards import check_align, check_run_rewards
-from rft.preflight.sessions import check_cache
 from rft.rollout.engine import EngineSpec
 from rft.sync.adapter import engine_args as adapter_args
 from rft.sync.proof import ProofSpec, fixed_tokens
@@ -322,7 +321,6 @@ def make_plan(
     problems += check_align(config, sets or (), trains=not evaluate)
     if path is not None and shape is not None and facts.engine == "vllm" and facts.samples:
         problems += check_vllm_heads(path, config.rollout.engine_args)
-        problems += check_cache(config, shape) if facts.device == "cpu" else []
     if starts:
         problems += check_sockets(config, vllm=facts.engine == "vllm")
         problems += [] if evaluate else check_folders(config)

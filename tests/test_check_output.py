@@ -140,6 +140,48 @@ def test_init_imports_what_it_needs_only(tmp_path: Path, monkeypatch: pytest.Mon
     assert loaded[1] == "LOADED 0 []"
 
 
+FIRST = """
+import importlib, sys
+from rft.utils.quick_imports import load_torch_late
+load_torch_late()
+part = importlib.import_module(sys.argv[1])
+import torch
+for name in sys.argv[1].split(".")[1:]:
+    torch = getattr(torch, name)
+print(torch is part is sys.modules[sys.argv[1]], part.__spec__.name, len(sys.meta_path))
+"""
+
+
+@pytest.mark.parametrize("part", ["torch.autograd", "torch.utils.data", "torch.distributed"])
+def test_a_part_of_torch_that_is_imported_first_runs_once(part: str) -> None:
+    """Torch imports it while it is loaded; twice, some parts end the process."""
+    plain = subprocess.run(
+        [sys.executable, "-c", "import sys; print(len(sys.meta_path))"], capture_output=True
+    )
+    done = subprocess.run([sys.executable, "-c", FIRST, part], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", part, plain.stdout.decode().strip()], done.stderr
+
+
+BROKEN = """
+from rft.utils.quick_imports import load_torch_late
+load_torch_late()
+import torch
+for number in range(2):
+    try:
+        torch.Tensor
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_a_torch_that_cannot_be_loaded_says_so_at_each_use(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libgomp is missing')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, env=environment)
+    assert done.stdout == "libgomp is missing\n" * 2, done.stderr
+
+
 SCANS = """
 import importlib.metadata, importlib.util
 from rft.utils.quick_imports import Distributions, start_quickly

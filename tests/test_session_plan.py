@@ -10,7 +10,7 @@ import pytest
 
 from rft.config.facts import longest_sequence
 from rft.config.load import parse_config
-from rft.preflight.sessions import SessionPlan, check_cache, plan_sessions
+from rft.preflight.sessions import SessionPlan, cache_warnings, plan_sessions
 from tests.specs import engine_spec
 from tests.test_capacity import MIDDLE, SMALL
 
@@ -99,19 +99,19 @@ def test_a_gpu_keeps_what_the_weights_leave() -> None:
     assert "0.5, or add replicas, or set environment.concurrency: 3" in warning
 
 
-def test_a_cache_on_cpu_that_holds_no_sequence_is_refused() -> None:
+def test_a_cache_on_cpu_that_holds_no_sequence_is_named() -> None:
     """SMALL needs 2 * 30 * 192 * 4 = 46,080 bytes a token; 300 tokens are 10 blocks, and one is free."""
     settings = {"sampling": {"max_prompt_length": 200, "max_completion_length": 100}, "dtype": "float32"}
 
     def checked(**rollout: Any) -> list[str]:
         section = {**settings, **rollout}
-        return check_cache(
+        return cache_warnings(
             parse_config({"algorithm": "grpo", "rewards": ["math"], "rollout": section}), SMALL
         )
 
     assert checked(kv_cache_gib=11 * 32 * 46080 / 2**30) == []
     assert checked(kv_cache_gib=0.01) == [
-        "rollout.kv_cache_gib: 0.01 GiB do not hold the longest sequence, whose 300 tokens need 15.5 MiB; "
-        "set rollout.kv_cache_gib: 0.016 or more, or lower the lengths"
+        "rollout.kv_cache_gib: 0.01 GiB do not hold the longest sequence, whose 300 tokens need 15.5 MiB: "
+        "the engine may not start; set rollout.kv_cache_gib: 0.016, or lower the lengths"
     ]
     assert checked(kv_cache_gib=0.01, engine_args={"kv_cache_memory_bytes": 1 << 30}) == []

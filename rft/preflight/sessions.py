@@ -122,18 +122,22 @@ def plan_sessions(
     )
 
 
-def check_cache(config: Config, shape: ModelShape) -> list[str]:
-    """Check that vLLM on CPU can keep the keys and values of one sequence: without, it does not start."""
+def cache_warnings(config: Config, shape: ModelShape) -> list[str]:
+    """Return a warning if vLLM on CPU cannot keep the keys and values of one sequence: it would not start.
+
+    Layers that keep less than is counted (sliding windows, latent or linear attention) may fit all the same.
+    """
     rollout, tokens = config.rollout, longest_sequence(config)
     blocks = -(-tokens // CPU_BLOCK) + 1  # vLLM leaves one unused
     needed = blocks * CPU_BLOCK * _token_bytes(shape, rollout.dtype, rollout.engine_args)
+    needed //= rollout.tensor_parallel  # each of its workers keeps a part of the heads, in a cache of its own
     if needed <= rollout.kv_cache_bytes or "kv_cache_memory_bytes" in rollout.engine_args:
         return []
     enough = math.ceil(needed / 2**30 * 1000) / 1000
     return [
         f"rollout.kv_cache_gib: {rollout.kv_cache_gib:g} GiB do not hold the longest sequence, whose "
-        f"{tokens:,} tokens need {_mib(needed)}; set rollout.kv_cache_gib: {enough:g} or more, or lower the "
-        "lengths"
+        f"{tokens:,} tokens need {_mib(needed)}: the engine may not start; set rollout.kv_cache_gib: "
+        f"{enough:g}, or lower the lengths"
     ]
 
 

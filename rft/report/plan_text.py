@@ -24,7 +24,7 @@ from rft.preflight.first_row import (
     verdict_line,
 )
 from rft.preflight.rewards import protection
-from rft.preflight.sessions import SessionPlan, plan_sessions
+from rft.preflight.sessions import SessionPlan, cache_warnings, plan_sessions
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -60,7 +60,11 @@ def plan_lines(plan: Plan) -> list[str]:
     out.append(f"trains       {_describe_training(plan)}")
     memory, sessions = plan.memory(), _sessions(plan)
     out.append(_describe_memory(memory))
-    warnings = [*validate.warnings(c), *memory.warnings(), *(sessions.warnings() if sessions else [])]
+    warnings = [*validate.warnings(c), *memory.warnings()]
+    if sessions is not None:
+        warnings += sessions.warnings()
+    elif isinstance(plan, OnlinePlan) and (plan.engine, plan.device) == ("vllm", "cpu"):
+        warnings += cache_warnings(c, plan.shape)
     return out + [f"warning      {warning}" for warning in warnings]
 
 

@@ -5,6 +5,6 @@ Such a process imports the main module of its parent first, which in a replica w
 
 from __future__ import annotations
 
-from rft.utils.quick_imports import start_engine_quickly
+from rft.utils.quick_imports import start_quickly
 
-start_engine_quickly()
+start_quickly()

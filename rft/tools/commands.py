@@ -261,8 +261,9 @@ def replay(args: argparse.Namespace) -> int:
 
 
 def init(args: argparse.Namespace) -> int:
-    from rft.utils.quick_imports import start_quickly
+    from rft.utils.quick_imports import load_torch_late, start_quickly
 
+    load_torch_late()
     start_quickly()
     from rft.tools.init import init
 
@@ -272,8 +273,9 @@ def init(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from rft.utils.quick_imports import start_quickly
+    from rft.utils.quick_imports import load_torch_late, start_quickly
 
+    load_torch_late()
     start_quickly()
     from rft.config.load import load_config
     from rft.plan import check_plan
@@ -390,6 +392,9 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def list_keys(args: argparse.Namespace) -> int:
+    from rft.utils.quick_imports import load_torch_late
+
+    load_torch_late()
     from rft.config.load import describe_fields
 
     for key, default, text in describe_fields():

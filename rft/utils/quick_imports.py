@@ -1,7 +1,7 @@
 """Make commands, learners and engines start quickly.
 
-Libraries are loaded when they are used, less of transformers is imported, and garbage is collected rarely
-during imports.
+torch is loaded when it is used, less of transformers is imported, and garbage is collected rarely during
+imports.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata, util
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
@@ -26,40 +26,76 @@ def load_torch_late() -> None:
     """Make `import torch` find the package only; it is loaded, for 2 seconds, once a part of it is used.
 
     Modules that a command imports without running a model take nothing from torch while they are imported:
-    they write `torch.Tensor` instead of `from torch import Tensor`.
+    they write `torch.Tensor` instead of `from torch import Tensor`. Call `load_torch` before threads start:
+    one that imports a part of torch and one that uses another would wait for each other.
     """
-    load_late("torch")
-
-
-def load_late(name: str) -> None:
-    """Make the import of a package find it only; it is loaded once a part of it is used. No effect on one
-    that is loaded, or not installed."""
-    try:
-        spec = None if name in sys.modules else util.find_spec(name)
-    except ModuleNotFoundError:  # the package that it is a part of
-        return
+    spec = None if "torch" in sys.modules else util.find_spec("torch")
     if spec is not None:
-        sys.modules[name] = module = util.module_from_spec(spec)
-        del module.__path__  # so that the import of a submodule loads the package first
-        module.__class__ = _Unloaded
+        sys.modules["torch"] = module = util.module_from_spec(spec)
+        module.__class__ = _UnloadedTorch
+        sys.meta_path.insert(0, _TorchFirst())
 
 
-class _Unloaded(ModuleType):
-    """A package before it is loaded, in place: modules that have imported it hold this object."""
+def load_torch() -> None:
+    """Load torch if `load_torch_late` has put it off. Raises what its import raises, each time."""
+    global _loading
+    with _LOCK:  # other threads wait for the one that loads; its own uses of torch do not
+        module = sys.modules.get("torch")
+        if not isinstance(module, _UnloadedTorch) or _loading:
+            return
+        _loading = True
+        try:
+            assert module.__spec__ is not None and module.__spec__.loader is not None
+            module.__spec__.loader.exec_module(module)
+            module.__class__ = ModuleType  # type: ignore[assignment] # now it is an ordinary module
+            sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _TorchFirst)]
+        finally:
+            _loading = False
 
-    loading = threading.RLock()  # other threads wait for the one that loads; its own imports do not
+
+_LOCK = threading.RLock()
+_loading = False
+
+
+class _UnloadedTorch(ModuleType):
+    """The module torch before it is loaded, in place: modules that have imported it hold this object."""
 
     def __getattr__(self, name: str) -> Any:
-        with self.loading:
-            spec = self.__spec__
-            if spec is not None and spec.loader is not None and "__path__" not in self.__dict__:
-                self.__path__ = spec.submodule_search_locations or []
-                spec.loader.exec_module(self)
-                self.__class__ = ModuleType  # type: ignore[assignment] # now it is an ordinary module
-            return ModuleType.__getattribute__(self, name)
+        load_torch()
+        return ModuleType.__getattribute__(self, name)
 
     def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
         return import_module, (self.__name__,)  # as modules are pickled, with a reward that imports torch
+
+
+class _TorchFirst(MetaPathFinder):
+    """Loads torch before the import of a part of it. If torch imports the part itself, that one is taken."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith("torch.") or _loading:
+            return None
+        load_torch()
+        part = sys.modules.get(fullname)
+        if part is None:
+            return None
+        taken = _Taken(part)
+        part.__spec__ = None  # with a spec, the import system would use that one, and run the part again
+        return util.spec_from_loader(fullname, taken)
+
+
+class _Taken(Loader):
+    """The loader of a module that is there already, and keeps its own spec."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
 
 
 @contextmanager
@@ -67,17 +103,11 @@ def quick_imports() -> Iterator[None]:
     """Make the imports of transformers and vLLM in the block quick, in a process that goes on to run a model:
     after the block, garbage is collected as before, since it may hold tensors."""
     thresholds = gc.get_threshold()
-    start_engine_quickly()
+    start_quickly()
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
-
-
-def start_engine_quickly() -> None:
-    """Import transformers and vLLM without the parts that generating text does not need: `start_quickly`."""
-    start_quickly()
-    load_late("scipy.signal")  # vLLM imports it to resample audio
 
 
 def collect_as_usual() -> None:

@@ -15,6 +15,7 @@ import psutil
 
 from rft.utils.process import PR_SET_CHILD_SUBREAPER, Guardian, prctl
 from rft.utils.python import safe_workers
+from rft.utils.quick_imports import load_torch
 from rft.utils.signals import STOP_SIGNALS
 
 
@@ -28,6 +29,7 @@ def ray_cluster(address: str | None, object_store_gib: float) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default, 15, starves actors on a shared machine
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    load_torch()  # before Ray's threads
     import ray
 
     if ray.is_initialized():  # by the program that calls rft, which also shuts it down
