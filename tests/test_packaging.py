@@ -249,9 +249,9 @@ def test_pre_commit_runs_the_tools_of_make_lint() -> None:
 
 
 def test_the_tests_start_ray_in_one_place() -> None:
-    """Ray is started once per process of tests (`ray_here`): a second start beside it fails. A test of
-    signals starts it in a process of its own."""
+    """Ray is started once per process of tests (`ray_here`): a second start beside it fails. Tests of
+    signals and of the documentation's code start it in processes of their own."""
     tests = ROOT / "tests"
     starts = re.compile(r"\bray\.init\(|\bray_cluster\(")
     found = {str(p.relative_to(tests)) for p in tests.rglob("*.py") if starts.search(p.read_text())}
-    assert found == {"conftest.py", "test_stop_signals.py"}
+    assert found == {"conftest.py", "test_docs_code.py", "test_stop_signals.py"}
