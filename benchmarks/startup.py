@@ -11,7 +11,6 @@ medians of the rounds. Written to benchmarks/results/startup-cpu.json, one entry
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -21,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import RESULTS, kind_of, machine, peer_versions
+from common import RESULTS, machine, peer_versions, write_entry
 from peers.make_env import ENVIRONMENTS, peer_python
 
 RESULT = RESULTS / "startup-cpu.json"
@@ -77,12 +76,7 @@ def main() -> None:
         "aim": AIM,
         "passed": rows[CHECK]["wall"] <= AIM,
     }
-    entries = json.loads(arguments.out.read_text())["machines"] if arguments.out.exists() else []
-    entries = [e for e in entries if kind_of(e["machine"]) != kind_of(here)] + [result]
-    entries.sort(key=lambda entry: kind_of(entry["machine"]))
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps({"machines": entries}, indent=1) + "\n")
-    print(f"written to {arguments.out}")
+    write_entry(arguments.out, result)
 
 
 if __name__ == "__main__":

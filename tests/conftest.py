@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
@@ -14,12 +13,12 @@ import pytest
 import torch
 
 from rft.batch import Completion, Group, Prompt
-from rft.utils.quick_imports import OBJECTS
+from rft.utils.quick_imports import collect_rarely
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network, a missing name is looked for for 20 s
 torch.set_num_threads(1)
-gc.set_threshold(OBJECTS, 50, 50)  # 5% of the processor time of the tests
+collect_rarely()  # 5% of the processor time of the tests
 # A run keeps a SIGHUP that was ignored at its start, and so would every run of a suite started by nohup.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -69,6 +69,15 @@ def test_new_rows_replace_those_of_the_same_case_and_of_another_processor(
     assert common.merge_rows(file, key, [new], timed=False) == [a, new]
 
 
+def test_an_entry_replaces_that_of_its_kind_of_processor(common: ModuleType, tmp_path: Path) -> None:
+    file, strong = tmp_path / "new" / "a.json", {**OTHER, "capability": "AVX512"}
+    assert common.entry_of(file, OTHER) == {}
+    for machine, seconds in ((strong, 1), (OTHER, 2), ({**OTHER, "load": 3.5}, 3)):
+        common.write_entry(file, {"machine": machine, "seconds": seconds})
+    assert [common.entry_of(file, machine)["seconds"] for machine in (OTHER, strong)] == [3, 1]
+    assert len(json.loads(file.read_text())["machines"]) == 2
+
+
 def test_versions_of_a_peer_are_those_of_its_environment(
     common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,7 @@ def cache_warnings(config: Config, shape: ModelShape) -> list[str]:
     rollout, tokens = config.rollout, longest_sequence(config)
     blocks = -(-tokens // CPU_BLOCK) + 1  # vLLM leaves one unused
     needed = blocks * CPU_BLOCK * _token_bytes(shape, rollout.dtype, rollout.engine_args)
-    needed //= rollout.tensor_parallel  # each of its workers keeps a part of the heads, in a cache of its own
+    needed //= rollout.tensor_parallel  # it splits the heads, and each of its workers has a whole cache
     if needed <= rollout.kv_cache_bytes or "kv_cache_memory_bytes" in rollout.engine_args:
         return []
     enough = math.ceil(needed / 2**30 * 1000) / 1000

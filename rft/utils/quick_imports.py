@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any
 
 USUAL = gc.get_threshold()
-OBJECTS = 100_000  # new objects before a collection; the default is 700, and imports make over a million
 SCANS = "transformers.utils.import_utils"  # it lists installed distributions, and reads every file of models
 
 
@@ -110,6 +109,11 @@ def quick_imports() -> Iterator[None]:
         gc.set_threshold(*thresholds)
 
 
+def collect_rarely() -> None:
+    """Collect garbage after 100,000 new objects instead of 700: imports make over a million, and free few."""
+    gc.set_threshold(100_000, 50, 50)
+
+
 def collect_as_usual() -> None:
     """Collect garbage as often as Python does by default, once a process has imported its libraries."""
     gc.set_threshold(*USUAL)
@@ -122,7 +126,7 @@ def start_quickly() -> None:
     all model classes, and torch's compiler with them, which takes over a second. It looks for a package's
     distribution only when it asks for one, and splits only the end of a file to find its exported names.
     """
-    gc.set_threshold(OBJECTS, 50, 50)
+    collect_rarely()
     sys.meta_path.insert(0, _QuickScans())
     try:
         module: Any = import_module("transformers.utils.auto_docstring")
